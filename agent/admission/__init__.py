@@ -1,0 +1,1 @@
+"""Who may come in: the destination owns its slots."""

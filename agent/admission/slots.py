@@ -1,0 +1,44 @@
+"""The incoming slots of a host: a limit that no peer can raise (requirement A1).
+
+A slot is taken by a destination record that has not ended, so it is journalled with it, counted again after a restart, and
+cannot leak: what ends the record frees the slot.
+"""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Final
+
+from agent.errors import DroverError, Reason
+from agent.handshake.records import AttemptRecord
+
+_TYPICAL_SECONDS: Final = 10.0
+"""How long a migration is taken to last while none has ended on this host."""
+
+_REMEMBERED: Final = 20
+
+
+class Slots:
+    """Counts and remembers; decides nothing but whether there is room."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._durations: list[float] = []
+
+    def ended(self, record: AttemptRecord) -> None:
+        """Learn how long a slot is typically held."""
+        self._durations = [*self._durations, record.updated - record.created][-_REMEMBERED:]
+
+    def check(self, active: Sequence[AttemptRecord], now: float) -> None:
+        """Raises BUSY, with the limit and when to try again, where `active` takes all slots."""
+        if len(active) < self.limit:
+            return
+        typical = median(self._durations) if self._durations else _TYPICAL_SECONDS
+        oldest = min((record.created for record in active), default=now)
+        retry_after = max(1.0, typical - (now - oldest))
+        raise DroverError(
+            Reason.BUSY,
+            f"all {self.limit} incoming slots of the destination are taken. Nothing was done to the guest; "
+            f"try again in about {retry_after:.0f} s, or choose another host",
+            metadata={"limit": "incoming", "limit_value": str(self.limit), "in_use": str(len(active))},
+            retry_after=retry_after,
+        )

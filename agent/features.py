@@ -1,0 +1,91 @@
+"""What both ends must be able to do before a guest is touched (requirements H4, H5, O1). Pure decisions."""
+
+from collections.abc import Mapping
+
+from agent.errors import DroverError, Reason
+from agent.handshake.records import options_from_proto
+from agent.hypervisor.base import (
+    DomainBusy,
+    DomainNotFound,
+    Features,
+    HypervisorError,
+    HypervisorUnavailable,
+    Incompatible,
+    Support,
+    TransferFailed,
+)
+from drover.agent.v1 import options_pb2
+
+PROTOCOL_VERSION = 1
+"""The handshake that this code speaks; also the oldest that it speaks."""
+
+_REASONS: Mapping[type[HypervisorError], Reason] = {
+    DomainNotFound: Reason.DOMAIN_NOT_FOUND,
+    DomainBusy: Reason.DOMAIN_BUSY,
+    Incompatible: Reason.INCOMPATIBLE_GUEST,
+    TransferFailed: Reason.TRANSFER_FAILED,
+    HypervisorUnavailable: Reason.HYPERVISOR_UNAVAILABLE,
+}
+
+
+def from_hypervisor(error: HypervisorError) -> DroverError:
+    """The hypervisor's error under Drover's own reason, its code and message kept as metadata."""
+    return DroverError(_REASONS.get(type(error), Reason.HYPERVISOR_FAILED), str(error), metadata=error.native)
+
+
+def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
+    return options_pb2.MigrationFeatures(
+        options={
+            name: options_pb2.OptionSupport.Value(f"OPTION_SUPPORT_{support.name}")
+            for name, support in features.options.items()
+        },
+        uri_transports=features.uri_transports,
+        bandwidth=features.bandwidth,
+        split_phases=features.split_phases,
+        first_port=features.ports[0],
+        last_port=features.ports[1],
+    )
+
+
+def support_of(features: options_pb2.MigrationFeatures, option: str) -> Support:
+    value = features.options.get(option, options_pb2.OPTION_SUPPORT_UNSUPPORTED)
+    if value == options_pb2.OPTION_SUPPORT_UNSPECIFIED:
+        return Support.UNSUPPORTED
+    return Support[options_pb2.OptionSupport.Name(value).removeprefix("OPTION_SUPPORT_")]
+
+
+def check_options(options: options_pb2.Options, features: options_pb2.MigrationFeatures, end: str) -> None:
+    """An explicit word that this end cannot honour is an error naming the option and the end.
+
+    Raises:
+        DroverError: OPTION_UNSUPPORTED.
+    """
+    for option, wanted in options_from_proto(options).items():
+        support = support_of(features, option)
+        if (wanted and support is Support.UNSUPPORTED) or (not wanted and support is Support.ALWAYS_ON):
+            raise DroverError(
+                Reason.OPTION_UNSUPPORTED,
+                f"option {option}={'on' if wanted else 'off'} cannot be honoured by {end}: there it is "
+                f"{support.value.replace('_', ' ')}. Nothing was done to the guest; leave the option out",
+                metadata={"option": option, "end": end, "support": support.value},
+            )
+
+
+def check_bandwidth(bandwidth: int, features: options_pb2.MigrationFeatures, end: str) -> None:
+    """A limit that cannot be enforced is an error, never ignored (requirement H5)."""
+    if bandwidth and not features.bandwidth:
+        raise DroverError(
+            Reason.BANDWIDTH_UNSUPPORTED,
+            f"{end} cannot enforce a bandwidth limit. Nothing was done to the guest; leave the limit out",
+            metadata={"end": end},
+        )
+
+
+def check_protocol(oldest: int, newest: int, end: str) -> None:
+    """Both ends must speak a common version of the handshake (requirement H6)."""
+    if not oldest <= PROTOCOL_VERSION <= newest:
+        raise DroverError(
+            Reason.PROTOCOL_MISMATCH,
+            f"{end} speaks handshake versions {oldest} to {newest}, and {PROTOCOL_VERSION} is needed: upgrade its agent",
+            metadata={"end": end},
+        )

@@ -1,0 +1,208 @@
+"""Runs one state machine for one attempt: journal first, then the effect, one event at a time.
+
+The work belongs to the attempt, not to whoever asked: a caller that goes away cancels nothing.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from typing import Any
+
+import structlog
+
+from agent.errors import DroverError, Reason
+from agent.handshake.machine import Refused
+from agent.handshake.records import MACHINES, AttemptRecord
+from agent.journal import Journal
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
+"""Carries out one effect and reports what came of it with `Attempt.apply`."""
+
+
+class Attempt:
+    """One attempt on this host. `record` is what is durable; `changed` wakes whoever waits for more."""
+
+    def __init__(
+        self, record: AttemptRecord, journal: Journal, run_effect: EffectRunner, on_final: Callable[["Attempt"], None]
+    ) -> None:
+        self.record = record
+        self.progress: pb.Progress | None = None
+        """The latest reading of the transfer; not journalled."""
+        self._journal = journal
+        self._run_effect = run_effect
+        self._on_final = on_final
+        self._machine = MACHINES[record.role]
+        self._lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._calls = 0
+        self._silence: tuple[float, Callable[[], None]] | None = None
+
+    # ---- events
+
+    async def apply(self, event: str, **changes: Any) -> None:
+        """Take one event: step, make it durable, then start the effects. Survives the cancellation of its caller.
+
+        Raises:
+            DroverError: WRONG_PHASE for a call that has no place in this state; JOURNAL_UNAVAILABLE: nothing was done.
+        """
+        await asyncio.shield(asyncio.ensure_future(self._apply(event, changes)))
+
+    async def _apply(self, event: str, changes: dict[str, Any]) -> None:
+        async with self._lock:
+            await self._step(event, changes)
+
+    async def _step(self, event: str, changes: dict[str, Any]) -> None:
+        state = self.record.state or None
+        try:
+            transition = self._machine.step(state, event)
+        except Refused as refused:
+            raise wrong_phase(self.record, refused, self._machine.allowed(state)) from None
+        if transition is None:
+            log.debug("stale news", migration=self.record.migration_id, state=state, event_name=event)
+            return
+        if transition.state != state or changes:
+            await self._put(self.record.changed(state=transition.state, **changes))
+        for effect in transition.effects:
+            self.start(effect, self._run_effect(self, effect))
+
+    async def report(self, event: str, **changes: Any) -> None:
+        """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened."""
+        await retry(self, f"recording {event}", lambda: self.apply(event, **changes))
+
+    async def note(self, **changes: Any) -> None:
+        """Record facts that change no state, such as a failure or what is waited for."""
+        await asyncio.shield(asyncio.ensure_future(self._note(changes)))
+
+    async def _note(self, changes: dict[str, Any]) -> None:
+        async with self._lock:
+            await self._put(self.record.changed(**changes))
+
+    async def _put(self, record: AttemptRecord) -> None:
+        await self._journal.put_attempt(record)
+        log.info("record", migration=record.migration_id, role=record.role.value, state=record.state, was=self.record.state)
+        self.record = record
+        if record.final:
+            self._disarm()
+            self._on_final(self)
+        self.wake()
+
+    def wake(self) -> None:
+        """Tell every waiter to look again (progress is not journalled, but is worth a look)."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # ---- effects
+
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run work that belongs to this attempt."""
+        task = asyncio.create_task(work, name=f"{self.record.migration_id[:8]} {self.record.role} {name}")
+        self._tasks[task] = name
+        task.add_done_callback(self._effect_ended)
+
+    def _effect_ended(self, task: asyncio.Task[None]) -> None:
+        name = self._tasks.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("effect failed", migration=self.record.migration_id, effect=name, exc_info=error)
+        self.wake()
+
+    def running(self, *names: str) -> list[asyncio.Task[None]]:
+        return [task for task, name in self._tasks.items() if name in names]
+
+    async def ended(self, *names: str) -> None:
+        """Wait until none of these effects is under way; an effect never waits for itself."""
+        current = asyncio.current_task()
+        tasks = [task for task in self.running(*names) if task is not current]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def close(self) -> None:
+        """The agent stops: let go of the tasks. What they did is found again from the journal and the facts."""
+        self._disarm()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ---- waiting
+
+    async def until(self, states: Collection[str], wait: float) -> AttemptRecord:
+        """The record once it is in one of the states, or as it is after `wait` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait):
+                while self.record.state not in states:
+                    await self._changed.wait()
+        return self.record
+
+    async def changes(self) -> AsyncIterator[AttemptRecord]:
+        """The record now, and whenever it has changed since it was last looked at, until it has ended."""
+        while True:
+            changed = self._changed
+            record = self.record
+            yield record
+            if record.final:
+                return
+            if self._changed is changed:
+                await changed.wait()
+
+    # ---- silence
+
+    def on_silence(self, seconds: float, act: Callable[[], None]) -> None:
+        """Call `act` once nobody has called for this attempt for so long."""
+        self._silence = (seconds, act)
+        self._rearm()
+
+    def _rearm(self) -> None:
+        self._disarm()
+        if self._silence is not None and self._calls == 0 and not self.record.final:
+            seconds, act = self._silence
+            self._timer = asyncio.get_running_loop().call_later(seconds, act)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @contextlib.asynccontextmanager
+    async def called(self) -> AsyncIterator[None]:
+        """A call for this attempt is under way: its driver is not silent."""
+        self._calls += 1
+        self._disarm()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            self._rearm()
+
+
+def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> DroverError:
+    """The error for a call that has no place in the record's state."""
+    state = refused.state or "unknown here"
+    return DroverError(
+        Reason.WRONG_PHASE,
+        f"{refused.event} has no place now: attempt {record.attempt} of migration {record.migration_id} is {state} on this "
+        f"{record.role}; it takes {', '.join(allowed) if allowed else 'no call that changes it'}",
+        metadata={"state": state, "event": refused.event, "allowed": ",".join(allowed), "role": record.role.value},
+    )
+
+
+async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Do what must be done until it is done; the record says what is waited for. Backs off from 0.1 to 5 seconds."""
+    pause = 0.1
+    while True:
+        try:
+            await work()
+        except Exception as error:
+            log.warning("will be tried again", migration=attempt.record.migration_id, what=what, error=str(error))
+            with contextlib.suppress(DroverError):  # a journal that cannot be written must not end the retries
+                await attempt.note(waiting_for=f"{what}: {error}"[:500])
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 5.0)
+        else:
+            if attempt.record.waiting_for:
+                await attempt.note(waiting_for="")
+            return

@@ -1,0 +1,112 @@
+"""The attempts of this host by migration: finds, makes and fences them."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from agent.errors import DroverError, Reason, invalid_field
+from agent.handshake.attempt import Attempt, EffectRunner
+from agent.handshake.records import AttemptRecord, Role
+from agent.journal import Journal
+from drover.agent.v1 import handshake_pb2 as pb
+
+_KEEP_ENDED: Final = 256
+"""Ended attempts in memory; older ones are read from the journal again."""
+
+
+class Attempts:
+    """Every attempt that has not ended, and some that have."""
+
+    def __init__(self, journal: Journal, on_final: Callable[[Attempt], None]) -> None:
+        self.journal = journal
+        self.effects: Mapping[Role, EffectRunner] = {}
+        self._on_final = on_final
+        self._by_id: dict[str, Attempt] = {}
+        self._lock = asyncio.Lock()
+
+    def adopt(self, record: AttemptRecord) -> Attempt:
+        """Make the attempt of a record."""
+        attempt = Attempt(record, self.journal, self.effects[record.role], self._on_final)
+        self._by_id.pop(record.migration_id, None)
+        self._by_id[record.migration_id] = attempt
+        self._trim()
+        return attempt
+
+    def _trim(self) -> None:
+        ended = [key for key, attempt in self._by_id.items() if attempt.record.final]
+        for key in ended[: max(0, len(ended) - _KEEP_ENDED)]:
+            del self._by_id[key]
+
+    def forget(self, attempt: Attempt) -> None:
+        """Its first event was refused: it never was."""
+        if self._by_id.get(attempt.record.migration_id) is attempt:
+            del self._by_id[attempt.record.migration_id]
+
+    def active(self, role: Role) -> list[Attempt]:
+        return [a for a in self._by_id.values() if a.record.role is role and not a.record.final]
+
+    def all(self) -> list[Attempt]:
+        return list(self._by_id.values())
+
+    async def find(self, ref: pb.AttemptRef) -> Attempt:
+        """The attempt that was named; attempt 0 means the newest.
+
+        Raises:
+            DroverError: RECORD_NOT_FOUND, STALE_ATTEMPT.
+        """
+        current = await self._current(ref.migration_id)
+        if current is None or ref.attempt > current.record.attempt:
+            raise DroverError(
+                Reason.RECORD_NOT_FOUND, f"this host knows no attempt {ref.attempt} of migration {ref.migration_id}"
+            )
+        if ref.attempt and ref.attempt < current.record.attempt:
+            raise _stale(ref, current.record)
+        return current
+
+    async def of(self, ref: pb.AttemptRef, role: Role) -> Attempt:
+        """The attempt that was named, made when it is not known here (in memory only, with no state).
+
+        Raises:
+            DroverError: STALE_ATTEMPT, WRONG_PHASE (an older attempt has not ended), SAME_HOST, INVALID_FIELD.
+        """
+        if ref.attempt < 1:
+            raise invalid_field("ref.attempt", "must be 1 or more")
+        async with self._lock:
+            current = await self._current(ref.migration_id)
+            if current is None:
+                return self.adopt(_new(ref, role))
+            if current.record.role is not role:
+                raise DroverError(
+                    Reason.SAME_HOST,
+                    f"this host is the {current.record.role} of migration {ref.migration_id}, it cannot be its {role} too",
+                )
+            if ref.attempt < current.record.attempt:
+                raise _stale(ref, current.record)
+            if ref.attempt == current.record.attempt:
+                return current
+            if not current.record.final:
+                raise DroverError(
+                    Reason.WRONG_PHASE,
+                    f"attempt {current.record.attempt} of migration {ref.migration_id} has not ended here: "
+                    f"it is {current.record.state}",
+                    metadata={"state": current.record.state},
+                )
+            return self.adopt(_new(ref, role))
+
+    async def _current(self, migration_id: str) -> Attempt | None:
+        if migration_id in self._by_id:
+            return self._by_id[migration_id]
+        record = await self.journal.get_attempt(migration_id)
+        return self._by_id.get(migration_id) or (self.adopt(record) if record is not None else None)
+
+
+def _new(ref: pb.AttemptRef, role: Role) -> AttemptRecord:
+    return AttemptRecord(migration_id=ref.migration_id, attempt=ref.attempt, role=role, state="")
+
+
+def _stale(ref: pb.AttemptRef, known: AttemptRecord) -> DroverError:
+    return DroverError(
+        Reason.STALE_ATTEMPT,
+        f"attempt {ref.attempt} of migration {ref.migration_id} is over: this host knows attempt {known.attempt}",
+        metadata={"attempt": str(known.attempt)},
+    )

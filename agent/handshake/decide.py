@@ -1,0 +1,72 @@
+"""The driver's whole mind: from what both records say and whether it was cancelled, the calls to make next.
+
+It keeps no state of its own. So two drivers at once are harmless, a driver that was restarted goes on from the records, and
+a source that takes over from a dead driver runs this same function.
+"""
+
+from enum import StrEnum
+
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.source import SourceState as Src
+
+
+class Call(StrEnum):
+    """A call to one of the two hosts; repeating one that is under way joins it."""
+
+    RESERVE = "reserve"
+    BEGIN = "begin"
+    PREPARE = "prepare"
+    PERFORM = "perform"
+    FINISH = "finish"
+    CONFIRM_RUNNING = "confirm_running"
+    CONFIRM_GONE = "confirm_gone"
+    ABORT = "abort"
+    ABANDON = "abandon"
+    ABANDON_SOURCE_KEPT = "abandon_source_kept"
+
+
+_END_STATES = {(Src.REMOVED, Dst.RUNNING), (Src.KEPT, Dst.GONE)}
+
+
+def ended(src: Src | None, dst: Dst | None) -> bool:
+    """Both records are final and agree."""
+    return (src, dst) in _END_STATES
+
+
+def decide(src: Src | None, dst: Dst | None, *, cancel: bool) -> frozenset[Call]:
+    """The calls to have under way now. Empty when it has `ended`.
+
+    `None` means that the host has no record of this attempt. Raises `AssertionError` for a pair that the rule excludes
+    (the source kept the guest, and it runs at the destination): that must stop everything.
+    """
+    assert (src, dst) != (Src.KEPT, Dst.RUNNING), "the guest was kept at the source and runs at the destination"
+    if ended(src, dst):
+        return frozenset()
+    if dst is Dst.RUNNING:
+        return frozenset({Call.CONFIRM_RUNNING})
+    if dst is Dst.GONE:
+        return frozenset({Call.CONFIRM_GONE})
+    if src is Src.KEPT:
+        return frozenset({Call.ABANDON_SOURCE_KEPT})
+    if dst is Dst.ABANDONING:
+        return frozenset({Call.ABANDON})
+    return _stop(src, dst) if cancel else _go(src, dst)
+
+
+def _stop(src: Src | None, dst: Dst | None) -> frozenset[Call]:
+    """Cancel goes to the source first; only once that is paused is a copy that was not armed given up instead."""
+    if src is not Src.PERFORMED:
+        return frozenset({Call.ABORT})
+    return frozenset({Call.FINISH if dst is Dst.ARMED else Call.ABANDON})
+
+
+def _go(src: Src | None, dst: Dst | None) -> frozenset[Call]:
+    if dst is None:
+        # The slot comes before the guest is touched. A source that is further on has lost its destination for good.
+        return frozenset({Call.RESERVE if src in (None, Src.BEGINNING, Src.BEGUN) else Call.ABANDON})
+    if src in (None, Src.BEGINNING):
+        return frozenset({Call.BEGIN})
+    if src is Src.BEGUN:
+        return frozenset({Call.PERFORM if dst is Dst.PREPARED else Call.PREPARE})
+    # Armed early: while the memory still flows.
+    return frozenset({Call.FINISH} | ({Call.PERFORM} if src is Src.PERFORMING else set()))

@@ -1,0 +1,355 @@
+"""The destination of a migration: ReserveSlot, Prepare, Finish, Abandon, and what they do to the hypervisor."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Final
+
+import structlog
+
+from agent.admission.slots import Slots
+from agent.errors import DroverError, Reason
+from agent.features import check_options, check_protocol, from_hypervisor
+from agent.handshake.attempt import Attempt, retry
+from agent.handshake.attempts import Attempts
+from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
+from agent.handshake.records import Failure, Role, options_from_proto, record_to_proto
+from agent.hypervisor.base import (
+    Domain,
+    DomainBusy,
+    DomainNotFound,
+    DomainState,
+    HypervisorError,
+    HypervisorUnavailable,
+    Incoming,
+    Requirements,
+    TransferFailed,
+)
+from agent.networks import listen_on
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
+
+log = structlog.get_logger()
+
+_S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
+
+_AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONING}
+_DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
+
+
+def destination_fact(domain: Domain | None) -> DestinationEvent | None:
+    """What the hypervisor's word on the copy means for its destination; None while it waits for its stream."""
+    if domain is None or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+        return _E.SAW_ABSENT
+    return None if domain.incoming else _E.SAW_RUNNING
+
+
+class DestinationSide:
+    """Serves the destination's calls."""
+
+    def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots) -> None:
+        self._host = host
+        self._attempts = attempts
+        self._slots = slots
+        self._sessions: dict[Attempt, Incoming] = {}
+
+    # ---- calls
+
+    async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        async with attempt.called():
+            changes = phase_changes(attempt, "reserve", request)
+            if attempt.record.state:
+                await attempt.apply(_E.RESERVE, expires=self._expiry())
+                return pb.ReserveSlotResponse(record=record_to_proto(attempt.record))
+            try:
+                self._check_room(attempt)
+                with timed("reserve") as watch:
+                    await self._check(request)
+                epoch = await self._attempts.journal.next_epoch()
+                await attempt.apply(
+                    _E.RESERVE,
+                    **changes,
+                    epoch=epoch,
+                    expires=self._expiry(),
+                    domain_name=request.destination_name or request.requirements.name,
+                    domain_uuid=request.requirements.uuid,
+                    destination_name=request.destination_name or request.requirements.name,
+                    peer_host=request.source_host,
+                    peer_agent=request.source_agent,
+                    options=options_from_proto(request.options),
+                    timings=(watch.timing,),
+                )
+            except BaseException:
+                if not attempt.record.state:
+                    self._attempts.forget(attempt)
+                raise
+            self.recover(attempt)
+            return pb.ReserveSlotResponse(record=record_to_proto(attempt.record))
+
+    def _expiry(self) -> float:
+        return time.time() + self._host.lease_seconds
+
+    def _check_room(self, newcomer: Attempt) -> None:
+        others = [a.record for a in self._attempts.active(Role.DESTINATION) if a is not newcomer]
+        self._slots.check(others, time.time())
+
+    async def _check(self, request: pb.ReserveSlotRequest) -> None:
+        """Everything that can be refused is refused before the guest is touched."""
+        here = f"the destination {self._host.name}"
+        self._host.check_not_draining()
+        if request.protocol_version:
+            check_protocol(request.protocol_version, request.protocol_version, "the caller")
+        check_options(request.options, self._host.features, here)
+        wanted = requirements_from_proto(request.requirements)
+        name = request.destination_name or wanted.name
+        try:
+            for reference in (wanted.uuid, name):
+                await self._check_absent(reference, wanted.uuid)
+            problems = await self._host.hypervisor.incompatibilities(wanted)
+        except HypervisorError as error:
+            raise from_hypervisor(error) from None
+        if problems:
+            raise DroverError(
+                Reason.INCOMPATIBLE_GUEST,
+                f"{here} cannot run guest {wanted.name}: {'; '.join(problems)}. Nothing was done to the guest; choose another host",
+                metadata={"host": self._host.name, "problems": "; ".join(problems)[:900]},
+            )
+
+    async def _check_absent(self, reference: str, uuid: str) -> None:
+        """No copy may run here, and no other guest may have the name. A stored definition of the same guest may stay."""
+        try:
+            domain = await self._host.hypervisor.get_domain(reference)
+        except DomainNotFound:
+            return
+        if domain.uuid == uuid and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+            return
+        raise DroverError(
+            Reason.DOMAIN_EXISTS,
+            f"{self._host.name} already has a guest {domain.name} ({domain.uuid}), {domain.state}. Nothing was done to the guest; "
+            "choose another host, or another name with destination_name where it is another guest",
+            metadata={"host": self._host.name, "domain": domain.name, "state": domain.state},
+        )
+
+    async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        async with attempt.called():
+            changes = phase_changes(attempt, "prepare", request)
+            if attempt.record.state == _S.RESERVED:
+                self._check_lease(attempt, request.slot_epoch)
+                listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
+                changes |= {
+                    "domain_xml": request.domain_xml,
+                    "uri": listen.uri,
+                    "cookies": {"begin": request.cookie_in, "listen": listen.address.encode()},
+                    "expires": self._expiry(),
+                }
+            else:
+                changes = {}
+            await self._known(attempt, _E.PREPARE, changes)
+            record = await attempt.until(_AFTER_PREPARE, MAX_WAIT)
+            if record.state == _S.GONE and record.failure is not None:
+                raise record.failure.error()
+            return pb.PrepareResponse(
+                record=record_to_proto(record), cookie_out=record.cookies.get("prepare", b""), uri_out=record.uri
+            )
+
+    @staticmethod
+    def _check_lease(attempt: Attempt, epoch: int) -> None:
+        if epoch != attempt.record.epoch:
+            raise DroverError(
+                Reason.STALE_LEASE,
+                f"slot epoch {epoch} is not the one of this lease ({attempt.record.epoch}); reserve the slot again",
+                metadata={"epoch": str(attempt.record.epoch)},
+            )
+
+    async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        async with attempt.called():
+            changes = phase_changes(attempt, "finish", request)
+            if attempt.record.state == _S.PREPARED:
+                changes |= {"cookies": {**attempt.record.cookies, "perform": request.cookie_in}}
+            else:
+                changes = {}
+            await self._known(attempt, _E.FINISH, changes)
+            record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
+            return pb.FinishResponse(record=record_to_proto(record), cookie_out=record.cookies.get("finish", b""))
+
+    async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
+        async with attempt.called():
+            changes = {} if attempt.record.failure or attempt.record.final else {
+                "failure": Failure(Reason.CANCELLED, "the migration was given up before its commit")
+            }
+            await self._known(attempt, event, changes)
+            record = await attempt.until(_DECIDED, MAX_WAIT)
+            return pb.AbandonResponse(record=record_to_proto(record))
+
+    async def _known(self, attempt: Attempt, event: DestinationEvent, changes: Mapping[str, object]) -> None:
+        """Apply a call; an attempt that was made for a call that was refused is forgotten again."""
+        try:
+            await attempt.apply(event, **changes)
+        finally:
+            if not attempt.record.state:
+                self._attempts.forget(attempt)
+
+    # ---- the lease
+
+    def recover(self, attempt: Attempt) -> None:
+        """The lease runs from now on, and is renewed by every call. It has no say over a copy that is armed."""
+        attempt.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
+
+    def _expired(self, attempt: Attempt) -> None:
+        failure = Failure(
+            Reason.LEASE_EXPIRED, f"nobody asked for the next phase within {self._host.lease_seconds:g} s; the slot is free again"
+        )
+        changes = {} if attempt.record.state == _S.ARMED else {"failure": failure}
+        attempt.start("lease", attempt.report(_E.LEASE_EXPIRED, **changes))
+
+    def on_final(self, attempt: Attempt) -> None:
+        self._slots.ended(attempt.record)
+        attempt.start("close", self._close(attempt))
+
+    # ---- effects
+
+    async def run(self, attempt: Attempt, effect: str) -> None:
+        await {
+            _F.PREPARE: self._prepare,
+            _F.FINISH: self._finish,
+            _F.ABANDON: self._abandon,
+            _F.LOOK: self._look,
+        }[DestinationEffect(effect)](attempt)
+
+    def _session(self, attempt: Attempt) -> Incoming:
+        if attempt not in self._sessions:
+            self._sessions[attempt] = self._host.hypervisor.incoming(attempt.record.domain_uuid)
+        return self._sessions[attempt]
+
+    async def _prepare(self, attempt: Attempt) -> None:
+        record = attempt.record
+        try:
+            with timed("prepare") as watch:
+                prepared = await self._session(attempt).prepare(
+                    record.domain_xml,
+                    record.cookies["begin"],
+                    record.user_options,
+                    record.destination_name,
+                    record.cookies["listen"].decode(),
+                    record.uri,
+                )
+        except HypervisorError as error:
+            await attempt.report(_E.PREPARE_FAILED, failure=Failure.of(from_hypervisor(error)))
+            return
+        await attempt.report(
+            _E.PREPARE_DONE,
+            uri=prepared.uri,
+            cookies={**attempt.record.cookies, "prepare": prepared.cookie},
+            timings=(*attempt.record.timings, watch.timing),
+        )
+
+    async def _finish(self, attempt: Attempt) -> None:
+        record = attempt.record
+        session = self._session(attempt)
+        attempt.start("arrival", self._arrival(attempt))
+        try:
+            with timed("finish") as watch:
+                finished = await session.finish(
+                    record.domain_xml, record.cookies.get("perform", b""), record.user_options, record.destination_name
+                )
+        except TransferFailed as error:
+            changes = {} if attempt.record.failure else {"failure": Failure.of(from_hypervisor(error))}
+            await attempt.report(_E.FINISH_FAILED, **changes)
+        except HypervisorError as error:
+            await attempt.report(_E.FINISH_UNKNOWN, waiting_for=f"Finish gave no answer: {error}"[:500])
+        else:
+            await attempt.report(
+                _E.FINISH_DONE,
+                cookies={**attempt.record.cookies, "finish": finished.cookie},
+                timings=(*attempt.record.timings, watch.timing),
+                failure=None,
+            )
+
+    async def _arrival(self, attempt: Attempt) -> None:
+        """In post-copy Finish returns long after the guest has started here: the start is the commit, so look for it."""
+        async with contextlib.aclosing(self._domain_events(attempt)) as events:
+            async for _ in events:
+                if attempt.record.state != _S.ARMED:
+                    return
+                domain = await self._domain(attempt)
+                if domain is not None and domain.postcopy and destination_fact(domain) is _E.SAW_RUNNING:
+                    await attempt.report(_E.SAW_RUNNING)
+                    return
+
+    async def _domain_events(self, attempt: Attempt) -> AsyncGenerator[None, None]:
+        """Each event of this guest, until Finish has ended."""
+        events = self._host.hypervisor.events()
+        finish = attempt.running(_F.FINISH)
+        next_event = asyncio.ensure_future(anext(events))
+        try:
+            while finish and not finish[0].done():
+                await asyncio.wait({next_event, *finish}, return_when=asyncio.FIRST_COMPLETED)
+                if next_event.done():
+                    if next_event.result().uuid == attempt.record.domain_uuid:
+                        yield None
+                    next_event = asyncio.ensure_future(anext(events))
+        finally:
+            next_event.cancel()
+            await asyncio.wait({next_event})
+            await events.aclose()
+
+    async def _look(self, attempt: Attempt) -> None:
+        """Ask until the copy runs or is absent. One that waits for its stream is waited for: libvirtd may still start it."""
+        fact: DestinationEvent | None = None
+        while fact is None and attempt.record.state == _S.ARMED:
+            fact = destination_fact(await self._domain(attempt))
+            if fact is None:
+                await asyncio.sleep(0.1)  # no event tells that an incoming copy has gone away with its daemon
+        if fact is not None:
+            await attempt.report(fact, waiting_for="")
+
+    async def _domain(self, attempt: Attempt) -> Domain | None:
+        while True:
+            try:
+                return await self._host.hypervisor.get_domain(attempt.record.domain_uuid)
+            except DomainNotFound:
+                return None
+            except HypervisorUnavailable as error:
+                await attempt.note(waiting_for=f"the hypervisor of {self._host.name} does not answer: {error}"[:500])
+                await asyncio.sleep(0.5)
+
+    async def _abandon(self, attempt: Attempt) -> None:
+        await attempt.ended(_F.PREPARE)
+        ran = False
+
+        async def abandon() -> None:
+            nonlocal ran
+            try:
+                await self._session(attempt).abandon()
+            except DomainBusy:
+                ran = True
+
+        await retry(attempt, "giving up the copy at the destination", abandon)
+        if ran:
+            log.critical("a copy that was to be given up runs", migration=attempt.record.migration_id)
+        await attempt.report(_E.ABANDON_REFUSED if ran else _E.ABANDON_DONE)
+
+    async def _close(self, attempt: Attempt) -> None:
+        await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
+        if session := self._sessions.pop(attempt, None):
+            await session.close()
+
+
+def requirements_from_proto(message: host_pb2.GuestRequirements) -> Requirements:
+    return Requirements(
+        name=message.name,
+        uuid=message.uuid,
+        memory_bytes=message.memory_bytes,
+        vcpus=message.vcpus,
+        arch=message.arch,
+        machine=message.machine,
+        virt_type=message.virt_type,
+        cpu=message.cpu,
+    )

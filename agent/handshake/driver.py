@@ -1,0 +1,362 @@
+"""Drives one attempt to its end: asks `decide` what to call, calls, and looks at what the records say then.
+
+One piece of code with three callers: the coordinator, a source agent peer to peer, and a source agent that takes over from a
+driver that went silent. It keeps nothing that is needed for safety: stop it anywhere, and another one goes on.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from agent.errors import DroverError, Reason
+from agent.handshake.decide import Call, decide, ended
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.peer import HandshakePeer
+from agent.handshake.phases import MAX_WAIT
+from agent.handshake.records import Failure, duration, state_from_proto
+from agent.handshake.source import SourceState as Src
+from agent.networks import check_destination_uri
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2, options_pb2
+
+log = structlog.get_logger()
+
+PATIENCE: Final = 10.0
+"""Seconds for which a host may be out of reach before the guest has left; then the migration is given up."""
+
+_TRANSIENT: Final = frozenset(
+    {
+        Reason.HOST_UNREACHABLE,
+        Reason.DEADLINE_EXCEEDED,
+        Reason.HYPERVISOR_UNAVAILABLE,
+        Reason.JOURNAL_UNAVAILABLE,
+    }
+)
+"""Errors after which the same call is made again."""
+
+_STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
+"""Errors that say that the record is not what the driver believed: look again."""
+
+_SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
+
+_LEFT: Final = frozenset({Src.PERFORMED, Src.REMOVING, Src.REMOVED, Src.RESUMING})
+"""The guest may not run at the source any more, or not yet again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the first phases need; a driver that takes over after Perform does without."""
+
+    domain_name: str
+    domain_uuid: str
+    destination_name: str
+    source_host: str
+    source_agent: str
+    destination_host: str
+    destination_agent: str
+    network: str
+    uri: str
+    bandwidth: int
+    options: options_pb2.Options
+    requirements: host_pb2.GuestRequirements | None
+    destination_networks: tuple[host_pb2.Network, ...]
+    destination_features: options_pb2.MigrationFeatures
+
+
+class Driver:
+    """One attempt. `on_change` is called after every change of what is known."""
+
+    def __init__(
+        self,
+        ref: pb.AttemptRef,
+        source: HandshakePeer,
+        destination: HandshakePeer,
+        plan: Plan | None,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.ref = ref
+        self.source_record: pb.Record | None = None
+        self.destination_record: pb.Record | None = None
+        self.failure: Failure | None = None
+        self.cancelling = False
+        self.waiting_for = ""
+        self.silent_since: dict[str, float] = {}
+        """Sides that do not answer, and since when by `time.monotonic`."""
+        self.uri = ""
+        self._source = source
+        self._destination = destination
+        self._plan = plan
+        self._on_change = on_change
+        self._token = secrets.token_hex(8)
+        self._calls = 0
+        self._begun = pb.BeginResponse()
+        self._prepared = pb.PrepareResponse()
+        self._finish_cookie = b""
+        self._perform_cookie = b""
+        self._epoch = 0
+        self._wake = asyncio.Event()
+
+    # ---- what is known
+
+    @property
+    def source_state(self) -> Src | None:
+        return Src(state_from_proto(self.source_record)) if self.source_record is not None else None
+
+    @property
+    def destination_state(self) -> Dst | None:
+        return Dst(state_from_proto(self.destination_record)) if self.destination_record is not None else None
+
+    @property
+    def ended(self) -> bool:
+        return ended(self.source_state, self.destination_state)
+
+    @property
+    def outcome_unknown(self) -> bool:
+        """The guest is paused at the source and the destination, which alone knows, does not answer (or the other way round)."""
+        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since:
+            return False
+        return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
+
+    def cancel(self, failure: Failure) -> None:
+        """Stop if it is not too late; the records say what came of it. The first reason is kept."""
+        self.failure = self.failure or failure
+        self.cancelling = True
+        self._changed()
+
+    def _changed(self) -> None:
+        self._wake.set()
+        self._on_change()
+
+    def _saw_source(self, record: pb.Record) -> None:
+        if self.source_record is None or record.revision >= self.source_record.revision:
+            self.source_record = record
+        self.silent_since.pop("source", None)
+        self._changed()
+
+    def _saw_destination(self, record: pb.Record) -> None:
+        if self.destination_record is None or record.revision >= self.destination_record.revision:
+            self.destination_record = record
+        self.silent_since.pop("destination", None)
+        self._changed()
+
+    # ---- the loop
+
+    async def reserve(self) -> None:
+        """Take the slot, once, with no retry: a refusal is the caller's answer and has changed nothing."""
+        await self._reserve()
+
+    async def resume(self) -> None:
+        """Learn both records first: another driver, or an earlier life of this one, has begun."""
+        for side in ("source", "destination"):
+            await self._look(side)
+
+    async def run(self) -> None:
+        """Until both records have ended and agree. Ends earlier only by cancellation, which leaves everything as it is."""
+        tasks: dict[Call | str, asyncio.Task[None]] = {}
+        try:
+            while not self.ended:
+                self._wake.clear()
+                for call in decide(self.source_state, self.destination_state, cancel=self.cancelling):
+                    if call not in tasks:
+                        tasks[call] = asyncio.create_task(self._make(call), name=f"{self.ref.migration_id[:8]} {call}")
+                if self.source_state is Src.PERFORMING and "follow" not in tasks:
+                    tasks["follow"] = asyncio.create_task(self._follow(), name=f"{self.ref.migration_id[:8]} follow")
+                tasks["wake"] = asyncio.create_task(self._wait_for_wake())
+                done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+                for name in [name for name, task in tasks.items() if task in done]:
+                    await tasks.pop(name)
+                if wake := tasks.pop("wake", None):
+                    wake.cancel()
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _wait_for_wake(self) -> None:
+        await self._wake.wait()
+
+    async def _make(self, call: Call) -> None:
+        """Make one call; an error is turned into knowledge."""
+        side = "source" if call in _SOURCE_CALLS else "destination"
+        try:
+            await self._methods[call]()
+        except DroverError as error:
+            log.info("call failed", migration=self.ref.migration_id, call=call.value, reason=error.reason.value, error=error.message)
+            await self._failed(call, side, error)
+        else:
+            self.waiting_for = ""
+
+    async def _failed(self, call: Call, side: str, error: DroverError) -> None:
+        if error.reason in _TRANSIENT:
+            since = self.silent_since.setdefault(side, time.monotonic())
+            self.waiting_for = f"{error.message} (trying again)"
+            if time.monotonic() - since > PATIENCE and self.source_state in (None, Src.BEGINNING, Src.BEGUN, Src.PERFORMING):
+                self.cancel(Failure.of(error))
+            self._on_change()
+        elif error.reason not in _STALE and call in (Call.RESERVE, Call.BEGIN, Call.PREPARE, Call.PERFORM):
+            self.cancel(Failure.of(error))
+        else:
+            self.waiting_for = error.message
+        await asyncio.sleep(0.2)  # before the same call is made again; a look at the record is one too
+        with contextlib.suppress(DroverError):
+            await self._look(side)
+
+    async def _look(self, side: str) -> None:
+        """Ask a side for its record. It may have none."""
+        peer, saw = {
+            "source": (self._source, self._saw_source),
+            "destination": (self._destination, self._saw_destination),
+        }[side]
+        try:
+            saw((await peer.get_record(pb.GetRecordRequest(ref=self.ref))).record)
+        except DroverError as error:
+            if error.reason is not Reason.RECORD_NOT_FOUND:
+                raise
+            self.silent_since.pop(side, None)
+
+    async def _follow(self) -> None:
+        """The source's progress, while its memory flows."""
+        try:
+            async for response in self._source.watch_record(pb.WatchRecordRequest(ref=self.ref)):
+                self._saw_source(response.record)
+                if self.source_state is not Src.PERFORMING:
+                    return
+        except DroverError as error:
+            log.debug("progress is not to be had", migration=self.ref.migration_id, error=error.message)
+            await asyncio.sleep(1.0)
+
+    # ---- the calls
+
+    @property
+    def _methods(self) -> Mapping[Call, Callable[[], Awaitable[None]]]:
+        return {
+            Call.RESERVE: self._reserve,
+            Call.BEGIN: self._begin,
+            Call.PREPARE: self._prepare,
+            Call.PERFORM: self._perform,
+            Call.FINISH: self._finish,
+            Call.CONFIRM_RUNNING: lambda: self._confirm(pb.DECISION_RUNNING),
+            Call.CONFIRM_GONE: lambda: self._confirm(pb.DECISION_GONE),
+            Call.ABORT: self._abort,
+            Call.ABANDON: lambda: self._abandon(source_kept=False),
+            Call.ABANDON_SOURCE_KEPT: lambda: self._abandon(source_kept=True),
+        }
+
+    def _request_id(self) -> str:
+        self._calls += 1
+        return f"{self._token}-{self._calls}"
+
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            raise DroverError(Reason.DRIVER_SILENT, "the driver went away before the memory flowed; the migration is given up")
+        return self._plan
+
+    async def _reserve(self) -> None:
+        plan = self._planned()
+        if plan.requirements is None:
+            raise DroverError(Reason.LEASE_EXPIRED, "the slot at the destination was lost while the driver was away")
+        response = await self._destination.reserve_slot(
+            pb.ReserveSlotRequest(
+                ref=self.ref,
+                request_id=self._request_id(),
+                requirements=plan.requirements,
+                destination_name=plan.destination_name,
+                source_host=plan.source_host,
+                source_agent=plan.source_agent,
+                options=plan.options,
+            )
+        )
+        self._epoch = response.record.slot.epoch
+        self._saw_destination(response.record)
+
+    async def _begin(self) -> None:
+        plan = self._planned()
+        self._begun = await self._source.begin(
+            pb.BeginRequest(
+                ref=self.ref,
+                request_id=self._request_id(),
+                domain=plan.domain_uuid,
+                destination_name=plan.destination_name,
+                destination_host=plan.destination_host,
+                destination_agent=plan.destination_agent,
+                options=plan.options,
+                slot_epoch=self._epoch,
+            )
+        )
+        self._saw_source(self._begun.record)
+
+    async def _prepare(self) -> None:
+        plan = self._planned()
+        if not self._begun.domain_xml:
+            await self._begin()
+        if not self._epoch and self.destination_record is not None:
+            self._epoch = self.destination_record.slot.epoch
+        prepared = await self._destination.prepare(
+            pb.PrepareRequest(
+                ref=self.ref,
+                request_id=self._request_id(),
+                slot_epoch=self._epoch,
+                domain_xml=self._begun.domain_xml,
+                cookie_in=self._begun.cookie_out,
+                network=plan.network,
+                uri_in=plan.uri,
+            )
+        )
+        check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)
+        self._prepared = prepared
+        self.uri = prepared.uri_out
+        self._saw_destination(prepared.record)
+
+    async def _perform(self) -> None:
+        """Start it, or join it: the first call answers as soon as the memory flows, so that Finish can be armed."""
+        if self.source_state is Src.BEGUN:
+            if not self._prepared.uri_out:
+                await self._prepare()
+            request = pb.PerformRequest(
+                uri=self._prepared.uri_out,
+                cookie_in=self._prepared.cookie_out,
+                bandwidth_bytes_per_second=self._planned().bandwidth,
+            )
+        else:
+            request = pb.PerformRequest(uri="joined", wait=duration(MAX_WAIT))
+        request.ref.CopyFrom(self.ref)
+        request.request_id = self._request_id()
+        response = await self._source.perform(request)
+        self._perform_cookie = response.cookie_out
+        self._saw_source(response.record)
+
+    async def _finish(self) -> None:
+        response = await self._destination.finish(
+            pb.FinishRequest(
+                ref=self.ref, request_id=self._request_id(), cookie_in=self._perform_cookie, wait=duration(MAX_WAIT)
+            )
+        )
+        self._finish_cookie = response.cookie_out
+        self._saw_destination(response.record)
+
+    async def _confirm(self, decision: pb.Decision.ValueType) -> None:
+        response = await self._source.confirm(
+            pb.ConfirmRequest(
+                ref=self.ref,
+                request_id=self._request_id(),
+                decision=decision,
+                cookie_in=self._finish_cookie,
+                wait=duration(MAX_WAIT),
+            )
+        )
+        self._saw_source(response.record)
+
+    async def _abort(self) -> None:
+        self._saw_source((await self._source.abort(pb.AbortRequest(ref=self.ref, request_id=self._request_id()))).record)
+
+    async def _abandon(self, *, source_kept: bool) -> None:
+        response = await self._destination.abandon(
+            pb.AbandonRequest(ref=self.ref, request_id=self._request_id(), source_kept=source_kept)
+        )
+        self._saw_destination(response.record)

@@ -1,0 +1,104 @@
+"""The handshake of one host: both sides, the journal behind them, and the questions that anyone may ask.
+
+It is a `HandshakePeer`: the gRPC service and a driver in the same process call the very same methods.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+from agent.admission.slots import Slots
+from agent.handshake.attempt import Attempt
+from agent.handshake.attempts import Attempts
+from agent.handshake.destination import DestinationEvent
+from agent.handshake.destination_side import DestinationSide
+from agent.handshake.phases import LocalHost
+from agent.handshake.records import Role, record_to_proto
+from agent.handshake.source import SourceEvent
+from agent.handshake.source_side import SourceSide
+from agent.journal import Journal
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+
+class Engine:
+    """Every attempt in which this host takes part."""
+
+    def __init__(self, host: LocalHost, journal: Journal, slots: Slots, take_over: Callable[[Attempt], None]) -> None:
+        self.host = host
+        self.slots = slots
+        self._journal = journal
+        self._attempts = Attempts(journal, self._ended)
+        self._source = SourceSide(host, self._attempts, take_over)
+        self._destination = DestinationSide(host, self._attempts, slots)
+        self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
+        self._changed = asyncio.Event()
+        self.reserve_slot = self._destination.reserve_slot
+        self.prepare = self._destination.prepare
+        self.finish = self._destination.finish
+        self.abandon = self._destination.abandon
+        self.begin = self._source.begin
+        self.perform = self._source.perform
+        self.abort = self._source.abort
+        self.confirm = self._source.confirm
+        self.start_post_copy = self._source.start_post_copy
+        self.set_bandwidth = self._source.set_bandwidth
+
+    async def recover(self) -> None:
+        """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
+        for record in await self._journal.attempts(active_only=True):
+            attempt = self._attempts.adopt(record)
+            log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
+            if record.role is Role.SOURCE:
+                self._source.recover(attempt)
+                await attempt.apply(SourceEvent.RESTARTED)
+            else:
+                self._destination.recover(attempt)
+                await attempt.apply(DestinationEvent.RESTARTED)
+
+    async def close(self) -> None:
+        """Let go; the hypervisor, the journal and the other side's questions remain."""
+        await asyncio.gather(*(attempt.close() for attempt in self._attempts.all()))
+
+    def _ended(self, attempt: Attempt) -> None:
+        if attempt.record.role is Role.DESTINATION:
+            self._destination.on_final(attempt)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def active(self) -> list[Attempt]:
+        """Every attempt that has not ended here."""
+        return [*self._attempts.active(Role.SOURCE), *self._attempts.active(Role.DESTINATION)]
+
+    @property
+    def incoming_in_use(self) -> int:
+        return len(self._attempts.active(Role.DESTINATION))
+
+    async def idle(self, timeout: float) -> bool:
+        """Wait until nothing is active any more; False when something still is after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.active():
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- questions
+
+    async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+        attempt = await self._attempts.find(request.ref)
+        return pb.GetRecordResponse(record=record_to_proto(attempt.record, attempt.progress))
+
+    async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
+        """Conflates: a slow reader misses readings in between, never the last word."""
+        attempt = await self._attempts.find(request.ref)
+        async for record in attempt.changes():
+            yield pb.WatchRecordResponse(record=record_to_proto(record, attempt.progress))
+
+    async def list_records(self, request: pb.ListRecordsRequest) -> pb.ListRecordsResponse:
+        records = await self._journal.attempts(active_only=request.active_only)
+        return pb.ListRecordsResponse(records=[record_to_proto(record) for record in records])
+

@@ -1,0 +1,210 @@
+"""What one host durably knows of one attempt, and how that reads on the wire.
+
+An `AttemptRecord` is a value: every change makes a new one, which is in the journal before it is used.
+"""
+
+import time
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.errors import DroverError, Reason
+from agent.handshake.destination import DESTINATION, DestinationState
+from agent.handshake.source import SOURCE, SourceState
+from agent.hypervisor.base import Options, Progress
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import options_pb2
+
+
+class Role(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+MACHINES: Mapping[Role, Any] = {Role.SOURCE: SOURCE, Role.DESTINATION: DESTINATION}
+_STATES: Mapping[Role, Any] = {Role.SOURCE: SourceState, Role.DESTINATION: DestinationState}
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An error as a value."""
+
+    reason: Reason
+    message: str
+    metadata: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, error: DroverError) -> "Failure":
+        return cls(error.reason, error.message, dict(error.metadata))
+
+    def error(self) -> DroverError:
+        return DroverError(self.reason, self.message, metadata=self.metadata)
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """One phase on one host. Times in seconds; `start` is of the host's wall clock."""
+
+    phase: str
+    start: float
+    duration: float
+    hypervisor: float
+
+
+class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt on one host. Cookies and XML are dropped when it has ended."""
+
+    migration_id: str
+    attempt: int
+    role: Role
+    state: str
+    domain_name: str = ""
+    domain_uuid: str = ""
+    destination_name: str = ""
+    peer_host: str = ""
+    peer_agent: str = ""
+    options: dict[str, bool] = {}
+    epoch: int = 0
+    """Of the slot; destination only."""
+    expires: float = 0.0
+    """When the lease ends, by the wall clock; destination only."""
+    domain_xml: str = ""
+    uri: str = ""
+    bandwidth: int = 0
+    cookies: dict[str, bytes] = {}
+    """By the phase that gave them."""
+    requests: dict[str, str] = {}
+    """By phase: the digest of the request that began it."""
+    request_ids: dict[str, str] = {}
+    failure: Failure | None = None
+    waiting_for: str = ""
+    timings: tuple[Timing, ...] = ()
+    created: float = msgspec.field(default_factory=time.time)
+    updated: float = 0.0
+    revision: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.migration_id, self.attempt
+
+    @property
+    def source_state(self) -> SourceState:
+        return SourceState(self.state)
+
+    @property
+    def destination_state(self) -> DestinationState:
+        return DestinationState(self.state)
+
+    @property
+    def final(self) -> bool:
+        return self.state in MACHINES[self.role].final
+
+    @property
+    def user_options(self) -> Options:
+        return Options(**self.options)
+
+    def changed(self, **changes: Any) -> "AttemptRecord":
+        """A new record, one revision on; one that has ended drops what only a running migration needs."""
+        new = msgspec.structs.replace(self, **changes, revision=self.revision + 1, updated=time.time())
+        if new.final and (new.domain_xml or new.cookies):
+            # The last cookie is still asked for by a driver whose answer was lost.
+            kept = {k: v for k, v in new.cookies.items() if k in ("perform", "finish")}
+            new = msgspec.structs.replace(new, domain_xml="", cookies=kept)
+        return new
+
+
+def options_from_proto(message: options_pb2.Options) -> dict[str, bool]:
+    """The user's words, by name; what was not said is not in it."""
+    return {field.name: value for field, value in message.ListFields() if isinstance(value, bool)}
+
+
+def options_to_proto(options: Mapping[str, bool]) -> options_pb2.Options:
+    message = options_pb2.Options()
+    for name, value in options.items():
+        setattr(message, name, value)
+    return message
+
+
+def wire_state(record: AttemptRecord) -> pb.RecordState.ValueType:
+    return pb.RecordState.Value(f"RECORD_STATE_{record.state.upper()}")
+
+
+def state_from_proto(record: pb.Record) -> str:
+    """The state's word, as in `SourceState` and `DestinationState`."""
+    return pb.RecordState.Name(record.state).removeprefix("RECORD_STATE_").lower()
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message
+
+
+def timestamp(seconds: float) -> Timestamp:
+    message = Timestamp()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message
+
+
+def failure_to_proto(failure: Failure) -> pb.Failure:
+    return pb.Failure(reason=failure.reason, message=failure.message, metadata=failure.metadata)
+
+
+def timing_to_proto(timing: Timing) -> pb.PhaseTiming:
+    return pb.PhaseTiming(
+        phase=timing.phase,
+        start_time=timestamp(timing.start),
+        duration=duration(timing.duration),
+        hypervisor_duration=duration(timing.hypervisor),
+    )
+
+
+def progress_to_proto(progress: Progress) -> pb.Progress:
+    return pb.Progress(
+        iteration=progress.iteration,
+        total_bytes=progress.total_bytes,
+        processed_bytes=progress.processed_bytes,
+        remaining_bytes=progress.remaining_bytes,
+        bytes_per_second=progress.rate,
+        dirty_bytes_per_second=progress.dirty_rate,
+        downtime=duration(progress.downtime),
+        elapsed=duration(progress.elapsed),
+        post_copy=progress.postcopy,
+    )
+
+
+def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
+    """The record as others may see it: no cookies, no XML."""
+    message = pb.Record(
+        ref=pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt),
+        state=wire_state(record),
+        domain_name=record.domain_name,
+        domain_uuid=record.domain_uuid,
+        peer_host=record.peer_host,
+        timings=[timing_to_proto(t) for t in record.timings],
+        revision=record.revision,
+        waiting_for=record.waiting_for,
+        create_time=timestamp(record.created),
+        update_time=timestamp(record.updated),
+    )
+    if record.failure is not None:
+        message.failure.CopyFrom(failure_to_proto(record.failure))
+    if record.role is Role.DESTINATION:
+        message.slot.CopyFrom(pb.Slot(epoch=record.epoch, expire_time=timestamp(record.expires)))
+    if progress is not None:
+        message.progress.CopyFrom(progress)
+    return message
+
+
+def encode(record: AttemptRecord) -> bytes:
+    return msgspec.msgpack.encode(record)
+
+
+def decode(data: bytes) -> AttemptRecord:
+    return msgspec.msgpack.decode(data, type=AttemptRecord)
+
+
+def known_state(role: Role, state: str) -> bool:
+    return state in _STATES[role].__members__.values()

@@ -1,0 +1,123 @@
+"""The source's machine: it obeys the destination's decision.
+
+A source whose Perform failed never stopped. A source that was paused by a completed Perform resumes only on GONE and removes
+its copy only on RUNNING; while it can learn neither, the guest stays paused here.
+"""
+
+from enum import StrEnum
+
+from agent.handshake.machine import Machine, Transition
+
+
+class SourceState(StrEnum):
+    BEGINNING = "beginning"
+    """The guest is being locked against changes."""
+    BEGUN = "begun"
+    """The guest runs here, locked; nothing has left."""
+    PERFORMING = "performing"
+    """The memory flows; the guest runs here until the switch-over."""
+    PERFORMED = "performed"
+    """The guest is paused here; the destination's record says where it runs."""
+    REMOVING = "removing"
+    """It runs at the destination; the copy here is being removed."""
+    REMOVED = "removed"
+    """No copy here any more."""
+    RESUMING = "resuming"
+    """There is no other copy; the guest is being let run on here."""
+    KEPT = "kept"
+    """The guest stayed here; nothing of this attempt will ever leave."""
+
+
+class SourceEvent(StrEnum):
+    # calls
+    BEGIN = "begin"
+    PERFORM = "perform"
+    ABORT = "abort"
+    CONFIRM_RUNNING = "confirm_running"
+    CONFIRM_GONE = "confirm_gone"
+    # news
+    BEGIN_DONE = "begin_done"
+    BEGIN_FAILED = "begin_failed"
+    PERFORM_DONE = "perform_done"
+    PERFORM_FAILED = "perform_failed"
+    """It ended without success, or the hypervisor did not answer: the facts say which."""
+    SAW_UNTOUCHED = "saw_untouched"
+    """The guest is here as before, and no migration job holds it."""
+    SAW_STOPPED = "saw_stopped"
+    """The guest is paused by the migration, or is not here at all."""
+    REMOVE_DONE = "remove_done"
+    RESUME_DONE = "resume_done"
+    DRIVER_SILENT = "driver_silent"
+    """Nobody asked for the next phase in time."""
+    RESTARTED = "restarted"
+
+
+class SourceEffect(StrEnum):
+    BEGIN = "begin"
+    PERFORM = "perform"
+    ABORT = "abort"
+    LOOK = "look"
+    """Ask the hypervisor until no job holds the guest, and tell what is true."""
+    REMOVE = "remove"
+    RESUME = "resume"
+    RELEASE = "release"
+    """Let go of the change protection."""
+
+
+_S, _E, _F = SourceState, SourceEvent, SourceEffect
+_T = Transition[SourceState, SourceEffect]
+
+_keep = _T(_S.KEPT, (_F.RELEASE,))
+
+SOURCE = Machine[SourceState, SourceEvent, SourceEffect](
+    table={
+        (None, _E.BEGIN): _T(_S.BEGINNING, (_F.BEGIN,)),
+        # Tombstones: a Begin or Perform that was on its way when the attempt was given up finds it KEPT.
+        (None, _E.ABORT): _T(_S.KEPT),
+        (None, _E.CONFIRM_GONE): _T(_S.KEPT),
+        (_S.BEGINNING, _E.BEGIN): _T(_S.BEGINNING),
+        (_S.BEGINNING, _E.BEGIN_DONE): _T(_S.BEGUN),
+        (_S.BEGINNING, _E.BEGIN_FAILED): _keep,
+        (_S.BEGINNING, _E.ABORT): _keep,
+        (_S.BEGINNING, _E.CONFIRM_GONE): _keep,
+        (_S.BEGINNING, _E.RESTARTED): _keep,
+        (_S.BEGUN, _E.BEGIN): _T(_S.BEGUN),
+        (_S.BEGUN, _E.PERFORM): _T(_S.PERFORMING, (_F.PERFORM,)),
+        (_S.BEGUN, _E.ABORT): _keep,
+        (_S.BEGUN, _E.CONFIRM_GONE): _keep,
+        (_S.BEGUN, _E.DRIVER_SILENT): _keep,
+        (_S.BEGUN, _E.RESTARTED): _keep,
+        (_S.PERFORMING, _E.BEGIN): _T(_S.PERFORMING),
+        (_S.PERFORMING, _E.PERFORM): _T(_S.PERFORMING),
+        (_S.PERFORMING, _E.PERFORM_DONE): _T(_S.PERFORMED),
+        (_S.PERFORMING, _E.PERFORM_FAILED): _T(_S.PERFORMING, (_F.LOOK,)),
+        (_S.PERFORMING, _E.SAW_UNTOUCHED): _keep,
+        (_S.PERFORMING, _E.SAW_STOPPED): _T(_S.PERFORMED),
+        (_S.PERFORMING, _E.ABORT): _T(_S.PERFORMING, (_F.ABORT,)),
+        (_S.PERFORMING, _E.CONFIRM_GONE): _T(_S.PERFORMING, (_F.ABORT,)),
+        # The decision may come before the word that Perform ended; the caller waits for that, then asks again.
+        (_S.PERFORMING, _E.CONFIRM_RUNNING): _T(_S.PERFORMING),
+        (_S.PERFORMING, _E.RESTARTED): _T(_S.PERFORMING, (_F.LOOK,)),
+        (_S.PERFORMED, _E.PERFORM): _T(_S.PERFORMED),
+        (_S.PERFORMED, _E.ABORT): _T(_S.PERFORMED),
+        (_S.PERFORMED, _E.CONFIRM_RUNNING): _T(_S.REMOVING, (_F.REMOVE,)),
+        (_S.PERFORMED, _E.CONFIRM_GONE): _T(_S.RESUMING, (_F.RESUME,)),
+        (_S.REMOVING, _E.PERFORM): _T(_S.REMOVING),
+        (_S.REMOVING, _E.ABORT): _T(_S.REMOVING),
+        (_S.REMOVING, _E.CONFIRM_RUNNING): _T(_S.REMOVING),
+        (_S.REMOVING, _E.REMOVE_DONE): _T(_S.REMOVED),
+        (_S.REMOVING, _E.RESTARTED): _T(_S.REMOVING, (_F.REMOVE,)),
+        (_S.REMOVED, _E.PERFORM): _T(_S.REMOVED),
+        (_S.REMOVED, _E.ABORT): _T(_S.REMOVED),
+        (_S.REMOVED, _E.CONFIRM_RUNNING): _T(_S.REMOVED),
+        (_S.RESUMING, _E.PERFORM): _T(_S.RESUMING),
+        (_S.RESUMING, _E.ABORT): _T(_S.RESUMING),
+        (_S.RESUMING, _E.CONFIRM_GONE): _T(_S.RESUMING),
+        (_S.RESUMING, _E.RESUME_DONE): _T(_S.KEPT, (_F.RELEASE,)),
+        (_S.RESUMING, _E.RESTARTED): _T(_S.RESUMING, (_F.RESUME,)),
+        (_S.KEPT, _E.ABORT): _T(_S.KEPT),
+        (_S.KEPT, _E.CONFIRM_GONE): _T(_S.KEPT),
+    },
+    calls=frozenset({_E.BEGIN, _E.PERFORM, _E.ABORT, _E.CONFIRM_RUNNING, _E.CONFIRM_GONE}),
+    final=frozenset({_S.REMOVED, _S.KEPT}),
+)

@@ -1,0 +1,377 @@
+"""The source of a migration: Begin, Perform, Abort, Confirm, and what they do to the hypervisor."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import structlog
+
+from agent.errors import DroverError, Reason
+from agent.features import check_bandwidth, check_options, from_hypervisor
+from agent.handshake.attempt import Attempt, retry
+from agent.handshake.attempts import Attempts
+from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
+from agent.handshake.records import Failure, Role, options_from_proto, progress_to_proto, record_to_proto
+from agent.handshake.source import SourceEffect, SourceEvent, SourceState
+from agent.hypervisor.base import (
+    Domain,
+    DomainNotFound,
+    DomainState,
+    HypervisorError,
+    HypervisorUnavailable,
+    Job,
+    Outgoing,
+)
+from agent.networks import split_uri
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+PROGRESS_SECONDS: Final = 0.25
+"""Between two readings of a transfer's progress: libvirt has no event for it."""
+
+_S, _E, _F = SourceState, SourceEvent, SourceEffect
+
+_AFTER_BEGIN: Final = frozenset(_S) - {_S.BEGINNING}
+_AFTER_PERFORM: Final = frozenset(_S) - {_S.BEGINNING, _S.BEGUN, _S.PERFORMING}
+_ENDED: Final = frozenset({_S.REMOVED, _S.KEPT})
+
+
+def source_fact(domain: Domain | None) -> SourceEvent | None:
+    """What the hypervisor's word on the guest means for its source; None while a job holds it."""
+    if domain is None:
+        return _E.SAW_STOPPED
+    if domain.job is not Job.NONE:
+        return None
+    return _E.SAW_UNTOUCHED if domain.state is DomainState.RUNNING else _E.SAW_STOPPED
+
+
+class SourceSide:
+    """Serves the source's calls. `take_over` is called for an attempt whose driver went silent after Perform began."""
+
+    def __init__(self, host: LocalHost, attempts: Attempts, take_over: Callable[[Attempt], None]) -> None:
+        self._host = host
+        self._attempts = attempts
+        self._take_over = take_over
+        self._sessions: dict[Attempt, Outgoing] = {}
+
+    # ---- calls
+
+    async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        async with attempt.called():
+            changes = phase_changes(attempt, "begin", request)
+            if not attempt.record.state:
+                try:
+                    changes |= await self._first(request)
+                    await attempt.apply(_E.BEGIN, **changes)
+                except BaseException:
+                    if not attempt.record.state:
+                        self._attempts.forget(attempt)
+                    raise
+                attempt.on_silence(self._host.takeover_after, lambda: self._silent(attempt))
+            else:
+                await attempt.apply(_E.BEGIN)
+            record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
+            if record.state == _S.KEPT and record.failure is not None:
+                raise record.failure.error()
+            return pb.BeginResponse(
+                record=record_to_proto(record), domain_xml=record.domain_xml, cookie_out=record.cookies.get("begin", b"")
+            )
+
+    async def _first(self, request: pb.BeginRequest) -> dict[str, object]:
+        """Everything that can be refused is refused before the guest is touched."""
+        self._host.check_not_draining()
+        check_options(request.options, self._host.features, f"the source {self._host.name}")
+        try:
+            domain = await self._host.hypervisor.get_domain(request.domain)
+        except HypervisorError as error:
+            raise from_hypervisor(error) from None
+        check_movable(domain, self._host.name)
+        for other in self._attempts.active(Role.SOURCE):
+            if other.record.domain_uuid == domain.uuid:
+                raise DroverError(
+                    Reason.DOMAIN_BUSY,
+                    f"guest {domain.name} is being migrated already, by migration {other.record.migration_id}; watch or cancel it",
+                    metadata={"migration_id": other.record.migration_id},
+                )
+        return {
+            "domain_name": domain.name,
+            "domain_uuid": domain.uuid,
+            "destination_name": request.destination_name or domain.name,
+            "peer_host": request.destination_host,
+            "peer_agent": request.destination_agent,
+            "options": options_from_proto(request.options),
+            "epoch": request.slot_epoch,
+        }
+
+    async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        async with attempt.called():
+            changes = phase_changes(attempt, "perform", request)
+            if attempt.record.state == _S.BEGUN:
+                split_uri(request.uri, self._host.features.uri_transports, "uri")
+                check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
+                changes |= {
+                    "uri": request.uri,
+                    "bandwidth": request.bandwidth_bytes_per_second,
+                    "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
+                }
+            else:
+                changes = {}
+            await self._known(attempt, _E.PERFORM, changes)
+            record = await attempt.until(_AFTER_PERFORM, wait_of(request.wait, unset=0.0))
+            return pb.PerformResponse(
+                record=record_to_proto(record, attempt.progress), cookie_out=record.cookies.get("perform", b"")
+            )
+
+    async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        async with attempt.called():
+            await attempt.apply(_E.ABORT, **self._why(attempt, "the migration was cancelled"))
+            record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
+            return pb.AbortResponse(record=record_to_proto(record, attempt.progress))
+
+    async def confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmResponse:
+        event = {pb.DECISION_RUNNING: _E.CONFIRM_RUNNING, pb.DECISION_GONE: _E.CONFIRM_GONE}.get(request.decision)
+        if event is None:
+            raise DroverError(Reason.INVALID_FIELD, "decision: must be DECISION_RUNNING or DECISION_GONE")
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        wait = wait_of(request.wait, unset=MAX_WAIT)
+        why = {} if event is _E.CONFIRM_RUNNING else self._why(attempt, "the destination has no copy of the guest")
+        if request.cookie_in:
+            why["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
+        async with attempt.called():
+            await attempt.apply(event, **(why if attempt.record.state != _S.PERFORMING else {}))
+            record = await attempt.until(_AFTER_PERFORM, wait)
+            if record.state == _S.PERFORMED:
+                await attempt.apply(event, **why)
+            record = await attempt.until(_ENDED, wait)
+            return pb.ConfirmResponse(record=record_to_proto(record, attempt.progress))
+
+    async def start_post_copy(self, request: pb.StartPostCopyRequest) -> pb.StartPostCopyResponse:
+        attempt = await self._transferring(request.ref)
+        if not attempt.record.options.get("post_copy", False):
+            raise DroverError(
+                Reason.POST_COPY_NOT_ARMED,
+                "the transfer was not started with the option post_copy=on, so it cannot be switched; it goes on as it is",
+            )
+        await self._hypervisor(self._session(attempt).start_postcopy())
+        return pb.StartPostCopyResponse(record=record_to_proto(attempt.record, attempt.progress))
+
+    async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
+        attempt = await self._transferring(request.ref)
+        check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
+        await self._hypervisor(self._session(attempt).set_bandwidth(request.bandwidth_bytes_per_second))
+        await attempt.note(bandwidth=request.bandwidth_bytes_per_second)
+        return pb.SetBandwidthResponse(record=record_to_proto(attempt.record, attempt.progress))
+
+    async def _transferring(self, ref: pb.AttemptRef) -> Attempt:
+        attempt = await self._attempts.find(ref)
+        if attempt.record.role is not Role.SOURCE or attempt.record.state != _S.PERFORMING:
+            raise DroverError(
+                Reason.WRONG_PHASE,
+                f"no transfer runs: the attempt is {attempt.record.state} on this {attempt.record.role}",
+                metadata={"state": attempt.record.state},
+            )
+        return attempt
+
+    async def _known(self, attempt: Attempt, event: SourceEvent, changes: Mapping[str, object]) -> None:
+        """Apply a call that cannot be the first one; an attempt that it would have made is forgotten again."""
+        try:
+            await attempt.apply(event, **changes)
+        finally:
+            if not attempt.record.state:
+                self._attempts.forget(attempt)
+
+    @staticmethod
+    def _why(attempt: Attempt, message: str) -> dict[str, object]:
+        if attempt.record.failure is not None or attempt.record.final:
+            return {}
+        return {"failure": Failure(Reason.CANCELLED, message)}
+
+    @staticmethod
+    async def _hypervisor(call: Awaitable[None]) -> None:
+        try:
+            await call
+        except HypervisorError as error:
+            raise from_hypervisor(error) from None
+
+    # ---- silence
+
+    def recover(self, attempt: Attempt) -> None:
+        """An attempt that was read from the journal: wait for its driver as if it had just called."""
+        attempt.on_silence(self._host.takeover_after, lambda: self._silent(attempt))
+
+    def _silent(self, attempt: Attempt) -> None:
+        if attempt.record.state in (_S.BEGINNING, _S.BEGUN):
+            failure = Failure(
+                Reason.DRIVER_SILENT,
+                f"nobody asked for the next phase within {self._host.takeover_after:g} s; the guest was not touched",
+            )
+            attempt.start("silence", attempt.report(_E.DRIVER_SILENT, failure=failure))
+        elif not attempt.record.final:
+            self._take_over(attempt)
+
+    # ---- effects
+
+    async def run(self, attempt: Attempt, effect: str) -> None:
+        await {
+            _F.BEGIN: self._begin,
+            _F.PERFORM: self._perform,
+            _F.ABORT: self._abort,
+            _F.LOOK: self._look,
+            _F.REMOVE: self._remove,
+            _F.RESUME: self._resume,
+            _F.RELEASE: self._release,
+        }[SourceEffect(effect)](attempt)
+
+    def _session(self, attempt: Attempt) -> Outgoing:
+        if attempt not in self._sessions:
+            self._sessions[attempt] = self._host.hypervisor.outgoing(attempt.record.domain_uuid)
+        return self._sessions[attempt]
+
+    async def _begin(self, attempt: Attempt) -> None:
+        record = attempt.record
+        try:
+            with timed("begin") as watch:
+                begun = await self._session(attempt).begin(record.user_options, record.destination_name)
+        except HypervisorError as error:
+            await attempt.report(_E.BEGIN_FAILED, failure=Failure.of(from_hypervisor(error)))
+            return
+        await attempt.report(
+            _E.BEGIN_DONE,
+            domain_xml=begun.domain_xml,
+            cookies={"begin": begun.cookie},
+            timings=(*attempt.record.timings, watch.timing),
+        )
+
+    async def _perform(self, attempt: Attempt) -> None:
+        record = attempt.record
+        session = self._session(attempt)
+        attempt.start("progress", self._follow(attempt, session))
+        try:
+            with timed("perform") as watch:
+                performed = await session.perform(
+                    record.uri,
+                    record.domain_xml,
+                    record.cookies["prepare"],
+                    record.user_options,
+                    record.destination_name,
+                    record.bandwidth,
+                )
+        except HypervisorError as error:
+            changes = {} if attempt.record.failure else {"failure": Failure.of(from_hypervisor(error))}
+            await attempt.report(_E.PERFORM_FAILED, **changes)
+            return
+        attempt.progress = progress_to_proto(performed.final)
+        await attempt.report(
+            _E.PERFORM_DONE,
+            cookies={**attempt.record.cookies, "perform": performed.cookie},
+            timings=(*attempt.record.timings, watch.timing),
+        )
+
+    async def _follow(self, attempt: Attempt, session: Outgoing) -> None:
+        """Read the progress while the transfer runs."""
+        while (transfer := attempt.running(_F.PERFORM, _F.LOOK)) and attempt.record.state == _S.PERFORMING:
+            await asyncio.wait(transfer, timeout=PROGRESS_SECONDS)
+            if attempt.record.state != _S.PERFORMING or not attempt.running(_F.PERFORM, _F.LOOK):
+                return
+            try:
+                progress = await session.progress()
+            except HypervisorError as error:
+                log.debug("no progress to read", migration=record_id(attempt), error=str(error))
+                continue
+            if progress is not None and attempt.record.state == _S.PERFORMING:
+                attempt.progress = progress_to_proto(progress)
+                attempt.wake()
+
+    async def _abort(self, attempt: Attempt) -> None:
+        """Stop the transfer, however often it takes: one that is only being set up cannot be stopped yet."""
+        session = self._session(attempt)
+        while attempt.record.state == _S.PERFORMING and (transfer := attempt.running(_F.PERFORM, _F.LOOK)):
+            try:
+                await session.abort()
+            except HypervisorError as error:
+                log.warning("abort failed, trying again", migration=record_id(attempt), error=str(error))
+            await asyncio.wait(transfer, timeout=0.1)
+
+    async def _look(self, attempt: Attempt) -> None:
+        """Ask until no job holds the guest. A job that goes on without us (after a restart) is followed to its end."""
+        if not attempt.running("progress"):
+            attempt.start("progress", self._follow(attempt, self._session(attempt)))
+        fact: SourceEvent | None = None
+        while fact is None:
+            fact = source_fact(await self._domain(attempt))
+            if fact is None:
+                await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
+        await attempt.report(fact)
+
+    async def _domain(self, attempt: Attempt) -> Domain | None:
+        while True:
+            try:
+                return await self._host.hypervisor.get_domain(attempt.record.domain_uuid)
+            except DomainNotFound:
+                return None
+            except HypervisorUnavailable as error:
+                await attempt.note(waiting_for=f"the hypervisor of {self._host.name} does not answer: {error}"[:500])
+                await asyncio.sleep(0.5)
+
+    async def _remove(self, attempt: Attempt) -> None:
+        record = attempt.record
+
+        async def remove() -> None:
+            await self._session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
+
+        with timed("confirm") as watch:
+            await retry(attempt, "removing the copy at the source", remove)
+        await attempt.report(_E.REMOVE_DONE, timings=(*attempt.record.timings, watch.timing))
+        await self._close(attempt)
+
+    async def _resume(self, attempt: Attempt) -> None:
+        changes: dict[str, object] = {}
+
+        async def resume() -> None:
+            try:
+                await self._session(attempt).resume()
+            except DomainNotFound:
+                changes["failure"] = Failure(
+                    Reason.GUEST_CRASHED,
+                    f"guest {attempt.record.domain_name} is not running on {self._host.name} any more, and the destination has no "
+                    "copy: its hypervisor process died. That was no error of the migration; start the guest again",
+                )
+
+        with timed("confirm") as watch:
+            await retry(attempt, "letting the guest run on at the source", resume)
+        await attempt.report(_E.RESUME_DONE, timings=(*attempt.record.timings, watch.timing), **changes)
+
+    async def _release(self, attempt: Attempt) -> None:
+        await attempt.ended(_F.BEGIN, _F.PERFORM, _F.RESUME)
+        await self._close(attempt)
+
+    async def _close(self, attempt: Attempt) -> None:
+        if session := self._sessions.pop(attempt, None):
+            await session.close()
+
+
+def record_id(attempt: Attempt) -> str:
+    return f"{attempt.record.migration_id}/{attempt.record.attempt}"
+
+
+def check_movable(domain: Domain, host: str) -> None:
+    """A guest that runs, or that its user paused, and that no other job holds.
+
+    Raises:
+        DroverError: DOMAIN_NOT_RUNNING, DOMAIN_BUSY.
+    """
+    if domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
+        raise DroverError(
+            Reason.DOMAIN_NOT_RUNNING,
+            f"guest {domain.name} on {host} is {domain.state}, and only a running guest can be migrated live; start it first",
+            metadata={"state": domain.state},
+        )
+    if domain.job is not Job.NONE or domain.incoming:
+        raise DroverError(
+            Reason.DOMAIN_BUSY,
+            f"guest {domain.name} on {host} is held by another migration job ({domain.job}) that is not Drover's; wait for its end",
+        )

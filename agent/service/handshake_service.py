@@ -1,0 +1,126 @@
+"""`drover.agent.v1.HandshakeService`, both ends of the wire: the servicer of an engine, and a peer that is far away.
+
+Neither decides anything. The servicer hands a request to the engine; the peer makes a call of a method and gives it a deadline
+that leaves the other side's `wait` room.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from agent.handshake.engine import Engine
+from agent.handshake.phases import MAX_WAIT
+from agent.service.status import error_from_rpc
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import handshake_pb2_grpc as rpc
+
+CALL_SECONDS = MAX_WAIT + 10.0
+"""Deadline of a call: the longest wait of the other side and room to spare."""
+
+QUESTION_SECONDS = 5.0
+"""Deadline of a call that asks for what is known."""
+
+SERVICE = pb.DESCRIPTOR.services_by_name["HandshakeService"].full_name
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class HandshakeServicer(rpc.HandshakeServiceServicer):
+    """Serves an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def ReserveSlot(self, request: pb.ReserveSlotRequest, context: _Context) -> pb.ReserveSlotResponse:  # noqa: N802
+        return await self._engine.reserve_slot(request)
+
+    async def Begin(self, request: pb.BeginRequest, context: _Context) -> pb.BeginResponse:  # noqa: N802
+        return await self._engine.begin(request)
+
+    async def Prepare(self, request: pb.PrepareRequest, context: _Context) -> pb.PrepareResponse:  # noqa: N802
+        return await self._engine.prepare(request)
+
+    async def Perform(self, request: pb.PerformRequest, context: _Context) -> pb.PerformResponse:  # noqa: N802
+        return await self._engine.perform(request)
+
+    async def Finish(self, request: pb.FinishRequest, context: _Context) -> pb.FinishResponse:  # noqa: N802
+        return await self._engine.finish(request)
+
+    async def Confirm(self, request: pb.ConfirmRequest, context: _Context) -> pb.ConfirmResponse:  # noqa: N802
+        return await self._engine.confirm(request)
+
+    async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:  # noqa: N802
+        return await self._engine.abort(request)
+
+    async def Abandon(self, request: pb.AbandonRequest, context: _Context) -> pb.AbandonResponse:  # noqa: N802
+        return await self._engine.abandon(request)
+
+    async def StartPostCopy(self, request: pb.StartPostCopyRequest, context: _Context) -> pb.StartPostCopyResponse:  # noqa: N802
+        return await self._engine.start_post_copy(request)
+
+    async def SetBandwidth(self, request: pb.SetBandwidthRequest, context: _Context) -> pb.SetBandwidthResponse:  # noqa: N802
+        return await self._engine.set_bandwidth(request)
+
+    async def GetRecord(self, request: pb.GetRecordRequest, context: _Context) -> pb.GetRecordResponse:  # noqa: N802
+        return await self._engine.get_record(request)
+
+    async def WatchRecord(  # noqa: N802
+        self, request: pb.WatchRecordRequest, context: _Context
+    ) -> AsyncIterator[pb.WatchRecordResponse]:
+        async for response in self._engine.watch_record(request):
+            yield response
+
+    async def ListRecords(self, request: pb.ListRecordsRequest, context: _Context) -> pb.ListRecordsResponse:  # noqa: N802
+        return await self._engine.list_records(request)
+
+
+class RemotePeer:
+    """A `HandshakePeer` over a channel. `name` is the host's, for errors."""
+
+    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
+        self._stub = rpc.HandshakeServiceStub(channel)
+        self._name = name
+
+    async def _call(self, method: Any, request: Any, timeout: float = CALL_SECONDS) -> Any:
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, self._name) from None
+
+    async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
+        return await self._call(self._stub.ReserveSlot, request)  # type: ignore[no-any-return]
+
+    async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
+        return await self._call(self._stub.Begin, request)  # type: ignore[no-any-return]
+
+    async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
+        return await self._call(self._stub.Prepare, request)  # type: ignore[no-any-return]
+
+    async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
+        return await self._call(self._stub.Perform, request)  # type: ignore[no-any-return]
+
+    async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
+        return await self._call(self._stub.Finish, request)  # type: ignore[no-any-return]
+
+    async def confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmResponse:
+        return await self._call(self._stub.Confirm, request)  # type: ignore[no-any-return]
+
+    async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
+        return await self._call(self._stub.Abort, request)  # type: ignore[no-any-return]
+
+    async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
+        return await self._call(self._stub.Abandon, request)  # type: ignore[no-any-return]
+
+    async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+        return await self._call(self._stub.GetRecord, request, QUESTION_SECONDS)  # type: ignore[no-any-return]
+
+    async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
+        call = self._stub.WatchRecord(request)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, self._name) from None
+        finally:
+            call.cancel()  # leaving the loop early leaks the call otherwise
