@@ -1,0 +1,47 @@
+"""This host as others see it."""
+
+import uuid
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from agent.features import PROTOCOL_VERSION, features_to_proto
+from agent.handshake.engine import Engine
+from agent.hypervisor.base import Hypervisor, HypervisorInfo
+from drover.agent.v1 import host_pb2 as pb
+
+
+class AgentHost:
+    """What an agent says of its host, now and at every change."""
+
+    def __init__(self, info: HypervisorInfo, hypervisor: Hypervisor, engine: Engine) -> None:
+        self.hypervisor = hypervisor
+        self.engine = engine
+        self._info = info
+        self._incarnation = str(uuid.uuid4())
+        self._version = version("drover")
+
+    def describe(self) -> pb.Host:
+        local = self.engine.host
+        return pb.Host(
+            name=local.name,
+            host_uuid=self._info.host_uuid,
+            driver=self._info.driver,
+            hypervisor=self._info.hypervisor,
+            library_version=self._info.library_version,
+            agent_version=self._version,
+            min_protocol_version=PROTOCOL_VERSION,
+            max_protocol_version=PROTOCOL_VERSION,
+            migration_features=features_to_proto(self._info.features),
+            networks=local.networks,
+            incoming_limit=self.engine.slots.limit,
+            incoming_in_use=self.engine.incoming_in_use,
+            incarnation=self._incarnation,
+            draining=local.draining,
+        )
+
+    async def watch(self) -> AsyncIterator[pb.Host]:
+        """This host now, and whenever it has changed since it was last looked at."""
+        while True:
+            changed = self.engine.changed.next
+            yield self.describe()
+            await changed.wait()

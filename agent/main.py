@@ -1,0 +1,137 @@
+"""The agent: puts the rooms together, serves, and stops in good order."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from typing import Final
+
+import grpc.aio
+import structlog
+
+from agent.admission.slots import Slots
+from agent.config import AgentConfig, NetworkConfig, convert, load, make_state_dir
+from agent.features import features_to_proto
+from agent.handshake.engine import Engine
+from agent.handshake.phases import LocalHost
+from agent.host import AgentHost
+from agent.hypervisor.base import Hypervisor, HypervisorUnavailable
+from agent.journal import Journal
+from agent.log import set_up_logging
+from agent.migrations import Migrations
+from agent.peers import Channels, PeerDirectory
+from agent.registration import keep_registered
+from agent.service import handshake_service, host_service, migration_service
+from agent.service.server import Server, start_server
+from agent.takeover import TakeOver
+from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc, migration_pb2_grpc
+
+log = structlog.get_logger()
+
+STOP_SECONDS: Final = 10.0
+"""How long an agent that is told to stop waits for its migrations; the hypervisor and the next agent end what is left."""
+
+
+def run(config_path: str) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`."""
+    config = load(config_path, AgentConfig)
+    set_up_logging(config.log_level)
+    asyncio.run(_main(config))
+
+
+async def _main(config: AgentConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with agent(config, stop):
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Server]:
+    """A running agent; left when `stop` is set."""
+    async with contextlib.AsyncExitStack() as stack:
+        hypervisor = make_hypervisor(config)
+        stack.push_async_callback(hypervisor.close)
+        await _open(hypervisor, stop)
+        info = await hypervisor.info()
+        journal = Journal(make_state_dir(config.state_dir) / "journal.sqlite")
+        await journal.open()
+        stack.push_async_callback(journal.close)
+        channels = Channels()
+        stack.push_async_callback(channels.close)
+        take_over = TakeOver(channels)
+        local = LocalHost(
+            name=config.name,
+            hypervisor=hypervisor,
+            networks=tuple(_network(n) for n in config.networks),
+            features=features_to_proto(info.features),
+            lease_seconds=config.lease_seconds,
+            takeover_after=config.takeover_after_seconds,
+        )
+        engine = take_over.engine = Engine(local, journal, Slots(config.incoming_limit), take_over)
+        stack.push_async_callback(engine.close)
+        stack.push_async_callback(take_over.close)
+        host = AgentHost(info, hypervisor, engine)
+        address = config.advertised_address()
+        migrations = Migrations(config.name, PeerDirectory(host, address, config.peers, channels), journal)
+        stack.push_async_callback(migrations.close)
+        await engine.recover()
+        await migrations.recover()
+        server = await _serve(config, host, migrations)
+        log.info("serving", host=config.name, addresses=server.addresses)
+        if config.coordinator:
+            registering = asyncio.create_task(keep_registered(channels.get(config.coordinator), host, address))
+            stack.callback(registering.cancel)
+        yield server
+        await _stop(local, migrations, engine, server)
+
+
+def make_hypervisor(config: AgentConfig) -> Hypervisor:
+    """The driver that the configuration names. Imported here: a host needs the library of its own driver only."""
+    if config.hypervisor == "sim":
+        from agent.hypervisor.sim import SimHypervisor  # noqa: PLC0415
+        from agent.hypervisor.sim.config import SimConfig, uuid_of  # noqa: PLC0415
+
+        return SimHypervisor(convert({"host_uuid": uuid_of(config.name), **(config.sim or {})}, SimConfig, "[sim]"))
+    from agent.hypervisor.libvirt import LibvirtHypervisor  # noqa: PLC0415
+
+    return LibvirtHypervisor(config.libvirt.uri, (config.libvirt.first_port, config.libvirt.last_port))
+
+
+def _network(config: NetworkConfig) -> host_pb2.Network:
+    return host_pb2.Network(
+        name=config.name, address=config.address, roles=config.roles, line_bytes_per_second=config.line_bytes_per_second
+    )
+
+
+async def _open(hypervisor: Hypervisor, stop: asyncio.Event) -> None:
+    """Wait for the hypervisor's daemon: it may start later than the agent."""
+    while True:
+        try:
+            await hypervisor.open()
+        except HypervisorUnavailable as error:
+            log.warning("the hypervisor does not answer; asking again", error=str(error))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 1.0)
+                raise SystemExit(0) from None
+        else:
+            return
+
+
+async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations) -> Server:
+    def add(server: grpc.aio.Server) -> None:
+        handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(handshake_service.HandshakeServicer(host.engine), server)
+        host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(host), server)
+        migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
+
+    return await start_server(config.listen, add, [handshake_service.SERVICE, host_service.SERVICE, migration_service.SERVICE])
+
+
+async def _stop(local: LocalHost, migrations: Migrations, engine: Engine, server: Server) -> None:
+    """Take no new work, end what ends soon, let go of the rest."""
+    log.info("stopping", active=len(engine.active()))
+    local.draining = migrations.draining = True
+    async with asyncio.timeout(STOP_SECONDS + 1):
+        await asyncio.gather(migrations.idle(STOP_SECONDS), engine.idle(STOP_SECONDS))
+    await server.stop(grace=0.2)

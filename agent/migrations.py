@@ -1,0 +1,283 @@
+"""Migrations as a resource: start, get, list, watch, cancel. The coordinator and every agent run this same code.
+
+Who serves it differs only in how names become hosts (a `Directory`) and in where migrations are kept (a `MigrationLog`).
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import structlog
+
+from agent.bell import Bell
+from agent.errors import DroverError, Reason, invalid_field
+from agent.handshake.driver import Driver, Plan
+from agent.handshake.peer import HandshakePeer
+from agent.handshake.records import Failure
+from agent.planning import make_plan, resume_plan
+from agent.progress import describe, impossible
+from drover.agent.v1 import handshake_pb2, host_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+log = structlog.get_logger()
+
+KEEP: Final = 1000
+"""Migrations that have ended and are kept."""
+
+FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED})
+
+
+@dataclass(frozen=True)
+class Side:
+    """One end of a migration: its host, how to speak to it, and how others do."""
+
+    host: host_pb2.Host
+    handshake: HandshakePeer
+    agent_address: str
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both ends, and the guest as the source describes it."""
+
+    source: Side
+    destination: Side
+    guest: host_pb2.GetDomainResponse
+
+
+class Directory(Protocol):
+    """Turns the names of a spec into hosts."""
+
+    async def find(self, spec: pb.MigrationSpec) -> Ends:
+        """Raises DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, HOST_NOT_FOUND, HOST_UNREACHABLE."""
+        ...
+
+    async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
+        """Source and destination of a migration that was started before; they need not answer now."""
+        ...
+
+
+class MigrationLog(Protocol):
+    """Keeps migrations over a restart."""
+
+    async def save(self, migration_id: str, body: bytes, *, ended: bool, updated: float) -> None: ...
+
+    async def load(self) -> list[bytes]: ...
+
+
+class _Entry:
+    """One migration, its driver while it runs, and who waits for a change."""
+
+    def __init__(self, migration: pb.Migration) -> None:
+        self.migration = migration
+        self.driver: Driver | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.changed = Bell()
+
+    @property
+    def final(self) -> bool:
+        return self.migration.state in FINAL
+
+
+class Migrations:
+    """Every migration that this process drives or drove."""
+
+    def __init__(self, name: str, directory: Directory, kept: MigrationLog) -> None:
+        self._name = name
+        self._directory = directory
+        self._kept = kept
+        self._entries: dict[str, _Entry] = {}
+        self._starting: dict[str, asyncio.Task[pb.Migration]] = {}
+        self._revision = 0
+        self._ended = Bell()
+        self.draining = False
+
+    # ---- life
+
+    async def recover(self) -> None:
+        """Read what is kept, and go on with what has not ended."""
+        for body in await self._kept.load():
+            migration = pb.Migration.FromString(body)
+            self._revision = max(self._revision, migration.revision)
+            entry = self._entries[migration.migration_id] = _Entry(migration)
+            if not entry.final:
+                entry.task = asyncio.create_task(self._resume(entry), name=f"resume {migration.migration_id[:8]}")
+
+    async def close(self) -> None:
+        """Let go of every driver; the records remain, and the source ends what runs."""
+        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def idle(self, timeout: float) -> bool:
+        """Wait until every migration has ended; False when one still runs after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self._starting or any(not entry.final for entry in self._entries.values()):
+                    await self._ended.next.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- calls
+
+    async def start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
+        """See `MigrationService.StartMigration`. Goes on when its caller goes away."""
+        if known := self._entries.get(migration_id):
+            if known.migration.spec != spec:
+                raise DroverError(
+                    Reason.MIGRATION_EXISTS,
+                    f"migration {migration_id} exists with another spec; nothing was done. Choose a new UUID for a new migration",
+                )
+            return known.migration
+        if migration_id not in self._starting:
+            task = asyncio.create_task(self._start(migration_id, spec), name=f"start {migration_id[:8]}")
+            self._starting[migration_id] = task
+            task.add_done_callback(lambda _: self._started(migration_id))
+        return await asyncio.shield(self._starting[migration_id])
+
+    def _started(self, migration_id: str) -> None:
+        task = self._starting.pop(migration_id)
+        if not task.cancelled():
+            task.exception()  # it was told to whoever asked; nobody may be left
+        self._ended.ring()
+
+    async def _start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
+        began = time.time()
+        if self.draining:
+            raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
+        ends = await self._directory.find(spec)
+        plan, warnings = make_plan(spec, ends.source.host, ends.destination.host, ends.guest, ends.source.agent_address,
+                                   ends.destination.agent_address)  # fmt: skip
+        migration = pb.Migration(
+            migration_id=migration_id,
+            spec=spec,
+            state=pb.MIGRATION_STATE_PENDING,
+            attempt=1,
+            source_host=plan.source_host,
+            destination_host=plan.destination_host,
+            domain_name=plan.domain_name,
+            domain_uuid=plan.domain_uuid,
+            runs_on=plan.source_host,
+            network=plan.network,
+            warnings=warnings,
+            driver=self._name,
+        )
+        migration.create_time.FromNanoseconds(int(began * 1e9))
+        entry = _Entry(migration)
+        entry.driver = self._driver(entry, ends.source, ends.destination, plan)
+        await entry.driver.reserve()
+        self._trim()
+        self._entries[migration_id] = entry
+        self._update(entry)
+        await self._save(entry)
+        entry.task = asyncio.create_task(self._run(entry), name=f"drive {migration_id[:8]}")
+        return entry.migration
+
+    async def cancel(self, migration_id: str) -> pb.Migration:
+        """See `MigrationService.CancelMigration`."""
+        entry = self._entry(migration_id)
+        if entry.driver is not None and not entry.final:
+            entry.driver.cancel(
+                Failure(Reason.CANCELLED, f"cancelled on request; the guest runs on {entry.migration.source_host} as before")
+            )
+        return entry.migration
+
+    def get(self, migration_id: str) -> pb.Migration:
+        """Raises MIGRATION_NOT_FOUND."""
+        return self._entry(migration_id).migration
+
+    def list(self, *, active_only: bool, limit: int) -> "list[pb.Migration]":
+        """The newest first."""
+        if not 0 <= limit <= KEEP:
+            raise invalid_field("page_size", f"must be from 1 to {KEEP}, or 0 for 100")
+        entries = [entry for entry in self._entries.values() if not (active_only and entry.final)]
+        return [entry.migration for entry in sorted(entries, key=_created, reverse=True)[: limit or 100]]
+
+    async def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
+        """The migration now, then whenever it has changed since the reader last took it, until it has ended."""
+        entry = self._entry(migration_id)
+        first = True
+        while True:
+            changed, migration = entry.changed.next, entry.migration
+            if first or migration.revision > from_revision:
+                yield migration
+            if migration.state in FINAL:
+                return
+            first = False
+            await changed.wait()
+
+    def _entry(self, migration_id: str) -> _Entry:
+        entry = self._entries.get(migration_id)
+        if entry is None:
+            raise DroverError(
+                Reason.MIGRATION_NOT_FOUND,
+                f"{self._name} knows no migration {migration_id}; `drover migration list` shows those that it knows",
+            )
+        return entry
+
+    def _trim(self) -> None:
+        ended = [key for key, entry in self._entries.items() if entry.final]
+        for key in ended[: max(0, len(ended) - KEEP + 1)]:
+            del self._entries[key]
+
+    # ---- driving
+
+    def _driver(self, entry: _Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
+        ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
+        return Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry))
+
+    async def _resume(self, entry: _Entry) -> None:
+        """Go on after a restart of this process: the records say where."""
+        while True:
+            try:
+                source, destination = await self._directory.ends(entry.migration)
+                entry.driver = self._driver(entry, source, destination, resume_plan(entry.migration, source, destination))
+                await entry.driver.resume()
+            except DroverError as error:
+                log.warning("cannot go on yet", migration=entry.migration.migration_id, error=error.message)
+                await asyncio.sleep(1.0)
+            else:
+                break
+        await self._run(entry)
+
+    async def _run(self, entry: _Entry) -> None:
+        """Drive to the end, then make it durable, then tell."""
+        if entry.driver is None:
+            return
+        try:
+            await entry.driver.run()
+        except Exception:
+            log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
+            self._publish(entry, impossible(entry.migration))
+            return
+        final = describe(entry.migration, entry.driver, time.time(), ended=True)
+        self._publish(entry, final)
+        try:
+            await self._save(entry)
+        except DroverError as error:
+            log.error("the end of a migration was not kept", migration=final.migration_id, error=error.message)
+        entry.driver = None
+        self._ended.ring()
+
+    def _update(self, entry: _Entry) -> None:
+        """The driver learned something. Its end is told by `_run`."""
+        if entry.driver is not None and entry.migration.migration_id in self._entries:
+            self._publish(entry, describe(entry.migration, entry.driver, time.time(), ended=False))
+
+    def _publish(self, entry: _Entry, migration: pb.Migration) -> None:
+        self._revision += 1
+        migration.revision = self._revision
+        entry.migration = migration
+        entry.changed.ring()
+
+    async def _save(self, entry: _Entry) -> None:
+        migration = entry.migration
+        await self._kept.save(migration.migration_id, migration.SerializeToString(), ended=entry.final, updated=time.time())
+
+
+def _created(entry: _Entry) -> int:
+    return entry.migration.create_time.ToNanoseconds()

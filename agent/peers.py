@@ -1,0 +1,96 @@
+"""Other agents, without a coordinator: the peers of the configuration, or any agent's address (requirement H9)."""
+
+from collections.abc import Mapping
+
+import grpc.aio
+
+from agent.address import parse_address
+from agent.errors import DroverError, Reason
+from agent.host import AgentHost
+from agent.migrations import Ends, Side
+from agent.service.channel import open_channel
+from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
+from agent.service.host_service import get_domain
+from agent.service.status import error_from_rpc
+from drover.agent.v1 import host_pb2, host_pb2_grpc
+from drover.agent.v1 import migration_pb2 as pb
+
+
+class Channels:
+    """Channels to agents by address, each opened once and closed with the agent."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, grpc.aio.Channel] = {}
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        if address not in self._open:
+            self._open[address] = open_channel(address)
+        return self._open[address]
+
+    async def close(self) -> None:
+        for channel in self._open.values():
+            await channel.close()
+        self._open.clear()
+
+
+async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
+    """What an agent says of its host. Raises HOST_UNREACHABLE."""
+    try:
+        response = await host_pb2_grpc.HostServiceStub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error, name) from None
+    return response.host
+
+
+class PeerDirectory:
+    """The source is this host; the destination is a peer."""
+
+    def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels) -> None:
+        self._host = host
+        self._own_address = own_address
+        self._peers = peers
+        self._channels = channels
+
+    async def find(self, spec: pb.MigrationSpec) -> Ends:
+        own = self._host.describe()
+        if spec.source_host not in ("", own.name):
+            raise DroverError(
+                Reason.HOST_NOT_FOUND,
+                f"this agent moves guests of its own host {own.name} only; ask the agent of {spec.source_host}, or a coordinator",
+                metadata={"host": spec.source_host},
+            )
+        if spec.destination_host == own.name:
+            raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
+        guest = await get_domain(self._host, spec.domain)
+        address = self.address_of(spec.destination_host)
+        host = await ask_host(self._channels.get(address), spec.destination_host)
+        return Ends(self._source(), Side(host, self.peer(host.name, address), address), guest)
+
+    async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
+        address = self.address_of(migration.spec.destination_host)
+        try:
+            host = await ask_host(self._channels.get(address), migration.destination_host)
+        except DroverError:
+            host = host_pb2.Host(name=migration.destination_host)
+        return self._source(), Side(host, self.peer(migration.destination_host, address), address)
+
+    def _source(self) -> Side:
+        return Side(self._host.describe(), self._host.engine, self._own_address)
+
+    def peer(self, name: str, address: str) -> RemotePeer:
+        return RemotePeer(self._channels.get(address), name)
+
+    def address_of(self, name_or_address: str) -> str:
+        """Raises HOST_NOT_FOUND for what is neither a peer of the configuration nor an address."""
+        if name_or_address in self._peers:
+            return self._peers[name_or_address]
+        try:
+            return str(parse_address(name_or_address))
+        except ValueError:
+            known = ", ".join(sorted(self._peers)) or "none"
+            raise DroverError(
+                Reason.HOST_NOT_FOUND,
+                f'"{name_or_address}" is neither a peer of this agent\'s configuration ({known}) nor the address of an agent; '
+                "nothing was done to the guest",
+                metadata={"host": name_or_address},
+            ) from None

@@ -1,0 +1,126 @@
+"""From what the user wants and what both hosts can do to the plan of a migration. Pure: looks at both ends, then decides.
+
+Everything that can be refused by looking is refused here, before any host has done anything.
+"""
+
+from typing import Protocol
+
+from agent.errors import DroverError, Reason
+from agent.features import check_bandwidth, check_options, check_protocol
+from agent.handshake.driver import Plan
+from agent.networks import MIGRATION_ROLE, common_network, listen_on
+from drover.agent.v1 import host_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+
+class _End(Protocol):
+    @property
+    def host(self) -> host_pb2.Host: ...
+
+    @property
+    def agent_address(self) -> str: ...
+
+
+def make_plan(
+    spec: pb.MigrationSpec,
+    source: host_pb2.Host,
+    destination: host_pb2.Host,
+    guest: host_pb2.GetDomainResponse,
+    source_agent: str,
+    destination_agent: str,
+) -> tuple[Plan, list[str]]:
+    """The plan, and what the user should be warned of.
+
+    Raises:
+        DroverError: SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH,
+            SPLIT_PHASES_MISSING, NETWORK_NOT_FOUND, URI_NOT_ALLOWED.
+    """
+    _check_hosts(source, destination)
+    _check_guest(guest, source)
+    for host, end in ((source, f"the source {source.name}"), (destination, f"the destination {destination.name}")):
+        check_protocol(host.min_protocol_version, host.max_protocol_version, end)
+        _check_split_phases(host, end)
+        check_options(spec.options, host.migration_features, end)
+        check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
+    network, warnings = _choose_network(spec, source, destination)
+    return (
+        Plan(
+            domain_name=guest.domain.name,
+            domain_uuid=guest.domain.uuid,
+            destination_name=spec.destination_name or guest.domain.name,
+            source_host=source.name,
+            source_agent=source_agent,
+            destination_host=destination.name,
+            destination_agent=destination_agent,
+            network=network,
+            uri=spec.uri,
+            bandwidth=spec.bandwidth_bytes_per_second,
+            options=spec.options,
+            requirements=guest.requirements,
+            destination_networks=tuple(destination.networks),
+            destination_features=destination.migration_features,
+        ),
+        warnings,
+    )
+
+
+def resume_plan(migration: pb.Migration, source: _End, destination: _End) -> Plan:
+    """The plan of a migration that was started before; the slot is taken, so what the guest needs is not asked again."""
+    spec = migration.spec
+    return Plan(
+        domain_name=migration.domain_name,
+        domain_uuid=migration.domain_uuid,
+        destination_name=spec.destination_name or migration.domain_name,
+        source_host=migration.source_host,
+        source_agent=source.agent_address,
+        destination_host=migration.destination_host,
+        destination_agent=destination.agent_address,
+        network=migration.network,
+        uri=spec.uri,
+        bandwidth=spec.bandwidth_bytes_per_second,
+        options=spec.options,
+        requirements=None,
+        destination_networks=tuple(destination.host.networks),
+        destination_features=destination.host.migration_features,
+    )
+
+
+def _check_hosts(source: host_pb2.Host, destination: host_pb2.Host) -> None:
+    if source.host_uuid == destination.host_uuid:
+        raise DroverError(
+            Reason.SAME_HOST,
+            f"source {source.name} and destination {destination.name} are the same host; choose another destination",
+            metadata={"host": source.name},
+        )
+
+
+def _check_guest(guest: host_pb2.GetDomainResponse, source: host_pb2.Host) -> None:
+    if guest.domain.state not in (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED):
+        state = host_pb2.DomainState.Name(guest.domain.state).removeprefix("DOMAIN_STATE_").lower()
+        raise DroverError(
+            Reason.DOMAIN_NOT_RUNNING,
+            f"guest {guest.domain.name} on {source.name} is {state}, and only a running guest can be migrated live; start it first",
+            metadata={"state": state},
+        )
+
+
+def _check_split_phases(host: host_pb2.Host, end: str) -> None:
+    if not host.migration_features.split_phases:
+        raise DroverError(
+            Reason.SPLIT_PHASES_MISSING,
+            f"the libvirt library of {end} does not export the split phases that Drover needs; update libvirt there",
+            metadata={"host": host.name},
+        )
+
+
+def _choose_network(
+    spec: pb.MigrationSpec, source: host_pb2.Host, destination: host_pb2.Host
+) -> tuple[str, list[str]]:
+    """The name of the network, and a warning where it has no migration role."""
+    named = spec.network
+    if spec.uri:
+        named = listen_on(destination.networks, destination.migration_features, named, spec.uri).network
+    network = common_network(source.networks, destination.networks, named)
+    if MIGRATION_ROLE in network.roles:
+        return network.name, []
+    return network.name, [f"network {network.name} has no migration role; it carries the guest's memory because it was named"]

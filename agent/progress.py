@@ -1,0 +1,167 @@
+"""What a migration looks like to its user, from what its driver knows. Pure but for the clock that is handed in."""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+
+from agent.errors import Reason
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.driver import Driver
+from agent.handshake.records import Failure, duration, failure_to_proto
+from agent.handshake.source import SourceState as Src
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+_PHASE_OF_SOURCE: Final = {
+    Src.BEGINNING: "begin",
+    Src.PERFORMING: "perform",
+    Src.PERFORMED: "finish",
+    Src.REMOVING: "confirm",
+    Src.RESUMING: "confirm",
+}
+_PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
+
+
+def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -> pb.Migration:
+    """The migration as it is now, from what it was and what the driver knows."""
+    src, dst = driver.source_state, driver.destination_state
+    migration = pb.Migration()
+    migration.CopyFrom(before)
+    migration.waiting_for = driver.waiting_for[:1000]
+    migration.uri = driver.uri or before.uri
+    migration.runs_on = _runs_on(migration, src, dst)
+    migration.phase = "" if ended else phase(src, dst)
+    _copy_records(migration, driver)
+    if dst is Dst.RUNNING and not before.HasField("commit_time"):
+        migration.commit_time.FromNanoseconds(int(now * 1e9))
+    failure = driver.failure or _failure_of(driver.source_record) or _failure_of(driver.destination_record)
+    migration.state = _state(migration.state, driver, failure, ended=ended)
+    migration.ClearField("failure")
+    if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
+        failure = _unknown(migration, driver)
+    if failure is not None and migration.state != pb.MIGRATION_STATE_SUCCEEDED:
+        migration.failure.CopyFrom(failure_to_proto(failure))
+    if ended:
+        migration.end_time.FromNanoseconds(int(now * 1e9))
+        migration.duration.CopyFrom(duration(now - before.create_time.ToNanoseconds() / 1e9))
+        migration.hypervisor_duration.CopyFrom(duration(hypervisor_seconds(migration.timings)))
+    return migration
+
+
+def phase(src: Src | None, dst: Dst | None) -> str:
+    """The phase under way."""
+    if src in _PHASE_OF_SOURCE:
+        return _PHASE_OF_SOURCE[src]
+    if dst in (Dst.RUNNING, Dst.GONE, Dst.ABANDONING) or src is Src.KEPT:
+        return "confirm"
+    if src is Src.BEGUN and dst is Dst.RESERVED:
+        return "prepare"
+    return _PHASE_OF_DESTINATION.get(dst, "perform")
+
+
+def _runs_on(migration: pb.Migration, src: Src | None, dst: Dst | None) -> str:
+    if dst is Dst.RUNNING:
+        return migration.destination_host
+    if src in (Src.PERFORMED, Src.RESUMING):
+        return ""
+    return migration.source_host
+
+
+def _state(
+    before: pb.MigrationState.ValueType, driver: Driver, failure: Failure | None, *, ended: bool
+) -> pb.MigrationState.ValueType:
+    if ended:
+        if driver.destination_state is Dst.RUNNING:
+            return pb.MIGRATION_STATE_SUCCEEDED
+        cancelled = failure is not None and failure.reason == Reason.CANCELLED
+        return pb.MIGRATION_STATE_CANCELLED if cancelled else pb.MIGRATION_STATE_FAILED
+    if driver.outcome_unknown:
+        return pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+    if driver.cancelling:
+        return pb.MIGRATION_STATE_CANCELLING
+    return pb.MIGRATION_STATE_PENDING if driver.source_record is None else pb.MIGRATION_STATE_ACTIVE
+
+
+def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
+    if record is None or not record.HasField("failure"):
+        return None
+    return Failure(Reason(record.failure.reason), record.failure.message, dict(record.failure.metadata))
+
+
+def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
+    silent = " and ".join(
+        {"source": migration.source_host, "destination": migration.destination_host}[side] for side in driver.silent_since
+    )
+    here = (
+        f"the guest is paused on {migration.source_host}"
+        if driver.source_state in (Src.PERFORMED, Src.RESUMING)
+        else f"what {migration.source_host} last said was {driver.source_state}"
+    )
+    return Failure(
+        Reason.OUTCOME_UNKNOWN,
+        f"{silent} does not answer, and it alone can say whether the guest runs on {migration.destination_host}; {here}. "
+        f"It is asked again and again, and the migration ends by itself once it answers: "
+        f"`drover migration watch {migration.migration_id}`",
+    )
+
+
+def impossible(before: pb.Migration) -> pb.Migration:
+    """A migration whose records contradict each other, or whose driver is at fault: nothing more is done to the guest."""
+    migration = pb.Migration()
+    migration.CopyFrom(before)
+    migration.state = pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+    failure = Failure(
+        Reason.INTERNAL,
+        f"the records of {before.source_host} and {before.destination_host} contradict each other, so nothing more is done to the "
+        f"guest: look at both (`drover domain list`) and at the agents' logs, and report this as a defect",
+    )
+    migration.failure.CopyFrom(failure_to_proto(failure))
+    return migration
+
+
+def _copy_records(migration: pb.Migration, driver: Driver) -> None:
+    records = [record for record in (driver.source_record, driver.destination_record) if record is not None]
+    timings = sorted((t for r in records for t in r.timings), key=lambda t: t.start_time.ToNanoseconds())
+    if timings:
+        del migration.timings[:]
+        migration.timings.extend(timings)
+    if driver.source_record is not None and driver.source_record.HasField("progress"):
+        progress = driver.source_record.progress
+        migration.progress.CopyFrom(with_eta(progress) if driver.source_state is Src.PERFORMING else progress)
+
+
+def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:
+    """The reading with an expected end, as a range: at best the rest is sent once; at worst what is dirtied meanwhile too."""
+    reading = handshake_pb2.Progress()
+    reading.CopyFrom(progress)
+    rate, dirty = progress.bytes_per_second, progress.dirty_bytes_per_second
+    if rate <= 0:
+        reading.reason = "no rate measured yet"
+        return reading
+    reading.eta_low.CopyFrom(_seconds(progress.remaining_bytes / rate))
+    if dirty >= rate:
+        reading.reason = "the guest dirties its memory faster than it is sent: no end in sight at this rate"
+    else:
+        reading.eta_high.CopyFrom(_seconds(progress.remaining_bytes / (rate - dirty)))
+    return reading
+
+
+def _seconds(seconds: float) -> Duration:
+    return duration(min(seconds, 1e9))
+
+
+def hypervisor_seconds(timings: Sequence[handshake_pb2.PhaseTiming]) -> float:
+    """Time in which at least one call of a hypervisor was under way. Needs the two hosts' clocks to agree."""
+    return _union(
+        (t.start_time.ToNanoseconds() / 1e9, t.start_time.ToNanoseconds() / 1e9 + t.hypervisor_duration.ToNanoseconds() / 1e9)
+        for t in timings
+    )
+
+
+def _union(intervals: Iterable[tuple[float, float]]) -> float:
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total

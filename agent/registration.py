@@ -1,0 +1,36 @@
+"""Makes this host known to the coordinator, and says again and again that it is there."""
+
+import asyncio
+from typing import Final
+
+import grpc.aio
+import structlog
+
+from agent.host import AgentHost
+from drover.coordinator.v1 import host_pb2, host_pb2_grpc
+
+log = structlog.get_logger()
+
+_RETRY_SECONDS: Final = 1.0
+_CALL_SECONDS: Final = 5.0
+
+
+async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: str) -> None:
+    """For ever. A coordinator that is away, or refuses, is asked again; migrations do not wait for it."""
+    stub = host_pb2_grpc.HostServiceStub(channel)
+    registered = False
+    while True:
+        pause = _RETRY_SECONDS
+        try:
+            response = await stub.RegisterHost(
+                host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address), timeout=_CALL_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            log.warning("the coordinator does not take this host", code=error.code().name, error=error.details())
+            registered = False
+        else:
+            pause = response.heartbeat_interval.ToNanoseconds() / 1e9
+            if not registered:
+                log.info("registered with the coordinator")
+            registered = True
+        await asyncio.sleep(pause)

@@ -1,0 +1,245 @@
+"""One walker that checks a request against the bounds that stand in the protos, before anything uses it.
+
+It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later) and the rules that hold for the whole wire:
+
+- no integer and no duration is negative;
+- ``migration_id`` is a UUID in its canonical form (lower case), so that one migration has one name;
+- a string that may have at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals
+  and XML); only longer ones, such as the XML, may have several lines;
+- an order holds nothing that is not understood: `Options` and `MigrationSpec` no unknown field, they and the requests
+  themselves no unknown enum value. Reports (a `Host`) may: a newer agent may say more.
+
+The rules of a message are compiled once for each type. A walk then looks at the fields that are set and no others, so it
+takes a few microseconds.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from agent.errors import DroverError, Reason, invalid_field
+from drover.agent.v1 import bounds_pb2, migration_pb2, options_pb2
+
+MAX_STRING = 253
+"""Bytes of a string that has no max_bytes of its own."""
+MAX_BYTES = 65536
+"""Bytes of a bytes field that has no max_bytes of its own."""
+MAX_ITEMS = 64
+"""Items of a repeated field or map that has no max_items of its own."""
+MAX_LINE = 1024
+"""A string whose bound is no higher than this is a single line."""
+MAX_DURATION_SECONDS = 315_576_000_000
+"""10,000 years: the bound of google.protobuf.Duration itself."""
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+# Orders: what is not understood here must be refused, not skipped.
+_CLOSED = {options_pb2.Options.DESCRIPTOR.full_name, migration_pb2.MigrationSpec.DESCRIPTOR.full_name}
+
+_Check = Callable[[Any, str], None]
+"""Checks one value; the path of its field is for the error. Raises `DroverError`."""
+
+
+def check_request(message: Message) -> None:
+    """Raise the error of the first thing that is wrong with the request. Nothing has been changed by then.
+
+    INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD or UNKNOWN_OPTION, with the path of the field, such as
+    ``spec.options.live``.
+    """
+    _walk(message, "")
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What to check in messages of one type."""
+
+    checks: dict[int, _Check]
+    """By field number."""
+    required: tuple[tuple[str, bool], ...]
+    """Names of required fields, and whether presence is what counts (messages)."""
+    closed: bool
+
+
+def _walk(message: Message, prefix: str) -> None:
+    rules = _rules(message.DESCRIPTOR)
+    if rules.closed:
+        _refuse_unknown_fields(message, prefix)
+    for field, value in message.ListFields():
+        check = rules.checks.get(field.number)
+        if check is not None:
+            check(value, prefix + field.name)
+    for name, by_presence in rules.required:
+        if not (message.HasField(name) if by_presence else getattr(message, name)):
+            raise invalid_field(prefix + name, "is required and was empty")
+
+
+@cache
+def _rules(descriptor: Descriptor) -> _Rules:
+    closed = descriptor.full_name in _CLOSED
+    order = closed or descriptor.name.endswith("Request")
+    checks = {field.number: check for field in descriptor.fields if (check := _field_check(field, order)) is not None}
+    required = tuple(
+        (field.name, field.message_type is not None and not field.is_repeated)
+        for field in descriptor.fields
+        if _option(field, bounds_pb2.required)
+    )
+    return _Rules(checks, required, closed)
+
+
+def _option(field: FieldDescriptor, extension: Any) -> Any:
+    """The value of one of our field options, or None where the field does not have it."""
+    options = field.GetOptions()
+    return options.Extensions[extension] if options.HasExtension(extension) else None
+
+
+def _field_check(field: FieldDescriptor, order: bool) -> _Check | None:
+    if _option(field, bounds_pb2.reserved_for_later):
+        return _unsupported
+    if _is_map(field):
+        return _map_check(field, order)
+    item = _value_check(field, order, _option(field, bounds_pb2.max_bytes))
+    if field.is_repeated:
+        return _items_check(_option(field, bounds_pb2.max_items) or MAX_ITEMS, item)
+    return item
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
+
+
+def _value_check(field: FieldDescriptor, order: bool, max_bytes: int | None) -> _Check | None:
+    """The check of a single value; None where every value is right."""
+    if field.message_type is not None:
+        return _duration if field.message_type.full_name == Duration.DESCRIPTOR.full_name else _message
+    if field.enum_type is not None:
+        return _enum_check(frozenset(field.enum_type.values_by_number)) if order else None
+    if field.type == FieldDescriptor.TYPE_STRING:
+        return _uuid if field.name == "migration_id" else _string_check(max_bytes or MAX_STRING)
+    if field.type == FieldDescriptor.TYPE_BYTES:
+        return _bytes_check(max_bytes or MAX_BYTES)
+    if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
+        return _not_negative
+    return None
+
+
+def _items_check(max_items: int, item: _Check | None) -> _Check:
+    def check(values: Any, path: str) -> None:
+        _check_count(len(values), max_items, path)
+        if item is not None:
+            for index, value in enumerate(values):
+                item(value, f"{path}[{index}]")
+
+    return check
+
+
+def _map_check(field: FieldDescriptor, order: bool) -> _Check:
+    assert field.message_type is not None
+    entry = field.message_type.fields_by_name
+    key_check = _value_check(entry["key"], order, None)
+    value_check = _value_check(entry["value"], order, _option(field, bounds_pb2.max_bytes))
+    max_items = _option(field, bounds_pb2.max_items) or MAX_ITEMS
+
+    def check(values: Any, path: str) -> None:
+        _check_count(len(values), max_items, path)
+        for key in values:
+            if key_check is not None:
+                key_check(key, f"{path} (a key)")
+            if value_check is not None:
+                value_check(values[key], f"{path}[{key}]")
+
+    return check
+
+
+def _check_count(count: int, max_items: int, path: str) -> None:
+    if count > max_items:
+        raise _too_large(path, f"has {count} items; at most {max_items} are allowed", max_items, count)
+
+
+def _string_check(max_bytes: int) -> _Check:
+    one_line = max_bytes <= MAX_LINE
+
+    def check(value: str, path: str) -> None:
+        size = len(value) if value.isascii() else len(value.encode())
+        _check_size(size, max_bytes, path)
+        if one_line and (found := _CONTROL.search(value)):
+            raise invalid_field(path, f"has the control character U+{ord(found.group()):04X}; this field is a single line")
+        if "\0" in value:
+            raise invalid_field(path, "has a NUL character")
+
+    return check
+
+
+def _bytes_check(max_bytes: int) -> _Check:
+    def check(value: bytes, path: str) -> None:
+        _check_size(len(value), max_bytes, path)
+
+    return check
+
+
+def _check_size(size: int, max_bytes: int, path: str) -> None:
+    if size > max_bytes:
+        raise _too_large(path, f"has {size} bytes; at most {max_bytes} are allowed", max_bytes, size)
+
+
+def _too_large(path: str, description: str, bound: int, size: int) -> DroverError:
+    error = invalid_field(path, description, Reason.FIELD_TOO_LARGE)
+    return DroverError(
+        error.reason,
+        error.message,
+        metadata={"field": path, "bound": str(bound), "size": str(size)},
+        violations=error.violations,
+    )
+
+
+def _enum_check(numbers: frozenset[int]) -> _Check:
+    def check(value: int, path: str) -> None:
+        if value not in numbers:
+            raise invalid_field(path, f"{value} is no value that is known here")
+
+    return check
+
+
+def _message(value: Message, path: str) -> None:
+    _walk(value, path + ".")
+
+
+def _uuid(value: str, path: str) -> None:
+    _check_size(len(value), 36, path)
+    if _UUID.fullmatch(value) is None:
+        raise invalid_field(path, "is no UUID such as 0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11 (lower case, with dashes)")
+
+
+def _not_negative(value: int, path: str) -> None:
+    if value < 0:
+        raise invalid_field(path, f"is {value}; it cannot be negative")
+
+
+def _duration(value: Duration, path: str) -> None:
+    if value.seconds < 0 or value.nanos < 0:
+        raise invalid_field(path, "is negative; a duration cannot be")
+    if value.seconds > MAX_DURATION_SECONDS or value.nanos >= 1_000_000_000:
+        raise invalid_field(path, "is no valid duration")
+
+
+def _unsupported(_value: Any, path: str) -> None:
+    raise invalid_field(path, "nothing here honours this field yet; leave it out", Reason.UNSUPPORTED_FIELD)
+
+
+def _refuse_unknown_fields(message: Message, prefix: str) -> None:
+    numbers = [unknown.field_number for unknown in UnknownFieldSet(message)]  # type: ignore[attr-defined]
+    if numbers:
+        where = prefix.removesuffix(".") or message.DESCRIPTOR.name
+        raise DroverError(
+            Reason.UNKNOWN_OPTION,
+            f"{where}: field number {numbers[0]} is not known here; "
+            "the sender is newer or wrong, and nothing was done rather than half of what it asks",
+            metadata={"field": where, "number": str(numbers[0])},
+        )

@@ -1,0 +1,46 @@
+"""Channels to agents and coordinators."""
+
+import grpc.aio
+
+from agent.address import parse_address
+
+MAX_MESSAGE_BYTES = 1 << 20
+"""1 MiB: domain XML (512 KiB) and a cookie (64 KiB) with room to spare. The same in both directions, on both ends."""
+
+KEEPALIVE_SECONDS = 10
+"""A peer that is silent for so long is pinged."""
+KEEPALIVE_TIMEOUT_SECONDS = 5
+"""A ping that is not answered for so long ends the connection, and every call on it with UNAVAILABLE."""
+MAX_RECONNECT_BACKOFF_SECONDS = 1
+"""A peer that comes back is found again within about this time; a mesh of hosts is small, so no storm comes of it."""
+
+KEEPALIVE_OPTIONS = (
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_SECONDS * 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+"""The same for servers and channels."""
+
+_CHANNEL_OPTIONS = (
+    *KEEPALIVE_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_SECONDS * 1000),
+    ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_SECONDS * 1000),
+    # A proxy from the environment would carry the handshake of two hosts through a third.
+    ("grpc.enable_http_proxy", 0),
+    # Channels to one address would otherwise share one connection and its backoff after a failure.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to ``ip:port`` or ``unix:/path``. Connects at the first call, and again by itself; close it when done.
+
+    Not encrypted: for unix sockets, and for networks where the operator allowed it, until mutual TLS is there.
+
+    Raises `ValueError` for what is no address.
+    """
+    parsed = parse_address(address)
+    return grpc.aio.insecure_channel(str(parsed), options=_CHANNEL_OPTIONS)

@@ -1,0 +1,78 @@
+"""`drover.agent.v1.HostService`: what an agent knows of its host. The servicer, and how hypervisor words read on the wire."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from agent.features import from_hypervisor
+from agent.host import AgentHost
+from agent.hypervisor.base import Domain, DomainState, HypervisorError, Requirements
+from drover.agent.v1 import host_pb2 as pb
+from drover.agent.v1 import host_pb2_grpc as rpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["HostService"].full_name
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class HostServicer(rpc.HostServiceServicer):
+    """Serves this host."""
+
+    def __init__(self, host: AgentHost) -> None:
+        self._host = host
+
+    async def GetHost(self, request: pb.GetHostRequest, context: _Context) -> pb.GetHostResponse:  # noqa: N802
+        return pb.GetHostResponse(host=self._host.describe())
+
+    async def WatchHost(self, request: pb.WatchHostRequest, context: _Context) -> AsyncIterator[pb.WatchHostResponse]:  # noqa: N802
+        async for host in self._host.watch():
+            yield pb.WatchHostResponse(host=host)
+
+    async def ListDomains(self, request: pb.ListDomainsRequest, context: _Context) -> pb.ListDomainsResponse:  # noqa: N802
+        try:
+            domains = await self._host.hypervisor.list_domains()
+        except HypervisorError as error:
+            raise from_hypervisor(error) from None
+        return pb.ListDomainsResponse(domains=[domain_to_proto(domain) for domain in domains])
+
+    async def GetDomain(self, request: pb.GetDomainRequest, context: _Context) -> pb.GetDomainResponse:  # noqa: N802
+        return await get_domain(self._host, request.domain)
+
+
+async def get_domain(host: AgentHost, name_or_uuid: str) -> pb.GetDomainResponse:
+    """The guest and, when it runs, what it needs."""
+    try:
+        domain = await host.hypervisor.get_domain(name_or_uuid)
+        response = pb.GetDomainResponse(domain=domain_to_proto(domain))
+        if domain.state in (DomainState.RUNNING, DomainState.PAUSED):
+            response.requirements.CopyFrom(requirements_to_proto(await host.hypervisor.requirements(domain.uuid)))
+    except HypervisorError as error:
+        raise from_hypervisor(error) from None
+    return response
+
+
+def domain_to_proto(domain: Domain) -> pb.Domain:
+    return pb.Domain(
+        name=domain.name,
+        uuid=domain.uuid,
+        state=pb.DomainState.Value(f"DOMAIN_STATE_{domain.state.name}"),
+        reason=domain.reason,
+        memory_bytes=domain.memory_bytes,
+        vcpus=domain.vcpus,
+        persistent=domain.persistent,
+        job=domain.job.value,
+    )
+
+
+def requirements_to_proto(requirements: Requirements) -> pb.GuestRequirements:
+    return pb.GuestRequirements(
+        name=requirements.name,
+        uuid=requirements.uuid,
+        memory_bytes=requirements.memory_bytes,
+        vcpus=requirements.vcpus,
+        arch=requirements.arch,
+        machine=requirements.machine,
+        virt_type=requirements.virt_type,
+        cpu=requirements.cpu,
+    )

@@ -1,0 +1,184 @@
+"""The outermost interceptor: a request is checked before its handler sees it, and only our errors leave the process.
+
+It holds for the services of Drover (``/drover.``); health and reflection are left as they come. What it never logs: requests
+and responses (cookies, XML), and what an unforeseen exception says after the first ``<`` or byte string.
+"""
+
+from __future__ import annotations  # the stubs of grpc are generic, its classes are not
+
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.message import Message
+
+from agent.errors import DroverError, Reason
+from agent.service.bounds import check_request
+from agent.service.status import to_status, trailing_metadata
+
+_log = structlog.get_logger("drover.rpc")
+
+OUR_SERVICES = "/drover."
+MAX_LOGGED = 200
+"""Characters that are logged of the message of an unforeseen exception."""
+
+_READING = ("Get", "List", "Watch")
+"""Methods with these names change nothing, so they are not worth a line in the log."""
+
+_SECRET_MARKS = ("<", "b'", 'b"')
+
+if TYPE_CHECKING:
+    _Context = grpc.aio.ServicerContext[Any, Any]
+    _Handler = grpc.RpcMethodHandler[Any, Any]
+
+
+class _Malformed:
+    """Stands for a request that is no protobuf message of its type.
+
+    A deserializer that raises would make grpcio answer UNKNOWN with a stack trace in the log; so ours never raises, and
+    the handler's wrapper refuses this.
+    """
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Put it first in the list of a server's interceptors."""
+
+    def __init__(self) -> None:
+        # A method's handler is the same at every call; there are as many as methods.
+        self._wrapped: dict[str, _Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        method = handler_call_details.method
+        if not method.startswith(OUR_SERVICES):
+            return await continuation(handler_call_details)
+        if method not in self._wrapped:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return _unknown_method(method)  # not kept: a peer could fill the memory with names
+            self._wrapped[method] = _wrap(method, handler)
+        return self._wrapped[method]
+
+
+def _wrap(method: str, handler: Any) -> _Handler:
+    deserializer = _tolerant(handler.request_deserializer)
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), deserializer, handler.response_serializer)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(_stream(method, handler.unary_stream), deserializer, handler.response_serializer)
+    raise NotImplementedError(f"{method}: the wire has no streams of requests")
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def deserializer(raw: bytes) -> Any:
+        try:
+            return deserialize(raw)
+        except Exception:
+            return _Malformed()
+
+    return deserializer
+
+
+def _unary(method: str, behavior: Callable[[Any, _Context], Awaitable[Any]]) -> Callable[[Any, _Context], Awaitable[Any]]:
+    async def call(request: Any, context: _Context) -> Any:
+        started = time.monotonic()
+        try:
+            _check(method, request)
+            response = await behavior(request, context)
+        except Exception as error:
+            await _fail(method, request, started, error, context)
+        _log_call(method, request, started, "ok")
+        return response
+
+    return call
+
+
+def _stream(method: str, behavior: Callable[[Any, _Context], AsyncIterator[Any]]) -> Callable[[Any, _Context], AsyncIterator[Any]]:
+    async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
+        started = time.monotonic()
+        try:
+            _check(method, request)
+            # Closed at once when the caller leaves, not when the garbage collector finds it.
+            async with aclosing(_generator(behavior(request, context))) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _fail(method, request, started, error, context)
+
+    return call
+
+
+def _generator(responses: Any) -> Any:
+    if not hasattr(responses, "aclose"):
+        raise NotImplementedError("a streaming handler must be an async generator")
+    return responses
+
+
+def _check(method: str, request: Any) -> None:
+    if isinstance(request, _Malformed):
+        raise DroverError(Reason.INVALID_FIELD, f"the request of {method} is no protobuf message of its type; nothing was done")
+    check_request(request)
+
+
+async def _fail(method: str, request: Any, started: float, error: Exception, context: _Context) -> NoReturn:
+    """End the call with the status of the error. Raises always: what grpcio raises for an abort."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error  # the handler gave a status of its own
+    ours = _as_drover_error(method, error)
+    _log_call(method, request, started, ours.reason)
+    status = to_status(ours)
+    await context.abort(ours.code, status.message, trailing_metadata(status))
+    raise AssertionError("abort() always raises")
+
+
+def _as_drover_error(method: str, error: Exception) -> DroverError:
+    if isinstance(error, DroverError):
+        return error
+    if isinstance(error, NotImplementedError):
+        return DroverError(Reason.UNIMPLEMENTED, f"{method} is not implemented here")
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("unforeseen error", method=method, error=type(error).__name__, message=_without_secrets(str(error)), trace=frames)
+    return DroverError(
+        Reason.INTERNAL,
+        f"{method} failed here in a way that nobody foresaw ({type(error).__name__}); the log of this process says where. "
+        "What it was doing may have happened: ask for the record or the migration",
+        metadata={"exception": type(error).__name__},
+    )
+
+
+def _without_secrets(message: str) -> str:
+    cuts = [position for mark in _SECRET_MARKS if (position := message.find(mark)) >= 0]
+    return " ".join(message[: min([*cuts, MAX_LOGGED])].split())
+
+
+def _log_call(method: str, request: Any, started: float, outcome: str) -> None:
+    name = method.rpartition("/")[2]
+    if name.startswith(_READING):
+        return
+    milliseconds = round((time.monotonic() - started) * 1000, 2)
+    _log.debug("call", method=method, migration=_migration_of(request), outcome=outcome, milliseconds=milliseconds)
+
+
+def _migration_of(request: Any) -> str:
+    """The migration that a request is about; empty for one that is about none (or is wrong: it may hold anything)."""
+    if not isinstance(request, Message):
+        return ""
+    named = getattr(request, "ref", request)
+    return str(getattr(named, "migration_id", ""))[:36]
+
+
+def _unknown_method(method: str) -> _Handler:
+    async def call(request: Any, context: _Context) -> Any:
+        error = DroverError(Reason.UNIMPLEMENTED, f"{method[:200]} is not known here; ask the reflection service what is")
+        status = to_status(error)
+        await context.abort(error.code, status.message, trailing_metadata(status))
+
+    return grpc.unary_unary_rpc_method_handler(call)

@@ -1,0 +1,41 @@
+"""`drover.agent.v1.MigrationService`: a thin adapter over `agent.migrations`, served by agents and by the coordinator."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from agent.migrations import Migrations
+from drover.agent.v1 import migration_pb2 as pb
+from drover.agent.v1 import migration_pb2_grpc as rpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["MigrationService"].full_name
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class MigrationServicer(rpc.MigrationServiceServicer):
+    """Serves the migrations of this process."""
+
+    def __init__(self, migrations: Migrations) -> None:
+        self._migrations = migrations
+
+    async def StartMigration(self, request: pb.StartMigrationRequest, context: _Context) -> pb.StartMigrationResponse:  # noqa: N802
+        return pb.StartMigrationResponse(migration=await self._migrations.start(request.migration_id, request.spec))
+
+    async def GetMigration(self, request: pb.GetMigrationRequest, context: _Context) -> pb.GetMigrationResponse:  # noqa: N802
+        return pb.GetMigrationResponse(migration=self._migrations.get(request.migration_id))
+
+    async def ListMigrations(self, request: pb.ListMigrationsRequest, context: _Context) -> pb.ListMigrationsResponse:  # noqa: N802
+        return pb.ListMigrationsResponse(
+            migrations=self._migrations.list(active_only=request.active_only, limit=request.page_size)
+        )
+
+    async def WatchMigration(  # noqa: N802
+        self, request: pb.WatchMigrationRequest, context: _Context
+    ) -> AsyncIterator[pb.WatchMigrationResponse]:
+        async for migration in self._migrations.watch(request.migration_id, request.from_revision):
+            yield pb.WatchMigrationResponse(migration=migration)
+
+    async def CancelMigration(self, request: pb.CancelMigrationRequest, context: _Context) -> pb.CancelMigrationResponse:  # noqa: N802
+        return pb.CancelMigrationResponse(migration=await self._migrations.cancel(request.migration_id))

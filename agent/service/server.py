@@ -1,0 +1,143 @@
+"""A gRPC server with all that every server of Drover has: error interceptor, reflection, health, bounds, clean sockets."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from agent.address import TcpAddress, UnixAddress, parse_address
+from agent.service.channel import KEEPALIVE_OPTIONS
+from agent.service.interceptor import ErrorInterceptor
+
+PROBE_SECONDS = 1.0
+"""How long to wait for a sign of life from a unix socket that is already there."""
+
+_SERVER_OPTIONS = (
+    *KEEPALIVE_OPTIONS,
+    # Without this, two daemons share a port in silence, and each gets half of the calls.
+    ("grpc.so_reuseport", 0),
+    # Clients ping every 10 s; the default would answer that with "too many pings" and close.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+class AddressError(Exception):
+    """An address to listen on cannot be had: it is taken, or not of this host. The message names it."""
+
+
+class Server:
+    """A server that listens. Made by `start_server`."""
+
+    def __init__(self, server: grpc.aio.Server, health: health_aio.HealthServicer, addresses: tuple[str, ...]) -> None:
+        self._server = server
+        self._health = health
+        self.addresses = addresses
+        """The real addresses, in the order in which they were given: a port 0 is the system's choice here."""
+
+    async def stop(self, grace: float) -> None:
+        """Take no new calls; end those that still run after `grace` seconds. Idempotent.
+
+        Health says NOT_SERVING at once. Watches never end by themselves, so with open ones this takes all of `grace`.
+        """
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+
+    async def wait(self) -> None:
+        """Until it was stopped."""
+        await self._server.wait_for_termination()
+
+
+async def start_server(listen: Sequence[str], add: Callable[[grpc.aio.Server], None], service_names: Sequence[str]) -> Server:
+    """Listen on every address of `listen` (``unix:/path`` or ``ip:port``, port 0 for any) and serve.
+
+    `add` adds the servicers; `service_names` are their full names, for reflection and health. A unix socket is for its
+    owner only (mode 0600) and its directory is made; what a dead process left there is removed.
+
+    Raises `AddressError`, `ValueError` for what is no address.
+    """
+    addresses = [parse_address(address) for address in listen]
+    if not addresses:
+        raise ValueError("a server needs an address to listen on")
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
+    health = await _add_health(server, service_names)
+    add(server)
+    names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    try:
+        bound = tuple(_bind(server, address) for address in addresses)
+        await server.start()
+    except BaseException:
+        await server.stop(None)
+        raise
+    return Server(server, health, bound)
+
+
+async def _add_health(server: grpc.aio.Server, service_names: Sequence[str]) -> health_aio.HealthServicer:
+    health = health_aio.HealthServicer()
+    for name in service_names:
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    return health
+
+
+def _bind(server: grpc.aio.Server, address: UnixAddress | TcpAddress) -> str:
+    """Bind, and say what was bound."""
+    if isinstance(address, UnixAddress):
+        _make_way(address)
+        with _private_files():
+            _add_port(server, str(address))
+        return str(address)
+    port = _add_port(server, str(address))
+    return str(TcpAddress(address.host, port))
+
+
+def _add_port(server: grpc.aio.Server, address: str) -> int:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise AddressError(f"cannot listen on {address}: another process has it, or it is no address of this host (see: ss -lxtnp)")
+    return port
+
+
+def _make_way(address: UnixAddress) -> None:
+    """Make the directory of the socket, and remove a socket on which nobody listens any more."""
+    path = Path(address.path)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists() and not path.is_symlink():
+        return
+    if not path.is_socket():
+        raise AddressError(f"cannot listen on {address}: there is a file in its place that is no socket")
+    if _answers(address.path):
+        raise AddressError(f"cannot listen on {address}: another process listens there")
+    path.unlink()
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(PROBE_SECONDS)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True  # a full backlog or a missing right: somebody is there
+    return True
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """Files that are made meanwhile are for their owner only: no moment in which another user could connect."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)

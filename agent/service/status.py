@@ -1,0 +1,216 @@
+"""`DroverError` to the wire and back.
+
+On the wire an error is a `google.rpc.Status` in the trailing metadata: exactly one `ErrorInfo` (reason, domain ``drover``,
+metadata), and `RetryInfo`, `BadRequest`, `ResourceInfo`, `PreconditionFailure` where they help.
+
+gRPC peers drop a response whose metadata is over 8 KiB, and the message travels twice (as ``grpc-message``, percent
+encoded, and in the Status, in base64). So everything here is cut: what arrives short is better than what never arrives.
+"""
+
+from collections.abc import Mapping
+from typing import TypeVar
+from urllib.parse import quote
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
+
+from agent.errors import DOMAIN, DroverError, FieldViolation, Reason
+
+MAX_MESSAGE = 1536
+"""Bytes of the message, percent encoded as ``grpc-message`` is."""
+MAX_METADATA = 1024
+"""Bytes of all keys and values of the metadata together."""
+MAX_METADATA_VALUE = 512
+MAX_VIOLATIONS = 4
+MAX_DESCRIPTION = 200
+"""Characters of the description of one violation."""
+
+_M = TypeVar("_M", bound=Message)
+
+STATUS_KEY = "grpc-status-details-bin"
+
+_RESOURCES: Mapping[Reason, tuple[str, str]] = {
+    Reason.DOMAIN_NOT_FOUND: ("domain", "domain"),
+    Reason.DOMAIN_EXISTS: ("domain", "domain"),
+    Reason.HOST_NOT_FOUND: ("host", "host"),
+    Reason.HOST_NAME_TAKEN: ("host", "host"),
+    Reason.MIGRATION_NOT_FOUND: ("migration", "migration_id"),
+    Reason.MIGRATION_EXISTS: ("migration", "migration_id"),
+    Reason.RECORD_NOT_FOUND: ("record", "migration_id"),
+}
+"""Type of the resource that an error is about, and the key of the metadata that names it."""
+
+
+def to_status(error: DroverError) -> status_pb2.Status:
+    """The error as `google.rpc.Status`, small enough to travel."""
+    message = _cut_message(error.message)
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_cut_metadata(error.metadata))]
+    return status_pb2.Status(
+        code=error.code.value[0],
+        message=message,
+        details=[_packed(detail) for detail in [*details, *_helpful_details(error)]],
+    )
+
+
+def trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...]:
+    return ((STATUS_KEY, status.SerializeToString()),)
+
+
+def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
+    """The error that the peer raised, or what the failure of the call says. `peer` names it and its address, for a person.
+
+    HOST_UNREACHABLE and DEADLINE_EXCEEDED tell nothing about the effect of the call: it may have happened.
+    """
+    status = _status_of(error)
+    said = _error_info(status) if status is not None else None
+    if status is not None and said is not None:
+        return _from_status(status, said)
+    return _without_details(error, peer)
+
+
+def _packed(detail: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed
+
+
+def _helpful_details(error: DroverError) -> list[Message]:
+    details: list[Message] = []
+    if error.retry_after is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
+    if error.violations:
+        details.append(_bad_request(error.violations))
+    if error.reason in _RESOURCES:
+        kind, key = _RESOURCES[error.reason]
+        name = _cut(error.metadata.get(key, ""), MAX_DESCRIPTION)
+        details.append(error_details_pb2.ResourceInfo(resource_type=kind, resource_name=name))
+    elif error.code is grpc.StatusCode.FAILED_PRECONDITION:
+        failure = error_details_pb2.PreconditionFailure()
+        failure.violations.add(type=error.reason, description=_cut(error.message, MAX_DESCRIPTION))
+        details.append(failure)
+    return details
+
+
+def _bad_request(violations: tuple[FieldViolation, ...]) -> error_details_pb2.BadRequest:
+    request = error_details_pb2.BadRequest()
+    for violation in violations[:MAX_VIOLATIONS]:
+        request.field_violations.add(
+            field=_cut(violation.field, MAX_DESCRIPTION), description=_cut(violation.description, MAX_DESCRIPTION)
+        )
+    return request
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(max(0.0, seconds) * 1_000_000_000))
+    return duration
+
+
+def _cut(text: str, limit: int) -> str:
+    # Surrogates (from undecodable file names) cannot be put into a protobuf string.
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _cut_message(message: str) -> str:
+    """Cut to `MAX_MESSAGE` bytes as they are on the wire, where everything but printable ASCII takes three."""
+    text = _cut(message, MAX_MESSAGE)
+    size = 0
+    for index, character in enumerate(text):
+        size += 1 if " " <= character <= "~" and character != "%" else len(quote(character, safe=""))
+        if size > MAX_MESSAGE - 9:  # room for the percent encoded ellipsis
+            return text[:index] + "…"
+    return text
+
+
+def _cut_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    kept: dict[str, str] = {}
+    room = MAX_METADATA
+    for key, value in metadata.items():
+        value = value.encode("utf-8", "replace")[:MAX_METADATA_VALUE].decode("utf-8", "ignore")
+        room -= len(key.encode()) + len(value.encode())
+        if room < 0:
+            break
+        kept[key] = value
+    return kept
+
+
+def _status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
+    for key, value in error.trailing_metadata() or ():
+        if key == STATUS_KEY and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                return None
+    return None
+
+
+def _detail(status: status_pb2.Status, kind: type[_M]) -> _M | None:
+    """The first detail of that kind, if there is one that can be read."""
+    for packed in status.details:
+        detail = kind()
+        if packed.Is(kind.DESCRIPTOR):
+            try:
+                packed.Unpack(detail)
+            except DecodeError:
+                return None
+            return detail
+    return None
+
+
+def _error_info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None:
+    info = _detail(status, error_details_pb2.ErrorInfo)
+    return info if info is not None and info.domain == DOMAIN else None
+
+
+def _from_status(status: status_pb2.Status, info: error_details_pb2.ErrorInfo) -> DroverError:
+    retry = _detail(status, error_details_pb2.RetryInfo)
+    bad = _detail(status, error_details_pb2.BadRequest)
+    reason, message, metadata = _known_reason(info), status.message, dict(info.metadata)
+    if reason is None:  # a newer peer's reason: keep its word
+        reason, message = Reason.INTERNAL, f"{info.reason}: {message}"
+        metadata.setdefault("reason", info.reason)
+    return DroverError(
+        reason,
+        message,
+        metadata=metadata,
+        retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None,
+        violations=tuple(FieldViolation(v.field, v.description) for v in bad.field_violations) if bad is not None else (),
+    )
+
+
+def _known_reason(info: error_details_pb2.ErrorInfo) -> Reason | None:
+    try:
+        return Reason(info.reason)
+    except ValueError:
+        return None
+
+
+_BARE: Mapping[grpc.StatusCode, tuple[Reason, str]] = {
+    grpc.StatusCode.UNAVAILABLE: (Reason.HOST_UNREACHABLE, "{peer} cannot be reached: {details}"),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (
+        Reason.DEADLINE_EXCEEDED,
+        "{peer} did not answer in time; ask again for what came of it",
+    ),
+    # What a server says of the calls that it breaks off while it stops.
+    grpc.StatusCode.CANCELLED: (Reason.HOST_UNREACHABLE, "{peer} broke off the call: {details}"),
+    # What gRPC itself says of a message over 1 MiB.
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.FIELD_TOO_LARGE, "{peer} did not take the message: {details}"),
+    grpc.StatusCode.UNIMPLEMENTED: (Reason.UNIMPLEMENTED, "{peer} does not know this call: {details}"),
+}
+"""What a call that failed without a word from Drover means."""
+
+
+def _without_details(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
+    # gRPC's own words end with the cause: "failed to connect to all addresses; last error: ...: Connection refused".
+    code, details = error.code(), (error.details() or "no details").rpartition(": ")[2]
+    reason, text = _BARE.get(code, (Reason.INTERNAL, "{peer} failed with {code}: {details}"))
+    return DroverError(
+        reason,
+        text.format(peer=peer, code=code.name, details=_cut(details, MAX_DESCRIPTION)),
+        metadata={"peer": peer, "grpc_code": code.name},
+    )

@@ -1,0 +1,329 @@
+"""The one way in which Drover uses SQLite: the agent's journal and the coordinator's embedded store.
+
+A `Database` owns one file, one connection and one thread. A whole transaction is one hop into that thread, so nothing that
+happens to the coroutine that waits (a deadline, a cancellation, the end of its RPC) can leave half of a transaction::
+
+    async with Database(path, SCHEMA) as db:
+        rows = await db.transaction(lambda connection: connection.execute("SELECT …").fetchall())
+
+Durability: WAL with `synchronous=FULL`, that is one fdatasync for each transaction that wrote; when `transaction` returns,
+the data survives a loss of power. A read costs no sync. About 0.3 ms each on a disk that syncs in 0.13 ms.
+
+Errors: `JOURNAL_UNAVAILABLE` for everything that SQLite, the disk or the deadline does, with metadata `path`, `cause`
+(SQLite's name, such as ``SQLITE_FULL``) and `written`: ``no`` (certainly not, and never will be) or ``unknown`` (the
+commit had begun: the data may be there after a restart; repeat the write, so writes must be idempotent). What `fn` raises
+itself passes through after a rollback, unless it is a `sqlite3.Error` or `OSError`.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+import structlog
+
+from agent.errors import DroverError, Reason
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+TIMEOUT_SECONDS: Final = 10.0
+"""Default deadline of one transaction, its time in the queue included."""
+
+CHECKPOINT_PAGES: Final = 1000
+"""Pages (4 KiB) of the WAL after which a commit copies it into the database; bounds the WAL to about 4 MiB, unless one
+transaction alone is larger."""
+
+TIDY_COMMITS: Final = 512
+"""After so many commits, pages that deletes have freed are given back to the file system …"""
+
+TIDY_PAGES: Final = 1000
+"""… at most so many at once (a few milliseconds)."""
+
+_ADVICE: Mapping[str, str] = {
+    "SQLITE_FULL": "free space on its file system; nothing needs a restart",
+    "SQLITE_READONLY": "make its file system and the file writable; nothing needs a restart after that",
+    "SQLITE_CANTOPEN": "see that its directory exists and that this user may write in it",
+    "SQLITE_PERM": "see that this user may read and write it",
+    "SQLITE_AUTH": "see that this user may read and write it",
+    "SQLITE_BUSY": "another program holds it locked; end that program",
+    "SQLITE_LOCKED": "another program holds it locked; end that program",
+    "SQLITE_IOERR": "look at the kernel's log for errors of the disk",
+    "SQLITE_CORRUPT": "stop this daemon, then restore the file with its -wal from a backup, or move both away (what they "
+    "recorded is lost then)",
+    "SQLITE_NOTADB": "stop this daemon, then restore the file from a backup, or move it away (what it recorded is lost)",
+}
+"""What a person can do, by SQLite's primary error code."""
+
+
+class Database:
+    """One SQLite file, used by this process alone (a lock on ``PATH.lock`` sees to that).
+
+    `schema` is a tuple of migration scripts. `PRAGMA user_version` counts those that have run; never change one that was
+    released, append another. Each runs in a transaction of its own, so it holds no BEGIN or COMMIT.
+
+    `timeout` in seconds bounds each transaction, opening and closing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], schema: Sequence[str], *, timeout: float = TIMEOUT_SECONDS) -> None:
+        self.path = Path(path)
+        self._schema = tuple(schema)
+        self._timeout = timeout
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"sqlite-{self.path.name}")
+        self._lock_fd = -1
+        self._open: sqlite3.Connection | None = None  # touched in the executor's thread only
+        self._commits = 0
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Open or create the file, check it as a whole, and bring its tables up to date.
+
+        A transaction that was cut short by a crash is gone, all that were committed are there. After an error the
+        `Database` is closed; make another one to try again.
+        """
+        try:
+            await self._hop(self._do_open, threading.Lock(), self._timeout)
+        except BaseException as error:
+            closing = self._begin_close()
+            if not isinstance(error, asyncio.CancelledError):  # who was cancelled leaves at once
+                await asyncio.wait({closing}, timeout=self._timeout)
+            raise
+
+    async def transaction(self, fn: Callable[[sqlite3.Connection], T], *, timeout: float | None = None) -> T:
+        """Run `fn` between BEGIN IMMEDIATE and COMMIT in the writer's thread and give back what it returns.
+
+        `fn` must not wait for anything but the connection, not commit, and return values, not cursors.
+
+        Cancellation: the caller leaves at once, and the transaction is carried out whole all the same (a write that was
+        asked for is not lost because the asker went away). Deadline: `timeout` seconds (default: the database's); what had
+        not begun to commit by then is rolled back, and the error says so.
+        """
+        commit_or_deadline = threading.Lock()
+        deadline = self._timeout if timeout is None else timeout
+        return await self._hop(lambda: self._do_transaction(fn, commit_or_deadline), commit_or_deadline, deadline)
+
+    async def read(self, fn: Callable[[sqlite3.Connection], T], *, timeout: float | None = None) -> T:
+        """Run `fn` on one consistent state; what it writes is rolled back. Works on a disk that is full."""
+        deadline = self._timeout if timeout is None else timeout
+        return await self._hop(lambda: self._do_read(fn), threading.Lock(), deadline)
+
+    async def close(self) -> None:
+        """Wait for the transactions under way, fold the WAL into the file, and close. Can be called again."""
+        if self._closed:
+            return
+        done, _ = await asyncio.wait({self._begin_close()}, timeout=self._timeout)
+        if not done:  # the thread goes on; what was committed is safe in the WAL either way
+            log.warning("sqlite.close_timed_out", path=str(self.path), seconds=self._timeout)
+
+    # ---- from the loop to the thread
+
+    def _begin_close(self) -> "asyncio.Future[None]":
+        """Nothing enters the queue any more; what is in it is done first."""
+        self._closed = True
+        future = self._executor.submit(self._do_close)
+        self._executor.shutdown(wait=False)
+        return asyncio.wrap_future(future)
+
+    async def _hop(self, job: Callable[[], T], once: threading.Lock, deadline: float) -> T:
+        """Run `job` in the thread. `once` is taken by the commit or by the deadline, whichever comes first."""
+        if self._closed:
+            raise DroverError(Reason.JOURNAL_UNAVAILABLE, f"{self.path} is closed", metadata=self._metadata("CLOSED", "no"))
+        future = asyncio.wrap_future(self._executor.submit(job))
+        try:
+            # Unlike wait_for, wait leaves the future alone when the waiter is cancelled: the transaction goes on.
+            await asyncio.wait({future}, timeout=deadline)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._log_unseen)
+            raise
+        if future.done():
+            return future.result()
+        future.add_done_callback(self._log_unseen)
+        written = "no" if once.acquire(blocking=False) else "unknown"
+        raise DroverError(
+            Reason.JOURNAL_UNAVAILABLE,
+            f"{self.path} did not answer within {deadline:g} s (written: {written}): the disk is slow or hangs; "
+            "look at its load and at the kernel's log",
+            metadata=self._metadata("DEADLINE", written),
+        )
+
+    def _log_unseen(self, future: "asyncio.Future[T]") -> None:
+        """The one who asked is gone, so a failure is told to the log."""
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            log.warning("sqlite.transaction_failed_unseen", path=str(self.path), error=str(error))
+
+    # ---- in the thread
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._open is None:
+            raise sqlite3.ProgrammingError("the database is not open")
+        return self._open
+
+    def _do_open(self) -> None:
+        with self._translated("no"):
+            self._take_lock()
+            # SQLite makes the file with the umask's rights; a journal is nobody else's business.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._open = sqlite3.connect(self.path, timeout=self._timeout / 2, isolation_level=None)
+            self._configure(self._open)
+            self._check(self._open)
+            self._migrate(self._open)
+
+    def _take_lock(self) -> None:
+        """Two daemons on one journal would each trust what they remember; a file of its own, because closing any other
+        descriptor of the database would drop SQLite's own locks."""
+        self._lock_fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._error("SQLITE_BUSY", "it is in use by another process", "no") from None
+
+    @staticmethod
+    def _configure(connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before WAL: it only works before the first page is written
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        # A larger WAL (one huge transaction) is cut back to this at the next checkpoint.
+        connection.execute(f"PRAGMA journal_size_limit={CHECKPOINT_PAGES * 4096}")
+
+    def _check(self, connection: sqlite3.Connection) -> None:
+        faults = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
+        if faults != ["ok"]:
+            raise self._error("SQLITE_CORRUPT", "; ".join(faults), "no")
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        done = connection.execute("PRAGMA user_version").fetchone()[0]
+        if done > len(self._schema):
+            raise self._error(
+                "NEWER_SCHEMA",
+                f"it was written by a newer Drover (schema {done}, this one knows {len(self._schema)})",
+                "no",
+                "install that version again, or restore the file from a backup",
+            )
+        for version, script in enumerate(self._schema[done:], start=done + 1):
+            # One transaction, so that the tables and the number that says they exist cannot disagree.
+            try:
+                connection.executescript(f"BEGIN IMMEDIATE;\n{script}\n;PRAGMA user_version={version};COMMIT;")
+            except sqlite3.Error:
+                self._roll_back(connection)
+                raise
+
+    def _do_transaction(self, fn: Callable[[sqlite3.Connection], T], commit_or_deadline: threading.Lock) -> T:
+        if commit_or_deadline.locked():
+            raise self._error("DEADLINE", "the deadline passed in the queue", "no")
+        with self._translated("no"):
+            connection = self._connection
+            self._roll_back(connection)  # nothing, unless the rollback after an error failed too
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                result = fn(connection)
+                if not commit_or_deadline.acquire(blocking=False):
+                    raise self._error("DEADLINE", "the deadline passed before the commit", "no")
+                # A failed commit may have put its frames on the disk, where a restart would find them.
+                with self._translated("unknown"):
+                    connection.execute("COMMIT")
+            except BaseException:
+                self._roll_back(connection)
+                raise
+        self._count_commit()
+        return result
+
+    def _do_read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        with self._translated("no"):
+            connection = self._connection
+            self._roll_back(connection)
+            connection.execute("BEGIN")
+            try:
+                return fn(connection)
+            finally:
+                self._roll_back(connection)
+
+    @staticmethod
+    def _roll_back(connection: sqlite3.Connection) -> None:
+        # After some errors (disk full) SQLite has rolled back by itself; the first error is the one to tell.
+        if connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+
+    def _count_commit(self) -> None:
+        self._commits += 1
+        if self._commits % TIDY_COMMITS == 0 and not self._closed:
+            # As a job of its own, so that no caller waits for it.
+            with contextlib.suppress(RuntimeError):  # closed in this very moment
+                self._executor.submit(self._do_tidy)
+
+    def _do_tidy(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # a chore: whoever writes next is told of a broken disk
+            # The pragma frees one page for each step, and Python's execute makes one step only; executescript makes all.
+            # But executescript commits what is open, which here can only be what a failed rollback left: never that.
+            self._roll_back(self._connection)
+            if not self._connection.in_transaction:
+                self._connection.executescript(f"PRAGMA incremental_vacuum({TIDY_PAGES})")
+
+    def _do_close(self) -> None:
+        if self._open is not None:
+            with contextlib.suppress(sqlite3.Error):  # the WAL stays then, and the next open recovers from it
+                self._do_tidy()
+                self._open.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            with contextlib.suppress(sqlite3.Error):
+                self._open.close()
+            self._open = None
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    # ---- errors
+
+    @contextlib.contextmanager
+    def _translated(self, written: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise self._error(_cause(error), str(error), written) from error
+
+    def _error(self, cause: str, what: str, written: str, advice: str = "") -> DroverError:
+        primary = "_".join(cause.split("_")[:2])  # SQLITE_IOERR_WRITE is a kind of SQLITE_IOERR
+        advice = advice or _ADVICE.get(primary, "look at the file and at its disk")
+        return DroverError(
+            Reason.JOURNAL_UNAVAILABLE,
+            f"{self.path} cannot be used: {what} ({cause}); {advice}",
+            metadata=self._metadata(cause, written),
+        )
+
+    def _metadata(self, cause: str, written: str) -> dict[str, str]:
+        return {"path": str(self.path), "cause": cause, "written": written}
+
+
+def _cause(error: sqlite3.Error | OSError) -> str:
+    """SQLite's name of the error; an error of the system counts as the one that SQLite would have made of it."""
+    if isinstance(error, OSError):
+        return _SYSTEM.get(type(error), "SQLITE_IOERR")
+    return getattr(error, "sqlite_errorname", None) or type(error).__name__
+
+
+_SYSTEM: Mapping[type[OSError], str] = {
+    FileNotFoundError: "SQLITE_CANTOPEN",
+    NotADirectoryError: "SQLITE_CANTOPEN",
+    IsADirectoryError: "SQLITE_CANTOPEN",
+    PermissionError: "SQLITE_PERM",
+}

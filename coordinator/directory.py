@@ -1,0 +1,79 @@
+"""Turns the names of a migration into hosts of the cluster (`agent.migrations.Directory`)."""
+
+import asyncio
+
+import grpc.aio
+
+from agent.errors import DroverError, Reason
+from agent.migrations import Ends, Side
+from agent.peers import ask_host
+from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
+from agent.service.status import error_from_rpc
+from coordinator.hosts import HostRegistry
+from drover.agent.v1 import host_pb2, host_pb2_grpc
+from drover.agent.v1 import migration_pb2 as pb
+
+
+class ClusterDirectory:
+    """Source and destination are hosts that registered."""
+
+    def __init__(self, registry: HostRegistry) -> None:
+        self._registry = registry
+
+    async def find(self, spec: pb.MigrationSpec) -> Ends:
+        # Both hosts are asked at once; what is wrong with the source is told first.
+        source, destination = await asyncio.gather(self._source(spec), self._side(spec.destination_host), return_exceptions=True)
+        if isinstance(source, BaseException):
+            raise source
+        if isinstance(destination, BaseException):
+            raise destination
+        return Ends(source[0], destination, source[1])
+
+    async def _source(self, spec: pb.MigrationSpec) -> tuple[Side, host_pb2.GetDomainResponse]:
+        name = spec.source_host or await self._host_of(spec.domain)
+        side, guest = await asyncio.gather(self._side(name), self._guest(name, spec.domain))
+        return side, guest
+
+    async def _host_of(self, domain: str) -> str:
+        """The host on which the guest runs; a definition that is shut off elsewhere does not count."""
+        found, silent = await self._registry.find_domain(domain)
+        running = [host for host, guest in found if guest.state in (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED)]
+        candidates = running or [host for host, _ in found]
+        if len(candidates) == 1:
+            return candidates[0]
+        unheard = f" ({', '.join(silent)} did not answer)" if silent else ""
+        if not candidates:
+            raise DroverError(
+                Reason.DOMAIN_NOT_FOUND,
+                f'no host of the cluster has a guest "{domain}"{unheard}; `drover domain list` shows the guests',
+                metadata={"domain": domain},
+            )
+        raise DroverError(
+            Reason.DOMAIN_AMBIGUOUS,
+            f'guest "{domain}" is on {" and ".join(candidates)}{unheard}; say which with the source host, or name it by UUID',
+            metadata={"domain": domain, "hosts": ",".join(candidates)},
+        )
+
+    async def _guest(self, host: str, domain: str) -> host_pb2.GetDomainResponse:
+        stub = host_pb2_grpc.HostServiceStub(await self._channel(host))
+        try:
+            return await stub.GetDomain(host_pb2.GetDomainRequest(domain=domain), timeout=QUESTION_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, host) from None
+
+    async def _side(self, name: str) -> Side:
+        known = await self._registry.get(name)
+        channel = await self._channel(name)
+        return Side(await ask_host(channel, name), RemotePeer(channel, name), known.agent_address)
+
+    async def _channel(self, name: str) -> grpc.aio.Channel:
+        return await self._registry.channel(name)
+
+    async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
+        source, destination = [await self._known(n) for n in (migration.source_host, migration.destination_host)]
+        return source, destination
+
+    async def _known(self, name: str) -> Side:
+        """From the last word of the host: it need not answer now."""
+        known = await self._registry.get(name)
+        return Side(known.host, RemotePeer(await self._channel(name), name), known.agent_address)

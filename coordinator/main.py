@@ -1,0 +1,73 @@
+"""The coordinator: puts store, hosts and migrations together, serves, and stops in good order."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator
+from typing import Final
+
+import grpc.aio
+import structlog
+
+from agent.config import make_state_dir
+from agent.log import set_up_logging
+from agent.migrations import Migrations
+from agent.service import migration_service
+from agent.service.server import Server, start_server
+from coordinator import host_service
+from coordinator.config import CoordinatorConfig, load
+from coordinator.directory import ClusterDirectory
+from coordinator.hosts import HostRegistry
+from coordinator.migration_log import StoredMigrations
+from coordinator.store import SqliteStore
+from drover.agent.v1 import migration_pb2_grpc
+from drover.coordinator.v1 import host_pb2_grpc
+
+log = structlog.get_logger()
+
+STOP_SECONDS: Final = 5.0
+"""How long a coordinator that is told to stop waits for its migrations; the source's agents end what is left."""
+
+
+def run(config_path: str) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`."""
+    config = load(config_path, CoordinatorConfig)
+    set_up_logging(config.log_level)
+    asyncio.run(_main(config))
+
+
+async def _main(config: CoordinatorConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with coordinator(config):
+        await stop.wait()
+
+
+@contextlib.asynccontextmanager
+async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
+    """A running coordinator."""
+    async with contextlib.AsyncExitStack() as stack:
+        store = await SqliteStore.open(make_state_dir(config.state_dir) / "store.sqlite")
+        stack.push_async_callback(store.close)
+        registry = HostRegistry(store, config.heartbeat_seconds)
+        await registry.open()
+        stack.push_async_callback(registry.close)
+        migrations = Migrations(config.name, ClusterDirectory(registry), StoredMigrations(store))
+        stack.push_async_callback(migrations.close)
+        await migrations.recover()
+        server = await _serve(config, registry, migrations)
+        log.info("serving", name=config.name, addresses=server.addresses)
+        yield server
+        log.info("stopping")
+        migrations.draining = True
+        await migrations.idle(STOP_SECONDS)
+        await server.stop(grace=0.2)
+
+
+async def _serve(config: CoordinatorConfig, registry: HostRegistry, migrations: Migrations) -> Server:
+    def add(server: grpc.aio.Server) -> None:
+        host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(registry), server)
+        migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
+
+    return await start_server(config.listen, add, [host_service.SERVICE, migration_service.SERVICE])
