@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 
+from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.handshake.machine import Refused
 from agent.handshake.records import MACHINES, AttemptRecord
@@ -36,7 +37,7 @@ class Attempt:
         self._on_final = on_final
         self._machine = MACHINES[record.role]
         self._lock = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._bell = Bell()
         self._tasks: dict[asyncio.Task[None], str] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._calls = 0
@@ -93,8 +94,7 @@ class Attempt:
 
     def wake(self) -> None:
         """Tell every waiter to look again (progress is not journalled, but is worth a look)."""
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        self._bell.ring()
 
     # ---- effects
 
@@ -135,19 +135,17 @@ class Attempt:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 while self.record.state not in states:
-                    await self._changed.wait()
+                    await self._bell.next.wait()
         return self.record
 
     async def changes(self) -> AsyncIterator[AttemptRecord]:
         """The record now, and whenever it has changed since it was last looked at, until it has ended."""
         while True:
-            changed = self._changed
-            record = self.record
+            changed, record = self._bell.next, self.record
             yield record
             if record.final:
                 return
-            if self._changed is changed:
-                await changed.wait()
+            await changed.wait()
 
     # ---- silence
 

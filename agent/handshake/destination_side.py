@@ -297,8 +297,6 @@ class DestinationSide:
                     next_event = asyncio.ensure_future(anext(events))
         finally:
             next_event.cancel()
-            await asyncio.wait({next_event})
-            await events.aclose()
 
     async def _look(self, attempt: Attempt) -> None:
         """Ask until the copy runs or is absent. One that waits for its stream is waited for: libvirtd may still start it."""

@@ -152,9 +152,21 @@ class Driver:
         await self._reserve()
 
     async def resume(self) -> None:
-        """Learn both records first: another driver, or an earlier life of this one, has begun."""
+        """Learn both records first, however long it takes: another driver, or an earlier life of this one, has begun."""
         for side in ("source", "destination"):
-            await self._look(side)
+            while True:
+                try:
+                    await self._look(side)
+                except DroverError as error:
+                    self._silent(side, error)
+                    await asyncio.sleep(0.5)
+                else:
+                    break
+
+    def _silent(self, side: str, error: DroverError) -> None:
+        self.silent_since.setdefault(side, time.monotonic())
+        self.waiting_for = f"{error.message} (trying again)"
+        self._on_change()
 
     async def run(self) -> None:
         """Until both records have ended and agree. Ends earlier only by cancellation, which leaves everything as it is."""
@@ -194,11 +206,10 @@ class Driver:
 
     async def _failed(self, call: Call, side: str, error: DroverError) -> None:
         if error.reason in _TRANSIENT:
-            since = self.silent_since.setdefault(side, time.monotonic())
-            self.waiting_for = f"{error.message} (trying again)"
-            if time.monotonic() - since > PATIENCE and self.source_state in (None, Src.BEGINNING, Src.BEGUN, Src.PERFORMING):
+            self._silent(side, error)
+            patience_is_over = time.monotonic() - self.silent_since[side] > PATIENCE
+            if patience_is_over and self.source_state in (None, Src.BEGINNING, Src.BEGUN, Src.PERFORMING):
                 self.cancel(Failure.of(error))
-            self._on_change()
         elif error.reason not in _STALE and call in (Call.RESERVE, Call.BEGIN, Call.PREPARE, Call.PERFORM):
             self.cancel(Failure.of(error))
         else:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import structlog
 
 from agent.admission.slots import Slots
+from agent.bell import Bell
 from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent
@@ -34,7 +35,8 @@ class Engine:
         self._source = SourceSide(host, self._attempts, take_over)
         self._destination = DestinationSide(host, self._attempts, slots)
         self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
-        self._changed = asyncio.Event()
+        self.changed = Bell()
+        """Rings whenever an attempt begins or ends here."""
         self.reserve_slot = self._destination.reserve_slot
         self.prepare = self._destination.prepare
         self.finish = self._destination.finish
@@ -65,8 +67,7 @@ class Engine:
     def _ended(self, attempt: Attempt) -> None:
         if attempt.record.role is Role.DESTINATION:
             self._destination.on_final(attempt)
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        self.changed.ring()
 
     def active(self) -> list[Attempt]:
         """Every attempt that has not ended here."""
@@ -81,7 +82,7 @@ class Engine:
         try:
             async with asyncio.timeout(timeout):
                 while self.active():
-                    await self._changed.wait()
+                    await self.changed.next.wait()
         except TimeoutError:
             return False
         return True

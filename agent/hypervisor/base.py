@@ -21,7 +21,7 @@ except `Outgoing.perform` and `Incoming.finish`, which last as long as the guest
 will happen; ask `Hypervisor.get_domain`.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -359,6 +359,6 @@ class Hypervisor(Protocol):
         """A handle for a guest that arrives."""
         ...
 
-    def events(self) -> AsyncGenerator[DomainEvent, None]:
-        """Domain events from now on, at most 256 behind; a consumer that is slower loses the oldest."""
+    def events(self) -> AsyncIterator[DomainEvent]:
+        """Domain events from this call on, at most 256 behind; a consumer that is slower loses the oldest. Needs no closing."""
         ...

@@ -1,0 +1,254 @@
+"""Connections to libvirtd: their blocking calls in threads, each with a deadline, and a closing that is certain.
+
+A connection is a unit of undoing: libvirtd takes back what was begun on it (change protection, a prepared copy) when it
+closes. So each migration has its own on each side, a `Session`, for its five phases and nothing else. Everything that
+is asked beside them (progress, abort, states) goes over a `Pool`.
+
+**One call at a time on a connection.** libvirt's client, from 6.1 until 10.2, loses the wake-up of the thread that waits
+for replies when a second thread makes calls on the same connection in quick succession: seen with libvirt 9.0 as a
+`jobStats` that stood still for 5 s (until a keepalive packet came by) beside a Perform. And libvirtd stops reading from
+a connection with five calls under way. With one call on each, one that is stuck holds up no other.
+
+A thread that is stuck in libvirt cannot be freed from outside, and a connection lives as long as a call on it. Past its
+deadline a call is therefore left behind together with its connection, which closes when the call returns. Keepalive
+bounds that: a libvirtd that hangs is given up after `KEEPALIVE_SECONDS` times `KEEPALIVE_COUNT`, and then every call
+on the connection returns with an error.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import libvirt
+
+from agent.hypervisor.base import HypervisorError, HypervisorUnavailable
+from agent.hypervisor.libvirt import events, threads
+from agent.hypervisor.libvirt.errors import translate
+
+T = TypeVar("T")
+
+CONNECTIONS = 32
+"""Most calls at once of one driver beside its phases; more of them wait. Each call takes about 1 ms, unless the QEMU that
+it asks hangs: then it holds its connection until libvirt gives up, and the others go on.
+"""
+
+IDLE_CONNECTIONS = 4
+"""Connections kept open for the next calls; opening one takes 1 ms."""
+
+KEEPALIVE_SECONDS = 5
+KEEPALIVE_COUNT = 6
+"""30 s without an answer to a ping: far beyond any pause of a healthy libvirtd, whose main loop answers by itself."""
+
+
+class Link:
+    """An open libvirt connection that closes itself when it was let go of and its last call has returned."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._released = False
+
+    @property
+    def alive(self) -> bool:
+        """The socket was up when last seen (no round trip)."""
+        return not self._released and bool(self._connection.isAlive())
+
+    def run(self, function: Callable[[Any], T]) -> T | HypervisorError:
+        """Call `function(connection)` here and now. libvirt's errors are returned, translated, rather than raised: a
+        traceback would keep the frames of this thread, and with them the connection, alive.
+        """
+        if not self._enter():
+            return HypervisorUnavailable("the connection to libvirtd was closed")
+        try:
+            return function(self._connection)
+        except libvirt.libvirtError as error:
+            return translate(error)
+        except HypervisorError as error:
+            return error.with_traceback(None)
+        finally:
+            self._leave()
+
+    def release(self) -> None:
+        """Close now, or when the last call returns. Blocks for one round trip: call it in a thread."""
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+            last = self._calls == 0
+        if last:
+            self._close()
+
+    def _enter(self) -> bool:
+        with self._lock:
+            if self._released:
+                return False
+            self._calls += 1
+            return True
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._calls -= 1
+            last = self._released and self._calls == 0
+        if last:
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(libvirt.libvirtError):  # a dead socket is as closed as it can be
+            self._connection.close()
+
+
+def connect(uri: str) -> Link:
+    """Open a connection. Blocks; raises `HypervisorError`."""
+    events.start()
+    try:
+        connection = libvirt.open(uri)
+        connection.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
+    except libvirt.libvirtError as error:
+        failure = translate(error)
+        raise HypervisorUnavailable(str(failure), failure.native) from None
+    return Link(connection)
+
+
+class Session:
+    """The connection of one side of one migration: opened when first used, and again after it was lost."""
+
+    def __init__(self, uri: str, call_timeout: float) -> None:
+        self._uri = uri
+        self._call_timeout = call_timeout
+        self._link: Link | None = None
+        self._turn = asyncio.Lock()
+
+    @property
+    def link(self) -> Link | None:
+        """The connection now in use while it lives; to tell later whether it is still the same one."""
+        return self._link if self._link is not None and self._link.alive else None
+
+    async def open(self) -> Link:
+        """The live connection, opened anew where there is none."""
+        async with self._turn:
+            if self.link is None:
+                self._leave_behind()
+                self._link = await _open(self._uri, self._call_timeout)
+            assert self._link is not None
+            return self._link
+
+    async def call(self, function: Callable[[Any], T], *, on: Link | None = None, bounded: bool = True) -> T:
+        """Run `function(connection)` in a thread and return its result, or raise libvirt's error in our words.
+
+        `on` insists on that very connection. `bounded=False` is for Perform and Finish, which last as long as memory
+        flows. A cancelled await leaves the call running to its end: what it does, happens.
+        """
+        link = on or await self.open()
+        running = _in_thread(lambda: link.run(function))
+        try:
+            return await _result(running, self._call_timeout if bounded else None)
+        except TimeoutError:
+            if link is self._link:
+                self._leave_behind()
+            raise _no_answer(self._call_timeout) from None
+
+    async def close(self) -> None:
+        """Let go of the connection: it closes now, or when the last call on it returns."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._call_timeout):
+                await asyncio.shield(_in_thread(link.release))
+
+    def _leave_behind(self) -> None:
+        """Forget a connection that is lost or stuck; it closes by itself, and nobody waits for it."""
+        if self._link is not None:
+            _in_thread(self._link.release)
+            self._link = None
+
+
+class Pool:
+    """Connections for short calls of all kinds: each call has one to itself."""
+
+    def __init__(self, uri: str, call_timeout: float) -> None:
+        self._uri = uri
+        self._call_timeout = call_timeout
+        self._idle: list[Link] = []
+        self._keep = IDLE_CONNECTIONS
+        self._slots = asyncio.Semaphore(CONNECTIONS)
+
+    async def call(self, function: Callable[[Any], T]) -> T:
+        """Like `Session.call`, on any connection that lives."""
+        try:
+            async with asyncio.timeout(self._call_timeout):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise _no_answer(self._call_timeout) from None
+        try:
+            link = self._take() or await _open(self._uri, self._call_timeout)
+        except BaseException:
+            self._slots.release()
+            raise
+        running = _in_thread(lambda: link.run(function))
+        running.add_done_callback(lambda _: self._give_back(link))  # whoever waits: the call may outlive its waiter
+        try:
+            return await _result(running, self._call_timeout)
+        except TimeoutError:
+            raise _no_answer(self._call_timeout) from None
+
+    async def close(self) -> None:
+        """Close what is idle now, and what is in use when its call returns."""
+        self._keep = 0
+        idle, self._idle = self._idle, []
+        await asyncio.gather(*(_in_thread(link.release) for link in idle))
+
+    def _take(self) -> Link | None:
+        while self._idle:
+            link = self._idle.pop()
+            if link.alive:
+                return link
+            _in_thread(link.release)
+        return None
+
+    def _give_back(self, link: Link) -> None:
+        self._slots.release()
+        if link.alive and len(self._idle) < self._keep:
+            self._idle.append(link)
+        else:
+            _in_thread(link.release)
+
+
+async def _open(uri: str, timeout: float) -> Link:
+    opening = _in_thread(lambda: connect(uri))
+    try:
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(opening)
+    except TimeoutError:
+        opening.add_done_callback(_release_late)
+        raise _no_answer(timeout) from None
+    except asyncio.CancelledError:
+        opening.add_done_callback(_release_late)
+        raise
+
+
+async def _result(running: "asyncio.Future[T | HypervisorError]", timeout: float | None) -> T:
+    async with asyncio.timeout(timeout):
+        result = await asyncio.shield(running)
+    if isinstance(result, HypervisorError):
+        raise result
+    return result
+
+
+def _no_answer(timeout: float) -> HypervisorUnavailable:
+    return HypervisorUnavailable(f"libvirtd did not answer within {timeout} s")
+
+
+def _in_thread(function: Callable[[], T]) -> "asyncio.Future[T]":
+    """An asyncio future of a call in a thread, whose exception nobody need retrieve (its waiter may be cancelled)."""
+    future = asyncio.wrap_future(threads.submit(function))
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
+
+
+def _release_late(opening: "asyncio.Future[Link]") -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        _in_thread(opening.result().release)

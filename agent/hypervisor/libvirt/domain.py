@@ -1,0 +1,142 @@
+"""What libvirt's answers about a domain mean: its state, its job, its progress. Blocking reads and pure translations."""
+
+import contextlib
+import uuid as uuids
+from collections.abc import Mapping
+from typing import Any
+
+import libvirt
+
+from agent.hypervisor.base import Domain, DomainNotFound, DomainState, Job, Progress
+from agent.hypervisor.libvirt.events import words
+
+_STATES: Mapping[int, DomainState] = {
+    libvirt.VIR_DOMAIN_RUNNING: DomainState.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: DomainState.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: DomainState.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTDOWN: DomainState.OTHER,
+    libvirt.VIR_DOMAIN_SHUTOFF: DomainState.SHUTOFF,
+    libvirt.VIR_DOMAIN_CRASHED: DomainState.CRASHED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: DomainState.OTHER,
+}
+
+_SPECIAL = {"POSTCOPY": "post-copy", "POSTCOPY_FAILED": "post-copy failed"}
+
+_REASONS: Mapping[int, Mapping[int, str]] = {
+    libvirt.VIR_DOMAIN_RUNNING: words("VIR_DOMAIN_RUNNING_", _SPECIAL),
+    libvirt.VIR_DOMAIN_BLOCKED: words("VIR_DOMAIN_BLOCKED_"),
+    libvirt.VIR_DOMAIN_PAUSED: words("VIR_DOMAIN_PAUSED_", _SPECIAL),
+    libvirt.VIR_DOMAIN_SHUTDOWN: words("VIR_DOMAIN_SHUTDOWN_"),
+    libvirt.VIR_DOMAIN_SHUTOFF: words("VIR_DOMAIN_SHUTOFF_"),
+    libvirt.VIR_DOMAIN_CRASHED: words("VIR_DOMAIN_CRASHED_"),
+    libvirt.VIR_DOMAIN_PMSUSPENDED: words("VIR_DOMAIN_PMSUSPENDED_"),
+}
+
+MIGRATION = "migration"
+"""Reason of a pause that a migration made (on either side)."""
+
+UNDEFINE: int = (
+    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+    | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM
+)
+"""Undefine whatever is stored with the definition; but firmware variables and TPM state, which may be on shared storage,
+belong to the copy that runs elsewhere.
+"""
+
+_JOBS: Mapping[int, Job] = {
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: Job.OUTGOING,
+    libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: Job.INCOMING,
+}
+
+_STATS = libvirt.VIR_DOMAIN_STATS_STATE | libvirt.VIR_DOMAIN_STATS_BALLOON | libvirt.VIR_DOMAIN_STATS_VCPU
+
+
+def find(connection: Any, name_or_uuid: str) -> Any:
+    """libvirt's domain. Raises libvirt's NO_DOMAIN."""
+    with contextlib.suppress(ValueError):
+        return connection.lookupByUUIDString(str(uuids.UUID(name_or_uuid)))
+    return connection.lookupByName(name_or_uuid)
+
+
+def read_one(connection: Any, name_or_uuid: str) -> Domain:
+    """What is true of one domain now."""
+    found = find(connection, name_or_uuid)
+    persistent = bool(found.isPersistent())
+    answers = connection.domainListGetStats([found], _STATS, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT)
+    for domain, stats in answers:
+        return _read(domain, stats, persistent)
+    raise DomainNotFound(f"the domain {name_or_uuid} went away while it was looked at")
+
+
+def read_all(connection: Any) -> list[Domain]:
+    """What is true of every domain now, by name. A domain that goes meanwhile is left out."""
+    persistent = {domain.UUIDString() for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_PERSISTENT)}
+    answers = connection.getAllDomainStats(_STATS, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT)
+    domains = [_read(domain, stats, domain.UUIDString() in persistent) for domain, stats in answers]
+    return sorted(domains, key=lambda domain: domain.name)
+
+
+def _read(domain: Any, stats: Mapping[str, int], persistent: bool) -> Domain:
+    code, reason_code = stats["state.state"], stats["state.reason"]
+    state, reason = state_of(code), reason_words(code, reason_code)
+    job = read_job(domain) if state in (DomainState.RUNNING, DomainState.PAUSED) else Job.NONE
+    return Domain(
+        name=domain.name(),
+        uuid=domain.UUIDString(),
+        state=state,
+        reason=reason,
+        memory_bytes=stats.get("balloon.maximum", 0) * 1024,
+        vcpus=stats.get("vcpu.current", 0),
+        persistent=persistent,
+        job=job,
+        incoming=job is Job.INCOMING and state is DomainState.PAUSED and reason == MIGRATION,
+        postcopy=reason.startswith("post-copy"),
+    )
+
+
+def state_of(code: int) -> DomainState:
+    return _STATES.get(code, DomainState.OTHER)
+
+
+def reason_words(state: int, reason: int) -> str:
+    return _REASONS.get(state, {}).get(reason, str(reason))
+
+
+def read_job(domain: Any) -> Job:
+    """The migration job that libvirt itself says holds the domain."""
+    try:
+        stats = domain.jobStats()
+    except libvirt.libvirtError as error:
+        # libvirt refuses statistics of an incoming job, with a code of its own; no other job answers so.
+        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
+            return Job.INCOMING
+        if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+            return Job.NONE  # it stopped meanwhile
+        raise
+    return job_of(stats)
+
+
+def job_of(stats: Mapping[str, int]) -> Job:
+    """The migration job in libvirt's statistics of the running job."""
+    if stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
+        return Job.NONE
+    return _JOBS.get(stats.get("operation", 0), Job.NONE)
+
+
+def progress_of(stats: Mapping[str, int], postcopy: bool = False) -> Progress:
+    """libvirt's job statistics in our units. Milliseconds become seconds, pages per second bytes per second."""
+    return Progress(
+        elapsed=stats.get("time_elapsed", 0) / 1000,
+        iteration=stats.get("memory_iteration", 0),
+        total_bytes=stats.get("data_total", 0),
+        processed_bytes=stats.get("data_processed", 0),
+        remaining_bytes=stats.get("data_remaining", 0),
+        rate=stats.get("memory_bps", 0),
+        dirty_rate=stats.get("memory_dirty_rate", 0) * stats.get("memory_page_size", 4096),
+        downtime=stats.get("downtime", 0) / 1000,
+        postcopy=postcopy,
+        postcopy_requests=stats.get("memory_postcopy_requests", 0),
+    )

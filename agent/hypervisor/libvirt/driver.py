@@ -1,0 +1,137 @@
+"""`LibvirtHypervisor`: the QEMU guests of this host's libvirtd."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import libvirt
+
+from agent.hypervisor.base import (
+    Domain,
+    DomainEvent,
+    Features,
+    HypervisorInfo,
+    Requirements,
+)
+from agent.hypervisor.libvirt import domain as domains
+from agent.hypervisor.libvirt import host, options, phases
+from agent.hypervisor.libvirt.connection import Link, Pool, Session
+from agent.hypervisor.libvirt.events import Fanout
+from agent.hypervisor.libvirt.incoming import LibvirtIncoming
+from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing
+from agent.hypervisor.libvirt.watch import Watch
+
+CPU_CACHE = 64
+"""CPU comparisons kept: guests of a fleet share a handful of CPU models."""
+
+
+class LibvirtHypervisor:
+    """`base.Hypervisor`. Questions share a pool of connections; each migration has its own."""
+
+    def __init__(self, uri: str, ports: tuple[int, int] = (49152, 49215), call_timeout: float = 30.0) -> None:
+        """`uri` is libvirt's, such as ``qemu:///system``. `ports` are those of its qemu.conf (`migration_port_min` and
+        `_max`; the default is libvirt's own). `call_timeout` in seconds bounds every call but Perform and Finish.
+        """
+        self._uri = uri
+        self._ports = ports
+        self._call_timeout = call_timeout
+        self._pool = Pool(uri, call_timeout)
+        self._fanout = Fanout()
+        self._watch = Watch(Session(uri, call_timeout), self._fanout)
+        self._known: _Known | None = None
+        self._reading = asyncio.Lock()
+
+    async def open(self) -> None:
+        await self._watch.start()
+        await self._capabilities()  # read ahead: they take long the first time, and each migration needs them
+
+    async def close(self) -> None:
+        await self._watch.stop()
+        self._fanout.close()
+        await self._pool.close()
+
+    async def info(self) -> HypervisorInfo:
+        known = await self._capabilities()
+        return HypervisorInfo(
+            driver="libvirt",
+            hypervisor=known.hypervisor,
+            library_version=known.library,
+            host_uuid=known.capabilities.host_uuid,
+            features=Features(
+                options=options.SUPPORT,
+                uri_transports=known.capabilities.uri_transports,
+                ports=self._ports,
+                bandwidth=True,
+                split_phases=phases.available(),
+            ),
+        )
+
+    async def list_domains(self) -> list[Domain]:
+        return await self._pool.call(domains.read_all)
+
+    async def get_domain(self, name_or_uuid: str) -> Domain:
+        return await self._pool.call(lambda connection: domains.read_one(connection, name_or_uuid))
+
+    async def requirements(self, uuid: str) -> Requirements:
+        xml: str = await self._pool.call(
+            lambda connection: domains.find(connection, uuid).XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+        )
+        return host.parse_requirements(xml)
+
+    async def incompatibilities(self, requirements: Requirements) -> list[str]:
+        known = await self._capabilities()
+        found = host.misfits(known.capabilities, requirements, known.hypervisor)
+        if found:
+            return found  # comparing the CPU needs a machine type that exists
+        cpu = await self._compare_cpu(known, requirements)
+        return [cpu] if cpu else []
+
+    def outgoing(self, uuid: str) -> LibvirtOutgoing:
+        return LibvirtOutgoing(uuid, Session(self._uri, self._call_timeout), self._pool)
+
+    def incoming(self, uuid: str) -> LibvirtIncoming:
+        return LibvirtIncoming(uuid, Session(self._uri, self._call_timeout), self._pool, self._ports)
+
+    def events(self) -> AsyncIterator[DomainEvent]:
+        return self._fanout.stream()
+
+    async def _capabilities(self) -> "_Known":
+        """What the host can do, read once for each life of libvirtd: one that went away may come back upgraded."""
+        async with self._reading:
+            link = self._watch.link  # the connection that lasts as long as libvirtd does
+            if self._known is None or self._known.link is not link:
+                self._known = _Known(link, *await self._pool.call(_read_host))
+            return self._known
+
+    async def _compare_cpu(self, known: "_Known", needs: Requirements) -> str:
+        key = (needs.arch, needs.machine, needs.virt_type, needs.cpu)
+        if key not in known.cpus:
+            verdict = await self._pool.call(lambda connection: host.compare_cpu(connection, needs))
+            if len(known.cpus) >= CPU_CACHE:
+                known.cpus.clear()
+            known.cpus[key] = verdict
+        return known.cpus[key]
+
+
+class _Known:
+    """What one libvirtd told of the host."""
+
+    def __init__(self, link: Link | None, capabilities: host.Capabilities, hypervisor: str, library: str) -> None:
+        self.link = link
+        self.capabilities = capabilities
+        self.hypervisor = hypervisor
+        self.library = library
+        self.cpus: dict[tuple[str, str, str, str], str] = {}
+
+
+def _read_host(connection: Any) -> tuple[host.Capabilities, str, str]:
+    return (
+        host.parse_capabilities(connection.getCapabilities()),
+        f"{connection.getType()} {_version(connection.getVersion())}",
+        f"libvirt {_version(connection.getLibVersion())}",
+    )
+
+
+def _version(number: int) -> str:
+    """libvirt's notation: major times 1,000,000 + minor times 1,000 + release."""
+    return f"{number // 1_000_000}.{number // 1_000 % 1_000}.{number % 1_000}"

@@ -1,0 +1,167 @@
+"""libvirt's event loop in one daemon thread, and its domain events for asyncio.
+
+libvirt takes one event loop for the whole process, for good, and before the first connection is opened; it also feeds
+keepalive. An asyncio loop cannot be it: a process may have several, one after the other (every test has its own), and a
+loop that is busy would stop the keepalive of all connections. So libvirt's own loop runs in a thread here, and events
+cross over with `call_soon_threadsafe`.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import libvirt
+
+from agent.hypervisor.base import DomainEvent
+
+BACKLOG = 256
+"""Events that a consumer may be behind; one that is slower loses the oldest."""
+
+RECONNECTED = "reconnected"
+"""Kind of the event, with an empty UUID, that says: the connection was lost and is back, so events may be missing."""
+
+_starting = threading.Lock()
+_started = False
+
+
+def start() -> None:
+    """Start libvirt's event loop, once for the process. Cheap to call again."""
+    global _started
+    with _starting:
+        if _started:
+            return
+        _started = True
+        # libvirt-python prints every error to stderr unless told otherwise; ours travel as exceptions.
+        libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        libvirt.virEventRegisterDefaultImpl()
+        threading.Thread(target=_run, name="libvirt-events", daemon=True).start()
+
+
+def _run() -> None:
+    while True:
+        libvirt.virEventRunDefaultImpl()
+
+
+def words(prefix: str, special: Mapping[str, str] | None = None) -> Mapping[int, str]:
+    """libvirt's constants of one prefix as lower-case words: `VIR_DOMAIN_PAUSED_MIGRATION` as 3 → ``migration``."""
+    named = {name.removeprefix(prefix): getattr(libvirt, name) for name in dir(libvirt) if name.startswith(prefix)}
+    return {
+        value: (special or {}).get(name, name.lower().replace("_", " "))
+        for name, value in named.items()
+        if name != "LAST" and isinstance(value, int)
+    }
+
+
+_KINDS: Mapping[int, tuple[str, Mapping[int, str]]] = {
+    getattr(libvirt, f"VIR_DOMAIN_EVENT_{kind}"): (
+        kind.lower(),
+        words(f"VIR_DOMAIN_EVENT_{kind}_", {"POSTCOPY": "post-copy", "POSTCOPY_FAILED": "post-copy failed"}),
+    )
+    for kind in (
+        "DEFINED",
+        "UNDEFINED",
+        "STARTED",
+        "SUSPENDED",
+        "RESUMED",
+        "STOPPED",
+        "SHUTDOWN",
+        "PMSUSPENDED",
+        "CRASHED",
+    )
+}
+
+
+class EventStream:
+    """One consumer's view: an async iterator that ends with its driver, and is forgotten with its last reference."""
+
+    def __init__(self) -> None:
+        self._events: deque[DomainEvent] = deque(maxlen=BACKLOG)
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def put(self, event: DomainEvent) -> None:
+        self._events.append(event)
+        self._changed.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self._changed.set()
+
+    def __aiter__(self) -> "EventStream":
+        return self
+
+    async def __anext__(self) -> DomainEvent:
+        while not self._events:
+            if self._closed:
+                raise StopAsyncIteration
+            self._changed.clear()
+            await self._changed.wait()
+        return self._events.popleft()
+
+
+class Fanout:
+    """Hands each event to every consumer of one driver."""
+
+    def __init__(self) -> None:
+        self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
+
+    def stream(self) -> EventStream:
+        """A new consumer, from now on."""
+        stream = EventStream()
+        self._streams.add(stream)
+        return stream
+
+    def put(self, event: DomainEvent) -> None:
+        for stream in list(self._streams):
+            stream.put(event)
+
+    def close(self) -> None:
+        for stream in list(self._streams):
+            stream.close()
+
+
+class Subscription:
+    """The domain events of one connection, handed to `fanout` on `loop`."""
+
+    def __init__(self, fanout: Fanout, loop: asyncio.AbstractEventLoop) -> None:
+        self._fanout = fanout
+        self._loop = loop
+        self._callbacks: list[int] = []
+
+    def register(self, connection: Any) -> None:
+        """Blocks for three round trips; called in a thread."""
+        for kind, callback in (
+            (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle),
+            (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._iteration),
+            (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, self._completed),
+        ):
+            self._callbacks.append(connection.domainEventRegisterAny(None, kind, callback, None))
+
+    def deregister(self, connection: Any) -> None:
+        """Without this the connection keeps itself open. Errors do not matter: the connection is on its way out."""
+        for callback in self._callbacks:
+            with contextlib.suppress(libvirt.libvirtError):
+                connection.domainEventDeregisterAny(callback)
+        self._callbacks.clear()
+
+    # Called by libvirt in its event thread.
+
+    def _lifecycle(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+        kind, details = _KINDS.get(event, (str(event), {}))
+        self._hand_over(domain, kind, details.get(detail, str(detail)))
+
+    def _iteration(self, _connection: Any, domain: Any, iteration: int, _opaque: Any) -> None:
+        self._hand_over(domain, "iteration", str(iteration))
+
+    def _completed(self, _connection: Any, domain: Any, _params: Any, _opaque: Any) -> None:
+        self._hand_over(domain, "job-completed", "")
+
+    def _hand_over(self, domain: Any, kind: str, detail: str) -> None:
+        event = DomainEvent(domain.UUIDString(), kind, detail, time.monotonic())
+        with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody listens any more
+            self._loop.call_soon_threadsafe(self._fanout.put, event)

@@ -1,0 +1,127 @@
+"""What this host can run: its capabilities, what a guest needs, and why the one does not fit the other.
+
+On the critical path of every migration, so everything here is read once per connection: the capabilities (libvirt may
+probe every QEMU binary for them the first time, some 100 ms each) and each CPU comparison.
+"""
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import libvirt
+
+from agent.hypervisor.base import HypervisorError, Requirements
+from agent.hypervisor.libvirt.incoming import TRANSPORTS
+
+CPU_LIMIT = 64 * 1024
+"""Bytes of a `<cpu>` element that `Requirements.cpu` may have."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the host's QEMU offers for one architecture."""
+
+    machines: Mapping[str, int]
+    """Machine type → its greatest number of CPUs."""
+    virt_types: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    host_uuid: str
+    uri_transports: tuple[str, ...]
+    architectures: Mapping[str, Architecture]
+
+
+def parse_capabilities(xml: str) -> Capabilities:
+    root = ET.fromstring(xml)
+    offered = {element.text for element in root.iterfind("host/migration_features/uri_transports/uri_transport")}
+    return Capabilities(
+        host_uuid=root.findtext("host/uuid", ""),
+        uri_transports=tuple(transport for transport in TRANSPORTS if transport in offered),
+        architectures={
+            arch.get("name", ""): _architecture(arch)
+            for guest in root.iterfind("guest")
+            if guest.findtext("os_type") == "hvm"
+            for arch in guest.iterfind("arch")
+        },
+    )
+
+
+def _architecture(arch: ET.Element) -> Architecture:
+    machines = {}
+    for machine in arch.iter("machine"):
+        limit = int(machine.get("maxCpus", "0"))
+        for name in (machine.text, machine.get("canonical")):
+            if name:
+                machines[name] = limit
+    return Architecture(machines, frozenset(domain.get("type", "") for domain in arch.iterfind("domain")))
+
+
+def parse_requirements(xml: str) -> Requirements:
+    """What the guest of this domain XML needs. Raises `HypervisorError` for a CPU element beyond `CPU_LIMIT`."""
+    root = ET.fromstring(xml)
+    kind = root.find("os/type")
+    memory, vcpus, cpu = root.find("memory"), root.findtext("vcpu", "1"), root.find("cpu")
+    text = "" if cpu is None else ET.tostring(cpu, encoding="unicode").strip()
+    if len(text.encode()) > CPU_LIMIT:
+        raise HypervisorError(f"the guest's CPU description has {len(text.encode())} bytes; the limit is {CPU_LIMIT}")
+    return Requirements(
+        name=root.findtext("name", ""),
+        uuid=root.findtext("uuid", ""),
+        memory_bytes=0 if memory is None else int(memory.text or 0) * 1024,  # libvirt always formats it in KiB
+        vcpus=int(vcpus),
+        arch="" if kind is None else kind.get("arch", ""),
+        machine="" if kind is None else kind.get("machine", ""),
+        virt_type=root.get("type", ""),
+        cpu=text,
+    )
+
+
+def misfits(capabilities: Capabilities, needs: Requirements, hypervisor: str) -> list[str]:
+    """Why this host's QEMU cannot run the guest, its CPU aside; plain sentences."""
+    arch = capabilities.architectures.get(needs.arch)
+    if arch is None:
+        return [f"architecture {needs.arch} is not known to {hypervisor} here"]
+    found = []
+    if needs.virt_type not in arch.virt_types:
+        found.append(f"virtualization type {needs.virt_type} is not available here for {needs.arch}")
+    limit = arch.machines.get(needs.machine)
+    if limit is None:
+        found.append(f"machine type {needs.machine} is not known to {hypervisor} here{_newest(arch, needs.machine)}")
+    elif 0 < limit < needs.vcpus:
+        found.append(f"machine type {needs.machine} takes at most {limit} virtual CPUs here, the guest has {needs.vcpus}")
+    return found
+
+
+def _newest(arch: Architecture, machine: str) -> str:
+    """The newest machine type of the same family, as a remark; empty where the host has none of it."""
+    family, _ = _version(machine)
+    kin = [name for name in arch.machines if _version(name)[0] == family and _version(name)[1]]
+    return f" ({max(kin, key=lambda name: _version(name)[1])} is the newest)" if kin else ""
+
+
+def _version(machine: str) -> tuple[str, tuple[int, ...]]:
+    """``pc-q35-7.2`` → (``pc-q35``, (7, 2))."""
+    match = re.fullmatch(r"(.+?)-(\d+(?:\.\d+)*)", machine)
+    return (match[1], tuple(map(int, match[2].split(".")))) if match else (machine, ())
+
+
+def compare_cpu(connection: Any, needs: Requirements) -> str:
+    """Why this host cannot give the guest its CPU; empty when it can. Blocks for one round trip."""
+    mode = ET.fromstring(needs.cpu).get("mode") if needs.cpu else None
+    if mode in (None, "host-passthrough", "maximum"):
+        return ""  # the guest takes whatever CPU QEMU has: there is nothing named to compare
+    try:
+        verdict = connection.compareHypervisorCPU(
+            None, needs.arch, needs.machine, needs.virt_type, needs.cpu, libvirt.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE
+        )
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return ""  # no comparison for this architecture: libvirt itself will refuse at Prepare
+        if error.get_error_domain() == libvirt.VIR_FROM_RPC:
+            raise
+        return f"the guest's CPU cannot be had here: {error.get_error_message()}"
+    return "the guest's CPU cannot be had here" if verdict == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE else ""

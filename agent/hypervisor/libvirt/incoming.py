@@ -1,0 +1,187 @@
+"""One migration on its destination."""
+
+from typing import Any
+
+import libvirt
+
+from agent.hypervisor.base import (
+    Domain,
+    DomainBusy,
+    DomainNotFound,
+    DomainState,
+    Finished,
+    HypervisorError,
+    HypervisorUnavailable,
+    Incompatible,
+    Options,
+    Prepared,
+    TransferFailed,
+)
+from agent.hypervisor.libvirt import domain as domains
+from agent.hypervisor.libvirt import options as words
+from agent.hypervisor.libvirt import phases
+from agent.hypervisor.libvirt.connection import Link, Pool, Session
+
+FAILED = "failed"
+"""libvirt's reason for being shut off of a copy whose incoming migration failed."""
+
+_GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_FAILED)
+"""What Finish(cancelled) says when there is nothing to cancel any more: look again."""
+
+TRANSPORTS = ("tcp",)
+"""Schemes of a migration URI that this driver honours."""
+
+
+class LibvirtIncoming:
+    """`base.Incoming`. A fresh handle, after a restart of the agent, can still `abandon`.
+
+    With PERSIST_DEST, libvirt stores the definition when Finish is *called*. A transfer that fails after an early Finish
+    therefore leaves a definition behind, which is removed here, or the one that it replaced put back. What was here
+    before Prepare is known to the handle that prepared; a fresh one takes what is left of a copy for the migration's own.
+    """
+
+    def __init__(self, uuid: str, session: Session, pool: Pool, ports: tuple[int, int]) -> None:
+        self._uuid = uuid
+        self._session = session
+        self._pool = pool
+        self._ports = ports
+        self._prepared: Link | None = None  # the connection that owns the copy: closing it destroys one that never ran
+        self._before: str | None = None  # the definition that was here before Prepare
+
+    async def prepare(
+        self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
+    ) -> Prepared:
+        flags = words.flags_for(options, domain_xml)
+        params = _params(domain_xml, destination_name) | {
+            libvirt.VIR_MIGRATE_PARAM_URI: migration_uri(uri, listen_address, self._ports),
+            libvirt.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: listen_address,
+        }
+
+        def prepare(connection: Any) -> tuple[str, bytes]:
+            self._before = _definition(connection, self._uuid)
+            return phases.prepare(connection, params, cookie, flags)
+
+        link = self._prepared = await self._session.open()
+        uri_out, out = await self._session.call(prepare, on=link)
+        return Prepared(uri_out, out)
+
+    async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
+        flags = words.flags_for(options, domain_xml)
+        params = _params(domain_xml, destination_name)
+        # On the connection that prepared: libvirtd 9.0 dies when that one closes while Finish waits on another.
+        link = self._prepared or await self._session.open()
+
+        def finish(connection: Any) -> tuple[bytes, Domain]:
+            out = phases.finish(connection, params, cookie, flags)
+            return out, domains.read_one(connection, self._uuid)
+
+        try:
+            out, domain = await self._session.call(finish, on=link, bounded=False)
+        except HypervisorUnavailable:
+            raise
+        except HypervisorError as error:
+            raise await self._failure(error) from None
+        return Finished(out, domain)
+
+    async def abandon(self) -> None:
+        await self._pool.call(self._abandon)
+
+    async def close(self) -> None:
+        """A Finish that still waits goes on inside libvirtd, and the connection closes at its end: `abandon` first."""
+        self._prepared = None
+        await self._session.close()
+
+    async def _failure(self, error: HypervisorError) -> HypervisorError:
+        """Finish failed: the copy is gone for certain, or else nothing is certain."""
+        try:
+            domain = await self._pool.call(lambda connection: domains.read_one(connection, self._uuid))
+        except DomainNotFound:
+            return TransferFailed(str(error), error.native)
+        if domain.state not in (DomainState.SHUTOFF, DomainState.CRASHED):
+            return HypervisorUnavailable(f"{error}; the copy here is {domain.state} ({domain.reason})", error.native)
+        if self._prepared is not None:
+            await self._pool.call(self._clear)
+        return TransferFailed(str(error), error.native)
+
+    # What follows blocks: it runs in a thread.
+
+    def _abandon(self, connection: Any) -> None:
+        try:
+            domain = domains.read_one(connection, self._uuid)
+            if domain.incoming:
+                _cancel(connection, domain.name)
+                domain = domains.read_one(connection, self._uuid)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+                return
+            raise
+        if domain.state is not DomainState.SHUTOFF:
+            raise DomainBusy(f"the guest {domain.name} is {domain.state} ({domain.reason}) here: it has run")
+        if self._prepared is not None or domain.reason == FAILED:
+            self._clear(connection)
+
+    def _clear(self, connection: Any) -> None:
+        """Bring the stored definition back to what it was before Prepare."""
+        if self._before is not None:
+            connection.defineXML(self._before)
+        else:
+            try:
+                domains.find(connection, self._uuid).undefineFlags(domains.UNDEFINE)
+            except libvirt.libvirtError as error:  # `finish` and `abandon` both see to it, and may meet here
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                    raise
+
+
+def _definition(connection: Any, uuid: str) -> str | None:
+    """The stored definition; None where there is none."""
+    try:
+        domain = domains.find(connection, uuid)
+        if not domain.isPersistent():
+            return None
+        xml: str = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        return xml
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        raise
+
+
+def _cancel(connection: Any, name: str) -> None:
+    """Finish(cancelled): libvirt destroys the copy, or refuses if its migration has ended by now.
+
+    Better than `destroy`, which would also hit a guest that has started since it was looked at. It also ends a Finish that
+    waits on any connection. Success is an error of its own, "migration successfully aborted".
+    """
+    try:
+        phases.finish(connection, {libvirt.VIR_MIGRATE_PARAM_DEST_NAME: name}, b"", 0, cancelled=True)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() not in (libvirt.VIR_ERR_MIGRATE_FINISH_OK, *_GONE):
+            raise
+
+
+def migration_uri(uri: str, listen_address: str, ports: tuple[int, int]) -> str:
+    """The URI for Prepare: the given one, or one without a port, for which libvirt picks a free one.
+
+    Raises `Incompatible` for a scheme, host or port that this host would not serve.
+    """
+    if not listen_address:
+        raise Incompatible("a migration needs the address to listen on")
+    host = f"[{listen_address}]" if ":" in listen_address else listen_address
+    if not uri:
+        return f"tcp://{host}"
+    scheme, _, rest = uri.partition("://")
+    if scheme not in TRANSPORTS:
+        raise Incompatible(f"the migration URI {uri} has a scheme other than {', '.join(TRANSPORTS)}")
+    port = rest.removeprefix(host).removeprefix(":")
+    if rest not in (host, f"{host}:{port}"):
+        raise Incompatible(f"the migration URI {uri} names something else than the address {listen_address}")
+    if rest != host and not (port.isascii() and port.isdigit() and ports[0] <= int(port) <= ports[1]):
+        raise Incompatible(f"the migration URI {uri} has a port outside {ports[0]} to {ports[1]}")
+    return uri
+
+
+def _params(domain_xml: str, destination_name: str) -> dict[str, str | int]:
+    params: dict[str, str | int] = {libvirt.VIR_MIGRATE_PARAM_DEST_XML: words.unmarked(domain_xml)}
+    if destination_name:
+        params[libvirt.VIR_MIGRATE_PARAM_DEST_NAME] = destination_name
+    return params

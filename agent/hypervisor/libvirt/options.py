@@ -1,0 +1,88 @@
+"""`Options` as libvirt flags, and limits in bytes per second as libvirt's MiB/s. Each a table or a pure function."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+
+import libvirt
+
+from agent.hypervisor.base import Incompatible, Options, Support
+
+MIB = 1 << 20
+
+FLAGS: Mapping[str, tuple[bool, int]] = {
+    # option: (the default when the user said nothing, libvirt's flag)
+    "live": (True, libvirt.VIR_MIGRATE_LIVE),
+    "persist_destination": (True, libvirt.VIR_MIGRATE_PERSIST_DEST),
+    "undefine_source": (True, libvirt.VIR_MIGRATE_UNDEFINE_SOURCE),
+    "paused": (False, libvirt.VIR_MIGRATE_PAUSED),
+    "change_protection": (True, libvirt.VIR_MIGRATE_CHANGE_PROTECTION),
+    "abort_on_error": (False, libvirt.VIR_MIGRATE_ABORT_ON_ERROR),
+    "unsafe": (False, libvirt.VIR_MIGRATE_UNSAFE),
+    "auto_converge": (False, libvirt.VIR_MIGRATE_AUTO_CONVERGE),
+    "post_copy": (True, libvirt.VIR_MIGRATE_POSTCOPY),
+}
+"""What this driver honours, each tried on the real thing. The same flags go to all phases on both sides."""
+
+SUPPORT: Mapping[str, Support] = {
+    option.name: Support.SUPPORTED if option.name in FLAGS else Support.UNSUPPORTED for option in fields(Options)
+}
+
+
+def wants(options: Options, name: str) -> bool:
+    """The user's word on a supported option, or else this driver's default."""
+    said: bool | None = getattr(options, name)
+    return FLAGS[name][0] if said is None else said
+
+
+def settled(options: Options, paused: bool) -> Options:
+    """The options for a guest that its user had paused, or not; with post-copy armed by default only where it can be:
+    libvirt refuses it for guests that do not run meanwhile, or not afterwards.
+    """
+    if paused:
+        options = replace(options, paused=True)
+    if options.post_copy is None and (options.live is False or options.paused):
+        options = replace(options, post_copy=False)
+    return options
+
+
+def flags(options: Options) -> int:
+    """libvirt's flags. Raises `Incompatible` for an explicit word that this driver cannot honour."""
+    refused = [name for name, support in SUPPORT.items() if support is Support.UNSUPPORTED and getattr(options, name)]
+    if refused:
+        raise Incompatible(f"the libvirt driver does not support {', '.join(refused)}")
+    return sum(flag for name, (_, flag) in FLAGS.items() if wants(options, name))
+
+
+def mebibytes(bandwidth: int) -> int:
+    """A limit in libvirt's unit, rounded down so that it is never exceeded; 0 is no limit.
+
+    Raises `Incompatible` below 1 MiB/s: libvirt cannot enforce that, and no limit at all would be its opposite.
+    """
+    if bandwidth < 0 or 0 < bandwidth < MIB:
+        raise Incompatible(f"libvirt cannot limit a transfer to {bandwidth} bytes per second; its least is {MIB}")
+    return bandwidth // MIB
+
+
+_PAUSED_MARK = "<?drover paused-by-user?>"
+"""A processing instruction ahead of the domain XML: libvirt ignores it, and the other side's driver reads it.
+
+Whether a guest was paused by its user is known at Begin on the source, and decides at Finish on the destination, which
+may be armed before any later cookie exists. libvirt itself lets such a guest arrive running.
+"""
+
+
+def mark_paused(domain_xml: str) -> str:
+    return _PAUSED_MARK + domain_xml
+
+
+def is_marked_paused(domain_xml: str) -> bool:
+    return domain_xml.startswith(_PAUSED_MARK)
+
+
+def flags_for(options: Options, domain_xml: str) -> int:
+    """The flags of every phase after Begin, on both sides."""
+    return flags(settled(options, is_marked_paused(domain_xml)))
+
+
+def unmarked(domain_xml: str) -> str:
+    return domain_xml.removeprefix(_PAUSED_MARK)

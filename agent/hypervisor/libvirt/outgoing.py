@@ -1,0 +1,279 @@
+"""One migration on its source."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import libvirt
+
+from agent.hypervisor.base import (
+    Begun,
+    DomainBusy,
+    DomainNotFound,
+    DomainState,
+    HypervisorError,
+    HypervisorUnavailable,
+    Incompatible,
+    Job,
+    Options,
+    Performed,
+    Progress,
+    TransferFailed,
+)
+from agent.hypervisor.libvirt import domain as domains
+from agent.hypervisor.libvirt import options as words
+from agent.hypervisor.libvirt import phases
+from agent.hypervisor.libvirt.connection import Link, Pool, Session
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 0.01
+"""Between Perform's call and the moment that its memory flows there is nothing to act upon yet: ask again so often."""
+
+CLOSE_SECONDS = 2.0
+"""An aborted Perform returns well within this."""
+
+
+class LibvirtOutgoing:
+    """`base.Outgoing`. A fresh handle, after a restart of the agent, does all that needs no live connection."""
+
+    def __init__(self, uuid: str, session: Session, pool: Pool) -> None:
+        self._uuid = uuid
+        self._session = session
+        self._pool = pool
+        self._begun: Link | None = None  # the connection that holds libvirt's migration job
+        self._performed = False  # Perform succeeded on it: only now is there something to confirm
+        self._performing: asyncio.Future[tuple[bytes, Progress]] | None = None
+        self._remember("", Options(), "")
+
+    async def begin(self, options: Options, destination_name: str) -> Begun:
+        words.flags(options)  # refuses what is not supported before anything is asked
+        params = _params(destination_name)
+
+        def begin(connection: Any) -> tuple[str, bytes]:
+            domain = domains.find(connection, self._uuid)
+            paused = domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
+            xml, cookie = phases.begin(domain, params, words.flags(words.settled(options, paused)))
+            return (words.mark_paused(xml) if paused else xml), cookie
+
+        link = self._begun = await self._session.open()
+        xml, cookie = await self._session.call(begin, on=link)
+        self._remember(xml, options, destination_name)
+        return Begun(xml, cookie)
+
+    async def perform(
+        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+    ) -> Performed:
+        flags = words.flags_for(options, domain_xml)
+        limit = words.mebibytes(bandwidth)
+        params = _params(destination_name) | {
+            libvirt.VIR_MIGRATE_PARAM_URI: uri,
+            libvirt.VIR_MIGRATE_PARAM_DEST_XML: words.unmarked(domain_xml),
+        }
+        if limit:
+            params[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = limit
+            if flags & libvirt.VIR_MIGRATE_POSTCOPY:
+                params[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY] = limit
+
+        def perform(connection: Any) -> tuple[bytes, Progress]:
+            domain = domains.find(connection, self._uuid)
+            out = phases.perform(domain, params, cookie, flags)
+            self._performed = True  # here and not where it is awaited: an await may be cancelled, the fact stays
+            return out, _final(domain)
+
+        self._remember(domain_xml, options, destination_name)
+        link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
+        self._performing = asyncio.ensure_future(self._session.call(perform, on=link, bounded=False))
+        try:
+            out, final = await asyncio.shield(self._performing)
+        except (HypervisorUnavailable, DomainNotFound, DomainBusy, Incompatible):
+            raise
+        except HypervisorError as error:
+            raise TransferFailed(str(error), error.native) from None
+        return Performed(out, final)
+
+    async def abort(self) -> None:
+        await self._while_starting(_abort)
+
+    async def progress(self) -> Progress | None:
+        try:
+            reading = await self._call(_progress)
+        except DomainNotFound:
+            return None
+        # libvirt shows the job as running until Confirm; after Perform, memory flows only in post-copy.
+        return reading if reading is None or reading.postcopy or not self._performed else None
+
+    async def start_postcopy(self) -> None:
+        if not await self._while_starting(_start_postcopy):
+            raise HypervisorError("there is no transfer to switch to post-copy")
+
+    async def set_bandwidth(self, bandwidth: int) -> None:
+        limit = words.mebibytes(bandwidth)
+        if not await self._while_starting(lambda domain: _set_bandwidth(domain, limit)):
+            raise HypervisorError("there is no transfer whose bandwidth could be limited")
+
+    async def remove(self, cookie: bytes, options: Options) -> None:
+        undefine = words.wants(options, "undefine_source")
+        with contextlib.suppress(DomainNotFound):
+            await self._call(_refuse_half_a_guest)
+            await self._confirm(cookie, options, cancelled=False)
+            await self._call(lambda domain: _remove(domain, undefine))
+
+    async def resume(self) -> None:
+        await self._call(_refuse_foreign)
+        await self._confirm(b"", self._options, cancelled=True)
+        await self._call(_resume)
+
+    async def close(self) -> None:
+        if self._is_performing:
+            with contextlib.suppress(HypervisorError):
+                await self.abort()
+            # A transfer that cannot be aborted (post-copy) is left to libvirtd; its connection closes at its end.
+            await self._wait_for_perform(CLOSE_SECONDS)
+        self._begun = None
+        await self._session.close()
+
+    def _remember(self, domain_xml: str, options: Options, destination_name: str) -> None:
+        """What Confirm needs again: the same flags and names in all phases."""
+        self._domain_xml, self._options, self._destination_name = domain_xml, options, destination_name
+
+    async def _call(self, function: Callable[[Any], T]) -> T:
+        """A short call about this guest, beside its phases."""
+        return await self._pool.call(lambda connection: function(domains.find(connection, self._uuid)))
+
+    async def _while_starting(self, act: Callable[[Any], bool]) -> bool:
+        """Do what needs a transfer under way; False where there is none.
+
+        Right after the call of Perform, libvirt has no job yet to act upon: what comes then must not get lost.
+        """
+        while True:
+            starting = self._is_performing
+            if await self._call(act):
+                return True
+            if not starting:
+                return False
+            await self._wait_for_perform(RETRY_SECONDS)
+
+    async def _wait_for_perform(self, timeout: float) -> None:
+        if self._performing is not None:
+            await asyncio.wait({self._performing}, timeout=timeout)
+
+    @property
+    def _is_performing(self) -> bool:
+        return self._performing is not None and not self._performing.done()
+
+    async def _confirm(self, cookie: bytes, options: Options, cancelled: bool) -> None:
+        """End libvirt's own migration job, where it is still ours to end. Who calls this looks at the facts afterwards:
+        where Confirm failed, or could not be called, plain calls do what it would have done.
+        """
+        link = self._begun
+        if not self._performed or link is None or not link.alive:
+            return
+        flags = words.flags_for(options, self._domain_xml)
+        params = _params(self._destination_name)
+
+        def confirm(connection: Any) -> None:
+            phases.confirm(domains.find(connection, self._uuid), params, cookie, flags, cancelled)
+            self._performed = False
+
+        with contextlib.suppress(HypervisorError):
+            await self._session.call(confirm, on=link)
+
+
+def _params(destination_name: str) -> dict[str, str | int]:
+    return {libvirt.VIR_MIGRATE_PARAM_DEST_NAME: destination_name} if destination_name else {}
+
+
+# What follows blocks: it runs in a thread, on libvirt's domain.
+
+
+def _state(domain: Any) -> tuple[DomainState, str]:
+    code, reason = domain.state()
+    return domains.state_of(code), domains.reason_words(code, reason)
+
+
+def _flow(domain: Any) -> Mapping[str, int] | None:
+    """The statistics of an outgoing transfer under way in QEMU itself; None for a job that is only between phases."""
+    try:
+        stats: Mapping[str, int] = domain.jobStats()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_UNSUPPORTED):
+            return None  # shut off, or an incoming copy
+        raise
+    return stats if domains.job_of(stats) is Job.OUTGOING and stats.get("memory_total", 0) > 0 else None
+
+
+def _in_postcopy(domain: Any) -> bool:
+    return _state(domain)[1].startswith("post-copy")
+
+
+def _abort(domain: Any) -> bool:
+    try:
+        domain.abortJob()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and not _in_postcopy(domain):
+            return False  # no job, or none any more
+        raise
+    return True
+
+
+def _progress(domain: Any) -> Progress | None:
+    stats = _flow(domain)
+    return None if stats is None else domains.progress_of(stats, _in_postcopy(domain))
+
+
+def _final(domain: Any) -> Progress:
+    """The figures of a transfer that has just ended; zeros where libvirt does not tell (they are not worth failing).
+
+    They are those of the running job: it lasts until Confirm, and libvirt calls them completed only after it.
+    """
+    with contextlib.suppress(libvirt.libvirtError):
+        return domains.progress_of(domain.jobStats(), _in_postcopy(domain))
+    return Progress()
+
+
+def _start_postcopy(domain: Any) -> bool:
+    if _flow(domain) is None:
+        return False
+    domain.migrateStartPostCopy()
+    return True
+
+
+def _set_bandwidth(domain: Any, limit: int) -> bool:
+    if _flow(domain) is None:
+        return False
+    domain.migrateSetMaxSpeed(limit)
+    domain.migrateSetMaxSpeed(limit, libvirt.VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY)
+    return True
+
+
+def _remove(domain: Any, undefine: bool) -> None:
+    """Destroy and undefine, each only where there is something left of it."""
+    if domain.isActive():
+        _refuse_half_a_guest(domain)
+        domain.destroy()
+    if undefine and domain.isPersistent():
+        domain.undefineFlags(domains.UNDEFINE)
+
+
+def _refuse_half_a_guest(domain: Any) -> None:
+    """In post-copy the guest runs at the destination, and the rest of its memory is nowhere but here."""
+    left = (_flow(domain) or {}).get("data_remaining", 0)
+    if left and _in_postcopy(domain):
+        raise DomainBusy(f"{left} bytes of the guest's memory have yet to flow to the destination")
+
+
+def _refuse_foreign(domain: Any) -> None:
+    """What must not be resumed here: a guest that runs at the destination, and a copy that arrives."""
+    if _in_postcopy(domain):
+        raise DomainBusy("the guest was switched to post-copy: it runs at the destination")
+    if domains.read_job(domain) is Job.INCOMING:
+        raise DomainBusy("this is the copy of a guest that arrives here")
+
+
+def _resume(domain: Any) -> None:
+    """Resume a guest that a migration paused. One that its user paused stays so; one that runs is left alone."""
+    state, reason = _state(domain)
+    if state is DomainState.PAUSED and reason == domains.MIGRATION:
+        domain.resume()

@@ -1,0 +1,216 @@
+"""The five phases of a migration, bound with ctypes to the entry points that libvirt.so keeps for its own tools.
+
+`virDomainMigrate{Begin,Prepare,Perform,Finish,Confirm}3Params` are exported under libvirt's private version node, with
+the same signatures since libvirt 1.1.0: they are the client side of a wire protocol that libvirt keeps compatible. The
+public `migrateToURI3` runs all five with a second daemon on the other end of a TCP socket; called one by one, both ends
+are local unix sockets and what travels between them (XML, cookies, a URI) is ours to carry.
+
+Every function here blocks (ctypes lets go of the GIL meanwhile) and raises `libvirt.libvirtError`. libvirt keeps the
+last error per thread, so the exception is made in the thread that called.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import libvirt
+
+PHASES = ("Begin", "Prepare", "Perform", "Finish", "Confirm")
+
+_STRING = 7
+_ULLONG = 4
+_FIELD_BYTES = 80  # VIR_TYPED_PARAM_FIELD_LENGTH
+
+
+class _Value(ctypes.Union):
+    _fields_ = (
+        ("i", ctypes.c_int),
+        ("ui", ctypes.c_uint),
+        ("l", ctypes.c_longlong),
+        ("ul", ctypes.c_ulonglong),
+        ("d", ctypes.c_double),
+        ("b", ctypes.c_char),
+        ("s", ctypes.c_char_p),
+    )
+
+
+class _TypedParam(ctypes.Structure):
+    _fields_ = (("field", ctypes.c_char * _FIELD_BYTES), ("type", ctypes.c_int), ("value", _Value))
+
+
+Params = Mapping[str, str | int]
+"""Migration parameters by libvirt's own names (`VIR_MIGRATE_PARAM_*`); integers are unsigned 64-bit."""
+
+_Library = Any  # ctypes.CDLL: its functions appear as attributes
+
+_pointer = ctypes.c_void_p
+_length = ctypes.c_int
+_flags = ctypes.c_uint
+_params = (ctypes.POINTER(_TypedParam), ctypes.c_int)
+_cookie_in = (ctypes.c_char_p, ctypes.c_int)
+_cookie_out = (ctypes.POINTER(_pointer), ctypes.POINTER(_length))
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "Begin": (_pointer, (_pointer, *_params, *_cookie_out, _flags)),
+    "Prepare": (ctypes.c_int, (_pointer, *_params, *_cookie_in, *_cookie_out, ctypes.POINTER(_pointer), _flags)),
+    "Perform": (ctypes.c_int, (_pointer, ctypes.c_char_p, *_params, *_cookie_in, *_cookie_out, _flags)),
+    "Finish": (_pointer, (_pointer, *_params, *_cookie_in, *_cookie_out, _flags, ctypes.c_int)),
+    "Confirm": (ctypes.c_int, (_pointer, *_params, *_cookie_in, _flags, ctypes.c_int)),
+}
+
+
+def _bind() -> _Library | None:
+    """libvirt.so with the five functions typed; None where a build hides them."""
+    try:
+        # The soname that libvirt-python itself is linked with: the loader hands out the very same copy.
+        library = ctypes.CDLL("libvirt.so.0")
+        for phase, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, f"virDomainMigrate{phase}3Params")
+            function.restype, function.argtypes = result, arguments
+        library.virDomainFree.argtypes = (_pointer,)
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+_libvirt: _Library | None = _bind()
+_free = ctypes.CDLL(None).free
+_free.argtypes = (_pointer,)
+_free.restype = None
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+_capsule_pointer.restype = _pointer
+
+
+def available() -> bool:
+    """The five phases can be called one by one with the libvirt.so of this host."""
+    return _libvirt is not None
+
+
+def _library() -> _Library:
+    if _libvirt is None:
+        raise RuntimeError("this build of libvirt hides the migration phases; ask available() first")
+    return _libvirt
+
+
+def _handle(wrapper: Any, kind: bytes) -> int:
+    """The C pointer inside an object of libvirt-python, which the caller must keep alive during the call."""
+    pointer: int = _capsule_pointer(wrapper._o, kind)
+    return pointer
+
+
+def _typed(params: Params) -> tuple[Any, int]:
+    array = (_TypedParam * max(1, len(params)))()
+    for slot, (name, value) in zip(array, params.items(), strict=False):
+        slot.field = name.encode()
+        if isinstance(value, int):
+            slot.type, slot.value.ul = _ULLONG, value
+        else:
+            slot.type, slot.value.s = _STRING, value.encode()  # ctypes keeps the bytes alive with the array
+    return array, len(params)
+
+
+class _Out:
+    """A string or a cookie that libvirt allocates and we free."""
+
+    def __init__(self) -> None:
+        self.pointer = _pointer()
+        self.length = _length()
+
+    @property
+    def arguments(self) -> tuple[Any, Any]:
+        return ctypes.byref(self.pointer), ctypes.byref(self.length)
+
+    def take(self) -> bytes:
+        """The cookie's bytes, its memory freed; empty where libvirt gave none."""
+        if not self.pointer.value:
+            return b""
+        data = ctypes.string_at(self.pointer.value, self.length.value)
+        self.drop()
+        return data
+
+    def take_string(self) -> str:
+        if not self.pointer.value:
+            return ""
+        text = ctypes.string_at(self.pointer.value).decode()
+        self.drop()
+        return text
+
+    def drop(self) -> None:
+        _free(self.pointer)
+        self.pointer.value = None
+
+
+def _cookie(cookie: bytes) -> tuple[bytes | None, int]:
+    return (cookie, len(cookie)) if cookie else (None, 0)
+
+
+def begin(domain: Any, params: Params, flags: int) -> tuple[str, bytes]:
+    """On the source: the guest's XML for the destination, and a cookie."""
+    array, count = _typed(params)
+    cookie = _Out()
+    text = _Out()
+    text.pointer.value = _library().virDomainMigrateBegin3Params(
+        _handle(domain, b"virDomainPtr"), array, count, *cookie.arguments, flags
+    )
+    if not text.pointer.value:
+        cookie.drop()
+        raise libvirt.libvirtError("Begin failed")
+    return text.take_string(), cookie.take()
+
+
+def prepare(connection: Any, params: Params, cookie: bytes, flags: int) -> tuple[str, bytes]:
+    """On the destination: start an empty copy. Returns the URI that it listens on, and a cookie."""
+    array, count = _typed(params)
+    out, uri = _Out(), _Out()
+    status = _library().virDomainMigratePrepare3Params(
+        _handle(connection, b"virConnectPtr"),
+        array,
+        count,
+        *_cookie(cookie),
+        *out.arguments,
+        ctypes.byref(uri.pointer),
+        flags,
+    )
+    if status < 0:
+        out.drop()
+        uri.drop()
+        raise libvirt.libvirtError("Prepare failed")
+    return uri.take_string(), out.take()
+
+
+def perform(domain: Any, params: Params, cookie: bytes, flags: int) -> bytes:
+    """On the source: send everything. Blocks until all is sent; returns a cookie."""
+    array, count = _typed(params)
+    out = _Out()
+    status = _library().virDomainMigratePerform3Params(
+        _handle(domain, b"virDomainPtr"), None, array, count, *_cookie(cookie), *out.arguments, flags
+    )
+    if status < 0:
+        out.drop()
+        raise libvirt.libvirtError("Perform failed")
+    return out.take()
+
+
+def finish(connection: Any, params: Params, cookie: bytes, flags: int, cancelled: bool = False) -> bytes:
+    """On the destination: wait for the end of the stream, start the guest, return a cookie; or destroy the copy."""
+    array, count = _typed(params)
+    out = _Out()
+    domain = _library().virDomainMigrateFinish3Params(
+        _handle(connection, b"virConnectPtr"), array, count, *_cookie(cookie), *out.arguments, flags, int(cancelled)
+    )
+    if not domain:
+        out.drop()
+        raise libvirt.libvirtError("Finish failed")
+    _library().virDomainFree(domain)
+    return out.take()
+
+
+def confirm(domain: Any, params: Params, cookie: bytes, flags: int, cancelled: bool) -> None:
+    """On the source: remove the copy here, or (cancelled) let it run on."""
+    array, count = _typed(params)
+    status = _library().virDomainMigrateConfirm3Params(
+        _handle(domain, b"virDomainPtr"), array, count, *_cookie(cookie), flags, int(cancelled)
+    )
+    if status < 0:
+        raise libvirt.libvirtError("Confirm failed")

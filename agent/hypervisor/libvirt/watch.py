@@ -1,0 +1,92 @@
+"""The connection that domain events arrive on: kept by itself, apart from all calls.
+
+A connection with callbacks stays open until they are deregistered, even when all else let go of it; one that is used
+for nothing else never has to be left behind because a call got stuck on it.
+"""
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+import libvirt
+
+from agent.hypervisor.base import DomainEvent, HypervisorError
+from agent.hypervisor.libvirt.connection import Link, Session
+from agent.hypervisor.libvirt.events import RECONNECTED, Fanout, Subscription
+
+RECONNECT_SECONDS = (0.1, 2.0)
+"""First and longest pause between attempts to reach a libvirtd that went away."""
+
+
+class Watch:
+    """Feeds a `Fanout` with the events of one libvirtd, across its restarts."""
+
+    def __init__(self, session: Session, fanout: Fanout) -> None:
+        self._session = session
+        self._fanout = fanout
+        self._lost = asyncio.Event()
+        self._subscription: Subscription | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def link(self) -> Link | None:
+        """The connection of the events while it lives."""
+        return self._session.link
+
+    async def start(self) -> None:
+        """Subscribe. Raises `HypervisorUnavailable`; afterwards the watch mends itself."""
+        await self._subscribe()
+        self._keeper = asyncio.create_task(self._keep(), name="libvirt-watch")
+
+    async def stop(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+            self._keeper = None
+        await self._unsubscribe()
+
+    async def _subscribe(self) -> None:
+        loop = asyncio.get_running_loop()
+        lost = self._lost = asyncio.Event()
+        subscription = self._subscription = Subscription(self._fanout, loop)
+
+        def on_close(_connection: Any, _reason: int, _opaque: Any) -> None:  # in libvirt's event thread
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(lost.set)
+
+        def register(connection: Any) -> None:
+            connection.registerCloseCallback(on_close, None)
+            subscription.register(connection)
+
+        await self._session.call(register)
+
+    async def _unsubscribe(self) -> None:
+        link, subscription = self._session.link, self._subscription
+        if link is not None and subscription is not None:
+
+            def deregister(connection: Any) -> None:
+                subscription.deregister(connection)
+                with contextlib.suppress(libvirt.libvirtError):
+                    connection.unregisterCloseCallback()
+
+            with contextlib.suppress(HypervisorError):
+                await self._session.call(deregister, on=link)
+        await self._session.close()
+
+    async def _keep(self) -> None:
+        while True:
+            await self._lost.wait()
+            await self._subscribe_again()
+            self._fanout.put(DomainEvent("", RECONNECTED, "", time.monotonic()))
+
+    async def _subscribe_again(self) -> None:
+        pause, longest = RECONNECT_SECONDS
+        while True:
+            await self._unsubscribe()
+            try:
+                return await self._subscribe()
+            except HypervisorError:
+                await asyncio.sleep(pause)
+                pause = min(longest, pause * 2)

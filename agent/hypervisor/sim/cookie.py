@@ -1,0 +1,33 @@
+"""What the simulator keeps in a migration cookie."""
+
+from typing import Annotated, Self
+
+import msgspec
+from msgspec import Meta
+
+from agent.hypervisor.base import HypervisorError
+from agent.hypervisor.sim.config import Base
+from agent.hypervisor.sim.stream import TOKEN_BYTES
+
+MAX_COOKIE = 4096
+
+
+class Cookie(Base, kw_only=True, frozen=True):
+    host_uuid: Annotated[str, Meta(max_length=253)] = ""
+    uuid: Annotated[str, Meta(max_length=36)] = ""
+    token: Annotated[bytes, Meta(max_length=TOKEN_BYTES)] = b""
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """An empty cookie says nothing. Raises `HypervisorError` for one that is not the simulator's."""
+        if not data:
+            return cls()
+        if len(data) > MAX_COOKIE:
+            raise HypervisorError(f"cookie of {len(data)} bytes, at most {MAX_COOKIE} are taken")
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise HypervisorError(f"not a cookie of the simulator: {error}") from error

@@ -1,0 +1,111 @@
+"""`SimHypervisor`: the face of the simulated hypervisor, and the faults that tests put into it."""
+
+from collections.abc import AsyncGenerator
+
+from agent.hypervisor.base import (
+    Domain,
+    DomainEvent,
+    DomainState,
+    HypervisorError,
+    HypervisorInfo,
+    Requirements,
+)
+from agent.hypervisor.sim.config import SimConfig
+from agent.hypervisor.sim.host import Host
+from agent.hypervisor.sim.incoming import SimIncoming
+from agent.hypervisor.sim.outgoing import SimOutgoing
+
+VERSION = "1"
+
+
+class SimHypervisor:
+    """A `base.Hypervisor` without a hypervisor. It lives and dies with its process, as a host does with its power;
+    with `SimConfig.state_path`, its guests outlive the process as they outlive an agent.
+
+    To be made inside a running event loop.
+    """
+
+    def __init__(self, config: SimConfig) -> None:
+        self._host = Host(config)
+
+    async def open(self) -> None:
+        if not self._host.opened:
+            self._host.load()
+
+    async def close(self) -> None:
+        if self._host.opened:
+            await self._host.shut()
+
+    async def info(self) -> HypervisorInfo:
+        await self._host.gate("info")
+        config, profile = self._host.config, self._host.profile
+        return HypervisorInfo(
+            driver="sim",
+            hypervisor=profile.hypervisor,
+            library_version=f"drover-sim {VERSION}",
+            host_uuid=config.host_uuid,
+            features=profile.features(config.ports),
+        )
+
+    async def list_domains(self) -> list[Domain]:
+        await self._host.gate("list_domains")
+        return sorted((guest.facts() for guest in self._host.guests.values()), key=lambda domain: domain.name)
+
+    async def get_domain(self, name_or_uuid: str) -> Domain:
+        await self._host.gate("get_domain")
+        return self._host.guest(name_or_uuid).facts()
+
+    async def requirements(self, uuid: str) -> Requirements:
+        await self._host.gate("requirements")
+        return self._host.guest(uuid).requirements()
+
+    async def incompatibilities(self, requirements: Requirements) -> list[str]:
+        await self._host.gate("incompatibilities")
+        return self._host.incompatibilities(requirements)
+
+    def outgoing(self, uuid: str) -> SimOutgoing:
+        return SimOutgoing(self._host, uuid)
+
+    def incoming(self, uuid: str) -> SimIncoming:
+        return SimIncoming(self._host, uuid)
+
+    def events(self) -> AsyncGenerator[DomainEvent, None]:
+        return self._host.hub.subscribe()
+
+    # --- what a guest's user does -------------------------------------------------------------------------------------
+
+    def suspend(self, name_or_uuid: str) -> None:
+        """The guest's user pauses it."""
+        guest = self._host.guest(name_or_uuid)
+        if guest.state is not DomainState.RUNNING or guest.postcopy:
+            raise HypervisorError(f"domain {guest.name} is not running")
+        guest.wants_run = False
+        guest.stop("user")
+
+    def start(self, name_or_uuid: str) -> None:
+        """The guest's user boots it, or lets it go on."""
+        guest = self._host.guest(name_or_uuid)
+        if not guest.active:
+            guest.boot()
+        elif guest.reason == "user":
+            guest.wants_run = True
+            guest.run("unpaused")
+
+    # --- faults -------------------------------------------------------------------------------------------------------
+
+    def fail_next(self, method: str, message: str) -> None:
+        """The next call of that method of the interface (of any handle) fails with that message."""
+        self._host.fail_next[method] = message
+
+    def freeze(self) -> None:
+        """Answer nothing until `thaw`; guests and transfers go on."""
+        self._host.thawed.clear()
+
+    def thaw(self) -> None:
+        self._host.thawed.set()
+
+    def cut(self, uuid: str) -> None:
+        """Break the guest's memory stream at this end (the other end sees a reset)."""
+        for end in (self._host.senders.get(uuid), self._host.receivers.get(uuid)):
+            if end is not None:
+                end.cut()

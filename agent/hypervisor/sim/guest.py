@@ -1,0 +1,290 @@
+"""One simulated guest: how it is defined, what it does now, and how far its clock has come.
+
+Nothing here decides anything about a migration; `sender` and `receiver` do, and call these few verbs. The words for a
+state's reason are those of `virsh domstate --reason`.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Literal, Self
+
+import msgspec
+
+from agent.hypervisor.base import Domain, DomainState, HypervisorError, Job, Requirements
+from agent.hypervisor.sim import serial
+from agent.hypervisor.sim.config import Base, Bytes, SimGuest, uuid_of
+from agent.hypervisor.sim.model import Load
+
+MAX_DOCUMENT = 512 * 1024
+"""Bytes of a definition that comes from a peer."""
+
+ACTIVE = (DomainState.RUNNING, DomainState.PAUSED)
+
+
+class Definition(Base, kw_only=True, frozen=True, tag="drover-sim-domain", tag_field="type"):
+    """What a guest is, as the document that travels as `domain_xml` (it is JSON; a driver's document is opaque)."""
+
+    guest: SimGuest
+
+    @classmethod
+    def of(cls, guest: SimGuest) -> Self:
+        """The definition in full: nothing left to be guessed at the other end."""
+        whole = guest.memory_bytes if guest.working_set is None else min(guest.working_set, guest.memory_bytes)
+        return cls(guest=msgspec.structs.replace(guest, uuid=guest.uuid or uuid_of(guest.name), working_set=whole))
+
+    @property
+    def uuid(self) -> str:
+        return self.guest.uuid or uuid_of(self.guest.name)
+
+    @property
+    def name(self) -> str:
+        return self.guest.name
+
+    def renamed(self, name: str) -> "Definition":
+        return msgspec.structs.replace(self, guest=msgspec.structs.replace(self.guest, name=name)) if name else self
+
+    def text(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def parse(cls, text: str) -> "Definition":
+        """Raises `HypervisorError` for anything that is not a definition."""
+        if len(text) > MAX_DOCUMENT:
+            raise HypervisorError(f"domain document of {len(text)} characters, at most {MAX_DOCUMENT} are taken")
+        try:
+            return cls.of(msgspec.json.decode(text, type=Definition).guest)
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise HypervisorError(f"not a domain document of the simulator: {error}") from error
+
+
+class GuestRecord(Base, kw_only=True, frozen=True):
+    """A guest as it is written to the state file."""
+
+    running: Definition | None
+    """None for a guest that is shut off."""
+    stored: Definition | None
+    """None for a guest that is not persistent."""
+    state: Literal["running", "paused", "shutoff"]
+    reason: str
+    wants_run: bool
+    left: bool
+    postcopy: bool
+    owed: Bytes
+    clock: float
+    at: float
+    """Wall time at which `clock` was read."""
+
+
+class Guest:
+    """A guest on this host. `notify(guest, kind, detail)` is called after each change.
+
+    `now` is the clock of the event loop, in seconds.
+    """
+
+    def __init__(
+        self,
+        definition: Definition,
+        now: Callable[[], float],
+        notify: Callable[["Guest", str, str], None],
+        *,
+        stored: Definition | None = None,
+    ) -> None:
+        self.definition = definition
+        self.stored = stored
+        self.state = DomainState.SHUTOFF
+        self.reason = "unknown"
+        self.wants_run = False
+        """What its user wants, whatever a migration does to it meanwhile."""
+        self.left = False
+        """Its whole state was sent away, so another copy may run."""
+        self.job = Job.NONE
+        self.incoming = False
+        self.postcopy = False
+        self.owed = 0
+        """Bytes of a post-copy that the other end has not got yet, when the stream broke."""
+        self._now = now
+        self._notify = notify
+        self._clock = 0.0
+        self._since: float | None = None
+        self._logged = 0
+
+    # --- what is true -------------------------------------------------------------------------------------------------
+
+    @property
+    def uuid(self) -> str:
+        return self.definition.uuid
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+    @property
+    def ticking(self) -> bool:
+        """Its CPU really runs (unlike one that is running by name, but waits for a page that never comes)."""
+        return self._since is not None
+
+    @property
+    def clock(self) -> float:
+        """Seconds for which it ran, since it booted, wherever that was."""
+        return self._clock + (self._now() - self._since if self._since is not None else 0.0)
+
+    @property
+    def load(self) -> Load:
+        """What it does to its memory now: nothing, while it stands."""
+        it = self.definition.guest
+        working_set = it.memory_bytes if it.working_set is None else it.working_set
+        return Load(it.memory_bytes, it.dirty_rate if self.ticking else 0, working_set)
+
+    def facts(self) -> Domain:
+        it = self.definition.guest
+        return Domain(
+            name=it.name,
+            uuid=self.uuid,
+            state=self.state,
+            reason=self.reason,
+            memory_bytes=it.memory_bytes,
+            vcpus=it.vcpus,
+            persistent=self.stored is not None,
+            job=self.job,
+            incoming=self.incoming,
+            postcopy=self.postcopy,
+        )
+
+    def requirements(self) -> Requirements:
+        return requirements_of(self.definition)
+
+    # --- verbs --------------------------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Begin from nothing."""
+        self._clock, self._since, self._logged = 0.0, None, 0
+        self.wants_run = True
+        if self.logs:
+            line = serial.boot_line(self.definition.guest.memory_bytes)
+            serial.write(self.definition.guest.log, [(0, line)], 0.0, time.monotonic())
+        self.run("booted", "started")
+
+    def run(self, reason: str, kind: str = "resumed") -> None:
+        self.state, self.reason = DomainState.RUNNING, reason
+        self.left = False
+        if self._since is None:
+            self._since = self._now()
+        self._notify(self, kind, reason)
+
+    def stop(self, reason: str, kind: str = "suspended") -> None:
+        self._stand_still()
+        self.state, self.reason = DomainState.PAUSED, reason
+        self._notify(self, kind, reason)
+
+    def block(self, reason: str) -> None:
+        """Running by name, but it waits for a page that does not come."""
+        self._stand_still()
+        self.state, self.reason = DomainState.RUNNING, reason
+        self._notify(self, "suspended", reason)
+
+    def unblock(self, reason: str) -> None:
+        if self.wants_run:
+            self.run(reason)
+        else:
+            self.stop(reason)
+
+    def give_back(self, reason: str) -> None:
+        """As its user had it: running, or paused."""
+        self.left = self.postcopy = False
+        if self.wants_run:
+            self.run(reason)
+        else:
+            self.stop("user")
+
+    def shut_off(self, reason: str) -> None:
+        self._stand_still()
+        self.state, self.reason = DomainState.SHUTOFF, reason
+        self.incoming = self.postcopy = self.left = self.wants_run = False
+        self.job, self.owed = Job.NONE, 0
+        self.definition = self.stored or self.definition
+        self._notify(self, "stopped", reason)
+
+    def send_state(self) -> float:
+        """The clock, as it goes on the wire with the last of the memory: from now on another copy may run."""
+        self.left = True
+        self._notify(self, "job", "state sent")
+        return self._clock
+
+    def take_state(self, clock: float, wants_run: bool) -> None:
+        """What came with the stream: this copy goes on from there."""
+        self._clock, self._since = clock, None
+        self._logged = serial.ticks(clock)
+        self.wants_run = wants_run
+
+    def _stand_still(self) -> None:
+        self._clock = self.clock
+        self._since = None
+        self.flush()
+
+    # --- the serial line ----------------------------------------------------------------------------------------------
+
+    @property
+    def logs(self) -> bool:
+        return bool(self.definition.guest.log)
+
+    def flush(self) -> None:
+        """Write the lines of all ticks until now."""
+        clock = self.clock
+        last = serial.ticks(clock)
+        if self.logs and last > self._logged:
+            it = self.definition.guest
+            written = serial.lines(it.memory_bytes, self._logged + 1, last, clock, time.time())
+            serial.write(it.log, written, clock, time.monotonic())
+        self._logged = last
+
+    # --- the state file -----------------------------------------------------------------------------------------------
+
+    def record(self) -> GuestRecord:
+        return GuestRecord(
+            running=self.definition if self.active else None,
+            stored=self.stored,
+            state="running" if self.ticking else "paused" if self.active else "shutoff",
+            reason=self.reason,
+            wants_run=self.wants_run,
+            left=self.left,
+            postcopy=self.postcopy,
+            owed=self.owed,
+            clock=self.clock,
+            at=time.time(),
+        )
+
+    def revive(self, record: GuestRecord) -> None:
+        """Go on after the process died, as under a libvirtd that comes back: a guest that ran went on meanwhile, one
+        whose migration had stopped it before its state was sent runs again, a broken post-copy waits to be recovered."""
+        ran = record.state == "running"
+        self._clock = record.clock + (max(0.0, time.time() - record.at) if ran and not record.postcopy else 0.0)
+        self._logged = max(serial.ticks(record.clock), serial.last_number(self.definition.guest.log) if ran else 0)
+        self.reason, self.wants_run, self.left = record.reason, record.wants_run, record.left
+        self.postcopy, self.owed = record.postcopy, record.owed
+        self.state = DomainState(record.state)
+        if record.postcopy and record.left:
+            self.stop("post-copy failed")
+        elif record.postcopy:
+            self.block("post-copy failed")
+        elif ran:
+            self.run(record.reason)
+        elif record.state == "paused" and not record.left and record.reason == "migration":
+            self.give_back("migration canceled")
+
+
+def requirements_of(definition: Definition) -> Requirements:
+    it = definition.guest
+    return Requirements(
+        name=it.name,
+        uuid=definition.uuid,
+        memory_bytes=it.memory_bytes,
+        vcpus=it.vcpus,
+        arch=it.arch,
+        machine=it.machine,
+        virt_type=it.virt_type,
+        cpu=it.cpu,
+    )

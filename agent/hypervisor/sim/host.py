@@ -1,0 +1,243 @@
+"""What the parts of a simulated host share: its guests, its transfers, its tasks, and the faults that tests put in."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from agent.hypervisor.base import (
+    DomainBusy,
+    DomainEvent,
+    DomainNotFound,
+    HypervisorError,
+    HypervisorUnavailable,
+    Incompatible,
+    Options,
+    Requirements,
+    TransferFailed,
+)
+from agent.hypervisor.sim import serial
+from agent.hypervisor.sim.config import SimConfig
+from agent.hypervisor.sim.events import Hub
+from agent.hypervisor.sim.guest import Definition, Guest, GuestRecord, requirements_of
+from agent.hypervisor.sim.link import Link
+from agent.hypervisor.sim.profiles import PROFILES
+
+if TYPE_CHECKING:
+    from agent.hypervisor.sim.receiver import Receiver
+    from agent.hypervisor.sim.sender import Sender
+
+T = TypeVar("T")
+
+FLUSH = 0.05
+"""Seconds between two writes to the serial logs of running guests."""
+FAULTS: dict[str, type[HypervisorError]] = {"perform": TransferFailed, "finish": TransferFailed}
+"""The error of an injected fault; all other methods raise `HypervisorError`."""
+
+
+class Host:
+    def __init__(self, config: SimConfig) -> None:
+        self.config = config
+        self.profile = PROFILES[config.profile]
+        self.guests: dict[str, Guest] = {}
+        self.senders: dict[str, Sender] = {}
+        self.receivers: dict[str, Receiver] = {}
+        self.holders: dict[str, object] = {}
+        """The handle whose Begin holds a guest, by the guest's UUID."""
+        self.link = Link(config.link_rate)
+        self.hub = Hub()
+        self.fail_next = dict(config.fail_next)
+        self.thawed = asyncio.Event()
+        self.thawed.set()
+        self.opened = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._scribe: asyncio.Task[None] | None = None
+
+    # --- time and tasks -----------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def now() -> float:
+        return asyncio.get_running_loop().time()
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that belongs to the hypervisor, not to the caller who waits for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # it was told to whoever waited; nobody may have
+
+    async def gate(self, method: str) -> None:
+        """What every method passes first: closed, frozen, or told to fail."""
+        if not self.opened:
+            raise HypervisorUnavailable("the simulated hypervisor is closed")
+        if not self.thawed.is_set():
+            try:
+                async with asyncio.timeout(self.config.call_timeout):
+                    await self.thawed.wait()
+            except TimeoutError:
+                raise HypervisorUnavailable(f"{method}: no answer in {self.config.call_timeout} s") from None
+        message = self.fail_next.pop(method, None)
+        if message is not None:
+            raise FAULTS.get(method, HypervisorError)(message, {"fault": method})
+
+    async def call(self, method: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do it within `call_timeout`; a caller who goes away changes nothing of what happens."""
+        await self.gate(method)
+        return await self.wait(method, self.spawn(work()), self.config.call_timeout)
+
+    @staticmethod
+    async def wait(method: str, work: Awaitable[T], timeout: float | None) -> T:
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(work)
+        except TimeoutError:
+            raise HypervisorUnavailable(f"{method}: no answer in {timeout} s") from None
+
+    # --- guests -------------------------------------------------------------------------------------------------------
+
+    def guest(self, name_or_uuid: str) -> Guest:
+        found = self.guests.get(name_or_uuid) or next((g for g in self.guests.values() if g.name == name_or_uuid), None)
+        if found is None:
+            raise DomainNotFound(f"no domain {name_or_uuid!r} on this host")
+        return found
+
+    def add(self, definition: Definition, stored: Definition | None) -> Guest:
+        guest = Guest(definition, self.now, self.notify, stored=stored)
+        self.guests[guest.uuid] = guest
+        return guest
+
+    def drop(self, guest: Guest, reason: str) -> None:
+        """End a copy; what is left is its stored definition, if there is one."""
+        guest.shut_off(reason)
+        if guest.stored is None:
+            del self.guests[guest.uuid]
+            self.save()
+
+    def notify(self, guest: Guest, kind: str, detail: str) -> None:
+        self.hub.publish(DomainEvent(guest.uuid, kind, detail, time.monotonic()))
+        self.save()
+        self._watch_logs()
+
+    def release(self, guest: Guest) -> None:
+        """End the migration job that holds a guest."""
+        guest.job = guest.job.NONE
+        self.holders.pop(guest.uuid, None)
+
+    def refuse_busy(self, guest: Guest, who: object) -> None:
+        if guest.uuid in self.senders:
+            raise DomainBusy(f"domain {guest.name} is being migrated")
+        if self.holders.get(guest.uuid, who) is not who:
+            raise DomainBusy(f"domain {guest.name} is held by another migration job")
+
+    # --- what this host can do ----------------------------------------------------------------------------------------
+
+    def check_options(self, options: Options) -> None:
+        refusals = self.profile.refusals(options)
+        if refusals:
+            raise Incompatible("; ".join(refusals))
+
+    def incompatibilities(self, needs: Requirements) -> list[str]:
+        has = {
+            "architecture": (needs.arch, self.config.archs),
+            "machine type": (needs.machine, self.config.machine_types),
+            "virtualization": (needs.virt_type, self.config.virt_types),
+            "CPU model": (needs.cpu, self.config.cpu_models),
+        }
+        return [f"{what} {wanted} is unknown here" for what, (wanted, known) in has.items() if wanted not in known]
+
+    def check_arrival(self, definition: Definition) -> None:
+        wrong = self.incompatibilities(requirements_of(definition))
+        if wrong:
+            raise Incompatible("; ".join(wrong))
+        log = definition.guest.log
+        if log and not serial.within(log, self.config.log_root):
+            raise Incompatible(f"serial log {log} is not beneath this host's log_root")
+        twin = next((g for g in self.guests.values() if g.name == definition.name and g.uuid != definition.uuid), None)
+        if twin is not None:
+            raise HypervisorError(f"domain {definition.name} already exists here with UUID {twin.uuid}")
+
+    # --- serial logs: one task for all of them, and none while no guest has one ---------------------------------------
+
+    def _watch_logs(self) -> None:
+        busy = self._scribe is not None and not self._scribe.done()
+        if not busy and any(g.ticking and g.logs for g in self.guests.values()):
+            self._scribe = self.spawn(self._write_logs())
+
+    async def _write_logs(self) -> None:
+        while writers := [g for g in self.guests.values() if g.ticking and g.logs]:
+            for guest in writers:
+                guest.flush()
+            await asyncio.sleep(FLUSH)
+
+    # --- beginning and end --------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """The guests of the state file, else those of the configuration."""
+        path = self.config.state_path
+        self.opened = True
+        if path and os.path.exists(path):
+            for record in msgspec.json.decode(Path(path).read_bytes(), type=list[GuestRecord]):
+                self._revive(record)
+        elif not self.guests:
+            for it in self.config.guests:
+                self._create(Definition.of(it))
+        self.save()
+
+    def _create(self, definition: Definition) -> None:
+        it = definition.guest
+        if definition.uuid in self.guests or any(g.name == it.name for g in self.guests.values()):
+            raise HypervisorError(f"two guests named {it.name}")
+        guest = self.add(definition, definition if it.persistent or it.state == "shutoff" else None)
+        if it.state != "shutoff":
+            guest.boot()
+        if it.state == "paused":
+            guest.wants_run = False
+            guest.stop("user")
+
+    def _revive(self, record: GuestRecord) -> None:
+        definition = record.running or record.stored
+        if definition is not None and definition.uuid not in self.guests:
+            self.add(definition, record.stored).revive(record)
+
+    def save(self) -> None:
+        """Write the state file. Copies that wait for a stream are left out: they do not outlive the process."""
+        path = self.config.state_path
+        if not path or not self.opened:
+            return
+        records = [g.record() for g in self.guests.values()]
+        kept = [r if not g.incoming else _definition_only(r) for g, r in zip(self.guests.values(), records, strict=True)]
+        text = msgspec.json.encode([r for r in kept if r.running or r.stored])
+        beside = Path(f"{path}.new")
+        beside.write_bytes(text)
+        beside.replace(path)
+
+    async def shut(self) -> None:
+        """Break off every transfer and end every task; guests stand still from here on."""
+        for sender in list(self.senders.values()):
+            sender.end("the hypervisor is closing")
+        for receiver in list(self.receivers.values()):
+            receiver.close("the hypervisor is closing")
+        if self._scribe is not None:
+            self._scribe.cancel()
+        await asyncio.gather(*[sender.task for sender in self.senders.values() if sender.task], return_exceptions=True)
+        self.save()
+        self.opened = False
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for guest in self.guests.values():
+            guest.flush()
+        self.hub.close()
+
+
+def _definition_only(record: GuestRecord) -> GuestRecord:
+    return msgspec.structs.replace(record, running=None, state="shutoff", postcopy=False, left=False, owed=0)

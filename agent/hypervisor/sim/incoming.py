@@ -1,0 +1,182 @@
+"""`base.Incoming` of the simulator: one migration on its destination."""
+
+import asyncio
+from ipaddress import ip_address
+
+from agent.hypervisor.base import (
+    DomainBusy,
+    DomainState,
+    Finished,
+    HypervisorError,
+    Incompatible,
+    Job,
+    Options,
+    Prepared,
+    TransferFailed,
+)
+from agent.hypervisor.sim.address import Address
+from agent.hypervisor.sim.cookie import Cookie
+from agent.hypervisor.sim.guest import Definition, Guest
+from agent.hypervisor.sim.host import Host
+from agent.hypervisor.sim.receiver import Receiver
+
+
+class SimIncoming:
+    def __init__(self, host: Host, uuid: str) -> None:
+        self._host = host
+        self._uuid = uuid
+        self._closed = False
+        self._finishing: asyncio.Task[Finished] | None = None
+
+    # --- Prepare ------------------------------------------------------------------------------------------------------
+
+    async def prepare(
+        self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
+    ) -> Prepared:
+        definition = Definition.parse(domain_xml).renamed(destination_name)
+        offline = self._host.profile.word(options, "offline")
+        self._check(definition, Cookie.decode(cookie), options)
+        work = self._prepare_offline if offline else lambda d: self._prepare(d, listen_address, uri)
+        return await self._host.call("prepare", lambda: work(definition))
+
+    def _check(self, definition: Definition, cookie: Cookie, options: Options) -> None:
+        self._host.check_options(options)
+        if definition.uuid != self._uuid:
+            raise HypervisorError(f"the document is of domain {definition.uuid}, not {self._uuid}")
+        if cookie.host_uuid == self._host.config.host_uuid:
+            raise HypervisorError("a guest cannot be migrated to the host on which it is")
+        word = self._host.profile.word
+        if word(options, "offline") and not word(options, "persist_destination"):
+            raise Incompatible("an offline migration moves the definition only: persist_destination cannot be off")
+        self._host.check_arrival(definition)
+
+    async def _prepare(self, definition: Definition, listen_address: str, uri: str) -> Prepared:
+        ask = self._asked(listen_address, uri)
+        receiver = Receiver(self._host, self._copy(definition), self)
+        try:
+            await asyncio.sleep(self._host.config.latencies.prepare)
+            port = await receiver.listen(listen_address, self._ports(ask.port))
+        except (HypervisorError, asyncio.CancelledError) as error:
+            receiver.close(str(error))
+            raise
+        if self._closed or receiver.gone:
+            receiver.close("the connection that prepared it was closed")
+            raise TransferFailed("the connection that prepared the copy was closed")
+        out = Address(ask.scheme, ask.host, port)
+        return Prepared(str(out), Cookie(host_uuid=self._host.config.host_uuid, token=receiver.token).encode())
+
+    def _copy(self, definition: Definition) -> Guest:
+        """A copy that waits for its memory; or the one whose post-copy broke, which waits for the rest."""
+        there = self._host.guests.get(self._uuid)
+        if self._uuid in self._host.receivers:
+            raise DomainBusy(f"domain {definition.name} is already being migrated here")
+        if there is not None and there.active:
+            if there.reason != "post-copy failed" or there.left:
+                raise HypervisorError(f"domain {there.name} is already active")
+            there.job = Job.INCOMING
+            return there
+        copy = self._host.add(definition, there.stored if there else None)
+        copy.job, copy.incoming = Job.INCOMING, True
+        copy.stop("migration", "started")
+        return copy
+
+    def _asked(self, listen_address: str, uri: str) -> Address:
+        """Where the source shall connect: the URI, which may only be this host's address, else the listen address."""
+        schemes = self._host.profile.uri_transports
+        try:
+            listening = ip_address(listen_address)
+        except ValueError as error:
+            raise HypervisorError(f"listen address {listen_address!r}: {error}") from error
+        if not uri:
+            return Address(schemes[0], str(listening), 0)
+        asked = Address.parse(uri, schemes)
+        if not listening.is_unspecified and asked.host != str(listening):
+            raise HypervisorError(f"migration URI {uri!r}: not the listen address {listen_address}")
+        return asked
+
+    def _ports(self, port: int) -> range:
+        first, last = self._host.config.ports
+        if port and not first <= port <= last:
+            raise HypervisorError(f"port {port} is outside {first} to {last}")
+        return range(port, port + 1) if port else range(first, last + 1)
+
+    async def _prepare_offline(self, definition: Definition) -> Prepared:
+        there = self._host.guests.get(self._uuid)
+        if self._uuid in self._host.receivers or (there is not None and there.active):
+            raise DomainBusy(f"domain {definition.name} is already active")
+        await asyncio.sleep(self._host.config.latencies.prepare)
+        return Prepared("", Cookie(host_uuid=self._host.config.host_uuid).encode())
+
+    # --- Finish -------------------------------------------------------------------------------------------------------
+
+    async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
+        await self._gate_finish()
+        if self._finishing is None or (self._finishing.done() and self._failed(self._finishing)):
+            self._finishing = self._host.spawn(self._finish(domain_xml, options, destination_name))
+        return await self._host.wait("finish", self._finishing, None)
+
+    async def _gate_finish(self) -> None:
+        try:
+            await self._host.gate("finish")
+        except TransferFailed as error:  # an injected fault: the copy is gone, as the error says
+            receiver = self._host.receivers.get(self._uuid)
+            if receiver is not None:
+                receiver.close(str(error))
+            raise
+
+    @staticmethod
+    def _failed(task: asyncio.Task[Finished]) -> bool:
+        return task.cancelled() or task.exception() is not None
+
+    async def _finish(self, domain_xml: str, options: Options, destination_name: str) -> Finished:
+        word = self._host.profile.word
+        if word(options, "offline"):
+            return self._define(Definition.parse(domain_xml).renamed(destination_name))
+        receiver = self._arm(arrive_paused=word(options, "paused"))
+        await asyncio.shield(receiver.arrived)
+        await asyncio.sleep(0 if receiver.guest.postcopy else self._host.config.latencies.finish)
+        if receiver.gone:
+            raise TransferFailed(f"the copy of {receiver.guest.name} is gone")
+        receiver.settle(persist=word(options, "persist_destination"))
+        return Finished(b"", receiver.guest.facts())
+
+    def _arm(self, *, arrive_paused: bool) -> Receiver:
+        receiver = self._host.receivers.get(self._uuid)
+        if receiver is None:
+            guest = self._host.guests.get(self._uuid)
+            if guest is not None and guest.active:
+                raise HypervisorError(f"domain {guest.name} is active, but it is not being migrated here")
+            raise TransferFailed("no copy waits here")
+        receiver.arrive_paused = arrive_paused
+        if not receiver.armed:
+            receiver.armed = True
+            if receiver.guest.postcopy and not receiver.recovering:
+                receiver.run_postcopy()
+        return receiver
+
+    def _define(self, definition: Definition) -> Finished:
+        there = self._host.guests.get(self._uuid)
+        if there is not None and there.active:
+            raise DomainBusy(f"domain {definition.name} is already active")
+        guest = self._host.add(definition, definition)
+        guest.shut_off("migrated")
+        return Finished(b"", guest.facts())
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def abandon(self) -> None:
+        await self._host.gate("abandon")
+        receiver = self._host.receivers.get(self._uuid)
+        guest = self._host.guests.get(self._uuid)
+        if guest is None or not guest.active:
+            return
+        if receiver is None or guest.postcopy or guest.state is DomainState.RUNNING:
+            raise DomainBusy(f"domain {guest.name} has run here: it is not destroyed")
+        receiver.close("abandoned")
+
+    async def close(self) -> None:
+        """A copy that never ran goes; one whose Finish was called stays, because libvirt ends a Finish that it began."""
+        self._closed = True
+        receiver = self._host.receivers.get(self._uuid)
+        if receiver is not None and receiver.owner is self and not receiver.armed:
+            receiver.close("the connection that prepared it was closed")

@@ -1,0 +1,44 @@
+"""The host's wire, shared max-min fairly by the transfers that leave it, each with a limit of its own."""
+
+from collections.abc import Callable
+
+from agent.hypervisor.sim.model import max_min
+
+
+class Share:
+    """One transfer's part of a link."""
+
+    def __init__(self, link: "Link", limit: float, changed: Callable[[], None]) -> None:
+        self._link = link
+        self.limit = limit
+        self.changed = changed
+        self.rate = 0.0
+        """Bytes per second, now."""
+
+    def set_limit(self, limit: float) -> None:
+        """Bytes per second; 0 for none."""
+        self.limit = limit
+        self._link.divide()
+
+    def leave(self) -> None:
+        self._link.shares.remove(self)
+        self._link.divide()
+
+
+class Link:
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.shares: list[Share] = []
+
+    def join(self, limit: float, changed: Callable[[], None]) -> Share:
+        """`changed` is called whenever the rate of the new share is another."""
+        share = Share(self, limit, changed)
+        self.shares.append(share)
+        self.divide()
+        return share
+
+    def divide(self) -> None:
+        for share, rate in zip(self.shares, max_min(self.rate, [s.limit for s in self.shares]), strict=True):
+            if share.rate != rate:
+                share.rate = rate
+                share.changed()

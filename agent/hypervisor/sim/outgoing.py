@@ -1,0 +1,167 @@
+"""`base.Outgoing` of the simulator: one migration on its source."""
+
+import asyncio
+import json
+
+from agent.hypervisor.base import (
+    Begun,
+    DomainBusy,
+    DomainState,
+    HypervisorError,
+    Incompatible,
+    Job,
+    Options,
+    Performed,
+    Progress,
+)
+from agent.hypervisor.sim.address import Address
+from agent.hypervisor.sim.cookie import Cookie
+from agent.hypervisor.sim.guest import Guest
+from agent.hypervisor.sim.host import Host
+from agent.hypervisor.sim.sender import Assignment, Sender
+
+
+class SimOutgoing:
+    def __init__(self, host: Host, uuid: str) -> None:
+        self._host = host
+        self._uuid = uuid
+        self._closed = False
+
+    # --- the phases ---------------------------------------------------------------------------------------------------
+
+    async def begin(self, options: Options, destination_name: str) -> Begun:
+        return await self._host.call("begin", lambda: self._begin(options))
+
+    async def _begin(self, options: Options) -> Begun:
+        guest = self._host.guest(self._uuid)
+        self._host.check_options(options)
+        self._host.refuse_busy(guest, self)
+        self._check_movable(guest, offline=self._word(options, "offline"))
+        if self._word(options, "change_protection") and not self._closed:
+            self._host.holders[self._uuid] = self
+            guest.job = Job.OUTGOING
+        await asyncio.sleep(self._host.config.latencies.begin)
+        return Begun(guest.definition.text(), Cookie(host_uuid=self._host.config.host_uuid, uuid=self._uuid).encode())
+
+    @staticmethod
+    def _check_movable(guest: Guest, *, offline: bool) -> None:
+        if guest.active and offline:
+            raise Incompatible(f"offline migration of {guest.name}, which is running: it would be there twice")
+        if not guest.active and not offline:
+            raise HypervisorError(f"domain {guest.name} is not running")
+        recoverable = guest.postcopy and guest.left
+        if guest.incoming or (guest.left and not recoverable) or (guest.postcopy and not recoverable):
+            raise DomainBusy(f"domain {guest.name} is in the middle of another migration")
+
+    async def perform(
+        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+    ) -> Performed:
+        await self._host.gate("perform")
+        guest = self._host.guest(self._uuid)
+        self._host.check_options(options)
+        self._host.refuse_busy(guest, self)
+        offline = self._word(options, "offline")
+        self._check_movable(guest, offline=offline)
+        if offline:
+            return Performed(b"", Progress())
+        sender = Sender(self._host, guest, self._assignment(uri, cookie, options, bandwidth))
+        self._host.holders[self._uuid] = self
+        guest.job = Job.OUTGOING
+        task = sender.begin()
+        task.add_done_callback(self._after_perform)
+        final = await self._host.wait("perform", task, None)
+        return Performed(json.dumps({"downtime": final.downtime}).encode(), final)
+
+    def _after_perform(self, _task: asyncio.Task[Progress]) -> None:
+        if self._closed:
+            self._let_go()
+
+    def _assignment(self, uri: str, cookie: bytes, options: Options, bandwidth: int) -> Assignment:
+        address = Address.parse(uri, self._host.profile.uri_transports)
+        if not address.port:
+            raise HypervisorError(f"migration URI {uri!r} has no port")
+        if bandwidth < 0:
+            raise HypervisorError("bandwidth below zero")
+        return Assignment(
+            address=address,
+            token=Cookie.decode(cookie).token,
+            live=self._word(options, "live"),
+            post_copy=self._word(options, "post_copy"),
+            auto_converge=self._word(options, "auto_converge"),
+            bandwidth=bandwidth,
+        )
+
+    def _word(self, options: Options, name: str) -> bool:
+        return self._host.profile.word(options, name)
+
+    # --- while it runs ------------------------------------------------------------------------------------------------
+
+    async def abort(self) -> None:
+        await self._host.gate("abort")
+        sender = self._host.senders.get(self._uuid)
+        if sender is not None:
+            sender.abort()
+
+    async def progress(self) -> Progress | None:
+        await self._host.gate("progress")
+        sender = self._host.senders.get(self._uuid)
+        return None if sender is None else sender.progress()
+
+    async def start_postcopy(self) -> None:
+        await self._host.gate("start_postcopy")
+        self._running().start_postcopy()
+
+    async def set_bandwidth(self, bandwidth: int) -> None:
+        await self._host.gate("set_bandwidth")
+        if bandwidth < 0:
+            raise HypervisorError("bandwidth below zero")
+        self._running().set_bandwidth(bandwidth)
+
+    def _running(self) -> Sender:
+        sender = self._host.senders.get(self._uuid)
+        if sender is None:
+            raise HypervisorError("no transfer runs")
+        return sender
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def remove(self, cookie: bytes, options: Options) -> None:
+        await self._host.call("remove", lambda: self._remove(keep=not self._word(options, "undefine_source")))
+
+    async def _remove(self, *, keep: bool) -> None:
+        await asyncio.sleep(self._host.config.latencies.confirm)
+        guest = self._host.guests.get(self._uuid)
+        if guest is None:
+            return
+        if self._uuid in self._host.senders:
+            raise DomainBusy(f"domain {guest.name} is being migrated")
+        if guest.active and not guest.left:
+            raise DomainBusy(f"domain {guest.name} was not sent away: it is not removed")
+        self._host.release(guest)
+        guest.stored = guest.stored if keep else None
+        self._host.drop(guest, "migrated")
+
+    async def resume(self) -> None:
+        await self._host.call("resume", self._resume)
+
+    async def _resume(self) -> None:
+        guest = self._host.guest(self._uuid)
+        if self._uuid in self._host.senders:
+            raise DomainBusy(f"domain {guest.name} is being migrated")
+        if guest.state is DomainState.RUNNING:
+            return
+        if not guest.active or guest.incoming or guest.reason.startswith("post-copy"):
+            raise HypervisorError(f"domain {guest.name} is {guest.state.value} ({guest.reason}): nothing to resume")
+        self._host.release(guest)
+        if guest.reason == "migration":
+            guest.give_back("unpaused")
+
+    async def close(self) -> None:
+        """A transfer that runs goes on; the lock of Begin goes."""
+        self._closed = True
+        if self._uuid not in self._host.senders:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._host.holders.get(self._uuid) is self:
+            self._host.release(self._host.guest(self._uuid))

@@ -1,0 +1,276 @@
+"""A transfer on its source: the model of `model.Transfer`, driven by the clock, described on the stream.
+
+It belongs to the hypervisor: whoever called Perform may go away, and it goes on to its end, as inside libvirtd.
+
+What becomes of the guest::
+
+    running ──(fits into the downtime)──> stopped ──(End sent)──> left: paused here, another copy may run
+       └────────(switch)────────────────> post-copy: empty here bit by bit
+
+    broken or aborted before End: as its user had it, here (QEMU just goes on)
+    broken after End:             paused; nobody here can know whether it arrived
+    broken in post-copy:          paused, "post-copy failed", until a new stream brings the rest
+"""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, replace
+from math import ceil
+
+from agent.hypervisor.base import HypervisorError, Progress, TransferFailed
+from agent.hypervisor.sim import model
+from agent.hypervisor.sim.address import Address
+from agent.hypervisor.sim.guest import Guest
+from agent.hypervisor.sim.host import Host
+from agent.hypervisor.sim.link import Share
+from agent.hypervisor.sim.model import Limits, Phase
+from agent.hypervisor.sim.stream import (
+    MAGIC,
+    QUANTUM,
+    VERSION,
+    WINDOW,
+    Ack,
+    Complete,
+    End,
+    Hello,
+    Pages,
+    Refused,
+    Stream,
+    StreamBroken,
+    StreamError,
+    StreamInvalid,
+    Switch,
+    Welcome,
+    connect,
+)
+
+LEAST_STEP = 0.0005
+"""Seconds: no waiting for less, so that a pass over nothing never spins."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What Perform was told."""
+
+    address: Address
+    token: bytes
+    live: bool
+    post_copy: bool
+    auto_converge: bool
+    bandwidth: int
+
+
+class Sender:
+    def __init__(self, host: Host, guest: Guest, assignment: Assignment) -> None:
+        self._host = host
+        self._guest = guest
+        self._assignment = assignment
+        self._limits = Limits(host.config.max_downtime, assignment.auto_converge)
+        self._resuming = guest.postcopy
+        memory = guest.load
+        self._state = model.resume(memory, guest.owed) if self._resuming else model.start(memory, live=assignment.live)
+        self._wake = asyncio.Event()
+        self._last = host.now()
+        self._rate = 0.0
+        self._limit = assignment.bandwidth
+        self._share: Share | None = None
+        self._stream: Stream | None = None
+        self._number = self._acked = self._told = 0
+        self._switch_wanted = False
+        self._complete = False
+        self._broken: StreamError | None = None
+        self._ended = ""
+        self._started = False
+        self.task: asyncio.Task[Progress] | None = None
+
+    # --- from outside -------------------------------------------------------------------------------------------------
+
+    def begin(self) -> asyncio.Task[Progress]:
+        self._host.senders[self._guest.uuid] = self
+        self.task = self._host.spawn(self._run())
+        return self.task
+
+    def progress(self) -> Progress:
+        """As of now, however long ago the last frame was."""
+        since = self._host.now() - self._last
+        state = model.advance(self._state, self._guest.load, self._limits, self._rate, since)
+        return model.progress(state, self._guest.load, self._limits, self._rate)
+
+    def abort(self) -> None:
+        """Stop, if it is not too late: before End, and never in post-copy."""
+        if self._guest.postcopy:
+            raise HypervisorError("a migration in post-copy cannot be aborted")
+        if not self._guest.left:
+            self.end("aborted")
+
+    def end(self, reason: str) -> None:
+        """Break off now, whatever that means for the guest."""
+        if not self._ended:
+            self._ended = reason
+            if self.task is not None and self._started:
+                self.task.cancel()
+
+    def cut(self) -> None:
+        """A fault: the connection dies."""
+        if self._stream is not None:
+            self._stream.cut()
+
+    def start_postcopy(self) -> None:
+        if not self._assignment.post_copy:
+            raise HypervisorError("post-copy was not armed for this migration")
+        self._switch_wanted = True
+        self._wake.set()
+
+    def set_bandwidth(self, bandwidth: int) -> None:
+        self._limit = bandwidth
+        if self._share is not None:
+            self._share.set_limit(bandwidth)
+
+    # --- the task -----------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> Progress:
+        self._started = True
+        try:
+            await self._transfer()
+        except (StreamError, asyncio.CancelledError) as error:
+            self._undo()
+            if isinstance(error, asyncio.CancelledError) and not self._ended:
+                raise
+            raise TransferFailed(f"migration of {self._guest.name} failed: {self._ended or error}") from error
+        else:
+            return replace(model.progress(self._state, self._guest.load, self._limits, self._rate), remaining_bytes=0)
+        finally:
+            self._host.senders.pop(self._guest.uuid, None)
+
+    def _undo(self) -> None:
+        guest = self._guest
+        self._host.release(guest)
+        if guest.postcopy:
+            guest.owed = ceil(self._state.remaining)
+            guest.stop("post-copy failed")
+        elif not guest.left and guest.active and not guest.ticking:
+            guest.give_back("migration canceled")
+
+    async def _transfer(self) -> None:
+        address, config = self._assignment.address, self._host.config
+        self._stream = await self._connect(address)
+        listener: asyncio.Task[None] | None = None
+        done = False
+        try:
+            await self._greet(self._stream)
+            listener = self._host.spawn(self._listen(self._stream))
+            self._share = self._host.link.join(self._limit, self._wake.set)
+            await self._pump(self._stream, self._share)
+            await self._hand_over(self._stream, config.peer_timeout)
+            done = True
+        finally:
+            if self._share is not None:
+                self._share.leave()
+            if listener is not None:
+                listener.cancel()
+            if not done:
+                self._stream.cut()
+        await self._stream.close()
+
+    async def _connect(self, address: Address) -> Stream:
+        config = self._host.config
+        if self._ended:
+            raise StreamBroken(self._ended)
+        return await connect(address.host, address.port, config.connect_timeout, config.peer_timeout)
+
+    async def _greet(self, stream: Stream) -> None:
+        guest = self._guest
+        memory = guest.definition.guest.memory_bytes
+        await stream.send(Hello(MAGIC, VERSION, self._assignment.token, guest.uuid, memory, self._resuming))
+        answer = await stream.receive(self._host.config.connect_timeout)
+        if isinstance(answer, Refused):
+            raise StreamBroken(f"the destination refused the stream: {answer.reason}")
+        if not isinstance(answer, Welcome):
+            raise StreamInvalid("the destination did not greet")
+        if self._resuming:
+            guest.stop("post-copy")
+        elif not self._assignment.live:
+            guest.stop("migration")
+
+    async def _listen(self, stream: Stream) -> None:
+        """The other direction: answers, and the end of the connection."""
+        try:
+            while not self._complete:
+                match await stream.receive():
+                    case Ack(number) if number <= self._number:
+                        stalled, self._acked = self._stalled, number
+                        if stalled:
+                            self._wake.set()
+                    case Complete():
+                        self._complete = True
+                    case _:
+                        raise StreamInvalid("an answer that belongs nowhere")
+        except StreamError as error:
+            self._broken = error
+        self._wake.set()
+
+    @property
+    def _stalled(self) -> bool:
+        return self._number - self._acked >= WINDOW
+
+    async def _pump(self, stream: Stream, share: Share) -> None:
+        self._last = self._host.now()
+        self._rate = share.rate
+        while self._state.phase is not Phase.DONE:
+            await self._pause(min(QUANTUM, max(LEAST_STEP, model.due(self._state, self._rate))))
+            self._catch_up(share)
+            if self._broken is not None:
+                raise self._broken
+            if self._switch_wanted and self._state.phase is Phase.COPY:
+                await self._switch(stream)
+            await self._tell(stream)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+
+    def _catch_up(self, share: Share) -> None:
+        """Bring the model to now, at the rate that held until now."""
+        self._wake.clear()
+        now = self._host.now()
+        before = self._state.phase
+        self._state = model.advance(self._state, self._guest.load, self._limits, self._rate, now - self._last)
+        self._last = now
+        self._rate = 0.0 if self._stalled else share.rate
+        if before is Phase.COPY and self._state.phase is Phase.STOP:
+            self._guest.stop("migration")
+
+    async def _switch(self, stream: Stream) -> None:
+        guest = self._guest
+        guest.postcopy = True
+        guest.stop("post-copy")
+        self._state = model.switch(self._state, guest.load)
+        guest.owed = ceil(self._state.remaining)
+        await stream.send(Switch(guest.send_state(), guest.wants_run, guest.owed))
+
+    async def _tell(self, stream: Stream) -> None:
+        """One frame for what moved since the last one; none while the other end does not answer."""
+        if self._stalled:
+            return
+        sent = round(self._state.sent)
+        self._number += 1
+        pages = Pages(self._number, self._state.iteration, sent - self._told, round(self._state.remaining))
+        self._told = sent
+        await stream.send(pages)
+
+    async def _hand_over(self, stream: Stream, timeout: float) -> None:
+        """The last frame. Once it is under way, only the destination knows."""
+        guest = self._guest
+        clock = guest.clock if guest.postcopy else guest.send_state()
+        await stream.send(End(clock, guest.wants_run))
+        try:
+            async with asyncio.timeout(timeout):
+                while not self._complete and self._broken is None:
+                    self._wake.clear()
+                    await self._wake.wait()
+        except TimeoutError:
+            raise StreamBroken("the destination did not say that all arrived") from None
+        if not self._complete and self._broken is not None:
+            raise self._broken
+        guest.postcopy, guest.owed = False, 0

@@ -1,0 +1,72 @@
+"""The command ``drover``. Each command's module is imported when it is used, so that ``drover --help`` is quick."""
+
+import importlib
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from coordinator.cli.exit_codes import EPILOG
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "migrate": ("coordinator.cli.migrate:migrate", "Move a running guest to another host, and watch it."),
+    "migration": ("coordinator.cli.migration:migration", "List, show, watch and cancel migrations."),
+    "host": ("coordinator.cli.inventory:host", "List and show hosts."),
+    "domain": ("coordinator.cli.inventory:domain", "List guests."),
+    "agent": ("coordinator.cli.daemons:agent", "Run the agent of this host."),
+    "coordinator": ("coordinator.cli.daemons:coordinator", "Run the coordinator of a cluster."),
+    "completion": ("coordinator.cli.completion:completion", "Print shell completion for bash, zsh or fish."),
+}
+"""Name of each command, where it is, and what it does in one line."""
+
+DEFAULT_SERVER = "unix:/run/drover/coordinator.sock"
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name, and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        items = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return items + click.Command.shell_complete(self, ctx, incomplete)
+
+
+def _check_server(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    # Here, not at the top: help and completion need no addresses.
+    parse_address: Any = importlib.import_module("agent.address").parse_address
+    try:
+        parse_address(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+    return value
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--server",
+    metavar="ADDRESS",
+    envvar="DROVER_SERVER",
+    default=DEFAULT_SERVER,
+    show_default=True,
+    show_envvar=True,
+    callback=_check_server,
+    help="Coordinator, or one agent (for its own guests, peer to peer): unix:/path or ip:port.",
+)
+@click.version_option(package_name="drover", message="drover %(version)s")
+@click.pass_context
+def main(ctx: click.Context, server: str) -> None:
+    """Moves running virtual machines between KVM hosts."""
+    ctx.obj = server

@@ -1,0 +1,176 @@
+"""Watching a migration: a live line on a terminal, plain lines elsewhere, JSON lines for programs; and the summary at the end."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import click
+
+from coordinator.cli.exit_codes import ExitCode
+from coordinator.cli.session import Session
+from coordinator.cli.show import Stage, print_json, print_pairs, print_table, printable, runs_on, to_json
+from coordinator.cli.units import eta, rate, seconds, size
+from coordinator.client import (
+    UNKNOWN_PATIENCE,
+    Migration,
+    MigrationState,
+    Progress,
+    raise_unless_succeeded,
+)
+
+PROGRESS_SECONDS = 1.0
+"""Plain lines: progress at most this often."""
+
+_View = Callable[[Migration], None]
+
+DESTINATION_PHASES = frozenset({"reserve", "prepare", "finish", "abandon"})
+"""Phases of the destination; the others are the source's."""
+
+
+async def follow(session: Session, migration_id: str, *, each_as_json: bool = False) -> int:
+    """Show every change until the end, then the summary. Raises what says that it did not succeed.
+
+    With JSON, one document at the end, or one line for every change.
+    """
+    session.stage = Stage.WATCHING
+    with _view(session.output, each_as_json) as view:
+        last = await _last(session, migration_id, view)
+    if session.output == "json":
+        if not each_as_json:
+            print_json(to_json(last.proto))
+    else:
+        print_summary(last)
+    raise_unless_succeeded(last)
+    return ExitCode.DONE
+
+
+async def _last(session: Session, migration_id: str, view: _View) -> Migration:
+    """Follow to the end, or until the outcome was unknown for a while."""
+    last: Migration | None = None
+    unknown_until: float | None = None
+    loop = asyncio.get_running_loop()
+    async with aclosing(session.client.watch_migration(migration_id)) as changes:
+        while last is None or not last.state.ended:
+            try:
+                async with asyncio.timeout_at(unknown_until):
+                    last = await anext(changes)
+            except TimeoutError:
+                break
+            view(last)
+            unknown = last.state is MigrationState.OUTCOME_UNKNOWN
+            unknown_until = (unknown_until or loop.time() + UNKNOWN_PATIENCE) if unknown else None
+    assert last is not None
+    return last
+
+
+@contextmanager
+def _view(output: str, each_as_json: bool) -> Iterator[_View]:
+    if output == "json":
+        yield (lambda migration: print_json(to_json(migration.proto), line=True)) if each_as_json else (lambda _: None)
+    elif sys.stdout.isatty():
+        with _live() as view:
+            yield view
+    else:
+        yield _Lines()
+
+
+@contextmanager
+def _live() -> Iterator[_View]:
+    """One line that changes in place."""
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and only a terminal needs it
+    from rich.live import Live  # noqa: PLC0415
+    from rich.spinner import Spinner  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    spinner: Any = Spinner("dots", Text("…"))
+    with Live(spinner, console=Console(), transient=True, refresh_per_second=10):
+        yield lambda migration: spinner.update(text=Text(describe(migration), no_wrap=True, overflow="ellipsis"))
+
+
+class _Lines:
+    """A line for each change of the phase, and progress at most each second."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[str, ...] = ()
+        self._next = 0.0
+
+    def __call__(self, migration: Migration) -> None:
+        stage = (migration.state, migration.phase, migration.waiting_for)
+        now = asyncio.get_running_loop().time()
+        if migration.state.ended or (stage == self._shown and now < self._next):
+            return
+        self._shown, self._next = stage, now + PROGRESS_SECONDS
+        click.echo(describe(migration))
+
+
+def describe(migration: Migration) -> str:
+    """The migration in one line: what happens now, and how far it is."""
+    stage = migration.phase if migration.state is MigrationState.ACTIVE and migration.phase else migration.state.value
+    parts = [f"{migration.domain}: {stage}"]
+    if migration.progress is not None and migration.phase == "perform":
+        parts += _describe_progress(migration.progress)
+    if migration.waiting_for:
+        parts.append(f"waiting for {migration.waiting_for}")
+    return printable("  ".join(parts))
+
+
+def _describe_progress(progress: Progress) -> list[str]:
+    end = eta(progress.eta_low, progress.eta_high)
+    said = {
+        "post-copy": progress.post_copy,
+        f"iteration {progress.iteration}": progress.iteration,
+        f"{size(progress.remaining_bytes)} of {size(progress.total_bytes)} left": progress.total_bytes,
+        f"at {rate(progress.rate)}": progress.rate,
+        f"dirtying {rate(progress.dirty_rate)}": progress.dirty_rate,
+        f"ends in {end}": end,
+        f"({progress.reason})": progress.reason,
+    }
+    return [text for text, worth in said.items() if worth]
+
+
+def print_summary(migration: Migration) -> None:
+    """How it ended: phases with their milliseconds, bytes, downtime, total."""
+    click.echo(f"{printable(_verdict(migration))} in {seconds(migration.duration)}.")
+    print_timings(migration)
+    print_pairs(transfer_pairs(migration))
+    for warning in migration.warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
+
+
+def _verdict(migration: Migration) -> str:
+    if migration.state is MigrationState.SUCCEEDED:
+        return f'"{migration.domain}" moved from {migration.source} to {migration.destination}'
+    return f"{migration.state.value.replace('_', ' ')}: {runs_on(migration)}; migration {migration.id}"
+
+
+def print_timings(migration: Migration) -> None:
+    rows = [
+        (
+            timing.phase,
+            migration.destination if timing.phase in DESTINATION_PHASES else migration.source,
+            f"{timing.duration * 1000:.1f}",
+            f"{timing.hypervisor_duration * 1000:.1f}",
+        )
+        for timing in migration.timings
+    ]
+    print_table(("PHASE", "HOST", "MS", "IN HYPERVISOR"), rows)
+
+
+def transfer_pairs(migration: Migration) -> list[tuple[str, str]]:
+    """What the transfer took, as names and values."""
+    progress = migration.progress
+    pairs = [
+        ("total", seconds(migration.duration) if migration.duration else ""),
+        ("overhead", f"{seconds(migration.overhead)} outside hypervisor calls" if migration.hypervisor_duration else ""),
+    ]
+    if progress is None:
+        return pairs
+    way = f" over {migration.network}" if migration.network else ""
+    passes = f" in {progress.iteration} iteration{'s' if progress.iteration > 1 else ''}" if progress.iteration else ""
+    return [
+        ("sent", f"{size(progress.processed_bytes)} ({progress.processed_bytes} bytes){passes}{way}"),
+        ("downtime", seconds(progress.downtime) if progress.downtime else ""),
+        *pairs,
+    ]

@@ -1,0 +1,105 @@
+"""``drover host list|show``, ``drover domain list``"""
+
+import click
+
+from coordinator.cli.session import Session, run
+from coordinator.cli.show import output_option, print_json, print_pairs, print_table, printable, to_json
+from coordinator.cli.units import age, rate, size
+from coordinator.client import Host, HostState
+
+
+@click.group()
+def host() -> None:
+    """List and show hosts."""
+
+
+@host.command("list")
+@output_option
+def list_hosts(output: str) -> None:
+    """Every host, by name."""
+
+    async def body(session: Session) -> None:
+        hosts = await session.client.list_hosts()
+        if output == "json":
+            print_json({"hosts": [to_json(host.proto) for host in hosts]})
+            return
+        print_table(("NAME", "STATE", "INCOMING", "HYPERVISOR", "NETWORKS", "ADDRESS"), [_host_row(host) for host in hosts])
+        if not hosts:
+            click.echo("no hosts", err=True)
+
+    run(body, output)
+
+
+def _host_row(host: Host) -> tuple[str, ...]:
+    networks = ",".join(network.name for network in host.networks if "migration" in network.roles)
+    return (host.name, _state(host), f"{host.incoming_in_use}/{host.incoming_limit}", host.hypervisor, networks, host.address)
+
+
+def _state(host: Host) -> str:
+    return "draining" if host.draining and host.state is HostState.UP else host.state.value
+
+
+@host.command()
+@click.argument("name")
+@output_option
+def show(name: str, output: str) -> None:
+    """One host: its hypervisor, networks, and what it can do."""
+
+    async def body(session: Session) -> None:
+        host = await session.client.get_host(name)
+        if output == "json":
+            print_json(to_json(host.proto))
+        else:
+            _print_host(host)
+
+    run(body, output)
+
+
+def _print_host(host: Host) -> None:
+    by_support: dict[str, list[str]] = {}
+    for option, support in sorted(host.option_support.items()):
+        by_support.setdefault(support, []).append(option)
+    print_pairs(
+        [
+            ("name", host.name),
+            ("state", _state(host)),
+            ("address", host.address),
+            ("last seen", age(host.last_seen)),
+            ("hypervisor", f"{host.hypervisor} ({host.driver})"),
+            ("agent", host.agent_version),
+            ("incoming", f"{host.incoming_in_use} of {host.incoming_limit} slots in use"),
+            ("transports", ", ".join(host.uri_transports)),
+            ("bandwidth limit", "yes" if host.bandwidth else "no"),
+            ("split phases", "yes" if host.split_phases else "no: whole migrations only"),
+            *((support.replace("_", " "), ", ".join(options)) for support, options in sorted(by_support.items())),
+        ]
+    )
+    rows = [(n.name, n.address, ",".join(n.roles), rate(n.line_rate) if n.line_rate else "") for n in host.networks]
+    print_table(("NETWORK", "ADDRESS", "ROLES", "LINE"), rows)
+
+
+@click.group()
+def domain() -> None:
+    """List guests."""
+
+
+@domain.command("list")
+@click.option("--host", metavar="HOST", default="", help="Only those of this host.")
+@output_option
+def list_domains(host: str, output: str) -> None:
+    """Guests, running or not, by name."""
+
+    async def body(session: Session) -> None:
+        found = await session.client.list_domains(host)
+        if output == "json":
+            domains = [to_json(domain.proto) for domain in found]
+            print_json({"domains": domains, "unreachable_hosts": list(found.unreachable_hosts)})
+            return
+        rows = [(d.name, d.host, d.state.value, size(d.memory_bytes), str(d.vcpus), d.job, d.uuid) for d in found]
+        print_table(("NAME", "HOST", "STATE", "MEMORY", "CPUS", "MIGRATION", "UUID"), rows)
+        if not rows:
+            click.echo("no guests", err=True)
+        if found.unreachable_hosts:
+            click.echo(printable(f"guests are missing here of: {', '.join(found.unreachable_hosts)} (no answer)"), err=True)
+
+    run(body, output)

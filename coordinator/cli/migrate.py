@@ -1,0 +1,86 @@
+"""``drover migrate``"""
+
+import re
+import uuid
+from typing import cast
+
+import click
+
+from coordinator.cli.exit_codes import EPILOG
+from coordinator.cli.follow import follow
+from coordinator.cli.parse import OptionWord, Rate
+from coordinator.cli.session import Session, run
+from coordinator.cli.show import Stage, output_option, print_json, to_json
+from coordinator.client import OptionWords
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    if value is None:
+        return str(uuid.uuid4())
+    if not _UUID.fullmatch(value.lower()):
+        raise click.BadParameter(f'"{value}" is no UUID', ctx, param)
+    return value.lower()
+
+
+@click.command(epilog=EPILOG)
+@click.argument("domain")
+@click.option("--to", "destination", metavar="HOST", required=True, help="Destination host (on an agent: a peer, or its address).")
+@click.option("--from", "source", metavar="HOST", default="", help="Source host; else where the guest is found.")
+@click.option("--name", metavar="NEW", default="", help="Name of the guest at the destination; else unchanged.")
+@click.option("--network", metavar="NETWORK", default="", help="Network for the guest's memory; else chosen.")
+@click.option("--uri", metavar="URI", default="", help="Migration URI at the destination; else proposed by it.")
+@click.option("--bandwidth", type=Rate(), default=0, metavar="RATE", help="Limit, such as 100MiB/s or 1Gbit/s.")
+@click.option(
+    "--option",
+    "words",
+    type=OptionWord(),
+    multiple=True,
+    metavar="NAME=on|off|default",
+    help="The user's word on an option, such as live=off; repeatable.",
+)
+@click.option("--id", "migration_id", metavar="UUID", callback=_migration_id, help="Id of the migration; repeating it is harmless.")
+@click.option("--detach", is_flag=True, help="Do not watch: return when it was accepted.")
+@output_option
+def migrate(
+    domain: str,
+    destination: str,
+    source: str,
+    name: str,
+    network: str,
+    uri: str,
+    bandwidth: int,
+    words: tuple[tuple[str, bool | None], ...],
+    migration_id: str,
+    detach: bool,
+    output: str,
+) -> None:
+    """Move the running guest DOMAIN (name or UUID) to another host, and watch it.
+
+    Ctrl-C ends the watching, not the migration.
+    """
+    options = cast(OptionWords, {option: value for option, value in dict(words).items() if value is not None})
+
+    async def body(session: Session) -> int | None:
+        session.migration_id, session.stage = migration_id, Stage.STARTING
+        migration = await session.client.start_migration(
+            domain,
+            destination,
+            source=source,
+            name=name,
+            network=network,
+            uri=uri,
+            bandwidth=bandwidth,
+            options=options,
+            migration_id=migration_id,
+        )
+        if not detach:
+            return await follow(session, migration_id)
+        if output == "json":
+            print_json(to_json(migration.proto))
+        else:
+            click.echo(f"migration {migration_id} is under way; watch it: drover migration watch {migration_id[:8]}")
+        return None
+
+    run(body, output)

@@ -1,0 +1,136 @@
+"""``drover migration list|show|watch|cancel``"""
+
+import click
+
+from coordinator.cli.exit_codes import EPILOG
+from coordinator.cli.follow import describe, follow, print_timings, transfer_pairs
+from coordinator.cli.session import Session, run
+from coordinator.cli.show import output_option, print_json, print_pairs, print_table, printable, runs_on, to_json
+from coordinator.cli.units import age, seconds
+from coordinator.client import DeadlineExceeded, Migration, MigrationFailed, MigrationState, OutcomeUnknown, Refused
+
+CANCEL_SECONDS = 30.0
+"""How long ``cancel`` waits for the end."""
+
+id_argument = click.argument("migration_id", metavar="ID")
+
+
+@click.group(epilog=EPILOG)
+def migration() -> None:
+    """List, show, watch and cancel migrations. An ID may be shortened to a beginning that only one has."""
+
+
+@migration.command("list")
+@click.option("--active", is_flag=True, help="Only those that have not ended.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="At most so many.")
+@output_option
+def list_(active: bool, limit: int, output: str) -> None:
+    """Migrations, the newest first."""
+
+    async def body(session: Session) -> None:
+        migrations = await session.client.list_migrations(active_only=active, limit=limit)
+        if output == "json":
+            print_json({"migrations": [to_json(migration.proto) for migration in migrations]})
+            return
+        print_table(("ID", "STATE", "GUEST", "FROM", "TO", "STARTED", "TOOK"), [_row(migration) for migration in migrations])
+        if not migrations:
+            click.echo("no migrations", err=True)
+
+    run(body, output)
+
+
+def _row(migration: Migration) -> tuple[str, ...]:
+    took = seconds(migration.duration) if migration.state.ended else migration.phase
+    names = (migration.domain, migration.source, migration.destination)
+    return (migration.id[:8], migration.state.value, *names, age(migration.created), took)
+
+
+@migration.command()
+@id_argument
+@output_option
+def show(migration_id: str, output: str) -> None:
+    """One migration, with all that is known of it."""
+
+    async def body(session: Session) -> None:
+        migration = await session.client.get_migration(await session.full_id(migration_id))
+        if output == "json":
+            print_json(to_json(migration.proto))
+        else:
+            _print_migration(migration)
+
+    run(body, output)
+
+
+def _print_migration(migration: Migration) -> None:
+    failure = migration.failure
+    print_pairs(
+        [
+            ("id", migration.id),
+            ("state", migration.state.value),
+            ("guest", f"{migration.domain} {migration.domain_uuid}".strip()),
+            ("from", migration.source),
+            ("to", migration.destination),
+            ("runs on", runs_on(migration) if migration.state is MigrationState.OUTCOME_UNKNOWN else migration.runs_on),
+            ("driver", migration.driver),
+            ("network", migration.network),
+            ("uri", migration.uri),
+            ("attempt", str(migration.attempt)),
+            ("started", age(migration.created)),
+            ("now", "" if migration.state.ended else describe(migration)),
+            ("failure", f"{failure.reason}: {failure.message}" if failure else ""),
+            *transfer_pairs(migration),
+            *(("warning", warning) for warning in migration.warnings),
+        ]
+    )
+    print_timings(migration)
+
+
+@migration.command(epilog=EPILOG)
+@id_argument
+@output_option
+def watch(migration_id: str, output: str) -> None:
+    """Watch a migration until it has ended; the exit code says how. JSON: one line for each change.
+
+    Ctrl-C ends the watching, not the migration.
+    """
+
+    async def body(session: Session) -> int:
+        return await follow(session, await session.full_id(migration_id), each_as_json=True)
+
+    run(body, output)
+
+
+@migration.command()
+@id_argument
+@click.option("--detach", is_flag=True, help="Do not wait for the end.")
+@output_option
+def cancel(migration_id: str, detach: bool, output: str) -> None:
+    """Cancel a migration: the guest runs on at the source. Possible until the guest runs at the destination."""
+
+    async def body(session: Session) -> None:
+        full_id = await session.full_id(migration_id)
+        migration = await session.client.cancel_migration(full_id)
+        if not detach:
+            migration = await _ended(session, migration)
+        if output == "json":
+            print_json(to_json(migration.proto))
+        else:
+            click.echo(printable(f"{migration.state.value}: {runs_on(migration)}"))
+        if migration.state is MigrationState.SUCCEEDED:
+            raise Refused("it was too late to cancel", reason="TOO_LATE", migration=migration)
+
+    run(body, output)
+
+
+async def _ended(session: Session, migration: Migration) -> Migration:
+    """The migration at its end; that it did not succeed is what was wanted here."""
+    if migration.state.ended:
+        return migration
+    try:
+        return await session.client.wait(migration.id, timeout=CANCEL_SECONDS)
+    except MigrationFailed as error:
+        if error.migration is None:
+            raise
+        return error.migration
+    except DeadlineExceeded as error:
+        raise OutcomeUnknown(error.message, reason=error.reason, migration=error.migration or migration) from None

@@ -1,0 +1,66 @@
+"""Values on the command line."""
+
+import difflib
+import re
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+_UNITS = {
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
+    **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)},
+    **{f"{prefix}bit": 1000**power / 8 for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
+}
+"""Bytes in each unit. Case counts, as "Mb" and "MB" are often mixed up."""
+
+_RATE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)(?:/s)?")
+_MAX_RATE = 2**63 - 1
+
+_WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False, "default": None}
+
+
+class Rate(click.ParamType):  # type: ignore[type-arg] - generic in newer click only
+    """Bytes per second: ``100MiB/s``, ``1Gbit/s``, or a plain number of bytes."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _RATE.fullmatch(str(value).strip())
+        if match is None or (match["unit"] or "B") not in _UNITS:
+            self.fail(f'"{value}" is no rate; expected such as 100MiB/s, 1Gbit/s or 125000000 (bytes per second)', param, ctx)
+        rate = round(float(match["number"]) * _UNITS[match["unit"] or "B"])
+        if not 1 <= rate <= _MAX_RATE:
+            self.fail(f'"{value}" is out of range; leave it out for no limit', param, ctx)
+        return rate
+
+
+class OptionWord(click.ParamType):  # type: ignore[type-arg]
+    """One option and the user's word on it: ``live=off``. Three-valued: on, off, or default (the driver's choice)."""
+
+    name = "name=on|off|default"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, bool | None]:
+        name, equals, word = value.partition("=")
+        name = name.strip().replace("-", "_")
+        names = _option_names()
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(names)}"
+            self.fail(f'unknown option "{name}"; {hint}', param, ctx)
+        if not equals or word.strip().lower() not in _WORDS:
+            self.fail(f'"{value}": expected {name}=on, {name}=off or {name}=default', param, ctx)
+        return name, _WORDS[word.strip().lower()]
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        words = [f"{name}={word}" for name in _option_names() for word in ("on", "off")]
+        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+
+
+def _option_names() -> tuple[str, ...]:
+    from coordinator.client_options import option_names  # noqa: PLC0415 - the wire's code is slow to import
+
+    return option_names()

@@ -1,0 +1,72 @@
+"""Runs what a command does with the server: one event loop, one client, errors to exit codes, Ctrl-C in good order."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import click
+
+from coordinator.cli.exit_codes import ExitCode
+from coordinator.cli.show import Stage, exit_code, report
+from coordinator.client import Client, DroverClientError, NotFound
+
+
+class Session:
+    """One run of a command: the client, and the migration that the errors and Ctrl-C speak of."""
+
+    def __init__(self, client: Client, output: str) -> None:
+        self.client = client
+        self.output = output
+        self.migration_id = ""
+        """Set as soon as one is known, before it is started."""
+        self.stage = Stage.ASKING
+
+    async def full_id(self, text: str) -> str:
+        """The id that begins with `text`. One that is complete is taken as it is."""
+        text = text.lower()
+        if len(text) == 36:
+            self.migration_id = text
+            return text
+        known = [migration.id for migration in await self.client.list_migrations(limit=1000)]
+        matches = [migration_id for migration_id in known if migration_id.startswith(text)]
+        if not matches:
+            raise NotFound(f'no migration with an id that begins with "{text}"', reason="MIGRATION_NOT_FOUND")
+        if len(matches) > 1:
+            shown = ", ".join(matches[:5]) + (", …" if len(matches) > 5 else "")
+            raise click.UsageError(f'"{text}" is the beginning of {len(matches)} ids: {shown}')
+        self.migration_id = matches[0]
+        return matches[0]
+
+
+def run(body: Callable[[Session], Awaitable[int | None]], output: str, server: str = "") -> None:
+    """Run `body` against the server of the command line, and exit with its code (None: 0)."""
+    server = server or click.get_current_context().find_root().obj
+    session = Session(Client(server), output)
+
+    async def whole() -> int:
+        async with session.client:
+            return await body(session) or ExitCode.DONE
+
+    try:
+        code = asyncio.run(whole())
+    except DroverClientError as error:
+        report(error, output, session.migration_id, session.stage, server)
+        code = exit_code(error)
+    except KeyboardInterrupt:
+        _say_it_goes_on(session)
+        code = ExitCode.INTERRUPTED
+    raise SystemExit(int(code))
+
+
+def _say_it_goes_on(session: Session) -> None:
+    said = {
+        Stage.STARTING: "Stopped waiting; the migration may have been started.",
+        Stage.WATCHING: "Stopped watching; the migration goes on.",
+    }
+    if session.stage not in said:
+        return
+    click.echo(
+        f"\n{said[session.stage]}\n"
+        f"  watch it:   drover migration watch {session.migration_id}\n"
+        f"  cancel it:  drover migration cancel {session.migration_id}",
+        err=True,
+    )

@@ -1,0 +1,190 @@
+"""Output: aligned text for people, proto JSON for programs. Errors go to stderr in the same form."""
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+import click
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from coordinator.cli.exit_codes import ExitCode
+from coordinator.cli.units import seconds
+from coordinator.client import (
+    Busy,
+    DeadlineExceeded,
+    DroverClientError,
+    InvalidRequest,
+    Migration,
+    MigrationFailed,
+    MigrationState,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    Unreachable,
+)
+
+output_option = click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Form of the output."
+)
+
+STATE_COLORS = {
+    "succeeded": "green",
+    "up": "green",
+    "running": "green",
+    "failed": "red",
+    "crashed": "red",
+    "unreachable": "red",
+    "outcome_unknown": "red",
+    "cancelled": "yellow",
+    "cancelling": "yellow",
+    "paused": "yellow",
+}
+
+
+def to_json(message: Message) -> dict[str, Any]:
+    """Stable: names as in the protos, defaults included, 64-bit integers as strings (as proto JSON has them)."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def print_json(document: Any, *, line: bool = False) -> None:
+    click.echo(json.dumps(document, indent=None if line else 2, ensure_ascii=False))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their content: nothing is cut, whatever the terminal's width. Colours on a terminal only."""
+    if not rows:
+        return
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    click.echo(click.style(_aligned(header, widths), bold=True))
+    for row in cells:
+        click.echo(_aligned(row, widths, STATE_COLORS))
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], colors: dict[str, str] | None = None) -> str:
+    padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+    padded[-1] = padded[-1].rstrip()
+    return "  ".join(
+        click.style(text, fg=color) if colors and (color := colors.get(cell)) else text
+        for cell, text in zip(row, padded, strict=True)
+    )
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one a line; what is empty is left out."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        if value:
+            click.echo(f"{name.ljust(width)}  {printable(value)}")
+
+
+def printable(text: str) -> str:
+    """Without what could drive a terminal: names and messages come from other hosts."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+_EXIT: tuple[tuple[type[DroverClientError], ExitCode], ...] = (
+    (OutcomeUnknown, ExitCode.UNKNOWN),
+    (MigrationFailed, ExitCode.FAILED),
+    (Unreachable, ExitCode.UNREACHABLE),
+    (Refused, ExitCode.REFUSED),
+    (NotFound, ExitCode.REFUSED),
+    (InvalidRequest, ExitCode.REFUSED),
+)
+
+
+def exit_code(error: DroverClientError) -> ExitCode:
+    return next((code for kind, code in _EXIT if isinstance(error, kind)), ExitCode.UNKNOWN)
+
+
+class Stage(StrEnum):
+    """What the command was doing when it ended early: the advice depends on it."""
+
+    ASKING = "asking"
+    STARTING = "starting"
+    WATCHING = "watching"
+
+
+def report(error: DroverClientError, output: str, migration_id: str, stage: Stage, server: str) -> None:
+    """The error on stderr: what happened, where the guest runs, what to type next."""
+    code = exit_code(error)
+    if output == "json":
+        click.echo(json.dumps({"error": _error_json(error, code, migration_id)}, ensure_ascii=False), err=True)
+        return
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(error.message)}", err=True)
+    for name, value in (("guest", _where(error, stage)), ("next", _next(error, migration_id, stage, server))):
+        if value:
+            click.echo(f"  {name}: {printable(value)}", err=True)
+
+
+def _error_json(error: DroverClientError, code: ExitCode, migration_id: str) -> dict[str, Any]:
+    return {
+        "reason": error.reason,
+        "message": error.message,
+        "metadata": dict(error.metadata),
+        "retry_after_seconds": error.retry_after,
+        "migration_id": error.migration.id if error.migration else migration_id,
+        "runs_on": error.migration.runs_on if error.migration else "",
+        "exit_code": int(code),
+    }
+
+
+def _where(error: DroverClientError, stage: Stage) -> str:
+    migration = error.migration
+    if migration is None:
+        untouched = stage is Stage.STARTING and (exit_code(error) is ExitCode.REFUSED or _said_by_server(error))
+        return "untouched; it runs where it was" if untouched else ""
+    return runs_on(migration)
+
+
+def runs_on(migration: Migration) -> str:
+    """Where the guest runs, as far as known."""
+    if migration.state is MigrationState.OUTCOME_UNKNOWN or not migration.runs_on:
+        return f'"{migration.domain}" is on {migration.source} or on {migration.destination}; which cannot be said now'
+    return f'"{migration.domain}" runs on {migration.runs_on}'
+
+
+def _said_by_server(error: DroverClientError) -> bool:
+    """That a host is unreachable was said by the server, and is not about the server."""
+    return isinstance(error, Unreachable) and "grpc_code" not in error.metadata
+
+
+_NEXT_BY_REASON = {
+    "DOMAIN_NOT_FOUND": "drover domain list",
+    "DOMAIN_NOT_RUNNING": "drover domain list",
+    "DOMAIN_EXISTS": "drover domain list, or --name NEW for another name at the destination",
+    "DOMAIN_AMBIGUOUS": "say which one with --from HOST",
+    "HOST_NOT_FOUND": "drover host list",
+    "SAME_HOST": "drover host list",
+    "MIGRATION_NOT_FOUND": "drover migration list",
+    "NETWORK_NOT_FOUND": "drover host show HOST, for the networks of a host",
+    "OPTION_UNSUPPORTED": "drover host show HOST, for what a host can do",
+    "BANDWIDTH_UNSUPPORTED": "leave --bandwidth out",
+}
+
+
+def _next(error: DroverClientError, migration_id: str, stage: Stage, server: str) -> str:
+    """What to type, or to do, now."""
+    migration_id = error.migration.id if error.migration else migration_id
+    if isinstance(error, Busy):
+        wait = f"try again in {seconds(error.retry_after)}" if error.retry_after else "try again later"
+        return f"{wait}, or choose another host: drover host list"
+    if isinstance(error, OutcomeUnknown):
+        return f"do not start the guest by hand; drover migration watch {migration_id}" if migration_id else "ask again"
+    if isinstance(error, Unreachable):
+        return _next_when_unreachable(error, migration_id, stage, server)
+    if error.migration is not None:
+        return f"drover migration show {migration_id}"
+    return _NEXT_BY_REASON.get(error.reason, "")
+
+
+def _next_when_unreachable(error: DroverClientError, migration_id: str, stage: Stage, server: str) -> str:
+    if stage is Stage.WATCHING:
+        return f"the migration goes on: drover migration watch {migration_id}"
+    if _said_by_server(error):
+        return "drover host list"
+    if isinstance(error, DeadlineExceeded) and stage is Stage.STARTING:
+        return f"it may be under way: drover migration show {migration_id}"
+    return f"does a coordinator or agent run at {server}? (--server ADDRESS or DROVER_SERVER says where)"

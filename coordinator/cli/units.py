@@ -1,0 +1,41 @@
+"""Numbers for people."""
+
+from datetime import UTC, datetime
+
+_SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(count: float) -> str:
+    """Bytes in binary units, with up to three digits: ``1.5 GiB``."""
+    power = 0
+    while count >= 1000 and power < len(_SIZES) - 1:
+        count, power = count / 1024, power + 1
+    return f"{count:.0f} {_SIZES[power]}" if power == 0 or count >= 100 else f"{count:.3g} {_SIZES[power]}"
+
+
+def rate(bytes_per_second: float) -> str:
+    return f"{size(bytes_per_second)}/s"
+
+
+def seconds(value: float) -> str:
+    """Seconds as people say them: ``250 ms``, ``12.3 s``, ``4 min 05 s``, ``2 h 10 min``."""
+    if value < 1:
+        return f"{value * 1000:.3g} ms"
+    if value < 60:
+        return f"{value:.3g} s"
+    if value < 3600:
+        return f"{int(value) // 60} min {int(value) % 60:02d} s"
+    return f"{int(value) // 3600} h {int(value) % 3600 // 60:02d} min"
+
+
+def eta(low: float | None, high: float | None) -> str:
+    """The range in which the end is to be expected; empty when nothing can be said."""
+    if low is None:
+        return ""
+    if high is None:
+        return f"over {seconds(low)}"
+    return seconds(high) if high - low < max(0.1 * high, 0.1) else f"{seconds(low)} to {seconds(high)}"
+
+
+def age(moment: datetime | None) -> str:
+    return seconds(max(0.0, (datetime.now(UTC) - moment).total_seconds())) + " ago" if moment is not None else ""

@@ -1,0 +1,397 @@
+"""The Python client: for a coordinator (the whole cluster) or one agent (the guests of its host, peer to peer).
+
+::
+
+    async with Client("unix:/run/drover/coordinator.sock") as client:
+        migration = await client.migrate("vm1", to="host-b")
+        print(migration.duration, migration.progress.downtime)
+
+Deadlines: every call has one (`timeout`, seconds; a migration's start has `start_timeout`, as hosts are asked and a slot is
+taken before it answers). Watching ends with the migration; a server that falls silent is noticed by keepalive within 15 s,
+and is waited for up to `reconnect` seconds.
+
+Leaving cancels nothing: a migration that was started goes on when the client, or the task that waits, is gone.
+
+Errors: `coordinator.client_errors` draws the tree.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import grpc.aio
+
+from agent.errors import Reason
+from agent.service.channel import open_channel
+from agent.service.status import error_from_rpc
+from coordinator.client_errors import (
+    Busy,
+    DeadlineExceeded,
+    DroverClientError,
+    InvalidRequest,
+    MigrationCancelled,
+    MigrationFailed,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    ServerFailed,
+    Unreachable,
+    client_error,
+    outcome_unknown,
+    raise_unless_succeeded,
+)
+from coordinator.client_options import OptionWords, option_names, options_message
+from coordinator.client_types import (
+    Domain,
+    DomainList,
+    DomainState,
+    Failure,
+    Host,
+    HostState,
+    Migration,
+    MigrationState,
+    Network,
+    PhaseTiming,
+    Progress,
+)
+from drover.agent.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
+from drover.coordinator.v1 import host_pb2 as cluster_pb2
+from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
+
+__all__ = [
+    "Busy",
+    "Client",
+    "DeadlineExceeded",
+    "Domain",
+    "DomainList",
+    "DomainState",
+    "DroverClientError",
+    "Failure",
+    "Host",
+    "HostState",
+    "InvalidRequest",
+    "Migration",
+    "MigrationCancelled",
+    "MigrationFailed",
+    "MigrationState",
+    "Network",
+    "NotFound",
+    "OptionWords",
+    "OutcomeUnknown",
+    "PhaseTiming",
+    "Progress",
+    "Refused",
+    "ServerFailed",
+    "Unreachable",
+    "option_names",
+    "raise_unless_succeeded",
+]
+
+T = TypeVar("T")
+
+TIMEOUT = 10.0
+"""Seconds for a call that reads, cancels, or opens a watch."""
+START_TIMEOUT = 60.0
+"""Seconds for the start of a migration."""
+RECONNECT = 30.0
+"""Seconds for which a watch tries to come back to a server that went away."""
+UNKNOWN_PATIENCE = 10.0
+"""Seconds for which `wait` lets an unknown outcome become known (an agent restarts) before it raises `OutcomeUnknown`."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts to watch again
+
+
+class Client:
+    """A connection to a coordinator or to one agent, at ``unix:/path`` or ``ip:port``. Use it with ``async with``.
+
+    Connects at the first call. One client serves any number of tasks of one event loop.
+    """
+
+    def __init__(self, address: str, *, timeout: float = TIMEOUT, start_timeout: float = START_TIMEOUT) -> None:
+        self.address = address
+        self.timeout = timeout
+        self.start_timeout = start_timeout
+        self._channel: grpc.aio.Channel | None = None
+        self._is_agent = False  # found out at the first question about hosts
+
+    async def __aenter__(self) -> "Client":
+        try:
+            self._channel = open_channel(self.address)
+        except ValueError as error:
+            raise InvalidRequest(str(error), reason=Reason.INVALID_FIELD) from None
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def migrate(
+        self,
+        domain: str,
+        to: str,
+        *,
+        source: str = "",
+        name: str = "",
+        network: str = "",
+        uri: str = "",
+        bandwidth: int = 0,
+        options: OptionWords | None = None,
+        migration_id: str = "",
+        timeout: float | None = None,
+    ) -> Migration:
+        """Move a guest to the host `to`, and return when it runs there and nothing is left at the source.
+
+        Arguments as in `start_migration`; `timeout` bounds the waiting in seconds (None: as long as the migration takes).
+        Cancelling this await leaves the migration under way; call `cancel_migration` to end it.
+
+        Raises what `start_migration` and `wait` raise.
+        """
+        migration = await self.start_migration(
+            domain,
+            to,
+            source=source,
+            name=name,
+            network=network,
+            uri=uri,
+            bandwidth=bandwidth,
+            options=options,
+            migration_id=migration_id,
+        )
+        return await self.wait(migration.id, timeout=timeout)
+
+    async def start_migration(
+        self,
+        domain: str,
+        to: str,
+        *,
+        source: str = "",
+        name: str = "",
+        network: str = "",
+        uri: str = "",
+        bandwidth: int = 0,
+        options: OptionWords | None = None,
+        migration_id: str = "",
+    ) -> Migration:
+        """Start a migration: all is checked and the slot is taken when this returns. A refusal has changed nothing.
+
+        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer).
+        `source`: name of the source host; empty: where the guest is found. `name`: name of the guest at the destination;
+        empty: unchanged. `network`: network for the guest's memory; empty: chosen. `uri`: migration URI at the destination;
+        empty: proposed. `bandwidth`: most bytes per second; 0: no limit. `options`: see `OptionWords`. `migration_id`: a
+        UUID of the caller's; empty: a new one. Repeating the call with the same one is harmless, and the thing to do when
+        this raised `Unreachable`.
+        """
+        spec = migration_pb2.MigrationSpec(
+            domain=domain,
+            destination_host=to,
+            source_host=source,
+            destination_name=name,
+            network=network,
+            uri=uri,
+            bandwidth_bytes_per_second=bandwidth,
+            options=options_message(options),
+        )
+        request = migration_pb2.StartMigrationRequest(migration_id=migration_id or str(uuid.uuid4()), spec=spec)
+        response = await self._call(self._migrations.StartMigration(request, timeout=self.start_timeout))
+        return Migration.from_proto(response.migration)
+
+    async def get_migration(self, migration_id: str) -> Migration:
+        """Raises `NotFound`."""
+        request = migration_pb2.GetMigrationRequest(migration_id=migration_id)
+        response = await self._call(self._migrations.GetMigration(request, timeout=self.timeout))
+        return Migration.from_proto(response.migration)
+
+    async def list_migrations(self, *, active_only: bool = False, limit: int = 100) -> list[Migration]:
+        """The newest first, at most `limit` (1 to 1,000)."""
+        request = migration_pb2.ListMigrationsRequest(active_only=active_only, page_size=limit)
+        response = await self._call(self._migrations.ListMigrations(request, timeout=self.timeout))
+        return [Migration.from_proto(migration) for migration in response.migrations]
+
+    async def cancel_migration(self, migration_id: str) -> Migration:
+        """Ask for the end of a migration: possible until the commit, and the guest runs on at the source.
+
+        Too late, or twice, is no error. The migration may still be CANCELLING when this returns: see `wait`.
+        """
+        request = migration_pb2.CancelMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()))
+        response = await self._call(self._migrations.CancelMigration(request, timeout=self.timeout))
+        return Migration.from_proto(response.migration)
+
+    async def watch_migration(
+        self, migration_id: str, *, from_revision: int = 0, reconnect: float = RECONNECT
+    ) -> AsyncGenerator[Migration, None]:
+        """The migration as it is now, and again at every change, until it has ended. Leaving the loop ends the watch.
+
+        Use ``contextlib.aclosing`` around it where the end of the watch must not wait for the garbage collector.
+
+        When the server goes away, it is waited for and the watch goes on from the last revision; after `reconnect` seconds
+        without it, and at once when it was never reached, this raises `Unreachable`. A reader that is too slow misses
+        changes, never the last one.
+        """
+        last: Migration | None = None
+        loop = asyncio.get_running_loop()
+        give_up_at, pause = loop.time() + reconnect, _FIRST_PAUSE
+        while last is None or not last.state.ended:
+            since = last.revision if last is not None else from_revision
+            try:
+                async with aclosing(self._watch_once(migration_id, since, again=last is not None)) as changes:
+                    async for migration in changes:
+                        give_up_at, pause = loop.time() + reconnect, _FIRST_PAUSE
+                        if last is None or migration.revision != last.revision:
+                            last = migration
+                            yield migration
+            except DroverClientError as error:
+                lost = isinstance(error, Unreachable) or error.reason == Reason.WATCH_TOO_SLOW
+                if last is None or not lost or loop.time() + pause > give_up_at:
+                    raise
+            if last is None:
+                raise ServerFailed(f"{self.address} ended the watch of {migration_id} without a word", reason=Reason.INTERNAL)
+            if not last.state.ended:
+                await asyncio.sleep(pause)  # nothing to wait for: a server that refuses at once must not be asked in a loop
+                pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def wait(
+        self, migration_id: str, *, timeout: float | None = None, unknown_patience: float = UNKNOWN_PATIENCE
+    ) -> Migration:
+        """Wait for the end of a migration, and return it when it succeeded.
+
+        `timeout` in seconds (None: as long as it takes); `unknown_patience`: seconds for an unknown outcome to become known.
+
+        Raises `MigrationFailed`, `MigrationCancelled`, `OutcomeUnknown`, each with the `migration`; `NotFound`,
+        `Unreachable`; `DeadlineExceeded` after `timeout`, and the migration goes on.
+        """
+        last: Migration | None = None
+        changes = self.watch_migration(migration_id)
+        loop = asyncio.get_running_loop()
+        end = None if timeout is None else loop.time() + timeout
+        unknown_until: float | None = None
+        try:
+            while last is None or not last.state.ended:
+                bound = min((time for time in (end, unknown_until) if time is not None), default=None)
+                async with asyncio.timeout_at(bound):
+                    last = await anext(changes)
+                unknown = last.state is MigrationState.OUTCOME_UNKNOWN
+                unknown_until = (unknown_until or loop.time() + unknown_patience) if unknown else None
+        except TimeoutError:
+            if unknown_until is not None and last is not None:
+                raise outcome_unknown(last) from None
+            raise DeadlineExceeded(
+                f"migration {migration_id} has not ended within {timeout:g} s; it goes on",
+                reason=Reason.DEADLINE_EXCEEDED,
+                migration=last,
+            ) from None
+        finally:
+            await changes.aclose()
+        return raise_unless_succeeded(last)
+
+    async def list_hosts(self) -> list[Host]:
+        """Every host of the cluster, by name; an agent knows one."""
+        if not self._is_agent:
+            try:
+                request = cluster_pb2.ListHostsRequest()
+                response = await self._call(self._cluster.ListHosts(request, timeout=self.timeout))
+            except ServerFailed as error:
+                self._note_agent(error)
+            else:
+                return [Host.from_proto(host) for host in response.hosts]
+        return [await self._agent_host()]
+
+    async def get_host(self, name: str) -> Host:
+        """Raises `NotFound`."""
+        if not self._is_agent:
+            try:
+                request = cluster_pb2.GetHostRequest(name=name)
+                response = await self._call(self._cluster.GetHost(request, timeout=self.timeout))
+            except ServerFailed as error:
+                self._note_agent(error)
+            else:
+                return Host.from_proto(response.host)
+        return self._same_host(await self._agent_host(), name)
+
+    async def list_domains(self, host: str = "") -> DomainList:
+        """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
+        if not self._is_agent:
+            try:
+                request = cluster_pb2.ListDomainsRequest(host=host)
+                response = await self._call(self._cluster.ListDomains(request, timeout=self.timeout))
+            except ServerFailed as error:
+                self._note_agent(error)
+            else:
+                domains = tuple(Domain.from_proto(domain) for domain in response.domains)
+                return DomainList(domains, tuple(response.unreachable_hosts))
+        return await self._agent_domains(host)
+
+    def _note_agent(self, error: ServerFailed) -> None:
+        """An agent does not know the coordinator's service, and that is how it is recognized."""
+        if error.reason != Reason.UNIMPLEMENTED:
+            raise error
+        self._is_agent = True
+
+    async def _agent_host(self) -> Host:
+        response = await self._call(self._hosts.GetHost(host_pb2.GetHostRequest(), timeout=self.timeout))
+        return Host.from_proto(
+            cluster_pb2.ClusterHost(host=response.host, agent_address=self.address, state=cluster_pb2.HOST_STATE_UP)
+        )
+
+    def _same_host(self, host: Host, name: str) -> Host:
+        if name != host.name:
+            raise NotFound(
+                f'the agent at {self.address} is host "{host.name}" and knows no other; ask a coordinator for "{name}"',
+                reason=Reason.HOST_NOT_FOUND,
+                metadata={"host": name},
+            )
+        return host
+
+    async def _agent_domains(self, host: str) -> DomainList:
+        here = await self._agent_host()
+        self._same_host(here, host or here.name)
+        response = await self._call(self._hosts.ListDomains(host_pb2.ListDomainsRequest(), timeout=self.timeout))
+        placed = [cluster_pb2.PlacedDomain(host=here.name, domain=domain) for domain in response.domains]
+        return DomainList(tuple(Domain.from_proto(domain) for domain in placed))
+
+    async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> AsyncGenerator[Migration, None]:
+        """One watch stream. `again`: the server was there before, so wait until it can be connected to."""
+        request = migration_pb2.WatchMigrationRequest(migration_id=migration_id, from_revision=from_revision)
+        call = self._migrations.WatchMigration(request, wait_for_ready=again)
+        try:
+            bound: float | None = self.timeout  # the first message comes at once; how long the next takes nobody can say
+            while True:
+                async with asyncio.timeout(bound):
+                    response = await self._call(cast(Awaitable[Any], call.read()))
+                if response is grpc.aio.EOF:
+                    return
+                bound = None
+                yield Migration.from_proto(response.migration)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{self.address} did not answer within {self.timeout:g} s", reason=Reason.DEADLINE_EXCEEDED
+            ) from None
+        finally:
+            call.cancel()
+
+    async def _call(self, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise client_error(error_from_rpc(error, f"the server at {self.address}")) from error
+
+    @property
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            raise RuntimeError('the client is not open; use "async with Client(...) as client"')
+        return self._channel
+
+    @property
+    def _migrations(self) -> "migration_pb2_grpc.MigrationServiceAsyncStub":
+        return migration_pb2_grpc.MigrationServiceStub(self._open)
+
+    @property
+    def _hosts(self) -> "host_pb2_grpc.HostServiceAsyncStub":
+        return host_pb2_grpc.HostServiceStub(self._open)
+
+    @property
+    def _cluster(self) -> "cluster_pb2_grpc.HostServiceAsyncStub":
+        return cluster_pb2_grpc.HostServiceStub(self._open)

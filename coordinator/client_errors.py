@@ -1,0 +1,145 @@
+"""The errors of the client.
+
+::
+
+    DroverClientError                what the server, or the way to it, said; `reason` is its UPPER_SNAKE word
+     ├── InvalidRequest              the request is wrong in itself; nothing was changed
+     ├── NotFound                    no such guest, host or migration; nothing was changed
+     ├── Refused                     cannot be done as things are; the guest was not touched
+     │    └── Busy                   no slot is free now: try again after `retry_after` seconds
+     ├── Unreachable                 the server, or a host that is needed, does not answer
+     │    └── DeadlineExceeded       it answers too late; the call may have had its effect
+     ├── MigrationFailed             it was under way, and ended; the guest runs at the source as before
+     │    └── MigrationCancelled     because somebody asked for that
+     ├── OutcomeUnknown              it cannot be said now where the guest runs; the hosts go on asking
+     └── ServerFailed                the server failed in a way that says nothing of what was done: ask again
+
+`MigrationFailed` and `OutcomeUnknown` carry the `migration` where one is known.
+"""
+
+from collections.abc import Mapping
+
+import grpc
+
+from agent.errors import DroverError, Reason
+from coordinator.client_types import Migration, MigrationState
+
+
+class DroverClientError(Exception):
+    """Root of all errors of the client."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+        migration: Migration | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        """What happened, where the guest runs, what to do next."""
+        self.reason = reason
+        """UPPER_SNAKE word of `agent.errors.Reason`, or a newer server's."""
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+        self.retry_after = retry_after
+        """Seconds after which trying again makes sense. None: not said."""
+        self.migration = migration
+
+
+class InvalidRequest(DroverClientError):  # noqa: N818 - these read as the facts that they state
+    """The request is wrong in itself; nothing was changed."""
+
+
+class NotFound(DroverClientError):  # noqa: N818
+    """No such guest, host or migration; nothing was changed."""
+
+
+class Refused(DroverClientError):  # noqa: N818
+    """It cannot be done as things are; the guest was not touched."""
+
+
+class Busy(Refused):
+    """No slot is free now."""
+
+
+class Unreachable(DroverClientError):  # noqa: N818
+    """The server, or a host that is needed, does not answer."""
+
+
+class DeadlineExceeded(Unreachable):
+    """It answers too late. The call may have had its effect."""
+
+
+class MigrationFailed(DroverClientError):  # noqa: N818
+    """The migration ended without success; the guest runs at the source as before."""
+
+
+class MigrationCancelled(MigrationFailed):
+    """The migration was cancelled; the guest runs at the source as before."""
+
+
+class OutcomeUnknown(DroverClientError):  # noqa: N818
+    """It cannot be said now where the guest runs."""
+
+
+class ServerFailed(DroverClientError):  # noqa: N818
+    """The server failed in a way that says nothing of what was done."""
+
+
+_BY_REASON: Mapping[Reason, type[DroverClientError]] = {
+    Reason.BUSY: Busy,
+    Reason.DRAINING: Refused,
+    Reason.JOURNAL_UNAVAILABLE: Refused,
+    Reason.STALE_ATTEMPT: Refused,
+    Reason.STALE_LEASE: Refused,
+    Reason.CANCELLED: MigrationCancelled,
+}
+
+_BY_CODE: Mapping[grpc.StatusCode, type[DroverClientError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: Refused,
+    grpc.StatusCode.FAILED_PRECONDITION: Refused,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Refused,
+    grpc.StatusCode.UNAVAILABLE: Unreachable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.ABORTED: MigrationFailed,
+    grpc.StatusCode.UNKNOWN: OutcomeUnknown,
+}
+
+
+def client_error(error: DroverError) -> DroverClientError:
+    """The client's word for an error of the wire."""
+    kind = _BY_REASON.get(error.reason) or _BY_CODE.get(error.code, ServerFailed)
+    reason = error.metadata.get("reason", error.reason)  # a newer server's own word, where this client does not know it
+    return kind(error.message, reason=reason, metadata=error.metadata, retry_after=error.retry_after)
+
+
+def raise_unless_succeeded(migration: Migration) -> Migration:
+    """The migration, if it succeeded; the error that says how it stands otherwise. For one that has ended (or is unknown)."""
+    if migration.state is MigrationState.SUCCEEDED:
+        return migration
+    if migration.state is MigrationState.OUTCOME_UNKNOWN:
+        raise outcome_unknown(migration)
+    kind = MigrationCancelled if migration.state is MigrationState.CANCELLED else MigrationFailed
+    where = f'"{migration.domain}" runs on {migration.runs_on or migration.source or "its source"} as before'
+    raise _of_migration(kind, migration, f"migration {migration.id} {migration.state.value}; {where}")
+
+
+def outcome_unknown(migration: Migration) -> DroverClientError:
+    """The `OutcomeUnknown` of a migration."""
+    text = f'it cannot be said now where "{migration.domain}" runs; migration {migration.id} goes on asking'
+    return _of_migration(OutcomeUnknown, migration, text)
+
+
+def _of_migration(kind: type[DroverClientError], migration: Migration, otherwise: str) -> DroverClientError:
+    failure = migration.failure
+    default = Reason.CANCELLED if kind is MigrationCancelled else Reason.OUTCOME_UNKNOWN
+    return kind(
+        failure.message if failure and failure.message else otherwise,
+        reason=failure.reason if failure else default,
+        metadata=failure.metadata if failure else {},
+        migration=migration,
+    )

@@ -1,0 +1,129 @@
+"""What a cluster is to those who use it, whichever hypervisor its hosts have."""
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clusterkit.daemon import DROVER, Daemon
+from labkit.guestlog import Verdict, judge_file
+from labkit.processes import wait_until
+
+
+@dataclass(frozen=True)
+class GuestSpec:
+    """A guest that a cluster can start. Sizes in MiB, `dirty` in pages (4 KiB) per second."""
+
+    name: str
+    memory_mib: int = 64
+    dirty: int = 200
+    machine: str | None = None
+    """None: one that every host knows."""
+    cpu: str = "qemu64"
+    persistent: bool = True
+    running: bool = True
+
+
+@dataclass(frozen=True)
+class ClusterGuest:
+    """A guest that was started."""
+
+    spec: GuestSpec
+    uuid: str
+    serial_log: Path
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def judge(self) -> Verdict:
+        """What its own serial log proves."""
+        return judge_file(self.serial_log)
+
+    def lines(self) -> int:
+        return self.serial_log.read_bytes().count(b"\n") if self.serial_log.exists() else 0
+
+    def wait_lines(self, more: int, timeout: float = 15.0) -> None:
+        """Until it has written so many lines more: it runs."""
+        start = self.lines()
+        wait_until(lambda: self.lines() >= start + more, timeout, f"{more} lines more from guest {self.name}")
+
+
+class Cluster(ABC):
+    """Hosts ``h1``, ``h2``, … each with an agent, and a coordinator ``co``."""
+
+    kind: str
+
+    def __init__(self, path: Path, hosts: Sequence[str], guests: Iterable[GuestSpec], settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.hosts = tuple(hosts)
+        self.specs = {spec.name: spec for spec in guests}
+        self.settings = settings
+        self.guests: dict[str, ClusterGuest] = {}
+        self.agents: dict[str, Daemon] = {}
+        self.coordinator: Daemon
+
+    # ---- life
+
+    def start(self) -> None:
+        """Start every daemon at once, then wait until all serve and every host is known."""
+        for daemon in self.daemons():
+            daemon.start(wait=False)
+        for daemon in self.daemons():
+            daemon.wait_serving()
+
+    def daemons(self) -> list[Daemon]:
+        return [self.coordinator, *self.agents.values()]
+
+    def stop(self) -> None:
+        for daemon in self.daemons():
+            if daemon.process is not None and daemon.process.poll() is None:
+                daemon.kill()
+
+    @abstractmethod
+    def start_guest(self, name: str, host: str = "h1") -> ClusterGuest:
+        """Start a guest of `specs` and wait until it runs."""
+
+    def running_on(self, guest: str) -> list[str]:
+        """The hosts whose hypervisor says that the guest runs there."""
+        return [host for host, state in self.copies(guest).items() if state == "running"]
+
+    @abstractmethod
+    def copies(self, guest: str) -> dict[str, str]:
+        """State of every copy by host, definitions that are shut off included."""
+
+    def wait_running_on(self, guest: str, host: str, timeout: float = 15.0) -> None:
+        wait_until(lambda: self.running_on(guest) == [host], timeout, f"guest {guest} to run on {host} only")
+
+    @property
+    def server(self) -> str:
+        return self.coordinator.address
+
+    def drover(self, *arguments: str, server: str | None = None) -> list[str]:
+        """The command line of the operator's command."""
+        return [str(DROVER), "--server", server or self.server, *arguments]
+
+    def agent_config(self, name: str) -> dict[str, Any]:
+        """What all agents have in common."""
+        return {
+            "name": name,
+            "state_dir": str(self.path / name / "state"),
+            "hypervisor": self.kind,
+            "log_level": "info",
+            **self.settings.get("agent", {}),
+        }
+
+    def coordinator_config(self) -> dict[str, Any]:
+        return {
+            "name": "co",
+            "state_dir": str(self.path / "co" / "state"),
+            "heartbeat_seconds": 1,
+            **self.settings.get("coordinator", {}),
+        }
+
+    def wipe_state(self) -> None:
+        """Forget every journal and store; for daemons that do not run."""
+        for name in (*self.hosts, "co"):
+            shutil.rmtree(self.path / name / "state", ignore_errors=True)

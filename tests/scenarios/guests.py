@@ -1,0 +1,26 @@
+"""The guests of the scenarios. Each test has its own, so that tests do not depend on each other."""
+
+from clusterkit import GuestSpec
+
+GUESTS = {
+    spec.name: spec
+    for spec in (
+        GuestSpec("there-and-back"),
+        GuestSpec("peer-to-peer"),
+        GuestSpec("to-cancel", memory_mib=128, dirty=100),
+        GuestSpec("cancelled-at-once"),
+        GuestSpec("renamed"),
+        GuestSpec("twice"),
+        GuestSpec("busy-1", memory_mib=128),
+        GuestSpec("busy-2"),
+        GuestSpec("by-hand"),
+        GuestSpec("leased"),
+        GuestSpec("refused"),
+        GuestSpec("stopped", running=False),
+        GuestSpec("progress", memory_mib=128, dirty=500),
+        GuestSpec("watched"),
+        GuestSpec("orphaned", memory_mib=128),
+        GuestSpec("paused-on-arrival"),
+    )
+}
+"""By name."""

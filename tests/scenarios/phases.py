@@ -1,0 +1,137 @@
+"""Requirements H1, H10, R3, A1: each phase by hand, idempotent, refused in the wrong state; leases expire."""
+
+import pytest
+
+from agent.errors import DroverError, Reason
+from clusterkit import Cluster
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
+from tests.scenarios.conversation import Talk, assert_idle, duration, new_id, record_state
+
+
+async def reserve(source: Talk, destination: Talk, ref: pb.AttemptRef, domain: str) -> pb.ReserveSlotResponse:
+    guest: host_pb2.GetDomainResponse = await source.call(source.hosts.GetDomain, host_pb2.GetDomainRequest(domain=domain))
+    return await destination.handshake.reserve_slot(
+        pb.ReserveSlotRequest(ref=ref, request_id="r1", requirements=guest.requirements, source_host="h1")
+    )
+
+
+async def test_every_phase_by_hand(cluster: Cluster) -> None:
+    guest = cluster.start_guest("by-hand")
+    ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
+    async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
+        source, destination = src.handshake, dst.handshake
+        slot = (await reserve(src, dst, ref, guest.name)).record.slot
+        begun = await source.begin(pb.BeginRequest(ref=ref, domain=guest.name, destination_host="h2"))
+        assert record_state(begun.record) == "begun"
+        with pytest.raises(DroverError) as early:
+            await source.confirm(pb.ConfirmRequest(ref=ref, decision=pb.DECISION_RUNNING))
+        assert early.value.reason is Reason.WRONG_PHASE
+        with pytest.raises(DroverError) as unprepared:
+            await destination.finish(pb.FinishRequest(ref=ref))
+        assert unprepared.value.reason is Reason.WRONG_PHASE
+        assert "prepare" in unprepared.value.metadata["allowed"]
+        with pytest.raises(DroverError) as stale:
+            await destination.prepare(pb.PrepareRequest(ref=ref, slot_epoch=slot.epoch + 7, domain_xml=begun.domain_xml))
+        assert stale.value.reason is Reason.STALE_LEASE
+        request = pb.PrepareRequest(
+            ref=ref, request_id="p1", slot_epoch=slot.epoch, domain_xml=begun.domain_xml, cookie_in=begun.cookie_out
+        )
+        prepared = await destination.prepare(request)
+        again = await destination.prepare(request)
+        assert again.uri_out == prepared.uri_out
+        assert again.cookie_out == prepared.cookie_out
+        request.network = "mig2"
+        with pytest.raises(DroverError) as reused:
+            await destination.prepare(request)
+        assert reused.value.reason is Reason.REQUEST_ID_REUSED
+        with pytest.raises(DroverError) as foreign:
+            await source.perform(pb.PerformRequest(ref=ref, uri="unix:/tmp/x", cookie_in=prepared.cookie_out))
+        assert foreign.value.reason is Reason.URI_NOT_ALLOWED
+        performing = await source.perform(pb.PerformRequest(ref=ref, uri=prepared.uri_out, cookie_in=prepared.cookie_out))
+        assert record_state(performing.record) in ("performing", "performed")
+        armed = await destination.finish(pb.FinishRequest(ref=ref, wait=duration(20)))
+        assert record_state(armed.record) == "running", armed.record.failure.message
+        with pytest.raises(DroverError) as late:
+            await destination.abandon(pb.AbandonRequest(ref=ref, source_kept=True))
+        assert late.value.reason is Reason.WRONG_PHASE
+        assert late.value.metadata["state"] == "running"
+        confirmed = await source.confirm(
+            pb.ConfirmRequest(ref=ref, decision=pb.DECISION_RUNNING, cookie_in=armed.cookie_out, wait=duration(20))
+        )
+        assert record_state(confirmed.record) == "removed"
+        with pytest.raises(DroverError) as resumed:
+            await source.confirm(pb.ConfirmRequest(ref=ref, decision=pb.DECISION_GONE))
+        assert resumed.value.reason is Reason.WRONG_PHASE
+    assert cluster.copies(guest.name) == {"h2": "running"}
+    guest.wait_lines(5)
+    assert guest.judge().problems() == []
+    await assert_idle(cluster)
+
+
+async def test_a_stale_attempt_is_refused(cluster: Cluster) -> None:
+    cluster.guests.get("leased") or cluster.start_guest("leased")
+    migration_id = new_id()
+    first, second = (pb.AttemptRef(migration_id=migration_id, attempt=attempt) for attempt in (1, 2))
+    async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
+        await reserve(src, dst, first, "leased")
+        with pytest.raises(DroverError) as too_early:
+            await reserve(src, dst, second, "leased")
+        assert too_early.value.reason is Reason.WRONG_PHASE
+        await dst.handshake.abandon(pb.AbandonRequest(ref=first))
+        await reserve(src, dst, second, "leased")
+        with pytest.raises(DroverError) as stale:
+            await dst.handshake.abandon(pb.AbandonRequest(ref=first))
+        assert stale.value.reason is Reason.STALE_ATTEMPT
+        assert stale.value.code.name == "ABORTED"
+        await dst.handshake.abandon(pb.AbandonRequest(ref=second))
+    await assert_idle(cluster)
+
+
+async def test_a_lease_that_nobody_renews_expires(cluster: Cluster) -> None:
+    """The scenarios' leases live 2 s (see the conftests)."""
+    cluster.guests.get("leased") or cluster.start_guest("leased")
+    ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
+    async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
+        await reserve(src, dst, ref, "leased")
+        assert (await dst.host()).incoming_in_use == 1
+        last = None
+        async for response in dst.handshake.watch_record(pb.WatchRecordRequest(ref=ref)):
+            last = response.record
+        assert last is not None
+        assert record_state(last) == "gone"
+        assert last.failure.reason == Reason.LEASE_EXPIRED
+    await assert_idle(cluster)
+
+
+async def test_a_tombstone_refuses_what_comes_late(cluster: Cluster) -> None:
+    cluster.guests.get("leased") or cluster.start_guest("leased")
+    ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
+    async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
+        gone = await dst.handshake.abandon(pb.AbandonRequest(ref=ref))
+        assert record_state(gone.record) == "gone"
+        with pytest.raises(DroverError) as late:
+            await reserve(src, dst, ref, "leased")
+        assert late.value.reason is Reason.WRONG_PHASE
+        kept = await src.handshake.abort(pb.AbortRequest(ref=ref))
+        assert record_state(kept.record) == "kept"
+        with pytest.raises(DroverError) as begin:
+            await src.handshake.begin(pb.BeginRequest(ref=ref, domain="leased", destination_host="h2"))
+        assert begin.value.reason is Reason.WRONG_PHASE
+
+
+async def test_oversized_cookie_and_xml_are_refused(cluster: Cluster) -> None:
+    cluster.guests.get("leased") or cluster.start_guest("leased")
+    ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
+    async with Talk(cluster.agents["h2"].address) as dst:
+        for field, value in (("cookie_in", b"c" * 65537), ("domain_xml", "x" * 524289)):
+            request = pb.PrepareRequest(ref=ref, domain_xml="<domain/>")
+            setattr(request, field, value)
+            with pytest.raises(DroverError) as refusal:
+                await dst.handshake.prepare(request)
+            assert refusal.value.reason is Reason.FIELD_TOO_LARGE
+            assert field in refusal.value.message
+            assert str(len(value)) in refusal.value.message
+        with pytest.raises(DroverError) as unknown:
+            await dst.handshake.get_record(pb.GetRecordRequest(ref=ref))
+        assert unknown.value.reason is Reason.RECORD_NOT_FOUND

@@ -1,0 +1,92 @@
+"""Requirements H2, H4, H5, H7, A1, A3, R3: what cannot work is refused with its reason, and changes nothing."""
+
+from typing import Any
+
+import pytest
+
+from agent.errors import DroverError, Reason
+from clusterkit import Cluster
+from tests.scenarios.conversation import MIB, Talk, assert_idle, new_id, state
+
+
+@pytest.mark.parametrize(
+    ("domain", "to", "spec", "reason"),
+    [
+        ("no-such-guest", "h2", {}, Reason.DOMAIN_NOT_FOUND),
+        ("refused", "h9", {}, Reason.HOST_NOT_FOUND),
+        ("refused", "h1", {}, Reason.SAME_HOST),
+        ("refused", "h2", {"source_host": "h9"}, Reason.HOST_NOT_FOUND),
+        ("refused", "h2", {"source_host": "h2"}, Reason.DOMAIN_NOT_FOUND),
+        ("stopped", "h2", {}, Reason.DOMAIN_NOT_RUNNING),
+        ("refused", "h2", {"network": "nowhere"}, Reason.NETWORK_NOT_FOUND),
+        ("refused", "h2", {"uri": "tcp://192.0.2.1"}, Reason.URI_NOT_ALLOWED),
+        ("refused", "h2", {"uri": "exec:touch /tmp/owned"}, Reason.URI_NOT_ALLOWED),
+        ("refused", "h2", {"uri": "rdma://10.92.0.2"}, Reason.URI_NOT_ALLOWED),
+        ("refused", "h2", {"options": {"tunnelled": True}}, Reason.OPTION_UNSUPPORTED),
+        ("refused", "h2", {"options": {"rdma": True}}, Reason.OPTION_UNSUPPORTED),
+        ("refused", "h2", {"options": {"offline": True}}, Reason.OPTION_UNSUPPORTED),
+        ("refused", "h2", {"tenant": "acme"}, Reason.UNSUPPORTED_FIELD),
+        ("refused", "h2", {"importance": 3}, Reason.UNSUPPORTED_FIELD),
+        ("x" * 254, "h2", {}, Reason.FIELD_TOO_LARGE),
+        ("refused", "h2", {"destination_name": "y" * 254}, Reason.FIELD_TOO_LARGE),
+        ("refused", "h2", {"bandwidth_bytes_per_second": -1}, Reason.INVALID_FIELD),
+        ("", "h2", {}, Reason.INVALID_FIELD),
+    ],
+)
+async def test_refused(cluster: Cluster, domain: str, to: str, spec: dict[str, Any], reason: Reason) -> None:
+    guest = cluster.guests.get("refused") or cluster.start_guest("refused")
+    if "stopped" not in cluster.guests:
+        cluster.start_guest("stopped")
+    async with Talk(cluster.server) as talk:
+        with pytest.raises(DroverError) as refusal:
+            await talk.start(domain, to, **spec)
+        assert refusal.value.reason is reason, refusal.value.message
+        assert len(refusal.value.message) > 20, "an error says what happened"
+    assert cluster.copies(guest.name) == {"h1": "running"}
+    guest.wait_lines(2)
+    await assert_idle(cluster)
+
+
+async def test_a_foreign_port_is_refused(cluster: Cluster) -> None:
+    cluster.guests.get("refused") or cluster.start_guest("refused")
+    async with Talk(cluster.agents["h2"].address) as talk:
+        address = next(n.address for n in (await talk.host()).networks if n.name == "mig1")
+    async with Talk(cluster.server) as talk:
+        with pytest.raises(DroverError) as refusal:
+            await talk.start("refused", "h2", uri=f"tcp://{address}:22")
+    assert refusal.value.reason is Reason.URI_NOT_ALLOWED
+    assert "22" in refusal.value.message
+
+
+async def test_an_id_that_is_no_uuid_is_refused(cluster: Cluster) -> None:
+    async with Talk(cluster.server) as talk:
+        with pytest.raises(DroverError) as refusal:
+            await talk.start("refused", "h2", "42")
+    assert refusal.value.reason is Reason.INVALID_FIELD
+
+
+async def test_full_destination(cluster: Cluster) -> None:
+    """The limit of the scenarios' hosts is one slot (see the conftests): the second guest is refused, untouched."""
+    first, second = cluster.start_guest("busy-1"), cluster.start_guest("busy-2")
+    async with Talk(cluster.server) as talk:
+        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+        with pytest.raises(DroverError) as busy:
+            await talk.start(second.name, "h2")
+        assert busy.value.reason is Reason.BUSY
+        assert busy.value.code.name == "RESOURCE_EXHAUSTED"
+        assert busy.value.retry_after is not None
+        assert busy.value.retry_after >= 1
+        assert busy.value.metadata["limit_value"] == "1"
+        assert cluster.copies(second.name) == {"h1": "running"}
+        assert state(await talk.end(running.migration_id)) == "succeeded"
+        assert state(await talk.migrate(second.name, "h2")) == "succeeded"
+    second.wait_lines(5)
+    assert second.judge().problems() == []
+
+
+async def test_guest_already_there(cluster: Cluster) -> None:
+    guest = cluster.guests.get("refused") or cluster.start_guest("refused")
+    async with Talk(cluster.server) as talk:
+        with pytest.raises(DroverError) as refusal:
+            await talk.start(guest.uuid, "h1", migration_id=new_id())
+    assert refusal.value.reason is Reason.SAME_HOST
