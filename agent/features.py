@@ -36,8 +36,7 @@ def from_hypervisor(error: HypervisorError) -> DroverError:
 def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
     return options_pb2.MigrationFeatures(
         options={
-            name: options_pb2.OptionSupport.Value(f"OPTION_SUPPORT_{support.name}")
-            for name, support in features.options.items()
+            name: options_pb2.OptionSupport.Value(f"OPTION_SUPPORT_{support.name}") for name, support in features.options.items()
         },
         uri_transports=features.uri_transports,
         bandwidth=features.bandwidth,

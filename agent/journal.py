@@ -1,7 +1,7 @@
 """The agent's journal: what this host did and decided, durable before it is told to anyone.
 
-One row per attempt (a record of `agent.handshake.records`), one per migration that this agent drives itself, and the counter
-of slot epochs. What has ended is kept for questions that come late, at most `KEEP` rows of each.
+One row per attempt (a record of `agent.handshake.records`) and one per migration that this agent drives itself. What has ended
+is kept for questions that come late, at most `KEEP` rows of each.
 """
 
 import sqlite3
@@ -25,7 +25,6 @@ _SCHEMA: Final = (
         migration_id TEXT PRIMARY KEY, ended INTEGER NOT NULL, updated REAL NOT NULL, body BLOB NOT NULL
     ) WITHOUT ROWID;
     CREATE INDEX migrations_ended ON migrations (ended, updated);
-    CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
     """,
 )
 
@@ -85,24 +84,11 @@ class Journal:
 
         return [decode(body) for body in await self._db.read(read)]
 
-    async def next_epoch(self) -> int:
-        """A number that was never given before on this host."""
-
-        def write(connection: sqlite3.Connection) -> int:
-            row = connection.execute(
-                "INSERT INTO counters VALUES ('epoch', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"
-            ).fetchone()
-            return int(row[0])
-
-        return await self._db.transaction(write)
-
     async def save(self, migration_id: str, body: bytes, *, ended: bool, updated: float) -> None:
         """Keeps a migration that this agent drives (`agent.migrations.MigrationLog`)."""
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "INSERT OR REPLACE INTO migrations VALUES (?, ?, ?, ?)", (migration_id, ended, updated, body)
-            )
+            connection.execute("INSERT OR REPLACE INTO migrations VALUES (?, ?, ?, ?)", (migration_id, ended, updated, body))
             if ended:
                 connection.execute(_TRIM.format(table="migrations"), (KEEP,))
 

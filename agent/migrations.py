@@ -5,7 +5,7 @@ Who serves it differs only in how names become hosts (a `Directory`) and in wher
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -173,9 +173,9 @@ class Migrations:
         self._trim()
         self._entries[migration_id] = entry
         self._update(entry)
-        await self._save(entry)
-        entry.task = asyncio.create_task(self._run(entry), name=f"drive {migration_id[:8]}")
-        return entry.migration
+        accepted = entry.migration
+        entry.task = asyncio.create_task(self._run(entry, self._save(entry)), name=f"drive {migration_id[:8]}")
+        return accepted
 
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`."""
@@ -244,23 +244,24 @@ class Migrations:
                 break
         await self._run(entry)
 
-    async def _run(self, entry: _Entry) -> None:
-        """Drive to the end, then make it durable, then tell."""
-        if entry.driver is None:
+    async def _run(self, entry: _Entry, first: Awaitable[None] | None = None) -> None:
+        """Drive to the end, make that durable, and tell.
+
+        That the migration was accepted (`first`) is written while its first phase is under way: should this process die
+        before it is, the source's agent ends what has begun, and nobody has to remember.
+        """
+        driver = entry.driver
+        if driver is None:
             return
         try:
-            await entry.driver.run()
+            await asyncio.gather(driver.run(), _kept(first, entry.migration.migration_id))
         except Exception:
             log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
             self._publish(entry, impossible(entry.migration))
             return
-        final = describe(entry.migration, entry.driver, time.time(), ended=True)
-        self._publish(entry, final)
-        try:
-            await self._save(entry)
-        except DroverError as error:
-            log.error("the end of a migration was not kept", migration=final.migration_id, error=error.message)
+        self._publish(entry, describe(entry.migration, driver, time.time(), ended=True))
         entry.driver = None
+        await _kept(self._save(entry), entry.migration.migration_id)
         self._ended.ring()
 
     def _update(self, entry: _Entry) -> None:
@@ -277,6 +278,15 @@ class Migrations:
     async def _save(self, entry: _Entry) -> None:
         migration = entry.migration
         await self._kept.save(migration.migration_id, migration.SerializeToString(), ended=entry.final, updated=time.time())
+
+
+async def _kept(saving: Awaitable[None] | None, migration_id: str) -> None:
+    """A migration that cannot be written down goes on all the same: the agents' records are what it rests on."""
+    try:
+        if saving is not None:
+            await saving
+    except DroverError as error:
+        log.error("a migration was not written down", migration=migration_id, error=error.message)
 
 
 def _created(entry: _Entry) -> int:

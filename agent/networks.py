@@ -25,9 +25,7 @@ class Listen:
     """With a port where one was asked for, else without."""
 
 
-def common_network(
-    source: Sequence[host_pb2.Network], destination: Sequence[host_pb2.Network], named: str
-) -> host_pb2.Network:
+def common_network(source: Sequence[host_pb2.Network], destination: Sequence[host_pb2.Network], named: str) -> host_pb2.Network:
     """The destination's side of the network for one migration.
 
     `named` may be any network that both hosts have; without it, the first (by the destination's order) that has the migration
@@ -61,9 +59,7 @@ def own_network(networks: Sequence[host_pb2.Network], named: str) -> host_pb2.Ne
     return common_network(networks, networks, named)
 
 
-def listen_on(
-    networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures, named: str, uri: str
-) -> Listen:
+def listen_on(networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures, named: str, uri: str) -> Listen:
     """Where to listen for one migration, from the network's name or the URI that was asked for.
 
     Raises:
@@ -95,9 +91,7 @@ def split_uri(uri: str, transports: Sequence[str], field: str) -> tuple[str, int
     return parts.hostname, port
 
 
-def check_destination_uri(
-    uri: str, networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures
-) -> None:
+def check_destination_uri(uri: str, networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures) -> None:
     """What a destination answered as `uri_out` must be one of its own addresses; checked before the source connects."""
     host, port = split_uri(uri, features.uri_transports, "uri_out")
     _network_of(networks, host, uri)

@@ -113,9 +113,7 @@ def _check_split_phases(host: host_pb2.Host, end: str) -> None:
         )
 
 
-def _choose_network(
-    spec: pb.MigrationSpec, source: host_pb2.Host, destination: host_pb2.Host
-) -> tuple[str, list[str]]:
+def _choose_network(spec: pb.MigrationSpec, source: host_pb2.Host, destination: host_pb2.Host) -> tuple[str, list[str]]:
     """The name of the network, and a warning where it has no migration role."""
     named = spec.network
     if spec.uri:

@@ -56,9 +56,7 @@ class Attempts:
         """
         current = await self._current(ref.migration_id)
         if current is None or ref.attempt > current.record.attempt:
-            raise DroverError(
-                Reason.RECORD_NOT_FOUND, f"this host knows no attempt {ref.attempt} of migration {ref.migration_id}"
-            )
+            raise DroverError(Reason.RECORD_NOT_FOUND, f"this host knows no attempt {ref.attempt} of migration {ref.migration_id}")
         if ref.attempt and ref.attempt < current.record.attempt:
             raise _stale(ref, current.record)
         return current

@@ -54,6 +54,8 @@ class DestinationSide:
         self._attempts = attempts
         self._slots = slots
         self._sessions: dict[Attempt, Incoming] = {}
+        self._epoch = 0
+        """Of the latest lease. The journal always keeps the newest records, so it is never given twice."""
 
     # ---- calls
 
@@ -68,11 +70,11 @@ class DestinationSide:
                 self._check_room(attempt)
                 with timed("reserve") as watch:
                     await self._check(request)
-                epoch = await self._attempts.journal.next_epoch()
+                self._epoch += 1
                 await attempt.apply(
                     _E.RESERVE,
                     **changes,
-                    epoch=epoch,
+                    epoch=self._epoch,
                     expires=self._expiry(),
                     domain_name=request.destination_name or request.requirements.name,
                     domain_uuid=request.requirements.uuid,
@@ -106,9 +108,10 @@ class DestinationSide:
         wanted = requirements_from_proto(request.requirements)
         name = request.destination_name or wanted.name
         try:
-            for reference in (wanted.uuid, name):
-                await self._check_absent(reference, wanted.uuid)
-            problems = await self._host.hypervisor.incompatibilities(wanted)
+            problems, *_ = await asyncio.gather(
+                self._host.hypervisor.incompatibilities(wanted),
+                *(self._check_absent(reference, wanted.uuid) for reference in (wanted.uuid, name)),
+            )
         except HypervisorError as error:
             raise from_hypervisor(error) from None
         if problems:
@@ -181,9 +184,11 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
         async with attempt.called():
-            changes = {} if attempt.record.failure or attempt.record.final else {
-                "failure": Failure(Reason.CANCELLED, "the migration was given up before its commit")
-            }
+            changes = (
+                {}
+                if attempt.record.failure or attempt.record.final
+                else {"failure": Failure(Reason.CANCELLED, "the migration was given up before its commit")}
+            )
             await self._known(attempt, event, changes)
             record = await attempt.until(_DECIDED, MAX_WAIT)
             return pb.AbandonResponse(record=record_to_proto(record))
@@ -197,6 +202,10 @@ class DestinationSide:
                 self._attempts.forget(attempt)
 
     # ---- the lease
+
+    def remember(self, epoch: int) -> None:
+        """An epoch of an earlier life of this agent."""
+        self._epoch = max(self._epoch, epoch)
 
     def recover(self, attempt: Attempt) -> None:
         """The lease runs from now on, and is renewed by every call. It has no say over a copy that is armed."""

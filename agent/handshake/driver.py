@@ -344,9 +344,7 @@ class Driver:
 
     async def _finish(self) -> None:
         response = await self._destination.finish(
-            pb.FinishRequest(
-                ref=self.ref, request_id=self._request_id(), cookie_in=self._perform_cookie, wait=duration(MAX_WAIT)
-            )
+            pb.FinishRequest(ref=self.ref, request_id=self._request_id(), cookie_in=self._perform_cookie, wait=duration(MAX_WAIT))
         )
         self._finish_cookie = response.cookie_out
         self._saw_destination(response.record)

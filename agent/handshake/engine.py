@@ -50,7 +50,11 @@ class Engine:
 
     async def recover(self) -> None:
         """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
-        for record in await self._journal.attempts(active_only=True):
+        records = await self._journal.attempts()
+        self._destination.remember(max((record.epoch for record in records if record.role is Role.DESTINATION), default=0))
+        for record in records:
+            if record.final:
+                continue
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
             if record.role is Role.SOURCE:
@@ -102,4 +106,3 @@ class Engine:
     async def list_records(self, request: pb.ListRecordsRequest) -> pb.ListRecordsResponse:
         records = await self._journal.attempts(active_only=request.active_only)
         return pb.ListRecordsResponse(records=[record_to_proto(record) for record in records])
-

@@ -27,9 +27,7 @@ class MigrationServicer(rpc.MigrationServiceServicer):
         return pb.GetMigrationResponse(migration=self._migrations.get(request.migration_id))
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: _Context) -> pb.ListMigrationsResponse:  # noqa: N802
-        return pb.ListMigrationsResponse(
-            migrations=self._migrations.list(active_only=request.active_only, limit=request.page_size)
-        )
+        return pb.ListMigrationsResponse(migrations=self._migrations.list(active_only=request.active_only, limit=request.page_size))
 
     async def WatchMigration(  # noqa: N802
         self, request: pb.WatchMigrationRequest, context: _Context

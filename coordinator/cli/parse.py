@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-_UNITS = {
+_UNITS: dict[str, float] = {
     "B": 1,
     **{f"{prefix}B": 1000**power for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)},
@@ -21,7 +21,7 @@ _MAX_RATE = 2**63 - 1
 _WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False, "default": None}
 
 
-class Rate(click.ParamType):  # type: ignore[type-arg] - generic in newer click only
+class Rate(click.ParamType):  # type: ignore[type-arg]
     """Bytes per second: ``100MiB/s``, ``1Gbit/s``, or a plain number of bytes."""
 
     name = "rate"

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from clusterkit.daemon import DROVER, Daemon
+from drover.coordinator.v1 import host_pb2, host_pb2_grpc
 from labkit.guestlog import Verdict, judge_file
 from labkit.processes import wait_until
 
@@ -73,6 +76,16 @@ class Cluster(ABC):
             daemon.start(wait=False)
         for daemon in self.daemons():
             daemon.wait_serving()
+        self.wait_known()
+
+    def wait_known(self, timeout: float = 15.0) -> None:
+        """Until the coordinator says that every agent answers."""
+        wait_until(lambda: self.hosts_up() == sorted(self.hosts), timeout, "every host to be known to the coordinator")
+
+    def hosts_up(self) -> list[str]:
+        with grpc.insecure_channel(self.server) as channel:
+            response = host_pb2_grpc.HostServiceStub(channel).ListHosts(host_pb2.ListHostsRequest(), timeout=10)
+        return [entry.host.name for entry in response.hosts if entry.state == host_pb2.HOST_STATE_UP]
 
     def daemons(self) -> list[Daemon]:
         return [self.coordinator, *self.agents.values()]

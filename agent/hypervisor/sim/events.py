@@ -39,9 +39,7 @@ class Subscription(AsyncGenerator[DomainEvent, None]):
     async def asend(self, value: None) -> DomainEvent:
         return await self.__anext__()
 
-    async def athrow(
-        self, typ: Any, val: BaseException | object = None, tb: TracebackType | None = None, /
-    ) -> DomainEvent:
+    async def athrow(self, typ: Any, val: BaseException | object = None, tb: TracebackType | None = None, /) -> DomainEvent:
         self._queue.clear()
         self.close()
         raise val if isinstance(val, BaseException) else typ

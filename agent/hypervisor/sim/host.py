@@ -237,6 +237,7 @@ class Host:
         for guest in self.guests.values():
             guest.flush()
         self.hub.close()
+        await asyncio.sleep(0)  # connections that were cut are closed by the loop
 
 
 def _definition_only(record: GuestRecord) -> GuestRecord:

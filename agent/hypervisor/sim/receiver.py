@@ -83,7 +83,7 @@ class Receiver:
             if await self._greet(stream):
                 await self._receive(stream)
         except StreamError as error:
-            if stream is self._stream:
+            if stream is self._stream and not self.arrived.done():  # once all is here, nothing hangs on the stream
                 self._break(str(error))
         finally:
             stream.cut()
