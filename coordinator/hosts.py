@@ -247,6 +247,7 @@ class HostRegistry:
         self._drop([name])
         known.state = pb.HOST_STATE_UNREACHABLE
         self._enter(known, item.mod_revision, float("-inf"))
+        self._save_soon(self._entries[name])  # so that the store says so too
 
     def _enter(self, known: pb.ClusterHost, mod_revision: int, heard: float) -> None:
         link = HostLink(known.agent_address, self._word, self._silence)

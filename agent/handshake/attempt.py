@@ -12,12 +12,18 @@ import structlog
 
 from agent.bell import Bell
 from agent.errors import DroverError, Reason
+from agent.failpoints import failpoint
+from agent.handshake.destination import DestinationEffect
 from agent.handshake.machine import Refused
 from agent.handshake.records import MACHINES, AttemptRecord
+from agent.handshake.source import SourceEffect
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
+
+_EFFECT_OF = {f"{effect}_{end}": effect for effect in (*SourceEffect, *DestinationEffect) for end in ("done", "failed")}
+"""The effect whose end an event tells; used by failpoints only."""
 
 EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 """Carries out one effect and reports what came of it with `Attempt.apply`."""
@@ -67,12 +73,20 @@ class Attempt:
             log.debug("stale news", migration=self.record.migration_id, state=state, event_name=event)
             return
         if transition.state != state or changes:
+            failpoint(self.record.role, event, "journal.before")
             await self._put(self.record.changed(state=transition.state, **changes))
+            failpoint(self.record.role, event, "journal.after")
         for effect in transition.effects:
-            self.start(effect, self._run_effect(self, effect))
+            self.start(effect, self._carry_out(effect))
+
+    async def _carry_out(self, effect: str) -> None:
+        """The effect itself is told from what came of it: `report` stands between them."""
+        failpoint(self.record.role, effect, "effect.before")
+        await self._run_effect(self, effect)
 
     async def report(self, event: str, **changes: Any) -> None:
         """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened."""
+        failpoint(self.record.role, _EFFECT_OF.get(event, event), "effect.after")
         await retry(self, f"recording {event}", lambda: self.apply(event, **changes))
 
     async def note(self, **changes: Any) -> None:
@@ -166,12 +180,13 @@ class Attempt:
             self._timer = None
 
     @contextlib.asynccontextmanager
-    async def called(self) -> AsyncIterator[None]:
+    async def called(self, call: str) -> AsyncIterator[None]:
         """A call for this attempt is under way: its driver is not silent."""
         self._calls += 1
         self._disarm()
         try:
             yield
+            failpoint(self.record.role, call, "reply")
         finally:
             self._calls -= 1
             self._rearm()

@@ -61,7 +61,7 @@ class DestinationSide:
 
     async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
-        async with attempt.called():
+        async with attempt.called(_E.RESERVE):
             changes = phase_changes(attempt, "reserve", request)
             if attempt.record.state:
                 await attempt.apply(_E.RESERVE, expires=self._expiry())
@@ -138,7 +138,7 @@ class DestinationSide:
 
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
-        async with attempt.called():
+        async with attempt.called(_E.PREPARE):
             changes = phase_changes(attempt, "prepare", request)
             if attempt.record.state == _S.RESERVED:
                 self._check_lease(attempt, request.slot_epoch)
@@ -170,7 +170,7 @@ class DestinationSide:
 
     async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
-        async with attempt.called():
+        async with attempt.called(_E.FINISH):
             changes = phase_changes(attempt, "finish", request)
             if attempt.record.state == _S.PREPARED:
                 changes |= {"cookies": {**attempt.record.cookies, "perform": request.cookie_in}}
@@ -183,7 +183,7 @@ class DestinationSide:
     async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
-        async with attempt.called():
+        async with attempt.called(event):
             changes = (
                 {}
                 if attempt.record.failure or attempt.record.final

@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 from agent.errors import DroverError, Reason
+from agent.failpoints import failpoint
 from agent.handshake.decide import Call, decide, ended
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.peer import HandshakePeer
@@ -196,8 +197,10 @@ class Driver:
     async def _make(self, call: Call) -> None:
         """Make one call; an error is turned into knowledge."""
         side = "source" if call in _SOURCE_CALLS else "destination"
+        failpoint("driver", call, "before")
         try:
             await self._methods[call]()
+            failpoint("driver", call, "after")
         except DroverError as error:
             log.info("call failed", migration=self.ref.migration_id, call=call.value, reason=error.reason.value, error=error.message)
             await self._failed(call, side, error)

@@ -59,7 +59,7 @@ class SourceSide:
 
     async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
-        async with attempt.called():
+        async with attempt.called(_E.BEGIN):
             changes = phase_changes(attempt, "begin", request)
             if not attempt.record.state:
                 try:
@@ -107,7 +107,7 @@ class SourceSide:
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
-        async with attempt.called():
+        async with attempt.called(_E.PERFORM):
             changes = phase_changes(attempt, "perform", request)
             if attempt.record.state == _S.BEGUN:
                 split_uri(request.uri, self._host.features.uri_transports, "uri")
@@ -127,7 +127,7 @@ class SourceSide:
 
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
-        async with attempt.called():
+        async with attempt.called(_E.ABORT):
             await attempt.apply(_E.ABORT, **self._why(attempt, "the migration was cancelled"))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
             return pb.AbortResponse(record=record_to_proto(record, attempt.progress))
@@ -141,7 +141,7 @@ class SourceSide:
         why = {} if event is _E.CONFIRM_RUNNING else self._why(attempt, "the destination has no copy of the guest")
         if request.cookie_in:
             why["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
-        async with attempt.called():
+        async with attempt.called(event):
             await attempt.apply(event, **(why if attempt.record.state != _S.PERFORMING else {}))
             record = await attempt.until(_AFTER_PERFORM, wait)
             if record.state == _S.PERFORMED:

@@ -135,7 +135,7 @@ def _where(error: DroverClientError, stage: Stage) -> str:
     migration = error.migration
     if migration is None:
         untouched = stage is Stage.STARTING and (exit_code(error) is ExitCode.REFUSED or _said_by_server(error))
-        return "untouched; it runs where it was" if untouched else ""
+        return "untouched" if untouched else ""
     return runs_on(migration)
 
 

@@ -65,7 +65,9 @@ def transact(rows: Rows, compares: Sequence[Compare], operations: Sequence[Opera
 
 
 def end_lease(rows: Rows, lease_id: int) -> Changes | None:
-    """Remove the lease and its keys; nothing if there is no such lease."""
+    """Remove the lease and its keys; nothing if there is no such lease. (0 is none: it marks the keys that stay.)"""
+    if not rows.has_lease(lease_id):
+        return None
     events = tuple(Event(key, None) for key in rows.keys_of_lease(lease_id))
     for event in events:
         rows.delete(event.key)

@@ -27,6 +27,10 @@ class GuestSpec:
     cpu: str = "qemu64"
     persistent: bool = True
     running: bool = True
+    mem_mib: int | None = None
+    """Of its memory so much is filled (the rest stays zero); None: all. Real hosts only."""
+    ticks: int = 100
+    """Lines of its log per second: a gap is seen to one tick. Real hosts only."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,15 @@ class LabCluster(Cluster):
 
     def start_guest(self, name: str, host: str = "h1") -> ClusterGuest:
         spec = self.specs[name]
-        guest = self.lab.guest(name, memory_mib=spec.memory_mib, dirty=spec.dirty, machine=spec.machine, cpu=spec.cpu)
+        guest = self.lab.guest(
+            name,
+            memory_mib=spec.memory_mib,
+            dirty=spec.dirty,
+            machine=spec.machine,
+            cpu=spec.cpu,
+            mem_mib=spec.mem_mib,
+            ticks=spec.ticks,
+        )
         started = self.guests[name] = ClusterGuest(spec, str(guest.stable_uuid), guest.serial_log)
         if spec.running:
             self.lab[host].start(guest, persistent=spec.persistent)

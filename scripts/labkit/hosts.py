@@ -1,10 +1,12 @@
 """Nodes of the lab: a `Node` has its own network, mounts and name; a `Host` has a libvirtd and guests as well."""
 
+import ipaddress
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -221,7 +223,7 @@ class Node:
         self.link(network).drop_connections(self.addresses[network])
 
     def listening(self) -> tuple[tuple[str, int], ...]:
-        """Listening TCP sockets: (address in the kernel's hex, port)."""
+        """Listening TCP sockets: (address, port)."""
         pid = self.init_pid
         if pid is None:
             return ()
@@ -232,7 +234,7 @@ class Node:
                 local, _, state = line.split()[1:4]
                 if state == TCP_LISTEN:
                     address, _, port = local.rpartition(":")
-                    found.append((address, int(port, 16)))
+                    found.append((_address(address), int(port, 16)))
         return tuple(sorted(found))
 
 
@@ -381,3 +383,10 @@ class Host(Node):
     def leaks(self) -> Leaks:
         """What is still here that a test may have left behind."""
         return Leaks(tuple(self.qemu()), self.listening(), self.domains())
+
+
+def _address(kernels: str) -> str:
+    """An address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
+    words = [bytes.fromhex(kernels[at : at + 8]) for at in range(0, len(kernels), 8)]
+    swapped = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
+    return str(ipaddress.ip_address(swapped))

@@ -21,6 +21,11 @@ GUESTS = {
         GuestSpec("watched"),
         GuestSpec("orphaned", memory_mib=128),
         GuestSpec("paused-on-arrival"),
+        GuestSpec("counted"),
+        GuestSpec("named-network"),
+        GuestSpec("listening"),
+        GuestSpec("incompatible", memory_mib=16),
+        GuestSpec("soak"),
     )
 }
 """By name."""

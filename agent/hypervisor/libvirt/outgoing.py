@@ -1,4 +1,9 @@
-"""One migration on its source."""
+"""One migration on its source.
+
+A hazard that no call here can mend: a source libvirtd (seen with 9.0) that dies in the some 15 ms between the switch-over
+and its own record of it resumes the guest when it starts again, even though the destination, armed early, runs it too.
+Whoever meets `HypervisorUnavailable` from `perform` must look at both hosts before anything else.
+"""
 
 import asyncio
 import contextlib

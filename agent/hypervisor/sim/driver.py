@@ -1,6 +1,6 @@
 """`SimHypervisor`: the face of the simulated hypervisor, and the faults that tests put into it."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 
 from agent.hypervisor.base import (
     Domain,
@@ -69,7 +69,7 @@ class SimHypervisor:
     def incoming(self, uuid: str) -> SimIncoming:
         return SimIncoming(self._host, uuid)
 
-    def events(self) -> AsyncGenerator[DomainEvent, None]:
+    def events(self) -> AsyncIterator[DomainEvent]:
         return self._host.hub.subscribe()
 
     # --- what a guest's user does -------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
-from types import TracebackType
-from typing import Any
+from collections.abc import AsyncIterator
 from weakref import WeakSet
 
 from agent.hypervisor.base import DomainEvent
@@ -12,8 +10,8 @@ from agent.hypervisor.base import DomainEvent
 BEHIND = 256
 
 
-class Subscription(AsyncGenerator[DomainEvent, None]):
-    """One reader, from the moment that it is made; ends when the hypervisor is closed, or with `aclose`."""
+class Subscription(AsyncIterator[DomainEvent]):
+    """One reader, from the moment that it is made; ends when the hypervisor is closed."""
 
     def __init__(self) -> None:
         self._queue: deque[DomainEvent] = deque(maxlen=BEHIND)
@@ -35,14 +33,6 @@ class Subscription(AsyncGenerator[DomainEvent, None]):
             self._ready.clear()
             await self._ready.wait()
         return self._queue.popleft()
-
-    async def asend(self, value: None) -> DomainEvent:
-        return await self.__anext__()
-
-    async def athrow(self, typ: Any, val: BaseException | object = None, tb: TracebackType | None = None, /) -> DomainEvent:
-        self._queue.clear()
-        self.close()
-        raise val if isinstance(val, BaseException) else typ
 
 
 class Hub:

@@ -76,7 +76,12 @@ class Receiver:
         raise HypervisorError(f"no free port on {address} from {ports.start} to {ports.stop - 1}")
 
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._host.spawn(self._serve(Stream(reader, writer, self._host.config.peer_timeout)))
+        stream = Stream(reader, writer, self._host.config.peer_timeout)
+        if self.gone:
+            stream.cut()
+            return
+        serving = self._host.spawn(self._serve(stream))
+        serving.add_done_callback(lambda _: stream.cut())  # also where it was cancelled before it began
 
     async def _serve(self, stream: Stream) -> None:
         try:
@@ -85,8 +90,6 @@ class Receiver:
         except StreamError as error:
             if stream is self._stream and not self.arrived.done():  # once all is here, nothing hangs on the stream
                 self._break(str(error))
-        finally:
-            stream.cut()
 
     async def _greet(self, stream: Stream) -> bool:
         """Whether this is the stream that is expected; anyone else is told nothing and sent away."""

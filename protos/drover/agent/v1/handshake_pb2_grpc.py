@@ -208,7 +208,8 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRecord(self, request, context):
-        """The record now, and at every change until it has ended. Errors: WATCH_TOO_SLOW when the reader falls 64 behind.
+        """The record now, and at every change until it has ended. A reader that is slow misses readings, never
+        the last word.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -78,7 +78,9 @@ class HandshakeServiceStub:
     GetRecord: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]
     """The record of an attempt on this host."""
     WatchRecord: _grpc.UnaryStreamMultiCallable[_handshake_pb2.WatchRecordRequest, _handshake_pb2.WatchRecordResponse]
-    """The record now, and at every change until it has ended. Errors: WATCH_TOO_SLOW when the reader falls 64 behind."""
+    """The record now, and at every change until it has ended. A reader that is slow misses readings, never
+    the last word.
+    """
     ListRecords: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.ListRecordsRequest, _handshake_pb2.ListRecordsResponse]
     """Records on this host, the newest first; those that have ended are kept for a time (at most 1,000)."""
 
@@ -132,7 +134,9 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     GetRecord: _aio.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]  # type: ignore[assignment]
     """The record of an attempt on this host."""
     WatchRecord: _aio.UnaryStreamMultiCallable[_handshake_pb2.WatchRecordRequest, _handshake_pb2.WatchRecordResponse]  # type: ignore[assignment]
-    """The record now, and at every change until it has ended. Errors: WATCH_TOO_SLOW when the reader falls 64 behind."""
+    """The record now, and at every change until it has ended. A reader that is slow misses readings, never
+    the last word.
+    """
     ListRecords: _aio.UnaryUnaryMultiCallable[_handshake_pb2.ListRecordsRequest, _handshake_pb2.ListRecordsResponse]  # type: ignore[assignment]
     """Records on this host, the newest first; those that have ended are kept for a time (at most 1,000)."""
 
@@ -255,7 +259,9 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.WatchRecordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_handshake_pb2.WatchRecordResponse], _abc.AsyncIterator[_handshake_pb2.WatchRecordResponse]]:
-        """The record now, and at every change until it has ended. Errors: WATCH_TOO_SLOW when the reader falls 64 behind."""
+        """The record now, and at every change until it has ended. A reader that is slow misses readings, never
+        the last word.
+        """
 
     @_abc_1.abstractmethod
     def ListRecords(

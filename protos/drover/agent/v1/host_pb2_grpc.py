@@ -70,7 +70,7 @@ class HostServiceServicer:
 
     def WatchHost(self, request, context):
         """This host now and again whenever something about it changes (a slot taken, a guest started).
-        Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+        A reader that is slow misses what was in between, never the latest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,7 @@ class HostServiceStub:
     """This host. Errors: HYPERVISOR_UNAVAILABLE."""
     WatchHost: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.WatchHostResponse]
     """This host now and again whenever something about it changes (a slot taken, a guest started).
-    Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+    A reader that is slow misses what was in between, never the latest.
     """
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
     """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE."""
@@ -53,7 +53,7 @@ class HostServiceAsyncStub(HostServiceStub):
     """This host. Errors: HYPERVISOR_UNAVAILABLE."""
     WatchHost: _aio.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.WatchHostResponse]  # type: ignore[assignment]
     """This host now and again whenever something about it changes (a slot taken, a guest started).
-    Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+    A reader that is slow misses what was in between, never the latest.
     """
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
     """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE."""
@@ -78,7 +78,7 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_host_pb2.WatchHostResponse], _abc.AsyncIterator[_host_pb2.WatchHostResponse]]:
         """This host now and again whenever something about it changes (a slot taken, a guest started).
-        Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+        A reader that is slow misses what was in between, never the latest.
         """
 
     @_abc_1.abstractmethod

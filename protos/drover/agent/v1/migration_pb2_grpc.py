@@ -99,7 +99,7 @@ class MigrationServiceServicer:
 
     def WatchMigration(self, request, context):
         """One migration as it is now, then at every change, until it has ended.
-        Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+        A reader that is slow misses what was in between, never the latest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

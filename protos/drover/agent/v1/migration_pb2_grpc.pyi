@@ -50,7 +50,7 @@ class MigrationServiceStub:
     """Migrations, the newest first."""
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]
     """One migration as it is now, then at every change, until it has ended.
-    Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+    A reader that is slow misses what was in between, never the latest.
     """
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]
     """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
@@ -79,7 +79,7 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     """Migrations, the newest first."""
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]  # type: ignore[assignment]
     """One migration as it is now, then at every change, until it has ended.
-    Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+    A reader that is slow misses what was in between, never the latest.
     """
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
@@ -129,7 +129,7 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_pb2.WatchMigrationResponse], _abc.AsyncIterator[_migration_pb2.WatchMigrationResponse]]:
         """One migration as it is now, then at every change, until it has ended.
-        Errors: WATCH_TOO_SLOW when the reader falls 64 messages behind.
+        A reader that is slow misses what was in between, never the latest.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,245 @@
+"""An in-memory coordinator and an in-memory agent, for the tests of the client and the command line.
+
+What a migration does is told by the name of its guest: see `SCRIPTS` and `REFUSALS`. Run as a program with a directory, it
+serves both there, as ``coordinator.sock`` and ``agent.sock``, until it is killed.
+"""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Callable
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.errors import DroverError, Reason
+from agent.service.server import Server, start_server
+from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc, options_pb2
+from drover.coordinator.v1 import host_pb2 as cluster_pb2
+from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
+
+MIB = 1 << 20
+
+REFUSALS: dict[str, Callable[[], Exception]] = {
+    "busy": lambda: DroverError(Reason.BUSY, "2 of 2 slots of b are taken", metadata={"limit": "2"}, retry_after=7),
+    "ghost": lambda: DroverError(Reason.DOMAIN_NOT_FOUND, 'no guest "ghost"', metadata={"domain": "ghost"}),
+    "far": lambda: DroverError(Reason.HOST_UNREACHABLE, "host b (10.91.0.2:7400) cannot be reached: Connection refused"),
+    "stopped": lambda: DroverError(Reason.DOMAIN_NOT_RUNNING, '"stopped" does not run'),
+    "bug": lambda: RuntimeError("bug"),
+}
+
+S = migration_pb2
+
+_ACTIVE = {"state": S.MIGRATION_STATE_ACTIVE, "runs_on": "a"}
+_PERFORM = _ACTIVE | {"phase": "perform"}
+_DONE = {"state": S.MIGRATION_STATE_SUCCEEDED, "runs_on": "b"}
+
+SCRIPTS: dict[str, list[dict[str, object]]] = {
+    "fails": [
+        _PERFORM,
+        {
+            "state": S.MIGRATION_STATE_FAILED,
+            "runs_on": "a",
+            "failure": handshake_pb2.Failure(reason="TRANSFER_FAILED", message='the stream broke; "fails" runs on a as before'),
+        },
+    ],
+    "lost": [
+        _PERFORM,
+        {
+            "state": S.MIGRATION_STATE_OUTCOME_UNKNOWN,
+            "runs_on": "",
+            "failure": handshake_pb2.Failure(reason="OUTCOME_UNKNOWN", message="host b does not answer"),
+        },
+    ],
+    "long": [_PERFORM],
+    "drops": [_PERFORM, _PERFORM, _DONE],
+}
+"""States of a guest's migration after PENDING, for guests that do otherwise than `_GOOD`."""
+
+_GOOD = [_ACTIVE | {"phase": "begin"}, _ACTIVE | {"phase": "prepare"}, _PERFORM, _PERFORM, _DONE]
+
+HOST = host_pb2.Host(
+    name="a",
+    driver="sim",
+    hypervisor="QEMU 7.2.22",
+    incoming_limit=2,
+    networks=[host_pb2.Network(name="mig0", address="10.92.0.1", roles=["migration"], line_bytes_per_second=125_000_000)],
+    migration_features=options_pb2.MigrationFeatures(
+        options={"live": options_pb2.OPTION_SUPPORT_SUPPORTED, "rdma": options_pb2.OPTION_SUPPORT_UNSUPPORTED},
+        uri_transports=["tcp"],
+        bandwidth=True,
+        split_phases=True,
+    ),
+)
+DOMAIN = host_pb2.Domain(name="vm1", uuid="u1", state=host_pb2.DOMAIN_STATE_RUNNING, memory_bytes=64 * MIB, vcpus=1, job="none")
+
+
+def progress(number: int) -> handshake_pb2.Progress:
+    return handshake_pb2.Progress(
+        iteration=number,
+        total_bytes=64 * MIB,
+        processed_bytes=10 * number * MIB,
+        remaining_bytes=MIB,
+        bytes_per_second=100 * MIB,
+        dirty_bytes_per_second=MIB,
+        downtime=Duration(nanos=23_000_000),
+        eta_low=Duration(seconds=2),
+        eta_high=Duration(seconds=4),
+    )
+
+
+def timing(phase: str, milliseconds: int) -> handshake_pb2.PhaseTiming:
+    nanos = milliseconds * 1_000_000
+    return handshake_pb2.PhaseTiming(
+        phase=phase, duration=Duration(nanos=nanos), hypervisor_duration=Duration(nanos=nanos - 500_000)
+    )
+
+
+class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
+    """Replays a script to every watcher. What `Get` answers is the state that was shown last."""
+
+    def __init__(self) -> None:
+        self.histories: dict[str, list[migration_pb2.Migration]] = {}
+        self.shown: dict[str, int] = {}
+        self.started: list[migration_pb2.StartMigrationRequest] = []
+        self.watches: list[migration_pb2.WatchMigrationRequest] = []
+        self.open_watches = 0
+        self.changed = asyncio.Condition()
+
+    async def StartMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        self.started.append(request)
+        name = request.spec.domain
+        if name in REFUSALS:
+            raise REFUSALS[name]()
+        if name == "slow":
+            await asyncio.Event().wait()
+        if request.migration_id not in self.histories:
+            steps = [{"state": S.MIGRATION_STATE_PENDING, "runs_on": "a"}, *SCRIPTS.get(name, _GOOD)]
+            self.histories[request.migration_id] = [_migration(request, n, step) for n, step in enumerate(steps, start=1)]
+        return migration_pb2.StartMigrationResponse(migration=self.histories[request.migration_id][0])
+
+    def _history(self, migration_id: str) -> list[migration_pb2.Migration]:
+        if migration_id not in self.histories:
+            raise DroverError(Reason.MIGRATION_NOT_FOUND, f"no migration {migration_id}", metadata={"migration_id": migration_id})
+        return self.histories[migration_id]
+
+    def _now(self, migration_id: str) -> migration_pb2.Migration:
+        return self._history(migration_id)[self.shown.get(migration_id, 0)]
+
+    async def GetMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return migration_pb2.GetMigrationResponse(migration=self._now(request.migration_id))
+
+    async def ListMigrations(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return migration_pb2.ListMigrationsResponse(migrations=[self._now(i) for i in reversed(self.histories)])
+
+    async def WatchMigration(self, request, context) -> AsyncIterator[migration_pb2.WatchMigrationResponse]:  # type: ignore[no-untyped-def]  # noqa: N802
+        self.watches.append(request)
+        history = self._history(request.migration_id)
+        index = max(0, min(request.from_revision, len(history)) - 1)
+        self.open_watches += 1
+        try:
+            while True:
+                self.shown[request.migration_id] = index
+                yield migration_pb2.WatchMigrationResponse(migration=history[index])
+                if history[index].state in (4, 5, 6):
+                    return
+                if history[index].spec.domain == "drops" and len(self.watches) <= 2 and index == len(self.watches):
+                    raise DroverError(Reason.HOST_UNREACHABLE, "dropped")
+                index += 1
+                async with self.changed:
+                    await self.changed.wait_for(lambda index=index: len(history) > index)  # type: ignore[misc]
+        finally:
+            self.open_watches -= 1
+            async with self.changed:
+                self.changed.notify_all()
+
+    async def CancelMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        history = self._history(request.migration_id)
+        if history[-1].state not in (4, 5, 6):
+            cancelled = migration_pb2.Migration()
+            cancelled.CopyFrom(history[-1])
+            cancelled.state, cancelled.phase, cancelled.revision = S.MIGRATION_STATE_CANCELLED, "", len(history) + 1
+            history.append(cancelled)
+        async with self.changed:
+            self.changed.notify_all()
+        return migration_pb2.CancelMigrationResponse(migration=history[-1])
+
+
+def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step: dict[str, object]) -> migration_pb2.Migration:
+    migration = migration_pb2.Migration(
+        migration_id=request.migration_id,
+        spec=request.spec,
+        attempt=1,
+        source_host="a",
+        destination_host=request.spec.destination_host,
+        domain_name=request.spec.domain,
+        domain_uuid="u1",
+        network="mig0",
+        revision=revision,
+        create_time=Timestamp(seconds=1_700_000_000),
+        driver="fake",
+        **step,  # type: ignore[arg-type]
+    )
+    if migration.phase == "perform" or migration.state == S.MIGRATION_STATE_SUCCEEDED:
+        migration.progress.CopyFrom(progress(revision))
+    if migration.state == S.MIGRATION_STATE_SUCCEEDED:
+        migration.timings.extend(timing(phase, n) for n, phase in enumerate(("begin", "prepare", "perform", "finish"), start=10))
+        migration.duration.CopyFrom(Duration(nanos=500_000_000))
+        migration.hypervisor_duration.CopyFrom(Duration(nanos=490_000_000))
+        migration.warnings.append("the management network carried the memory")
+    return migration
+
+
+class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
+    async def ListHosts(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return cluster_pb2.ListHostsResponse(hosts=[self._host("a"), self._host("b")])
+
+    async def GetHost(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return cluster_pb2.GetHostResponse(host=self._host(request.name))
+
+    async def ListDomains(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        domains = [cluster_pb2.PlacedDomain(host="a", domain=DOMAIN)] if request.host in ("", "a") else []
+        return cluster_pb2.ListDomainsResponse(domains=domains, unreachable_hosts=[] if request.host else ["b"])
+
+    def _host(self, name: str) -> cluster_pb2.ClusterHost:
+        if name not in ("a", "b"):
+            raise DroverError(Reason.HOST_NOT_FOUND, f'no host "{name}"', metadata={"host": name})
+        state = cluster_pb2.HOST_STATE_UP if name == "a" else cluster_pb2.HOST_STATE_UNREACHABLE
+        host = cluster_pb2.ClusterHost(host=HOST, agent_address=f"unix:/{name}.sock", state=state)
+        host.host.name = name
+        return host
+
+
+class FakeAgentHost(host_pb2_grpc.HostServiceServicer):
+    async def GetHost(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return host_pb2.GetHostResponse(host=HOST)
+
+    async def ListDomains(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return host_pb2.ListDomainsResponse(domains=[DOMAIN])
+
+
+async def serve_coordinator(address: str, migrations: FakeMigrations) -> Server:
+    def add(server) -> None:  # type: ignore[no-untyped-def]
+        migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
+        cluster_pb2_grpc.add_HostServiceServicer_to_server(FakeCluster(), server)  # type: ignore[abstract]
+
+    return await start_server([address], add, [])
+
+
+async def serve_agent(address: str, migrations: FakeMigrations) -> Server:
+    def add(server) -> None:  # type: ignore[no-untyped-def]
+        migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
+        host_pb2_grpc.add_HostServiceServicer_to_server(FakeAgentHost(), server)  # type: ignore[abstract]
+
+    return await start_server([address], add, [])
+
+
+async def _main(directory: str) -> None:
+    migrations = FakeMigrations()
+    coordinator = await serve_coordinator(f"unix:{directory}/coordinator.sock", migrations)
+    agent = await serve_agent(f"unix:{directory}/agent.sock", migrations)
+    print("ready", flush=True)
+    await asyncio.gather(coordinator.wait(), agent.wait())
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(sys.argv[1]))

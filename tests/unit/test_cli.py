@@ -1,0 +1,347 @@
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from coordinator.cli import follow, main
+from coordinator.cli.units import eta, rate, seconds, size
+
+UUID = "0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11"
+DROVER = (sys.executable, "-c", "from coordinator.cli import main; main(prog_name='drover')")
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A fake coordinator and a fake agent in a process of their own, as the command runs its own event loop."""
+    directory = tmp_path_factory.mktemp("fake")
+    program = Path(__file__).with_name("fake_server.py")
+    with subprocess.Popen([sys.executable, program, directory], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield directory
+        process.kill()
+
+
+class Drover:
+    """Runs ``drover`` in this process."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+
+    def __call__(self, *args: str, code: int = 0) -> Result:
+        result = CliRunner().invoke(main, ["--server", self.server, *args], prog_name="drover")
+        assert result.exit_code == code, result.output
+        return result
+
+    def json(self, *args: str, code: int = 0) -> Any:
+        return json.loads(self(*args, "-o", "json", code=code).stdout)
+
+
+@pytest.fixture
+def drover(servers: Path) -> Drover:
+    return Drover(f"unix:{servers}/coordinator.sock")
+
+
+@pytest.fixture
+def agent(servers: Path) -> Drover:
+    return Drover(f"unix:{servers}/agent.sock")
+
+
+def start(drover: Drover, guest: str) -> str:
+    return str(drover.json("migrate", guest, "--to", "b", "--detach")["migration_id"])
+
+
+def test_help_is_quick_and_tells_the_exit_codes() -> None:
+    program = "import sys, coordinator.cli as c; c.main(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=20).stdout
+    assert "5    the outcome is not known" in out
+    for name in ("'grpc'", "'rich'", "'google'", "'msgspec'"):
+        assert name not in out.splitlines()[-1]
+
+
+def test_every_command_has_help(drover: Drover) -> None:
+    for command in ("migrate", "migration list", "migration show", "migration watch", "migration cancel", "host list"):
+        assert "Usage: drover" in drover(*command.split(), "--help").stdout
+    for command in ("host show", "domain list", "agent", "coordinator", "completion"):
+        assert "Usage: drover" in drover(*command.split(), "--help").stdout
+    assert re.match(r"drover \d", drover("--version").stdout)
+
+
+def test_migrate_shows_phases_and_a_summary(drover: Drover) -> None:
+    lines = drover("migrate", "vm1", "--to", "b").stdout.splitlines()
+    assert lines[:3] == ["vm1: pending", "vm1: begin", "vm1: prepare"]
+    assert lines[3].startswith("vm1: perform  iteration 4  1 MiB of 64 MiB left  at 100 MiB/s  dirtying 1 MiB/s  ends in 2 s to 4 s")
+    assert lines[4] == '"vm1" moved from a to b in 500 ms.'
+    table = [line.split() for line in lines[5:10]]
+    assert table[0] == ["PHASE", "HOST", "MS", "IN", "HYPERVISOR"]
+    assert table[1:3] == [["begin", "a", "10.0", "9.5"], ["prepare", "b", "11.0", "10.5"]]
+    rest = "\n".join(lines[10:])
+    assert "60 MiB (62914560 bytes) in 6 iterations over mig0" in rest
+    assert re.search(r"downtime +23 ms", rest)
+    assert re.search(r"overhead +10 ms outside", rest)
+
+
+def test_warnings_are_said(drover: Drover) -> None:
+    assert "warning: the management network carried the memory" in drover("migrate", "vm1", "--to", "b").stderr
+
+
+def test_migrate_passes_everything_on(drover: Drover) -> None:
+    arguments = "--from a --name vm2 --network mig0 --uri tcp://10.0.0.1 --bandwidth 100MiB/s --option live=off --option paused=on"
+    args = (*arguments.split(), "--option", "rdma=default", "--id", UUID.upper())
+    spec = drover.json("migrate", "vm1", "--to", "b", *args)["spec"]
+    assert spec["source_host"] == "a"
+    assert spec["destination_name"] == "vm2"
+    assert spec["network"] == "mig0"
+    assert spec["uri"] == "tcp://10.0.0.1"
+    assert spec["bandwidth_bytes_per_second"] == str(100 << 20)
+    assert (spec["options"]["live"], spec["options"]["paused"]) == (False, True)
+    assert "rdma" not in spec["options"]
+    assert drover.json("migration", "show", UUID)["migration_id"] == UUID
+
+
+def test_migrate_json_is_one_document_with_names_of_the_protos(drover: Drover) -> None:
+    document = drover.json("migrate", "vm1", "--to", "b")
+    assert document["state"] == "MIGRATION_STATE_SUCCEEDED"
+    assert document["progress"]["processed_bytes"] == str(60 << 20)
+    assert document["runs_on"] == "b"
+
+
+def test_detach(drover: Drover) -> None:
+    out = drover("migrate", "vm1", "--to", "b", "--detach", "--id", UUID[:-1] + "2").stdout
+    assert out == f"migration {UUID[:-1]}2 is under way; watch it: drover migration watch {UUID[:8]}\n"
+
+
+@pytest.mark.parametrize(
+    ("guest", "code", "says"),
+    [
+        ("busy", 4, ["2 of 2 slots of b are taken", "guest: untouched", "next: try again in 7 s, or choose another host"]),
+        ("ghost", 4, ['no guest "ghost"', "untouched", "next: drover domain list"]),
+        ("stopped", 4, ["does not run", "untouched"]),
+        ("far", 3, ["host b (10.91.0.2:7400) cannot be reached", "untouched", "next: drover host list"]),
+        ("fails", 1, ["the stream broke", 'guest: "fails" runs on a', "next: drover migration show "]),
+        ("lost", 5, ["host b does not answer", 'guest: "lost" is on a or on b', "do not start the guest by hand"]),
+        ("bug", 5, ["nobody foresaw"]),
+        ("x" * 300, 4, ["spec.domain: has 300 bytes; at most 253 are allowed", "untouched"]),
+    ],
+)
+def test_exit_codes_and_what_errors_say(
+    drover: Drover, monkeypatch: pytest.MonkeyPatch, guest: str, code: int, says: Sequence[str]
+) -> None:
+    monkeypatch.setattr(follow, "UNKNOWN_PATIENCE", 0.05)
+    text = drover("migrate", guest, "--to", "b", code=code).stderr
+    for words in says:
+        assert words in text
+    result = drover("migrate", guest, "--to", "b", "-o", "json", code=code)
+    error = json.loads(result.stderr)["error"]
+    assert error["exit_code"] == code
+    assert error["reason"]
+    assert says[0] in error["message"]
+    if guest == "fails":
+        assert error["runs_on"] == "a"
+        assert json.loads(result.stdout)["state"] == "MIGRATION_STATE_FAILED"
+    if guest == "busy":
+        assert error["retry_after_seconds"] == 7
+
+
+def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    nobody = Drover(f"unix:{tmp_path}/none.sock")
+    for args in (["host", "list"], ["migrate", "vm1", "--to", "b"], ["migration", "show", UUID]):
+        text = nobody(*args, code=3).stderr
+        assert "none.sock cannot be reached: No such file or directory" in text
+        assert "does a coordinator or agent run at unix:" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ("migrate vm1", "Missing option '--to'"),
+        ("migrate vm1 --to b --bandwidth 10_bananas", '"10_bananas" is no rate'),
+        ("migrate vm1 --to b --bandwidth 10bananas", "is no rate"),
+        ("migrate vm1 --to b --bandwidth 100Mb", "is no rate"),
+        ("migrate vm1 --to b --bandwidth 0", "leave it out for no limit"),
+        ("migrate vm1 --to b --bandwidth -5", "is no rate"),
+        ("migrate vm1 --to b --bandwidth 99999999999TB", "out of range"),
+        ("migrate vm1 --to b --option postcopy=on", 'did you mean "post_copy"?'),
+        ("migrate vm1 --to b --option zzz=on", "known: live, persist_destination"),
+        ("migrate vm1 --to b --option live", "expected live=on, live=off or live=default"),
+        ("migrate vm1 --to b --option live=maybe", "expected live=on"),
+        ("migrate vm1 --to b --id 17", '"17" is no UUID'),
+        ("migration list --limit 0", "0 is not in the range"),
+        ("host list -o yaml", "'yaml' is not one of"),
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("agent --config /none.toml", "does not exist"),
+    ],
+)
+def test_usage_errors(drover: Drover, args: str, says: str) -> None:
+    text = drover(*args.split(), code=2).stderr
+    assert says in " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+def test_a_server_address_that_is_none(drover: Drover) -> None:
+    assert "is not an address" in " ".join(Drover("somewhere")("host", "list", code=2).stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_second"),
+    [("100MiB/s", 100 << 20), ("1Gbit/s", 125_000_000), ("125000000", 125_000_000), ("1.5 GB", 1_500_000_000), ("8bit", None)],
+)
+def test_rates(drover: Drover, text: str, bytes_per_second: int | None) -> None:
+    result = drover("migrate", "vm1", "--to", "b", "--bandwidth", text, "-o", "json", code=0 if bytes_per_second else 2)
+    if bytes_per_second:
+        assert json.loads(result.stdout)["spec"]["bandwidth_bytes_per_second"] == str(bytes_per_second)
+
+
+def test_migrations_are_listed_and_shown_by_a_prefix(drover: Drover) -> None:
+    migration_id = start(drover, "long")
+    row = next(line for line in drover("migration", "list").stdout.splitlines() if line.startswith(migration_id[:8]))
+    assert row.split()[1:5] == ["pending", "long", "a", "b"]
+    assert migration_id in [migration["migration_id"] for migration in drover.json("migration", "list")["migrations"]]
+    text = drover("migration", "show", migration_id[:13]).stdout
+    assert re.search(rf"id +{migration_id}\n", text)
+    assert re.search(r"runs on +a\n", text)
+    drover("migration", "cancel", migration_id)
+
+
+def test_prefixes_that_fit_none_or_several(drover: Drover) -> None:
+    for last in "34":
+        drover("migrate", "vm1", "--to", "b", "--detach", "--id", f"ffffffff-0000-4000-8000-00000000000{last}")
+    assert "is the beginning of 2 ids" in drover("migration", "show", "ffffffff-0000", code=2).stderr
+    text = drover("migration", "show", "ffffffff-9", code=4).stderr
+    assert "no migration with an id that begins with" in text
+    assert "next: drover migration list" in text
+
+
+def test_watch(drover: Drover) -> None:
+    migration_id = start(drover, "vm1")
+    lines = drover("migration", "watch", migration_id[:12], "-o", "json").stdout.splitlines()
+    assert [json.loads(line)["revision"] for line in lines] == ["1", "2", "3", "4", "5", "6"]
+    assert '"vm1" moved from a to b' in drover("migration", "watch", migration_id).stdout
+    assert "the stream broke" in drover("migration", "watch", start(drover, "fails"), code=1).stderr
+
+
+def test_cancel(drover: Drover) -> None:
+    migration_id = start(drover, "long")
+    assert drover("migration", "cancel", migration_id).stdout == 'cancelled: "long" runs on a\n'
+    assert drover.json("migration", "cancel", migration_id)["state"] == "MIGRATION_STATE_CANCELLED"
+    assert "is of no migration" not in drover("migration", "cancel", UUID[:-1] + "9", code=4).stderr
+
+
+def test_cancelling_what_is_done_is_refused(drover: Drover) -> None:
+    migration_id = start(drover, "vm1")
+    result = drover("migration", "cancel", migration_id, code=4)
+    assert "too late" in result.stderr
+    assert '"vm1" runs on b' in result.stdout
+
+
+def test_hosts(drover: Drover) -> None:
+    lines = [line.split() for line in drover("host", "list").stdout.splitlines()]
+    assert [line[:3] for line in lines[1:]] == [["a", "up", "0/2"], ["b", "unreachable", "0/2"]]
+    assert [host["host"]["name"] for host in drover.json("host", "list")["hosts"]] == ["a", "b"]
+    text = drover("host", "show", "a").stdout
+    for words in ("0 of 2 slots in use", "QEMU 7.2.22 (sim)", "mig0"):
+        assert words in text
+    assert re.search(r"\nsupported +live\n", text)
+    assert re.search(r"\nunsupported +rdma\n", text)
+    assert drover.json("host", "show", "b")["state"] == "HOST_STATE_UNREACHABLE"
+    assert "next: drover host list" in drover("host", "show", "z", code=4).stderr
+
+
+def test_guests(drover: Drover) -> None:
+    result = drover("domain", "list")
+    assert result.stdout.splitlines()[1].split() == ["vm1", "a", "running", "64", "MiB", "1", "none", "u1"]
+    assert "guests are missing here of: b" in result.stderr
+    assert drover.json("domain", "list")["unreachable_hosts"] == ["b"]
+    assert "no guests" in drover("domain", "list", "--host", "b").stderr
+
+
+def test_an_agent_answers_too(agent: Drover) -> None:
+    assert [host["host"]["name"] for host in agent.json("host", "list")["hosts"]] == ["a"]
+    assert agent.json("domain", "list")["domains"][0]["host"] == "a"
+    assert '"vm1" moved' in agent("migrate", "vm1", "--to", "b").stdout
+    assert "knows no other" in agent("host", "show", "b", code=4).stderr
+
+
+def test_the_server_may_come_from_the_environment(servers: Path) -> None:
+    result = CliRunner().invoke(main, ["host", "list"], env={"DROVER_SERVER": f"unix:{servers}/agent.sock"})
+    assert result.exit_code == 0
+
+
+def test_a_configuration_with_a_typo_names_the_key(tmp_path: Path) -> None:
+    for command in ("agent", "coordinator"):
+        (tmp_path / "c.toml").write_text('nmae = "a"')
+        text = Drover("unix:/x")(command, "--config", str(tmp_path / "c.toml"), code=2).stderr
+        assert 'nmae: unknown key; did you mean "name"?' in text
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(drover: Drover, shell: str) -> None:
+    assert "_DROVER_COMPLETE" in drover("completion", shell).stdout
+
+
+@pytest.mark.parametrize(("words", "expected"), [("drover mig", "migration"), ("drover migrate --option post", "post_copy=on")])
+def test_completed_words(words: str, expected: str) -> None:
+    count = str(len(words.split()) - 1)
+    env = {**os.environ, "_DROVER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": count}
+    out = subprocess.run(DROVER, env=env, capture_output=True, text=True, check=False, timeout=20).stdout
+    assert f"plain,{expected}" in out.splitlines()
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_migration(drover: Drover) -> None:
+    args = [*DROVER, "--server", drover.server, "migrate", "long", "--to", "b", "--id", UUID[:-1] + "7"]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while "perform" not in process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        text = process.stderr.read()
+    assert "the migration goes on" in text
+    assert f"drover migration cancel {UUID[:-1]}7" in text
+    assert "Traceback" not in text
+    assert drover.json("migration", "show", UUID[:-1] + "7")["state"] == "MIGRATION_STATE_ACTIVE"
+    drover("migration", "cancel", UUID[:-1] + "7")
+
+
+def test_a_terminal_gets_a_live_line(drover: Drover) -> None:
+    migration_id = start(drover, "long")
+    parent, child = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    args = [*DROVER, "--server", drover.server, "migration", "watch", migration_id]
+    with subprocess.Popen(args, stdout=child, stderr=child, env=env) as process:
+        os.close(child)
+        screen = _read_until(parent, "perform")
+        drover("migration", "cancel", migration_id)
+        screen += _read_until(parent, "next:")
+        assert process.wait(10) == 1
+    os.close(parent)
+    assert "\x1b[?25l" in screen  # the cursor is hidden, and comes back
+    assert "\x1b[?25h" in screen
+    assert "cancelled" in screen
+
+
+def _read_until(terminal: int, words: str) -> str:
+    seen, end = "", time.monotonic() + 10
+    while words not in seen:
+        assert time.monotonic() < end, seen
+        if select.select([terminal], [], [], 0.5)[0]:
+            seen += os.read(terminal, 4096).decode(errors="replace")
+    return seen
+
+
+def test_numbers_for_people() -> None:
+    assert [size(n) for n in (0, 999, 1024, 1536 << 20, 5 << 50)] == ["0 B", "999 B", "1 KiB", "1.5 GiB", "5120 TiB"]
+    assert rate(100 << 20) == "100 MiB/s"
+    assert [seconds(s) for s in (0.0123, 12.34, 245, 7800)] == ["12.3 ms", "12.3 s", "4 min 05 s", "2 h 10 min"]
+    assert [eta(None, None), eta(3, None), eta(2, 4), eta(3.99, 4)] == ["", "over 3 s", "2 s to 4 s", "4 s"]

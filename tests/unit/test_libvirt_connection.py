@@ -1,0 +1,136 @@
+"""Threads, connections and event streams of the libvirt driver, with connections that hang."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+libvirt = pytest.importorskip("libvirt", reason="libvirt-python is not installed")
+
+from agent.hypervisor.base import DomainEvent, HypervisorUnavailable  # noqa: E402 - after the skip
+from agent.hypervisor.libvirt import connection, threads  # noqa: E402
+from agent.hypervisor.libvirt.events import BACKLOG, Fanout  # noqa: E402
+
+
+class FakeConnection:
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def isAlive(self) -> bool:  # noqa: N802 - libvirt's name
+        return not self.closed.is_set()
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeConnection]:
+    """Connections that were opened, in order."""
+    made: list[FakeConnection] = []
+
+    def connect(uri: str) -> connection.Link:
+        made.append(FakeConnection())
+        return connection.Link(made[-1])
+
+    monkeypatch.setattr(connection, "connect", connect)
+    return made
+
+
+async def closing(one: FakeConnection) -> bool:
+    return await asyncio.to_thread(one.closed.wait, 5)
+
+
+async def test_threads_never_wait_for_each_other() -> None:
+    gate = threading.Event()
+    stuck = [threads.submit(gate.wait) for _ in range(20)]
+    assert threads.submit(lambda: 1).result(5) == 1
+    gate.set()
+    assert all(future.result(5) for future in stuck)
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(lambda: 1 // 0).result(5)
+
+
+async def test_a_stuck_call_leaves_its_connection_behind(opened: list[FakeConnection]) -> None:
+    session = connection.Session("", call_timeout=0.05)
+    gate = threading.Event()
+    with pytest.raises(HypervisorUnavailable):
+        await session.call(lambda _: gate.wait())
+    assert await session.call(lambda found: found) is opened[1]
+    assert not opened[0].closed.is_set()  # a call is on it
+    gate.set()
+    assert await closing(opened[0])
+    await session.close()
+    assert opened[1].closed.is_set()
+
+
+async def test_closing_waits_for_the_last_call(opened: list[FakeConnection]) -> None:
+    session = connection.Session("", call_timeout=5)
+    gate, running = threading.Event(), threading.Event()
+
+    def perform(_: Any) -> int:
+        running.set()
+        gate.wait()
+        return 7
+
+    task = asyncio.create_task(session.call(perform, bounded=False))
+    await asyncio.to_thread(running.wait, 5)
+    await session.close()
+    assert not opened[0].closed.is_set()
+    gate.set()
+    assert await task == 7
+    assert await closing(opened[0])
+
+
+async def test_a_cancelled_await_leaves_the_call_running(opened: list[FakeConnection]) -> None:
+    session = connection.Session("", call_timeout=5)
+    gate, done = threading.Event(), threading.Event()
+
+    def perform(_: Any) -> None:
+        gate.wait()
+        done.set()
+
+    task = asyncio.create_task(session.call(perform, bounded=False))
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.set()
+    assert await asyncio.to_thread(done.wait, 5)
+    await session.close()
+
+
+async def test_pool_gives_each_call_a_connection_and_keeps_few(opened: list[FakeConnection]) -> None:
+    pool = connection.Pool("", call_timeout=5)
+    gate = threading.Event()
+    busy = [asyncio.create_task(pool.call(lambda _: gate.wait())) for _ in range(10)]
+    await asyncio.sleep(0.05)
+    assert await pool.call(lambda _: 1) == 1
+    assert len(opened) == 11
+    gate.set()
+    await asyncio.gather(*busy)
+    assert await pool.call(lambda _: 1) == 1
+    assert len(opened) == 11  # reused
+    await pool.close()
+    for one in opened:
+        assert await closing(one)
+
+
+async def test_pool_does_not_reuse_a_dead_connection(opened: list[FakeConnection]) -> None:
+    pool = connection.Pool("", call_timeout=5)
+    await pool.call(lambda _: 1)
+    await asyncio.sleep(0)
+    opened[0].close()
+    assert await pool.call(lambda found: found) is opened[1]
+    await pool.close()
+
+
+async def test_a_slow_consumer_loses_the_oldest_events() -> None:
+    fanout = Fanout()
+    stream, other = fanout.stream(), fanout.stream()
+    for number in range(BACKLOG + 10):
+        fanout.put(DomainEvent(str(number), "resumed"))
+    assert (await anext(stream)).uuid == "10"
+    assert (await anext(other)).uuid == "10"
+    fanout.close()
+    assert len([event async for event in stream]) == BACKLOG - 1

@@ -1,0 +1,180 @@
+"""The libvirt driver's pure parts: flags, limits, errors, URIs, capabilities, requirements."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+libvirt = pytest.importorskip("libvirt", reason="libvirt-python is not installed")
+
+from agent.hypervisor.base import (  # noqa: E402 - after the skip
+    DomainBusy,
+    DomainNotFound,
+    HypervisorError,
+    HypervisorUnavailable,
+    Incompatible,
+    Options,
+    Support,
+)
+from agent.hypervisor.libvirt import errors, host, options, phases  # noqa: E402
+from agent.hypervisor.libvirt.domain import progress_of, reason_words  # noqa: E402
+from agent.hypervisor.libvirt.incoming import migration_uri  # noqa: E402
+
+MIB = 1 << 20
+DEFAULTS = (
+    libvirt.VIR_MIGRATE_LIVE
+    | libvirt.VIR_MIGRATE_PERSIST_DEST
+    | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE
+    | libvirt.VIR_MIGRATE_CHANGE_PROTECTION
+    | libvirt.VIR_MIGRATE_POSTCOPY
+)
+
+
+def test_the_five_phases_are_there() -> None:
+    assert phases.available()
+
+
+def test_defaults() -> None:
+    assert options.flags(Options()) == DEFAULTS
+
+
+@pytest.mark.parametrize("name", sorted(options.FLAGS))
+def test_a_word_is_honoured_both_ways(name: str) -> None:
+    flag = options.FLAGS[name][1]
+    assert options.flags(replace(Options(), **{name: True})) & flag
+    assert not options.flags(replace(Options(), **{name: False})) & flag
+
+
+@pytest.mark.parametrize("name", sorted({field.name for field in fields(Options)} - set(options.FLAGS)))
+def test_an_option_without_support_is_refused_by_name_but_may_be_off(name: str) -> None:
+    assert options.SUPPORT[name] is Support.UNSUPPORTED
+    with pytest.raises(Incompatible, match=name):
+        options.flags(replace(Options(), **{name: True}))
+    assert options.flags(replace(Options(), **{name: False})) == DEFAULTS
+
+
+@pytest.mark.parametrize("said", [Options(live=False), Options(paused=True)])
+def test_postcopy_is_armed_by_default_only_where_libvirt_takes_it(said: Options) -> None:
+    assert not options.flags_for(said, "<domain/>") & libvirt.VIR_MIGRATE_POSTCOPY
+    assert options.flags_for(replace(said, post_copy=True), "<domain/>") & libvirt.VIR_MIGRATE_POSTCOPY
+
+
+def test_a_pause_by_the_user_travels_with_the_xml() -> None:
+    marked = options.mark_paused("<domain/>")
+    flags = options.flags_for(Options(), marked)
+    assert flags & libvirt.VIR_MIGRATE_PAUSED
+    assert not flags & libvirt.VIR_MIGRATE_POSTCOPY
+    assert options.unmarked(marked) == options.unmarked("<domain/>") == "<domain/>"
+    assert options.flags_for(Options(), "<domain/>") == DEFAULTS
+
+
+@pytest.mark.parametrize(("said", "mebibytes"), [(0, 0), (MIB, 1), (2 * MIB - 1, 1), (10**9, 953)])
+def test_limits_round_down(said: int, mebibytes: int) -> None:
+    assert options.mebibytes(said) == mebibytes
+
+
+@pytest.mark.parametrize("said", [-1, 1, MIB - 1])
+def test_limits_that_cannot_be_enforced(said: int) -> None:
+    with pytest.raises(Incompatible, match=str(said)):
+        options.mebibytes(said)
+
+
+@pytest.mark.parametrize(
+    ("code", "domain", "message", "wanted"),
+    [
+        (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_FROM_QEMU, "", DomainNotFound),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_RPC, "client socket is closed", HypervisorUnavailable),
+        (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_RPC, "End of file", HypervisorUnavailable),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_QEMU, "unexpectedly closed the monitor", HypervisorError),
+        (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_FROM_QEMU, "domain 'x' is already active", DomainBusy),
+        (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_FROM_QEMU, "domain is not running", HypervisorError),
+        (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_FROM_QEMU, "cannot acquire state change lock", DomainBusy),
+        (libvirt.VIR_ERR_MIGRATE_UNSAFE, libvirt.VIR_FROM_QEMU, "", Incompatible),
+    ],
+)
+def test_error_classes(code: int, domain: int, message: str, wanted: type[HypervisorError]) -> None:
+    assert errors.class_of(code, domain, message) is wanted
+
+
+@pytest.mark.parametrize(
+    ("uri", "address", "wanted"),
+    [
+        ("", "10.0.0.1", "tcp://10.0.0.1"),
+        ("", "fd00::1", "tcp://[fd00::1]"),
+        ("tcp://10.0.0.1:49152", "10.0.0.1", "tcp://10.0.0.1:49152"),
+        ("tcp://[fd00::1]:49153", "fd00::1", "tcp://[fd00::1]:49153"),
+    ],
+)
+def test_migration_uri(uri: str, address: str, wanted: str) -> None:
+    assert migration_uri(uri, address, (49152, 49215)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        ("rdma://10.0.0.1:49152", "10.0.0.1"),
+        ("unix:///tmp/x", "10.0.0.1"),
+        ("tcp://10.0.0.2:49152", "10.0.0.1"),
+        ("tcp://10.0.0.1:22", "10.0.0.1"),
+        ("tcp://10.0.0.1:99999", "10.0.0.1"),
+        ("tcp://10.0.0.1:49152?x=y", "10.0.0.1"),
+        ("tcp://user@10.0.0.1:49152", "10.0.0.1"),
+        ("", ""),
+    ],
+)
+def test_migration_uri_that_this_host_does_not_serve(uri: str, address: str) -> None:
+    with pytest.raises(Incompatible):
+        migration_uri(uri, address, (49152, 49215))
+
+
+CAPABILITIES = """\
+<capabilities>
+  <host><uuid>u-1</uuid><migration_features><live/><uri_transports><uri_transport>tcp</uri_transport>
+    <uri_transport>rdma</uri_transport></uri_transports></migration_features></host>
+  <guest><os_type>hvm</os_type><arch name='x86_64'>
+    <machine maxCpus='255'>pc-i440fx-7.2</machine><machine canonical='pc-q35-7.2' maxCpus='288'>q35</machine>
+    <machine maxCpus='288'>pc-q35-6.10</machine><domain type='qemu'/></arch></guest>
+</capabilities>"""
+
+DOMAIN = """\
+<domain type='qemu'><name>g</name><uuid>u-2</uuid><memory unit='KiB'>65536</memory><vcpu>2</vcpu>
+<os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os><cpu mode='custom'><model>qemu64</model></cpu></domain>"""
+
+
+def test_capabilities_and_requirements() -> None:
+    capabilities = host.parse_capabilities(CAPABILITIES)
+    assert capabilities.host_uuid == "u-1"
+    assert capabilities.uri_transports == ("tcp",)  # what the host offers, less what the driver does not honour
+    needs = host.parse_requirements(DOMAIN)
+    assert (needs.memory_bytes, needs.vcpus, needs.arch) == (64 * MIB, 2, "x86_64")
+    assert needs.cpu == "<cpu mode='custom'><model>qemu64</model></cpu>".replace("'", '"')
+    assert host.misfits(capabilities, needs, "QEMU 7.2") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"machine": "pc-q35-9.9"},
+            "machine type pc-q35-9.9 is not known to QEMU 7.2 here (pc-q35-7.2 is the newest)",
+        ),
+        ({"machine": "virt-9.9"}, "machine type virt-9.9 is not known to QEMU 7.2 here"),
+        ({"arch": "sparc"}, "architecture sparc is not known to QEMU 7.2 here"),
+        ({"virt_type": "kvm"}, "virtualization type kvm is not available here for x86_64"),
+        ({"vcpus": 289}, "machine type pc-q35-7.2 takes at most 288 virtual CPUs here, the guest has 289"),
+    ],
+)
+def test_misfits_are_plain_sentences(change: dict[str, object], said: str) -> None:
+    needs = replace(host.parse_requirements(DOMAIN), **change)  # type: ignore[arg-type]
+    assert host.misfits(host.parse_capabilities(CAPABILITIES), needs, "QEMU 7.2") == [said]
+
+
+def test_progress_units() -> None:
+    reading = progress_of({"time_elapsed": 1500, "memory_dirty_rate": 10, "memory_page_size": 4096, "downtime": 300})
+    assert (reading.elapsed, reading.dirty_rate, reading.downtime) == (1.5, 40960, 0.3)
+
+
+def test_reasons_in_words() -> None:
+    paused, running = libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_RUNNING
+    assert reason_words(paused, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) == "migration"
+    assert reason_words(running, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY_FAILED) == "post-copy failed"
+    assert reason_words(paused, 999) == "999"

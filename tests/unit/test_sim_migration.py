@@ -1,0 +1,393 @@
+"""Two simulated hosts in one process, with a real connection over loopback: what works, and how it looks meanwhile."""
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.hypervisor.base import (
+    Begun,
+    Domain,
+    DomainNotFound,
+    DomainState,
+    Finished,
+    Hypervisor,
+    HypervisorError,
+    Incompatible,
+    Job,
+    Options,
+    Performed,
+    Prepared,
+)
+from agent.hypervisor.sim import Latencies, SimConfig, SimGuest, SimHypervisor
+from agent.hypervisor.sim.config import uuid_of
+
+MIB = 1 << 20
+UUID = uuid_of("web")
+DEFAULTS = Options()
+QUICK = Latencies(begin=0, prepare=0, finish=0, confirm=0, switch=0)
+
+_addresses = itertools.count()
+
+
+def fresh_address() -> str:
+    """A loopback address of this test's own, so that tests in parallel never share ports."""
+    n = next(_addresses)
+    return f"127.{1 + os.getpid() % 250}.{1 + os.getpid() // 250 % 250}.{1 + n % 250}"
+
+
+def web(**changes: Any) -> SimGuest:
+    given: dict[str, Any] = {"name": "web", "memory_bytes": 4 * MIB} | changes
+    return SimGuest(**given)
+
+
+def slow(**changes: Any) -> SimGuest:
+    """A guest that needs minutes, so that a test may do what it likes in the middle."""
+    return web(memory_bytes=100_000 * MIB, dirty_rate=1000 * MIB, **changes)
+
+
+@asynccontextmanager
+async def host(name: str, *guests: SimGuest, **config: Any) -> AsyncIterator[SimHypervisor]:
+    given: dict[str, Any] = {"host_uuid": name, "guests": guests, "latencies": QUICK} | config
+    hypervisor = SimHypervisor(SimConfig(**given))
+    await hypervisor.open()
+    try:
+        yield hypervisor
+    finally:
+        await hypervisor.close()
+
+
+@dataclass
+class Move:
+    """One migration, phase by phase."""
+
+    a: SimHypervisor
+    b: SimHypervisor
+    options: Options = DEFAULTS
+    uuid: str = UUID
+    name: str = ""
+    bandwidth: int = 0
+
+    def __post_init__(self) -> None:
+        self.out = self.a.outgoing(self.uuid)
+        self.into = self.b.incoming(self.uuid)
+        self.address = fresh_address()
+
+    async def prepare(self, uri: str = "") -> Prepared:
+        self.begun: Begun = await self.out.begin(self.options, self.name)
+        self.prepared = await self.into.prepare(self.begun.domain_xml, self.begun.cookie, self.options, self.name, self.address, uri)
+        return self.prepared
+
+    def perform(self) -> "asyncio.Task[Performed]":
+        return asyncio.create_task(
+            self.out.perform(self.prepared.uri, self.begun.domain_xml, self.prepared.cookie, self.options, self.name, self.bandwidth)
+        )
+
+    def finish(self) -> "asyncio.Task[Finished]":
+        return asyncio.create_task(self.into.finish(self.begun.domain_xml, b"", self.options, self.name))
+
+    async def flow(self) -> None:
+        """Until memory flows."""
+        await until(lambda: self.out.progress(), lambda progress: progress is not None and progress.processed_bytes > 0)
+
+    async def whole(self) -> Finished:
+        await self.prepare()
+        finishing = self.finish()
+        await self.perform()
+        finished = await finishing
+        await self.out.remove(finished.cookie, self.options)
+        return finished
+
+    async def whole_offline(self) -> Finished:
+        await self.prepare()
+        finished = await self.finish()
+        await self.out.remove(b"", self.options)
+        return finished
+
+
+async def until(read: Callable[[], Awaitable[Any]], good: Callable[[Any], bool]) -> Any:
+    async with asyncio.timeout(10):
+        while not good(value := await read()):  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.002)
+    return value
+
+
+async def facts(hypervisor: SimHypervisor) -> Domain | None:
+    try:
+        return await hypervisor.get_domain(UUID)
+    except DomainNotFound:
+        return None
+
+
+def said(domain: Domain | None) -> str:
+    return f"{domain.state} ({domain.reason})" if domain else "none"
+
+
+@pytest.fixture
+async def hosts() -> AsyncIterator[Callable[..., Awaitable[tuple[SimHypervisor, SimHypervisor]]]]:
+    async with AsyncExitStack() as stack:
+
+        async def make(*guests: SimGuest, **config: Any) -> tuple[SimHypervisor, SimHypervisor]:
+            a = await stack.enter_async_context(host("a", *guests, **config))
+            return a, await stack.enter_async_context(host("b", **config))
+
+        yield make
+
+
+Hosts = Callable[..., Awaitable[tuple[SimHypervisor, SimHypervisor]]]
+
+
+# --- whole migrations -------------------------------------------------------------------------------------------------
+
+
+async def test_finish_armed_early_starts_the_guest_by_itself(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    move = Move(a, b)
+    await move.prepare()
+    assert move.prepared.uri == f"tcp://{move.address}:49152"
+    waiting = await b.get_domain(UUID)
+    assert (waiting.incoming, waiting.job, said(waiting)) == (True, Job.INCOMING, "paused (migration)")
+    finishing = move.finish()
+    performed = await move.perform()
+    finished = await finishing
+    assert said(finished.domain) == "running (migrated)"
+    assert (finished.domain.persistent, finished.domain.incoming, finished.domain.job) == (True, False, Job.NONE)
+    assert said(await facts(a)) == "paused (migration)"
+    assert performed.final.processed_bytes >= 4 * MIB
+    assert performed.final.remaining_bytes == 0
+    await move.out.remove(finished.cookie, move.options)
+    await move.out.remove(finished.cookie, move.options)
+    assert await a.list_domains() == []
+    assert [d.name for d in await b.list_domains()] == ["web"]
+
+
+async def test_without_finish_the_whole_copy_waits_and_both_are_paused(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    move = Move(a, b)
+    await move.prepare()
+    await move.perform()
+    assert (said(await facts(a)), said(await facts(b))) == ("paused (migration)", "paused (migration)")
+    assert said((await move.finish()).domain) == "running (migrated)"
+
+
+async def test_finish_again_says_the_same_and_from_afresh_that_there_is_nothing_to_finish(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    move = Move(a, b)
+    assert await move.whole() == await move.finish()
+    move.into = b.incoming(UUID)
+    with pytest.raises(HypervisorError, match="not being migrated"):
+        await move.finish()
+
+
+async def test_there_and_back_again(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    await Move(a, b).whole()
+    await Move(b, a).whole()
+    assert (said(await facts(a)), said(await facts(b))) == ("running (migrated)", "none")
+
+
+async def test_a_renamed_guest_keeps_its_uuid(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    finished = await Move(a, b, name="web-2").whole()
+    assert (finished.domain.name, finished.domain.uuid) == ("web-2", UUID)
+
+
+async def test_definitions_stay_or_go_as_asked(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    finished = await Move(a, b, Options(undefine_source=False, persist_destination=False)).whole()
+    assert not finished.domain.persistent
+    assert said(await facts(a)) == "shutoff (migrated)"
+
+
+async def test_a_definition_at_the_destination_outlives_a_copy_that_fails(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    await Move(a, b, Options(undefine_source=False)).whole()
+    back = Move(b, a)
+    await back.prepare()
+    assert said(await facts(a)) == "paused (migration)"
+    await back.into.close()
+    assert said(await facts(a)) == "shutoff (failed)"
+
+
+@pytest.mark.parametrize(
+    ("state", "options"), [("paused", Options()), ("running", Options(paused=True))], ids=["by its user", "by option"]
+)
+async def test_a_guest_arrives_paused(hosts: Hosts, state: str, options: Options) -> None:
+    a, b = await hosts(web(state=state))
+    assert said((await Move(a, b, options).whole()).domain) == "paused (user)"
+
+
+async def test_a_guest_that_is_not_live_stands_still_meanwhile(hosts: Hosts) -> None:
+    a, b = await hosts(slow())
+    move = Move(a, b, Options(live=False))
+    await move.prepare()
+    performing = move.perform()
+    await move.flow()
+    assert said(await facts(a)) == "paused (migration)"
+    await move.out.abort()
+    with pytest.raises(HypervisorError):
+        await performing
+    assert said(await facts(a)) == "running (migration canceled)"
+
+
+async def test_an_offline_migration_moves_the_definition(hosts: Hosts) -> None:
+    a, b = await hosts(web(state="shutoff"))
+    finished = await Move(a, b, Options(offline=True)).whole_offline()
+    assert (said(finished.domain), finished.domain.persistent) == ("shutoff (migrated)", True)
+    assert await a.list_domains() == []
+
+
+# --- while it runs ----------------------------------------------------------------------------------------------------
+
+
+async def test_progress_and_bandwidth(hosts: Hosts) -> None:
+    a, b = await hosts(slow())
+    move = Move(a, b, bandwidth=50 * MIB)
+    assert await move.out.progress() is None
+    await move.prepare()
+    performing = move.perform()
+    await move.flow()
+    reading = await a.outgoing(UUID).progress()
+    assert reading is not None
+    assert (reading.iteration, reading.rate, reading.total_bytes) == (1, 50 * MIB, 100_000 * MIB)
+    await a.outgoing(UUID).set_bandwidth(20 * MIB)
+    await until(move.out.progress, lambda progress: progress.rate == 20 * MIB)
+    await a.outgoing(UUID).set_bandwidth(0)
+    await until(move.out.progress, lambda progress: progress.rate == 1_000_000_000)
+    await move.out.abort()
+    await asyncio.gather(performing, return_exceptions=True)
+
+
+async def test_two_migrations_share_the_link(hosts: Hosts) -> None:
+    a, b = await hosts(slow(), slow(name="db"), link_rate=300)
+    moves = [Move(a, b, bandwidth=100), Move(a, b, uuid=uuid_of("db"))]
+    for move in moves:
+        await move.prepare()
+    tasks = [move.perform() for move in moves]
+    for move, rate in zip(moves, [100, 200], strict=True):
+        await until(move.out.progress, lambda p, rate=rate: p is not None and p.rate == rate)  # type: ignore[misc]
+    await moves[0].out.abort()
+    await until(moves[1].out.progress, lambda p: p.rate == 300)
+    await moves[1].out.abort()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_cancelling_the_await_leaves_perform_running(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    move = Move(a, b)
+    await move.prepare()
+    performing = move.perform()
+    await asyncio.sleep(0)
+    performing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await performing
+    await move.out.close()
+    waiting = await until(lambda: facts(a), lambda domain: domain.job is Job.NONE)
+    assert said(waiting) == "paused (migration)"
+    assert said((await move.finish()).domain) == "running (migrated)"
+    await a.outgoing(UUID).remove(b"", Options())
+    assert await a.list_domains() == []
+
+
+async def test_cancelling_the_await_leaves_finish_armed(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    move = Move(a, b)
+    await move.prepare()
+    finishing = move.finish()
+    await asyncio.sleep(0.01)
+    finishing.cancel()
+    await asyncio.gather(finishing, return_exceptions=True)
+    await move.into.close()
+    await move.perform()
+    await until(lambda: facts(b), lambda domain: said(domain) == "running (migrated)")
+
+
+async def test_events_tell_the_story(hosts: Hosts) -> None:
+    a, b = await hosts(web())
+    at_a, at_b = a.events(), b.events()
+    await Move(a, b).whole()
+    await a.close()
+    await b.close()
+    assert [(e.kind, e.detail) async for e in at_a if e.kind != "job"] == [
+        ("suspended", "migration"),
+        ("stopped", "migrated"),
+    ]
+    assert [(e.kind, e.detail) async for e in at_b] == [("started", "migration"), ("resumed", "migrated")]
+
+
+# --- post-copy --------------------------------------------------------------------------------------------------------
+
+
+async def test_post_copy_runs_at_the_destination_at_once(hosts: Hosts) -> None:
+    a, b = await hosts(slow())
+    move = Move(a, b, bandwidth=1000)
+    await move.prepare()
+    finishing, performing = move.finish(), move.perform()
+    await move.flow()
+    await move.out.start_postcopy()
+    there = await until(lambda: facts(b), lambda domain: domain.state is DomainState.RUNNING)
+    assert (there.reason, there.postcopy, there.incoming) == ("post-copy", True, False)
+    assert said(await facts(a)) == "paused (post-copy)"
+    with pytest.raises(HypervisorError, match="post-copy"):
+        await move.out.abort()
+    with pytest.raises(HypervisorError):
+        await move.into.abandon()
+    await a.outgoing(UUID).set_bandwidth(1 << 50)
+    a._host.link.rate = 1 << 50
+    a._host.link.divide()
+    final = (await performing).final
+    assert final.processed_bytes >= 100_000 * MIB
+    assert said((await finishing).domain) == "running (migrated)"
+    with pytest.raises(HypervisorError):
+        await move.out.resume()
+    await move.out.remove(b"", Options())
+    assert await a.list_domains() == []
+
+
+async def test_post_copy_that_was_not_armed_is_refused(hosts: Hosts) -> None:
+    a, b = await hosts(slow())
+    move = Move(a, b, Options(post_copy=False))
+    with pytest.raises(HypervisorError, match="no transfer"):
+        await move.out.start_postcopy()
+    await move.prepare()
+    performing = move.perform()
+    await move.flow()
+    with pytest.raises(HypervisorError, match="not armed"):
+        await move.out.start_postcopy()
+    await move.out.abort()
+    await asyncio.gather(performing, return_exceptions=True)
+
+
+# --- the host ---------------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_host_says_of_itself(hosts: Hosts) -> None:
+    a, b = await hosts(web(machine="pc-new", cpu="cpu-new"))
+    _: Hypervisor = a  # it is one, for the type checker
+    info = await a.info()
+    assert (info.driver, info.host_uuid, info.features.ports) == ("sim", "a", (49_152, 49_215))
+    needs = await a.requirements(UUID)
+    assert await b.incompatibilities(needs) == ["machine type pc-new is unknown here", "CPU model cpu-new is unknown here"]
+    with pytest.raises(Incompatible, match="pc-new"):
+        await Move(a, b).prepare()
+
+
+async def test_a_serial_log_has_one_life(hosts: Hosts, tmp_path: Path) -> None:
+    log = tmp_path / "web.log"
+    a, b = await hosts(web(log=str(log)), log_root=str(tmp_path))
+    await asyncio.sleep(0.03)
+    await Move(a, b).whole()
+    await asyncio.sleep(0.03)
+    await b.close()
+    lines = log.read_text().splitlines()
+    assert lines[0] == "BOOT 4 1024 100"
+    numbers = [int(line.split()[1]) for line in lines if line.startswith("S ")]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) > 3
+    assert len(log.with_suffix(".stamps").read_text().splitlines()) == len(lines)

@@ -1,0 +1,94 @@
+from urllib.parse import quote
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status  # type: ignore[import-untyped]
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.errors import CODES, DroverError, FieldViolation, Reason
+from agent.service.status import STATUS_KEY, error_from_rpc, to_status, trailing_metadata
+
+
+def as_rpc_error(error: DroverError) -> grpc.aio.AioRpcError:
+    """What a client sees of an error."""
+    status = to_status(error)
+    return grpc.aio.AioRpcError(
+        error.code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing_metadata(status)), details=status.message
+    )
+
+
+def details(status: status_pb2.Status) -> list[str]:
+    return [packed.TypeName().rpartition(".")[2] for packed in status.details]
+
+
+@pytest.mark.parametrize("reason", list(Reason))
+def test_every_reason_crosses_the_wire(reason: Reason) -> None:
+    metadata = {"domain": "vm1", "host": "b", "migration_id": "m"}
+    sent = DroverError(reason, "what happened", metadata=metadata)
+    got = error_from_rpc(as_rpc_error(sent), "b")
+    assert (got.reason, got.message, got.metadata, got.code) == (reason, "what happened", metadata, CODES[reason])
+    assert details(to_status(sent)).count("ErrorInfo") == 1
+
+
+def test_helpful_details() -> None:
+    busy = DroverError(Reason.BUSY, "full", retry_after=2.5)
+    assert details(to_status(busy)) == ["ErrorInfo", "RetryInfo"]
+    assert error_from_rpc(as_rpc_error(busy), "b").retry_after == 2.5
+    bad = DroverError(Reason.INVALID_FIELD, "bad", violations=(FieldViolation("spec.uri", "is bad"),))
+    assert details(to_status(bad)) == ["ErrorInfo", "BadRequest"]
+    assert error_from_rpc(as_rpc_error(bad), "b").violations == bad.violations
+    assert details(to_status(DroverError(Reason.WRONG_PHASE, "no"))) == ["ErrorInfo", "PreconditionFailure"]
+    missing = to_status(DroverError(Reason.DOMAIN_NOT_FOUND, "no", metadata={"domain": "vm1"}))
+    resource = error_details_pb2.ResourceInfo()
+    assert missing.details[1].Unpack(resource)
+    assert (resource.resource_type, resource.resource_name) == ("domain", "vm1")
+
+
+def test_other_languages_can_read_it_with_the_stock_library() -> None:
+    error = as_rpc_error(DroverError(Reason.BUSY, "x" * 9000))
+    assert rpc_status.from_call(error) is not None  # raises when grpc-message and the Status differ
+
+
+@given(st.text(max_size=9000), st.dictionaries(st.text(max_size=99), st.text(max_size=2000), max_size=20))
+def test_whatever_is_said_fits_into_the_metadata_of_a_response(message: str, metadata: dict[str, str]) -> None:
+    violations = tuple(FieldViolation("f" * 999, message) for _ in range(20))
+    status = to_status(DroverError(Reason.OPTION_UNSUPPORTED, message, metadata=metadata, violations=violations))
+    assert len(quote(status.message)) + len(status.SerializeToString()) * 4 / 3 < 8000
+
+
+def test_a_surrogate_does_not_break_the_error() -> None:
+    assert to_status(DroverError(Reason.INTERNAL, "file \udcff")).message == "file ?"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, Reason.HOST_UNREACHABLE),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED),
+        (grpc.StatusCode.UNIMPLEMENTED, Reason.UNIMPLEMENTED),
+        (grpc.StatusCode.CANCELLED, Reason.HOST_UNREACHABLE),
+        (grpc.StatusCode.UNKNOWN, Reason.INTERNAL),
+    ],
+)
+@pytest.mark.parametrize("junk", [(), ((STATUS_KEY, b"\xff\xff"),)])
+def test_a_failure_without_our_details_names_the_peer(
+    code: grpc.StatusCode, reason: Reason, junk: tuple[tuple[str, bytes], ...]
+) -> None:
+    error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*junk), details="a: b: refused")
+    got = error_from_rpc(error, "agent b at 10.0.0.1:7400")
+    assert got.reason is reason
+    assert "agent b at 10.0.0.1:7400" in got.message
+
+
+def test_a_reason_of_a_newer_peer_is_kept_as_words() -> None:
+    status = to_status(DroverError(Reason.INTERNAL, "it is so"))
+    status.ClearField("details")
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason="NEW_THING", domain="drover"))
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode.ABORTED, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing_metadata(status)), details="it is so"
+    )
+    got = error_from_rpc(error, "b")
+    assert (got.reason, got.message, got.metadata["reason"]) == (Reason.INTERNAL, "NEW_THING: it is so", "NEW_THING")
