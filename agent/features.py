@@ -19,6 +19,9 @@ from drover.agent.v1 import options_pb2
 PROTOCOL_VERSION = 1
 """The handshake that this code speaks; also the oldest that it speaks."""
 
+_NOT_YET = frozenset({"offline"})
+"""Options that the handshake cannot honour yet, whatever the driver can: it has no way around Perform."""
+
 _REASONS: Mapping[type[HypervisorError], Reason] = {
     DomainNotFound: Reason.DOMAIN_NOT_FOUND,
     DomainBusy: Reason.DOMAIN_BUSY,
@@ -36,7 +39,9 @@ def from_hypervisor(error: HypervisorError) -> DroverError:
 def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
     return options_pb2.MigrationFeatures(
         options={
-            name: options_pb2.OptionSupport.Value(f"OPTION_SUPPORT_{support.name}") for name, support in features.options.items()
+            name: options_pb2.OptionSupport.Value(f"OPTION_SUPPORT_{support.name}")
+            for name, support in features.options.items()
+            if name not in _NOT_YET
         },
         uri_transports=features.uri_transports,
         bandwidth=features.bandwidth,
