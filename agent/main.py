@@ -69,7 +69,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             lease_seconds=config.lease_seconds,
             takeover_after=config.takeover_after_seconds,
         )
-        engine = take_over.engine = Engine(local, journal, Slots(config.incoming_limit), take_over)
+        engine = take_over.engine = Engine(local, journal, Slots(config.incoming_limit), take_over, take_over.other_side)
         stack.push_async_callback(engine.close)
         stack.push_async_callback(take_over.close)
         host = AgentHost(info, hypervisor, engine)

@@ -30,15 +30,20 @@ class TakeOver:
         if attempt in self._tasks or self.engine is None:
             return
         record = attempt.record
-        if not record.peer_agent:
+        peer = self.other_side(attempt)
+        if peer is None:
             log.error("the driver is silent, and the destination's agent has no address", migration=record.migration_id)
             return
         log.warning("taking over from a silent driver", migration=record.migration_id, state=record.state, peer=record.peer_host)
-        peer = RemotePeer(self._channels.get(record.peer_agent), record.peer_host)
         ref = pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt)
         task = asyncio.create_task(_drive(ref, self.engine, peer), name=f"take over {record.migration_id[:8]}")
         self._tasks[attempt] = task
         task.add_done_callback(lambda _: self._ended(attempt))
+
+    def other_side(self, attempt: Attempt) -> HandshakePeer | None:
+        """The agent on the other side of an attempt; None where its address was not told."""
+        record = attempt.record
+        return RemotePeer(self._channels.get(record.peer_agent), record.peer_host) if record.peer_agent else None
 
     def _ended(self, attempt: Attempt) -> None:
         task = self._tasks.pop(attempt)

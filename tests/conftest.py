@@ -2,5 +2,5 @@
 
 import pytest
 
-for _module in ("migrating", "phases", "refusing"):
+for _module in ("documents", "migrating", "phases", "refusing"):
     pytest.register_assert_rewrite(f"tests.scenarios.{_module}")

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Final
 
 import structlog
@@ -14,6 +14,7 @@ from agent.features import check_options, check_protocol, from_hypervisor
 from agent.handshake.attempt import Attempt, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
 from agent.handshake.records import Failure, Role, options_from_proto, record_to_proto
 from agent.hypervisor.base import (
@@ -49,10 +50,13 @@ def destination_fact(domain: Domain | None) -> DestinationEvent | None:
 class DestinationSide:
     """Serves the destination's calls."""
 
-    def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots) -> None:
+    def __init__(
+        self, host: LocalHost, attempts: Attempts, slots: Slots, source_of: Callable[[Attempt], HandshakePeer | None]
+    ) -> None:
         self._host = host
         self._attempts = attempts
         self._slots = slots
+        self._source_of = source_of
         self._sessions: dict[Attempt, Incoming] = {}
         self._epoch = 0
         """Of the latest lease. The journal always keeps the newest records, so it is never given twice."""
@@ -212,11 +216,27 @@ class DestinationSide:
         attempt.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
 
     def _expired(self, attempt: Attempt) -> None:
+        if attempt.record.state == _S.ARMED:
+            attempt.start("ask", self._ask_source(attempt))
+            return
         failure = Failure(
             Reason.LEASE_EXPIRED, f"nobody asked for the next phase within {self._host.lease_seconds:g} s; the slot is free again"
         )
-        changes = {} if attempt.record.state == _S.ARMED else {"failure": failure}
-        attempt.start("lease", attempt.report(_E.LEASE_EXPIRED, **changes))
+        attempt.start("lease", attempt.report(_E.LEASE_EXPIRED, failure=failure))
+
+    async def _ask_source(self, attempt: Attempt) -> None:
+        """An armed copy that hears nothing: the stream may never have come. Only the source's word that it kept the guest ends it."""
+        source = self._source_of(attempt)
+        try:
+            if source is not None:
+                ref = pb.AttemptRef(migration_id=attempt.record.migration_id, attempt=attempt.record.attempt)
+                record = (await source.get_record(pb.GetRecordRequest(ref=ref))).record
+                if record.state == pb.RECORD_STATE_KEPT:
+                    await attempt.report(_E.ABANDON_SOURCE_KEPT)
+        except DroverError as error:
+            log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
+        if attempt.record.state == _S.ARMED:
+            self.recover(attempt)
 
     def on_final(self, attempt: Attempt) -> None:
         self._slots.ended(attempt.record)

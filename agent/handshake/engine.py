@@ -14,6 +14,7 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent
 from agent.handshake.destination_side import DestinationSide
+from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import Role, record_to_proto
 from agent.handshake.source import SourceEvent
@@ -27,13 +28,20 @@ log = structlog.get_logger()
 class Engine:
     """Every attempt in which this host takes part."""
 
-    def __init__(self, host: LocalHost, journal: Journal, slots: Slots, take_over: Callable[[Attempt], None]) -> None:
+    def __init__(
+        self,
+        host: LocalHost,
+        journal: Journal,
+        slots: Slots,
+        take_over: Callable[[Attempt], None],
+        other_side: Callable[[Attempt], HandshakePeer | None],
+    ) -> None:
         self.host = host
         self.slots = slots
         self._journal = journal
         self._attempts = Attempts(journal, self._ended)
         self._source = SourceSide(host, self._attempts, take_over)
-        self._destination = DestinationSide(host, self._attempts, slots)
+        self._destination = DestinationSide(host, self._attempts, slots, other_side)
         self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
         self.changed = Bell()
         """Rings whenever an attempt begins or ends here."""

@@ -25,7 +25,7 @@ class Hop:
 def main() -> int:
     simulate = sys.argv[1:] == ["--sim"]
     if sys.argv[1:] and not simulate:
-        print("usage: scripts/demo [--sim]   (--sim: on the simulated hypervisor, even where real test hosts can be had)", file=sys.stderr)
+        print("usage: scripts/demo [--sim]   (--sim: simulate, even where real test hosts can be had)", file=sys.stderr)
         return 2
     reason = "--sim was given" if simulate else why_not_libvirt()
     kind = "sim" if reason else "libvirt"

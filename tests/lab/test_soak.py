@@ -1,7 +1,6 @@
 """Back and forth again and again: nothing is lost and nothing is left. The long run is `scripts/bench soak`."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -40,6 +39,6 @@ async def test_back_and_forth(cluster: Cluster) -> None:
         assert tasks <= counted[name][1] + 3, f"{name} leaks threads: {counted[name][1]} to {tasks}"
     guest.wait_lines(20)
     assert guest.judge().problems() == []
-    assert [q for host in cluster.lab.hosts for q in host.qemu() if q.guest == guest.name].__len__() == 1
-    assert Path(cluster.path / "h1" / "state" / "journal.sqlite").stat().st_size < 4 << 20
+    assert len([q for host in cluster.lab.hosts for q in host.qemu() if q.guest == guest.name]) == 1
+    assert os.path.getsize(cluster.path / "h1" / "state" / "journal.sqlite") < 4 << 20
     await assert_idle(cluster)

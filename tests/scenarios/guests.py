@@ -26,6 +26,8 @@ GUESTS = {
         GuestSpec("listening"),
         GuestSpec("incompatible", memory_mib=16),
         GuestSpec("soak"),
+        GuestSpec("web1"),
+        GuestSpec("vm1", memory_mib=256, dirty=100),
     )
 }
 """By name."""

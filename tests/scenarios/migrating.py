@@ -127,9 +127,7 @@ async def test_progress_is_told_while_the_memory_flows(cluster: Cluster) -> None
     guest = cluster.start_guest("progress")
     async with Talk(cluster.server) as talk:
         migration = await talk.start(guest.name, "h2", **SLOW)
-        seen = await talk.watch(
-            migration.migration_id, lambda m: m.progress.remaining_bytes > 0 and m.progress.bytes_per_second > 0
-        )
+        seen = await talk.watch(migration.migration_id, lambda m: m.progress.remaining_bytes > 0 and m.progress.bytes_per_second > 0)
         assert seen.phase == "perform"
         assert seen.progress.iteration >= 1
         assert seen.progress.total_bytes >= 128 * MIB
