@@ -13,6 +13,7 @@ import msgspec
 
 from agent.address import TcpAddress, parse_address
 from agent.config_errors import KeyProblem, explain
+from agent.fencing import FencingConfig
 from agent.log import LogLevel
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -98,6 +99,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Address of the coordinator. Empty: none; the agent serves peer to peer only."""
     peers: dict[Name, str] = {}
     """Agents by the name of their host, for migrations peer to peer."""
+    fencing: FencingConfig | None = None
+    """What makes sure that a host which never comes back is dead. None: only an operator can say so."""
     allow_insecure_tcp: bool = False
     """Serve TCP beyond loopback with neither encryption nor identity. For test networks only."""
     log_level: LogLevel = "info"

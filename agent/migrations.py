@@ -13,6 +13,7 @@ import structlog
 
 from agent.bell import Bell
 from agent.errors import DroverError, Reason, invalid_field
+from agent.fencing import FencingConfig, fence
 from agent.handshake.driver import Driver, Plan
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.records import Failure
@@ -74,6 +75,7 @@ class _Entry:
         self.migration = migration
         self.driver: Driver | None = None
         self.task: asyncio.Task[None] | None = None
+        self.fencing: asyncio.Task[None] | None = None
         self.changed = Bell()
 
     @property
@@ -84,8 +86,9 @@ class _Entry:
 class Migrations:
     """Every migration that this process drives or drove."""
 
-    def __init__(self, name: str, directory: Directory, kept: MigrationLog) -> None:
+    def __init__(self, name: str, directory: Directory, kept: MigrationLog, fencing: FencingConfig | None = None) -> None:
         self._name = name
+        self._fencing = fencing
         self._directory = directory
         self._kept = kept
         self._entries: dict[str, _Entry] = {}
@@ -107,7 +110,7 @@ class Migrations:
 
     async def close(self) -> None:
         """Let go of every driver; the records remain, and the source ends what runs."""
-        tasks = [entry.task for entry in self._entries.values() if entry.task is not None]
+        tasks = [task for entry in self._entries.values() for task in (entry.task, entry.fencing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -184,6 +187,29 @@ class Migrations:
             entry.driver.cancel(
                 Failure(Reason.CANCELLED, f"cancelled on request; the guest runs on {entry.migration.source_host} as before")
             )
+        return entry.migration
+
+    def resolve(self, migration_id: str, word: handshake_pb2.OperatorWord) -> pb.Migration:
+        """See `MigrationService.ResolveMigration`."""
+        entry = self._entry(migration_id)
+        migration = entry.migration
+        sides = {migration.source_host: "source", migration.destination_host: "destination"}
+        if word.dead_host not in sides:
+            raise DroverError(
+                Reason.HOST_NOT_FOUND,
+                f"{word.dead_host} takes no part in migration {migration_id}, which goes from {migration.source_host} to "
+                f"{migration.destination_host}",
+            )
+        if entry.driver is None or entry.final or sides[word.dead_host] not in entry.driver.silent_since:
+            raise DroverError(
+                Reason.NOT_IN_DOUBT,
+                f"migration {migration_id} has ended" if entry.final else f"{word.dead_host} answers, so its own word counts",
+                metadata={"host": word.dead_host},
+            )
+        if not word.HasField("say_time"):
+            word.say_time.GetCurrentTime()
+        log.warning("declared dead", migration=migration_id, host=word.dead_host, said_by=word.said_by, reason=word.reason)
+        entry.driver.declare_dead(sides[word.dead_host], word)
         return entry.migration
 
     def get(self, migration_id: str) -> pb.Migration:
@@ -268,6 +294,23 @@ class Migrations:
         """The driver learned something. Its end is told by `_run`."""
         if entry.driver is not None and entry.migration.migration_id in self._entries:
             self._publish(entry, describe(entry.migration, entry.driver, time.time(), ended=False))
+            if self._fencing is not None and entry.fencing is None and entry.driver.outcome_unknown:
+                entry.fencing = asyncio.create_task(self._fence(entry, self._fencing))
+
+    async def _fence(self, entry: _Entry, config: FencingConfig) -> None:
+        """While the outcome stays unknown, make sure that the host which does not answer is dead, and say so."""
+        await asyncio.sleep(config.after_seconds)
+        while (driver := entry.driver) is not None and driver.outcome_unknown:
+            host = entry.migration.silent_hosts[0]
+            outcome = await fence(config, host)
+            if outcome is not None and driver.outcome_unknown:
+                self.resolve(
+                    entry.migration.migration_id,
+                    handshake_pb2.OperatorWord(dead_host=host, reason=outcome[:1000], said_by="fencing command"),
+                )
+                break
+            await asyncio.sleep(config.after_seconds)
+        entry.fencing = None
 
     def _publish(self, entry: _Entry, migration: pb.Migration) -> None:
         self._revision += 1

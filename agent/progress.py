@@ -30,6 +30,10 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     migration.CopyFrom(before)
     migration.waiting_for = driver.waiting_for[:1000]
     migration.uri = driver.uri or before.uri
+    del migration.silent_hosts[:]
+    migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
+    if driver.operator_word is not None:
+        migration.operator_word.CopyFrom(driver.operator_word)
     migration.runs_on = _runs_on(migration, src, dst)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
@@ -72,7 +76,7 @@ def _state(
     before: pb.MigrationState.ValueType, driver: Driver, failure: Failure | None, *, ended: bool
 ) -> pb.MigrationState.ValueType:
     if ended:
-        if driver.destination_state is Dst.RUNNING:
+        if driver.states[1] is Dst.RUNNING:
             return pb.MIGRATION_STATE_SUCCEEDED
         cancelled = failure is not None and failure.reason == Reason.CANCELLED
         return pb.MIGRATION_STATE_CANCELLED if cancelled else pb.MIGRATION_STATE_FAILED
@@ -90,9 +94,7 @@ def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
 
 
 def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
-    silent = " and ".join(
-        {"source": migration.source_host, "destination": migration.destination_host}[side] for side in driver.silent_since
-    )
+    silent = " and ".join(_hosts(migration)[side] for side in driver.silent_since)
     here = (
         f"the guest is paused on {migration.source_host}"
         if driver.source_state in (Src.PERFORMED, Src.RESUMING)
@@ -102,8 +104,13 @@ def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
         Reason.OUTCOME_UNKNOWN,
         f"{silent} does not answer, and it alone can say whether the guest runs on {migration.destination_host}; {here}. "
         f"It is asked again and again, and the migration ends by itself once it answers: "
-        f"`drover migration watch {migration.migration_id}`",
+        f"`drover migration watch {migration.migration_id}`. If {silent} is dead for certain (powered off, fenced), and only then: "
+        f"`drover migration resolve {migration.migration_id} --assume-dead {next(iter(silent.split(' and ')))} --reason …`",
     )
+
+
+def _hosts(migration: pb.Migration) -> dict[str, str]:
+    return {"source": migration.source_host, "destination": migration.destination_host}
 
 
 def impossible(before: pb.Migration) -> pb.Migration:

@@ -57,7 +57,7 @@ from coordinator.client_types import (
     PhaseTiming,
     Progress,
 )
-from drover.agent.v1 import host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
+from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
 
@@ -218,6 +218,16 @@ class Client:
         """
         request = migration_pb2.CancelMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()))
         response = await self._call(self._migrations.CancelMigration(request, timeout=self.timeout))
+        return Migration.from_proto(response.migration)
+
+    async def resolve_migration(self, migration_id: str, *, dead_host: str, reason: str, said_by: str) -> Migration:
+        """State that a host which does not answer is dead, so that the migration can end without its word.
+
+        If that is wrong, two copies of the guest may run. Raises `Refused` when the host answers or the migration has ended.
+        """
+        word = handshake_pb2.OperatorWord(dead_host=dead_host, reason=reason, said_by=said_by)
+        request = migration_pb2.ResolveMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()), word=word)
+        response = await self._call(self._migrations.ResolveMigration(request, timeout=self.timeout))
         return Migration.from_proto(response.migration)
 
     async def watch_migration(

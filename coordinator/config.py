@@ -5,6 +5,7 @@ from typing import Annotated
 import msgspec
 
 from agent.config import ConfigError, Name, check_listen, check_path, load
+from agent.fencing import FencingConfig
 from agent.log import LogLevel
 
 __all__ = ["ConfigError", "CoordinatorConfig", "load"]
@@ -20,6 +21,8 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     """Directory of the store."""
     heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=300)] = 5
     """Agents say this often that they are there; after three times this a host counts as unreachable."""
+    fencing: FencingConfig | None = None
+    """What makes sure that a host which never comes back is dead. None: only an operator can say so."""
     allow_insecure_tcp: bool = False
     """Serve TCP beyond loopback with neither encryption nor identity. For test networks only."""
     log_level: LogLevel = "info"

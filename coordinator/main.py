@@ -53,7 +53,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         registry = HostRegistry(store, config.heartbeat_seconds)
         await registry.open()
         stack.push_async_callback(registry.close)
-        migrations = Migrations(config.name, ClusterDirectory(registry), StoredMigrations(store))
+        migrations = Migrations(config.name, ClusterDirectory(registry), StoredMigrations(store), config.fencing)
         stack.push_async_callback(migrations.close)
         await migrations.recover()
         server = await _serve(config, registry, migrations)

@@ -48,6 +48,8 @@ class DestinationEvent(StrEnum):
     SAW_RUNNING = "saw_running"
     SAW_ABSENT = "saw_absent"
     LEASE_EXPIRED = "lease_expired"
+    DISOWNED = "disowned"
+    """The source kept the guest because an operator said that this host was dead: whatever is here must not run."""
     RESTARTED = "restarted"
     """The agent was started and read this state from its journal."""
 
@@ -56,6 +58,8 @@ class DestinationEffect(StrEnum):
     PREPARE = "prepare"
     FINISH = "finish"
     ABANDON = "abandon"
+    DISOWN = "disown"
+    """Stop a copy that runs, and remove the definition of one that does not."""
     LOOK = "look"
     """Ask the hypervisor until it says that the copy runs or is absent."""
 
@@ -101,6 +105,7 @@ DESTINATION = Machine[DestinationState, DestinationEvent, DestinationEffect](
         (_S.ARMED, _E.ABANDON_SOURCE_KEPT): _give_up,
         (_S.RUNNING, _E.PREPARE): _T(_S.RUNNING),
         (_S.RUNNING, _E.FINISH): _T(_S.RUNNING),
+        (_S.RUNNING, _E.DISOWNED): _T(_S.ABANDONING, (_F.DISOWN,)),
         (_S.ABANDONING, _E.ABANDON): _T(_S.ABANDONING),
         (_S.ABANDONING, _E.ABANDON_SOURCE_KEPT): _T(_S.ABANDONING),
         (_S.ABANDONING, _E.ABANDON_DONE): _T(_S.GONE),

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Final
 
+import msgspec
 import structlog
 
 from agent.admission.slots import Slots
@@ -16,7 +17,7 @@ from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
-from agent.handshake.records import Failure, Role, options_from_proto, record_to_proto
+from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
 from agent.hypervisor.base import (
     Domain,
     DomainBusy,
@@ -188,11 +189,13 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
         async with attempt.called(event):
-            changes = (
-                {}
-                if attempt.record.failure or attempt.record.final
-                else {"failure": Failure(Reason.CANCELLED, "the migration was given up before its commit")}
-            )
+            changes: dict[str, object] = {}
+            if request.HasField("operator_word"):
+                word = OperatorWord.of(request.operator_word)
+                log.warning("an operator's word decides", migration=request.ref.migration_id, **msgspec.structs.asdict(word))
+                changes = {"failure": word.failure(), "operator_word": word}
+            elif not attempt.record.failure and not attempt.record.final:
+                changes = {"failure": Failure(Reason.CANCELLED, "the migration was given up before its commit")}
             await self._known(attempt, event, changes)
             record = await attempt.until(_DECIDED, MAX_WAIT)
             return pb.AbandonResponse(record=record_to_proto(record))
@@ -225,7 +228,7 @@ class DestinationSide:
         attempt.start("lease", attempt.report(_E.LEASE_EXPIRED, failure=failure))
 
     async def _ask_source(self, attempt: Attempt) -> None:
-        """An armed copy that hears nothing: the stream may never have come. Only the source's word that it kept the guest ends it."""
+        """An armed copy that hears nothing: the stream may never have come. The source's word that it kept the guest ends it."""
         source = self._source_of(attempt)
         try:
             if source is not None:
@@ -250,6 +253,7 @@ class DestinationSide:
             _F.FINISH: self._finish,
             _F.ABANDON: self._abandon,
             _F.LOOK: self._look,
+            _F.DISOWN: self._disown,
         }[DestinationEffect(effect)](attempt)
 
     def _session(self, attempt: Attempt) -> Incoming:
@@ -362,6 +366,28 @@ class DestinationSide:
         if ran:
             log.critical("a copy that was to be given up runs", migration=attempt.record.migration_id)
         await attempt.report(_E.ABANDON_REFUSED if ran else _E.ABANDON_DONE)
+
+    # ---- a host that was declared dead, and came back
+
+    async def check_disowned(self, attempt: Attempt) -> None:
+        """Ask the source of a guest that is here whether an operator's word took it from us while we were away."""
+        source = self._source_of(attempt)
+        if source is None:
+            return
+        ref = pb.AttemptRef(migration_id=attempt.record.migration_id, attempt=attempt.record.attempt)
+        record = (await source.get_record(pb.GetRecordRequest(ref=ref))).record
+        if record.state == pb.RECORD_STATE_KEPT and record.operator_word.dead_host == self._host.name:
+            word = OperatorWord.of(record.operator_word)
+            log.critical("this host was declared dead; its copy is disowned", migration=ref.migration_id, said_by=word.said_by)
+            await attempt.report(_E.DISOWNED, failure=word.failure(), operator_word=word)
+
+    async def _disown(self, attempt: Attempt) -> None:
+        async def disown() -> None:
+            with contextlib.suppress(DomainNotFound):
+                await self._host.hypervisor.disown(attempt.record.domain_uuid)
+
+        await retry(attempt, "removing the copy that an operator's word took from this host", disown)
+        await attempt.report(_E.ABANDON_DONE)
 
     async def _close(self, attempt: Attempt) -> None:
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)

@@ -90,6 +90,9 @@ class Driver:
         self.silent_since: dict[str, float] = {}
         """Sides that do not answer, and since when by `time.monotonic`."""
         self.uri = ""
+        self.operator_word: pb.OperatorWord | None = None
+        self.dead_side = ""
+        """``source`` or ``destination``, by `operator_word`."""
         self._source = source
         self._destination = destination
         self._plan = plan
@@ -114,13 +117,28 @@ class Driver:
         return Dst(state_from_proto(self.destination_record)) if self.destination_record is not None else None
 
     @property
+    def states(self) -> tuple[Src | None, Dst | None]:
+        """What to act on: the records, but for a side that is silent and was declared dead."""
+        src, dst = self.source_state, self.destination_state
+        if self.dead_side in self.silent_since and self.dead_side == "destination":
+            return src, Dst.GONE
+        if self.dead_side in self.silent_since and self.dead_side == "source":
+            return Src.REMOVED if dst is Dst.RUNNING else Src.KEPT, dst
+        return src, dst
+
+    @property
     def ended(self) -> bool:
-        return ended(self.source_state, self.destination_state)
+        return ended(*self.states)
+
+    def declare_dead(self, side: str, word: pb.OperatorWord) -> None:
+        """Go on without the word of a side that does not answer. Should it answer before the end, its word counts again."""
+        self.operator_word, self.dead_side = word, side
+        self._changed()
 
     @property
     def outcome_unknown(self) -> bool:
         """The guest is paused at the source and the destination, which alone knows, does not answer (or the other way round)."""
-        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since:
+        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.dead_side:
             return False
         return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
 
@@ -155,7 +173,7 @@ class Driver:
     async def resume(self) -> None:
         """Learn both records first, however long it takes: another driver, or an earlier life of this one, has begun."""
         for side in ("source", "destination"):
-            while True:
+            while side != self.dead_side:
                 try:
                     await self._look(side)
                 except DroverError as error:
@@ -175,7 +193,7 @@ class Driver:
         try:
             while not self.ended:
                 self._wake.clear()
-                for call in decide(self.source_state, self.destination_state, cancel=self.cancelling):
+                for call in decide(*self.states, cancel=self.cancelling):
                     if call not in tasks:
                         tasks[call] = asyncio.create_task(self._make(call), name=f"{self.ref.migration_id[:8]} {call}")
                 if self.source_state is Src.PERFORMING and "follow" not in tasks:
@@ -360,15 +378,25 @@ class Driver:
                 decision=decision,
                 cookie_in=self._finish_cookie,
                 wait=duration(MAX_WAIT),
+                operator_word=self._word("destination") if decision == pb.DECISION_GONE else None,
             )
         )
         self._saw_source(response.record)
+
+    def _word(self, side: str) -> pb.OperatorWord | None:
+        """The statement on which this call rests, where a side has no word of its own."""
+        return self.operator_word if side == self.dead_side and side in self.silent_since else None
 
     async def _abort(self) -> None:
         self._saw_source((await self._source.abort(pb.AbortRequest(ref=self.ref, request_id=self._request_id()))).record)
 
     async def _abandon(self, *, source_kept: bool) -> None:
         response = await self._destination.abandon(
-            pb.AbandonRequest(ref=self.ref, request_id=self._request_id(), source_kept=source_kept)
+            pb.AbandonRequest(
+                ref=self.ref,
+                request_id=self._request_id(),
+                source_kept=source_kept,
+                operator_word=self._word("source") if source_kept else None,
+            )
         )
         self._saw_destination(response.record)

@@ -10,15 +10,17 @@ import structlog
 
 from agent.admission.slots import Slots
 from agent.bell import Bell
+from agent.errors import DroverError, Reason
 from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
-from agent.handshake.destination import DestinationEvent
+from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.destination_side import DestinationSide
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
-from agent.handshake.records import Role, record_to_proto
+from agent.handshake.records import AttemptRecord, Role, record_to_proto
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
+from agent.hypervisor.base import DomainNotFound, HypervisorError
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -71,6 +73,29 @@ class Engine:
             else:
                 self._destination.recover(attempt)
                 await attempt.apply(DestinationEvent.RESTARTED)
+
+    async def check_disowned(self) -> None:
+        """For each guest that came here last and is here still: was this host declared dead meanwhile? Asks until it is told."""
+        latest: dict[str, AttemptRecord] = {}
+        for record in reversed(await self._journal.attempts()):
+            latest[record.domain_uuid] = record
+        arrived = [r for r in latest.values() if r.role is Role.DESTINATION and r.state == DestinationState.RUNNING]
+        await asyncio.gather(*(self._check_one(record) for record in arrived))
+
+    async def _check_one(self, record: AttemptRecord) -> None:
+        while True:
+            try:
+                await self.host.hypervisor.get_domain(record.domain_uuid)
+                attempt = await self._attempts.find(pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt))
+                await self._destination.check_disowned(attempt)
+            except DomainNotFound:
+                return
+            except (DroverError, HypervisorError) as error:
+                if isinstance(error, DroverError) and error.reason in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
+                    return
+                await asyncio.sleep(5.0)
+            else:
+                return
 
     async def close(self) -> None:
         """Let go; the hypervisor, the journal and the other side's questions remain."""

@@ -44,6 +44,30 @@ class Failure(msgspec.Struct, frozen=True):
         return DroverError(self.reason, self.message, metadata=self.metadata)
 
 
+class OperatorWord(msgspec.Struct, frozen=True):
+    """A statement that a host is dead, in place of that host's word."""
+
+    dead_host: str
+    reason: str
+    said_by: str
+    time: float
+
+    @classmethod
+    def of(cls, message: pb.OperatorWord) -> "OperatorWord":
+        said = message.say_time.ToNanoseconds() / 1e9 if message.HasField("say_time") else time.time()
+        return cls(message.dead_host, message.reason, message.said_by, said)
+
+    def to_proto(self) -> pb.OperatorWord:
+        return pb.OperatorWord(dead_host=self.dead_host, reason=self.reason, said_by=self.said_by, say_time=timestamp(self.time))
+
+    def failure(self) -> Failure:
+        return Failure(
+            Reason.DECLARED_DEAD,
+            f"{self.said_by} stated that {self.dead_host} is dead: {self.reason}",
+            {"dead_host": self.dead_host, "said_by": self.said_by},
+        )
+
+
 class Timing(msgspec.Struct, frozen=True):
     """One phase on one host. Times in seconds; `start` is of the host's wall clock."""
 
@@ -79,6 +103,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     """By phase: the digest of the request that began it."""
     request_ids: dict[str, str] = {}
     failure: Failure | None = None
+    operator_word: OperatorWord | None = None
     waiting_for: str = ""
     timings: tuple[Timing, ...] = ()
     created: float = msgspec.field(default_factory=time.time)
@@ -191,6 +216,8 @@ def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) 
     )
     if record.failure is not None:
         message.failure.CopyFrom(failure_to_proto(record.failure))
+    if record.operator_word is not None:
+        message.operator_word.CopyFrom(record.operator_word.to_proto())
     if record.role is Role.DESTINATION:
         message.slot.CopyFrom(pb.Slot(epoch=record.epoch, expire_time=timestamp(record.expires)))
     if progress is not None:

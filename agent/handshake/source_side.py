@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
+import msgspec
 import structlog
 
 from agent.errors import DroverError, Reason
@@ -11,7 +12,7 @@ from agent.features import check_bandwidth, check_options, from_hypervisor
 from agent.handshake.attempt import Attempt, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
-from agent.handshake.records import Failure, Role, options_from_proto, progress_to_proto, record_to_proto
+from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import (
     Domain,
@@ -139,6 +140,10 @@ class SourceSide:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         wait = wait_of(request.wait, unset=MAX_WAIT)
         why = {} if event is _E.CONFIRM_RUNNING else self._why(attempt, "the destination has no copy of the guest")
+        if request.HasField("operator_word") and event is _E.CONFIRM_GONE:
+            word = OperatorWord.of(request.operator_word)
+            log.warning("an operator's word decides", migration=record_id(attempt), **msgspec.structs.asdict(word))
+            why = {"failure": word.failure(), "operator_word": word}
         if request.cookie_in:
             why["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
         async with attempt.called(event):

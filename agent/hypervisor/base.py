@@ -351,6 +351,13 @@ class Hypervisor(Protocol):
         """Why this host cannot run that guest: plain sentences, empty when it can."""
         ...
 
+    async def disown(self, uuid: str) -> None:
+        """Another host keeps this guest, by an operator's word: pause a copy that runs here, undefine one that does not.
+
+        A copy that runs is only paused: its memory may be all that is left to look at. Raises `DomainNotFound`.
+        """
+        ...
+
     def outgoing(self, uuid: str) -> Outgoing:
         """A handle for a guest that leaves. Opens nothing until it is used, so it also serves recovery."""
         ...

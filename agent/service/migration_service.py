@@ -35,5 +35,10 @@ class MigrationServicer(rpc.MigrationServiceServicer):
         async for migration in self._migrations.watch(request.migration_id, request.from_revision):
             yield pb.WatchMigrationResponse(migration=migration)
 
+    async def ResolveMigration(  # noqa: N802
+        self, request: pb.ResolveMigrationRequest, context: _Context
+    ) -> pb.ResolveMigrationResponse:
+        return pb.ResolveMigrationResponse(migration=self._migrations.resolve(request.migration_id, request.word))
+
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: _Context) -> pb.CancelMigrationResponse:  # noqa: N802
         return pb.CancelMigrationResponse(migration=await self._migrations.cancel(request.migration_id))

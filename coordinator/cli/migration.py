@@ -1,4 +1,7 @@
-"""``drover migration list|show|watch|cancel``"""
+"""``drover migration list|show|watch|cancel|resolve``"""
+
+import getpass
+import socket
 
 import click
 
@@ -17,7 +20,7 @@ id_argument = click.argument("migration_id", metavar="ID")
 
 @click.group(epilog=EPILOG)
 def migration() -> None:
-    """List, show, watch and cancel migrations. An ID may be shortened to a beginning that only one has."""
+    """List, show, watch, cancel and resolve migrations. An ID may be shortened to a beginning that only one has."""
 
 
 @migration.command("list")
@@ -120,6 +123,36 @@ def cancel(migration_id: str, detach: bool, output: str) -> None:
             raise Refused("it was too late to cancel", reason="TOO_LATE", migration=migration)
 
     run(body, output)
+
+
+@migration.command(epilog=EPILOG)
+@id_argument
+@click.option("--assume-dead", "dead_host", metavar="HOST", required=True, help="The host that is dead for certain.")
+@click.option("--reason", required=True, help="Why you know: it is recorded.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@output_option
+def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: str) -> None:
+    """End a migration without the word of a host that is dead for certain: powered off, or fenced.
+
+    If the host is not dead, two copies of the guest may run. Who said it, when and why is recorded on every host that takes part.
+    """
+
+    async def body(session: Session) -> int:
+        migration = await session.client.get_migration(await session.full_id(migration_id))
+        if output != "json":
+            _print_migration(migration)
+        if not yes:
+            click.confirm(
+                f"State that {dead_host} is dead, so that nothing of guest {migration.domain} runs there?", abort=True, err=True
+            )
+        await session.client.resolve_migration(migration.id, dead_host=dead_host, reason=reason, said_by=_whoami())
+        return await follow(session, migration.id)
+
+    run(body, output)
+
+
+def _whoami() -> str:
+    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 async def _ended(session: Session, migration: Migration) -> Migration:

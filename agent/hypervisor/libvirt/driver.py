@@ -86,6 +86,9 @@ class LibvirtHypervisor:
         cpu = await self._compare_cpu(known, requirements)
         return [cpu] if cpu else []
 
+    async def disown(self, uuid: str) -> None:
+        await self._pool.call(lambda connection: _disown(domains.find(connection, uuid)))
+
     def outgoing(self, uuid: str) -> LibvirtOutgoing:
         return LibvirtOutgoing(uuid, Session(self._uri, self._call_timeout), self._pool)
 
@@ -122,6 +125,13 @@ class _Known:
         self.hypervisor = hypervisor
         self.library = library
         self.cpus: dict[tuple[str, str, str, str], str] = {}
+
+
+def _disown(domain: Any) -> None:
+    if domain.isActive():
+        domain.suspend()
+    else:
+        domain.undefineFlags(domains.UNDEFINE)
 
 
 def _read_host(connection: Any) -> tuple[host.Capabilities, str, str]:

@@ -63,6 +63,14 @@ class SimHypervisor:
         await self._host.gate("incompatibilities")
         return self._host.incompatibilities(requirements)
 
+    async def disown(self, uuid: str) -> None:
+        await self._host.gate("disown")
+        guest = self._host.guest(uuid)
+        if guest.active:
+            guest.stop("user")
+        else:
+            self._host.drop(guest, "disowned")
+
     def outgoing(self, uuid: str) -> SimOutgoing:
         return SimOutgoing(self._host, uuid)
 

@@ -332,6 +332,42 @@ class Slot(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class OperatorWord(message.Message):
+    """A person's (or a fencing command's) statement that a host is dead: nothing of the guest runs there, nor ever will of this attempt.
+    It replaces the word of that host, and is recorded. If it is wrong, two copies of the guest may run.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    DEAD_HOST_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    SAID_BY_FIELD_NUMBER: builtins.int
+    SAY_TIME_FIELD_NUMBER: builtins.int
+    dead_host: builtins.str
+    """Name of the host that is dead."""
+    reason: builtins.str
+    """Why it was said, for whoever reads it later."""
+    said_by: builtins.str
+    """Who said it, such as "root@admin1" or "fencing command"."""
+    @builtins.property
+    def say_time(self) -> timestamp_pb2.Timestamp:
+        """When it was said."""
+
+    def __init__(
+        self,
+        *,
+        dead_host: builtins.str = ...,
+        reason: builtins.str = ...,
+        said_by: builtins.str = ...,
+        say_time: timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["say_time", b"say_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["dead_host", b"dead_host", "reason", b"reason", "said_by", b"said_by", "say_time", b"say_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class Record(message.Message):
     """What one host durably knows of one attempt."""
 
@@ -350,6 +386,7 @@ class Record(message.Message):
     WAITING_FOR_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     UPDATE_TIME_FIELD_NUMBER: builtins.int
+    OPERATOR_WORD_FIELD_NUMBER: builtins.int
     state: RecordState.ValueType
     """Its state on this host."""
     domain_name: builtins.str
@@ -390,6 +427,10 @@ class Record(message.Message):
     def update_time(self) -> timestamp_pb2.Timestamp:
         """When the state last changed."""
 
+    @builtins.property
+    def operator_word(self) -> OperatorWord:
+        """The statement on which this record was ended, in place of the other host's word. Unset otherwise."""
+
     def __init__(
         self,
         *,
@@ -406,10 +447,11 @@ class Record(message.Message):
         waiting_for: builtins.str = ...,
         create_time: timestamp_pb2.Timestamp | None = ...,
         update_time: timestamp_pb2.Timestamp | None = ...,
+        operator_word: OperatorWord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "progress", b"progress", "ref", b"ref", "slot", b"slot", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "operator_word", b"operator_word", "progress", b"progress", "ref", b"ref", "slot", b"slot", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "operator_word", b"operator_word", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -798,6 +840,7 @@ class ConfirmRequest(message.Message):
     DECISION_FIELD_NUMBER: builtins.int
     COOKIE_IN_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    OPERATOR_WORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     decision: Decision.ValueType
@@ -812,6 +855,10 @@ class ConfirmRequest(message.Message):
     def wait(self) -> duration_pb2.Duration:
         """Answer after this long at the latest, at most 30 s. Unset: when it is done."""
 
+    @builtins.property
+    def operator_word(self) -> OperatorWord:
+        """The decision rests on this statement, not on the destination's record. Only with DECISION_GONE."""
+
     def __init__(
         self,
         *,
@@ -820,10 +867,11 @@ class ConfirmRequest(message.Message):
         decision: Decision.ValueType = ...,
         cookie_in: builtins.bytes = ...,
         wait: duration_pb2.Duration | None = ...,
+        operator_word: OperatorWord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "decision", b"decision", "ref", b"ref", "request_id", b"request_id", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "decision", b"decision", "operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -906,6 +954,7 @@ class AbandonRequest(message.Message):
     REF_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     SOURCE_KEPT_FIELD_NUMBER: builtins.int
+    OPERATOR_WORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     source_kept: builtins.bool
@@ -914,16 +963,21 @@ class AbandonRequest(message.Message):
     def ref(self) -> AttemptRef:
         """Which attempt."""
 
+    @builtins.property
+    def operator_word(self) -> OperatorWord:
+        """`source_kept` rests on this statement that the source is dead, not on its record."""
+
     def __init__(
         self,
         *,
         ref: AttemptRef | None = ...,
         request_id: builtins.str = ...,
         source_kept: builtins.bool = ...,
+        operator_word: OperatorWord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["ref", b"ref", "request_id", b"request_id", "source_kept", b"source_kept"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "source_kept", b"source_kept"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

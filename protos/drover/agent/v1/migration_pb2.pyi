@@ -224,6 +224,8 @@ class Migration(message.Message):
     HYPERVISOR_DURATION_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     DRIVER_FIELD_NUMBER: builtins.int
+    OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    SILENT_HOSTS_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chose."""
     state: MigrationState.ValueType
@@ -292,6 +294,14 @@ class Migration(message.Message):
     def hypervisor_duration(self) -> duration_pb2.Duration:
         """Part of `duration` in which a call of a hypervisor was under way."""
 
+    @builtins.property
+    def operator_word(self) -> handshake_pb2.OperatorWord:
+        """The statement on which it ended, or is ending, without a host's word. Unset otherwise."""
+
+    @builtins.property
+    def silent_hosts(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Hosts that do not answer now."""
+
     def __init__(
         self,
         *,
@@ -319,10 +329,12 @@ class Migration(message.Message):
         hypervisor_duration: duration_pb2.Duration | None = ...,
         revision: builtins.int = ...,
         driver: builtins.str = ...,
+        operator_word: handshake_pb2.OperatorWord | None = ...,
+        silent_hosts: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "progress", b"progress", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "progress", b"progress", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,6 +550,58 @@ class CancelMigrationRequest(message.Message):
 
 @typing.final
 class CancelMigrationResponse(message.Message):
+    """The migration as it is now."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def migration(self) -> Migration:
+        """The migration."""
+
+    def __init__(
+        self,
+        *,
+        migration: Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ResolveMigrationRequest(message.Message):
+    """States that a host is dead."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    WORD_FIELD_NUMBER: builtins.int
+    migration_id: builtins.str
+    """Which."""
+    request_id: builtins.str
+    """Chosen by the caller."""
+    @builtins.property
+    def word(self) -> handshake_pb2.OperatorWord:
+        """The statement."""
+
+    def __init__(
+        self,
+        *,
+        migration_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+        word: handshake_pb2.OperatorWord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migration_id", b"migration_id", "request_id", b"request_id", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ResolveMigrationResponse(message.Message):
     """The migration as it is now."""
 
     DESCRIPTOR: descriptor.Descriptor

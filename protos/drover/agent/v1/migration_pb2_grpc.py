@@ -63,6 +63,11 @@ class MigrationServiceStub:
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.ResolveMigration = channel.unary_unary(
+                '/drover.agent.v1.MigrationService/ResolveMigration',
+                request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.ResolveMigrationRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.ResolveMigrationResponse.FromString,
+                _registered_method=True)
 
 
 class MigrationServiceServicer:
@@ -113,6 +118,14 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResolveMigration(self, request, context):
+        """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
+        Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MigrationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -140,6 +153,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.FromString,
                     response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'ResolveMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveMigration,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.ResolveMigrationRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.ResolveMigrationResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -281,6 +299,33 @@ class MigrationService:
             '/drover.agent.v1.MigrationService/CancelMigration',
             drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
             drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.agent.v1.MigrationService/ResolveMigration',
+            drover_dot_agent_dot_v1_dot_migration__pb2.ResolveMigrationRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_migration__pb2.ResolveMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,10 @@ class MigrationServiceStub:
     """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
     error: the answer says how it ended.
     """
+    ResolveMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]
+    """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
+    Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
+    """
 
 @_typing.type_check_only
 class MigrationServiceAsyncStub(MigrationServiceStub):
@@ -84,6 +88,10 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
     error: the answer says how it ended.
+    """
+    ResolveMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]  # type: ignore[assignment]
+    """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
+    Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
     """
 
 class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -140,6 +148,16 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_migration_pb2.CancelMigrationResponse, _abc.Awaitable[_migration_pb2.CancelMigrationResponse]]:
         """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
         error: the answer says how it ended.
+        """
+
+    @_abc_1.abstractmethod
+    def ResolveMigration(
+        self,
+        request: _migration_pb2.ResolveMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.ResolveMigrationResponse, _abc.Awaitable[_migration_pb2.ResolveMigrationResponse]]:
+        """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
+        Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
         """
 
 def add_MigrationServiceServicer_to_server(servicer: MigrationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
