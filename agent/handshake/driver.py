@@ -19,7 +19,6 @@ from agent.failpoints import failpoint
 from agent.handshake.decide import Call, decide, ended
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.phases import MAX_WAIT
 from agent.handshake.records import Failure, duration, state_from_proto
 from agent.handshake.source import SourceState as Src
 from agent.networks import check_destination_uri
@@ -27,6 +26,9 @@ from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 
 log = structlog.get_logger()
+
+LONG_POLL: Final = 5.0
+"""Seconds for which a call waits before it is made again, so that a host which stands still is noticed soon."""
 
 PATIENCE: Final = 10.0
 """Seconds for which a host may be out of reach before the guest has left; then the migration is given up."""
@@ -356,7 +358,7 @@ class Driver:
                 bandwidth_bytes_per_second=self._planned().bandwidth,
             )
         else:
-            request = pb.PerformRequest(uri="joined", wait=duration(MAX_WAIT))
+            request = pb.PerformRequest(uri="joined", wait=duration(LONG_POLL))
         request.ref.CopyFrom(self.ref)
         request.request_id = self._request_id()
         response = await self._source.perform(request)
@@ -365,7 +367,7 @@ class Driver:
 
     async def _finish(self) -> None:
         response = await self._destination.finish(
-            pb.FinishRequest(ref=self.ref, request_id=self._request_id(), cookie_in=self._perform_cookie, wait=duration(MAX_WAIT))
+            pb.FinishRequest(ref=self.ref, request_id=self._request_id(), cookie_in=self._perform_cookie, wait=duration(LONG_POLL))
         )
         self._finish_cookie = response.cookie_out
         self._saw_destination(response.record)
@@ -377,7 +379,7 @@ class Driver:
                 request_id=self._request_id(),
                 decision=decision,
                 cookie_in=self._finish_cookie,
-                wait=duration(MAX_WAIT),
+                wait=duration(LONG_POLL),
                 operator_word=self._word("destination") if decision == pb.DECISION_GONE else None,
             )
         )

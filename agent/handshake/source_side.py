@@ -305,12 +305,15 @@ class SourceSide:
         """Ask until no job holds the guest. A job that goes on without us (after a restart) is followed to its end."""
         if not attempt.running("progress"):
             attempt.start("progress", self._follow(attempt, self._session(attempt)))
-        fact: SourceEvent | None = None
-        while fact is None:
-            fact = source_fact(await self._domain(attempt))
-            if fact is None:
-                await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
-        await attempt.report(fact)
+        await self._fact(attempt)
+        # A hypervisor that came back from the dead may have let the guest run by mistake: only now can it be believed.
+        await retry(attempt, "settling what the hypervisor left of the transfer", self._session(attempt).settle)
+        await attempt.report(await self._fact(attempt))
+
+    async def _fact(self, attempt: Attempt) -> SourceEvent:
+        while (fact := source_fact(await self._domain(attempt))) is None:
+            await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
+        return fact
 
     async def _domain(self, attempt: Attempt) -> Domain | None:
         while True:

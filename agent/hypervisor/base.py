@@ -272,6 +272,14 @@ class Outgoing(Protocol):
         """
         ...
 
+    async def settle(self) -> None:
+        """For whoever does not know how `perform` ended, once no job holds the guest: afterwards `get_domain` can be believed.
+
+        A hypervisor daemon that died and came back may have resumed, by its own judgement, a guest whose whole state had left
+        and that runs at the destination: it is paused. Costs nothing where the end of `perform` is known. Idempotent.
+        """
+        ...
+
     async def resume(self) -> None:
         """There is no other copy: let the guest run here again, as it was before (paused, if its user had paused it).
 

@@ -1,5 +1,7 @@
 """Channels to agents and coordinators."""
 
+import json
+
 import grpc.aio
 
 from agent.address import parse_address
@@ -23,8 +25,25 @@ KEEPALIVE_OPTIONS = (
 )
 """The same for servers and channels."""
 
+_RETRY = {
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+"""A peer that is just being restarted is no error: every call is idempotent, so it is made again for about two seconds."""
+
 _CHANNEL_OPTIONS = (
     *KEEPALIVE_OPTIONS,
+    ("grpc.service_config", json.dumps(_RETRY)),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_SECONDS * 1000),
     ("grpc.max_reconnect_backoff_ms", MAX_RECONNECT_BACKOFF_SECONDS * 1000),

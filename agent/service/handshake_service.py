@@ -10,16 +10,16 @@ from typing import Any
 import grpc.aio
 
 from agent.handshake.engine import Engine
-from agent.handshake.phases import MAX_WAIT
+from agent.handshake.phases import MAX_WAIT, wait_of
 from agent.service.status import error_from_rpc
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
 
 CALL_SECONDS = MAX_WAIT + 10.0
-"""Deadline of a call: the longest wait of the other side and room to spare."""
+"""Deadline of a call that lasts as long as the hypervisor takes."""
 
 QUESTION_SECONDS = 5.0
-"""Deadline of a call that asks for what is known."""
+"""Deadline of a call that asks for what is known; beyond its `wait`, also of one that waits."""
 
 SERVICE = pb.DESCRIPTOR.services_by_name["HandshakeService"].full_name
 
@@ -83,13 +83,14 @@ class RemotePeer:
         self._name = name
 
     async def _call(self, method: Any, request: Any, timeout: float = CALL_SECONDS) -> Any:
+        waits = "wait" in request.DESCRIPTOR.fields_by_name
         try:
-            return await method(request, timeout=timeout)
+            return await method(request, timeout=wait_of(request.wait, unset=0.0) + QUESTION_SECONDS if waits else timeout)
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, self._name) from None
 
     async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
-        return await self._call(self._stub.ReserveSlot, request)  # type: ignore[no-any-return]
+        return await self._call(self._stub.ReserveSlot, request, QUESTION_SECONDS)  # type: ignore[no-any-return]
 
     async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
         return await self._call(self._stub.Begin, request)  # type: ignore[no-any-return]

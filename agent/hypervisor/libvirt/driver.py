@@ -17,6 +17,7 @@ from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import host, options, phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.events import Fanout
+from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing
 from agent.hypervisor.libvirt.watch import Watch
@@ -90,7 +91,7 @@ class LibvirtHypervisor:
         await self._pool.call(lambda connection: _disown(domains.find(connection, uuid)))
 
     def outgoing(self, uuid: str) -> LibvirtOutgoing:
-        return LibvirtOutgoing(uuid, Session(self._uri, self._call_timeout), self._pool)
+        return LibvirtOutgoing(uuid, Session(self._uri, self._call_timeout), self._pool, Guard(self._uri, uuid))
 
     def incoming(self, uuid: str) -> LibvirtIncoming:
         return LibvirtIncoming(uuid, Session(self._uri, self._call_timeout), self._pool, self._ports)

@@ -1,8 +1,7 @@
 """One migration on its source.
 
-A hazard that no call here can mend: a source libvirtd (seen with 9.0) that dies in the some 15 ms between the switch-over
-and its own record of it resumes the guest when it starts again, even though the destination, armed early, runs it too.
-Whoever meets `HypervisorUnavailable` from `perform` must look at both hosts before anything else.
+Finish is armed early, so a guest that was suspended for the switch-over may run at the destination at any moment after. A
+libvirtd that dies just then would resume it here at its next start: `guard` and `switchover` keep it from that.
 """
 
 import asyncio
@@ -30,6 +29,7 @@ from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
+from agent.hypervisor.libvirt.guard import Guard, is_held, settle
 
 T = TypeVar("T")
 
@@ -43,13 +43,15 @@ CLOSE_SECONDS = 2.0
 class LibvirtOutgoing:
     """`base.Outgoing`. A fresh handle, after a restart of the agent, does all that needs no live connection."""
 
-    def __init__(self, uuid: str, session: Session, pool: Pool) -> None:
+    def __init__(self, uuid: str, session: Session, pool: Pool, guard: Guard) -> None:
         self._uuid = uuid
         self._session = session
         self._pool = pool
+        self._guard = guard
         self._begun: Link | None = None  # the connection that holds libvirt's migration job
         self._performed = False  # Perform succeeded on it: only now is there something to confirm
         self._performing: asyncio.Future[tuple[bytes, Progress]] | None = None
+        self._outcome_is_known = False  # libvirtd itself has said how Perform ended, or it was settled
         self._remember("", Options(), "")
 
     async def begin(self, options: Options, destination_name: str) -> Begun:
@@ -89,12 +91,18 @@ class LibvirtOutgoing:
 
         self._remember(domain_xml, options, destination_name)
         link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
+        await self._guard.watch(await self._call(lambda domain: str(domain.name())))
         self._performing = asyncio.ensure_future(self._session.call(perform, on=link, bounded=False))
         try:
             out, final = await asyncio.shield(self._performing)
-        except (HypervisorUnavailable, DomainNotFound, DomainBusy, Incompatible):
+        except HypervisorUnavailable:
+            await self._guard.mend()
+            raise
+        except (DomainNotFound, DomainBusy, Incompatible):
+            self._outcome_is_known = True
             raise
         except HypervisorError as error:
+            self._outcome_is_known = True
             raise TransferFailed(str(error), error.native) from None
         return Performed(out, final)
 
@@ -125,6 +133,13 @@ class LibvirtOutgoing:
             await self._confirm(cookie, options, cancelled=False)
             await self._call(lambda domain: _remove(domain, undefine))
 
+    async def settle(self) -> None:
+        if self._outcome_is_known:
+            return
+        with contextlib.suppress(DomainNotFound):
+            await self._call(settle)
+            self._outcome_is_known = True
+
     async def resume(self) -> None:
         await self._call(_refuse_foreign)
         await self._confirm(b"", self._options, cancelled=True)
@@ -136,6 +151,8 @@ class LibvirtOutgoing:
                 await self.abort()
             # A transfer that cannot be aborted (post-copy) is left to libvirtd; its connection closes at its end.
             await self._wait_for_perform(CLOSE_SECONDS)
+        if not self._is_performing:
+            await self._guard.forget()
         self._begun = None
         await self._session.close()
 
@@ -280,5 +297,5 @@ def _refuse_foreign(domain: Any) -> None:
 def _resume(domain: Any) -> None:
     """Resume a guest that a migration paused. One that its user paused stays so; one that runs is left alone."""
     state, reason = _state(domain)
-    if state is DomainState.PAUSED and reason == domains.MIGRATION:
+    if (state is DomainState.PAUSED and reason == domains.MIGRATION) or is_held(domain):
         domain.resume()

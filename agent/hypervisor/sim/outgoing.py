@@ -141,6 +141,10 @@ class SimOutgoing:
         guest.stored = guest.stored if keep else None
         self._host.drop(guest, "migrated")
 
+    async def settle(self) -> None:
+        """The simulated hypervisor never resumes a guest by its own judgement."""
+        await self._host.gate("settle")
+
     async def resume(self) -> None:
         await self._host.call("resume", self._resume)
 

@@ -1,0 +1,115 @@
+"""Keeps a guest that may have left from running on its source again. See `switchover` for why and how."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, urlsplit
+
+import libvirt_qemu  # type: ignore[import-untyped,unused-ignore]
+import structlog
+
+from agent.hypervisor.base import DomainState
+from agent.hypervisor.libvirt import domain as domains
+from agent.hypervisor.libvirt import switchover, threads
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+CANCELED = "migration canceled"
+"""libvirt's reason for running, when it has resumed a guest that a migration had paused."""
+
+HELD = "unknown"
+"""libvirt's reason for the pause that `settle` makes. No user's pause has it, so that `Outgoing.resume` may end it."""
+
+
+def run_folder(uri: str) -> Path | None:
+    """libvirt's run folder behind a local connection to the system's libvirtd; None where we cannot tell."""
+    parts = urlsplit(uri)
+    if parts.scheme != "qemu" or parts.netloc or parts.path != "/system":
+        return None
+    sockets = parse_qs(parts.query).get("socket")
+    return Path(sockets[0]).parent if sockets else switchover.RUN
+
+
+SETTLE_SECONDS = 0.02
+"""Between two questions to QEMU."""
+
+_UNDER_WAY = switchover.CANCELLABLE | {"device", "cancelling"}
+
+
+class Guard:
+    """One guest that leaves. All calls are harmless where there is nothing to guard."""
+
+    def __init__(self, uri: str, uuid: str) -> None:
+        self._run = run_folder(uri)
+        self._uuid = uuid
+        self._name = ""
+
+    async def watch(self, name: str) -> None:
+        """From now on, whoever mends after a death of libvirtd minds this guest. Before Perform."""
+        self._name = name
+        await self._do(lambda run: switchover.mark(run, self._uuid, name))
+
+    async def mend(self) -> None:
+        """libvirtd was lost in Perform. If it is dead, see to it that its next life does not resume a guest that has left."""
+        found = await self._do(lambda run: switchover.mend_after_death(run, self._uuid, self._name))
+        log.warning("libvirtd was lost during Perform", domain=self._name, outcome=found.value if found else "not known")
+
+    async def forget(self) -> None:
+        """The migration has ended on this side."""
+        await self._do(lambda run: switchover.unmark(run, self._uuid))
+
+    async def _do(self, function: Callable[[Path], T]) -> T | None:
+        """In a thread. What goes wrong with files is logged and no more: `settle` remains."""
+        run = self._run
+        if run is None:
+            return None
+        try:
+            return await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: function(run))))
+        except OSError as error:
+            log.warning("the guard against a second copy has failed", domain=self._name, error=str(error))
+            return None
+
+
+def settle(domain: Any) -> None:
+    """What libvirtd left unsettled, once it is back and no job of its holds the guest any more. Blocks.
+
+    The last line, for when `switchover` had no chance or could not tell. Only QEMU knows whether the state has left; asking it
+    taints the domain ("custom-monitor"), so this is for recovery only. Afterwards the domain's state is true and stays:
+
+    - a transfer that goes on without libvirtd is ended: its guest would stop for a switch-over that never comes;
+    - a guest whose whole state had left, and which libvirtd has resumed, is paused.
+
+    A ``completed`` of an earlier migration of the same QEMU, whose guest was kept, looks like the second: such a guest is
+    paused in vain until its destination has said that it is gone.
+    """
+    deadline = time.monotonic() + switchover.DEVICE_SECONDS
+    while (state := _migration(domain)) in _UNDER_WAY and time.monotonic() < deadline:
+        if state in switchover.CANCELLABLE:
+            _ask(domain, "migrate_cancel")
+        time.sleep(SETTLE_SECONDS)  # libvirt hands us no event of QEMU's migration
+    if state == "completed" and _is(domain, DomainState.RUNNING, CANCELED):
+        _ask(domain, "stop")  # not suspend(): that would look like a pause by the user
+
+
+def is_held(domain: Any) -> bool:
+    """It was paused by `settle`."""
+    return _is(domain, DomainState.PAUSED, HELD)
+
+
+def _is(domain: Any, state: DomainState, reason: str) -> bool:
+    code, why = domain.state()
+    return domains.state_of(code) is state and domains.reason_words(code, why) == reason
+
+
+def _migration(domain: Any) -> str:
+    return str(_ask(domain, "query-migrate").get("status", "")) if domain.isActive() else ""
+
+
+def _ask(domain: Any, command: str) -> dict[str, Any]:
+    answer = json.loads(libvirt_qemu.qemuMonitorCommand(domain, json.dumps({"execute": command}), 0))
+    return dict(answer.get("return", {}))
