@@ -9,8 +9,8 @@ import pytest
 libvirt = pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
 from agent.hypervisor.base import DomainEvent, HypervisorUnavailable  # noqa: E402 - after the skip
+from agent.hypervisor.events import BACKLOG, Fanout  # noqa: E402
 from agent.hypervisor.libvirt import connection, threads  # noqa: E402
-from agent.hypervisor.libvirt.events import BACKLOG, Fanout  # noqa: E402
 
 
 class FakeConnection:

@@ -13,10 +13,10 @@ from agent.hypervisor.base import (
     HypervisorInfo,
     Requirements,
 )
+from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import host, options, phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
-from agent.hypervisor.libvirt.events import Fanout
 from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing

@@ -12,8 +12,9 @@ from typing import Any
 import libvirt
 
 from agent.hypervisor.base import DomainEvent, HypervisorError
+from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt.connection import Link, Session
-from agent.hypervisor.libvirt.events import RECONNECTED, Fanout, Subscription
+from agent.hypervisor.libvirt.events import RECONNECTED, Subscription
 
 RECONNECT_SECONDS = (0.1, 2.0)
 """First and longest pause between attempts to reach a libvirtd that went away."""

@@ -78,7 +78,7 @@ class SimHypervisor:
         return SimIncoming(self._host, uuid)
 
     def events(self) -> AsyncIterator[DomainEvent]:
-        return self._host.hub.subscribe()
+        return self._host.events.stream()
 
     # --- what a guest's user does -------------------------------------------------------------------------------------
 

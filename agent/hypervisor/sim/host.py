@@ -20,9 +20,9 @@ from agent.hypervisor.base import (
     Requirements,
     TransferFailed,
 )
+from agent.hypervisor.events import Fanout
 from agent.hypervisor.sim import serial
 from agent.hypervisor.sim.config import SimConfig
-from agent.hypervisor.sim.events import Hub
 from agent.hypervisor.sim.guest import Definition, Guest, GuestRecord, requirements_of
 from agent.hypervisor.sim.link import Link
 from agent.hypervisor.sim.profiles import PROFILES
@@ -49,7 +49,7 @@ class Host:
         self.holders: dict[str, object] = {}
         """The handle whose Begin holds a guest, by the guest's UUID."""
         self.link = Link(config.link_rate)
-        self.hub = Hub()
+        self.events = Fanout()
         self.fail_next = dict(config.fail_next)
         self.thawed = asyncio.Event()
         self.thawed.set()
@@ -123,7 +123,7 @@ class Host:
             self.save()
 
     def notify(self, guest: Guest, kind: str, detail: str) -> None:
-        self.hub.publish(DomainEvent(guest.uuid, kind, detail, time.monotonic()))
+        self.events.put(DomainEvent(guest.uuid, kind, detail, time.monotonic()))
         self.save()
         self._watch_logs()
 
@@ -236,7 +236,7 @@ class Host:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for guest in self.guests.values():
             guest.flush()
-        self.hub.close()
+        self.events.close()
         await asyncio.sleep(0)  # connections that were cut are closed by the loop
 
 
