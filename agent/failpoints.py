@@ -22,15 +22,18 @@ _ACTIONS: Final[Mapping[str, signal.Signals]] = {"kill": signal.SIGKILL, "stop":
 
 
 def all_points() -> Iterator[str]:
-    """Every failpoint there is. ``driver`` is the process that drives: the coordinator, or the source's agent."""
+    """Every failpoint there is. ``driver`` is the process that drives: the coordinator, or the source's agent.
+
+    ``journal.before`` and ``journal.after`` stand around the write of an event, ``effect.before`` before an effect on the
+    hypervisor, ``news`` between the end of an effect and the event that tells it, ``reply`` before the answer to a call.
+    """
     for role, machine, effects in (("source", SOURCE, SourceEffect), ("destination", DESTINATION, DestinationEffect)):
         events = dict.fromkeys(event for _, event in machine.table)
         for event in events:
             yield from (f"{role}.{event}.journal.before", f"{role}.{event}.journal.after")
-            if event in machine.calls:
-                yield f"{role}.{event}.reply"
+            yield f"{role}.{event}.{'reply' if event in machine.calls else 'news'}"
         for effect in effects:
-            yield from (f"{role}.{effect}.effect.before", f"{role}.{effect}.effect.after")
+            yield f"{role}.{effect}.effect.before"
     for call in Call:
         yield from (f"driver.{call}.before", f"driver.{call}.after")
 

@@ -34,13 +34,14 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
     if driver.operator_word is not None:
         migration.operator_word.CopyFrom(driver.operator_word)
-    migration.runs_on = _runs_on(migration, src, dst)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
     if dst is Dst.RUNNING and not before.HasField("commit_time"):
         migration.commit_time.FromNanoseconds(int(now * 1e9))
-    failure = driver.failure or _failure_of(driver.source_record) or _failure_of(driver.destination_record)
+    failure = _root_cause(driver)
     migration.state = _state(migration.state, driver, failure, ended=ended)
+    crashed = failure is not None and failure.reason is Reason.GUEST_CRASHED
+    migration.runs_on = "" if crashed else _runs_on(migration, src, dst)
     migration.ClearField("failure")
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         failure = _unknown(migration, driver)
@@ -91,6 +92,12 @@ def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
     if record is None or not record.HasField("failure"):
         return None
     return Failure(Reason(record.failure.reason), record.failure.message, dict(record.failure.metadata))
+
+
+def _root_cause(driver: Driver) -> Failure | None:
+    """The first reason that anybody had; that one side gave up because the other did is told only where nothing else is."""
+    failures = [f for f in (driver.failure, _failure_of(driver.source_record), _failure_of(driver.destination_record)) if f]
+    return next((f for f in failures if f.reason is not Reason.GIVEN_UP), failures[0] if failures else None)
 
 
 def _unknown(migration: pb.Migration, driver: Driver) -> Failure:

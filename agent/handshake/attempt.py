@@ -13,17 +13,13 @@ import structlog
 from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
-from agent.handshake.destination import DestinationEffect
 from agent.handshake.machine import Refused
 from agent.handshake.records import MACHINES, AttemptRecord
-from agent.handshake.source import SourceEffect
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
 
-_EFFECT_OF = {f"{effect}_{end}": effect for effect in (*SourceEffect, *DestinationEffect) for end in ("done", "failed")}
-"""The effect whose end an event tells; used by failpoints only."""
 
 EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 """Carries out one effect and reports what came of it with `Attempt.apply`."""
@@ -86,7 +82,7 @@ class Attempt:
 
     async def report(self, event: str, **changes: Any) -> None:
         """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened."""
-        failpoint(self.record.role, _EFFECT_OF.get(event, event), "effect.after")
+        failpoint(self.record.role, event, "news")
         await retry(self, f"recording {event}", lambda: self.apply(event, **changes))
 
     async def note(self, **changes: Any) -> None:

@@ -101,7 +101,8 @@ DESTINATION = Machine[DestinationState, DestinationEvent, DestinationEffect](
         (_S.ARMED, _E.FINISH_UNKNOWN): _T(_S.ARMED, (_F.LOOK,)),
         (_S.ARMED, _E.RESTARTED): _T(_S.ARMED, (_F.LOOK,)),
         (_S.ARMED, _E.SAW_RUNNING): _T(_S.RUNNING),
-        (_S.ARMED, _E.SAW_ABSENT): _T(_S.GONE),
+        # What its Finish left behind (a stored definition) goes first.
+        (_S.ARMED, _E.SAW_ABSENT): _give_up,
         (_S.ARMED, _E.ABANDON_SOURCE_KEPT): _give_up,
         (_S.RUNNING, _E.PREPARE): _T(_S.RUNNING),
         (_S.RUNNING, _E.FINISH): _T(_S.RUNNING),

@@ -38,13 +38,19 @@ log = structlog.get_logger()
 _S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
 
 _AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONING}
+_HAS_RUN: Final = frozenset({"shutdown", "saved", "migrated"})
+"""Reasons for being shut off that only a guest can have that ran here: its user ended it before we looked."""
+
 _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 
 
 def destination_fact(domain: Domain | None) -> DestinationEvent | None:
     """What the hypervisor's word on the copy means for its destination; None while it waits for its stream."""
-    if domain is None or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+    if domain is None:
         return _E.SAW_ABSENT
+    if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+        # A copy that never ran can be seen as failed, destroyed, crashed or (after libvirtd's restart) unknown, but not like these.
+        return _E.SAW_RUNNING if domain.reason in _HAS_RUN else _E.SAW_ABSENT
     return None if domain.incoming else _E.SAW_RUNNING
 
 
@@ -74,12 +80,13 @@ class DestinationSide:
             try:
                 self._check_room(attempt)
                 with timed("reserve") as watch:
-                    await self._check(request)
+                    had_definition = await self._check(request)
                 self._epoch += 1
                 await attempt.apply(
                     _E.RESERVE,
                     **changes,
                     epoch=self._epoch,
+                    had_definition=had_definition,
                     expires=self._expiry(),
                     domain_name=request.destination_name or request.requirements.name,
                     domain_uuid=request.requirements.uuid,
@@ -103,8 +110,8 @@ class DestinationSide:
         others = [a.record for a in self._attempts.active(Role.DESTINATION) if a is not newcomer]
         self._slots.check(others, time.time())
 
-    async def _check(self, request: pb.ReserveSlotRequest) -> None:
-        """Everything that can be refused is refused before the guest is touched."""
+    async def _check(self, request: pb.ReserveSlotRequest) -> bool:
+        """Everything that can be refused is refused before the guest is touched. Whether a definition of the guest is here."""
         here = f"the destination {self._host.name}"
         self._host.check_not_draining()
         if request.protocol_version:
@@ -113,9 +120,10 @@ class DestinationSide:
         wanted = requirements_from_proto(request.requirements)
         name = request.destination_name or wanted.name
         try:
-            problems, *_ = await asyncio.gather(
+            problems, by_uuid, by_name = await asyncio.gather(
                 self._host.hypervisor.incompatibilities(wanted),
-                *(self._check_absent(reference, wanted.uuid) for reference in (wanted.uuid, name)),
+                self._check_absent(wanted.uuid, wanted.uuid),
+                self._check_absent(name, wanted.uuid),
             )
         except HypervisorError as error:
             raise from_hypervisor(error) from None
@@ -126,14 +134,16 @@ class DestinationSide:
                 metadata={"host": self._host.name, "problems": "; ".join(problems)[:900]},
             )
 
-    async def _check_absent(self, reference: str, uuid: str) -> None:
-        """No copy may run here, and no other guest may have the name. A stored definition of the same guest may stay."""
+        return by_uuid or by_name
+
+    async def _check_absent(self, reference: str, uuid: str) -> bool:
+        """No copy may run here, and no other guest may have the name. A stored definition of the same guest may stay (True)."""
         try:
             domain = await self._host.hypervisor.get_domain(reference)
         except DomainNotFound:
-            return
+            return False
         if domain.uuid == uuid and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
-            return
+            return True
         raise DroverError(
             Reason.DOMAIN_EXISTS,
             f"{self._host.name} already has a guest {domain.name} ({domain.uuid}), {domain.state}. Nothing was done to the guest; "
@@ -195,7 +205,7 @@ class DestinationSide:
                 log.warning("an operator's word decides", migration=request.ref.migration_id, **msgspec.structs.asdict(word))
                 changes = {"failure": word.failure(), "operator_word": word}
             elif not attempt.record.failure and not attempt.record.final:
-                changes = {"failure": Failure(Reason.CANCELLED, "the migration was given up before its commit")}
+                changes = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
             await self._known(attempt, event, changes)
             record = await attempt.until(_DECIDED, MAX_WAIT)
             return pb.AbandonResponse(record=record_to_proto(record))
@@ -362,7 +372,15 @@ class DestinationSide:
             except DomainBusy:
                 ran = True
 
+        async def clear() -> None:
+            """A definition that Finish stored, where there was none before."""
+            domain = await self._domain(attempt)
+            if domain is not None and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+                await self._host.hypervisor.disown(domain.uuid)
+
         await retry(attempt, "giving up the copy at the destination", abandon)
+        if not ran and not attempt.record.had_definition:
+            await retry(attempt, "removing what the copy left at the destination", clear)
         if ran:
             log.critical("a copy that was to be given up runs", migration=attempt.record.migration_id)
         await attempt.report(_E.ABANDON_REFUSED if ran else _E.ABANDON_DONE)

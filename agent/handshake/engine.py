@@ -17,7 +17,7 @@ from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.destination_side import DestinationSide
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
-from agent.handshake.records import AttemptRecord, Role, record_to_proto
+from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role, record_to_proto
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
 from agent.hypervisor.base import DomainNotFound, HypervisorError
@@ -69,10 +69,18 @@ class Engine:
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
             if record.role is Role.SOURCE:
                 self._source.recover(attempt)
-                await attempt.apply(SourceEvent.RESTARTED)
+                await attempt.apply(SourceEvent.RESTARTED, **self._why(record, SourceEvent.RESTARTED))
             else:
                 self._destination.recover(attempt)
-                await attempt.apply(DestinationEvent.RESTARTED)
+                await attempt.apply(DestinationEvent.RESTARTED, **self._why(record, DestinationEvent.RESTARTED))
+
+    def _why(self, record: AttemptRecord, restarted: str) -> dict[str, object]:
+        """The failure of an attempt that a restart ends."""
+        transition = MACHINES[record.role].step(record.state, restarted)
+        if record.failure is not None or transition is None or transition.state == record.state:
+            return {}
+        message = f"the agent of {self.host.name} was restarted while this attempt was {record.state}; the guest was not touched"
+        return {"failure": Failure(Reason.RESTARTED, message)}
 
     async def check_disowned(self) -> None:
         """For each guest that came here last and is here still: was this host declared dead meanwhile? Asks until it is told."""

@@ -94,6 +94,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Of the slot; destination only."""
     expires: float = 0.0
     """When the lease ends, by the wall clock; destination only."""
+    had_definition: bool = False
+    """A definition of the guest was stored here before; destination only."""
     domain_xml: str = ""
     uri: str = ""
     bandwidth: int = 0

@@ -1,6 +1,7 @@
 """The source of a migration: Begin, Perform, Abort, Confirm, and what they do to the hypervisor."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -129,7 +130,7 @@ class SourceSide:
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.ABORT):
-            await attempt.apply(_E.ABORT, **self._why(attempt, "the migration was cancelled"))
+            await attempt.apply(_E.ABORT, **self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
             return pb.AbortResponse(record=record_to_proto(record, attempt.progress))
 
@@ -139,7 +140,7 @@ class SourceSide:
             raise DroverError(Reason.INVALID_FIELD, "decision: must be DECISION_RUNNING or DECISION_GONE")
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         wait = wait_of(request.wait, unset=MAX_WAIT)
-        why = {} if event is _E.CONFIRM_RUNNING else self._why(attempt, "the destination has no copy of the guest")
+        why = {} if event is _E.CONFIRM_RUNNING else self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
         if request.HasField("operator_word") and event is _E.CONFIRM_GONE:
             word = OperatorWord.of(request.operator_word)
             log.warning("an operator's word decides", migration=record_id(attempt), **msgspec.structs.asdict(word))
@@ -190,10 +191,10 @@ class SourceSide:
                 self._attempts.forget(attempt)
 
     @staticmethod
-    def _why(attempt: Attempt, message: str) -> dict[str, object]:
+    def _why(attempt: Attempt, reason: Reason, message: str) -> dict[str, object]:
         if attempt.record.failure is not None or attempt.record.final:
             return {}
-        return {"failure": Failure(Reason.CANCELLED, message)}
+        return {"failure": Failure(reason, message)}
 
     @staticmethod
     async def _hypervisor(call: Awaitable[None]) -> None:
@@ -311,9 +312,11 @@ class SourceSide:
         await attempt.report(await self._fact(attempt))
 
     async def _fact(self, attempt: Attempt) -> SourceEvent:
-        while (fact := source_fact(await self._domain(attempt))) is None:
+        while True:
+            fact = source_fact(await self._domain(attempt))
+            if fact is not None:
+                return fact
             await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
-        return fact
 
     async def _domain(self, attempt: Attempt) -> Domain | None:
         while True:
@@ -340,9 +343,10 @@ class SourceSide:
         changes: dict[str, object] = {}
 
         async def resume() -> None:
-            try:
+            with contextlib.suppress(DomainNotFound):
                 await self._session(attempt).resume()
-            except DomainNotFound:
+            domain = await self._domain(attempt)
+            if domain is None or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
                 changes["failure"] = Failure(
                     Reason.GUEST_CRASHED,
                     f"guest {attempt.record.domain_name} is not running on {self._host.name} any more, and the destination has no "

@@ -163,6 +163,19 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
             self.changed.notify_all()
         return migration_pb2.CancelMigrationResponse(migration=history[-1])
 
+    async def ResolveMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        history = self._history(request.migration_id)
+        if history[-1].state != S.MIGRATION_STATE_OUTCOME_UNKNOWN:
+            raise DroverError(Reason.NOT_IN_DOUBT, f"{request.word.dead_host} answers, so its own word counts")
+        resolved = migration_pb2.Migration()
+        resolved.CopyFrom(history[-1])
+        resolved.state, resolved.runs_on, resolved.revision = S.MIGRATION_STATE_FAILED, resolved.source_host, len(history) + 1
+        resolved.operator_word.CopyFrom(request.word)
+        history.append(resolved)
+        async with self.changed:
+            self.changed.notify_all()
+        return migration_pb2.ResolveMigrationResponse(migration=resolved)
+
 
 def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step: dict[str, object]) -> migration_pb2.Migration:
     migration = migration_pb2.Migration(

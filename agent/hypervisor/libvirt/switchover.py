@@ -155,13 +155,17 @@ class Status:
 # --- QEMU's monitor
 
 
+NO_QEMU = (FileNotFoundError, ProcessLookupError, ConnectionRefusedError)
+"""The guest's QEMU is dead."""
+
+
 class Monitor:
     """A connection to QEMU's monitor, which takes one client at a time: libvirtd, while one runs."""
 
     def __init__(self, pid: int, uuid: str, path: str) -> None:
-        """Raises OSError, TimeoutError, ValueError: there is no such QEMU, or it does not answer."""
+        """Raises one of `NO_QEMU`, or OSError or ValueError where it does not answer as it should."""
         if uuid not in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
-            raise ValueError(f"process {pid} is not the QEMU of {uuid}")
+            raise ProcessLookupError(f"process {pid} is not the QEMU of {uuid}")
         self._deadline = time.monotonic() + MONITOR_SECONDS
         self._buffer = b""
         self._migration: list[str] = []
@@ -248,8 +252,8 @@ def mend(run: Path, uuid: str, name: str, cancel: bool = False) -> Outcome | Non
     try:
         with Monitor(status.pid, uuid, status.monitor) as monitor:
             found = outcome(monitor, cancel)
-    except FileNotFoundError:
-        return None  # QEMU is dead, and libvirtd will see that
+    except NO_QEMU:
+        return None  # libvirtd will see that
     except (OSError, ValueError, KeyError):
         # A QEMU that does not answer may be sending the last of the memory: the safe side is the paused one.
         found = Outcome.LEFT
