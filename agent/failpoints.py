@@ -31,7 +31,8 @@ def all_points() -> Iterator[str]:
         events = dict.fromkeys(event for _, event in machine.table)
         for event in events:
             yield from (f"{role}.{event}.journal.before", f"{role}.{event}.journal.after")
-            yield f"{role}.{event}.{'reply' if event in machine.calls else 'news'}"
+            if event != "restarted":  # the journal tells that one
+                yield f"{role}.{event}.{'reply' if event in machine.calls else 'news'}"
         for effect in effects:
             yield f"{role}.{effect}.effect.before"
     for call in Call:

@@ -17,6 +17,7 @@ _PHASE_OF_SOURCE: Final = {
     Src.BEGINNING: "begin",
     Src.PERFORMING: "perform",
     Src.PERFORMED: "finish",
+    Src.LOST: "finish",
     Src.REMOVING: "confirm",
     Src.RESUMING: "confirm",
 }
@@ -68,7 +69,7 @@ def phase(src: Src | None, dst: Dst | None) -> str:
 def _runs_on(migration: pb.Migration, src: Src | None, dst: Dst | None) -> str:
     if dst is Dst.RUNNING:
         return migration.destination_host
-    if src in (Src.PERFORMED, Src.RESUMING):
+    if src in (Src.PERFORMED, Src.LOST, Src.RESUMING):
         return ""
     return migration.source_host
 
@@ -104,7 +105,7 @@ def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
     silent = " and ".join(_hosts(migration)[side] for side in driver.silent_since)
     here = (
         f"the guest is paused on {migration.source_host}"
-        if driver.source_state in (Src.PERFORMED, Src.RESUMING)
+        if driver.source_state in (Src.PERFORMED, Src.LOST, Src.RESUMING)
         else f"what {migration.source_host} last said was {driver.source_state}"
     )
     return Failure(

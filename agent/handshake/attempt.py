@@ -176,13 +176,13 @@ class Attempt:
             self._timer = None
 
     @contextlib.asynccontextmanager
-    async def called(self, call: str) -> AsyncIterator[None]:
-        """A call for this attempt is under way: its driver is not silent."""
+    async def called(self, call: str = "") -> AsyncIterator[None]:
+        """A call for this attempt (or a driver's watch) is under way: its driver is not silent."""
         self._calls += 1
         self._disarm()
         try:
             yield
-            failpoint(self.record.role, call, "reply")
+            failpoint(self.record.role, call or "watch", "reply")
         finally:
             self._calls -= 1
             self._rearm()

@@ -46,7 +46,8 @@ def decide(src: Src | None, dst: Dst | None, *, cancel: bool) -> frozenset[Call]
         return frozenset({Call.CONFIRM_RUNNING})
     if dst is Dst.GONE:
         return frozenset({Call.CONFIRM_GONE})
-    if src is Src.KEPT:
+    if src in (Src.KEPT, Src.LOST):
+        # Nothing flows any more. A copy that got everything before that refuses to be given up, and is RUNNING then.
         return frozenset({Call.ABANDON_SOURCE_KEPT})
     if dst is Dst.ABANDONING:
         return frozenset({Call.ABANDON})

@@ -30,8 +30,9 @@ log = structlog.get_logger()
 LONG_POLL: Final = 5.0
 """Seconds for which a call waits before it is made again, so that a host which stands still is noticed soon."""
 
-PATIENCE: Final = 10.0
-"""Seconds for which a host may be out of reach before the guest has left; then the migration is given up."""
+PATIENCE: Final = 20.0
+"""Seconds for which a host may be out of reach before the guest has left; then the migration is given up. Long enough for an agent
+that is being restarted (it waits up to 10 s for what runs)."""
 
 _TRANSIENT: Final = frozenset(
     {
@@ -39,6 +40,7 @@ _TRANSIENT: Final = frozenset(
         Reason.DEADLINE_EXCEEDED,
         Reason.HYPERVISOR_UNAVAILABLE,
         Reason.JOURNAL_UNAVAILABLE,
+        Reason.DRAINING,
     }
 )
 """Errors after which the same call is made again."""
@@ -48,7 +50,7 @@ _STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
 
 _SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 
-_LEFT: Final = frozenset({Src.PERFORMED, Src.REMOVING, Src.REMOVED, Src.RESUMING})
+_LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
 """The guest may not run at the source any more, or not yet again."""
 
 
@@ -198,7 +200,7 @@ class Driver:
                 for call in decide(*self.states, cancel=self.cancelling):
                     if call not in tasks:
                         tasks[call] = asyncio.create_task(self._make(call), name=f"{self.ref.migration_id[:8]} {call}")
-                if self.source_state is Src.PERFORMING and "follow" not in tasks:
+                if self.source_state in (Src.BEGUN, Src.PERFORMING) and "follow" not in tasks:
                     tasks["follow"] = asyncio.create_task(self._follow(), name=f"{self.ref.migration_id[:8]} follow")
                 tasks["wake"] = asyncio.create_task(self._wait_for_wake())
                 done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
@@ -255,11 +257,11 @@ class Driver:
             self.silent_since.pop(side, None)
 
     async def _follow(self) -> None:
-        """The source's progress, while its memory flows."""
+        """The source's progress; that it is watched also tells the source that its driver lives, while Prepare takes its time."""
         try:
-            async for response in self._source.watch_record(pb.WatchRecordRequest(ref=self.ref)):
+            async for response in self._source.watch_record(pb.WatchRecordRequest(ref=self.ref, driving=True)):
                 self._saw_source(response.record)
-                if self.source_state is not Src.PERFORMING:
+                if self.source_state not in (Src.BEGUN, Src.PERFORMING):
                     return
         except DroverError as error:
             log.debug("progress is not to be had", migration=self.ref.migration_id, error=error.message)

@@ -4,6 +4,7 @@ It is a `HandshakePeer`: the gRPC service and a driver in the same process call 
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import structlog
@@ -141,8 +142,9 @@ class Engine:
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
         """Conflates: a slow reader misses readings in between, never the last word."""
         attempt = await self._attempts.find(request.ref)
-        async for record in attempt.changes():
-            yield pb.WatchRecordResponse(record=record_to_proto(record, attempt.progress))
+        async with attempt.called() if request.driving else contextlib.nullcontext():
+            async for record in attempt.changes():
+                yield pb.WatchRecordResponse(record=record_to_proto(record, attempt.progress))
 
     async def list_records(self, request: pb.ListRecordsRequest) -> pb.ListRecordsResponse:
         records = await self._journal.attempts(active_only=request.active_only)

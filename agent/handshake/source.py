@@ -18,6 +18,8 @@ class SourceState(StrEnum):
     """The memory flows; the guest runs here until the switch-over."""
     PERFORMED = "performed"
     """The guest is paused here; the destination's record says where it runs."""
+    LOST = "lost"
+    """The guest's process died here during the transfer; the destination's record says whether it runs there."""
     REMOVING = "removing"
     """It runs at the destination; the copy here is being removed."""
     REMOVED = "removed"
@@ -44,7 +46,9 @@ class SourceEvent(StrEnum):
     SAW_UNTOUCHED = "saw_untouched"
     """The guest is here as before, and no migration job holds it."""
     SAW_STOPPED = "saw_stopped"
-    """The guest is paused by the migration, or is not here at all."""
+    """The guest is paused by the migration."""
+    SAW_DEAD = "saw_dead"
+    """The guest has no process here any more: nothing will flow."""
     REMOVE_DONE = "remove_done"
     RESUME_DONE = "resume_done"
     DRIVER_SILENT = "driver_silent"
@@ -93,6 +97,7 @@ SOURCE = Machine[SourceState, SourceEvent, SourceEffect](
         (_S.PERFORMING, _E.PERFORM_FAILED): _T(_S.PERFORMING, (_F.LOOK,)),
         (_S.PERFORMING, _E.SAW_UNTOUCHED): _keep,
         (_S.PERFORMING, _E.SAW_STOPPED): _T(_S.PERFORMED),
+        (_S.PERFORMING, _E.SAW_DEAD): _T(_S.LOST),
         (_S.PERFORMING, _E.ABORT): _T(_S.PERFORMING, (_F.ABORT,)),
         (_S.PERFORMING, _E.CONFIRM_GONE): _T(_S.PERFORMING, (_F.ABORT,)),
         # The decision may come before the word that Perform ended; the caller waits for that, then asks again.
@@ -102,6 +107,10 @@ SOURCE = Machine[SourceState, SourceEvent, SourceEffect](
         (_S.PERFORMED, _E.ABORT): _T(_S.PERFORMED),
         (_S.PERFORMED, _E.CONFIRM_RUNNING): _T(_S.REMOVING, (_F.REMOVE,)),
         (_S.PERFORMED, _E.CONFIRM_GONE): _T(_S.RESUMING, (_F.RESUME,)),
+        (_S.LOST, _E.PERFORM): _T(_S.LOST),
+        (_S.LOST, _E.ABORT): _T(_S.LOST),
+        (_S.LOST, _E.CONFIRM_RUNNING): _T(_S.REMOVING, (_F.REMOVE,)),
+        (_S.LOST, _E.CONFIRM_GONE): _T(_S.RESUMING, (_F.RESUME,)),
         (_S.REMOVING, _E.PERFORM): _T(_S.REMOVING),
         (_S.REMOVING, _E.ABORT): _T(_S.REMOVING),
         (_S.REMOVING, _E.CONFIRM_RUNNING): _T(_S.REMOVING),

@@ -42,7 +42,9 @@ _ENDED: Final = frozenset({_S.REMOVED, _S.KEPT})
 def source_fact(domain: Domain | None) -> SourceEvent | None:
     """What the hypervisor's word on the guest means for its source; None while a job holds it."""
     if domain is None:
-        return _E.SAW_STOPPED
+        return _E.SAW_DEAD
+    if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+        return _E.SAW_STOPPED if domain.reason == "migrated" else _E.SAW_DEAD  # a post-copy that ended leaves it so
     if domain.job is not Job.NONE:
         return None
     return _E.SAW_UNTOUCHED if domain.state is DomainState.RUNNING else _E.SAW_STOPPED
@@ -150,17 +152,17 @@ class SourceSide:
         async with attempt.called(event):
             await attempt.apply(event, **(why if attempt.record.state != _S.PERFORMING else {}))
             record = await attempt.until(_AFTER_PERFORM, wait)
-            if record.state == _S.PERFORMED:
+            if record.state in (_S.PERFORMED, _S.LOST):
                 await attempt.apply(event, **why)
             record = await attempt.until(_ENDED, wait)
             return pb.ConfirmResponse(record=record_to_proto(record, attempt.progress))
 
     async def start_post_copy(self, request: pb.StartPostCopyRequest) -> pb.StartPostCopyResponse:
         attempt = await self._transferring(request.ref)
-        if not attempt.record.options.get("post_copy", False):
+        if attempt.record.options.get("post_copy") is False:
             raise DroverError(
                 Reason.POST_COPY_NOT_ARMED,
-                "the transfer was not started with the option post_copy=on, so it cannot be switched; it goes on as it is",
+                "the transfer was started with the option post_copy=off, so it cannot be switched; it goes on as it is",
             )
         await self._hypervisor(self._session(attempt).start_postcopy())
         return pb.StartPostCopyResponse(record=record_to_proto(attempt.record, attempt.progress))

@@ -245,9 +245,11 @@ def outcome(monitor: Monitor, cancel: bool = False) -> Outcome:
 
 
 def mend(run: Path, uuid: str, name: str, cancel: bool = False) -> Outcome | None:
-    """Write down what libvirtd could not, for one guest. Call it only while libvirtd looks at no guest. None: not in Perform."""
+    """Write down what libvirtd could not, for one guest. None where that is nobody's business but libvirt's: the guest is not in
+    Perform, its QEMU is dead, or a libvirtd looks after it (libvirt's other daemons run the same hook).
+    """
     status = Status.read(run, uuid, name)
-    if status is None:
+    if status is None or not libvirtd_is_gone(run):
         return None
     try:
         with Monitor(status.pid, uuid, status.monitor) as monitor:
@@ -257,19 +259,17 @@ def mend(run: Path, uuid: str, name: str, cancel: bool = False) -> Outcome | Non
     except (OSError, ValueError, KeyError):
         # A QEMU that does not answer may be sending the last of the memory: the safe side is the paused one.
         found = Outcome.LEFT
-    if found is Outcome.LEFT:
+    if found is Outcome.LEFT and libvirtd_is_gone(run):
         status.finish_perform()
     return found
 
 
 def mend_after_death(run: Path, uuid: str, name: str) -> Outcome | None:
-    """`mend`, by the agent, when its connection broke. None as well when libvirtd lives, or lives again: its word counts."""
-    if not libvirtd_is_gone(run, GONE_SECONDS):
-        return None
-    return mend(run, uuid, name, cancel=True)
+    """`mend`, by the agent, when its connection broke."""
+    return mend(run, uuid, name, cancel=True) if libvirtd_is_gone(run, GONE_SECONDS) else None
 
 
-def libvirtd_is_gone(run: Path, within: float) -> bool:
+def libvirtd_is_gone(run: Path, within: float = 0.0) -> bool:
     """No process holds the lock of libvirt's QEMU driver, which is taken before any guest is looked at."""
     try:
         with (run / "qemu/driver.pid").open() as file:

@@ -61,6 +61,8 @@ class _RecordStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_RecordStat
     """Source: the guest is being let run on here."""
     RECORD_STATE_KEPT: _RecordState.ValueType  # 15
     """Source: the guest stayed here; this attempt is over. Final."""
+    RECORD_STATE_LOST: _RecordState.ValueType  # 16
+    """Source: the guest's own process died here during the transfer; the destination says whether it got everything before that."""
 
 class RecordState(_RecordState, metaclass=_RecordStateEnumTypeWrapper):
     """State of an attempt on one host."""
@@ -97,6 +99,8 @@ RECORD_STATE_RESUMING: RecordState.ValueType  # 14
 """Source: the guest is being let run on here."""
 RECORD_STATE_KEPT: RecordState.ValueType  # 15
 """Source: the guest stayed here; this attempt is over. Final."""
+RECORD_STATE_LOST: RecordState.ValueType  # 16
+"""Source: the guest's own process died here during the transfer; the destination says whether it got everything before that."""
 
 class _Decision:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -1154,6 +1158,9 @@ class WatchRecordRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
+    DRIVING_FIELD_NUMBER: builtins.int
+    driving: builtins.bool
+    """The caller drives this attempt: while it watches, it is not silent, however long the other host takes."""
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt; attempt 0: the newest."""
@@ -1162,10 +1169,11 @@ class WatchRecordRequest(message.Message):
         self,
         *,
         ref: AttemptRef | None = ...,
+        driving: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["driving", b"driving", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
