@@ -200,8 +200,9 @@ class Driver:
                 for call in decide(*self.states, cancel=self.cancelling):
                     if call not in tasks:
                         tasks[call] = asyncio.create_task(self._make(call), name=f"{self.ref.migration_id[:8]} {call}")
-                if self.source_state in (Src.BEGUN, Src.PERFORMING) and "follow" not in tasks:
-                    tasks["follow"] = asyncio.create_task(self._follow(), name=f"{self.ref.migration_id[:8]} follow")
+                for side in self._followed():
+                    if f"follow {side}" not in tasks:
+                        tasks[f"follow {side}"] = asyncio.create_task(self._follow(side), name=f"{self.ref.migration_id[:8]} follow")
                 tasks["wake"] = asyncio.create_task(self._wait_for_wake())
                 done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
                 for name in [name for name, task in tasks.items() if task in done]:
@@ -243,12 +244,16 @@ class Driver:
         with contextlib.suppress(DroverError):
             await self._look(side)
 
-    async def _look(self, side: str) -> None:
-        """Ask a side for its record. It may have none."""
-        peer, saw = {
+    @property
+    def _sides(self) -> Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]]:
+        return {
             "source": (self._source, self._saw_source),
             "destination": (self._destination, self._saw_destination),
-        }[side]
+        }
+
+    async def _look(self, side: str) -> None:
+        """Ask a side for its record. It may have none."""
+        peer, saw = self._sides[side]
         try:
             saw((await peer.get_record(pb.GetRecordRequest(ref=self.ref))).record)
         except DroverError as error:
@@ -256,15 +261,24 @@ class Driver:
                 raise
             self.silent_since.pop(side, None)
 
-    async def _follow(self) -> None:
-        """The source's progress; that it is watched also tells the source that its driver lives, while Prepare takes its time."""
+    def _followed(self) -> list[str]:
+        """The sides to watch now: where nothing else is called for while the other side takes its time, and where memory flows."""
+        watched = {
+            "source": self.source_state in (Src.BEGUN, Src.PERFORMING),
+            "destination": self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED),
+        }
+        return [side for side, wanted in watched.items() if wanted]
+
+    async def _follow(self, side: str) -> None:
+        """A side's record as it changes. That it is watched also tells that side that its driver lives."""
+        peer, saw = self._sides[side]
         try:
-            async for response in self._source.watch_record(pb.WatchRecordRequest(ref=self.ref, driving=True)):
-                self._saw_source(response.record)
-                if self.source_state not in (Src.BEGUN, Src.PERFORMING):
+            async for response in peer.watch_record(pb.WatchRecordRequest(ref=self.ref, driving=True)):
+                saw(response.record)
+                if side not in self._followed():
                     return
         except DroverError as error:
-            log.debug("progress is not to be had", migration=self.ref.migration_id, error=error.message)
+            log.debug("a watch ended", migration=self.ref.migration_id, side=side, error=error.message)
             await asyncio.sleep(1.0)
 
     # ---- the calls
