@@ -29,12 +29,13 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     src, dst = driver.source_state, driver.destination_state
     migration = pb.Migration()
     migration.CopyFrom(before)
-    migration.waiting_for = driver.waiting_for[:1000]
+    migration.waiting_for = "" if ended else driver.waiting_for[:1000]
     migration.uri = driver.uri or before.uri
     del migration.silent_hosts[:]
     migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
-    if driver.operator_word is not None:
-        migration.operator_word.CopyFrom(driver.operator_word)
+    migration.ClearField("operator_word")
+    for word in driver.words.values():
+        migration.operator_word.CopyFrom(word)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
     if dst is Dst.RUNNING and not before.HasField("commit_time"):

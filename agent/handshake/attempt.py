@@ -34,6 +34,8 @@ class Attempt:
         self.record = record
         self.progress: pb.Progress | None = None
         """The latest reading of the transfer; not journalled."""
+        self.opening: asyncio.Task[None] | None = None
+        """What makes this attempt known, while that is under way."""
         self._journal = journal
         self._run_effect = run_effect
         self._on_final = on_final
@@ -207,11 +209,16 @@ async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]
             await work()
         except Exception as error:
             log.warning("will be tried again", migration=attempt.record.migration_id, what=what, error=str(error))
-            with contextlib.suppress(DroverError):  # a journal that cannot be written must not end the retries
-                await attempt.note(waiting_for=f"{what}: {error}"[:500])
+            await waits_for(attempt, f"{what}: {error}")
             await asyncio.sleep(pause)
             pause = min(pause * 2, 5.0)
         else:
             if attempt.record.waiting_for:
-                await attempt.note(waiting_for="")
+                await waits_for(attempt, "")
             return
+
+
+async def waits_for(attempt: Attempt, what: str) -> None:
+    """Record what is waited for. A journal that cannot be written must not end the waiting."""
+    with contextlib.suppress(DroverError):
+        await attempt.note(waiting_for=what[:500])

@@ -1,8 +1,8 @@
 """The attempts of this host by migration: finds, makes and fences them."""
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final
 
 from agent.errors import DroverError, Reason, invalid_field
 from agent.handshake.attempt import Attempt, EffectRunner
@@ -37,9 +37,23 @@ class Attempts:
         for key in ended[: max(0, len(ended) - _KEEP_ENDED)]:
             del self._by_id[key]
 
-    def forget(self, attempt: Attempt) -> None:
-        """Its first event was refused: it never was."""
-        if self._by_id.get(attempt.record.migration_id) is attempt:
+    async def open(self, attempt: Attempt, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do what makes an attempt known (checks, then its first event), once, however many ask and whoever goes away."""
+        if attempt.opening is None:
+            attempt.opening = asyncio.create_task(self._open(attempt, first()))
+            attempt.opening.add_done_callback(_seen)
+        await asyncio.shield(attempt.opening)
+
+    async def _open(self, attempt: Attempt, first: Coroutine[Any, Any, None]) -> None:
+        try:
+            await first
+        finally:
+            attempt.opening = None
+            self.forget_unless_known(attempt)
+
+    def forget_unless_known(self, attempt: Attempt) -> None:
+        """An attempt whose first event was refused never was."""
+        if not attempt.record.state and attempt.opening is None and self._by_id.get(attempt.record.migration_id) is attempt:
             del self._by_id[attempt.record.migration_id]
 
     def active(self, role: Role) -> list[Attempt]:
@@ -55,7 +69,7 @@ class Attempts:
             DroverError: RECORD_NOT_FOUND, STALE_ATTEMPT.
         """
         current = await self._current(ref.migration_id)
-        if current is None or ref.attempt > current.record.attempt:
+        if current is None or not current.record.state or ref.attempt > current.record.attempt:
             raise DroverError(Reason.RECORD_NOT_FOUND, f"this host knows no attempt {ref.attempt} of migration {ref.migration_id}")
         if ref.attempt and ref.attempt < current.record.attempt:
             raise _stale(ref, current.record)
@@ -96,6 +110,12 @@ class Attempts:
             return self._by_id[migration_id]
         record = await self.journal.get_attempt(migration_id)
         return self._by_id.get(migration_id) or (self.adopt(record) if record is not None else None)
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Whoever asked has been told; nobody may be left."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _new(ref: pb.AttemptRef, role: Role) -> AttemptRecord:

@@ -33,9 +33,10 @@ def ended(src: Src | None, dst: Dst | None) -> bool:
     return (src, dst) in _END_STATES
 
 
-def decide(src: Src | None, dst: Dst | None, *, cancel: bool) -> frozenset[Call]:
+def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = False) -> frozenset[Call]:
     """The calls to have under way now. Empty when it has `ended`.
 
+    `stalled`: the source has sent everything long ago, and the armed copy still waits, so its last bytes were lost on their way.
     `None` means that the host has no record of this attempt. Raises `AssertionError` for a pair that the rule excludes
     (the source kept the guest, and it runs at the destination): that must stop everything.
     """
@@ -51,12 +52,15 @@ def decide(src: Src | None, dst: Dst | None, *, cancel: bool) -> frozenset[Call]
         return frozenset({Call.ABANDON_SOURCE_KEPT})
     if dst is Dst.ABANDONING:
         return frozenset({Call.ABANDON})
+    if stalled and (src, dst) == (Src.PERFORMED, Dst.ARMED):
+        # A copy that starts at this very moment refuses to be given up, and is RUNNING then.
+        return frozenset({Call.FINISH, Call.ABANDON_SOURCE_KEPT})
     return _stop(src, dst) if cancel else _go(src, dst)
 
 
 def _stop(src: Src | None, dst: Dst | None) -> frozenset[Call]:
-    """Cancel goes to the source first; only once that is paused is a copy that was not armed given up instead."""
-    if src is not Src.PERFORMED:
+    """Cancel goes to the source first; once nothing is left to stop there, the destination's word is what is missing."""
+    if src not in (Src.PERFORMED, Src.REMOVING, Src.REMOVED, Src.RESUMING):
         return frozenset({Call.ABORT})
     return frozenset({Call.FINISH if dst is Dst.ARMED else Call.ABANDON})
 

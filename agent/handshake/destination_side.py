@@ -12,7 +12,7 @@ import structlog
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
 from agent.features import check_options, check_protocol, from_hypervisor
-from agent.handshake.attempt import Attempt, retry
+from agent.handshake.attempt import Attempt, retry, waits_for
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.peer import HandshakePeer
@@ -40,6 +40,9 @@ _S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
 _AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONING}
 _HAS_RUN: Final = frozenset({"shutdown", "saved", "migrated"})
 """Reasons for being shut off that only a guest can have that ran here: its user ended it before we looked."""
+
+_FINISH_ENDS_WITHIN: Final = 5.0
+"""Seconds after its copy was given up within which a waiting Finish ends."""
 
 _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 
@@ -77,31 +80,29 @@ class DestinationSide:
             if attempt.record.state:
                 await attempt.apply(_E.RESERVE, expires=self._expiry())
                 return pb.ReserveSlotResponse(record=record_to_proto(attempt.record))
-            try:
-                self._check_room(attempt)
-                with timed("reserve") as watch:
-                    had_definition = await self._check(request)
-                self._epoch += 1
-                await attempt.apply(
-                    _E.RESERVE,
-                    **changes,
-                    epoch=self._epoch,
-                    had_definition=had_definition,
-                    expires=self._expiry(),
-                    domain_name=request.destination_name or request.requirements.name,
-                    domain_uuid=request.requirements.uuid,
-                    destination_name=request.destination_name or request.requirements.name,
-                    peer_host=request.source_host,
-                    peer_agent=request.source_agent,
-                    options=options_from_proto(request.options),
-                    timings=(watch.timing,),
-                )
-            except BaseException:
-                if not attempt.record.state:
-                    self._attempts.forget(attempt)
-                raise
-            self.recover(attempt)
+            await self._attempts.open(attempt, lambda: self._open(attempt, request, changes))
             return pb.ReserveSlotResponse(record=record_to_proto(attempt.record))
+
+    async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest, changes: Mapping[str, object]) -> None:
+        self._check_room(attempt)
+        with timed("reserve") as watch:
+            had_definition = await self._check(request)
+        self._epoch += 1
+        await attempt.apply(
+            _E.RESERVE,
+            **changes,
+            epoch=self._epoch,
+            had_definition=had_definition,
+            expires=self._expiry(),
+            domain_name=request.destination_name or request.requirements.name,
+            domain_uuid=request.requirements.uuid,
+            destination_name=request.destination_name or request.requirements.name,
+            peer_host=request.source_host,
+            peer_agent=request.source_agent,
+            options=options_from_proto(request.options),
+            timings=(watch.timing,),
+        )
+        self.recover(attempt)
 
     def _expiry(self) -> float:
         return time.time() + self._host.lease_seconds
@@ -215,8 +216,7 @@ class DestinationSide:
         try:
             await attempt.apply(event, **changes)
         finally:
-            if not attempt.record.state:
-                self._attempts.forget(attempt)
+            self._attempts.forget_unless_known(attempt)
 
     # ---- the lease
 
@@ -358,7 +358,7 @@ class DestinationSide:
             except DomainNotFound:
                 return None
             except HypervisorUnavailable as error:
-                await attempt.note(waiting_for=f"the hypervisor of {self._host.name} does not answer: {error}"[:500])
+                await waits_for(attempt, f"the hypervisor of {self._host.name} does not answer: {error}")
                 await asyncio.sleep(0.5)
 
     async def _abandon(self, attempt: Attempt) -> None:
@@ -379,6 +379,9 @@ class DestinationSide:
                 await self._host.hypervisor.disown(domain.uuid)
 
         await retry(attempt, "giving up the copy at the destination", abandon)
+        with contextlib.suppress(TimeoutError):  # its call to the hypervisor must not outlive the attempt and meet the next one
+            async with asyncio.timeout(_FINISH_ENDS_WITHIN):
+                await attempt.ended(_F.FINISH)
         if not ran and not attempt.record.had_definition:
             await retry(attempt, "removing what the copy left at the destination", clear)
         if ran:

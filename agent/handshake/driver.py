@@ -34,6 +34,10 @@ PATIENCE: Final = 20.0
 """Seconds for which a host may be out of reach before the guest has left; then the migration is given up. Long enough for an agent
 that is being restarted (it waits up to 10 s for what runs)."""
 
+STALLED: Final = 10.0
+"""Seconds after which a destination that still waits, though all was sent, has lost the last bytes (a link that was cut). More than
+any link in working order needs for what was on its way."""
+
 _TRANSIENT: Final = frozenset(
     {
         Reason.HOST_UNREACHABLE,
@@ -94,9 +98,10 @@ class Driver:
         self.silent_since: dict[str, float] = {}
         """Sides that do not answer, and since when by `time.monotonic`."""
         self.uri = ""
-        self.operator_word: pb.OperatorWord | None = None
-        self.dead_side = ""
-        """``source`` or ``destination``, by `operator_word`."""
+        self.words: dict[str, pb.OperatorWord] = {}
+        """Sides that were declared dead, and have not answered since."""
+        self._stalled: asyncio.TimerHandle | None = None
+        self._is_stalled = False
         self._source = source
         self._destination = destination
         self._plan = plan
@@ -122,12 +127,12 @@ class Driver:
 
     @property
     def states(self) -> tuple[Src | None, Dst | None]:
-        """What to act on: the records, but for a side that is silent and was declared dead."""
+        """What to act on: the records, but for sides that were declared dead."""
         src, dst = self.source_state, self.destination_state
-        if self.dead_side in self.silent_since and self.dead_side == "destination":
-            return src, Dst.GONE
-        if self.dead_side in self.silent_since and self.dead_side == "source":
-            return Src.REMOVED if dst is Dst.RUNNING else Src.KEPT, dst
+        if "destination" in self.words.keys() & self.silent_since.keys():
+            dst = Dst.GONE
+        if "source" in self.words.keys() & self.silent_since.keys():
+            src = Src.REMOVED if dst is Dst.RUNNING else Src.KEPT
         return src, dst
 
     @property
@@ -135,14 +140,14 @@ class Driver:
         return ended(*self.states)
 
     def declare_dead(self, side: str, word: pb.OperatorWord) -> None:
-        """Go on without the word of a side that does not answer. Should it answer before the end, its word counts again."""
-        self.operator_word, self.dead_side = word, side
+        """Go on without the word of a side that does not answer. If it answers before the end, the statement is refuted for good."""
+        self.words[side] = word
         self._changed()
 
     @property
     def outcome_unknown(self) -> bool:
         """The guest is paused at the source and the destination, which alone knows, does not answer (or the other way round)."""
-        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.dead_side:
+        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.words:
             return False
         return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
 
@@ -159,14 +164,19 @@ class Driver:
     def _saw_source(self, record: pb.Record) -> None:
         if self.source_record is None or record.revision >= self.source_record.revision:
             self.source_record = record
-        self.silent_since.pop("source", None)
+        self._heard("source")
         self._changed()
 
     def _saw_destination(self, record: pb.Record) -> None:
         if self.destination_record is None or record.revision >= self.destination_record.revision:
             self.destination_record = record
-        self.silent_since.pop("destination", None)
+        self._heard("destination")
         self._changed()
+
+    def _heard(self, side: str) -> None:
+        self.silent_since.pop(side, None)
+        if self.words.pop(side, None) is not None:
+            log.warning("a host that was declared dead answers", migration=self.ref.migration_id, side=side)
 
     # ---- the loop
 
@@ -176,15 +186,17 @@ class Driver:
 
     async def resume(self) -> None:
         """Learn both records first, however long it takes: another driver, or an earlier life of this one, has begun."""
-        for side in ("source", "destination"):
-            while side != self.dead_side:
-                try:
-                    await self._look(side)
-                except DroverError as error:
-                    self._silent(side, error)
-                    await asyncio.sleep(0.5)
-                else:
-                    break
+        await asyncio.gather(*(self._look_until_heard(side) for side in self._sides))
+
+    async def _look_until_heard(self, side: str) -> None:
+        while side not in self.words:
+            try:
+                await self._look(side)
+            except DroverError as error:
+                self._silent(side, error)
+                await asyncio.sleep(0.5)
+            else:
+                return
 
     def _silent(self, side: str, error: DroverError) -> None:
         self.silent_since.setdefault(side, time.monotonic())
@@ -197,7 +209,7 @@ class Driver:
         try:
             while not self.ended:
                 self._wake.clear()
-                for call in decide(*self.states, cancel=self.cancelling):
+                for call in decide(*self.states, cancel=self.cancelling, stalled=self._stalls()):
                     if call not in tasks:
                         tasks[call] = asyncio.create_task(self._make(call), name=f"{self.ref.migration_id[:8]} {call}")
                 for side in self._followed():
@@ -210,9 +222,26 @@ class Driver:
                 if wake := tasks.pop("wake", None):
                     wake.cancel()
         finally:
+            if self._stalled is not None:
+                self._stalled.cancel()
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    def _stalls(self) -> bool:
+        """Whether both records have stood at PERFORMED and ARMED for `STALLED` seconds; wakes the loop when that time is over."""
+        if self.states != (Src.PERFORMED, Dst.ARMED):
+            if self._stalled is not None:
+                self._stalled.cancel()
+            self._stalled, self._is_stalled = None, False
+        elif self._stalled is None:
+            self._stalled = asyncio.get_running_loop().call_later(STALLED, self._stall)
+        return self._is_stalled
+
+    def _stall(self) -> None:
+        log.warning("all was sent, and the destination still waits for it", migration=self.ref.migration_id)
+        self._is_stalled = True
+        self._wake.set()
 
     async def _wait_for_wake(self) -> None:
         await self._wake.wait()
@@ -259,7 +288,7 @@ class Driver:
         except DroverError as error:
             if error.reason is not Reason.RECORD_NOT_FOUND:
                 raise
-            self.silent_since.pop(side, None)
+            self._heard(side)
 
     def _followed(self) -> list[str]:
         """The sides to watch now: where nothing else is called for while the other side takes its time, and where memory flows."""
@@ -344,7 +373,8 @@ class Driver:
     async def _prepare(self) -> None:
         plan = self._planned()
         if not self._begun.domain_xml:
-            await self._begin()
+            await self._make(Call.BEGIN)  # its answer was lost
+            return
         if not self._epoch and self.destination_record is not None:
             self._epoch = self.destination_record.slot.epoch
         prepared = await self._destination.prepare(
@@ -367,7 +397,8 @@ class Driver:
         """Start it, or join it: the first call answers as soon as the memory flows, so that Finish can be armed."""
         if self.source_state is Src.BEGUN:
             if not self._prepared.uri_out:
-                await self._prepare()
+                await self._make(Call.PREPARE)  # its answer was lost
+                return
             request = pb.PerformRequest(
                 uri=self._prepared.uri_out,
                 cookie_in=self._prepared.cookie_out,
@@ -403,7 +434,7 @@ class Driver:
 
     def _word(self, side: str) -> pb.OperatorWord | None:
         """The statement on which this call rests, where a side has no word of its own."""
-        return self.operator_word if side == self.dead_side and side in self.silent_since else None
+        return self.words.get(side)
 
     async def _abort(self) -> None:
         self._saw_source((await self._source.abort(pb.AbortRequest(ref=self.ref, request_id=self._request_id()))).record)

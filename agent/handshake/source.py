@@ -84,6 +84,7 @@ SOURCE = Machine[SourceState, SourceEvent, SourceEffect](
         (_S.BEGINNING, _E.BEGIN_FAILED): _keep,
         (_S.BEGINNING, _E.ABORT): _keep,
         (_S.BEGINNING, _E.CONFIRM_GONE): _keep,
+        (_S.BEGINNING, _E.DRIVER_SILENT): _keep,
         (_S.BEGINNING, _E.RESTARTED): _keep,
         (_S.BEGUN, _E.BEGIN): _T(_S.BEGUN),
         (_S.BEGUN, _E.PERFORM): _T(_S.PERFORMING, (_F.PERFORM,)),

@@ -10,7 +10,7 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from agent.features import check_bandwidth, check_options, from_hypervisor
-from agent.handshake.attempt import Attempt, retry
+from agent.handshake.attempt import Attempt, retry, waits_for
 from agent.handshake.attempts import Attempts
 from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
@@ -66,14 +66,7 @@ class SourceSide:
         async with attempt.called(_E.BEGIN):
             changes = phase_changes(attempt, "begin", request)
             if not attempt.record.state:
-                try:
-                    changes |= await self._first(request)
-                    await attempt.apply(_E.BEGIN, **changes)
-                except BaseException:
-                    if not attempt.record.state:
-                        self._attempts.forget(attempt)
-                    raise
-                attempt.on_silence(self._host.takeover_after, lambda: self._silent(attempt))
+                await self._attempts.open(attempt, lambda: self._open(attempt, request, changes))
             else:
                 await attempt.apply(_E.BEGIN)
             record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
@@ -82,6 +75,10 @@ class SourceSide:
             return pb.BeginResponse(
                 record=record_to_proto(record), domain_xml=record.domain_xml, cookie_out=record.cookies.get("begin", b"")
             )
+
+    async def _open(self, attempt: Attempt, request: pb.BeginRequest, changes: Mapping[str, object]) -> None:
+        await attempt.apply(_E.BEGIN, **changes, **await self._first(request))
+        self.recover(attempt)
 
     async def _first(self, request: pb.BeginRequest) -> dict[str, object]:
         """Everything that can be refused is refused before the guest is touched."""
@@ -132,7 +129,7 @@ class SourceSide:
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.ABORT):
-            await attempt.apply(_E.ABORT, **self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
+            await self._known(attempt, _E.ABORT, self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
             return pb.AbortResponse(record=record_to_proto(record, attempt.progress))
 
@@ -150,7 +147,7 @@ class SourceSide:
         if request.cookie_in:
             why["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
         async with attempt.called(event):
-            await attempt.apply(event, **(why if attempt.record.state != _S.PERFORMING else {}))
+            await self._known(attempt, event, why if attempt.record.state != _S.PERFORMING else {})
             record = await attempt.until(_AFTER_PERFORM, wait)
             if record.state in (_S.PERFORMED, _S.LOST):
                 await attempt.apply(event, **why)
@@ -189,8 +186,7 @@ class SourceSide:
         try:
             await attempt.apply(event, **changes)
         finally:
-            if not attempt.record.state:
-                self._attempts.forget(attempt)
+            self._attempts.forget_unless_known(attempt)
 
     @staticmethod
     def _why(attempt: Attempt, reason: Reason, message: str) -> dict[str, object]:
@@ -327,7 +323,7 @@ class SourceSide:
             except DomainNotFound:
                 return None
             except HypervisorUnavailable as error:
-                await attempt.note(waiting_for=f"the hypervisor of {self._host.name} does not answer: {error}"[:500])
+                await waits_for(attempt, f"the hypervisor of {self._host.name} does not answer: {error}")
                 await asyncio.sleep(0.5)
 
     async def _remove(self, attempt: Attempt) -> None:

@@ -91,7 +91,8 @@ class LibvirtHypervisor:
         await self._pool.call(lambda connection: _disown(domains.find(connection, uuid)))
 
     def outgoing(self, uuid: str) -> LibvirtOutgoing:
-        return LibvirtOutgoing(uuid, Session(self._uri, self._call_timeout), self._pool, Guard(self._uri, uuid))
+        session, guard = Session(self._uri, self._call_timeout), Guard(self._uri, uuid)
+        return LibvirtOutgoing(uuid, session, self._pool, guard, self._fanout.stream)
 
     def incoming(self, uuid: str) -> LibvirtIncoming:
         return LibvirtIncoming(uuid, Session(self._uri, self._call_timeout), self._pool, self._ports)

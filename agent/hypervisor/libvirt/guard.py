@@ -23,7 +23,7 @@ CANCELED = "migration canceled"
 """libvirt's reason for running, when it has resumed a guest that a migration had paused."""
 
 HELD = "unknown"
-"""libvirt's reason for the pause that `settle` makes. No user's pause has it, so that `Outgoing.resume` may end it."""
+"""libvirt's reason for the pause that `hold` makes. No user's pause has it, so that `Outgoing.resume` may end it."""
 
 
 def run_folder(uri: str) -> Path | None:
@@ -93,12 +93,29 @@ def settle(domain: Any) -> None:
             _ask(domain, "migrate_cancel")
         time.sleep(SETTLE_SECONDS)  # libvirt hands us no event of QEMU's migration
     if state == "completed" and _is(domain, DomainState.RUNNING, CANCELED):
+        hold(domain)
+
+
+def hold(domain: Any) -> None:
+    """Pause a guest that libvirt resumed when its transfer failed: it had been stopped for the switch-over, so the destination,
+    armed early, may have all of it and run it. Blocks.
+    """
+    if _is_running(domain):
         _ask(domain, "stop")  # not suspend(): that would look like a pause by the user
 
 
+def is_switching(domain: Any) -> bool:
+    """The guest was stopped for the switch-over (or for a transfer that is not live)."""
+    return _is(domain, DomainState.PAUSED, domains.MIGRATION)
+
+
 def is_held(domain: Any) -> bool:
-    """It was paused by `settle`."""
+    """It was paused by `hold`."""
     return _is(domain, DomainState.PAUSED, HELD)
+
+
+def _is_running(domain: Any) -> bool:
+    return domains.state_of(domain.state()[0]) is DomainState.RUNNING
 
 
 def _is(domain: Any, state: DomainState, reason: str) -> bool:

@@ -1,12 +1,17 @@
 """One migration on its source.
 
-Finish is armed early, so a guest that was suspended for the switch-over may run at the destination at any moment after. A
-libvirtd that dies just then would resume it here at its next start: `guard` and `switchover` keep it from that.
+Finish is armed early, so a guest that was suspended for the switch-over may run at the destination at any moment after. libvirt
+does not know that, and would resume it here whenever the transfer fails from then on:
+
+- libvirtd dies and starts again: `guard` and `switchover` keep it from that;
+- the transfer is aborted (seen: two copies, 21 times of 22): `abort` waits for the switch-over to end by itself;
+- its stream breaks (3 of 22): `perform` pauses the guest again at once, and the destination decides.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
 import libvirt
@@ -14,6 +19,7 @@ import libvirt
 from agent.hypervisor.base import (
     Begun,
     DomainBusy,
+    DomainEvent,
     DomainNotFound,
     DomainState,
     HypervisorError,
@@ -29,12 +35,17 @@ from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
-from agent.hypervisor.libvirt.guard import Guard, is_held, settle
+from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle
 
 T = TypeVar("T")
 
 RETRY_SECONDS = 0.01
 """Between Perform's call and the moment that its memory flows there is nothing to act upon yet: ask again so often."""
+
+SWITCH_SECONDS = 5.0
+"""A guest that was stopped for the switch-over longer than this is stuck (its destination died without a word, or the line is
+cut): far beyond any `maxdowntime`. Only then may it be aborted, and only to be held.
+"""
 
 CLOSE_SECONDS = 2.0
 """An aborted Perform returns well within this."""
@@ -43,11 +54,17 @@ CLOSE_SECONDS = 2.0
 class LibvirtOutgoing:
     """`base.Outgoing`. A fresh handle, after a restart of the agent, does all that needs no live connection."""
 
-    def __init__(self, uuid: str, session: Session, pool: Pool, guard: Guard) -> None:
+    def __init__(
+        self, uuid: str, session: Session, pool: Pool, guard: Guard, events: Callable[[], AsyncIterator[DomainEvent]]
+    ) -> None:
         self._uuid = uuid
         self._session = session
         self._pool = pool
         self._guard = guard
+        self._events = events
+        self._has_stopped = False  # the guest was, since Perform began
+        self._stopped_at = 0.0  # when `abort` first found the guest stopped for the switch-over
+        self._must_hold = False  # it was aborted all the same
         self._begun: Link | None = None  # the connection that holds libvirt's migration job
         self._performed = False  # Perform succeeded on it: only now is there something to confirm
         self._performing: asyncio.Future[tuple[bytes, Progress]] | None = None
@@ -92,6 +109,7 @@ class LibvirtOutgoing:
         self._remember(domain_xml, options, destination_name)
         link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
         await self._guard.watch(await self._call(lambda domain: str(domain.name())))
+        stopping = asyncio.create_task(self._see_it_stop(self._events()), name="libvirt-switch-over")
         self._performing = asyncio.ensure_future(self._session.call(perform, on=link, bounded=False))
         try:
             out, final = await asyncio.shield(self._performing)
@@ -103,10 +121,26 @@ class LibvirtOutgoing:
             raise
         except HypervisorError as error:
             self._outcome_is_known = True
+            self._must_hold |= self._has_stopped
+            await self.settle()
             raise TransferFailed(str(error), error.native) from None
+        finally:
+            stopping.cancel()
         return Performed(out, final)
 
+    async def _see_it_stop(self, events: AsyncIterator[DomainEvent]) -> None:
+        """libvirt tells that the guest was stopped for the switch-over well before it tells that Perform failed."""
+        async for event in events:
+            self._has_stopped |= event.uuid == self._uuid and event.kind == "suspended"
+
     async def abort(self) -> None:
+        """Nothing, once the guest was stopped for the switch-over: the end is near, and it is the destination's to tell."""
+        live = words.wants(self._options, "live")
+        if live and await self._call(is_switching):
+            self._stopped_at = self._stopped_at or time.monotonic()
+            if time.monotonic() - self._stopped_at < SWITCH_SECONDS:
+                return
+            self._must_hold = True
         await self._while_starting(_abort)
 
     async def progress(self) -> Progress | None:
@@ -134,11 +168,12 @@ class LibvirtOutgoing:
             await self._call(lambda domain: _remove(domain, undefine))
 
     async def settle(self) -> None:
-        if self._outcome_is_known:
-            return
         with contextlib.suppress(DomainNotFound):
-            await self._call(settle)
-            self._outcome_is_known = True
+            if self._must_hold:
+                await self._call(hold)
+            elif not self._outcome_is_known:
+                await self._call(settle)
+            self._outcome_is_known, self._must_hold = True, False
 
     async def resume(self) -> None:
         await self._call(_refuse_foreign)
