@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 
@@ -83,6 +83,12 @@ class _Entry:
         return self.migration.state in FINAL
 
 
+@dataclass(frozen=True)
+class _Starting:
+    spec: pb.MigrationSpec
+    task: "asyncio.Task[pb.Migration]"
+
+
 class Migrations:
     """Every migration that this process drives or drove."""
 
@@ -92,7 +98,7 @@ class Migrations:
         self._directory = directory
         self._kept = kept
         self._entries: dict[str, _Entry] = {}
-        self._starting: dict[str, asyncio.Task[pb.Migration]] = {}
+        self._starting: dict[str, _Starting] = {}
         self._revision = 0
         self._ended = Bell()
         self.draining = False
@@ -110,6 +116,10 @@ class Migrations:
 
     async def close(self) -> None:
         """Let go of every driver; the records remain, and the source ends what runs."""
+        tasks: list[asyncio.Task[Any]] = [starting.task for starting in self._starting.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         tasks = [task for entry in self._entries.values() for task in (entry.task, entry.fencing) if task is not None]
         for task in tasks:
             task.cancel()
@@ -131,19 +141,19 @@ class Migrations:
         """See `MigrationService.StartMigration`. Goes on when its caller goes away."""
         if known := self._entries.get(migration_id):
             if known.migration.spec != spec:
-                raise DroverError(
-                    Reason.MIGRATION_EXISTS,
-                    f"migration {migration_id} exists with another spec; nothing was done. Choose a new UUID for a new migration",
-                )
+                raise _exists(migration_id)
             return known.migration
         if migration_id not in self._starting:
             task = asyncio.create_task(self._start(migration_id, spec), name=f"start {migration_id[:8]}")
-            self._starting[migration_id] = task
+            self._starting[migration_id] = _Starting(spec, task)
             task.add_done_callback(lambda _: self._started(migration_id))
-        return await asyncio.shield(self._starting[migration_id])
+        starting = self._starting[migration_id]
+        if starting.spec != spec:
+            raise _exists(migration_id)
+        return await asyncio.shield(starting.task)
 
     def _started(self, migration_id: str) -> None:
-        task = self._starting.pop(migration_id)
+        task = self._starting.pop(migration_id).task
         if not task.cancelled():
             task.exception()  # it was told to whoever asked; nobody may be left
         self._ended.ring()
@@ -313,7 +323,8 @@ class Migrations:
         entry.fencing = None
 
     def _publish(self, entry: _Entry, migration: pb.Migration) -> None:
-        self._revision += 1
+        # Rises over restarts too: what a reader knows from an earlier life is older.
+        self._revision = max(self._revision + 1, time.time_ns() // 1_000_000)
         migration.revision = self._revision
         entry.migration = migration
         entry.changed.ring()
@@ -330,6 +341,13 @@ async def _kept(saving: Awaitable[None] | None, migration_id: str) -> None:
             await saving
     except DroverError as error:
         log.error("a migration was not written down", migration=migration_id, error=error.message)
+
+
+def _exists(migration_id: str) -> DroverError:
+    return DroverError(
+        Reason.MIGRATION_EXISTS,
+        f"migration {migration_id} exists with another spec; nothing was done. Choose a new UUID for a new migration",
+    )
 
 
 def _created(entry: _Entry) -> int:

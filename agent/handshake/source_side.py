@@ -58,6 +58,8 @@ class SourceSide:
         self._attempts = attempts
         self._take_over = take_over
         self._sessions: dict[Attempt, Outgoing] = {}
+        self._claimed: set[str] = set()
+        """Guests (UUIDs) whose first record is being written."""
 
     # ---- calls
 
@@ -77,7 +79,15 @@ class SourceSide:
             )
 
     async def _open(self, attempt: Attempt, request: pb.BeginRequest, changes: Mapping[str, object]) -> None:
-        await attempt.apply(_E.BEGIN, **changes, **await self._first(request))
+        first = await self._first(request)
+        uuid = str(first["domain_uuid"])
+        if uuid in self._claimed:
+            raise _busy(str(first["domain_name"]), "another one that begins at this moment")
+        self._claimed.add(uuid)
+        try:
+            await attempt.apply(_E.BEGIN, **changes, **first)
+        finally:
+            self._claimed.discard(uuid)
         self.recover(attempt)
 
     async def _first(self, request: pb.BeginRequest) -> dict[str, object]:
@@ -91,11 +101,7 @@ class SourceSide:
         check_movable(domain, self._host.name)
         for other in self._attempts.active(Role.SOURCE):
             if other.record.domain_uuid == domain.uuid:
-                raise DroverError(
-                    Reason.DOMAIN_BUSY,
-                    f"guest {domain.name} is being migrated already, by migration {other.record.migration_id}; watch or cancel it",
-                    metadata={"migration_id": other.record.migration_id},
-                )
+                raise _busy(domain.name, other.record.migration_id)
         return {
             "domain_name": domain.name,
             "domain_uuid": domain.uuid,
@@ -366,6 +372,14 @@ class SourceSide:
 
 def record_id(attempt: Attempt) -> str:
     return f"{attempt.record.migration_id}/{attempt.record.attempt}"
+
+
+def _busy(domain: str, migration: str) -> DroverError:
+    return DroverError(
+        Reason.DOMAIN_BUSY,
+        f"guest {domain} is being migrated already, by migration {migration}; watch or cancel it",
+        metadata={"migration_id": migration},
+    )
 
 
 def check_movable(domain: Domain, host: str) -> None:
