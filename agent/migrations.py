@@ -239,7 +239,7 @@ class Migrations:
         first = True
         while True:
             changed, migration = entry.changed.next, entry.migration
-            if first or migration.revision > from_revision:
+            if first or migration.revision > from_revision or migration.state in FINAL:
                 yield migration
             if migration.state in FINAL:
                 return

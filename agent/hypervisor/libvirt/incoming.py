@@ -22,8 +22,8 @@ from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 
-FAILED = "failed"
-"""libvirt's reason for being shut off of a copy whose incoming migration failed."""
+NEVER_RAN = frozenset({"failed", "daemon"})
+"""libvirt's reasons for being shut off of a copy whose incoming migration failed, or was undone by a libvirtd that started anew."""
 
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_FAILED)
 """What Finish(cancelled) says when there is nothing to cancel any more: look again."""
@@ -117,7 +117,7 @@ class LibvirtIncoming:
             raise
         if domain.state is not DomainState.SHUTOFF:
             raise DomainBusy(f"the guest {domain.name} is {domain.state} ({domain.reason}) here: it has run")
-        if self._prepared is not None or domain.reason == FAILED:
+        if self._prepared is not None or domain.reason in NEVER_RAN:
             self._clear(connection)
 
     def _clear(self, connection: Any) -> None:
