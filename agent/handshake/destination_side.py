@@ -54,7 +54,7 @@ def destination_fact(domain: Domain | None) -> DestinationEvent | None:
     if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
         # A copy that never ran can be seen as failed, destroyed, crashed or (after libvirtd's restart) unknown, but not like these.
         return _E.SAW_RUNNING if domain.reason in _HAS_RUN else _E.SAW_ABSENT
-    return None if domain.incoming else _E.SAW_RUNNING
+    return None if domain.unstarted else _E.SAW_RUNNING
 
 
 class DestinationSide:

@@ -146,6 +146,10 @@ class Job(StrEnum):
     INCOMING = "incoming"
 
 
+_NEVER_RAN = frozenset({"migration", "starting up", "unknown"})
+"""Reasons for being paused that a copy can have which waits for its memory."""
+
+
 @dataclass(frozen=True)
 class Domain:
     """What is true of a domain on this host at this moment, from the hypervisor and from nothing else."""
@@ -163,6 +167,12 @@ class Domain:
     """A copy that waits for (the rest of) an incoming stream; it never ran here."""
     postcopy: bool = False
     """The switch to post-copy happened: part of the memory is on the other host."""
+
+    @property
+    def unstarted(self) -> bool:
+        """For a destination: an active copy that has never run. A daemon that has just come back knows the reason of the pause
+        some milliseconds before it knows the job again, so the job alone does not say it."""
+        return self.state is DomainState.PAUSED and (self.incoming or self.reason in _NEVER_RAN)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Qemu(threading.Thread):
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     (tmp_path / "qemu").mkdir()
+    (tmp_path / "qemu/driver.pid").touch()
     return tmp_path
 
 
@@ -130,7 +131,7 @@ def test_the_phase_is_what_libvirtd_would_have_written(
     after = before.replace("'perform3'", "'perform3_done'") if expected is Outcome.LEFT else before
     assert path.read_text() == after
     assert "migrate_cancel" not in qemu.asked
-    assert sorted(file.name for file in path.parent.iterdir()) == ["g1.xml"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["driver.pid", "g1.xml"]
 
 
 @pytest.mark.parametrize(
@@ -208,16 +209,18 @@ def test_marks(run: Path) -> None:
 HOLD = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
 
 
-def test_libvirtd_is_gone_when_nobody_holds_its_lock(run: Path) -> None:
+def test_libvirtd_is_gone_when_nobody_holds_its_lock(run: Path, write: Write) -> None:
     lock = run / "qemu/driver.pid"
-    assert not switchover.libvirtd_is_gone(run, 0)  # no lock to ask: nothing is known
     with subprocess.Popen([sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
         assert not switchover.libvirtd_is_gone(run, 0.01)
+        write()
+        assert switchover.mend(run, UUID, "g1") is None
+        assert switchover.mend_after_death(run / "nowhere", UUID, "g1") is None
         threading.Timer(0.05, holder.kill).start()
         assert switchover.libvirtd_is_gone(run, 5)
-    assert switchover.libvirtd_is_gone(run, 0)
+    assert switchover.libvirtd_is_gone(run)
     with lock.open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # asking took no lock
 

@@ -108,13 +108,15 @@ class LibvirtIncoming:
     def _abandon(self, connection: Any) -> None:
         try:
             domain = domains.read_one(connection, self._uuid)
-            if domain.incoming:
+            if domain.unstarted:
                 _cancel(connection, domain.name)
                 domain = domains.read_one(connection, self._uuid)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return
             raise
+        if domain.unstarted:
+            raise HypervisorUnavailable(f"the copy of {domain.name} is still here, {domain.state} ({domain.reason})")
         if domain.state is not DomainState.SHUTOFF:
             raise DomainBusy(f"the guest {domain.name} is {domain.state} ({domain.reason}) here: it has run")
         if self._prepared is not None or domain.reason in NEVER_RAN:

@@ -126,6 +126,7 @@ class LibvirtOutgoing:
             raise TransferFailed(str(error), error.native) from None
         finally:
             stopping.cancel()
+        self._outcome_is_known = True
         return Performed(out, final)
 
     async def _see_it_stop(self, events: AsyncIterator[DomainEvent]) -> None:

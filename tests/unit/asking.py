@@ -1,0 +1,114 @@
+"""The requests of the handshake, the plan behind them, and how to wait for what no event tells."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from agent.errors import DroverError, Reason
+from agent.features import features_to_proto
+from agent.handshake.driver import Driver, Plan
+from agent.handshake.records import AttemptRecord, Failure, Role
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2, options_pb2
+from tests.unit.fake_hypervisor import FEATURES, UUID
+
+ID = "6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01"
+REF = pb.AttemptRef(migration_id=ID, attempt=1)
+ADDRESSES = {"h1": "10.92.0.1", "h2": "10.92.0.2"}
+CANCELLED = Failure(Reason.CANCELLED, "cancelled on request")
+
+
+async def until(condition: Callable[[], Any], within: float = 3.0) -> None:
+    async with asyncio.timeout(within):
+        while not condition():  # noqa: ASYNC110 - the facts of fakes have no event
+            await asyncio.sleep(0.005)
+
+
+async def finished(driver: Driver, within: float = 4.0) -> None:
+    async with asyncio.timeout(within):
+        await driver.run()
+
+
+def make_plan(**changes: Any) -> Plan:
+    values: dict[str, Any] = {
+        "domain_name": "web1",
+        "domain_uuid": UUID,
+        "destination_name": "web1",
+        "source_host": "h1",
+        "source_agent": "10.91.0.1:7400",
+        "destination_host": "h2",
+        "destination_agent": "10.91.0.2:7400",
+        "network": "mig",
+        "uri": "",
+        "bandwidth": 0,
+        "options": options_pb2.Options(),
+        "requirements": requirements(),
+        "destination_networks": (host_pb2.Network(name="mig", address=ADDRESSES["h2"], roles=["migration"]),),
+        "destination_features": features_to_proto(FEATURES),
+    }
+    return Plan(**{**values, **changes})
+
+
+def requirements(uuid: str = UUID) -> host_pb2.GuestRequirements:
+    return host_pb2.GuestRequirements(name="web1", uuid=uuid, memory_bytes=1 << 20, vcpus=1, arch="x86_64", machine="pc")
+
+
+def reserve(**fields: Any) -> pb.ReserveSlotRequest:
+    return pb.ReserveSlotRequest(
+        **{"ref": REF, "requirements": requirements(), "source_host": "h1", "source_agent": "10.91.0.1:7400", **fields}
+    )
+
+
+def begin(**fields: Any) -> pb.BeginRequest:
+    return pb.BeginRequest(
+        **{"ref": REF, "domain": "web1", "destination_host": "h2", "destination_agent": "10.91.0.2:7400", **fields}
+    )
+
+
+def prepare(epoch: int = 1, **fields: Any) -> pb.PrepareRequest:
+    return pb.PrepareRequest(**{"ref": REF, "slot_epoch": epoch, "domain_xml": "<domain/>", "cookie_in": b"begun", **fields})
+
+
+def perform(**fields: Any) -> pb.PerformRequest:
+    return pb.PerformRequest(**{"ref": REF, "uri": "tcp://10.92.0.2:49152", "cookie_in": b"prepared", **fields})
+
+
+def finish(**fields: Any) -> pb.FinishRequest:
+    return pb.FinishRequest(**{"ref": REF, **fields})
+
+
+def confirm(decision: pb.Decision.ValueType, **fields: Any) -> pb.ConfirmRequest:
+    return pb.ConfirmRequest(**{"ref": REF, "decision": decision, **fields})
+
+
+def word(dead_host: str) -> pb.OperatorWord:
+    said = pb.OperatorWord(dead_host=dead_host, reason="power pulled", said_by="root@admin1")
+    said.say_time.GetCurrentTime()
+    return said
+
+
+def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
+    """A record as it stands in a journal."""
+    uris = {"uri": "tcp://10.92.0.2:49152", "domain_xml": "<domain/>"} if state not in ("reserved", "beginning") else {}
+    values: dict[str, Any] = {
+        "domain_name": "web1",
+        "domain_uuid": UUID,
+        "destination_name": "web1",
+        "peer_host": "h2" if role is Role.SOURCE else "h1",
+        "peer_agent": "10.91.0.2:7400",
+        "epoch": 1,
+        "cookies": {"begin": b"begun", "prepare": b"prepared", "listen": b"10.92.0.2"},
+        "revision": 5,
+        **uris,
+    }
+    return AttemptRecord(migration_id=ID, attempt=1, role=role, state=state, **{**values, **fields})
+
+
+async def fails(call: Awaitable[Any], *reasons: Reason) -> DroverError:
+    """The error that the call raises, which must be one of these."""
+    with pytest.raises(DroverError) as raised:
+        await call
+    assert raised.value.reason in reasons
+    return raised.value

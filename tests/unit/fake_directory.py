@@ -1,0 +1,118 @@
+"""A `Directory` of two fake agents, and a place that keeps migrations."""
+
+import asyncio
+
+from agent.errors import DroverError, Reason
+from agent.fencing import FencingConfig
+from agent.host import AgentHost
+from agent.hypervisor.base import HypervisorInfo
+from agent.migrations import Ends, Migrations, Side
+from agent.service.host_service import get_domain
+from drover.agent.v1 import host_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from tests.unit.fake_hypervisor import FEATURES
+from tests.unit.two_agents import Agent, Line, Pair
+
+
+class FakeDirectory:
+    """`agent.migrations.Directory`."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.held: asyncio.Event | None = None
+        self.fails: list[Exception] = []
+        self.asked = 0
+
+    async def _wait(self) -> None:
+        self.asked += 1
+        if self.held is not None:
+            await self.held.wait()
+        if self.fails:
+            raise self.fails.pop(0)
+
+    async def find(self, spec: pb.MigrationSpec) -> Ends:
+        await self._wait()
+        guest = await get_domain(_host(self.pair.source), spec.domain)
+        return Ends(*self._sides(), guest)
+
+    async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
+        await self._wait()
+        return self._sides()
+
+    def _sides(self) -> tuple[Side, Side]:
+        return (
+            _side(self.pair.source, self.pair.to_source, "10.91.0.1:7400"),
+            _side(self.pair.destination, self.pair.to_destination, "10.91.0.2:7400"),
+        )
+
+
+def _host(agent: Agent) -> AgentHost:
+    return AgentHost(HypervisorInfo("fake", "fake 1", "fake 1", f"uuid of {agent.name}", FEATURES), agent.hypervisor, agent.engine)
+
+
+def _side(agent: Agent, line: Line, address: str) -> Side:
+    host: host_pb2.Host = _host(agent).describe()
+    return Side(host, line, address)
+
+
+class FakeLog:
+    """`agent.migrations.MigrationLog`."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[bytes, bool]] = {}
+        self.fails: list[Exception] = []
+        self.held: asyncio.Event | None = None
+
+    async def save(self, migration_id: str, body: bytes, *, ended: bool, updated: float) -> None:
+        await asyncio.sleep(0)
+        if self.held is not None:
+            await self.held.wait()
+        if self.fails:
+            raise self.fails.pop(0)
+        self.rows[migration_id] = body, ended
+
+    async def load(self) -> list[bytes]:
+        return [body for body, _ in self.rows.values()]
+
+
+class Driving:
+    """A process that drives migrations of the pair, and its next lives."""
+
+    def __init__(self, pair: Pair, fencing: FencingConfig | None = None) -> None:
+        self.pair = pair
+        self.directory = FakeDirectory(pair)
+        self.log = FakeLog()
+        self._fencing = fencing
+        self.migrations = self._new()
+        self._all = [self.migrations]
+
+    def _new(self) -> Migrations:
+        return Migrations("h1", self.directory, self.log, self._fencing)
+
+    async def restart(self) -> None:
+        await self.migrations.close()
+        self.migrations = self._new()
+        self._all.append(self.migrations)
+        await self.migrations.recover()
+
+    async def close(self) -> None:
+        for migrations in self._all:
+            await migrations.close()
+
+    async def ended(self, migration_id: str, within: float = 3.0) -> pb.Migration:
+        """The last word of a watch."""
+        last = self.migrations.get(migration_id)
+        async with asyncio.timeout(within):
+            async for migration in self.migrations.watch(migration_id, 0):
+                last = migration
+        return last
+
+    async def reaches(self, migration_id: str, state: pb.MigrationState.ValueType, within: float = 3.0) -> pb.Migration:
+        async with asyncio.timeout(within):
+            async for migration in self.migrations.watch(migration_id, 0):
+                if migration.state == state:
+                    return migration
+        raise AssertionError(f"it ended as {self.migrations.get(migration_id)}")
+
+
+JOURNAL_DOWN = DroverError(Reason.JOURNAL_UNAVAILABLE, "the disk is full")

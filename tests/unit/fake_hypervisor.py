@@ -1,0 +1,284 @@
+"""A hypervisor that does what a test tells it: each call can be held, made to fail, and is written into a list.
+
+Guests are facts in `domains`. Two fakes that share a `Wire` move a guest as libvirt does: Perform sends until it is told that
+all was sent, Finish (armed early) starts the copy at that moment. The jobs belong to the hypervisor, not to who waits for them.
+"""
+
+import asyncio
+import dataclasses
+from collections import defaultdict
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+from agent.hypervisor.base import (
+    Begun,
+    Domain,
+    DomainBusy,
+    DomainEvent,
+    DomainNotFound,
+    DomainState,
+    Features,
+    Finished,
+    HypervisorInfo,
+    Job,
+    Options,
+    Performed,
+    Prepared,
+    Progress,
+    Requirements,
+    Support,
+    TransferFailed,
+)
+
+UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0001"
+
+FEATURES = Features(
+    options={"post_copy": Support.SUPPORTED, "live": Support.ALWAYS_ON, "auto_converge": Support.SUPPORTED},
+    uri_transports=("tcp",),
+    ports=(49152, 49215),
+    bandwidth=True,
+    split_phases=True,
+)
+
+
+def guest(uuid: str = UUID, name: str = "web1", **facts: Any) -> Domain:
+    return Domain(
+        **{
+            "name": name,
+            "uuid": uuid,
+            "state": DomainState.RUNNING,
+            "reason": "booted",
+            "memory_bytes": 1 << 20,
+            "vcpus": 1,
+            "persistent": True,
+            **facts,
+        }
+    )
+
+
+class Wire:
+    """The stream between two hosts. `all_sent` and `starts` are set at first, so that a move ends at once.
+
+    Clear `all_sent` to hold the transfer, `starts` to hold the copy back that has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.all_sent = asyncio.Event()
+        self.all_sent.set()
+        self.starts = asyncio.Event()
+        self.starts.set()
+        self.arrived = asyncio.Event()
+        self.broken = asyncio.Event()
+
+    async def first(self, *events: asyncio.Event) -> None:
+        tasks = [asyncio.ensure_future(event.wait()) for event in events]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+
+
+class FakeHypervisor:
+    """`agent.hypervisor.base.Hypervisor`."""
+
+    def __init__(self, name: str, wire: Wire | None = None, calls: list[str] | None = None) -> None:
+        self.name = name
+        self.domains: dict[str, Domain] = {}
+        self.wire = wire or Wire()
+        self.calls: list[str] = calls if calls is not None else []
+        """Every call that does something, in order; a journal that is told to writes here too."""
+        self.arguments: dict[str, tuple[Any, ...]] = {}
+        """Of the last call of each name."""
+        self.fails: dict[str, list[Exception]] = defaultdict(list)
+        """By call: the errors of the next calls."""
+        self.fails_always: dict[str, Exception] = {}
+        self.held: dict[str, asyncio.Event] = {}
+        """By call: it waits for this event before it does anything."""
+        self.problems: list[str] = []
+        self.closed_sessions = 0
+        self._jobs: set[asyncio.Task[Any]] = set()
+        self._news: list[asyncio.Queue[DomainEvent]] = []
+
+    async def called(self, call: str, *arguments: Any, quiet: bool = False) -> None:
+        if not quiet:
+            self.calls.append(call)
+        self.arguments[call] = arguments
+        if call in self.held:
+            await self.held[call].wait()
+        if self.fails[call]:
+            raise self.fails[call].pop(0)
+        if call in self.fails_always:
+            raise self.fails_always[call]
+
+    def put(self, domain: Domain) -> None:
+        self.domains[domain.uuid] = domain
+        for queue in self._news:
+            queue.put_nowait(DomainEvent(domain.uuid, "changed"))
+
+    def change(self, uuid: str, **facts: Any) -> None:
+        self.put(dataclasses.replace(self.domains[uuid], **facts))
+
+    async def job(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Goes on when its caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._jobs.add(task)
+        task.add_done_callback(self._job_ended)
+        return await asyncio.shield(task)
+
+    def _job_ended(self, task: "asyncio.Task[Any]") -> None:
+        self._jobs.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be left to hear it
+
+    # ---- the interface
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None:
+        for job in self._jobs:
+            job.cancel()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+
+    async def info(self) -> HypervisorInfo:
+        return HypervisorInfo("fake", "fake 1", "fake 1", f"uuid of {self.name}", FEATURES)
+
+    async def list_domains(self) -> list[Domain]:
+        return sorted(self.domains.values(), key=lambda domain: domain.name)
+
+    async def get_domain(self, name_or_uuid: str) -> Domain:
+        await self.called("get_domain", name_or_uuid, quiet=True)
+        for domain in self.domains.values():
+            if name_or_uuid in (domain.uuid, domain.name):
+                return domain
+        raise DomainNotFound(f"no domain {name_or_uuid}")
+
+    async def requirements(self, uuid: str) -> Requirements:
+        domain = await self.get_domain(uuid)
+        return Requirements(domain.name, domain.uuid, domain.memory_bytes, domain.vcpus, "x86_64", "pc", "kvm", "")
+
+    async def incompatibilities(self, requirements: Requirements) -> list[str]:
+        await self.called("incompatibilities", requirements, quiet=True)
+        return self.problems
+
+    async def disown(self, uuid: str) -> None:
+        await self.called("disown")
+        if (await self.get_domain(uuid)).state is DomainState.RUNNING:
+            self.change(uuid, state=DomainState.PAUSED, reason="disowned")
+        else:
+            del self.domains[uuid]
+
+    def outgoing(self, uuid: str) -> "FakeOutgoing":
+        return FakeOutgoing(self, uuid)
+
+    def incoming(self, uuid: str) -> "FakeIncoming":
+        return FakeIncoming(self, uuid)
+
+    async def events(self) -> AsyncIterator[DomainEvent]:
+        queue: asyncio.Queue[DomainEvent] = asyncio.Queue()
+        self._news.append(queue)
+        while True:
+            yield await queue.get()
+
+
+class FakeOutgoing:
+    """`agent.hypervisor.base.Outgoing`."""
+
+    def __init__(self, host: FakeHypervisor, uuid: str) -> None:
+        self._host = host
+        self._uuid = uuid
+        self._aborted = asyncio.Event()
+
+    async def begin(self, options: Options, destination_name: str) -> Begun:
+        await self._host.called("begin", self._uuid, options, destination_name)
+        return Begun(f"<domain><uuid>{self._uuid}</uuid></domain>", b"begun")
+
+    async def perform(
+        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+    ) -> Performed:
+        await self._host.called("perform", uri, domain_xml, cookie, options, destination_name, bandwidth)
+        performed: Performed = await self._host.job(self._send())
+        return performed
+
+    async def _send(self) -> Performed:
+        host, wire = self._host, self._host.wire
+        host.change(self._uuid, job=Job.OUTGOING)
+        await wire.first(wire.all_sent, wire.broken, self._aborted)
+        if self._aborted.is_set() or wire.broken.is_set():
+            host.change(self._uuid, job=Job.NONE)
+            wire.broken.set()
+            raise TransferFailed("aborted" if self._aborted.is_set() else "the stream broke")
+        host.change(self._uuid, job=Job.NONE, state=DomainState.PAUSED, reason="migration")
+        wire.arrived.set()
+        return Performed(b"performed", Progress(elapsed=1.0, total_bytes=1 << 20, downtime=0.01))
+
+    async def abort(self) -> None:
+        await self._host.called("abort")
+        self._aborted.set()
+
+    async def progress(self) -> Progress | None:
+        await self._host.called("progress", quiet=True)
+        return Progress(iteration=1, total_bytes=1 << 20, remaining_bytes=1 << 19, rate=1 << 18)
+
+    async def start_postcopy(self) -> None:
+        await self._host.called("start_postcopy")
+
+    async def set_bandwidth(self, bandwidth: int) -> None:
+        await self._host.called("set_bandwidth", bandwidth)
+
+    async def remove(self, cookie: bytes, options: Options) -> None:
+        await self._host.called("remove", cookie, options)
+        self._host.domains.pop(self._uuid, None)
+
+    async def settle(self) -> None:
+        await self._host.called("settle")
+
+    async def resume(self) -> None:
+        await self._host.called("resume")
+        if self._uuid not in self._host.domains:
+            raise DomainNotFound("its process died")
+        self._host.change(self._uuid, state=DomainState.RUNNING, reason="migration-canceled")
+
+    async def close(self) -> None:
+        self._host.closed_sessions += 1
+
+
+class FakeIncoming:
+    """`agent.hypervisor.base.Incoming`."""
+
+    def __init__(self, host: FakeHypervisor, uuid: str) -> None:
+        self._host = host
+        self._uuid = uuid
+
+    async def prepare(
+        self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
+    ) -> Prepared:
+        await self._host.called("prepare", domain_xml, cookie, options, destination_name, listen_address, uri)
+        self._host.put(
+            guest(self._uuid, destination_name, state=DomainState.PAUSED, reason="migration", job=Job.INCOMING, incoming=True)
+        )
+        return Prepared(f"tcp://{listen_address}:49152", b"prepared")
+
+    async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
+        await self._host.called("finish", domain_xml, cookie, options, destination_name)
+        finished: Finished = await self._host.job(self._receive())
+        return finished
+
+    async def _receive(self) -> Finished:
+        host, wire = self._host, self._host.wire
+        await wire.first(wire.arrived, wire.broken)
+        await wire.first(wire.starts, wire.broken)
+        if wire.broken.is_set():
+            host.domains.pop(self._uuid, None)
+            raise TransferFailed("the stream broke: the copy is gone")
+        host.change(self._uuid, state=DomainState.RUNNING, reason="migrated", job=Job.NONE, incoming=False)
+        return Finished(b"finished", host.domains[self._uuid])
+
+    async def abandon(self) -> None:
+        await self._host.called("abandon")
+        domain = self._host.domains.get(self._uuid)
+        if domain is not None and not domain.incoming:
+            raise DomainBusy("it has run")
+        self._host.domains.pop(self._uuid, None)
+        self._host.wire.broken.set()
+
+    async def close(self) -> None:
+        self._host.closed_sessions += 1

@@ -1,0 +1,301 @@
+"""agent.handshake.driver: hosts that stay silent, an operator's word, several drivers, and another life of one."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from agent.errors import Reason
+from agent.handshake.driver import Driver
+from drover.agent.v1 import handshake_pb2 as pb
+from tests.unit.asking import CANCELLED, finished, make_plan, until, word
+from tests.unit.two_agents import Pair, pair_of_agents, quicker
+
+
+@pytest.fixture
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    quicker(monkeypatch)
+    async with pair_of_agents() as pair:
+        yield pair
+
+
+# --- in doubt ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_outcome_is_unknown_while_the_destination_is_silent_and_known_once_it_answers(pair: Pair) -> None:
+    driver = pair.driver()
+    seen: list[bool] = []
+    driver._on_change = lambda: seen.append(driver.outcome_unknown)
+    running = asyncio.create_task(finished(driver))
+    await pair.in_doubt(driver)
+    assert driver.outcome_unknown
+    assert pair.runs_on == []
+    pair.to_destination.cut = False
+    pair.wire.starts.set()
+    await running
+    assert not driver.outcome_unknown
+    assert True in seen
+    assert seen[-1] is False
+    pair.moved()
+
+
+async def test_silence_before_the_guest_has_left_is_no_doubt(pair: Pair) -> None:
+    pair.wire.all_sent.clear()
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.are("performing", "armed")
+    pair.to_destination.cut = True
+    await until(lambda: driver.silent_since)
+    assert not driver.outcome_unknown
+    pair.to_source.cut = True
+    await until(lambda: len(driver.silent_since) == 2)
+    assert driver.outcome_unknown
+    pair.to_source.cut = pair.to_destination.cut = False
+    pair.wire.all_sent.set()
+    await running
+    pair.moved()
+
+
+async def test_a_dead_destination_lets_the_guest_run_on_and_the_word_is_recorded(pair: Pair) -> None:
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.in_doubt(driver)
+    driver.declare_dead("destination", word("h2"))
+    assert not driver.outcome_unknown
+    await running
+    assert pair.runs_on == ["h1"]
+    assert pair.states == ("kept", "armed")
+    said = (await pair.source.record()).operator_word
+    assert (said.dead_host, said.said_by, said.reason) == ("h2", "root@admin1", "power pulled")
+    assert (await pair.source.record()).failure.reason == Reason.DECLARED_DEAD
+
+
+async def test_a_dead_source_ends_an_armed_copy_that_hears_nothing(pair: Pair) -> None:
+    pair.wire.all_sent.clear()
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.are("performing", "armed")
+    pair.to_source.cut = True
+    await until(lambda: "source" in driver.silent_since)
+    driver.declare_dead("source", word("h1"))
+    await running
+    record = await pair.destination.record()
+    assert pair.states[1] == "gone"
+    assert record.operator_word.dead_host == "h1"
+    assert record.failure.reason == Reason.DECLARED_DEAD
+
+
+async def test_a_dead_source_of_a_guest_that_has_come_is_not_waited_for(pair: Pair) -> None:
+    driver = pair.driver()
+    pair.to_source.on_call = lambda name: setattr(pair.to_source, "cut", pair.to_source.cut or name == "confirm")
+    running = asyncio.create_task(finished(driver))
+    await until(lambda: driver.destination_state == "running" and "source" in driver.silent_since)
+    assert not driver.outcome_unknown  # it runs at the destination, whatever the source says
+    driver.declare_dead("source", word("h1"))
+    await running
+    assert driver.states == ("removed", "running")
+
+
+async def test_the_next_answer_of_a_host_refutes_the_word(pair: Pair) -> None:
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.in_doubt(driver)
+    pair.to_source.cut = True  # so that the word does not work at once
+    driver.declare_dead("destination", word("h2"))
+    assert driver.states[1] == "gone"
+    pair.to_destination.cut = False
+    await driver._look("destination")
+    assert driver.states[1] == "armed"
+    pair.to_source.cut = False
+    pair.wire.starts.set()
+    await running
+    pair.moved()
+
+
+async def test_a_host_that_answers_after_all_refutes_the_word_for_good(pair: Pair) -> None:
+    """The source is out of reach too, so the word has not worked yet. A host that spoke is not dead, and later silence is new."""
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.in_doubt(driver)
+    pair.to_source.cut = True
+    driver.declare_dead("destination", word("h2"))
+    await until(lambda: "source" in driver.silent_since)
+    pair.to_destination.cut = False
+    await driver._look("destination")
+    assert driver.destination_state == "armed"
+    pair.to_destination.cut = True
+    await until(lambda: "destination" in driver.silent_since)
+    pair.to_source.cut = False
+    await asyncio.sleep(0.15)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert pair.states[0] == "performed"
+    assert pair.runs_on == []
+
+
+async def test_both_hosts_can_be_declared_dead(pair: Pair) -> None:
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver, within=0.4))
+    await pair.in_doubt(driver)
+    pair.to_source.cut = True
+    driver.declare_dead("destination", word("h2"))
+    await until(lambda: "source" in driver.silent_since)
+    driver.declare_dead("source", word("h1"))
+    await running
+    assert driver.ended
+
+
+async def test_hosts_that_contradict_each_other_stop_everything(pair: Pair) -> None:
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.in_doubt(driver)
+    driver.declare_dead("destination", word("h2"))
+    await pair.source.reaches("kept")
+    await running
+    pair.wire.starts.set()  # it was not dead
+    await pair.destination.reaches("running")
+    pair.to_destination.cut = False
+    again = pair.driver()
+    await again.resume()
+    with pytest.raises(AssertionError, match="kept at the source and runs at the destination"):
+        await again.run()
+
+
+# --- whom it blames ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_host_is_not_blamed_for_the_other_ones_silence(pair: Pair) -> None:
+    """The answer to Prepare was lost, so the driver asks again before it calls Perform: that is the destination's silence."""
+    driver = pair.driver()
+    pair.to_destination.lose_answer["prepare"] = 1
+    blamed: set[str] = set()
+    driver._on_change = lambda: blamed.update(driver.silent_since)
+
+    def cut(name: str) -> None:
+        if name == "prepare" and pair.to_destination.count["prepare"] == 2:
+            pair.to_destination.lose["prepare"] = 2
+
+    pair.to_destination.on_call = cut
+    await finished(driver)
+    pair.moved()
+    assert blamed == {"destination"}
+
+
+async def test_an_old_answer_does_not_replace_a_newer_one(pair: Pair) -> None:
+    driver = pair.driver()
+    await finished(driver)
+    old = pb.Record(ref=driver.ref, state=pb.RECORD_STATE_ARMED, revision=1)
+    driver._saw_destination(old)
+    assert driver.destination_state == "running"
+
+
+# --- two drivers, and another life ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_sees", [0, 1, 2, 3])
+async def test_two_drivers_at_once_move_it_once(pair: Pair, first_sees: int) -> None:
+    one, two = pair.driver(), pair.driver()
+    running = asyncio.create_task(finished(one))
+    for _ in range(first_sees * 15):
+        await asyncio.sleep(0)
+    await asyncio.gather(running, finished(two))
+    pair.moved()
+    assert pair.source.effects.count("begin") == pair.destination.effects.count("prepare") == 1
+
+
+async def test_one_driver_cancels_what_another_one_drives(pair: Pair) -> None:
+    pair.wire.all_sent.clear()
+    one, two = pair.driver(), pair.driver()
+    running = asyncio.create_task(finished(one))
+    await pair.are("performing", "armed")
+    await two.resume()
+    two.cancel(CANCELLED)
+    await asyncio.gather(running, finished(two))
+    pair.stayed()
+
+
+async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair: Pair) -> None:
+    """Another driver has ended it while this one was cut off from both hosts, and was cancelled."""
+    pair.wire.all_sent.clear()
+    lonely = pair.driver()
+    running = asyncio.create_task(finished(lonely, within=0.3))
+    await pair.are("performing", "armed")
+    await until(lambda: lonely.destination_state == "armed")
+    pair.to_source.cut = pair.to_destination.cut = True
+    await until(lambda: len(lonely.silent_since) == 2)
+    lonely.cancel(CANCELLED)
+    asked = pair.to_destination.count["finish"]
+    await asyncio.sleep(0.1)  # what was under way has failed; nothing but Abort is called now
+    assert pair.to_destination.count["finish"] <= asked + 1
+    other = Driver(lonely.ref, pair.source.engine, pair.destination.engine, None, lambda: None)
+    await other.resume()
+    pair.wire.all_sent.set()
+    await finished(other)
+    pair.to_source.cut = pair.to_destination.cut = False
+    calls = sum(pair.to_source.count.values())
+    try:
+        await running
+    finally:
+        assert sum(pair.to_source.count.values()) - calls < 40
+    pair.moved()
+    assert lonely.ended
+
+
+@pytest.mark.parametrize("call", ["begin", "prepare", "perform", "finish", "confirm"])
+async def test_a_driver_that_goes_on_from_the_records(pair: Pair, call: str) -> None:
+    """The first one dies as it makes a call; the next has the plan of a restart, with no word on what the guest needs."""
+    first = pair.driver()
+    dying = asyncio.create_task(first.run())
+    for line in (pair.to_source, pair.to_destination):
+        line.on_call = lambda name: dying.cancel() if name == call else None  # type: ignore[assignment]
+    await asyncio.gather(dying, return_exceptions=True)
+    for line in (pair.to_source, pair.to_destination):
+        line.on_call = lambda name: None
+    second = pair.driver(make_plan(requirements=None))
+    await second.resume()
+    await finished(second)
+    pair.moved()
+
+
+@pytest.mark.parametrize(("call", "end"), [("begin", "stayed"), ("prepare", "stayed"), ("perform", "stayed"), ("finish", "moved")])
+async def test_a_take_over_has_no_plan_and_ends_what_has_begun(pair: Pair, call: str, end: str) -> None:
+    first = pair.driver()
+    dying = asyncio.create_task(first.run())
+    for line in (pair.to_source, pair.to_destination):
+        line.on_call = lambda name: dying.cancel() if name == call else None  # type: ignore[assignment]
+    await asyncio.gather(dying, return_exceptions=True)
+    for line in (pair.to_source, pair.to_destination):
+        line.on_call = lambda name: None
+    second = Driver(first.ref, pair.to_source, pair.to_destination, None, lambda: None)
+    await second.resume()
+    await finished(second)
+    getattr(pair, end)()
+    if end == "stayed":
+        assert second.failure is not None
+        assert second.failure.reason is Reason.DRIVER_SILENT
+
+
+async def test_resume_learns_both_sides_though_one_is_silent(pair: Pair) -> None:
+    await finished(pair.driver())
+    pair.to_source.cut = True
+    driver = pair.driver()
+    resuming = asyncio.create_task(driver.resume())
+    await until(lambda: "source" in driver.silent_since)
+    try:
+        await until(lambda: driver.destination_state == "running", within=0.2)
+    finally:
+        pair.to_source.cut = False
+        await resuming
+    assert driver.ended
+
+
+async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -> None:
+    await finished(pair.driver())
+    pair.to_source.cut = True
+    driver = pair.driver()
+    resuming = asyncio.create_task(driver.resume())
+    await until(lambda: "source" in driver.silent_since)
+    driver.declare_dead("source", word("h1"))
+    async with asyncio.timeout(1):
+        await resuming
+    assert driver.ended

@@ -1,0 +1,123 @@
+"""agent.handshake.engine: copies that were disowned, and races between calls and news."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from agent.errors import DroverError, Reason
+from agent.handshake.records import OperatorWord, Role
+from agent.hypervisor.base import HypervisorUnavailable
+from drover.agent.v1 import handshake_pb2 as pb
+from tests.unit.asking import begin, confirm, perform, record, until, word
+from tests.unit.fake_hypervisor import guest
+from tests.unit.two_agents import Pair, pair_of_agents, quicker
+
+AWAY = HypervisorUnavailable("libvirtd is being restarted")
+
+RUNS = guest()
+
+
+@pytest.fixture
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    quicker(monkeypatch)
+    async with pair_of_agents() as pair:
+        pair.source.hypervisor.domains.clear()
+        yield pair
+
+
+# --- disowned ---------------------------------------------------------------------------------------------------------
+
+
+async def declared_dead(pair: Pair) -> None:
+    """The source kept the guest because h2 was said to be dead; h2 has started it all the same."""
+    said = OperatorWord.of(word("h2"))
+    pair.source.keep(record(Role.SOURCE, "kept", operator_word=said, failure=said.failure()))
+    pair.destination.keep(record(Role.DESTINATION, "running"))
+    pair.destination.hypervisor.put(RUNS)
+
+
+async def test_a_host_that_was_declared_dead_stops_its_copy_when_it_comes_back(pair: Pair) -> None:
+    await declared_dead(pair)
+    await pair.destination.restart()
+    await pair.destination.engine.check_disowned()
+    ended = await pair.destination.reaches("gone")
+    assert pair.destination.effects[0] == "disown"
+    assert pair.runs_on == []
+    assert (ended.failure.reason, ended.operator_word.said_by) == (Reason.DECLARED_DEAD, "root@admin1")
+
+
+@pytest.mark.xfail(strict=True, reason="a restart gives the copy back")
+async def test_a_host_that_dies_while_it_stops_its_copy_goes_on_with_that(pair: Pair) -> None:
+    await declared_dead(pair)
+    agent = pair.destination
+    agent.hypervisor.fails_always["disown"] = AWAY
+    await agent.restart()
+    await agent.engine.check_disowned()
+    await until(lambda: agent.journalled == "abandoning" and "disown" in agent.effects)
+    agent.hypervisor.fails_always.clear()
+    await agent.restart()
+    await agent.engine.check_disowned()
+    await until(lambda: pair.runs_on == [], within=0.5)
+
+
+async def test_a_guest_that_nobody_took_is_left_alone(pair: Pair) -> None:
+    pair.source.keep(record(Role.SOURCE, "removed"))
+    pair.destination.keep(record(Role.DESTINATION, "running"))
+    pair.destination.hypervisor.put(RUNS)
+    await pair.destination.restart()
+    await pair.destination.engine.check_disowned()
+    assert pair.destination.effects == []
+    assert pair.runs_on == ["h2"]
+
+
+async def test_a_guest_that_has_gone_on_since_is_not_asked_about(pair: Pair) -> None:
+    await declared_dead(pair)
+    later = record(Role.SOURCE, "removed", updated=99.0).changed(migration_id="later")
+    pair.destination.keep(later)
+    await pair.destination.restart()
+    await pair.destination.engine.check_disowned()
+    assert not pair.to_source.count
+    assert pair.destination.effects == []
+
+
+# --- what only one may have -------------------------------------------------------------------------------------------
+
+
+async def test_one_guest_is_taken_by_one_migration(pair: Pair) -> None:
+    agent = pair.source
+    agent.hypervisor.put(RUNS)
+    agent.journal.pause = 0.01
+    others = [begin(ref=pb.AttemptRef(migration_id=f"m{number}", attempt=1)) for number in range(3)]
+    answers = await asyncio.gather(*(agent.engine.begin(request) for request in others), return_exceptions=True)
+    refused = [answer for answer in answers if isinstance(answer, DroverError)]
+    assert [error.reason for error in refused] == [Reason.DOMAIN_BUSY] * 2
+    assert agent.effects == ["begin"]
+    assert len(agent.engine.active()) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="what the call says is dropped")
+@pytest.mark.parametrize("decision", ["running", "gone"])
+async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_loses_nothing(pair: Pair, decision: str) -> None:
+    """The usual race: the copy runs before the source's own Perform has been written down."""
+    agent = pair.source
+    agent.hypervisor.put(RUNS)
+    pair.wire.all_sent.clear()
+    await agent.engine.begin(begin())
+    await agent.engine.perform(perform())
+    await until(lambda: "perform" in agent.effects)
+    agent.journal.held = asyncio.Event()
+    pair.wire.all_sent.set()
+    await agent.journal.waiting.wait()
+    request = confirm(pb.DECISION_RUNNING, cookie_in=b"finished")
+    if decision == "gone":
+        request = confirm(pb.DECISION_GONE, operator_word=word("h2"))
+    confirming = asyncio.create_task(agent.engine.confirm(request))
+    await asyncio.sleep(0.02)
+    agent.journal.held.set()
+    answer = await confirming
+    if decision == "running":
+        assert agent.hypervisor.arguments["remove"][0] == b"finished"
+    else:
+        assert answer.record.operator_word.dead_host == "h2"
+        assert answer.record.failure.reason == Reason.DECLARED_DEAD

@@ -1,0 +1,333 @@
+"""agent.handshake.engine: restarts, silence, leases, a hypervisor that is away, and copies that were disowned."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from agent.errors import Reason
+from agent.handshake.records import Role, state_from_proto
+from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Job, TransferFailed
+from drover.agent.v1 import handshake_pb2 as pb
+from tests.unit.asking import ID, REF, begin, confirm, fails, finish, perform, prepare, record, reserve, until
+from tests.unit.fake_hypervisor import UUID, guest
+from tests.unit.two_agents import Agent, Pair, pair_of_agents, quicker
+
+AWAY = HypervisorUnavailable("libvirtd is being restarted")
+RUNNING, GONE = confirm(pb.DECISION_RUNNING), confirm(pb.DECISION_GONE)
+
+RUNS = guest()
+PAUSED = guest(state=DomainState.PAUSED, reason="migration")
+DEAD = guest(state=DomainState.SHUTOFF, reason="crashed")
+WAITS = guest(state=DomainState.PAUSED, reason="migration", job=Job.INCOMING, incoming=True)
+ARRIVED_PAUSED = guest(state=DomainState.PAUSED, reason="user")
+
+
+@pytest.fixture
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    quicker(monkeypatch)
+    async with pair_of_agents() as pair:
+        pair.source.hypervisor.domains.clear()
+        yield pair
+
+
+async def restarted(agent: Agent, role: Role, state: str, fact: Domain | None, **fields: Any) -> None:
+    agent.keep(record(role, state, **fields))
+    if fact is not None:
+        agent.hypervisor.put(fact)
+    await agent.restart()
+
+
+# --- restart from each state, with each fact --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("state", "fact", "end", "effects"),
+    [
+        ("beginning", RUNS, "kept", []),
+        ("begun", RUNS, "kept", []),
+        ("begun", None, "kept", []),
+        ("performing", RUNS, "kept", ["settle"]),
+        ("performing", PAUSED, "performed", ["settle"]),
+        ("performed", PAUSED, "performed", []),
+        ("removing", PAUSED, "removed", ["remove"]),
+        ("removing", None, "removed", ["remove"]),
+        ("resuming", PAUSED, "kept", ["resume"]),
+        ("resuming", RUNS, "kept", ["resume"]),
+    ],
+)
+async def test_a_source_goes_on_after_a_restart(pair: Pair, state: str, fact: Domain | None, end: str, effects: list[str]) -> None:
+    agent = pair.source
+    await restarted(agent, Role.SOURCE, state, fact)
+    await agent.reaches(end)
+    assert agent.effects == effects
+    assert (agent.engine.active() == []) == (end in ("kept", "removed"))
+
+
+@pytest.mark.parametrize("fact", [DEAD, None])
+async def test_a_source_whose_guest_died_is_never_kept(pair: Pair, fact: Domain | None) -> None:
+    """The copy at the destination may run, so only its record can tell."""
+    agent = pair.source
+    await restarted(agent, Role.SOURCE, "performing", fact)
+    await agent.reaches("performed", "lost")
+    assert "resume" not in agent.effects
+    assert "remove" not in agent.effects
+
+
+async def test_a_source_whose_guest_died_and_that_has_no_copy_says_so(pair: Pair) -> None:
+    agent = pair.source
+    await restarted(agent, Role.SOURCE, "resuming", None)
+    ended = await agent.reaches("kept")
+    assert ended.failure.reason == Reason.GUEST_CRASHED
+
+
+@pytest.mark.parametrize(
+    ("state", "fact", "end", "effects"),
+    [
+        ("reserved", None, "reserved", []),
+        ("preparing", None, "gone", ["abandon"]),
+        ("preparing", WAITS, "gone", ["abandon"]),
+        ("prepared", WAITS, "gone", ["abandon"]),
+        ("prepared", None, "gone", ["abandon"]),
+        ("armed", RUNS, "running", []),
+        ("armed", ARRIVED_PAUSED, "running", []),
+        ("abandoning", WAITS, "gone", ["abandon"]),
+        ("abandoning", None, "gone", ["abandon"]),
+        ("abandoning", RUNS, "running", ["abandon"]),
+    ],
+)
+async def test_a_destination_goes_on_after_a_restart(
+    pair: Pair, state: str, fact: Domain | None, end: str, effects: list[str]
+) -> None:
+    agent = pair.destination
+    await restarted(agent, Role.DESTINATION, state, fact)
+    await agent.reaches(end)
+    assert agent.effects == effects
+    assert (UUID in agent.hypervisor.domains) == (end == "running")
+    assert agent.engine.incoming_in_use == (1 if end == "reserved" else 0)
+
+
+async def test_an_armed_copy_without_a_process_is_gone(pair: Pair) -> None:
+    await restarted(pair.destination, Role.DESTINATION, "armed", None)
+    await pair.destination.reaches("gone")
+
+
+async def test_an_armed_copy_that_waits_is_waited_for_after_a_restart(pair: Pair) -> None:
+    agent = pair.destination
+    await restarted(agent, Role.DESTINATION, "armed", WAITS)
+    await asyncio.sleep(0.05)
+    assert state_from_proto(await agent.record()) == "armed"
+    assert agent.effects == []
+    await fails(agent.engine.abandon(pb.AbandonRequest(ref=REF)), Reason.WRONG_PHASE)
+    agent.hypervisor.put(RUNS)
+    await agent.reaches("running")
+
+
+async def test_a_job_that_goes_on_without_its_agent_is_followed_to_its_end(pair: Pair) -> None:
+    agent = pair.source
+    await restarted(agent, Role.SOURCE, "performing", guest(job=Job.OUTGOING))
+    await asyncio.sleep(0.05)
+    assert state_from_proto(await agent.record()) == "performing"
+    assert "settle" not in agent.effects
+    agent.hypervisor.put(PAUSED)
+    await agent.reaches("performed")
+
+
+async def test_a_job_can_be_aborted_after_a_restart(pair: Pair) -> None:
+    agent = pair.source
+    await restarted(agent, Role.SOURCE, "performing", guest(job=Job.OUTGOING))
+    aborting = asyncio.create_task(agent.engine.abort(pb.AbortRequest(ref=REF)))
+    await until(lambda: "abort" in agent.effects)
+    agent.hypervisor.put(RUNS)
+    assert state_from_proto((await aborting).record) == "kept"
+
+
+async def test_what_has_ended_is_not_touched_by_a_restart(pair: Pair) -> None:
+    await restarted(pair.source, Role.SOURCE, "removed", None)
+    await restarted(pair.destination, Role.DESTINATION, "running", RUNS)
+    assert pair.source.calls == pair.destination.calls == []
+    assert state_from_proto(await pair.source.record()) == "removed"
+
+
+@pytest.mark.xfail(strict=True, reason="only the newest thousand rows are read")
+async def test_an_attempt_that_has_not_ended_is_found_behind_any_number_that_have(pair: Pair) -> None:
+    """A guest may wait for its operator for days, while its host does a thousand other migrations."""
+    agent = pair.source
+    agent.keep(record(Role.SOURCE, "performed", updated=1.0))
+    agent.hypervisor.put(PAUSED)
+    for number in range(1001):
+        agent.keep(record(Role.SOURCE, "removed", updated=10.0 + number).changed(migration_id=f"m{number}"))
+    await agent.restart()
+    assert [attempt.record.migration_id for attempt in agent.engine.active()] == [ID]
+
+
+async def test_an_epoch_is_never_given_twice(pair: Pair) -> None:
+    agent = pair.destination
+    await restarted(agent, Role.DESTINATION, "gone", None, epoch=41)
+    answer = await agent.engine.reserve_slot(reserve(ref=pb.AttemptRef(migration_id=ID, attempt=2)))
+    assert answer.record.slot.epoch == 42
+    await fails(agent.engine.prepare(prepare(epoch=41, ref=pb.AttemptRef(migration_id=ID, attempt=2))), Reason.STALE_LEASE)
+
+
+# --- silence ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    """Leases and patience of 50 ms."""
+    quicker(monkeypatch)
+    async with pair_of_agents(lease=0.05, takeover=0.05) as pair:
+        yield pair
+
+
+async def test_a_lock_that_nobody_asks_about_is_let_go(brief: Pair) -> None:
+    await brief.source.engine.begin(begin())
+    ended = await brief.source.reaches("kept")
+    assert ended.failure.reason == Reason.DRIVER_SILENT
+    assert brief.source.effects == ["begin"]
+    await until(lambda: brief.source.hypervisor.closed_sessions == 1)
+
+
+async def test_a_lock_that_comes_late_is_let_go_too(brief: Pair) -> None:
+    """The caller went away while the hypervisor took its time: longer than the patience."""
+    agent = brief.source
+    held = agent.hypervisor.held["begin"] = asyncio.Event()
+    leaving = asyncio.create_task(agent.engine.begin(begin()))
+    await until(lambda: agent.effects)
+    leaving.cancel()
+    await asyncio.sleep(0.1)
+    held.set()
+    await agent.reaches("kept", within=0.5)
+
+
+async def test_a_transfer_whose_driver_is_silent_is_taken_over_once_it_is(brief: Pair) -> None:
+    brief.wire.all_sent.clear()
+    agent = brief.source
+    begun = await agent.engine.begin(begin())
+    assert begun.domain_xml
+    await agent.engine.perform(perform())
+    taken = await asyncio.wait_for(agent.taken_over.get(), 1)
+    assert taken.record.state == "performing"
+    assert agent.journalled == "performing"
+
+
+async def test_a_driver_that_asks_in_time_is_not_silent(brief: Pair) -> None:
+    agent = brief.source
+    await agent.engine.begin(begin())
+    waiting = asyncio.create_task(agent.engine.perform(perform(wait={"nanos": 150_000_000})))
+    brief.wire.all_sent.clear()
+    await asyncio.sleep(0.12)
+    assert agent.taken_over.empty()
+    await waiting
+    await asyncio.wait_for(agent.taken_over.get(), 1)
+
+
+@pytest.mark.parametrize("state", ["reserved", "prepared"])
+async def test_a_slot_that_nobody_asks_about_is_free_again(brief: Pair, state: str) -> None:
+    agent = brief.destination
+    await agent.engine.reserve_slot(reserve())
+    if state == "prepared":
+        await agent.engine.prepare(prepare())
+    ended = await agent.reaches("gone")
+    assert ended.failure.reason == Reason.LEASE_EXPIRED
+    assert agent.engine.incoming_in_use == 0
+    assert agent.hypervisor.domains == {}
+
+
+async def test_a_lease_that_was_read_from_the_journal_ends_too(brief: Pair) -> None:
+    await restarted(brief.destination, Role.DESTINATION, "reserved", None)
+    assert (await brief.destination.reaches("gone")).failure.reason == Reason.LEASE_EXPIRED
+
+
+async def test_no_lease_ends_an_armed_copy_and_the_source_is_asked(brief: Pair) -> None:
+    brief.wire.all_sent.clear()
+    agent = brief.destination
+    await brief.source.engine.begin(begin())
+    await brief.source.engine.perform(perform())
+    await agent.engine.reserve_slot(reserve())
+    await agent.engine.prepare(prepare())
+    await agent.engine.finish(finish())
+    await until(lambda: brief.to_source.count["get_record"] >= 2)  # it runs there: asked again
+    assert agent.journalled == "armed"
+    brief.to_source.cut = True
+    asked = brief.to_source.count["get_record"]
+    await until(lambda: brief.to_source.count["get_record"] > asked)
+    assert agent.journalled == "armed"
+    brief.to_source.cut = False
+    await brief.source.engine.abort(pb.AbortRequest(ref=REF))
+    assert brief.source.journalled == "kept"
+    await agent.reaches("gone")
+
+
+# --- a hypervisor that is away ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("journal", ["good", "bad"])
+async def test_a_source_asks_until_its_hypervisor_answers(pair: Pair, journal: str) -> None:
+    agent = pair.source
+    agent.hypervisor.fails_always["get_domain"] = AWAY
+    if journal == "bad":
+        agent.journal.down = lambda record: True
+    await restarted(agent, Role.SOURCE, "performing", PAUSED)
+    if journal == "bad":
+        await until(lambda: agent.journal.refused)
+        agent.journal.down = lambda record: False
+    await until(lambda: "does not answer" in agent.engine.active()[0].record.waiting_for)
+    assert agent.journalled == "performing"
+    del agent.hypervisor.fails_always["get_domain"]
+    ended = await agent.reaches("performed")
+    await until(lambda: not agent.engine.active()[0].record.waiting_for)
+    assert ended.revision > 5
+
+
+@pytest.mark.parametrize("journal", ["good", "bad"])
+async def test_a_destination_asks_until_its_hypervisor_answers(pair: Pair, journal: str) -> None:
+    agent = pair.destination
+    agent.hypervisor.fails_always["get_domain"] = AWAY
+    if journal == "bad":
+        agent.journal.down = lambda record: True
+    await restarted(agent, Role.DESTINATION, "armed", RUNS)
+    if journal == "bad":
+        await until(lambda: agent.journal.refused)
+        agent.journal.down = lambda record: False
+    await until(lambda: "does not answer" in agent.engine.active()[0].record.waiting_for)
+    del agent.hypervisor.fails_always["get_domain"]
+    await agent.reaches("running")
+
+
+async def test_a_finish_without_an_answer_is_settled_by_the_facts(pair: Pair) -> None:
+    agent = pair.destination
+    await agent.engine.reserve_slot(reserve())
+    await agent.engine.prepare(prepare())
+    agent.hypervisor.fails["finish"] = [AWAY]
+    await agent.engine.finish(finish())
+    await until(lambda: "Finish gave no answer" in agent.engine.active()[0].record.waiting_for)
+    assert agent.effects == ["prepare", "finish"]  # an armed copy is not killed by hand
+    agent.hypervisor.put(RUNS)
+    await agent.reaches("running")
+
+
+async def test_a_perform_without_an_answer_is_settled_by_the_facts(pair: Pair) -> None:
+    agent = pair.source
+    agent.hypervisor.put(RUNS)
+    await agent.engine.begin(begin())
+    agent.hypervisor.fails["perform"] = [AWAY]
+    await agent.engine.perform(perform())
+    ended = await agent.reaches("kept")
+    assert agent.effects == ["begin", "perform", "settle"]
+    assert ended.failure.reason == Reason.HYPERVISOR_UNAVAILABLE
+
+
+@pytest.mark.parametrize(("effect", "end"), [("remove", "removed"), ("resume", "kept")])
+async def test_what_must_be_done_is_tried_until_it_is_done(pair: Pair, effect: str, end: str) -> None:
+    agent = pair.source
+    agent.hypervisor.put(RUNS)
+    await agent.engine.begin(begin())
+    await agent.engine.perform(perform())
+    await agent.reaches("performed")
+    agent.hypervisor.fails[effect] = [AWAY, TransferFailed("no"), AWAY]
+    answer = await agent.engine.confirm(RUNNING if effect == "remove" else GONE)
+    assert state_from_proto(answer.record) == end
+    assert agent.effects.count(effect) == 4
+    assert not answer.record.waiting_for

@@ -1,0 +1,294 @@
+"""agent.migrations: another life of the process that drives, outcomes that are not known, and who may end them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import agent.migrations
+from agent.errors import DroverError, Reason
+from agent.fencing import FencingConfig
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from tests.unit.asking import ID, until, word
+from tests.unit.fake_directory import Driving
+from tests.unit.two_agents import Pair, QuickAsyncio, pair_of_agents, quicker
+
+SPEC = pb.MigrationSpec(domain="web1", destination_host="h2")
+
+
+@pytest.fixture
+async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    quicker(monkeypatch)
+    async with pair_of_agents() as pair:
+        yield pair
+
+
+@pytest.fixture
+async def driving(pair: Pair) -> AsyncIterator[Driving]:
+    driving = Driving(pair)
+    yield driving
+    await driving.close()
+
+
+async def flowing(driving: Driving) -> None:
+    driving.pair.wire.all_sent.clear()
+    await driving.migrations.start(ID, SPEC)
+    await driving.pair.are("performing", "armed")
+
+
+async def in_doubt(driving: Driving) -> pb.Migration:
+    """All has left h1, and h2 is silent."""
+    pair = driving.pair
+    await flowing(driving)
+    pair.wire.starts.clear()
+    pair.to_destination.cut = True
+    pair.wire.all_sent.set()
+    return await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+
+
+# --- another life -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["begin", "prepare", "perform", "finish", "confirm"])
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_restart_at_each_call_goes_on(driving: Driving, call: str, when: str) -> None:
+    """The process dies as it makes a call, or as the answer comes; its next life goes on from the records."""
+    pair = driving.pair
+    line = pair.to_source if call in ("begin", "perform", "confirm") else pair.to_destination
+    if when == "before":
+        line.hang = {call}
+    else:
+        line.answer[call] = lambda answer: asyncio.current_task().cancel() or answer  # type: ignore[union-attr]
+    await driving.migrations.start(ID, SPEC)
+    await until(lambda: line.count[call])
+    await asyncio.sleep(0.01)
+    line.hang.clear()
+    line.answer.clear()
+    await driving.restart()
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")
+    pair.moved()
+
+
+async def test_a_life_that_died_before_its_migration_was_written_down_forgets_it(driving: Driving) -> None:
+    """Then the source's agent ends what has begun; the slot is a lease."""
+    driving.log.held = asyncio.Event()
+    await flowing(driving)
+    await driving.restart()
+    with pytest.raises(DroverError, match="knows no migration"):
+        driving.migrations.get(ID)
+
+
+async def test_what_has_ended_stays_ended_over_a_restart(driving: Driving) -> None:
+    await driving.migrations.start(ID, SPEC)
+    ended = await driving.ended(ID)
+    await until(lambda: driving.log.rows[ID][1])
+    asked = driving.directory.asked
+    await driving.restart()
+    assert driving.migrations.get(ID) == ended
+    assert driving.directory.asked == asked
+    assert await driving.migrations.idle(0.1)
+
+
+async def test_a_directory_that_does_not_know_yet_is_asked_again(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.migrations, "asyncio", QuickAsyncio(20))
+    await flowing(driving)
+    driving.directory.fails = [DroverError(Reason.HOST_NOT_FOUND, "not registered yet")]
+    driving.pair.wire.all_sent.set()
+    await driving.restart()
+    ended = await driving.ended(ID)
+    assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
+
+
+@pytest.mark.xfail(strict=True, reason="there is no driver yet that could be told")
+async def test_a_cancel_while_it_is_being_taken_up_again_is_not_lost(driving: Driving) -> None:
+    await flowing(driving)
+    driving.directory.held = asyncio.Event()
+    await driving.restart()
+    await driving.migrations.cancel(ID)
+    driving.directory.held.set()
+    ended = await driving.ended(ID, within=0.4)
+    assert ended.state == pb.MIGRATION_STATE_CANCELLED
+
+
+@pytest.mark.parametrize("both", [False, True])
+async def test_after_a_restart_a_silent_host_is_in_doubt_as_before(driving: Driving, both: bool) -> None:
+    await in_doubt(driving)
+    driving.pair.to_source.cut = both
+    await driving.restart()
+    again = await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+    assert sorted(again.silent_hosts) == (["h1", "h2"] if both else ["h2"])
+
+
+# --- in doubt ---------------------------------------------------------------------------------------------------------
+
+
+async def test_the_outcome_is_unknown_and_known_again(driving: Driving) -> None:
+    unknown = await in_doubt(driving)
+    assert unknown.failure.reason == Reason.OUTCOME_UNKNOWN
+    assert list(unknown.silent_hosts) == ["h2"]
+    assert unknown.runs_on == ""
+    for needed in ("the guest is paused on h1", f"drover migration resolve {ID} --assume-dead h2"):
+        assert needed in unknown.failure.message
+    driving.pair.to_destination.cut = False
+    driving.pair.wire.starts.set()
+    ended = await driving.ended(ID)
+    assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
+    assert not ended.HasField("failure")
+    assert not ended.silent_hosts
+
+
+async def test_the_word_of_an_operator_ends_it_and_is_kept(driving: Driving) -> None:
+    await in_doubt(driving)
+    said = word("h2")
+    said.ClearField("say_time")
+    driving.migrations.resolve(ID, said)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "h1")
+    assert ended.failure.reason == Reason.DECLARED_DEAD
+    assert (ended.operator_word.dead_host, ended.operator_word.said_by) == ("h2", "root@admin1")
+    assert ended.operator_word.HasField("say_time")
+    assert (await driving.pair.source.record()).operator_word.said_by == "root@admin1"
+    assert driving.pair.runs_on == ["h1"]
+
+
+async def test_only_a_host_that_takes_part_and_is_silent_can_be_declared_dead(driving: Driving) -> None:
+    await flowing(driving)
+    for host, reason in (("h3", Reason.HOST_NOT_FOUND), ("h1", Reason.NOT_IN_DOUBT), ("h2", Reason.NOT_IN_DOUBT)):
+        with pytest.raises(DroverError) as refused:
+            driving.migrations.resolve(ID, word(host))
+        assert refused.value.reason is reason
+    driving.pair.wire.all_sent.set()
+    ended = await driving.ended(ID)
+    with pytest.raises(DroverError) as refused:
+        driving.migrations.resolve(ID, word("h2"))
+    assert refused.value.reason is Reason.NOT_IN_DOUBT
+    with pytest.raises(DroverError) as refused:
+        driving.migrations.resolve("another", word("h2"))
+    assert refused.value.reason is Reason.MIGRATION_NOT_FOUND
+    assert driving.migrations.get(ID) == ended
+
+
+@pytest.mark.xfail(strict=True, reason="a cancel publishes over it")
+async def test_records_that_contradict_each_other_stop_it_for_good(driving: Driving) -> None:
+    await flowing(driving)
+
+    def lie(answer: handshake_pb2.FinishResponse) -> handshake_pb2.FinishResponse:
+        answer.record.state = handshake_pb2.RECORD_STATE_RUNNING
+        answer.record.revision += 100
+        return answer
+
+    driving.pair.to_destination.answer["finish"] = lie
+    driving.pair.to_source.answer["confirm"] = kept
+    stopped = await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+    assert stopped.failure.reason == Reason.INTERNAL
+    assert "contradict" in stopped.failure.message
+    driving.pair.wire.all_sent.set()
+    calls = driving.pair.to_source.count + driving.pair.to_destination.count
+    after = await driving.migrations.cancel(ID)
+    await asyncio.sleep(0.05)
+    assert driving.pair.to_source.count + driving.pair.to_destination.count == calls
+    assert after.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+    assert after.failure.reason == Reason.INTERNAL
+
+
+def kept(answer: handshake_pb2.ConfirmResponse) -> handshake_pb2.ConfirmResponse:
+    answer.record.state = handshake_pb2.RECORD_STATE_KEPT
+    answer.record.revision += 100
+    return answer
+
+
+# --- fencing ----------------------------------------------------------------------------------------------------------
+
+
+class Fence:
+    """A fencing command that counts its runs, and ends as it is told."""
+
+    def __init__(self, path: Path, status: int = 0) -> None:
+        self.log = path / "log"
+        self.status = path / "status"
+        self.status.write_text(str(status))
+        self.command = ("/bin/sh", "-c", 'echo "$2" >> "$0/log"; echo pulled; exit $(cat "$0/status")', str(path), "--force")
+
+    @property
+    def runs(self) -> list[str]:
+        return self.log.read_text().split() if self.log.exists() else []
+
+
+async def fenced_pair(pair: Pair, fence: Fence, after: float = 0.05) -> Driving:
+    return Driving(pair, FencingConfig(command=fence.command, after_seconds=after, timeout_seconds=5))
+
+
+async def test_a_fenced_host_is_dead_by_the_word_of_the_command(pair: Pair, tmp_path: Path) -> None:
+    fence = Fence(tmp_path)
+    driving = await fenced_pair(pair, fence)
+    try:
+        await in_doubt(driving)
+        ended = await driving.ended(ID)
+    finally:
+        await driving.close()
+    assert fence.runs == ["h2"]
+    assert (ended.operator_word.said_by, ended.operator_word.dead_host) == ("fencing command", "h2")
+    assert "pulled" in ended.operator_word.reason
+    assert pair.runs_on == ["h1"]
+    assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.DECLARED_DEAD)
+
+
+async def test_a_command_that_fails_changes_nothing_and_is_run_again(pair: Pair, tmp_path: Path) -> None:
+    fence = Fence(tmp_path, status=1)
+    driving = await fenced_pair(pair, fence)
+    try:
+        await in_doubt(driving)
+        await until(lambda: len(fence.runs) >= 2)
+        assert driving.migrations.get(ID).state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+        assert pair.runs_on == []
+        assert pair.states[0] == "performed"
+        fence.status.write_text("0")
+        ended = await driving.ended(ID)
+    finally:
+        await driving.close()
+    assert ended.failure.reason == Reason.DECLARED_DEAD
+
+
+async def test_a_host_that_answers_in_time_is_not_fenced(pair: Pair, tmp_path: Path) -> None:
+    fence = Fence(tmp_path)
+    driving = await fenced_pair(pair, fence, after=0.3)
+    try:
+        await in_doubt(driving)
+        pair.to_destination.cut = False
+        pair.wire.starts.set()
+        assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+        await asyncio.sleep(0.35)
+    finally:
+        await driving.close()
+    assert fence.runs == []
+
+
+@pytest.mark.xfail(strict=True, reason="the time counts from the first doubt")
+async def test_a_host_is_fenced_only_after_it_was_silent_for_the_whole_time(pair: Pair, tmp_path: Path) -> None:
+    """It was silent, answered, and is silent again: the time counts from the last silence."""
+    fence = Fence(tmp_path)
+    driving = await fenced_pair(pair, fence, after=0.5)
+    try:
+        await in_doubt(driving)
+        await asyncio.sleep(0.25)
+        pair.to_destination.cut = False
+        await until(lambda: driving.migrations.get(ID).state != pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+        pair.to_destination.cut = True
+        await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+        await asyncio.sleep(0.35)
+        assert fence.runs == []
+    finally:
+        await driving.close()
+
+
+async def test_nothing_is_fenced_without_the_configuration_or_once_closed(driving: Driving, pair: Pair, tmp_path: Path) -> None:
+    fence = Fence(tmp_path)
+    other = await fenced_pair(pair, fence, after=0.1)
+    await in_doubt(other)
+    await other.close()
+    await driving.restart()
+    await asyncio.sleep(0.15)
+    assert fence.runs == []

@@ -1,0 +1,305 @@
+"""Two engines on fake hypervisors, and lines between them and a driver that can be cut."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableSequence
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
+
+import agent.handshake.attempt
+import agent.handshake.destination_side
+import agent.handshake.driver
+import agent.handshake.source_side
+from agent.admission.slots import Slots
+from agent.errors import DroverError, Reason
+from agent.features import features_to_proto
+from agent.handshake.attempt import Attempt
+from agent.handshake.driver import Driver, Plan
+from agent.handshake.engine import Engine
+from agent.handshake.peer import HandshakePeer
+from agent.handshake.phases import LocalHost
+from agent.handshake.records import AttemptRecord, decode, encode, state_from_proto
+from agent.journal import Journal
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
+from tests.unit.asking import ADDRESSES, ID, REF, make_plan, until
+from tests.unit.fake_hypervisor import FEATURES, FakeHypervisor, Wire, guest
+
+JOURNAL_DOWN = DroverError(Reason.JOURNAL_UNAVAILABLE, "the disk is full")
+
+
+class FakeJournal(Journal):
+    """In memory. `fails` are the errors of the next writes; `down` fails all; writes wait for `held`."""
+
+    def __init__(self, calls: list[str] | None = None) -> None:
+        self.calls = calls if calls is not None else []
+        self.rows: dict[str, bytes] = {}
+        self.fails: list[Exception | None] = []
+        self.down: Callable[[AttemptRecord], bool] = lambda record: False
+        self.refused = 0
+        self.pause = 0.0
+        """Seconds that a write takes."""
+        self.held: asyncio.Event | None = None
+        self.waiting = asyncio.Event()
+        """Set as soon as a write waits for `held`."""
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def put_attempt(self, record: AttemptRecord) -> None:
+        await asyncio.sleep(self.pause)
+        if self.held is not None:
+            self.waiting.set()
+            await self.held.wait()
+        error = self.fails.pop(0) if self.fails else None
+        if error is not None or self.down(record):
+            self.refused += 1
+            raise error or JOURNAL_DOWN
+        self.calls.append(f"journal {record.state}")
+        self.rows[record.migration_id] = encode(record)
+
+    async def get_attempt(self, migration_id: str, attempt: int = 0) -> AttemptRecord | None:
+        await asyncio.sleep(0)
+        body = self.rows.get(migration_id)
+        return decode(body) if body is not None else None
+
+    async def attempts(self, *, active_only: bool = False, limit: int = 1000) -> list[AttemptRecord]:
+        records = sorted((decode(body) for body in self.rows.values()), key=lambda r: r.updated, reverse=True)
+        return [record for record in records if not (active_only and record.final)][:limit]
+
+
+class Agent:
+    """One host: an engine that can be stopped and started again on the same journal and hypervisor."""
+
+    def __init__(self, name: str, wire: Wire | None = None, *, lease: float = 60.0, takeover: float = 60.0, slots: int = 2) -> None:
+        self.name = name
+        self.calls: list[str] = []
+        """What was written and what was done, in order."""
+        self.hypervisor = FakeHypervisor(name, wire, self.calls)
+        self.journal = FakeJournal(self.calls)
+        self.taken_over: asyncio.Queue[Attempt] = asyncio.Queue()
+        self.other_side: HandshakePeer | None = None
+        self.lease, self.takeover, self.slots = lease, takeover, slots
+        self.engine = self._engine()
+        self.stopped = asyncio.Event()
+        """Set when this life ends; then it answers no call any more."""
+
+    def _engine(self) -> Engine:
+        networks = (host_pb2.Network(name="mig", address=ADDRESSES[self.name], roles=["migration"]),)
+        host = LocalHost(self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover)
+        return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side)
+
+    async def restart(self) -> None:
+        await self.engine.close()
+        self.stopped.set()
+        self.engine, self.stopped = self._engine(), asyncio.Event()
+        await self.engine.recover()
+
+    async def close(self) -> None:
+        await self.engine.close()
+        await self.hypervisor.close()
+
+    def keep(self, record: AttemptRecord) -> None:
+        """Write a record as an earlier life of the agent would have."""
+        self.journal.rows[record.migration_id] = encode(record)
+
+    @property
+    def effects(self) -> list[str]:
+        """What was done to the hypervisor."""
+        return [call for call in self.calls if not call.startswith("journal")]
+
+    @property
+    def journalled(self) -> str:
+        """The state that is durable; empty when there is none."""
+        return decode(self.journal.rows[ID]).state if ID in self.journal.rows else ""
+
+    async def record(self, ref: pb.AttemptRef = REF) -> pb.Record:
+        return (await self.engine.get_record(pb.GetRecordRequest(ref=ref))).record
+
+    async def reaches(self, *states: str, ref: pb.AttemptRef = REF, within: float = 3.0) -> pb.Record:
+        """Wait for a state of the record."""
+        async with asyncio.timeout(within):
+            async for response in self.engine.watch_record(pb.WatchRecordRequest(ref=ref)):
+                if state_from_proto(response.record) in states:
+                    return response.record
+        raise AssertionError(f"it ended as {state_from_proto(await self.record(ref))}, not as {states}")
+
+
+class Line:
+    """A `HandshakePeer` that loses calls (`lose`), answers (`lose_answer`), or is cut. Counts what is called."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.count: Counter[str] = Counter()
+        self.cut: bool = False
+        self.lose: Counter[str] = Counter()
+        self.lose_answer: Counter[str] = Counter()
+        self.refuse: dict[str, list[DroverError]] = {}
+        """By call: the errors of the next calls, which do not arrive."""
+        self.hang: set[str] = set()
+        self.on_call: Callable[[str], None] = lambda call: None
+        self.answer: dict[str, Callable[[Any], Any]] = {}
+        """By call: what makes another answer of the answer."""
+
+    async def _call(self, name: str, request: Any) -> Any:
+        self.count[name] += 1
+        self.on_call(name)
+        await asyncio.sleep(0)
+        if name in self.hang:
+            await asyncio.Event().wait()
+        if self.refuse.get(name):
+            raise self.refuse[name].pop(0)
+        if self.cut or self._lost(self.lose, name):
+            raise self.unreachable()
+        response = await self._alive(getattr(self.agent.engine, name)(request))
+        if self.is_cut() or self._lost(self.lose_answer, name):
+            raise self.unreachable()
+        return self.answer.get(name, lambda answer: answer)(response)
+
+    async def _alive(self, call: Awaitable[Any]) -> Any:
+        """The answer, unless the agent is stopped before."""
+        answer, stopped = asyncio.ensure_future(call), asyncio.ensure_future(self.agent.stopped.wait())
+        try:
+            await asyncio.wait({answer, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise self.unreachable()
+            return await answer
+        finally:
+            answer.cancel()
+            stopped.cancel()
+            await asyncio.wait({answer, stopped})
+
+    def unreachable(self) -> DroverError:
+        return DroverError(Reason.HOST_UNREACHABLE, f"{self.agent.name} does not answer")
+
+    def is_cut(self) -> bool:
+        return self.cut
+
+    @staticmethod
+    def _lost(losses: "Counter[str]", name: str) -> bool:
+        losses[name] -= 1
+        return losses[name] >= 0
+
+    async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
+        return await self._call("reserve_slot", request)  # type: ignore[no-any-return]
+
+    async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
+        return await self._call("begin", request)  # type: ignore[no-any-return]
+
+    async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
+        return await self._call("prepare", request)  # type: ignore[no-any-return]
+
+    async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
+        return await self._call("perform", request)  # type: ignore[no-any-return]
+
+    async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
+        return await self._call("finish", request)  # type: ignore[no-any-return]
+
+    async def confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmResponse:
+        return await self._call("confirm", request)  # type: ignore[no-any-return]
+
+    async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
+        return await self._call("abort", request)  # type: ignore[no-any-return]
+
+    async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
+        return await self._call("abandon", request)  # type: ignore[no-any-return]
+
+    async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+        return await self._call("get_record", request)  # type: ignore[no-any-return]
+
+    async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
+        if self.cut:
+            raise self.unreachable()
+        async with contextlib.aclosing(self.agent.engine.watch_record(request)) as watch:  # type: ignore[type-var]
+            while True:
+                try:
+                    response = await self._alive(anext(watch))
+                except StopAsyncIteration:
+                    return
+                if self.is_cut():
+                    raise self.unreachable()
+                yield response
+
+
+class Pair:
+    """A source with a guest, a destination, the lines to both, and a driver's view."""
+
+    def __init__(self, **timing: float) -> None:
+        self.wire = Wire()
+        self.logs: MutableSequence[EventDict] = []
+        self.source, self.destination = Agent("h1", self.wire, **timing), Agent("h2", self.wire, **timing)  # type: ignore[arg-type]
+        self.source.hypervisor.put(guest())
+        self.to_source, self.to_destination = Line(self.source), Line(self.destination)
+        self.source.other_side, self.destination.other_side = self.to_destination, self.to_source
+
+    def driver(self, plan: Plan | None = None, on_change: Callable[[], None] = lambda: None) -> Driver:
+        return Driver(REF, self.to_source, self.to_destination, plan or make_plan(), on_change)
+
+    @property
+    def runs_on(self) -> list[str]:
+        """Where a copy of the guest runs."""
+        return [a.name for a in (self.source, self.destination) for d in a.hypervisor.domains.values() if d.state == "running"]
+
+    @property
+    def states(self) -> tuple[str, str]:
+        """What is durable."""
+        return self.source.journalled, self.destination.journalled
+
+    async def are(self, source: str, destination: str) -> None:
+        """Wait for both states."""
+        await until(lambda: self.states == (source, destination))
+
+    def moved(self) -> None:
+        assert self.states == ("removed", "running")
+        assert self.runs_on == ["h2"]
+        assert self.source.effects.count("perform") == self.destination.effects.count("finish") == 1
+
+    def stayed(self) -> None:
+        assert self.states == ("kept", "gone")
+        assert self.runs_on == ["h1"]
+        assert "remove" not in self.source.effects
+
+    async def in_doubt(self, driver: Driver) -> None:
+        """All has left the source, the destination says nothing: what a driver sees of a host that died at the worst moment."""
+        self.wire.all_sent.clear()
+        await self.are("performing", "armed")
+        self.wire.starts.clear()
+        self.to_destination.cut = True
+        self.wire.all_sent.set()
+        await until(lambda: driver.source_state == "performed" and "destination" in driver.silent_since)
+
+
+class QuickAsyncio:
+    """asyncio with shorter naps, for modules that pause before they try again."""
+
+    def __init__(self, by: float) -> None:
+        self._by = by
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / self._by)
+
+
+def quicker(monkeypatch: pytest.MonkeyPatch, by: float = 20) -> None:
+    """The pauses of the handshake before it tries again are shorter; everything else is as it is."""
+    for module in (agent.handshake.driver, agent.handshake.attempt, agent.handshake.source_side, agent.handshake.destination_side):
+        monkeypatch.setattr(module, "asyncio", QuickAsyncio(by))
+    monkeypatch.setattr(agent.handshake.driver, "LONG_POLL", 0.1)
+
+
+@contextlib.asynccontextmanager
+async def pair_of_agents(**timing: float) -> AsyncIterator[Pair]:
+    pair = Pair(**timing)
+    with capture_logs() as pair.logs:
+        try:
+            yield pair
+        finally:
+            await pair.source.close()
+            await pair.destination.close()
