@@ -74,7 +74,7 @@ class Journal:
         return decode(body) if body is not None else None
 
     async def attempts(self, *, active_only: bool = False, limit: int = KEEP) -> list[AttemptRecord]:
-        """The newest first."""
+        """The newest first, at most `limit` of them (-1: all)."""
 
         def read(connection: sqlite3.Connection) -> list[bytes]:
             rows = connection.execute(

@@ -4,6 +4,7 @@ Who serves it differs only in how names become hosts (a `Directory`) and in wher
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ class _Entry:
         self.driver: Driver | None = None
         self.task: asyncio.Task[None] | None = None
         self.fencing: asyncio.Task[None] | None = None
+        self.gave_up = False
+        """Nothing is done any more, though it has not ended: its records contradict each other."""
+        self.cancelled: Failure | None = None
+        """Somebody asked for the end; every driver of this migration is told."""
         self.changed = Bell()
 
     @property
@@ -129,7 +134,7 @@ class Migrations:
         """Wait until every migration has ended; False when one still runs after `timeout` seconds."""
         try:
             async with asyncio.timeout(timeout):
-                while self._starting or any(not entry.final for entry in self._entries.values()):
+                while self._starting or any(not entry.final and not entry.gave_up for entry in self._entries.values()):
                     await self._ended.next.wait()
         except TimeoutError:
             return False
@@ -193,10 +198,13 @@ class Migrations:
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`."""
         entry = self._entry(migration_id)
-        if entry.driver is not None and not entry.final:
-            entry.driver.cancel(
-                Failure(Reason.CANCELLED, f"cancelled on request; the guest runs on {entry.migration.source_host} as before")
-            )
+        if entry.final or entry.gave_up:
+            return entry.migration
+        entry.cancelled = Failure(
+            Reason.CANCELLED, f"cancelled on request; the guest runs on {entry.migration.source_host} as before"
+        )
+        if entry.driver is not None:
+            entry.driver.cancel(entry.cancelled)
         return entry.migration
 
     def resolve(self, migration_id: str, word: handshake_pb2.OperatorWord) -> pb.Migration:
@@ -264,7 +272,10 @@ class Migrations:
 
     def _driver(self, entry: _Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
         ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
-        return Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry))
+        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry))
+        if entry.cancelled is not None:
+            driver.cancel(entry.cancelled)
+        return driver
 
     async def _resume(self, entry: _Entry) -> None:
         """Go on after a restart of this process: the records say where."""
@@ -293,7 +304,9 @@ class Migrations:
             await asyncio.gather(driver.run(), _kept(first, entry.migration.migration_id))
         except Exception:
             log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
+            entry.driver, entry.gave_up = None, True
             self._publish(entry, impossible(entry.migration))
+            self._ended.ring()
             return
         self._publish(entry, describe(entry.migration, driver, time.time(), ended=True))
         entry.driver = None
@@ -309,16 +322,18 @@ class Migrations:
 
     async def _fence(self, entry: _Entry, config: FencingConfig) -> None:
         """While the outcome stays unknown, make sure that the host which does not answer is dead, and say so."""
-        await asyncio.sleep(config.after_seconds)
         while (driver := entry.driver) is not None and driver.outcome_unknown:
             host = entry.migration.silent_hosts[0]
+            missing = config.after_seconds - driver.silent_for(host == entry.migration.source_host)
+            if missing > 0:
+                await asyncio.sleep(missing)
+                continue
             outcome = await fence(config, host)
-            if outcome is not None and driver.outcome_unknown:
-                self.resolve(
-                    entry.migration.migration_id,
-                    handshake_pb2.OperatorWord(dead_host=host, reason=outcome[:1000], said_by="fencing command"),
-                )
-                break
+            if outcome is not None:
+                word = handshake_pb2.OperatorWord(dead_host=host, reason=outcome[:1000], said_by="fencing command")
+                with contextlib.suppress(DroverError):  # it answers after all
+                    self.resolve(entry.migration.migration_id, word)
+                    break
             await asyncio.sleep(config.after_seconds)
         entry.fencing = None
 

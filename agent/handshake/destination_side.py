@@ -386,6 +386,10 @@ class DestinationSide:
             await retry(attempt, "removing what the copy left at the destination", clear)
         if ran:
             log.critical("a copy that was to be given up runs", migration=attempt.record.migration_id)
+        word = attempt.record.operator_word
+        if ran and word is not None and word.dead_host == self._host.name:
+            await self._disown(attempt)  # it was under way when this agent was restarted
+            return
         await attempt.report(_E.ABANDON_REFUSED if ran else _E.ABANDON_DONE)
 
     # ---- a host that was declared dead, and came back

@@ -173,6 +173,11 @@ class Driver:
         self._heard("destination")
         self._changed()
 
+    def silent_for(self, source: bool) -> float:
+        """Seconds for which a side has not answered; 0 for one that does."""
+        since = self.silent_since.get("source" if source else "destination")
+        return 0.0 if since is None else time.monotonic() - since
+
     def _heard(self, side: str) -> None:
         self.silent_since.pop(side, None)
         if self.words.pop(side, None) is not None:

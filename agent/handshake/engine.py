@@ -61,11 +61,9 @@ class Engine:
 
     async def recover(self) -> None:
         """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
-        records = await self._journal.attempts()
-        self._destination.remember(max((record.epoch for record in records if record.role is Role.DESTINATION), default=0))
-        for record in records:
-            if record.final:
-                continue
+        newest = await self._journal.attempts()
+        self._destination.remember(max((record.epoch for record in newest if record.role is Role.DESTINATION), default=0))
+        for record in await self._journal.attempts(active_only=True, limit=-1):
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
             if record.role is Role.SOURCE:

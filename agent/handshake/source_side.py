@@ -145,20 +145,28 @@ class SourceSide:
             raise DroverError(Reason.INVALID_FIELD, "decision: must be DECISION_RUNNING or DECISION_GONE")
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         wait = wait_of(request.wait, unset=MAX_WAIT)
-        why = {} if event is _E.CONFIRM_RUNNING else self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
-        if request.HasField("operator_word") and event is _E.CONFIRM_GONE:
-            word = OperatorWord.of(request.operator_word)
-            log.warning("an operator's word decides", migration=record_id(attempt), **msgspec.structs.asdict(word))
-            why = {"failure": word.failure(), "operator_word": word}
-        if request.cookie_in:
-            why["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
         async with attempt.called(event):
-            await self._known(attempt, event, why if attempt.record.state != _S.PERFORMING else {})
-            record = await attempt.until(_AFTER_PERFORM, wait)
-            if record.state in (_S.PERFORMED, _S.LOST):
-                await attempt.apply(event, **why)
+            if attempt.record.state == _S.PERFORMING:
+                if event is _E.CONFIRM_GONE:
+                    await attempt.apply(_E.ABORT)
+                await attempt.until(_AFTER_PERFORM, wait)
+            if attempt.record.state != _S.PERFORMING:
+                await self._known(attempt, event, self._told(attempt, event, request))
             record = await attempt.until(_ENDED, wait)
             return pb.ConfirmResponse(record=record_to_proto(record, attempt.progress))
+
+    def _told(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest) -> dict[str, object]:
+        """What a Confirm adds to the record."""
+        told: dict[str, object] = {}
+        if event is _E.CONFIRM_GONE:
+            told = self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
+            if request.HasField("operator_word"):
+                word = OperatorWord.of(request.operator_word)
+                log.warning("an operator's word decides", migration=record_id(attempt), **msgspec.structs.asdict(word))
+                told = {"failure": word.failure(), "operator_word": word}
+        if request.cookie_in:
+            told["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
+        return told
 
     async def start_post_copy(self, request: pb.StartPostCopyRequest) -> pb.StartPostCopyResponse:
         attempt = await self._transferring(request.ref)

@@ -1,0 +1,105 @@
+"""Where faults are tried out: a cluster that is used again after a good round, and replaced after a bad one."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from benchkit.processes import journal_of
+from clusterkit import ClusterGuest, GuestSpec, cluster
+from clusterkit.platforms import LabCluster
+from labkit.errors import LabError
+
+QUICK: Final[Mapping[str, Any]] = {"agent": {"incoming_limit": 2, "lease_seconds": 5, "takeover_after_seconds": 3}}
+"""Settings under which whatever waits for a silence ends soon; not so soon that a busy machine's Prepare is taken for one."""
+
+BROKEN: Final = frozenset({"effect failed", "the take-over failed", "the driver stopped on an impossible state"})
+"""Events of the daemons' logs that must never happen, beside all of level critical."""
+
+
+class Arena:
+    """Makes the cluster when it is first used, and again after `discard`."""
+
+    def __init__(self, lab_id: str, settings: Mapping[str, Any] = QUICK) -> None:
+        self._lab_id = lab_id
+        self._settings = settings
+        self._stack = contextlib.ExitStack()
+        self._made: LabCluster | None = None
+        self._marks: dict[str, int] = {}
+
+    def __enter__(self) -> "Arena":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.discard()
+
+    @property
+    def made(self) -> LabCluster:
+        """The cluster, all of it well."""
+        if self._made is None:
+            made = self._stack.enter_context(cluster("libvirt", lab_id=self._lab_id, settings=self._settings))
+            assert isinstance(made, LabCluster), "asked for real hosts"
+            self._made = made
+        return self._made
+
+    def discard(self) -> None:
+        """Take it down, whatever state it is in."""
+        self._made = None
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def guest(self, spec: GuestSpec, host: str) -> Iterator[ClusterGuest]:
+        """A fresh guest, and no trace of it afterwards."""
+        made = self.made
+        self._marks = {daemon.name: _size(daemon.log) for daemon in made.daemons()}
+        made.specs[spec.name] = spec
+        guest = made.start_guest(spec.name, host)
+        try:
+            yield guest
+        finally:
+            with contextlib.suppress(LabError):
+                for each in made.lab.hosts:
+                    each.destroy_all()
+
+    def complaints(self) -> list[str]:
+        """What the daemons logged since the guest was started that must never happen."""
+        return [
+            f"{daemon.name} logged: {line.get('event')} {str(line.get('exception', ''))[-300:]}".strip()
+            for daemon in self.made.daemons()
+            for line in daemon.lines(self._marks.get(daemon.name, 0))
+            if line.get("level") == "critical" or line.get("event") in BROKEN
+        ]
+
+    def keep_evidence(self, folder: Path, guest: ClusterGuest, report: str) -> None:
+        """Copy what is needed to understand a failure: logs from the guest's start on, journals, the guest's own log."""
+        made = self.made
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "report.txt").write_text(report + "\n")
+        for daemon in made.daemons():
+            with daemon.log.open("rb") as log:
+                log.seek(self._marks.get(daemon.name, 0))
+                (folder / daemon.log.name).write_bytes(log.read())
+        journals = [path for name in (*made.hosts, "co") for path in _with_wal(journal_of(made, name))]
+        for path in journals:
+            _copy(path, folder / f"{path.parent.parent.name}-{path.name}")
+        for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
+            _copy(path, folder / path.name)
+        for host in made.lab.hosts:
+            _copy(host.path / "var/log/libvirt/libvirtd.log", folder / f"{host.name}-libvirtd.log")
+            _copy(host.path / f"var/log/libvirt/qemu/{guest.name}.log", folder / f"{host.name}-qemu.log")
+
+
+def _with_wal(path: Path) -> list[Path]:
+    return [path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")]
+
+
+def _copy(path: Path, to: Path) -> None:
+    if path.exists():
+        shutil.copyfile(path, to)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,229 @@
+"""The judge of a migration that went through a fault: waits until all that was broken has ended, then says what is wrong.
+
+What must be true at the end, whatever died (the one rule of the design, requirements R1 to R6):
+
+- exactly one host's libvirt says that the guest runs, and no host has another copy, half defined or half arrived;
+- the guest's serial log is perfect: no number twice, none lower, none missing, no page lost;
+- the records of both agents are final and agree, and so does the migration where its driver knows it;
+- no slot is taken, no QEMU process is too many, no port of a migration listens;
+- the same guest can be migrated again.
+
+The one exception: a guest whose own QEMU was killed is lost by that. Then nothing may be left of it, and the migration must
+say so (GUEST_CRASHED) instead of calling it an error of its own.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from agent.errors import Reason
+from benchkit import chaos_talk as talk
+from clusterkit import ClusterGuest, Daemon
+from clusterkit.platforms import PORT, LabCluster
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from labkit.errors import LabError
+
+POLL_SECONDS = 0.1
+AGAIN_SECONDS = 20.0
+"""Deadline of the further migration."""
+CLEAN_UP_SECONDS = 10.0
+"""Once everybody says that it has ended, what is left over has to go within this; nobody would remove it later."""
+LINES = 5
+"""So many lines more prove that the guest runs on."""
+
+AGREED = {("removed", "running"): "done", ("kept", "gone"): "rolled back"}
+"""Final records that agree, and what they mean."""
+NOT_BEGUN = frozenset({("none", "none"), ("none", "gone"), ("kept", "none")})
+"""One side or both never heard of it, and the other has given up: rolled back as well."""
+LOST = "guest lost with its QEMU"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is judged."""
+
+    migration_id: str
+    guest: ClusterGuest
+    source: str
+    destination: str
+    driver: Daemon
+    """Who was asked for the migration: the coordinator, or the source's agent."""
+    killed_qemu: frozenset[str] = frozenset()
+    """The hosts whose QEMU of this guest was killed; the guest may be lost then."""
+    in_transfer: bool = True
+    """It was killed while memory flowed or later: then the migration must say so."""
+    cancelled: bool = False
+    """Somebody asked for an end."""
+
+
+@dataclass
+class Judgement:
+    """What came of it."""
+
+    outcome: str = "open"
+    """"done", "rolled back", `LOST`, or "open" when it did not end in time."""
+    seconds: float = 0.0
+    """From the restart to the end."""
+    problems: list[str] = field(default_factory=list)
+    records: tuple[str, str] = ("", "")
+    """States of the source's and the destination's record, as last seen."""
+    reported: str = ""
+    """State of the migration as its driver tells it, and the reason of its failure."""
+    told: float = 0.0
+    """When all records, and the migration, were first seen to have ended (`time.monotonic`); 0: not yet."""
+    remarks: list[str] = field(default_factory=list)
+    """What harms no guest, but is not as it should be."""
+    split_brain: bool = False
+    """The guest's own log proves two running copies."""
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+
+def judge(made: LabCluster, case: Case, restarted: float, deadline: float) -> Judgement:
+    """Wait for the end at most `deadline` seconds from `restarted` (by `time.monotonic`), and judge it."""
+    judgement = Judgement()
+    waiting = ["nothing was seen"]
+    end = restarted + deadline
+    while waiting and time.monotonic() < end:
+        waiting = list(_unfinished(made, case, judgement))
+        if judgement.told:
+            end = min(end, judgement.told + CLEAN_UP_SECONDS)
+        if waiting:
+            time.sleep(POLL_SECONDS)
+    judgement.seconds = time.monotonic() - restarted
+    judgement.problems = [f"still after {judgement.seconds:.0f} s: {problem}" for problem in waiting]
+    if judgement.good and judgement.outcome != LOST:
+        judgement.problems += _migrates_again(made, case)
+    judgement.remarks = [remark for remark, holds in REMARKS.items() if holds(case, judgement)]
+    _judge_log(case, judgement)
+    return judgement
+
+
+REMARKS: Mapping[str, Callable[[Case, Judgement], bool]] = {
+    "told as cancelled, and nobody has cancelled it": lambda case, j: j.reported.startswith("cancelled") and not case.cancelled,
+    "told as failed, with no reason": lambda case, j: j.reported == "failed",
+    "the guest's QEMU was killed before the memory flowed, and that is not told": lambda case, j: (
+        j.outcome == LOST and j.records[1] != "running" and Reason.GUEST_CRASHED not in j.reported
+    ),
+}
+"""What harms no guest, but is not as it should be."""
+
+
+def _judge_log(case: Case, judgement: Judgement) -> None:
+    verdict = case.guest.judge()
+    judgement.split_brain = bool(verdict.repeated or verdict.fallen)
+    judgement.problems += [f"guest log: {problem}" for problem in verdict.problems()]
+
+
+# ---- what has not ended yet
+
+
+def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[str]:
+    """Everything that is not as it must be, as sentences; asks the hosts only once the records have ended."""
+    try:
+        source, destination = (talk.record(made.agents[name], case.migration_id) for name in (case.source, case.destination))
+        judgement.records = talk.record_state(source), talk.record_state(destination)
+        if judgement.records not in AGREED and judgement.records not in NOT_BEGUN:
+            yield f"the records are {' / '.join(judgement.records)}{_waiting_for(source, destination)}"
+            return
+        judgement.outcome = AGREED.get(judgement.records, "rolled back")
+        if case.killed_qemu and _may_be_lost(case, judgement.records) and not made.running_on(case.guest.name):
+            judgement.outcome = LOST
+        yield from _told(case, judgement, source)
+        for name, agent in made.agents.items():
+            if taken := talk.slots_in_use(agent):
+                yield f"{name} has {taken} slots taken"
+        yield from _hosts(made, case, judgement.outcome)
+    except (talk.SilentError, LabError) as error:
+        yield str(error)
+
+
+def _waiting_for(*records: handshake_pb2.Record | None) -> str:
+    words = [record.waiting_for for record in records if record is not None and record.waiting_for]
+    return f" ({'; '.join(words)})" if words else ""
+
+
+def _may_be_lost(case: Case, records: tuple[str, str]) -> bool:
+    """Only the QEMU that had the guest takes it along: an empty copy that is killed harms nobody."""
+    ran_on = case.destination if records[1] == "running" else case.source
+    return ran_on in case.killed_qemu
+
+
+def _told(case: Case, judgement: Judgement, source: handshake_pb2.Record | None) -> Iterator[str]:
+    """What the driver tells must fit. It may not know the migration: a driver killed before it wrote it down."""
+    found = talk.migration(case.driver, case.migration_id)
+    judgement.reported = "unknown to the driver" if found is None else _words(found)
+    if found is not None and found.state not in talk.FINAL:
+        yield f"the migration is {judgement.reported} for {case.driver.name}: {found.failure.message or found.waiting_for}"
+        return
+    lost = judgement.outcome == LOST
+    if found is not None and not lost:
+        expected = case.destination if judgement.outcome == "done" else case.source
+        done = found.state == pb.MIGRATION_STATE_SUCCEEDED
+        if found.runs_on != expected or done != (judgement.outcome == "done"):
+            yield f"the migration is {judgement.reported} and runs on {found.runs_on}, but it was {judgement.outcome}"
+    judgement.told = judgement.told or time.monotonic()
+    if lost and case.in_transfer and judgement.records[1] != "running":
+        reasons = {found.failure.reason if found else "", source.failure.reason if source else ""} - {""}
+        if reasons != {Reason.GUEST_CRASHED.value}:
+            yield f"the guest's QEMU was killed, and the migration says {', '.join(sorted(reasons)) or 'nothing'} of it"
+
+
+def _words(found: pb.Migration) -> str:
+    return talk.state_of(found) + (f" ({found.failure.reason})" if found.HasField("failure") else "")
+
+
+def _hosts(made: LabCluster, case: Case, outcome: str) -> Iterator[str]:
+    """What libvirt and the kernel of each host say."""
+    name = case.guest.name
+    where = {"done": case.destination, "rolled back": case.source}.get(outcome)
+    copies = made.copies(name)
+    if where is not None and copies != {where: "running"}:
+        yield f"the copies of the guest are {copies}, it should run on {where} only"
+    if where is None and (len(copies) > 1 or set(copies.values()) - {"shut", "crashed"}):
+        yield f"the guest was lost with its QEMU, and its copies are {copies}"
+    qemu = [f"{host.name}: {qemu.pid}" for host in made.lab.hosts for qemu in host.qemu() if qemu.guest == name]
+    if len(qemu) != (where is not None):
+        yield f"QEMU processes of the guest: {', '.join(qemu) or 'none'}"
+    for host in made.lab.hosts:
+        ports = [port for _, port in host.listening() if port != PORT]
+        if ports:
+            yield f"{host.name} listens on {ports}"
+
+
+# ---- a further migration
+
+
+def _migrates_again(made: LabCluster, case: Case) -> Iterator[str]:
+    """The guest runs on, and can be moved to the host on which it is not; each problem as a sentence."""
+    try:
+        case.guest.wait_lines(LINES)
+        yield from _move(made, case)
+        case.guest.wait_lines(LINES)
+    except (talk.SilentError, LabError) as error:
+        yield f"afterwards: {error}"
+
+
+def _move(made: LabCluster, case: Case) -> Iterator[str]:
+    here = made.running_on(case.guest.name)[0]
+    there = next(name for name in made.hosts if name != here)
+    driver = made.coordinator if case.driver is made.coordinator else made.agents[here]
+    migration_id = talk.new_id()
+    spec = pb.MigrationSpec(domain=case.guest.name, destination_host=there)
+    if refused := talk.start_until_accepted(driver, migration_id, spec, lambda: False):
+        yield f"a further migration was not accepted: {refused}"
+        return
+    end = time.monotonic() + AGAIN_SECONDS
+    while time.monotonic() < end:
+        found = talk.migration(driver, migration_id)
+        if found is not None and found.state in talk.FINAL:
+            break
+        time.sleep(POLL_SECONDS)
+    if found is None or found.state != pb.MIGRATION_STATE_SUCCEEDED:
+        why = "unknown" if found is None else f"{_words(found)}: {found.failure.message}"
+        yield f"a further migration to {there} did not succeed within {AGAIN_SECONDS:g} s: {why}"
+    elif made.copies(case.guest.name) != {there: "running"}:
+        yield f"after a further migration the copies are {made.copies(case.guest.name)}"

@@ -1,0 +1,55 @@
+"""Figures from a handful of samples."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Series:
+    """Samples of one quantity, in one unit. With few of them p95 is close to the worst: read it as such."""
+
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: "Sequence[float | None]") -> "Series":
+        """What is None was not measured, and is left out."""
+        return cls(tuple(sample for sample in samples if sample is not None))
+
+    def __bool__(self) -> bool:
+        return bool(self.samples)
+
+    @property
+    def p50(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def p95(self) -> float:
+        return percentile(self.samples, 0.95)
+
+    @property
+    def least(self) -> float:
+        return min(self.samples)
+
+    @property
+    def most(self) -> float:
+        return max(self.samples)
+
+    def to_json(self) -> dict[str, object]:
+        if not self:
+            return {"n": 0}
+        figures = {"p50": self.p50, "p95": self.p95, "min": self.least, "max": self.most}
+        return {
+            "n": len(self.samples),
+            **{k: round(v, 3) for k, v in figures.items()},
+            "samples": [round(s, 3) for s in self.samples],
+        }
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The value below which `share` (0 to 1) of the samples lie, interpolated between the two nearest."""
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)

@@ -1,0 +1,55 @@
+"""A fixed 25 rounds of `scripts/bench chaos`: whatever dies, exactly one copy runs at the end, and nothing is left behind."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from agent.failpoints import all_points
+from benchkit.chaos import Result, run
+from benchkit.chaos_arena import Arena
+from benchkit.chaos_faults import FAULTS
+from benchkit.chaos_plan import POINTS, plan
+from benchkit.chaos_report import tell, tell_round
+
+pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(400)]
+
+SEED = 1
+ROUNDS = 25
+
+
+@pytest.mark.usefixtures("_real_hosts")
+def test_whatever_dies_exactly_one_copy_runs(tmp_path: Path) -> None:
+    with Arena("cht") as arena:
+        plans = (plan(SEED, number) for number in range(1, ROUNDS + 1))
+        results = run(arena, plans, lambda bad: tmp_path / f"round-{bad.number}", tell_round)
+    tell(results)
+    bad = [
+        f"scripts/bench chaos --seed {SEED} --round {result.plan.number}: {result.report()}" for result in results if not result.good
+    ]
+    assert not bad, "\n".join([f"logs and journals are in {tmp_path}", *bad])
+    assert len({strike.fault.target for result in results for strike in result.strikes}) >= 8, "the faults are of many kinds"
+    assert {"done", "rolled back"} <= outcomes(results).keys()
+
+
+def outcomes(results: list[Result]) -> Counter[str]:
+    return Counter(result.outcome for result in results)
+
+
+def test_a_round_is_the_same_whenever_it_is_planned() -> None:
+    assert [plan(7, number) for number in range(1, 50)] == [plan(7, number) for number in range(1, 50)]
+    assert plan(7, 3) != plan(8, 3)
+
+
+def test_rounds_have_every_kind_of_fault() -> None:
+    planned = {(fault.action, fault.target) for number in range(1, 600) for fault in plan(SEED, number).faults}
+    assert planned == set(FAULTS)
+
+
+def test_the_failpoints_of_the_rounds_are_failpoints() -> None:
+    assert {point for points in POINTS.values() for point in points} <= set(all_points())
+
+
+def test_only_some_faults() -> None:
+    planned = {fault.name for number in range(1, 60) for fault in plan(SEED, number, "kill * libvirtd").faults}
+    assert planned == {"kill source libvirtd", "kill destination libvirtd"}

@@ -1,0 +1,56 @@
+"""A sample of `scripts/bench failpoints`: the arrows at which a wrong step would cost a guest. The whole table is in the docs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.failpoints import all_points
+from benchkit.chaos_arena import Arena
+from benchkit.failpoints import DEADLINE, run
+from benchkit.failpoints_cases import MANAGED, P2P, TAKE_OVER, cases
+from benchkit.failpoints_report import tell_row
+
+pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(120)]
+
+SAMPLE = (
+    # Before the memory flows: rolled back, and the slot is free again.
+    (MANAGED, "source.begin_done.journal.after", "rolled back"),
+    (MANAGED, "driver.prepare.after", "done"),
+    # The commit is under way: it is armed, it happens without us, and is recorded later.
+    (MANAGED, "source.perform.reply", ""),
+    (P2P, "driver.finish.after", "done"),
+    (MANAGED, "destination.finish.reply", "done"),
+    (MANAGED, "destination.finish_done.journal.before", "done"),
+    (P2P, "destination.finish_done.journal.after", "done"),
+    # The guest runs there, and its old copy is still here.
+    (MANAGED, "source.remove.effect.before", "done"),
+    (P2P, "source.remove_done.journal.before", "done"),
+    # The way back.
+    (MANAGED, "source.abort.journal.after", "rolled back"),
+    (MANAGED, "destination.abandon_source_kept.journal.before", "rolled back"),
+    # The coordinator is dead, and so is then the agent that took over from it.
+    (TAKE_OVER, "driver.confirm_running.before", "done"),
+)
+"""Mode, failpoint, and the one outcome that is right; empty where both are."""
+
+
+@pytest.fixture(scope="module")
+def arena(_real_hosts: None) -> Iterator[Arena]:
+    with Arena("fpt") as made:
+        yield made
+
+
+@pytest.mark.parametrize(("mode", "point", "outcome"), SAMPLE)
+def test_killed_there_it_ends_by_itself(arena: Arena, tmp_path: Path, mode: str, point: str, outcome: str) -> None:
+    [row] = run(arena, cases((mode,), point), tmp_path, tell_row)
+    assert row.judgement.problems == [], f"logs and journals are in {tmp_path}"
+    assert row.reached, "the failpoint was not reached"
+    assert row.judgement.seconds <= DEADLINE
+    assert outcome in ("", row.judgement.outcome)
+
+
+def test_every_failpoint_has_a_row_in_both_modes() -> None:
+    rows = list(cases((MANAGED, P2P)))
+    assert len({row.name for row in rows}) == len(rows) == 2 * len(list(all_points()))
+    assert all(row.process for row in rows)

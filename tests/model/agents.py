@@ -1,0 +1,110 @@
+"""What both agents do alike: take an event as `agent.handshake.attempt` does, and fence attempts as `attempts` does."""
+
+from enum import StrEnum
+from typing import TypeVar, cast
+
+from agent.handshake.machine import Machine, Refused
+from tests.model.parts import Agent, Answer, Stage, Violation, Work
+from tests.model.world import World
+
+S = TypeVar("S", bound=StrEnum)
+E = TypeVar("E", bound=StrEnum)
+F = TypeVar("F", bound=StrEnum)
+
+NO_WORK: frozenset[Work] = frozenset()
+
+FINAL = "an ended record stays"
+FENCE = "a stale attempt is refused"
+
+
+def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:
+    """One event: the new record is durable, its effects are to be started. Stale news changes nothing.
+
+    Raises `Refused`, and `Violation` where a record that had ended changes (but for a copy that an operator's word disowns).
+    """
+    state = cast("S | None", agent.state)
+    transition = machine.step(state, event)
+    if transition is None:
+        return agent
+    if state in machine.final and transition.state != state and event != "disowned" and world.checked(FINAL):
+        raise Violation(FINAL, f"{state} became {transition.state} on {event}")
+    starts = {Work(Stage.START, effect) for effect in transition.effects}
+    return agent._replace(state=transition.state, work=agent.work | starts)
+
+
+def finish_work(agent: Agent, done: Work, then: str | None = None) -> Agent:
+    """A piece of work is over; `then` is the news of it."""
+    left = agent.work - {done}
+    return agent._replace(work=left if then is None else left | {Work(Stage.NEWS, then)})
+
+
+def call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: int, event: E) -> tuple[Agent, Answer]:
+    """A call from outside: fenced by attempt, then taken or refused. The answer is what the record says then."""
+    if attempt < agent.attempt and world.fence:
+        return agent, Answer(None, stale=True)
+    if attempt > agent.attempt:
+        return _first_call(world, machine, agent, attempt, event)
+    if (late := _too_early(world, machine, agent, event)) is not None:
+        return late
+    try:
+        agent = take(world, machine, agent, event)
+    except Refused:
+        pass
+    else:
+        if attempt < agent.attempt and world.checked(FENCE):
+            raise Violation(FENCE, f"{event} of attempt {attempt} was taken by attempt {agent.attempt}")
+    agent = agent._replace(quiet=False)
+    return agent, Answer(agent.state)
+
+
+def _first_call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: int, event: E) -> tuple[Agent, Answer]:
+    """A call that makes the attempt, where the one before has ended; refused, it leaves nothing behind."""
+    if agent.state is not None and agent.state not in machine.final:
+        return agent, Answer(None)
+    try:
+        made = take(world, machine, Agent(attempt, work=_lagging(world, agent)), event)
+    except Refused:
+        return agent, Answer(None)
+    return made, Answer(made.state)
+
+
+def _lagging(world: World, agent: Agent) -> frozenset[Work]:
+    """Calls of the attempt before which the hypervisor has not got yet."""
+    return agent.work & {Work(Stage.START, "finish")} if world.finish_lags else NO_WORK
+
+
+def _too_early(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> tuple[Agent, Answer] | None:
+    """The mutations that act, or answer, before the record is written."""
+    if event not in world.effect_first and event not in world.answer_first:
+        return None
+    transition = machine.table.get((cast("S | None", agent.state), event))
+    if transition is None or transition.state == agent.state:
+        return None
+    later = {Work(Stage.WRITE, event)}
+    if event in world.answer_first:
+        return agent._replace(work=agent.work | later), Answer("gone")
+    starts = {Work(Stage.START, effect) for effect in transition.effects}
+    return agent._replace(work=agent.work | later | starts), Answer(transition.state)
+
+
+def write_late(world: World, machine: Machine[S, E, F], agent: Agent, work: Work, event: E) -> Agent:
+    """The record of such a mutation, at last."""
+    agent = finish_work(agent, work)
+    transition = machine.table.get((cast("S | None", agent.state), event))
+    if transition is None:
+        return agent
+    if event in world.effect_first:
+        return agent._replace(state=transition.state)
+    return take(world, machine, agent, event)
+
+
+def crashed(agent: Agent) -> Agent:
+    return agent._replace(work=NO_WORK, up=False, quiet=False)
+
+
+def restarted(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:
+    """The agent starts and reads its journal: only what has not ended is recovered."""
+    agent = agent._replace(up=True, dead=False)
+    if agent.state is None or agent.state in machine.final:
+        return agent
+    return take(world, machine, agent, event)

@@ -1,0 +1,171 @@
+"""The destination's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.destination_side`."""
+
+from collections.abc import Iterator
+
+from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.source import SourceState
+from tests.model.agents import NO_WORK, crashed, finish_work, restarted, take, write_late
+from tests.model.hosts import WAITS, destination_domain, prepared, without_copy
+from tests.model.parts import Agent, Copy, Cost, Finish, Hosts, Stage, Stream, Work
+from tests.model.world import World
+
+_S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
+
+Step = tuple[str, Agent, Hosts, Cost]
+
+_FINAL = (_S.RUNNING, _S.GONE)
+
+
+def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
+    """What the agent may do next with its hypervisor and its journal, and how it and its QEMU may die."""
+    if hosts.copy is Copy.RUNNING and (world.copy_dies_early or agent.state == _S.RUNNING):
+        yield "hosts: destination QEMU dies, having run", agent, hosts._replace(copy=Copy.RAN), Cost.QEMU
+    if not agent.up:
+        yield "destination: restarts", tidy(world, _back(world, agent, hosts)), hosts, Cost.FREE
+        return
+    if agent.state is not None:
+        yield "destination: dies", crashed(agent), hosts._replace(owned=False), Cost.CRASH_DESTINATION
+        off = hosts._replace(copy=Copy.RAN) if hosts.copy is Copy.RUNNING else without_copy(hosts)
+        yield "hosts: the destination's host dies", crashed(agent)._replace(dead=True), off, Cost.HOST
+    for work in sorted(agent.work):
+        for label, after, hosts_after, cost in _work(world, agent, hosts, work):
+            yield label, tidy(world, after), hosts_after, cost
+
+
+def _back(world: World, agent: Agent, hosts: Hosts) -> Agent:
+    """After a restart, a guest that came here is asked after: was this host declared dead meanwhile?"""
+    back = restarted(world, world.destination, agent, _E.RESTARTED)
+    here = back.state == _S.RUNNING and destination_domain(hosts) is not None
+    return back._replace(work=back.work | {_ASKS_OWNER}) if here else back
+
+
+def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    what = work.what
+    if work.stage is Stage.NEWS:
+        after = take(world, world.destination, finish_work(agent, work), _E(what))
+        yield f"destination: records {what}", after, hosts, Cost.FREE
+    elif work.stage is Stage.WRITE:
+        after = write_late(world, world.destination, agent, work, _E(what))
+        yield f"destination: records {what}, late", after, hosts, Cost.FREE
+    elif work.stage is Stage.CALLED:
+        yield from _UNDER_WAY[what](agent, hosts, work)
+    else:
+        yield from _EFFECTS[_F(what)](world, agent, hosts, work)
+
+
+def _prepare(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    failed = finish_work(agent, work, _E.PREPARE_FAILED)
+    if hosts.copy in WAITS or hosts.copy is Copy.RUNNING:
+        yield "destination: Prepare is refused, a copy is here", failed, hosts, Cost.FREE
+        return
+    yield "destination: Prepare makes the copy", finish_work(agent, work, _E.PREPARE_DONE), prepared(hosts), Cost.FREE
+    yield "destination: Prepare fails", failed, hosts, Cost.FAIL
+    yield "destination: Prepare times out, a copy is made", failed, prepared(hosts, owned=False), Cost.FAIL
+
+
+def _finish(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    if hosts.copy in WAITS and hosts.finish is not Finish.WAITING:
+        called = agent._replace(work=agent.work - {work} | {Work(Stage.CALLED, _F.FINISH)})
+        yield "destination: Finish waits in libvirtd", called, hosts._replace(finish=Finish.WAITING), Cost.FREE
+    else:
+        yield "destination: Finish finds no copy", finish_work(agent, work, _E.FINISH_FAILED), hosts, Cost.FREE
+
+
+def _finishing(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    """Finish ends when the guest has started, or the copy is gone."""
+    if hosts.finish is Finish.DONE:
+        yield "destination: Finish returns", finish_work(agent, work, _E.FINISH_DONE), hosts, Cost.FREE
+    elif hosts.finish in (Finish.FAILED, Finish.NONE):
+        yield "destination: Finish fails", finish_work(agent, work, _E.FINISH_FAILED), hosts, Cost.FREE
+    else:
+        unknown = finish_work(agent, work, _E.FINISH_UNKNOWN)
+        yield "destination: libvirtd's answer to Finish is lost", unknown, hosts, Cost.FAIL
+        news = Work(Stage.NEWS, _E.SAW_RUNNING)
+        if hosts.stream is Stream.POSTCOPY and agent.state == _S.ARMED and news not in agent.work:
+            yield "destination: sees it run in post-copy", agent._replace(work=agent.work | {news}), hosts, Cost.FREE
+
+
+def _abandon(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    """Waits for a Prepare under way. A careful hypervisor destroys at once what never ran; a careless one looks first."""
+    if Work(Stage.START, _F.PREPARE) in agent.work or (world.abandon_awaits_finish and Work(Stage.START, _F.FINISH) in agent.work):
+        return
+    done = finish_work(agent, work, _E.ABANDON_DONE)
+    if hosts.copy is Copy.RUNNING:
+        yield "destination: cannot abandon, it runs", finish_work(agent, work, _E.ABANDON_REFUSED), hosts, Cost.FREE
+    elif hosts.copy not in WAITS:
+        yield "destination: nothing to abandon", done, hosts, Cost.FREE
+    elif world.careless_abandon:
+        called = agent._replace(work=agent.work - {work} | {Work(Stage.CALLED, _F.ABANDON)})
+        yield "destination: is about to destroy the copy", called, hosts, Cost.FREE
+    else:
+        yield "destination: destroys the copy", done, without_copy(hosts), Cost.FREE
+
+
+def _abandoning(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    done = finish_work(agent, work, _E.ABANDON_DONE)
+    yield "destination: destroys the copy", done, without_copy(hosts), Cost.FREE
+
+
+def _look(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    fact = world.destination_fact(destination_domain(hosts))
+    if fact is not None:
+        yield f"destination: looks, {fact}", finish_work(agent, work, fact), hosts, Cost.FREE
+
+
+def _disown(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    yield "destination: removes the copy that it was told is not its own", finish_work(agent, work, _E.ABANDON_DONE), without_copy(hosts), Cost.FREE
+
+
+def _asking(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    """It waits for the source's answer, not for the hypervisor's: see `asks`."""
+    yield from ()
+
+
+_UNDER_WAY = {_F.FINISH: _finishing, _F.ABANDON: _abandoning, "ask": _asking, "ask whose": _asking}
+_EFFECTS = {_F.PREPARE: _prepare, _F.FINISH: _finish, _F.ABANDON: _abandon, _F.LOOK: _look, _F.DISOWN: _disown}
+
+
+def tidy(world: World, agent: Agent) -> Agent:
+    """Leave out work that cannot matter any more, so that equal futures are equal states."""
+    work = agent.work
+    if agent.state != _S.ARMED:
+        seen = {Work(Stage.NEWS, _E.SAW_RUNNING), Work(Stage.NEWS, _E.SAW_ABSENT)}
+        work -= {Work(Stage.START, _F.LOOK), _ASKS, _SOURCE_KEPT, *seen}
+    if agent.state in _FINAL:
+        work &= ({Work(Stage.START, _F.FINISH)} if world.finish_lags else NO_WORK) | {_ASKS_OWNER, _DISOWNED}
+    return agent if work == agent.work else agent._replace(work=work)
+
+
+_ASKS = Work(Stage.CALLED, "ask")
+_ASKS_OWNER = Work(Stage.CALLED, "ask whose")
+_DISOWNED = Work(Stage.NEWS, _E.DISOWNED)
+_SOURCE_KEPT = Work(Stage.NEWS, _E.ABANDON_SOURCE_KEPT)
+
+
+def begins_to_ask(world: World, agent: Agent) -> Agent:
+    """An armed destination that hears nothing turns to the source."""
+    if not world.destination_asks or not agent.up or agent.state != _S.ARMED:
+        return agent
+    return agent._replace(work=agent.work | {_ASKS})
+
+
+def asks(world: World, source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Cost]]:
+    """The source's record, as it is when it is read; what follows from it is taken later."""
+    kept = source.attempt == agent.attempt and source.state == SourceState.KEPT
+    if not source.up:
+        return
+    if _ASKS in agent.work:
+        left = agent.work - {_ASKS}
+        yield "destination: asks the source", agent._replace(work=left | {_SOURCE_KEPT} if kept else left), Cost.FREE
+    undecided = world.word_binds and source.attempt == agent.attempt and source.state not in (SourceState.KEPT, SourceState.REMOVED)
+    if _ASKS_OWNER in agent.work and not undecided:
+        left = agent.work - {_ASKS_OWNER}
+        after = agent._replace(work=left | {_DISOWNED} if kept and source.word else left)
+        yield "destination: asks whose the guest is", after, Cost.FREE
+
+
+def expired(world: World, agent: Agent) -> Agent:
+    """The lease of the slot runs out."""
+    if not agent.up or agent.state is None or agent.state in _FINAL:
+        return agent
+    return tidy(world, take(world, world.destination, agent, _E.LEASE_EXPIRED))

@@ -1,0 +1,117 @@
+"""What must hold in every state, and what an end is."""
+
+from collections.abc import Callable, Iterator
+
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.source import SourceState as Src
+from tests.model import network
+from tests.model.agents import FENCE, FINAL
+from tests.model.hosts import AT_HOME, WAITS
+from tests.model.parts import Agent, Answer, Copy, Finish, Guest, Hosts, Mode, Talk
+
+Rule = Callable[[Agent, Agent, Hosts], bool]
+"""True when it is broken, by source, destination and hypervisors."""
+
+
+def _two_run(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    return hosts.guest is Guest.RUNNING and hosts.copy is Copy.RUNNING
+
+
+def _lost(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    """A guest that ran was destroyed, or the only copy that could run was."""
+    gone = hosts.guest is Guest.REMOVED and hosts.copy not in (Copy.RUNNING, Copy.RAN)
+    return hosts.copy is Copy.KILLED or gone
+
+
+def _goes_back(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    """The guest ran at the destination, and now an older state of it runs at the source: its disks have moved on. An operator
+    who declares a host dead accepts that."""
+    return hosts.copy in (Copy.RAN, Copy.KILLED) and hosts.guest is Guest.RUNNING and not source.word
+
+
+def _removed_early(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    leaving = source.state in (Src.REMOVING, Src.REMOVED) or hosts.guest is Guest.REMOVED
+    return leaving and not (destination.state == Dst.RUNNING and destination.attempt == source.attempt)
+
+
+def _resumed_early(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    """It was paused by a completed Perform: only a durable GONE, or an operator's word, lets it run."""
+    gone = destination.state == Dst.GONE and destination.attempt == source.attempt
+    return source.state == Src.RESUMING and not (gone or source.word)
+
+
+def _gone_is_not_gone(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    return destination.state == Dst.GONE and (hosts.copy in WAITS or hosts.copy is Copy.RUNNING)
+
+
+def _running_is_not_running(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    return destination.state == Dst.RUNNING and hosts.copy not in (Copy.RUNNING, Copy.RAN)
+
+
+def _kept_is_not_kept(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    return source.state == Src.KEPT and hosts.guest not in (*AT_HOME, Guest.LOST)
+
+
+def _started_unrecorded(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    """Something may start, or has started, the copy, and the record does not say so."""
+    armed = hosts.copy is Copy.RUNNING or (hosts.copy in WAITS and hosts.finish is Finish.WAITING)
+    return armed and destination.state not in (Dst.ARMED, Dst.ABANDONING, Dst.RUNNING)
+
+
+TWO_RUN = "at most one copy runs"
+LOST = "no guest is destroyed"
+GOES_BACK = "no guest goes back in time"
+
+RULES: dict[str, Rule] = {
+    TWO_RUN: _two_run,
+    LOST: _lost,
+    GOES_BACK: _goes_back,
+    "the source is removed only on RUNNING": _removed_early,
+    "the source resumes only on GONE": _resumed_early,
+    "GONE: no copy, and none ever": _gone_is_not_gone,
+    "RUNNING: it runs": _running_is_not_running,
+    "KEPT: it runs at the source": _kept_is_not_kept,
+    "armed before it may start": _started_unrecorded,
+}
+
+TOLD = "only a durable decision is told"
+STUCK = "an end can be reached"
+
+HARM = frozenset({TWO_RUN, LOST, GOES_BACK})
+"""What a user would call a disaster. The other rules are why these hold."""
+
+ALL = frozenset({*RULES, TOLD, STUCK, network.DECIDE, FINAL, FENCE})
+
+
+def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:
+    """The names of the rules that this state breaks."""
+    return (name for name, rule in RULES.items() if rule(source, destination, hosts))
+
+
+def told(talk: Talk) -> frozenset[tuple[int, str]]:
+    """Decisions, by attempt, that somebody has been told or is being told. RUNNING and GONE are final, so each must be the
+    durable record now; and so they were never both told."""
+    views = {(d.attempt, d.dst) for d in talk.drivers if d.mode in (Mode.ON, Mode.LOOK_DESTINATION)}
+    answers = {(m.attempt, m.answer.state) for m in talk.flying if isinstance(m.answer, Answer) and m.call not in network.TO_SOURCE}
+    return frozenset((attempt, state) for attempt, state in views | answers if state in (Dst.RUNNING, Dst.GONE))
+
+
+def told_wrong(destination: Agent, decisions: frozenset[tuple[int, str]]) -> bool:
+    """An earlier attempt's record is no longer to be had; it can only have been GONE."""
+    return any(
+        state != (destination.state if attempt == destination.attempt else Dst.GONE) or attempt > destination.attempt
+        for attempt, state in decisions
+    )
+
+
+def settled(source: Agent, destination: Agent, hosts: Hosts) -> bool:
+    """Both records have ended and agree, and the hypervisors show what they say. A host that never heard of it has no record."""
+    if source.state == Src.REMOVED:
+        return hosts.guest is Guest.REMOVED and destination.state == Dst.RUNNING
+    at_home = source.state in (None, Src.KEPT) and hosts.guest in (*AT_HOME, Guest.LOST)
+    return at_home and destination.state in (None, Dst.GONE) and hosts.copy in (Copy.NONE, Copy.RAN)
+
+
+def nobody_drives(source: Agent, talk: Talk) -> bool:
+    """Every driver has seen the end, is dead, or drives an attempt that is over."""
+    return all(d.mode in (Mode.OFF, Mode.ENDED, Mode.DEAD) or d.attempt < source.attempt for d in talk.drivers)

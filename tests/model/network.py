@@ -1,0 +1,244 @@
+"""The drivers and their messages: what they call, what they learn, what gets lost. Mirrors `agent.handshake.driver`."""
+
+from collections.abc import Iterator
+
+from agent.handshake.decide import Call, ended
+from agent.handshake.destination import DestinationEvent, DestinationState
+from agent.handshake.source import SourceEvent, SourceState
+from tests.model import destination_agent, source_agent
+from tests.model.agents import call, crashed
+from tests.model.parts import NOBODY, Agent, Answer, Cost, Driver, Message, Mode, Talk, Unanswered, Violation
+from tests.model.world import World
+
+Step = tuple[str, Talk, Agent, Cost]
+
+TO_SOURCE = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
+_NEEDS_PLAN = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE})
+
+_SOURCE_ORDER = {state: place for place, state in enumerate([None, *SourceState])}
+_DESTINATION_ORDER = {
+    **{state: place for place, state in enumerate([None, *DestinationState])},
+    DestinationState.RUNNING: len(DestinationState) + 1,  # it may follow ABANDONING
+}
+
+DECIDE = "decide finds no impossible pair"
+
+
+def start(world: World) -> Talk:
+    """The drivers at the beginning. The last place is the source's own, for a take-over."""
+    coordinators = (Driver(Mode.ON),) * world.coordinators
+    return Talk(coordinators + ((Driver(Mode.OFF, plan=False),) if world.takeover else ()))
+
+
+def _with(talk: Talk, index: int, driver: Driver) -> Talk:
+    after = Talk((*talk.drivers[:index], driver, *talk.drivers[index + 1 :]), talk.flying)
+    return _forget(after, index) if driver.mode in (Mode.OFF, Mode.ENDED, Mode.DEAD) else after
+
+
+def _forget(talk: Talk, index: int) -> Talk:
+    """Nobody waits for the answers to this driver any more; its requests are still on their way."""
+    flying = set()
+    for message in talk.flying:
+        if message.driver != index:
+            flying.add(message)
+        elif message.answer is Unanswered.YET:
+            flying.add(message._replace(driver=NOBODY))
+    return talk._replace(flying=frozenset(flying))
+
+
+# ---- what needs no agent
+
+
+def steps(world: World, talk: Talk) -> Iterator[tuple[str, Talk, Cost]]:
+    for index, driver in enumerate(talk.drivers):
+        yield from _driver(world, talk, index, driver)
+    for message in sorted(talk.flying):
+        what = f"{message.call} ({message.attempt})" if message.attempt > 1 else str(message.call)
+        if isinstance(message.answer, Answer):
+            learned = _learn(talk.drivers[message.driver], message)
+            after = Talk(talk.drivers, talk.flying - {message})
+            yield f"driver {message.driver}: hears of {what}", _with(after, message.driver, learned), Cost.FREE
+        yield f"network: loses {_kind(message)} {what}", Talk(talk.drivers, talk.flying - {message}), Cost.LOSE
+
+
+def _kind(message: Message) -> str:
+    return "the call" if message.answer is Unanswered.YET else "the answer to"
+
+
+def _driver(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tuple[str, Talk, Cost]]:
+    who = f"driver {index}"
+    if driver.mode is Mode.ON and world.word_binds and (driver.src, driver.dst) == (SourceState.KEPT, DestinationState.RUNNING):
+        again = _with(talk, index, driver._replace(mode=Mode.LOOK_SOURCE))
+        yield f"{who}: looks again, whether the destination has been told", again, Cost.FREE
+    elif driver.mode is Mode.ON:
+        yield from _send(world, talk, index, driver)
+        if not driver.cancel:
+            yield f"{who}: is cancelled", _with(talk, index, driver._replace(cancel=True)), Cost.CANCEL
+    if driver.plan and driver.mode in (Mode.ON, Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION):
+        dead = Driver(Mode.DEAD, driver.attempt)
+        yield f"{who}: dies", _with(talk, index, dead), Cost.CRASH_DRIVER
+    if driver.mode is Mode.DEAD and world.driver_returns:
+        yield f"{who}: is back", _with(talk, index, driver._replace(mode=Mode.LOOK_SOURCE)), Cost.FREE
+    if index == 0 and driver.mode is Mode.ENDED and driver.src is SourceState.KEPT and driver.attempt < world.attempts:
+        yield f"{who}: tries again", _with(talk, index, Driver(Mode.ON, driver.attempt + 1)), Cost.FREE
+
+
+def _send(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tuple[str, Talk, Cost]]:
+    who = f"driver {index}"
+    outstanding = {message.call for message in talk.flying if message.driver == index}
+    for wanted in sorted(_wants(world, driver)):
+        if not driver.plan and (wanted in _NEEDS_PLAN or (wanted is Call.PERFORM and driver.src is SourceState.BEGUN)):
+            if not driver.cancel:
+                yield f"{who}: cannot {wanted}, gives up", _with(talk, index, driver._replace(cancel=True)), Cost.FREE
+        elif wanted not in outstanding and len(talk.flying) < world.in_flight:
+            message = Message(index, driver.attempt, wanted, word=driver.word and wanted is Call.CONFIRM_GONE)
+            yield f"{who}: calls {wanted}", Talk(talk.drivers, talk.flying | {message}), Cost.FREE
+
+
+def _wants(world: World, driver: Driver) -> frozenset[Call]:
+    mind = world.decide if driver.plan else world.decide_takeover
+    src, dst = states(driver)
+    stalled = (False, True) if world.stalls and (src, dst) == (SourceState.PERFORMED, DestinationState.ARMED) else (False,)
+    try:
+        return frozenset().union(*(mind(src, dst, cancel=driver.cancel, stalled=long) for long in stalled))
+    except AssertionError as error:
+        if world.checked(DECIDE):
+            raise Violation(DECIDE, str(error)) from None
+        return frozenset()
+
+
+def states(driver: Driver) -> tuple[SourceState | None, DestinationState | None]:
+    """What it acts on: what it saw, but for a destination that was declared dead."""
+    return driver.src, DestinationState.GONE if driver.word else driver.dst
+
+
+def _learn(driver: Driver, message: Message) -> Driver:
+    """Take an answer, unless something newer is known. One about a later attempt, or of no record, teaches nothing."""
+    assert isinstance(message.answer, Answer)
+    if message.call not in TO_SOURCE:
+        driver = driver._replace(word=False)  # it answers, so it is not dead
+    if message.attempt != driver.attempt or message.answer.stale or message.answer.state is None:
+        return driver
+    if message.call in TO_SOURCE:
+        src = SourceState(message.answer.state)
+        driver = driver._replace(src=src) if _SOURCE_ORDER[src] >= _SOURCE_ORDER[driver.src] else driver
+    else:
+        dst = DestinationState(message.answer.state)
+        driver = driver._replace(dst=dst) if _DESTINATION_ORDER[dst] >= _DESTINATION_ORDER[driver.dst] else driver
+    return _settle(driver)
+
+
+def _settle(driver: Driver) -> Driver:
+    """A driver that has seen both records end is done."""
+    return driver._replace(mode=Mode.ENDED, cancel=False) if ended(*states(driver)) else driver
+
+
+# ---- with the source's agent
+
+
+def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
+    """Calls that reach the source, looks at its record, its driver's silence, its death."""
+    for message in sorted(talk.flying):
+        if message.call in TO_SOURCE:
+            yield from _arrives(world, talk, agent, message, "source")
+    if not agent.up:
+        return
+    for index, driver in enumerate(talk.drivers):
+        if driver.mode is Mode.LOOK_SOURCE and agent.attempt <= driver.attempt:
+            seen = SourceState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
+            looked = driver._replace(src=seen, mode=Mode.LOOK_DESTINATION)
+            yield f"driver {index}: looks at the source", _with(talk, index, looked), agent, Cost.FREE
+    if source_agent.may_be_silent(agent):
+        yield from _silence(world, talk, agent)
+    if agent.state is not None:
+        yield "source: dies", _without_takeover(world, talk), crashed(agent), Cost.CRASH_SOURCE
+
+
+def _silence(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
+    cost = _timer(talk)
+    after, drives = source_agent.silence(world, agent)
+    if drives and world.takeover and talk.drivers[-1].mode is not Mode.OFF:
+        return
+    if drives and world.takeover:
+        own = Driver(Mode.LOOK_SOURCE, agent.attempt, plan=False)
+        talk = _with(talk, len(talk.drivers) - 1, own)
+    yield "source: its driver is silent", talk, after, cost
+
+
+def _without_takeover(world: World, talk: Talk) -> Talk:
+    """The driver that took over dies with the source's agent, and with it the calls that it made to its own house."""
+    if not world.takeover:
+        return talk
+    last = len(talk.drivers) - 1
+    flying = frozenset(m for m in talk.flying if m.driver != last or m.call not in TO_SOURCE)
+    return _with(Talk(talk.drivers, flying), last, Driver(Mode.OFF, plan=False))
+
+
+# ---- with the destination's agent
+
+
+def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
+    """Calls that reach the destination, looks at its record, the end of its lease."""
+    for message in sorted(talk.flying):
+        if message.call not in TO_SOURCE:
+            yield from _arrives(world, talk, agent, message, "destination")
+    if agent.dead:
+        yield from _declared_dead(world, talk, agent)
+    if not agent.up:
+        return
+    for index, driver in enumerate(talk.drivers):
+        if driver.mode is Mode.LOOK_DESTINATION and agent.attempt <= driver.attempt:
+            seen = DestinationState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
+            looked = _settle(driver._replace(dst=seen, mode=Mode.ON, word=False))
+            yield f"driver {index}: looks at the destination", _with(talk, index, looked), agent, Cost.FREE
+    expired = destination_agent.expired(world, agent)
+    if expired != agent:
+        yield "destination: the lease expires", talk, expired, _timer(talk)
+    asking = destination_agent.begins_to_ask(world, agent)
+    if asking != agent:
+        yield "destination: its driver is silent", talk, asking, _timer(talk)
+
+
+def _declared_dead(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
+    """An operator states at a driver, rightly, that the destination's host is dead. It then looks there no more."""
+    for index, driver in enumerate(talk.drivers):
+        if driver.mode in (Mode.ON, Mode.LOOK_DESTINATION) and not driver.word:
+            too_early = world.word_binds and driver.src not in (SourceState.PERFORMED, SourceState.LOST, SourceState.RESUMING)
+            if world.word_binds and driver.dst is DestinationState.RUNNING:
+                continue
+            told = driver._replace(cancel=True) if too_early else _settle(driver._replace(word=True, mode=Mode.ON))
+            yield f"operator: tells driver {index} that the destination is dead", _with(talk, index, told), agent, Cost.WORD
+
+
+def _timer(talk: Talk) -> Cost:
+    """What it costs that a driver is believed to be silent: nothing, when it is."""
+    return Cost.EXPIRE if any(d.mode in (Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION, Mode.ON) for d in talk.drivers) else Cost.FREE
+
+
+# ---- arrival
+
+
+def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: str) -> Iterator[Step]:
+    left = talk.flying - {message}
+    what = f"{message.call} of attempt {message.attempt}" if message.attempt > 1 or agent.attempt > 1 else str(message.call)
+    if not agent.up:
+        yield f"{side}: is down, {_kind(message)} {what} is lost", Talk(talk.drivers, left), agent, Cost.FREE
+        return
+    if message.answer is not Unanswered.YET:
+        return
+    after, answer = _called(world, agent, message, side)
+    back = frozenset({message._replace(answer=answer)}) if message.driver != NOBODY else frozenset()
+    yield f"{side}: gets {what}", Talk(talk.drivers, left | back), after, Cost.FREE
+    again = message._replace(driver=NOBODY)
+    if again not in talk.flying:
+        yield f"{side}: gets {what}, to arrive again", Talk(talk.drivers, left | back | {again}), after, Cost.REPEAT
+
+
+def _called(world: World, agent: Agent, message: Message, side: str) -> tuple[Agent, Answer]:
+    if side == "source":
+        after, answer = call(world, world.source, agent, message.attempt, SourceEvent(message.call))
+        if message.word and after.attempt == message.attempt and after.state in (SourceState.RESUMING, SourceState.KEPT):
+            after = after._replace(word=True)
+        return source_agent.tidy(after), answer
+    after, answer = call(world, world.destination, agent, message.attempt, DestinationEvent(message.call))
+    return destination_agent.tidy(world, after), answer

@@ -1,0 +1,210 @@
+"""What a state of the world is made of. Every part is a small immutable tuple, so that equal states are one state."""
+
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+from agent.handshake.decide import Call
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.source import SourceState as Src
+
+
+class Guest(IntEnum):
+    """The guest at the source."""
+
+    RUNNING = 0
+    PAUSED = 1
+    """By the migration."""
+    REMOVED = 2
+    LOST = 3
+    """Its QEMU died: a crash of the guest, which is no fault of the migration."""
+    HELD = 4
+    """Paused by its user, before and after; it does not run anywhere, and must not be lost either."""
+
+
+class Stream(IntEnum):
+    """The memory's way from QEMU to QEMU, as the source's hypervisor sees it."""
+
+    NONE = 0
+    FLOWING = 1
+    POSTCOPY = 2
+    DONE = 3
+    BROKEN = 4
+
+
+class Copy(IntEnum):
+    """The guest's copy at the destination."""
+
+    NONE = 0
+    INCOMING = 1
+    """Waits for its state."""
+    COMPLETE = 2
+    """Has its whole state and is paused; it starts if and only if Finish waits."""
+    RUNNING = 3
+    RAN = 4
+    """It ran, and its QEMU died since."""
+    KILLED = 5
+    """It ran, and the migration destroyed it. Never right."""
+
+
+class Finish(IntEnum):
+    """libvirt's Finish at the destination. It survives the death of the agent that called it."""
+
+    NONE = 0
+    WAITING = 1
+    DONE = 2
+    FAILED = 3
+
+
+class Hosts(NamedTuple):
+    """Both hypervisors."""
+
+    guest: Guest = Guest.RUNNING
+    stream: Stream = Stream.NONE
+    copy: Copy = Copy.NONE
+    finish: Finish = Finish.NONE
+    owned: bool = False
+    """The connection that prepared the copy is open; once it is closed, libvirt destroys a copy that Finish was not called for."""
+
+
+class Stage(StrEnum):
+    """How far a piece of an agent's work is. All of it is in memory: a crash loses it."""
+
+    START = "start"
+    """Journalled, the hypervisor was not called yet."""
+    CALLED = "called"
+    """The hypervisor works on it."""
+    NEWS = "news"
+    """The hypervisor has answered; that is not journalled yet."""
+    WRITE = "write"
+    """Only in mutations: a record that is written too late."""
+
+
+class Work(NamedTuple):
+    stage: Stage
+    what: str
+    """The name of an effect, or of an event."""
+
+
+class Agent(NamedTuple):
+    """One agent. `attempt` and `state` are durable, the rest is memory."""
+
+    attempt: int = 0
+    state: str | None = None
+    """A `SourceState` or `DestinationState`."""
+    work: frozenset[Work] = frozenset()
+    up: bool = True
+    quiet: bool = False
+    """The timer of its driver's silence has run out; the next call arms it again."""
+    dead: bool = False
+    """Its whole host is."""
+    word: bool = False
+    """At the source: the guest was kept on an operator's word. Durable."""
+
+
+class Mode(IntEnum):
+    """What a driver is doing."""
+
+    OFF = 0
+    LOOK_SOURCE = 1
+    LOOK_DESTINATION = 2
+    """It learns both records first: it takes over, or was restarted."""
+    ON = 3
+    ENDED = 4
+    """It saw both records end."""
+    DEAD = 5
+
+
+class Driver(NamedTuple):
+    """One driver, and what it believes of the two records."""
+
+    mode: Mode
+    attempt: int = 1
+    src: Src | None = None
+    dst: Dst | None = None
+    cancel: bool = False
+    word: bool = False
+    """An operator has told it that the destination is dead, and the destination has not answered since."""
+    plan: bool = True
+    """It can make the first phases; a driver that takes over cannot."""
+
+
+class Unanswered(IntEnum):
+    """A request carries this in place of an answer."""
+
+    YET = 0
+
+
+class Answer(NamedTuple):
+    """What the callee's record says after the call. None: there is no such record."""
+
+    state: str | None
+    stale: bool = False
+    """A later attempt has begun there."""
+
+
+NOBODY = -1
+"""In place of the driver, in a request whose driver has ended or died."""
+
+
+class Message(NamedTuple):
+    """A call on its way, or its answer on its way back."""
+
+    driver: int
+    attempt: int
+    call: Call
+    answer: Answer | Unanswered = Unanswered.YET
+    word: bool = False
+    """It rests on an operator's word."""
+
+
+class Talk(NamedTuple):
+    """The drivers and what is in flight; a set, so the order of arrival is free."""
+
+    drivers: tuple[Driver, ...]
+    flying: frozenset[Message] = frozenset()
+
+
+class Cost(IntEnum):
+    """Faults, each with a budget. A step that costs nothing is no fault."""
+
+    FREE = -1
+    CRASH_SOURCE = 0
+    """The source's agent dies."""
+    CRASH_DESTINATION = 1
+    CRASH_DRIVER = 2
+    LOSE = 3
+    """A message is lost."""
+    REPEAT = 4
+    """A request arrives, and will arrive again."""
+    FAIL = 5
+    """The stream breaks, a call of the hypervisor fails, or it gives no answer."""
+    QEMU = 6
+    """A QEMU process dies."""
+    CANCEL = 7
+    """The user cancels (at one driver)."""
+    EXPIRE = 8
+    """A timer runs out although a driver is at work: it was slow. Where nobody drives any more, that is no fault."""
+    HOST = 9
+    """The destination's host dies: agent, hypervisor and copy."""
+    WORD = 10
+    """An operator says so, at one driver."""
+
+
+Budget = tuple[int, ...]
+"""How many faults of each `Cost` may still happen."""
+
+
+def budget(**faults: int) -> Budget:
+    """A budget by lower-case names of `Cost`; what is not named does not happen."""
+    names = {cost.name.lower(): cost for cost in Cost if cost >= 0}
+    unknown = faults.keys() - names.keys()
+    assert not unknown, f"no such fault: {unknown}"
+    return tuple(faults.get(name, 0) for name in names)
+
+
+class Violation(Exception):  # noqa: N818 - a finding, not an error of the program
+    """An invariant does not hold after a step; `rule` is its name."""
+
+    def __init__(self, rule: str, text: str) -> None:
+        super().__init__(f"{rule}: {text}")
+        self.rule = rule

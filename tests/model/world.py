@@ -1,0 +1,90 @@
+"""What may happen in a world: the code that runs in it, the bounds of its faults, and how its hypervisors behave."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from agent.handshake.decide import Call, decide
+from agent.handshake.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.destination_side import destination_fact
+from agent.handshake.machine import Machine
+from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
+from agent.handshake.source_side import source_fact
+from agent.hypervisor.base import Domain
+from tests.model.parts import Budget, budget
+
+SourceMachine = Machine[SourceState, SourceEvent, SourceEffect]
+DestinationMachine = Machine[DestinationState, DestinationEvent, DestinationEffect]
+
+
+class Decide:
+    """A driver's mind; a class only so that a field of `World` may hold a function."""
+
+    def __init__(self, function: Callable[..., frozenset[Call]]) -> None:
+        self.function = function
+
+    def __call__(self, src: SourceState | None, dst: DestinationState | None, *, cancel: bool, stalled: bool) -> frozenset[Call]:
+        return self.function(src, dst, cancel=cancel, stalled=stalled)
+
+
+@dataclass(frozen=True)
+class World:
+    """One configuration. The defaults are the product as it is; mutations and corrections replace fields."""
+
+    name: str
+    about: str = ""
+
+    source: SourceMachine = SOURCE
+    destination: DestinationMachine = DESTINATION
+    decide: Decide = field(default_factory=lambda: Decide(decide))
+    decide_takeover: Decide = field(default_factory=lambda: Decide(decide))
+    source_fact: Callable[[Domain | None], SourceEvent | None] = source_fact
+    destination_fact: Callable[[Domain | None], DestinationEvent | None] = destination_fact
+
+    budget: Budget = budget()
+    coordinators: int = 1
+    """Drivers that start at the beginning, each with the whole plan and each ignorant of the other."""
+    takeover: bool = True
+    """The source drives by itself when its driver is silent."""
+    driver_returns: bool = True
+    """A coordinator that died comes back. Without it, the agents must end the migration alone (A6)."""
+    attempts: int = 1
+    """How often the first driver tries."""
+    in_flight: int = 3
+    """Messages that are under way at once."""
+
+    user_paused: bool = False
+    """The guest was paused by its user before."""
+    postcopy: bool = False
+    """The transfer may be switched to post-copy (only once Finish waits)."""
+    break_noticed: bool = True
+    """The destination's QEMU learns that its stream broke. Without: a dead host, or a cut link, says nothing."""
+    copy_dies_early: bool = False
+    """The destination's QEMU may also die after the guest has started and before that is recorded."""
+    careless_abandon: bool = False
+    """`Incoming.abandon` looks and then destroys, as two steps, against its promise."""
+    stalls: bool = True
+    """A driver that sees PERFORMED and ARMED for long gives the copy up; it may be too quick. That relies on the promise."""
+    torn_end: bool = False
+    """At the last instant the destination gets everything, while the source believes that it failed and runs on."""
+
+    fence: bool = True
+    """A call for an earlier attempt is refused (`agent.handshake.attempts`)."""
+    effect_first: frozenset[DestinationEvent] = frozenset()
+    """Mutation: calls whose effect is started before the record is written."""
+    answer_first: frozenset[DestinationEvent] = frozenset()
+    """Mutation: calls that are answered before the record is written."""
+    word_binds: bool = False
+    """Correction: the word that the destination is dead decides only where the driver saw the guest paused; before, it cancels."""
+    finish_lags: bool = False
+    """Finish's call to the hypervisor may lag so long that the next attempt has begun."""
+
+    destination_asks: bool = True
+    """An armed destination whose driver is silent asks the source whether it kept the guest."""
+    abandon_awaits_finish: bool = True
+    """A copy is only called gone once Finish, too, has come back."""
+
+    checks: frozenset[str] | None = None
+    """Names of the invariants that are checked; None for all."""
+
+    def checked(self, rule: str) -> bool:
+        return self.checks is None or rule in self.checks

@@ -1,0 +1,118 @@
+"""agent.features: what both ends must be able to do, and how a hypervisor's words read on the wire."""
+
+import pytest
+
+from agent.errors import DroverError, Reason
+from agent.features import (
+    PROTOCOL_VERSION,
+    check_bandwidth,
+    check_options,
+    check_protocol,
+    features_to_proto,
+    from_hypervisor,
+    support_of,
+)
+from agent.hypervisor import base
+from agent.hypervisor.base import Features, Support
+from drover.agent.v1 import options_pb2
+
+FEATURES = Features(
+    options={
+        "live": Support.ALWAYS_ON,
+        "post_copy": Support.SUPPORTED,
+        "rdma": Support.UNSUPPORTED,
+        "offline": Support.SUPPORTED,
+    },
+    uri_transports=("tcp", "rdma"),
+    ports=(49152, 49215),
+    bandwidth=True,
+    split_phases=False,
+)
+
+
+def test_features_on_the_wire() -> None:
+    wire = features_to_proto(FEATURES)
+    assert list(wire.uri_transports) == ["tcp", "rdma"]
+    assert (wire.first_port, wire.last_port, wire.bandwidth, wire.split_phases) == (49152, 49215, True, False)
+    for option in ("live", "post_copy", "rdma"):
+        assert support_of(wire, option) is FEATURES.options[option]
+
+
+def test_what_is_not_said_is_unsupported() -> None:
+    wire = features_to_proto(FEATURES)
+    assert support_of(wire, "tunnelled") is Support.UNSUPPORTED
+    wire.options["tunnelled"] = options_pb2.OPTION_SUPPORT_UNSPECIFIED
+    assert support_of(wire, "tunnelled") is Support.UNSUPPORTED
+
+
+def test_an_option_that_the_handshake_cannot_honour_is_unsupported_whatever_the_driver_says() -> None:
+    assert support_of(features_to_proto(FEATURES), "offline") is Support.UNSUPPORTED
+
+
+def test_every_option_of_the_wire_is_one_of_the_drivers() -> None:
+    wire = {field.name for field in options_pb2.Options.DESCRIPTOR.fields}
+    assert wire == set(base.Options.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted", "good"),
+    [
+        ("post_copy", True, True),
+        ("post_copy", False, True),
+        ("live", True, True),
+        ("live", False, False),
+        ("rdma", True, False),
+        ("rdma", False, True),
+        ("tunnelled", True, False),
+        ("tunnelled", False, True),
+    ],
+)
+def test_a_word_is_honoured_or_refused_never_ignored(option: str, wanted: bool, good: bool) -> None:
+    options = options_pb2.Options(**{option: wanted})  # type: ignore[arg-type]
+    if good:
+        check_options(options, features_to_proto(FEATURES), "the source h1")
+        return
+    with pytest.raises(DroverError) as error:
+        check_options(options, features_to_proto(FEATURES), "the source h1")
+    assert error.value.reason is Reason.OPTION_UNSUPPORTED
+    assert (error.value.metadata["option"], error.value.metadata["end"]) == (option, "the source h1")
+    assert f"{option}={'on' if wanted else 'off'}" in error.value.message
+
+
+def test_nothing_said_is_nothing_to_check() -> None:
+    check_options(options_pb2.Options(), options_pb2.MigrationFeatures(), "x")
+
+
+def test_a_limit_that_cannot_be_kept_is_refused() -> None:
+    can, cannot = options_pb2.MigrationFeatures(bandwidth=True), options_pb2.MigrationFeatures()
+    check_bandwidth(1, can, "x")
+    check_bandwidth(0, cannot, "x")
+    with pytest.raises(DroverError, match="h1 cannot enforce") as error:
+        check_bandwidth(1, cannot, "h1")
+    assert error.value.reason is Reason.BANDWIDTH_UNSUPPORTED
+
+
+def test_versions() -> None:
+    check_protocol(PROTOCOL_VERSION, PROTOCOL_VERSION, "x")
+    check_protocol(0, PROTOCOL_VERSION + 5, "x")
+    for oldest, newest in ((PROTOCOL_VERSION + 1, PROTOCOL_VERSION + 2), (0, PROTOCOL_VERSION - 1)):
+        with pytest.raises(DroverError, match="h1 speaks") as error:
+            check_protocol(oldest, newest, "h1")
+        assert error.value.reason is Reason.PROTOCOL_MISMATCH
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (base.DomainNotFound("x"), Reason.DOMAIN_NOT_FOUND),
+        (base.DomainBusy("x"), Reason.DOMAIN_BUSY),
+        (base.Incompatible("x"), Reason.INCOMPATIBLE_GUEST),
+        (base.TransferFailed("x"), Reason.TRANSFER_FAILED),
+        (base.HypervisorUnavailable("x"), Reason.HYPERVISOR_UNAVAILABLE),
+        (base.HypervisorError("x"), Reason.HYPERVISOR_FAILED),
+    ],
+)
+def test_a_hypervisors_error_keeps_its_own_words(error: base.HypervisorError, reason: Reason) -> None:
+    error.native = {"code": "38"}
+    ours = from_hypervisor(error)
+    assert (ours.reason, ours.message, ours.metadata) == (reason, "x", {"code": "38"})

@@ -1,0 +1,256 @@
+"""agent.progress: what a migration looks like from what its driver knows."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.errors import Reason
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.driver import Driver
+from agent.handshake.records import Failure, duration, failure_to_proto, timestamp
+from agent.handshake.source import SourceState as Src
+from agent.progress import describe, hypervisor_seconds, impossible, phase, with_eta
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from tests.unit.asking import CANCELLED, REF, make_plan, word
+
+BEFORE = pb.Migration(
+    migration_id="m1",
+    source_host="h1",
+    destination_host="h2",
+    runs_on="h1",
+    state=pb.MIGRATION_STATE_PENDING,
+    create_time=timestamp(1000.0),
+)
+
+
+class Nobody:
+    """A peer that nothing may be asked of: to describe is to look at what is known."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+def knows(src: Src | None, dst: Dst | None, *silent: str, **records: Any) -> Driver:
+    driver = Driver(REF, Nobody(), Nobody(), make_plan(), lambda: None)
+    for side, state in (("source", src), ("destination", dst)):
+        if state is not None:
+            wire = handshake_pb2.RecordState.Value(f"RECORD_STATE_{state.upper()}")
+            setattr(driver, f"{side}_record", handshake_pb2.Record(ref=REF, state=wire, **records))
+    driver.silent_since = dict.fromkeys(silent, 1.0)
+    return driver
+
+
+def seen(driver: Driver, before: pb.Migration = BEFORE, *, ended: bool = False) -> pb.Migration:
+    return describe(before, driver, 1010.0, ended=ended)
+
+
+# --- state, phase and place -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "expected"),
+    [
+        (None, None, "reserve"),
+        (None, Dst.RESERVED, "begin"),
+        (Src.BEGINNING, Dst.RESERVED, "begin"),
+        (Src.BEGUN, Dst.RESERVED, "prepare"),
+        (Src.BEGUN, Dst.PREPARING, "prepare"),
+        (Src.BEGUN, Dst.PREPARED, "perform"),
+        (Src.PERFORMING, Dst.PREPARED, "perform"),
+        (Src.PERFORMING, Dst.ARMED, "perform"),
+        (Src.PERFORMED, Dst.ARMED, "finish"),
+        (Src.REMOVING, Dst.RUNNING, "confirm"),
+        (Src.RESUMING, Dst.GONE, "confirm"),
+        (Src.BEGUN, Dst.GONE, "confirm"),
+        (Src.KEPT, Dst.ARMED, "confirm"),
+    ],
+)
+def test_the_phase_under_way(src: Src | None, dst: Dst | None, expected: str) -> None:
+    assert phase(src, dst) == expected
+
+
+def test_every_pair_has_a_phase_and_a_state() -> None:
+    for src in (None, *Src):
+        for dst in (None, *Dst):
+            assert phase(src, dst) in ("reserve", "begin", "prepare", "perform", "finish", "confirm")
+            assert seen(knows(src, dst)).state in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_ACTIVE)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "host"),
+    [
+        (None, Dst.RESERVED, "h1"),
+        (Src.PERFORMING, Dst.ARMED, "h1"),
+        (Src.PERFORMED, Dst.ARMED, ""),
+        (Src.LOST, Dst.ARMED, ""),
+        (Src.RESUMING, Dst.GONE, ""),
+        (Src.KEPT, Dst.GONE, "h1"),
+        (Src.PERFORMING, Dst.RUNNING, "h2"),
+        (Src.REMOVED, Dst.RUNNING, "h2"),
+    ],
+)
+def test_where_the_guest_runs(src: Src, dst: Dst, host: str) -> None:
+    assert seen(knows(src, dst)).runs_on == host
+
+
+def test_a_guest_does_not_run_on_a_host_that_is_dead() -> None:
+    driver = knows(Src.PERFORMING, Dst.GONE, "source")
+    driver.declare_dead("source", word("h1"))
+    assert seen(driver, ended=True).runs_on == ""
+
+
+def test_a_guest_that_crashed_runs_nowhere() -> None:
+    crashed = failure_to_proto(Failure(Reason.GUEST_CRASHED, "its process died"))
+    ended = seen(knows(Src.KEPT, Dst.GONE, failure=crashed), ended=True)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "")
+
+
+def test_cancelling_until_it_has_ended() -> None:
+    driver = knows(Src.PERFORMING, Dst.ARMED)
+    driver.cancel(CANCELLED)
+    assert seen(driver).state == pb.MIGRATION_STATE_CANCELLING
+
+
+@pytest.mark.parametrize(
+    ("failure", "state"),
+    [
+        (CANCELLED, pb.MIGRATION_STATE_CANCELLED),
+        (Failure(Reason.TRANSFER_FAILED, "cut"), pb.MIGRATION_STATE_FAILED),
+        (None, pb.MIGRATION_STATE_FAILED),
+    ],
+)
+def test_an_end_without_success_keeps_its_reason(failure: Failure | None, state: pb.MigrationState.ValueType) -> None:
+    driver = knows(Src.KEPT, Dst.GONE)
+    if failure is not None:
+        driver.cancel(failure)
+    ended = seen(driver, ended=True)
+    assert (ended.state, ended.phase, ended.waiting_for) == (state, "", "")
+    assert ended.failure.reason == (failure.reason if failure else "")
+    assert ended.duration.ToNanoseconds() == 10 * 10**9
+    assert ended.end_time.seconds == 1010
+
+
+def test_a_success_has_no_failure_whatever_was_tried() -> None:
+    driver = knows(Src.REMOVED, Dst.RUNNING, failure=failure_to_proto(CANCELLED))
+    driver.cancel(CANCELLED)
+    ended = seen(driver, ended=True)
+    assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
+    assert not ended.HasField("failure")
+    assert ended.commit_time.seconds == 1010
+
+
+def test_the_commit_is_timed_once() -> None:
+    first = seen(knows(Src.PERFORMED, Dst.RUNNING))
+    again = describe(first, knows(Src.REMOVED, Dst.RUNNING), 2000.0, ended=True)
+    assert again.commit_time == first.commit_time
+
+
+def test_the_given_migration_is_not_changed() -> None:
+    before = pb.Migration()
+    before.CopyFrom(BEFORE)
+    driver = knows(Src.PERFORMED, Dst.ARMED, "destination")
+    driver.waiting_for = "x" * 5000
+    assert len(seen(driver).waiting_for) == 1000
+    assert before == BEFORE
+
+
+# --- in doubt ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("silent", "src", "parts"),
+    [
+        (("destination",), Src.PERFORMED, ("h2 does not answer", "the guest is paused on h1", "--assume-dead h2")),
+        (("source", "destination"), Src.PERFORMING, ("h1 and h2", "what h1 last said was performing", "--assume-dead h1")),
+    ],
+)
+def test_an_unknown_outcome_says_what_is_known_and_what_to_do(silent: tuple[str, ...], src: Src, parts: tuple[str, ...]) -> None:
+    unknown = seen(knows(src, Dst.ARMED, *silent))
+    assert unknown.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+    assert unknown.failure.reason == Reason.OUTCOME_UNKNOWN
+    assert [{"h1": "source", "h2": "destination"}[host] for host in unknown.silent_hosts] == list(silent)
+    for part in (*parts, "drover migration watch m1"):
+        assert part in unknown.failure.message
+    known = seen(knows(src, Dst.ARMED), unknown)
+    assert known.state == pb.MIGRATION_STATE_ACTIVE
+    assert not known.HasField("failure")
+    assert not known.silent_hosts
+
+
+def test_no_doubt_while_the_destination_has_decided_or_the_guest_has_not_left() -> None:
+    for src, dst, silent in (
+        (Src.PERFORMED, Dst.RUNNING, "source"),
+        (Src.PERFORMED, Dst.GONE, "source"),
+        (Src.PERFORMING, Dst.ARMED, "destination"),
+        (Src.BEGUN, Dst.PREPARED, "source"),
+    ):
+        assert seen(knows(src, dst, silent)).state == pb.MIGRATION_STATE_ACTIVE
+
+
+def test_what_is_impossible_says_that_nothing_is_done() -> None:
+    stopped = impossible(BEFORE)
+    assert (stopped.state, stopped.failure.reason) == (pb.MIGRATION_STATE_OUTCOME_UNKNOWN, Reason.INTERNAL)
+    assert "h1 and h2 contradict each other" in stopped.failure.message
+
+
+# --- progress and timings ---------------------------------------------------------------------------------------------
+
+
+def test_progress_has_an_expected_end_while_it_flows_only() -> None:
+    reading = handshake_pb2.Progress(remaining_bytes=1000, bytes_per_second=100)
+    assert seen(knows(Src.PERFORMING, Dst.ARMED, progress=reading)).progress.eta_low.seconds == 10
+    assert not seen(knows(Src.PERFORMED, Dst.ARMED, progress=reading)).progress.HasField("eta_low")
+
+
+def test_an_expected_end_needs_a_rate_and_a_guest_that_can_be_caught_up_with() -> None:
+    unknown = with_eta(handshake_pb2.Progress(remaining_bytes=1000))
+    assert not unknown.HasField("eta_low")
+    assert unknown.reason
+    never = with_eta(handshake_pb2.Progress(remaining_bytes=1000, bytes_per_second=100, dirty_bytes_per_second=100))
+    assert never.eta_low.seconds == 10
+    assert not never.HasField("eta_high")
+    assert "no end in sight" in never.reason
+
+
+_amount = st.integers(0, 2**62)
+
+
+@settings(deadline=None)
+@given(_amount, _amount, _amount)
+def test_an_expected_end_is_a_range(remaining: int, rate: int, dirty: int) -> None:
+    reading = handshake_pb2.Progress(remaining_bytes=remaining, bytes_per_second=rate, dirty_bytes_per_second=dirty)
+    eta = with_eta(reading)
+    assert eta.HasField("eta_low") == (rate > 0)
+    assert eta.HasField("eta_high") == (rate > dirty)
+    if rate > dirty:
+        assert 0 <= eta.eta_low.ToNanoseconds() <= eta.eta_high.ToNanoseconds()
+
+
+def timing(name: str, start: float, seconds: float) -> handshake_pb2.PhaseTiming:
+    return handshake_pb2.PhaseTiming(phase=name, start_time=timestamp(start), hypervisor_duration=duration(seconds))
+
+
+def test_the_hypervisors_time_counts_once_where_calls_overlap() -> None:
+    perform, finish = timing("perform", 5.0, 4.0), timing("finish", 6.0, 2.0)
+    assert hypervisor_seconds([]) == 0
+    assert hypervisor_seconds([perform, finish]) == pytest.approx(4.0)
+    assert hypervisor_seconds([timing("begin", 1.0, 1.0), finish, perform]) == pytest.approx(5.0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=8))
+def test_the_hypervisors_time_is_that_of_the_union(spans: list[tuple[int, int]]) -> None:
+    covered = {second for start, length in spans for second in range(start, start + length)}
+    assert hypervisor_seconds([timing("x", start, length) for start, length in spans]) == pytest.approx(len(covered))
+
+
+def test_the_timings_of_both_hosts_in_their_order() -> None:
+    driver = knows(Src.PERFORMING, Dst.ARMED)
+    assert driver.source_record is not None
+    assert driver.destination_record is not None
+    driver.source_record.timings.extend([timing("begin", 2.0, 1.0), timing("perform", 5.0, 1.0)])
+    driver.destination_record.timings.extend([timing("reserve", 1.0, 1.0), timing("prepare", 4.0, 1.0)])
+    assert [t.phase for t in seen(driver).timings] == ["reserve", "begin", "prepare", "perform"]
