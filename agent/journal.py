@@ -73,12 +73,13 @@ class Journal:
         body = await self._db.read(read)
         return decode(body) if body is not None else None
 
-    async def attempts(self, *, active_only: bool = False, limit: int = KEEP) -> list[AttemptRecord]:
-        """The newest first, at most `limit` of them (-1: all)."""
+    async def attempts(self, *, active_only: bool = False, limit: int | None = KEEP) -> list[AttemptRecord]:
+        """The newest first, at most `limit` of them (None: all)."""
 
         def read(connection: sqlite3.Connection) -> list[bytes]:
             rows = connection.execute(
-                "SELECT body FROM attempts WHERE ended <= ? ORDER BY updated DESC LIMIT ?", (0 if active_only else 1, limit)
+                "SELECT body FROM attempts WHERE ended <= ? ORDER BY updated DESC LIMIT ?",
+                (0 if active_only else 1, -1 if limit is None else limit),
             )
             return [row[0] for row in rows]
 

@@ -43,7 +43,9 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     failure = _root_cause(driver)
     migration.state = _state(migration.state, driver, failure, ended=ended)
     crashed = failure is not None and failure.reason is Reason.GUEST_CRASHED
-    migration.runs_on = "" if crashed else _runs_on(migration, src, dst)
+    runs_on = _runs_on(migration, src, dst)
+    dead = {word.dead_host for word in driver.words.values()}
+    migration.runs_on = "" if crashed or runs_on in dead else runs_on
     migration.ClearField("failure")
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         failure = _unknown(migration, driver)

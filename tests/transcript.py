@@ -1,8 +1,8 @@
 """Runs the console blocks of the documentation as they stand there.
 
-Lines that begin with ``$ `` are commands, run one after the other in one shell that stops at the first failure. A line below a
-command is what it printed in a real session; but for numbers (and their units of time and size), ids and the width of columns it must
-be there to the letter. ``…`` stands for anything.
+Lines that begin with ``$ `` are commands, run one after the other in one shell that stops at the first failure. A line below
+a command is what it printed in a real session; but for numbers (and their units of time and size), ids and the width of columns
+it must be there to the letter. ``…`` stands for anything.
 """
 
 import os
@@ -37,7 +37,8 @@ class Step:
 def steps(document: Path) -> Iterator[Step]:
     """The commands of a document and what is said to be printed."""
     for block in re.findall(r"^```console\n(.*?)^```", document.read_text(), re.M | re.S):
-        command, printed = "", []
+        command: str = ""
+        printed: list[str] = []
         for line in block.splitlines():
             if line.startswith("$ "):
                 if command:

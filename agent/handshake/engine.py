@@ -63,7 +63,7 @@ class Engine:
         """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
         newest = await self._journal.attempts()
         self._destination.remember(max((record.epoch for record in newest if record.role is Role.DESTINATION), default=0))
-        for record in await self._journal.attempts(active_only=True, limit=-1):
+        for record in await self._journal.attempts(active_only=True, limit=None):
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
             if record.role is Role.SOURCE:

@@ -47,7 +47,6 @@ async def test_a_host_that_was_declared_dead_stops_its_copy_when_it_comes_back(p
     assert (ended.failure.reason, ended.operator_word.said_by) == (Reason.DECLARED_DEAD, "root@admin1")
 
 
-@pytest.mark.xfail(strict=True, reason="a restart gives the copy back")
 async def test_a_host_that_dies_while_it_stops_its_copy_goes_on_with_that(pair: Pair) -> None:
     await declared_dead(pair)
     agent = pair.destination
@@ -96,7 +95,6 @@ async def test_one_guest_is_taken_by_one_migration(pair: Pair) -> None:
     assert len(agent.engine.active()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="what the call says is dropped")
 @pytest.mark.parametrize("decision", ["running", "gone"])
 async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_loses_nothing(pair: Pair, decision: str) -> None:
     """The usual race: the copy runs before the source's own Perform has been written down."""

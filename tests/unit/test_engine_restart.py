@@ -150,7 +150,6 @@ async def test_what_has_ended_is_not_touched_by_a_restart(pair: Pair) -> None:
     assert state_from_proto(await pair.source.record()) == "removed"
 
 
-@pytest.mark.xfail(strict=True, reason="only the newest thousand rows are read")
 async def test_an_attempt_that_has_not_ended_is_found_behind_any_number_that_have(pair: Pair) -> None:
     """A guest may wait for its operator for days, while its host does a thousand other migrations."""
     agent = pair.source

@@ -102,7 +102,6 @@ async def test_a_directory_that_does_not_know_yet_is_asked_again(driving: Drivin
     assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
 
 
-@pytest.mark.xfail(strict=True, reason="there is no driver yet that could be told")
 async def test_a_cancel_while_it_is_being_taken_up_again_is_not_lost(driving: Driving) -> None:
     await flowing(driving)
     driving.directory.held = asyncio.Event()
@@ -171,7 +170,6 @@ async def test_only_a_host_that_takes_part_and_is_silent_can_be_declared_dead(dr
     assert driving.migrations.get(ID) == ended
 
 
-@pytest.mark.xfail(strict=True, reason="a cancel publishes over it")
 async def test_records_that_contradict_each_other_stop_it_for_good(driving: Driving) -> None:
     await flowing(driving)
 
@@ -266,7 +264,6 @@ async def test_a_host_that_answers_in_time_is_not_fenced(pair: Pair, tmp_path: P
     assert fence.runs == []
 
 
-@pytest.mark.xfail(strict=True, reason="the time counts from the first doubt")
 async def test_a_host_is_fenced_only_after_it_was_silent_for_the_whole_time(pair: Pair, tmp_path: Path) -> None:
     """It was silent, answered, and is silent again: the time counts from the last silence."""
     fence = Fence(tmp_path)

@@ -148,7 +148,6 @@ def test_any_other_uri_is_refused(uri: str) -> None:
             check_destination_uri(uri, NETWORKS, FEATURES)
 
 
-@pytest.mark.xfail(strict=True, reason="the parser leaves out what the hypervisor is handed")
 @pytest.mark.parametrize("uri", NOT_CANONICAL)
 def test_nothing_is_left_out_when_a_uri_is_checked(uri: str) -> None:
     refused(uri)

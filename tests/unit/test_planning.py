@@ -98,7 +98,10 @@ def spec(**fields: Any) -> pb.MigrationSpec:
 
 
 def option(**options: bool) -> pb.MigrationSpec:
-    return spec(options=options_pb2.Options(**options))
+    message = options_pb2.Options()
+    for name, value in options.items():
+        setattr(message, name, value)
+    return spec(options=message)
 
 
 @pytest.mark.parametrize("end", ["source", "destination"])

@@ -68,7 +68,7 @@ class FakeJournal(Journal):
         body = self.rows.get(migration_id)
         return decode(body) if body is not None else None
 
-    async def attempts(self, *, active_only: bool = False, limit: int = 1000) -> list[AttemptRecord]:
+    async def attempts(self, *, active_only: bool = False, limit: int | None = 1000) -> list[AttemptRecord]:
         records = sorted((decode(body) for body in self.rows.values()), key=lambda r: r.updated, reverse=True)
         return [record for record in records if not (active_only and record.final)][:limit]
 
