@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -11,6 +10,7 @@ import structlog
 
 from agent.admission.slots import Slots
 from agent.config import AgentConfig, NetworkConfig, convert, load, make_state_dir
+from agent.daemon import run_until_stopped
 from agent.features import features_to_proto
 from agent.handshake.engine import Engine
 from agent.handshake.phases import LocalHost
@@ -36,15 +36,7 @@ def run(config_path: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`."""
     config = load(config_path, AgentConfig)
     set_up_logging(config.log_level)
-    asyncio.run(_main(config))
-
-
-async def _main(config: AgentConfig) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with agent(config, stop):
-        await stop.wait()
+    run_until_stopped(lambda stop: agent(config, stop))
 
 
 @contextlib.asynccontextmanager

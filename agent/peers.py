@@ -1,5 +1,6 @@
 """Other agents, without a coordinator: the peers of the configuration, or any agent's address (requirement H9)."""
 
+import asyncio
 from collections.abc import Mapping
 
 import grpc.aio
@@ -61,9 +62,13 @@ class PeerDirectory:
             )
         if spec.destination_host == own.name:
             raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
-        guest = await get_domain(self._host, spec.domain)
         address = self.address_of(spec.destination_host)
-        host = await ask_host(self._channels.get(address), spec.destination_host)
+        asking = asyncio.ensure_future(ask_host(self._channels.get(address), spec.destination_host))
+        try:
+            guest = await get_domain(self._host, spec.domain)  # what is wrong with the source is told first
+            host = await asking
+        finally:
+            asking.cancel()
         return Ends(self._source(), Side(host, self.peer(host.name, address), address), guest)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:

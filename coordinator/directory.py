@@ -1,6 +1,7 @@
 """Turns the names of a migration into hosts of the cluster (`agent.migrations.Directory`)."""
 
 import asyncio
+from typing import Final
 
 import grpc.aio
 
@@ -12,6 +13,8 @@ from agent.service.status import error_from_rpc
 from coordinator.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
+
+_RUNS: Final = (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED)
 
 
 class ClusterDirectory:
@@ -30,17 +33,18 @@ class ClusterDirectory:
         return Ends(source[0], destination, source[1])
 
     async def _source(self, spec: pb.MigrationSpec) -> tuple[Side, host_pb2.GetDomainResponse]:
-        name = spec.source_host or await self._host_of(spec.domain)
-        side, guest = await asyncio.gather(self._side(name), self._guest(name, spec.domain))
-        return side, guest
+        if spec.source_host:
+            return await asyncio.gather(self._side(spec.source_host), self._guest(spec.source_host, spec.domain))
+        name, guest = await self._find_guest(spec.domain)
+        return await self._known(name), guest  # it has just answered, so what it said of itself is news enough
 
-    async def _host_of(self, domain: str) -> str:
-        """The host on which the guest runs; a definition that is shut off elsewhere does not count."""
+    async def _find_guest(self, domain: str) -> tuple[str, host_pb2.GetDomainResponse]:
+        """Where the guest runs; a definition that is shut off elsewhere does not count."""
         found, silent = await self._registry.find_domain(domain)
-        running = [host for host, guest in found if guest.state in (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED)]
-        candidates = running or [host for host, _ in found]
+        candidates = [(host, guest) for host, guest in found if guest.domain.state in _RUNS] or found
         if len(candidates) == 1:
             return candidates[0]
+        hosts = [host for host, _ in candidates]
         unheard = f" ({', '.join(silent)} did not answer)" if silent else ""
         if not candidates:
             raise DroverError(
@@ -50,8 +54,8 @@ class ClusterDirectory:
             )
         raise DroverError(
             Reason.DOMAIN_AMBIGUOUS,
-            f'guest "{domain}" is on {" and ".join(candidates)}{unheard}; say which with the source host, or name it by UUID',
-            metadata={"domain": domain, "hosts": ",".join(candidates)},
+            f'guest "{domain}" is on {" and ".join(hosts)}{unheard}; say which with the source host, or name it by UUID',
+            metadata={"domain": domain, "hosts": ",".join(hosts)},
         )
 
     async def _guest(self, host: str, domain: str) -> host_pb2.GetDomainResponse:

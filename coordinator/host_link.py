@@ -59,17 +59,16 @@ class HostLink:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self.channel.close()
 
-    async def get_domain(self, name_or_uuid: str) -> Sequence[pb.Domain]:
-        """The guest, or nothing if this host has none of that name. Raises what the agent says, HOST_UNREACHABLE,
+    async def get_domain(self, name_or_uuid: str) -> Sequence[pb.GetDomainResponse]:
+        """The guest and what it needs, or nothing if this host has none of that name. Raises what the agent says, HOST_UNREACHABLE,
         DEADLINE_EXCEEDED."""
         call = rpc.HostServiceStub(self.channel).GetDomain
         try:
-            response = await self._ask(call(pb.GetDomainRequest(domain=name_or_uuid), timeout=QUESTION_SECONDS))
+            return (await self._ask(call(pb.GetDomainRequest(domain=name_or_uuid), timeout=QUESTION_SECONDS)),)
         except DroverError as error:
             if error.reason is Reason.DOMAIN_NOT_FOUND:
                 return ()
             raise
-        return (response.domain,)
 
     async def list_domains(self) -> Sequence[pb.Domain]:
         """Every guest of this host. Raises what the agent says, HOST_UNREACHABLE, DEADLINE_EXCEEDED."""

@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import grpc.aio
 import structlog
@@ -41,6 +41,11 @@ CLOSE_SECONDS: Final = 5.0
 _ATTEMPTS: Final = 3
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+Answers = tuple[builtins.list[tuple[str, T]], builtins.list[str]]
+"""What hosts answered, with the host's name each; and the hosts that did not answer."""
 
 
 @dataclass
@@ -147,12 +152,12 @@ class HostRegistry:
         closed when the agent's address changes. Errors: HOST_NOT_FOUND."""
         return self._find(name).link.channel
 
-    async def find_domain(self, name_or_uuid: str) -> tuple[builtins.list[tuple[str, agent_pb.Domain]], builtins.list[str]]:
+    async def find_domain(self, name_or_uuid: str) -> Answers[agent_pb.GetDomainResponse]:
         """The hosts that have such a guest, running or not, and the hosts that did not answer within 2 s (those that are
         unreachable are not asked). Both by name."""
         return await self._ask_all(lambda link: link.get_domain(name_or_uuid))
 
-    async def list_domains(self, host: str = "") -> tuple[builtins.list[tuple[str, agent_pb.Domain]], builtins.list[str]]:
+    async def list_domains(self, host: str = "") -> Answers[agent_pb.Domain]:
         """Every guest of that host, or of all of them; and the hosts that did not answer within 2 s.
 
         Errors, if one host is asked for: HOST_NOT_FOUND, HOST_UNREACHABLE, and what its agent says.
@@ -168,15 +173,13 @@ class HostRegistry:
 
     # ---- questions to agents
 
-    async def _ask_all(
-        self, ask: Callable[[HostLink], Awaitable[Sequence[agent_pb.Domain]]]
-    ) -> tuple[builtins.list[tuple[str, agent_pb.Domain]], builtins.list[str]]:
+    async def _ask_all(self, ask: Callable[[HostLink], Awaitable[Sequence[T]]]) -> Answers[T]:
         self._sweep()
         entries = [self._entries[name] for name in sorted(self._entries)]
         asked = [entry for entry in entries if entry.up]
         answers = await asyncio.gather(*(_answer(ask(entry.link)) for entry in asked))
-        by_name = {entry.name: domains for entry, domains in zip(asked, answers, strict=True)}
-        found = [(name, domain) for name, domains in by_name.items() for domain in domains or ()]
+        by_name = {entry.name: answer for entry, answer in zip(asked, answers, strict=True)}
+        found = [(name, item) for name, answer in by_name.items() for item in answer or ()]
         return found, [entry.name for entry in entries if by_name.get(entry.name) is None]
 
     def _find(self, name: str) -> _Entry:
@@ -365,7 +368,7 @@ class HostRegistry:
             raise
 
 
-async def _answer(question: Awaitable[Sequence[agent_pb.Domain]]) -> Sequence[agent_pb.Domain] | None:
+async def _answer(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:
     """None if there is no answer."""
     try:
         return await question

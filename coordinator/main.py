@@ -1,8 +1,6 @@
 """The coordinator: puts store, hosts and migrations together, serves, and stops in good order."""
 
-import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -10,6 +8,7 @@ import grpc.aio
 import structlog
 
 from agent.config import make_state_dir
+from agent.daemon import run_until_stopped
 from agent.log import set_up_logging
 from agent.migrations import Migrations
 from agent.service import migration_service
@@ -33,15 +32,7 @@ def run(config_path: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`."""
     config = load(config_path, CoordinatorConfig)
     set_up_logging(config.log_level)
-    asyncio.run(_main(config))
-
-
-async def _main(config: CoordinatorConfig) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with coordinator(config):
-        await stop.wait()
+    run_until_stopped(lambda _: coordinator(config))
 
 
 @contextlib.asynccontextmanager

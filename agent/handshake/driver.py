@@ -38,6 +38,9 @@ STALLED: Final = 10.0
 """Seconds after which a destination that still waits, though all was sent, has lost the last bytes (a link that was cut). More than
 any link in working order needs for what was on its way."""
 
+FOLLOW_AFTER: Final = 0.25
+"""Seconds after which a side that is waited for is watched: most phases are over by then, and a watch costs two calls."""
+
 _TRANSIENT: Final = frozenset(
     {
         Reason.HOST_UNREACHABLE,
@@ -306,6 +309,9 @@ class Driver:
     async def _follow(self, side: str) -> None:
         """A side's record as it changes. That it is watched also tells that side that its driver lives."""
         peer, saw = self._sides[side]
+        await asyncio.sleep(FOLLOW_AFTER)
+        if side not in self._followed():
+            return
         try:
             async for response in peer.watch_record(pb.WatchRecordRequest(ref=self.ref, driving=True)):
                 saw(response.record)

@@ -239,7 +239,6 @@ class Finished:
     """The guest runs here (or is paused here, where that was asked)."""
 
     cookie: bytes
-    domain: Domain
 
 
 class Outgoing(Protocol):
@@ -363,7 +362,9 @@ class Hypervisor(Protocol):
         """Raises `DomainNotFound`, `HypervisorUnavailable`."""
         ...
 
-    async def requirements(self, uuid: str) -> Requirements: ...
+    async def requirements(self, name_or_uuid: str) -> Requirements:
+        """Of a guest that runs or not. Raises `DomainNotFound`, `HypervisorUnavailable`."""
+        ...
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         """Why this host cannot run that guest: plain sentences, empty when it can."""

@@ -1,5 +1,6 @@
 """`drover.agent.v1.HostService`: what an agent knows of its host. The servicer, and how hypervisor words read on the wire."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -43,13 +44,11 @@ class HostServicer(rpc.HostServiceServicer):
 async def get_domain(host: AgentHost, name_or_uuid: str) -> pb.GetDomainResponse:
     """The guest and, when it runs, what it needs."""
     try:
-        domain = await host.hypervisor.get_domain(name_or_uuid)
-        response = pb.GetDomainResponse(domain=domain_to_proto(domain))
-        if domain.state in (DomainState.RUNNING, DomainState.PAUSED):
-            response.requirements.CopyFrom(requirements_to_proto(await host.hypervisor.requirements(domain.uuid)))
+        domain, needs = await asyncio.gather(host.hypervisor.get_domain(name_or_uuid), host.hypervisor.requirements(name_or_uuid))
     except HypervisorError as error:
         raise from_hypervisor(error) from None
-    return response
+    runs = domain.state in (DomainState.RUNNING, DomainState.PAUSED)
+    return pb.GetDomainResponse(domain=domain_to_proto(domain), requirements=requirements_to_proto(needs) if runs else None)
 
 
 def domain_to_proto(domain: Domain) -> pb.Domain:

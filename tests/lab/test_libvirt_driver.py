@@ -141,14 +141,15 @@ class Migration:
         self.tasks.append(task)
         return task
 
-    async def run(self) -> Finished:
+    async def run(self) -> Domain:
+        """All of it; the guest as it arrived."""
         await self.prepare()
         armed = self.arm()
         await self.perform()
         finished = await armed
         await self.outgoing.remove(finished.cookie, self.options)
         await self.close()
-        return finished
+        return await self.destination.driver.get_domain(self.uuid)
 
     async def close(self) -> None:
         await self.outgoing.close()
@@ -197,9 +198,9 @@ async def becomes(question: Callable[[], Awaitable[object]], wanted: object, wit
 
 
 async def test_there_and_back(start: Start, sides: tuple[Side, Side], guest: Guest) -> None:
-    finished = await start().run()
-    assert finished.domain.state is DomainState.RUNNING
-    assert finished.domain.persistent
+    arrived = await start().run()
+    assert arrived.state is DomainState.RUNNING
+    assert arrived.persistent
     assert await sides[0].state(guest) == ("absent", "")
     await start(back=True).run()
     assert await sides[0].state(guest) == ("running", "migrated")
@@ -253,8 +254,8 @@ async def test_late_finish_with_the_cookie_of_perform(start: Start, guest: Guest
 
 async def test_user_paused_guest_stays_paused(start: Start, sides: tuple[Side, Side], lab: Lab, guest: Guest) -> None:
     lab["h1"].virsh("suspend", guest.name)
-    finished = await start().run()
-    assert finished.domain.state is DomainState.PAUSED
+    arrived = await start().run()
+    assert arrived.state is DomainState.PAUSED
     lab["h2"].virsh("resume", guest.name)
     guest.wait_lines(5)
     assert_perfect(guest)
@@ -293,15 +294,15 @@ async def test_user_paused_guest_stays_paused_when_resumed(
 async def test_options(
     option: Options, source: object, destination: object, start: Start, sides: tuple[Side, Side], guest: Guest
 ) -> None:
-    finished = await start(option).run()
+    arrived = await start(option).run()
     assert await sides[0].state(guest) == source
     assert await sides[1].state(guest) == destination
-    assert finished.domain.persistent is (option.persist_destination is not False)
+    assert arrived.persistent is (option.persist_destination is not False)
 
 
 async def test_renamed_on_arrival(start: Start, sides: tuple[Side, Side], guest: Guest) -> None:
-    finished = await start(name="another-name").run()
-    assert finished.domain.name == "another-name"
+    arrived = await start(name="another-name").run()
+    assert arrived.name == "another-name"
     assert await sides[0].state(guest) == ("absent", "")
 
 

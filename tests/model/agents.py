@@ -12,6 +12,7 @@ E = TypeVar("E", bound=StrEnum)
 F = TypeVar("F", bound=StrEnum)
 
 NO_WORK: frozenset[Work] = frozenset()
+FINISH_STARTS = Work(Stage.START, "finish")
 
 FINAL = "an ended record stays"
 FENCE = "a stale attempt is refused"
@@ -62,15 +63,15 @@ def _first_call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: 
     if agent.state is not None and agent.state not in machine.final:
         return agent, Answer(None)
     try:
-        made = take(world, machine, Agent(attempt, work=_lagging(world, agent)), event)
+        made = take(world, machine, Agent(attempt, work=_lagging(agent)), event)
     except Refused:
         return agent, Answer(None)
     return made, Answer(made.state)
 
 
-def _lagging(world: World, agent: Agent) -> frozenset[Work]:
-    """Calls of the attempt before which the hypervisor has not got yet."""
-    return agent.work & {Work(Stage.START, "finish")} if world.finish_lags else NO_WORK
+def _lagging(agent: Agent) -> frozenset[Work]:
+    """A call of the attempt before that the hypervisor has not got yet."""
+    return agent.work & {FINISH_STARTS}
 
 
 def _too_early(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> tuple[Agent, Answer] | None:

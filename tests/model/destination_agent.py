@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.source import SourceState
-from tests.model.agents import NO_WORK, crashed, finish_work, restarted, take, write_late
+from tests.model.agents import FINISH_STARTS, crashed, finish_work, restarted, take, write_late
 from tests.model.hosts import WAITS, destination_domain, prepared, without_copy
 from tests.model.parts import Agent, Copy, Cost, Finish, Hosts, Stage, Stream, Work
 from tests.model.world import World
@@ -18,31 +18,36 @@ _FINAL = (_S.RUNNING, _S.GONE)
 
 def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
     """What the agent may do next with its hypervisor and its journal, and how it and its QEMU may die."""
-    if hosts.copy is Copy.RUNNING and (world.copy_dies_early or agent.state == _S.RUNNING):
+    running, seen = hosts.copy is Copy.RUNNING, world.copy_dies_early or agent.state == _S.RUNNING
+    if running and seen:
         yield "hosts: destination QEMU dies, having run", agent, hosts._replace(copy=Copy.RAN), Cost.QEMU
     if not agent.up:
-        yield "destination: restarts", tidy(world, _back(world, agent, hosts)), hosts, Cost.FREE
+        if not agent.dead:
+            yield "destination: restarts", back(world, agent), hosts, Cost.FREE
         return
     if agent.state is not None:
         yield "destination: dies", crashed(agent), hosts._replace(owned=False), Cost.CRASH_DESTINATION
-        off = hosts._replace(copy=Copy.RAN) if hosts.copy is Copy.RUNNING else without_copy(hosts)
-        yield "hosts: the destination's host dies", crashed(agent)._replace(dead=True), off, Cost.HOST
+        if not running or seen:
+            off = hosts._replace(copy=Copy.RAN) if running else without_copy(hosts)
+            yield "hosts: the destination's host dies", crashed(agent)._replace(dead=True), off, Cost.HOST
     for work in sorted(agent.work):
         for label, after, hosts_after, cost in _work(world, agent, hosts, work):
-            yield label, tidy(world, after), hosts_after, cost
+            yield label, tidy(after), hosts_after, cost
 
 
-def _back(world: World, agent: Agent, hosts: Hosts) -> Agent:
+def back(world: World, agent: Agent) -> Agent:
     """After a restart, a guest that came here is asked after: was this host declared dead meanwhile?"""
-    back = restarted(world, world.destination, agent, _E.RESTARTED)
-    here = back.state == _S.RUNNING and destination_domain(hosts) is not None
-    return back._replace(work=back.work | {_ASKS_OWNER}) if here else back
+    after = restarted(world, world.destination, agent, _E.RESTARTED)
+    return tidy(after._replace(work=after.work | {_ASKS_OWNER}) if after.state == _S.RUNNING else after)
 
 
 def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     what = work.what
     if work.stage is Stage.NEWS:
+        if what in (_E.ABANDON_DONE, _E.ABANDON_REFUSED) and FINISH_STARTS in agent.work and world.abandon_awaits_finish:
+            return
         after = take(world, world.destination, finish_work(agent, work), _E(what))
+        after = after._replace(word=after.word or what == _E.DISOWNED)
         yield f"destination: records {what}", after, hosts, Cost.FREE
     elif work.stage is Stage.WRITE:
         after = write_late(world, world.destination, agent, work, _E(what))
@@ -87,7 +92,7 @@ def _finishing(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
 
 def _abandon(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     """Waits for a Prepare under way. A careful hypervisor destroys at once what never ran; a careless one looks first."""
-    if Work(Stage.START, _F.PREPARE) in agent.work or (world.abandon_awaits_finish and Work(Stage.START, _F.FINISH) in agent.work):
+    if Work(Stage.START, _F.PREPARE) in agent.work:
         return
     done = finish_work(agent, work, _E.ABANDON_DONE)
     if hosts.copy is Copy.RUNNING:
@@ -125,14 +130,14 @@ _UNDER_WAY = {_F.FINISH: _finishing, _F.ABANDON: _abandoning, "ask": _asking, "a
 _EFFECTS = {_F.PREPARE: _prepare, _F.FINISH: _finish, _F.ABANDON: _abandon, _F.LOOK: _look, _F.DISOWN: _disown}
 
 
-def tidy(world: World, agent: Agent) -> Agent:
+def tidy(agent: Agent) -> Agent:
     """Leave out work that cannot matter any more, so that equal futures are equal states."""
     work = agent.work
     if agent.state != _S.ARMED:
         seen = {Work(Stage.NEWS, _E.SAW_RUNNING), Work(Stage.NEWS, _E.SAW_ABSENT)}
         work -= {Work(Stage.START, _F.LOOK), _ASKS, _SOURCE_KEPT, *seen}
     if agent.state in _FINAL:
-        work &= ({Work(Stage.START, _F.FINISH)} if world.finish_lags else NO_WORK) | {_ASKS_OWNER, _DISOWNED}
+        work &= {FINISH_STARTS, _ASKS_OWNER, _DISOWNED}
     return agent if work == agent.work else agent._replace(work=work)
 
 
@@ -149,23 +154,22 @@ def begins_to_ask(world: World, agent: Agent) -> Agent:
     return agent._replace(work=agent.work | {_ASKS})
 
 
-def asks(world: World, source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Cost]]:
+def asks(source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
     """The source's record, as it is when it is read; what follows from it is taken later."""
     kept = source.attempt == agent.attempt and source.state == SourceState.KEPT
     if not source.up:
         return
     if _ASKS in agent.work:
         left = agent.work - {_ASKS}
-        yield "destination: asks the source", agent._replace(work=left | {_SOURCE_KEPT} if kept else left), Cost.FREE
-    undecided = world.word_binds and source.attempt == agent.attempt and source.state not in (SourceState.KEPT, SourceState.REMOVED)
-    if _ASKS_OWNER in agent.work and not undecided:
+        yield "destination: asks the source", source, agent._replace(work=left | {_SOURCE_KEPT} if kept else left), Cost.FREE
+    if _ASKS_OWNER in agent.work:
         left = agent.work - {_ASKS_OWNER}
         after = agent._replace(work=left | {_DISOWNED} if kept and source.word else left)
-        yield "destination: asks whose the guest is", after, Cost.FREE
+        yield "destination: asks whose the guest is", source, after, Cost.FREE
 
 
 def expired(world: World, agent: Agent) -> Agent:
     """The lease of the slot runs out."""
     if not agent.up or agent.state is None or agent.state in _FINAL:
         return agent
-    return tidy(world, take(world, world.destination, agent, _E.LEASE_EXPIRED))
+    return tidy(take(world, world.destination, agent, _E.LEASE_EXPIRED))

@@ -32,7 +32,7 @@ def happens(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
     if hosts.copy in WAITS:
         yield "hosts: destination QEMU dies", without_copy(hosts), Cost.QEMU
     if hosts.guest in (Guest.RUNNING, Guest.PAUSED, Guest.HELD) and hosts.stream is not Stream.POSTCOPY:
-        yield "hosts: source QEMU dies", _cut(hosts)._replace(guest=Guest.LOST), Cost.QEMU
+        yield "hosts: source QEMU dies", guest_dies(hosts), Cost.QEMU
 
 
 def _flow(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
@@ -46,6 +46,11 @@ def _flow(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
     if world.postcopy and hosts.finish is Finish.WAITING:
         switch = hosts._replace(guest=_stopped(hosts.guest), stream=Stream.POSTCOPY, copy=Copy.RUNNING)
         yield "hosts: switched to post-copy", switch, Cost.FREE
+
+
+def guest_dies(hosts: Hosts) -> Hosts:
+    """The source's QEMU is no more, and with it its end of the stream."""
+    return _cut(hosts)._replace(guest=Guest.LOST)
 
 
 def _stopped(guest: Guest) -> Guest:

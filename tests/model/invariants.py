@@ -76,11 +76,12 @@ RULES: dict[str, Rule] = {
 
 TOLD = "only a durable decision is told"
 STUCK = "an end can be reached"
+CANCEL = "a cancel can be obeyed"
 
 HARM = frozenset({TWO_RUN, LOST, GOES_BACK})
 """What a user would call a disaster. The other rules are why these hold."""
 
-ALL = frozenset({*RULES, TOLD, STUCK, network.DECIDE, FINAL, FENCE})
+ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, network.DECIDE, FINAL, FENCE})
 
 
 def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:
@@ -88,28 +89,40 @@ def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:
     return (name for name, rule in RULES.items() if rule(source, destination, hosts))
 
 
-def told(talk: Talk) -> frozenset[tuple[int, str]]:
-    """Decisions, by attempt, that somebody has been told or is being told. RUNNING and GONE are final, so each must be the
-    durable record now; and so they were never both told."""
-    views = {(d.attempt, d.dst) for d in talk.drivers if d.mode in (Mode.ON, Mode.LOOK_DESTINATION)}
-    answers = {(m.attempt, m.answer.state) for m in talk.flying if isinstance(m.answer, Answer) and m.call not in network.TO_SOURCE}
-    return frozenset((attempt, state) for attempt, state in views | answers if state in (Dst.RUNNING, Dst.GONE))
-
-
-def told_wrong(destination: Agent, decisions: frozenset[tuple[int, str]]) -> bool:
-    """An earlier attempt's record is no longer to be had; it can only have been GONE."""
+def told_wrong(destination: Agent, talk: Talk) -> bool:
+    """Somebody has been told, or is being told, a decision that is not the durable record. RUNNING and GONE are final, so they
+    were never both told; an earlier attempt's record is no longer to be had, and can only have been GONE."""
+    if destination.word:
+        return False  # it ran here, until an operator's word took it
     return any(
         state != (destination.state if attempt == destination.attempt else Dst.GONE) or attempt > destination.attempt
-        for attempt, state in decisions
+        for attempt, state in _told(talk)
     )
+
+
+def _told(talk: Talk) -> set[tuple[int, str]]:
+    """Decisions, by attempt."""
+    views = {(d.attempt, d.dst) for d in talk.drivers if d.mode in (Mode.ON, Mode.LOOK_DESTINATION)}
+    answers = {(m.attempt, m.answer.state) for m in talk.flying if isinstance(m.answer, Answer) and m.call not in network.TO_SOURCE}
+    return {(attempt, state) for attempt, state in views | answers if state in (Dst.RUNNING, Dst.GONE)}
 
 
 def settled(source: Agent, destination: Agent, hosts: Hosts) -> bool:
     """Both records have ended and agree, and the hypervisors show what they say. A host that never heard of it has no record."""
     if source.state == Src.REMOVED:
         return hosts.guest is Guest.REMOVED and destination.state == Dst.RUNNING
-    at_home = source.state in (None, Src.KEPT) and hosts.guest in (*AT_HOME, Guest.LOST)
-    return at_home and destination.state in (None, Dst.GONE) and hosts.copy in (Copy.NONE, Copy.RAN)
+    return at_home(source, hosts) and destination.state in (None, Dst.GONE) and hosts.copy in (Copy.NONE, Copy.RAN)
+
+
+def at_home(source: Agent, hosts: Hosts) -> bool:
+    """The guest stayed at the source, or is as dead there as it became without our doing."""
+    return source.state in (None, Src.KEPT) and hosts.guest in (*AT_HOME, Guest.LOST)
+
+
+def cancelled(source: Agent, hosts: Hosts, talk: Talk) -> bool:
+    """A driver was told to cancel, and the guest has not left yet."""
+    told = any(d.cancel and d.mode is Mode.ON and d.attempt >= source.attempt for d in talk.drivers)
+    return told and hosts.guest in AT_HOME and hosts.copy in (Copy.NONE, Copy.INCOMING)
 
 
 def nobody_drives(source: Agent, talk: Talk) -> bool:

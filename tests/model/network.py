@@ -7,7 +7,7 @@ from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.source import SourceEvent, SourceState
 from tests.model import destination_agent, source_agent
 from tests.model.agents import call, crashed
-from tests.model.parts import NOBODY, Agent, Answer, Cost, Driver, Message, Mode, Talk, Unanswered, Violation
+from tests.model.parts import NOBODY, Agent, Answer, Cost, Driver, Message, Mode, Side, Talk, Unanswered, Violation
 from tests.model.world import World
 
 Step = tuple[str, Talk, Agent, Cost]
@@ -18,7 +18,7 @@ _NEEDS_PLAN = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE})
 _SOURCE_ORDER = {state: place for place, state in enumerate([None, *SourceState])}
 _DESTINATION_ORDER = {
     **{state: place for place, state in enumerate([None, *DestinationState])},
-    DestinationState.RUNNING: len(DestinationState) + 1,  # it may follow ABANDONING
+    DestinationState.RUNNING: len(DestinationState) - 0.5,  # it may follow ABANDONING, and only an operator's word ends it
 }
 
 DECIDE = "decide finds no impossible pair"
@@ -67,10 +67,7 @@ def _kind(message: Message) -> str:
 
 def _driver(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tuple[str, Talk, Cost]]:
     who = f"driver {index}"
-    if driver.mode is Mode.ON and world.word_binds and (driver.src, driver.dst) == (SourceState.KEPT, DestinationState.RUNNING):
-        again = _with(talk, index, driver._replace(mode=Mode.LOOK_SOURCE))
-        yield f"{who}: looks again, whether the destination has been told", again, Cost.FREE
-    elif driver.mode is Mode.ON:
+    if driver.mode is Mode.ON:
         yield from _send(world, talk, index, driver)
         if not driver.cancel:
             yield f"{who}: is cancelled", _with(talk, index, driver._replace(cancel=True)), Cost.CANCEL
@@ -91,7 +88,8 @@ def _send(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tupl
             if not driver.cancel:
                 yield f"{who}: cannot {wanted}, gives up", _with(talk, index, driver._replace(cancel=True)), Cost.FREE
         elif wanted not in outstanding and len(talk.flying) < world.in_flight:
-            message = Message(index, driver.attempt, wanted, word=driver.word and wanted is Call.CONFIRM_GONE)
+            word = driver.dead is Side.DESTINATION and wanted is Call.CONFIRM_GONE
+            message = Message(index, driver.attempt, wanted, word=word)
             yield f"{who}: calls {wanted}", Talk(talk.drivers, talk.flying | {message}), Cost.FREE
 
 
@@ -108,15 +106,19 @@ def _wants(world: World, driver: Driver) -> frozenset[Call]:
 
 
 def states(driver: Driver) -> tuple[SourceState | None, DestinationState | None]:
-    """What it acts on: what it saw, but for a destination that was declared dead."""
-    return driver.src, DestinationState.GONE if driver.word else driver.dst
+    """What it acts on: what it saw, but for a side that was declared dead."""
+    if driver.dead is Side.DESTINATION:
+        return driver.src, DestinationState.GONE
+    if driver.dead is Side.SOURCE:
+        return SourceState.REMOVED if driver.dst is DestinationState.RUNNING else SourceState.KEPT, driver.dst
+    return driver.src, driver.dst
 
 
 def _learn(driver: Driver, message: Message) -> Driver:
     """Take an answer, unless something newer is known. One about a later attempt, or of no record, teaches nothing."""
     assert isinstance(message.answer, Answer)
-    if message.call not in TO_SOURCE:
-        driver = driver._replace(word=False)  # it answers, so it is not dead
+    if driver.dead is _side(message.call):
+        driver = driver._replace(dead=None)  # it answers
     if message.attempt != driver.attempt or message.answer.stale or message.answer.state is None:
         return driver
     if message.call in TO_SOURCE:
@@ -126,6 +128,10 @@ def _learn(driver: Driver, message: Message) -> Driver:
         dst = DestinationState(message.answer.state)
         driver = driver._replace(dst=dst) if _DESTINATION_ORDER[dst] >= _DESTINATION_ORDER[driver.dst] else driver
     return _settle(driver)
+
+
+def _side(call: Call) -> Side:
+    return Side.SOURCE if call in TO_SOURCE else Side.DESTINATION
 
 
 def _settle(driver: Driver) -> Driver:
@@ -140,7 +146,9 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     """Calls that reach the source, looks at its record, its driver's silence, its death."""
     for message in sorted(talk.flying):
         if message.call in TO_SOURCE:
-            yield from _arrives(world, talk, agent, message, "source")
+            yield from _arrives(world, talk, agent, message, Side.SOURCE)
+    if agent.dead:
+        yield from _declared_dead(world, talk, agent, Side.SOURCE)
     if not agent.up:
         return
     for index, driver in enumerate(talk.drivers):
@@ -181,15 +189,17 @@ def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     """Calls that reach the destination, looks at its record, the end of its lease."""
     for message in sorted(talk.flying):
         if message.call not in TO_SOURCE:
-            yield from _arrives(world, talk, agent, message, "destination")
+            yield from _arrives(world, talk, agent, message, Side.DESTINATION)
     if agent.dead:
-        yield from _declared_dead(world, talk, agent)
+        yield from _declared_dead(world, talk, agent, Side.DESTINATION)
+        if world.back_too_early or not _word_counts(talk):
+            yield "hosts: the destination's host is back", talk, destination_agent.back(world, agent), Cost.FREE
     if not agent.up:
         return
     for index, driver in enumerate(talk.drivers):
         if driver.mode is Mode.LOOK_DESTINATION and agent.attempt <= driver.attempt:
             seen = DestinationState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
-            looked = _settle(driver._replace(dst=seen, mode=Mode.ON, word=False))
+            looked = _settle(driver._replace(dst=seen, mode=Mode.ON))
             yield f"driver {index}: looks at the destination", _with(talk, index, looked), agent, Cost.FREE
     expired = destination_agent.expired(world, agent)
     if expired != agent:
@@ -199,15 +209,33 @@ def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
         yield "destination: its driver is silent", talk, asking, _timer(talk)
 
 
-def _declared_dead(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
-    """An operator states at a driver, rightly, that the destination's host is dead. It then looks there no more."""
+_AFTER_WORD = {
+    (Side.SOURCE, Mode.LOOK_SOURCE): Mode.LOOK_DESTINATION,
+    (Side.SOURCE, Mode.ON): Mode.ON,
+    (Side.DESTINATION, Mode.LOOK_DESTINATION): Mode.ON,
+    (Side.DESTINATION, Mode.ON): Mode.ON,
+}
+"""What a driver does once it is told that a side is dead: it looks there no more."""
+
+
+def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Step]:
+    """An operator states at a coordinator, rightly, that a host is dead. It is only believed of one that does not answer."""
     for index, driver in enumerate(talk.drivers):
-        if driver.mode in (Mode.ON, Mode.LOOK_DESTINATION) and not driver.word:
-            too_early = world.word_binds and driver.src not in (SourceState.PERFORMED, SourceState.LOST, SourceState.RESUMING)
-            if world.word_binds and driver.dst is DestinationState.RUNNING:
-                continue
-            told = driver._replace(cancel=True) if too_early else _settle(driver._replace(word=True, mode=Mode.ON))
-            yield f"operator: tells driver {index} that the destination is dead", _with(talk, index, told), agent, Cost.WORD
+        mode = _AFTER_WORD.get((side, driver.mode)) if driver.plan and driver.dead is None else None
+        answers = any(message.driver == index and _side(message.call) is side for message in talk.flying)
+        over = side is Side.DESTINATION and driver.dst is DestinationState.RUNNING and not world.word_after_commit
+        if mode is not None and not answers and not over:
+            told = _settle(driver._replace(dead=side, mode=mode))
+            yield f"operator: tells driver {index} that the {side} is dead", _with(talk, index, told), agent, Cost.WORD
+
+
+def _word_counts(talk: Talk) -> bool:
+    """The word that the destination is dead has not had its effect yet, and may still have one."""
+    undecided = any(
+        driver.dead is Side.DESTINATION and driver.mode is Mode.ON and driver.src not in (SourceState.REMOVING, SourceState.REMOVED)
+        for driver in talk.drivers
+    )
+    return undecided or any(message.word for message in talk.flying)
 
 
 def _timer(talk: Talk) -> Cost:
@@ -218,7 +246,7 @@ def _timer(talk: Talk) -> Cost:
 # ---- arrival
 
 
-def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: str) -> Iterator[Step]:
+def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: Side) -> Iterator[Step]:
     left = talk.flying - {message}
     what = f"{message.call} of attempt {message.attempt}" if message.attempt > 1 or agent.attempt > 1 else str(message.call)
     if not agent.up:
@@ -234,11 +262,11 @@ def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: str
         yield f"{side}: gets {what}, to arrive again", Talk(talk.drivers, left | back | {again}), after, Cost.REPEAT
 
 
-def _called(world: World, agent: Agent, message: Message, side: str) -> tuple[Agent, Answer]:
-    if side == "source":
+def _called(world: World, agent: Agent, message: Message, side: Side) -> tuple[Agent, Answer]:
+    if side is Side.SOURCE:
         after, answer = call(world, world.source, agent, message.attempt, SourceEvent(message.call))
         if message.word and after.attempt == message.attempt and after.state in (SourceState.RESUMING, SourceState.KEPT):
             after = after._replace(word=True)
         return source_agent.tidy(after), answer
     after, answer = call(world, world.destination, agent, message.attempt, DestinationEvent(message.call))
-    return destination_agent.tidy(world, after), answer
+    return destination_agent.tidy(after), answer

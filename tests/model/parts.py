@@ -98,7 +98,12 @@ class Agent(NamedTuple):
     dead: bool = False
     """Its whole host is."""
     word: bool = False
-    """At the source: the guest was kept on an operator's word. Durable."""
+    """An operator's word keeps the guest at the source, or took it from the destination. Durable."""
+
+
+class Side(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
 
 
 class Mode(IntEnum):
@@ -122,8 +127,8 @@ class Driver(NamedTuple):
     src: Src | None = None
     dst: Dst | None = None
     cancel: bool = False
-    word: bool = False
-    """An operator has told it that the destination is dead, and the destination has not answered since."""
+    dead: Side | None = None
+    """What an operator has told it is dead, and has not answered since."""
     plan: bool = True
     """It can make the first phases; a driver that takes over cannot."""
 
@@ -185,7 +190,7 @@ class Cost(IntEnum):
     EXPIRE = 8
     """A timer runs out although a driver is at work: it was slow. Where nobody drives any more, that is no fault."""
     HOST = 9
-    """The destination's host dies: agent, hypervisor and copy."""
+    """A host dies: agent, hypervisor and guest."""
     WORD = 10
     """An operator says so, at one driver."""
 

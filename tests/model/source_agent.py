@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
 from tests.model.agents import NO_WORK, finish_work, restarted, take, write_late
-from tests.model.hosts import AT_HOME, aborted, source_domain
+from tests.model.hosts import AT_HOME, aborted, guest_dies, source_domain
 from tests.model.parts import Agent, Copy, Cost, Guest, Hosts, Stage, Stream, Work
 from tests.model.world import World
 
@@ -17,6 +17,8 @@ def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
     """What the agent may do next with its hypervisor and its journal."""
     if not agent.up:
         yield "source: restarts", tidy(restarted(world, world.source, agent, _E.RESTARTED)), hosts, Cost.FREE
+        if not agent.dead and hosts.guest is not Guest.REMOVED and hosts.stream is not Stream.POSTCOPY:
+            yield "hosts: the source's host dies, too", agent._replace(dead=True), guest_dies(hosts), Cost.HOST
         return
     for work in sorted(agent.work):
         for label, after, hosts_after, cost in _work(world, agent, hosts, work):

@@ -9,13 +9,13 @@ _HEAD = ("", "what happens", "source", "guest", "stream", "destination", "copy",
 
 def table(result: Result) -> str:
     """The shortest trace to what is wrong, one line a step."""
-    if result.trace is None:
+    if not result.trace:
         return ""
     rows = [_HEAD, *(_row(number, label, parts) for number, (label, parts) in enumerate(result.trace))]
     blanked = [rows[0], *(_changes(before, row) for before, row in zip([_HEAD, *rows[1:]], rows[1:], strict=False))]
     widths = [max(len(row[column]) for row in blanked) for column in range(len(_HEAD))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in blanked]
-    return "\n".join([f"{result.rule}  (world {result.world.name})", "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return "\n".join([f"{result.rule}  (world {result.world})", "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def _row(number: int, label: str, parts: tuple[Agent, Agent, Hosts, Talk, Budget]) -> tuple[str, ...]:

@@ -64,6 +64,10 @@ class World:
     """`Incoming.abandon` looks and then destroys, as two steps, against its promise."""
     stalls: bool = True
     """A driver that sees PERFORMED and ARMED for long gives the copy up; it may be too quick. That relies on the promise."""
+    back_too_early: bool = False
+    """A destination that was declared dead, rightly, may be back before the word has had its effect."""
+    word_after_commit: bool = False
+    """A destination may also be declared dead at a driver that knows that the guest has come to run there."""
     torn_end: bool = False
     """At the last instant the destination gets everything, while the source believes that it failed and runs on."""
 
@@ -73,11 +77,6 @@ class World:
     """Mutation: calls whose effect is started before the record is written."""
     answer_first: frozenset[DestinationEvent] = frozenset()
     """Mutation: calls that are answered before the record is written."""
-    word_binds: bool = False
-    """Correction: the word that the destination is dead decides only where the driver saw the guest paused; before, it cancels."""
-    finish_lags: bool = False
-    """Finish's call to the hypervisor may lag so long that the next attempt has begun."""
-
     destination_asks: bool = True
     """An armed destination whose driver is silent asks the source whether it kept the guest."""
     abandon_awaits_finish: bool = True

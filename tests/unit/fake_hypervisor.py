@@ -270,7 +270,7 @@ class FakeIncoming:
             host.domains.pop(self._uuid, None)
             raise TransferFailed("the stream broke: the copy is gone")
         host.change(self._uuid, state=DomainState.RUNNING, reason="migrated", job=Job.NONE, incoming=False)
-        return Finished(b"finished", host.domains[self._uuid])
+        return Finished(b"finished")
 
     async def abandon(self) -> None:
         await self._host.called("abandon")

@@ -334,9 +334,11 @@ async def test_find_domain(registry: HostRegistry, store: MemoryStore, agents: A
     await delta.stop()
     await until(store, "delta", lambda known: known.state == UNREACHABLE)
     found, silent = await registry.find_domain("vm-alpha")
-    assert [(host, domain.uuid) for host, domain in found] == [("alpha", "u-alpha"), ("beta", "u-other")]
+    assert [(host, guest.domain.uuid) for host, guest in found] == [("alpha", "u-alpha"), ("beta", "u-other")]
     assert silent == ["delta", "gamma"]
-    assert await registry.find_domain("u-beta") == ([("beta", beta.domains[0])], ["delta", "gamma"])
+    found, silent = await registry.find_domain("u-beta")
+    assert [(host, guest.domain) for host, guest in found] == [("beta", beta.domains[0])]
+    assert silent == ["delta", "gamma"]
     assert await registry.find_domain("none") == ([], ["delta", "gamma"])
 
 

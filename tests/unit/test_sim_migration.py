@@ -96,19 +96,20 @@ class Move:
         """Until memory flows."""
         await until(lambda: self.out.progress(), lambda progress: progress is not None and progress.processed_bytes > 0)
 
-    async def whole(self) -> Finished:
+    async def whole(self) -> Domain:
+        """All of it; the guest as it arrived."""
         await self.prepare()
         finishing = self.finish()
         await self.perform()
         finished = await finishing
         await self.out.remove(finished.cookie, self.options)
-        return finished
+        return await self.b.get_domain(self.uuid)
 
-    async def whole_offline(self) -> Finished:
+    async def whole_offline(self) -> Domain:
         await self.prepare()
-        finished = await self.finish()
+        await self.finish()
         await self.out.remove(b"", self.options)
-        return finished
+        return await self.b.get_domain(self.uuid)
 
 
 async def until(read: Callable[[], Awaitable[Any]], good: Callable[[Any], bool]) -> Any:
@@ -156,8 +157,9 @@ async def test_finish_armed_early_starts_the_guest_by_itself(hosts: Hosts) -> No
     finishing = move.finish()
     performed = await move.perform()
     finished = await finishing
-    assert said(finished.domain) == "running (migrated)"
-    assert (finished.domain.persistent, finished.domain.incoming, finished.domain.job) == (True, False, Job.NONE)
+    assert said(await b.get_domain(UUID)) == "running (migrated)"
+    arrived = await b.get_domain(UUID)
+    assert (arrived.persistent, arrived.incoming, arrived.job) == (True, False, Job.NONE)
     assert said(await facts(a)) == "paused (migration)"
     assert performed.final.processed_bytes >= 4 * MIB
     assert performed.final.remaining_bytes == 0
@@ -173,13 +175,16 @@ async def test_without_finish_the_whole_copy_waits_and_both_are_paused(hosts: Ho
     await move.prepare()
     await move.perform()
     assert (said(await facts(a)), said(await facts(b))) == ("paused (migration)", "paused (migration)")
-    assert said((await move.finish()).domain) == "running (migrated)"
+    await move.finish()
+    assert said(await facts(b)) == "running (migrated)"
 
 
 async def test_finish_again_says_the_same_and_from_afresh_that_there_is_nothing_to_finish(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
-    assert await move.whole() == await move.finish()
+    await move.whole()
+    await move.finish()
+    assert said(await facts(b)) == "running (migrated)"
     move.into = b.incoming(UUID)
     with pytest.raises(HypervisorError, match="not being migrated"):
         await move.finish()
@@ -194,14 +199,14 @@ async def test_there_and_back_again(hosts: Hosts) -> None:
 
 async def test_a_renamed_guest_keeps_its_uuid(hosts: Hosts) -> None:
     a, b = await hosts(web())
-    finished = await Move(a, b, name="web-2").whole()
-    assert (finished.domain.name, finished.domain.uuid) == ("web-2", UUID)
+    arrived = await Move(a, b, name="web-2").whole()
+    assert (arrived.name, arrived.uuid) == ("web-2", UUID)
 
 
 async def test_definitions_stay_or_go_as_asked(hosts: Hosts) -> None:
     a, b = await hosts(web())
-    finished = await Move(a, b, Options(undefine_source=False, persist_destination=False)).whole()
-    assert not finished.domain.persistent
+    arrived = await Move(a, b, Options(undefine_source=False, persist_destination=False)).whole()
+    assert not arrived.persistent
     assert said(await facts(a)) == "shutoff (migrated)"
 
 
@@ -220,7 +225,7 @@ async def test_a_definition_at_the_destination_outlives_a_copy_that_fails(hosts:
 )
 async def test_a_guest_arrives_paused(hosts: Hosts, state: str, options: Options) -> None:
     a, b = await hosts(web(state=state))
-    assert said((await Move(a, b, options).whole()).domain) == "paused (user)"
+    assert said(await Move(a, b, options).whole()) == "paused (user)"
 
 
 async def test_a_guest_that_is_not_live_stands_still_meanwhile(hosts: Hosts) -> None:
@@ -238,8 +243,8 @@ async def test_a_guest_that_is_not_live_stands_still_meanwhile(hosts: Hosts) -> 
 
 async def test_an_offline_migration_moves_the_definition(hosts: Hosts) -> None:
     a, b = await hosts(web(state="shutoff"))
-    finished = await Move(a, b, Options(offline=True)).whole_offline()
-    assert (said(finished.domain), finished.domain.persistent) == ("shutoff (migrated)", True)
+    arrived = await Move(a, b, Options(offline=True)).whole_offline()
+    assert (said(arrived), arrived.persistent) == ("shutoff (migrated)", True)
     assert await a.list_domains() == []
 
 
@@ -290,7 +295,8 @@ async def test_cancelling_the_await_leaves_perform_running(hosts: Hosts) -> None
     await move.out.close()
     waiting = await until(lambda: facts(a), lambda domain: domain.job is Job.NONE)
     assert said(waiting) == "paused (migration)"
-    assert said((await move.finish()).domain) == "running (migrated)"
+    await move.finish()
+    assert said(await facts(b)) == "running (migrated)"
     await a.outgoing(UUID).remove(b"", Options())
     assert await a.list_domains() == []
 
@@ -343,7 +349,8 @@ async def test_post_copy_runs_at_the_destination_at_once(hosts: Hosts) -> None:
     a._host.link.divide()
     final = (await performing).final
     assert final.processed_bytes >= 100_000 * MIB
-    assert said((await finishing).domain) == "running (migrated)"
+    await finishing
+    assert said(await facts(b)) == "running (migrated)"
     with pytest.raises(HypervisorError):
         await move.out.resume()
     await move.out.remove(b"", Options())

@@ -2,12 +2,12 @@
 
 import contextlib
 import uuid as uuids
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import libvirt
 
-from agent.hypervisor.base import Domain, DomainNotFound, DomainState, Job, Progress
+from agent.hypervisor.base import Domain, DomainState, Job, Progress
 from agent.hypervisor.libvirt.events import words
 
 _STATES: Mapping[int, DomainState] = {
@@ -51,8 +51,6 @@ _JOBS: Mapping[int, Job] = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN: Job.INCOMING,
 }
 
-_STATS = libvirt.VIR_DOMAIN_STATS_STATE | libvirt.VIR_DOMAIN_STATS_BALLOON | libvirt.VIR_DOMAIN_STATS_VCPU
-
 
 def find(connection: Any, name_or_uuid: str) -> Any:
     """libvirt's domain. Raises libvirt's NO_DOMAIN."""
@@ -63,24 +61,27 @@ def find(connection: Any, name_or_uuid: str) -> Any:
 
 def read_one(connection: Any, name_or_uuid: str) -> Domain:
     """What is true of one domain now."""
-    found = find(connection, name_or_uuid)
-    persistent = bool(found.isPersistent())
-    answers = connection.domainListGetStats([found], _STATS, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT)
-    for domain, stats in answers:
-        return _read(domain, stats, persistent)
-    raise DomainNotFound(f"the domain {name_or_uuid} went away while it was looked at")
+    return _read(find(connection, name_or_uuid))
 
 
 def read_all(connection: Any) -> list[Domain]:
     """What is true of every domain now, by name. A domain that goes meanwhile is left out."""
-    persistent = {domain.UUIDString() for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_PERSISTENT)}
-    answers = connection.getAllDomainStats(_STATS, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT)
-    domains = [_read(domain, stats, domain.UUIDString() in persistent) for domain, stats in answers]
-    return sorted(domains, key=lambda domain: domain.name)
+    return sorted(_readable(connection.listAllDomains()), key=lambda domain: domain.name)
 
 
-def _read(domain: Any, stats: Mapping[str, int], persistent: bool) -> Domain:
-    code, reason_code = stats["state.state"], stats["state.reason"]
+def _readable(found: Iterable[Any]) -> Iterator[Domain]:
+    for domain in found:
+        try:
+            yield _read(domain)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+
+
+def _read(domain: Any) -> Domain:
+    # Five short questions, 0.7 ms: domainListGetStats takes twice that, and asks QEMU, which may hang.
+    _, maximum_kib, _, vcpus, _ = domain.info()
+    code, reason_code = domain.state()
     state, reason = state_of(code), reason_words(code, reason_code)
     job = read_job(domain) if state in (DomainState.RUNNING, DomainState.PAUSED) else Job.NONE
     return Domain(
@@ -88,9 +89,9 @@ def _read(domain: Any, stats: Mapping[str, int], persistent: bool) -> Domain:
         uuid=domain.UUIDString(),
         state=state,
         reason=reason,
-        memory_bytes=stats.get("balloon.maximum", 0) * 1024,
-        vcpus=stats.get("vcpu.current", 0),
-        persistent=persistent,
+        memory_bytes=maximum_kib * 1024,
+        vcpus=vcpus,
+        persistent=bool(domain.isPersistent()),
         job=job,
         incoming=job is Job.INCOMING and state is DomainState.PAUSED and reason == MIGRATION,
         postcopy=reason.startswith("post-copy"),

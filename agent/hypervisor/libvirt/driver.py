@@ -73,9 +73,9 @@ class LibvirtHypervisor:
     async def get_domain(self, name_or_uuid: str) -> Domain:
         return await self._pool.call(lambda connection: domains.read_one(connection, name_or_uuid))
 
-    async def requirements(self, uuid: str) -> Requirements:
+    async def requirements(self, name_or_uuid: str) -> Requirements:
         xml: str = await self._pool.call(
-            lambda connection: domains.find(connection, uuid).XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+            lambda connection: domains.find(connection, name_or_uuid).XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
         )
         return host.parse_requirements(xml)
 

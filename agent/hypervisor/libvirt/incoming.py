@@ -5,7 +5,6 @@ from typing import Any
 import libvirt
 
 from agent.hypervisor.base import (
-    Domain,
     DomainBusy,
     DomainNotFound,
     DomainState,
@@ -71,17 +70,13 @@ class LibvirtIncoming:
         # On the connection that prepared: libvirtd 9.0 dies when that one closes while Finish waits on another.
         link = self._prepared or await self._session.open()
 
-        def finish(connection: Any) -> tuple[bytes, Domain]:
-            out = phases.finish(connection, params, cookie, flags)
-            return out, domains.read_one(connection, self._uuid)
-
         try:
-            out, domain = await self._session.call(finish, on=link, bounded=False)
+            out = await self._session.call(lambda c: phases.finish(c, params, cookie, flags), on=link, bounded=False)
         except HypervisorUnavailable:
             raise
         except HypervisorError as error:
             raise await self._failure(error) from None
-        return Finished(out, domain)
+        return Finished(out)
 
     async def abandon(self) -> None:
         await self._pool.call(self._abandon)

@@ -164,7 +164,8 @@ class LibvirtOutgoing:
     async def remove(self, cookie: bytes, options: Options) -> None:
         undefine = words.wants(options, "undefine_source")
         with contextlib.suppress(DomainNotFound):
-            await self._call(_refuse_half_a_guest)
+            if words.wants(options, "post_copy"):
+                await self._call(_refuse_half_a_guest)
             await self._confirm(cookie, options, cancelled=False)
             await self._call(lambda domain: _remove(domain, undefine))
 

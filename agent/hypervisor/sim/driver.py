@@ -55,9 +55,9 @@ class SimHypervisor:
         await self._host.gate("get_domain")
         return self._host.guest(name_or_uuid).facts()
 
-    async def requirements(self, uuid: str) -> Requirements:
+    async def requirements(self, name_or_uuid: str) -> Requirements:
         await self._host.gate("requirements")
-        return self._host.guest(uuid).requirements()
+        return self._host.guest(name_or_uuid).requirements()
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         await self._host.gate("incompatibilities")
