@@ -28,6 +28,9 @@ log = structlog.get_logger()
 KEEP: Final = 1000
 """Migrations that have ended and are kept."""
 
+TELL_SECONDS: Final = 0.01
+"""After which readers are told what a driver has learned; what it learned meanwhile is told with it."""
+
 FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED})
 
 
@@ -81,6 +84,8 @@ class _Entry:
         """Nothing is done any more, though it has not ended: its records contradict each other."""
         self.cancelled: Failure | None = None
         """Somebody asked for the end; every driver of this migration is told."""
+        self.telling: asyncio.TimerHandle | None = None
+        """Runs when its driver has learned something that readers were not told yet."""
         self.changed = Bell()
 
     @property
@@ -125,6 +130,9 @@ class Migrations:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for entry in self._entries.values():
+            if entry.telling is not None:
+                entry.telling.cancel()
         tasks = [task for entry in self._entries.values() for task in (entry.task, entry.fencing) if task is not None]
         for task in tasks:
             task.cancel()
@@ -190,7 +198,7 @@ class Migrations:
         await entry.driver.reserve()
         self._trim()
         self._entries[migration_id] = entry
-        self._update(entry)
+        self._tell(entry)
         accepted = entry.migration
         entry.task = asyncio.create_task(self._run(entry, self._save(entry)), name=f"drive {migration_id[:8]}")
         return accepted
@@ -205,6 +213,7 @@ class Migrations:
         )
         if entry.driver is not None:
             entry.driver.cancel(entry.cancelled)
+            self._tell(entry)
         return entry.migration
 
     def resolve(self, migration_id: str, word: handshake_pb2.OperatorWord) -> pb.Migration:
@@ -228,6 +237,7 @@ class Migrations:
             word.say_time.GetCurrentTime()
         log.warning("declared dead", migration=migration_id, host=word.dead_host, said_by=word.said_by, reason=word.reason)
         entry.driver.declare_dead(sides[word.dead_host], word)
+        self._tell(entry)
         return entry.migration
 
     def get(self, migration_id: str) -> pb.Migration:
@@ -314,7 +324,12 @@ class Migrations:
         self._ended.ring()
 
     def _update(self, entry: _Entry) -> None:
-        """The driver learned something. Its end is told by `_run`."""
+        """The driver learned something: let it act on that first, then tell the readers. Its end is told by `_run`."""
+        if entry.telling is None:
+            entry.telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell, entry)
+
+    def _tell(self, entry: _Entry) -> None:
+        entry.telling = None
         if entry.driver is not None and entry.migration.migration_id in self._entries:
             self._publish(entry, describe(entry.migration, entry.driver, time.time(), ended=False))
             if self._fencing is not None and entry.fencing is None and entry.driver.outcome_unknown:

@@ -16,11 +16,13 @@ from agent.handshake.attempt import Attempt, retry, waits_for
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
+from agent.handshake.phases import MAX_WAIT, LocalHost, Stopwatch, phase_changes, timed, wait_of
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
 from agent.hypervisor.base import (
+    RESUMED,
     Domain,
     DomainBusy,
+    DomainEvent,
     DomainNotFound,
     DomainState,
     HypervisorError,
@@ -296,9 +298,9 @@ class DestinationSide:
     async def _finish(self, attempt: Attempt) -> None:
         record = attempt.record
         session = self._session(attempt)
-        attempt.start("arrival", self._arrival(attempt))
         try:
             with timed("finish") as watch:
+                attempt.start("arrival", self._arrival(attempt, watch))
                 finished = await session.finish(
                     record.domain_xml, record.cookies.get("perform", b""), record.user_options, record.destination_name
                 )
@@ -315,18 +317,19 @@ class DestinationSide:
                 failure=None,
             )
 
-    async def _arrival(self, attempt: Attempt) -> None:
-        """In post-copy Finish returns long after the guest has started here: the start is the commit, so look for it."""
+    async def _arrival(self, attempt: Attempt, finish: Stopwatch) -> None:
+        """Finish returns some time after the guest has started here (in post-copy long after): the start is the commit, so
+        look for it.
+        """
         async with contextlib.aclosing(self._domain_events(attempt)) as events:
-            async for _ in events:
+            async for event in events:
                 if attempt.record.state != _S.ARMED:
                     return
-                domain = await self._domain(attempt)
-                if domain is not None and domain.postcopy and destination_fact(domain) is _E.SAW_RUNNING:
-                    await attempt.report(_E.SAW_RUNNING)
+                if event.kind == RESUMED and destination_fact(await self._domain(attempt)) is _E.SAW_RUNNING:
+                    await attempt.report(_E.SAW_RUNNING, timings=(*attempt.record.timings, finish.timing), failure=None)
                     return
 
-    async def _domain_events(self, attempt: Attempt) -> AsyncGenerator[None, None]:
+    async def _domain_events(self, attempt: Attempt) -> AsyncGenerator[DomainEvent, None]:
         """Each event of this guest, until Finish has ended."""
         events = self._host.hypervisor.events()
         finish = attempt.running(_F.FINISH)
@@ -335,8 +338,8 @@ class DestinationSide:
             while finish and not finish[0].done():
                 await asyncio.wait({next_event, *finish}, return_when=asyncio.FIRST_COMPLETED)
                 if next_event.done():
-                    if next_event.result().uuid == attempt.record.domain_uuid:
-                        yield None
+                    if (event := next_event.result()).uuid == attempt.record.domain_uuid:
+                        yield event
                     next_event = asyncio.ensure_future(anext(events))
         finally:
             next_event.cancel()

@@ -329,6 +329,10 @@ class Incoming(Protocol):
         ...
 
 
+RESUMED = "resumed"
+"""The one kind of event that every driver has: a guest starts to run, or goes on."""
+
+
 @dataclass(frozen=True)
 class DomainEvent:
     """Something happened to a domain: ask `get_domain` what is true now."""

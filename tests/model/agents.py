@@ -16,6 +16,7 @@ FINISH_STARTS = Work(Stage.START, "finish")
 
 FINAL = "an ended record stays"
 FENCE = "a stale attempt is refused"
+ONLY_COPY = "the only copy that can run is kept"
 
 
 def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:

@@ -5,8 +5,9 @@ field of it, and each value of a field names a part (`tests.model.parts`). A rul
 each value of those, and what it says is kept as a difference of numbers; so the search over millions of steps only adds.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
+from enum import StrEnum
 from typing import Generic, NamedTuple, TypeVar
 
 from tests.model import destination_agent, hosts, invariants, network, source_agent
@@ -16,6 +17,8 @@ from tests.model.world import World
 P = TypeVar("P", bound=Hashable)
 Q = TypeVar("Q", bound=Hashable)
 V = TypeVar("V")
+S = TypeVar("S", bound=StrEnum)
+E = TypeVar("E", bound=StrEnum)
 
 Row = tuple[str | None, str]
 """State and event: a row of a machine's table."""
@@ -60,16 +63,17 @@ class Table(dict[int, V]):
         return value
 
 
-class Noted(dict[Row, V]):
+class Noted(dict[tuple[S | None, E], V]):
     """A machine's table that notes which of its rows were taken."""
 
-    def __init__(self, rows: dict[Row, V], taken: set[Row]) -> None:
+    def __init__(self, rows: Mapping[tuple[S | None, E], V], taken: set[Row]) -> None:
         super().__init__(rows)
         self._taken = taken
 
-    def get(self, row: Row, default: object = None) -> V | None:  # type: ignore[override]
+    def get(self, row: tuple[S | None, E], default: object = None) -> V | None:  # type: ignore[override]
+        state, event = row
         if row in self:
-            self._taken.add((row[0] and str(row[0]), str(row[1])))
+            self._taken.add((state and str(state), str(event)))
         return super().get(row)
 
 
@@ -87,8 +91,8 @@ class Model:
         self.taken: set[Row] = set()
         self.world = world = replace(
             world,
-            source=replace(world.source, table=Noted(dict(world.source.table), self.taken)),  # type: ignore[arg-type]
-            destination=replace(world.destination, table=Noted(dict(world.destination.table), self.taken)),  # type: ignore[arg-type]
+            source=replace(world.source, table=Noted(world.source.table, self.taken)),
+            destination=replace(world.destination, table=Noted(world.destination.table, self.taken)),
         )
         budget: Field[Budget] = Field(0, 12)
         source: Field[Agent] = Field(12, 12)
@@ -118,8 +122,10 @@ class Model:
         self._cancelled = Table(lambda key: invariants.cancelled(source.part(key), both.part(key), talk.part(key)))
 
     def start(self) -> int:
-        first = (Agent(), Agent(), Hosts(Guest.HELD if self.world.user_paused else Guest.RUNNING), network.start(self.world), self.world.budget)
-        return sum(field.of(part) for field, part in zip(self._fields, first, strict=True))  # type: ignore[attr-defined]
+        source, destination, both, talk, budget = self._fields
+        hosts = Hosts(Guest.HELD) if self.world.user_paused else Hosts()
+        agents = source.of(Agent()) + destination.of(Agent())
+        return agents + both.of(hosts) + talk.of(network.start(self.world)) + budget.of(self.world.budget)
 
     def parts(self, state: int) -> Parts:
         """What a state is made of. A key of a table has only the parts that its mask covers; the others are arbitrary."""
@@ -154,15 +160,20 @@ class Model:
     # ---- the rules, by number
 
     def _one(self, field: Field[P], rule: Callable[[P], Iterable[tuple[str, P, Cost]]]) -> Rule:
+        may = self.world.may
+
         def run(key: int) -> Steps:
-            return tuple((label, field.of(after) - key, int(cost)) for label, after, cost in rule(field.part(key)))
+            steps = rule(field.part(key))
+            return tuple((label, field.of(after) - key, int(cost)) for label, after, cost in steps if may(cost))
 
         return Rule(field.mask, Table(run))
 
     def _two(self, one: Field[P], two: Field[Q], rule: Callable[[P, Q], Iterable[tuple[str, P, Q, Cost]]]) -> Rule:
+        may = self.world.may
+
         def run(key: int) -> Steps:
             steps = rule(one.part(key), two.part(key))
-            return tuple((label, one.of(first) + two.of(second) - key, int(cost)) for label, first, second, cost in steps)
+            return tuple((label, one.of(a) + two.of(b) - key, int(cost)) for label, a, b, cost in steps if may(cost))
 
         return Rule(one.mask | two.mask, Table(run))
 

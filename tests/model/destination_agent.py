@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.source import SourceState
-from tests.model.agents import FINISH_STARTS, crashed, finish_work, restarted, take, write_late
+from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, write_late
 from tests.model.hosts import WAITS, destination_domain, prepared, without_copy
-from tests.model.parts import Agent, Copy, Cost, Finish, Hosts, Stage, Stream, Work
+from tests.model.parts import Agent, Copy, Cost, Finish, Guest, Hosts, Stage, Stream, Violation, Work
 from tests.model.world import World
 
 _S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
@@ -103,6 +103,8 @@ def _abandon(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[S
         called = agent._replace(work=agent.work - {work} | {Work(Stage.CALLED, _F.ABANDON)})
         yield "destination: is about to destroy the copy", called, hosts, Cost.FREE
     else:
+        if hosts.copy is Copy.COMPLETE and hosts.guest is Guest.LOST and world.checked(ONLY_COPY):
+            raise Violation(ONLY_COPY, "the whole state is here, and only here; and the copy is destroyed")
         yield "destination: destroys the copy", done, without_copy(hosts), Cost.FREE
 
 
@@ -118,7 +120,12 @@ def _look(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step
 
 
 def _disown(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    yield "destination: removes the copy that it was told is not its own", finish_work(agent, work, _E.ABANDON_DONE), without_copy(hosts), Cost.FREE
+    yield (
+        "destination: removes the copy that it was told is not its own",
+        finish_work(agent, work, _E.ABANDON_DONE),
+        without_copy(hosts),
+        Cost.FREE,
+    )
 
 
 def _asking(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:

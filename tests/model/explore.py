@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tests.model import invariants
 from tests.model.compiled import Model, Parts, Row
@@ -148,7 +149,7 @@ class _Search:
         return None, None
 
     def _reaching(self, ends: bytearray) -> bytearray:
-        """For each state, whether one of the ends can be reached without a further fault. One that was not looked at may reach it."""
+        """For each state, whether an end can be reached without a further fault. From one that was not looked at, it may be."""
         edges, offsets = self._edges, self._offsets
         good = ends + b"\x01" * (len(self._states) - len(ends))
         left = [n for n in range(len(ends) - 1, -1, -1) if not good[n]]
@@ -173,6 +174,6 @@ class _Search:
             number = self._parents[number]
         way.reverse()
         yield "the beginning", self._model.parts(way[0])
-        for before, after in zip(way, way[1:], strict=False):
+        for before, after in pairwise(way):
             label = next(label for _, label, state in self._model.steps(before) if state == after)
             yield label, self._model.parts(after)

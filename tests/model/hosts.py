@@ -39,7 +39,8 @@ def _flow(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
     switched = hosts._replace(guest=_stopped(hosts.guest), stream=Stream.DONE)
     yield "hosts: the whole state arrives", switched._replace(copy=Copy.COMPLETE), Cost.FREE
     yield "hosts: the stream breaks", _cut(hosts), Cost.FAIL
-    yield "hosts: sent to the last byte, which is lost", without_copy(switched), Cost.FAIL
+    lost = without_copy(switched) if world.break_noticed else switched
+    yield "hosts: sent to the last byte, which is lost", lost, Cost.FAIL
     if world.torn_end:
         torn = hosts._replace(stream=Stream.BROKEN, copy=Copy.COMPLETE)
         yield "hosts: all arrives, and the source believes it failed", torn, Cost.FAIL

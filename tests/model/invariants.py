@@ -1,11 +1,17 @@
-"""What must hold in every state, and what an end is."""
+"""What must hold in every state, and what an end is.
+
+By requirement: R1 at most one runs, and none goes back in time; that, and why it holds (removed only on RUNNING, resumed only on
+GONE, recorded before it may start, told only when durable). R2 an end can be reached from every state, though whoever died
+only comes back. R3 stale attempts are refused, ended records stay, whatever arrives twice. R4 a cancel can be obeyed until the
+guest has left. R5 KEPT: it runs at the source; no guest is destroyed. R6 all of it over any restart.
+"""
 
 from collections.abc import Callable, Iterator
 
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.source import SourceState as Src
 from tests.model import network
-from tests.model.agents import FENCE, FINAL
+from tests.model.agents import FENCE, FINAL, ONLY_COPY
 from tests.model.hosts import AT_HOME, WAITS
 from tests.model.parts import Agent, Answer, Copy, Finish, Guest, Hosts, Mode, Talk
 
@@ -61,17 +67,23 @@ def _started_unrecorded(source: Agent, destination: Agent, hosts: Hosts) -> bool
 TWO_RUN = "at most one copy runs"
 LOST = "no guest is destroyed"
 GOES_BACK = "no guest goes back in time"
+REMOVED_ON_RUNNING = "the source is removed only on RUNNING"
+RESUMED_ON_GONE = "the source resumes only on GONE"
+GONE_IS_GONE = "GONE: no copy, and none ever"
+RUNNING_IS_RUNNING = "RUNNING: it runs"
+KEPT_IS_KEPT = "KEPT: it runs at the source"
+RECORDED = "ARMED is recorded before the copy may start"
 
 RULES: dict[str, Rule] = {
     TWO_RUN: _two_run,
     LOST: _lost,
     GOES_BACK: _goes_back,
-    "the source is removed only on RUNNING": _removed_early,
-    "the source resumes only on GONE": _resumed_early,
-    "GONE: no copy, and none ever": _gone_is_not_gone,
-    "RUNNING: it runs": _running_is_not_running,
-    "KEPT: it runs at the source": _kept_is_not_kept,
-    "armed before it may start": _started_unrecorded,
+    REMOVED_ON_RUNNING: _removed_early,
+    RESUMED_ON_GONE: _resumed_early,
+    GONE_IS_GONE: _gone_is_not_gone,
+    RUNNING_IS_RUNNING: _running_is_not_running,
+    KEPT_IS_KEPT: _kept_is_not_kept,
+    RECORDED: _started_unrecorded,
 }
 
 TOLD = "only a durable decision is told"
@@ -81,7 +93,7 @@ CANCEL = "a cancel can be obeyed"
 HARM = frozenset({TWO_RUN, LOST, GOES_BACK})
 """What a user would call a disaster. The other rules are why these hold."""
 
-ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, network.DECIDE, FINAL, FENCE})
+ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, network.DECIDE, FINAL, FENCE, ONLY_COPY})
 
 
 def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:

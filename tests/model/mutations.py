@@ -13,49 +13,24 @@ from agent.handshake.machine import Transition
 from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
 from agent.handshake.source_side import source_fact
 from agent.hypervisor.base import Job
-from tests.model.invariants import LOST, STUCK, TWO_RUN
+from tests.model.agents import FENCE
+from tests.model.invariants import (
+    CANCEL,
+    GONE_IS_GONE,
+    KEPT_IS_KEPT,
+    LOST,
+    RECORDED,
+    REMOVED_ON_RUNNING,
+    RESUMED_ON_GONE,
+    STUCK,
+    TOLD,
+    TWO_RUN,
+)
 from tests.model.parts import budget
-from tests.model.world import Decide, DestinationMachine, SourceMachine, World
+from tests.model.world import World
 
 _S, _SE, _SF = SourceState, SourceEvent, SourceEffect
 _D, _DE, _DF = DestinationState, DestinationEvent, DestinationEffect
-
-SourceRows = Mapping[tuple[SourceState | None, SourceEvent], Transition[SourceState, SourceEffect] | None]
-DestinationRows = Mapping[tuple[DestinationState | None, DestinationEvent], Transition[DestinationState, DestinationEffect] | None]
-
-
-def source_with(rows: SourceRows) -> SourceMachine:
-    """The source's table with other rows; None takes a row out."""
-    table = {key: row for key, row in {**SOURCE.table, **rows}.items() if row is not None}
-    return replace(SOURCE, table=table)
-
-
-def destination_with(rows: DestinationRows) -> DestinationMachine:
-    table = {key: row for key, row in {**DESTINATION.table, **rows}.items() if row is not None}
-    return replace(DESTINATION, table=table)
-
-
-def _src(state: SourceState, *effects: SourceEffect) -> Transition[SourceState, SourceEffect]:
-    return Transition(state, effects)
-
-
-def _dst(state: DestinationState, *effects: DestinationEffect) -> Transition[DestinationState, DestinationEffect]:
-    return Transition(state, effects)
-
-
-def _resumes_unasked(src: SourceState | None, dst: DestinationState | None, *, cancel: bool, stalled: bool) -> frozenset[Call]:
-    """Takes the destination's silence for its absence."""
-    return frozenset({Call.CONFIRM_GONE}) if src is _S.PERFORMED else decide(src, dst, cancel=cancel, stalled=stalled)
-
-
-def _removes_unasked(src: SourceState | None, dst: DestinationState | None, *, cancel: bool, stalled: bool) -> frozenset[Call]:
-    """Takes an armed destination for one that runs."""
-    return frozenset({Call.CONFIRM_RUNNING}) if (src, dst) == (_S.PERFORMED, _D.ARMED) else decide(src, dst, cancel=cancel, stalled=stalled)
-
-
-def _cancels_the_destination_first(src: SourceState | None, dst: DestinationState | None, *, cancel: bool, stalled: bool) -> frozenset[Call]:
-    calls = decide(src, dst, cancel=cancel, stalled=stalled)
-    return frozenset({Call.ABANDON_SOURCE_KEPT}) if Call.ABORT in calls else calls
 
 
 @dataclass(frozen=True)
@@ -67,128 +42,305 @@ class Mutation:
     """What a user would suffer, found when only disasters are looked for. None: the other rules hold the disaster off."""
 
 
-_CRASHES = budget(crash_source=1, crash_destination=1, expire=1)
-_QUIET = World("", takeover=False, in_flight=3, careless_abandon=True, stalls=False)
-"""The rule must not need a careful hypervisor where every QEMU and every link lives."""
+def _mutation(name: str, about: str, finds: str, harm: str | None, **fields: object) -> Mutation:
+    """The rule must not need a careful hypervisor where every QEMU and every link lives."""
+    quiet = {"takeover": False, "careless_abandon": True, "stalls": False}
+    return Mutation(World(name, about, **{**quiet, **fields}), finds, harm)  # type: ignore[arg-type]
 
 
-def _world(name: str, about: str, base: World = _QUIET, **fields: object) -> World:
-    return replace(base, name=name, about=about, **fields)  # type: ignore[arg-type]
+def _source(
+    rows: Mapping[tuple[SourceState | None, SourceEvent], Transition[SourceState, SourceEffect] | None],
+) -> dict[str, object]:
+    """The source's table with other rows; None takes a row out."""
+    table = {key: row for key, row in {**SOURCE.table, **rows}.items() if row is not None}
+    return {"source": replace(SOURCE, table=table)}
 
 
-_RESUME_NOW = _src(_S.RESUMING, _SF.RESUME)
-_ABANDON_NOW = _dst(_D.ABANDONING, _DF.ABANDON)
+def _destination(
+    rows: Mapping[tuple[DestinationState | None, DestinationEvent], Transition[DestinationState, DestinationEffect] | None],
+) -> dict[str, object]:
+    table = {key: row for key, row in {**DESTINATION.table, **rows}.items() if row is not None}
+    return {"destination": replace(DESTINATION, table=table)}
+
+
+_RESUME_NOW = Transition(_S.RESUMING, (_SF.RESUME,))
+_KEEP_NOW = Transition(_S.KEPT, (_SF.RELEASE,))
+_ABANDON_NOW = Transition(_D.ABANDONING, (_DF.ABANDON,))
+
+
+def _resumes_unasked(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
+    """Takes the destination's silence for its absence."""
+    return frozenset({Call.CONFIRM_GONE}) if src is _S.PERFORMED else decide(src, dst, **told)
+
+
+def _removes_unasked(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
+    """Takes an armed destination for one that runs."""
+    return frozenset({Call.CONFIRM_RUNNING}) if (src, dst) == (_S.PERFORMED, _D.ARMED) else decide(src, dst, **told)
+
+
+def _cancels_the_destination_first(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
+    calls = decide(src, dst, **told)
+    return frozenset({Call.ABANDON_SOURCE_KEPT}) if Call.ABORT in calls else calls
+
+
+def _never_cancels(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
+    return decide(src, dst, cancel=False, stalled=told["stalled"])
+
+
+def _cancels_for_ever(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
+    """Calls Abort also where nothing is left to abort."""
+    calls = decide(src, dst, **told)
+    return frozenset({Call.ABORT}) if told["cancel"] and calls <= {Call.FINISH, Call.ABANDON} else calls
+
+
+def _waits_for_ever(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
+    """Does not see that the last bytes were lost."""
+    return decide(src, dst, cancel=told["cancel"])
+
 
 MUTATIONS: tuple[Mutation, ...] = (
-    Mutation(
-        _world("resume_on_silence", "the source resumes when its driver is silent", budget=budget(expire=1),
-               source=source_with({(_S.PERFORMED, _SE.DRIVER_SILENT): _RESUME_NOW})),
-        "the source resumes only on GONE", TWO_RUN,
+    _mutation(
+        "resume_on_silence",
+        "the source resumes, without asking, when its driver is silent",
+        RESUMED_ON_GONE,
+        TWO_RUN,
+        budget=budget(expire=1),
+        **_source({(_S.PERFORMED, _SE.DRIVER_SILENT): _RESUME_NOW}),
     ),
-    Mutation(
-        _world("resume_on_restart", "the source resumes when its agent was restarted", budget=budget(crash_source=1),
-               source=source_with({(_S.PERFORMED, _SE.RESTARTED): _RESUME_NOW})),
-        "the source resumes only on GONE", TWO_RUN,
+    _mutation(
+        "resume_on_restart",
+        "the source resumes, without asking, when its agent was restarted",
+        RESUMED_ON_GONE,
+        TWO_RUN,
+        budget=budget(crash_source=1),
+        **_source({(_S.PERFORMED, _SE.RESTARTED): _RESUME_NOW}),
     ),
-    Mutation(
-        _world("finish_before_journal", "Finish is called before ARMED is durable", budget=_CRASHES, effect_first=frozenset({_DE.FINISH})),
-        "armed before it may start", LOST,
+    _mutation(
+        "finish_before_journal",
+        "Finish is called before ARMED is durable",
+        RECORDED,
+        LOST,
+        budget=budget(crash_source=1, crash_destination=1, expire=1),
+        effect_first=frozenset({_DE.FINISH}),
     ),
-    Mutation(
-        _world("abandon_answers_early", "Abandon answers GONE before that is durable", budget=budget(cancel=1),
-               answer_first=frozenset({_DE.ABANDON})),
-        "only a durable decision is told", TWO_RUN,
+    _mutation(
+        "abandon_answers_early",
+        "Abandon answers GONE before that is durable",
+        TOLD,
+        TWO_RUN,
+        budget=budget(cancel=1),
+        answer_first=frozenset({_DE.ABANDON}),
     ),
-    Mutation(
-        _world("takeover_resumes", "the driver that takes over resumes without the destination's word", takeover=True,
-               budget=budget(crash_driver=1), decide_takeover=Decide(_resumes_unasked)),
-        "the source resumes only on GONE", TWO_RUN,
+    _mutation(
+        "takeover_resumes",
+        "the driver that takes over resumes without the destination's word",
+        RESUMED_ON_GONE,
+        TWO_RUN,
+        takeover=True,
+        budget=budget(crash_driver=1),
+        decide_takeover=_resumes_unasked,
     ),
-    Mutation(
-        _world("takeover_removes", "the driver that takes over removes without the destination's word", takeover=True,
-               budget=budget(crash_driver=1, fail=1), decide_takeover=Decide(_removes_unasked)),
-        "the source is removed only on RUNNING", LOST,
+    _mutation(
+        "takeover_removes",
+        "the driver that takes over removes without the destination's word",
+        REMOVED_ON_RUNNING,
+        LOST,
+        takeover=True,
+        budget=budget(crash_driver=1, fail=1),
+        decide_takeover=_removes_unasked,
     ),
-    Mutation(
-        _world("stale_attempt_taken", "a call of an attempt that is over is taken by the next one", attempts=2, fence=False,
-               budget=budget(repeat=1, cancel=1)),
-        "a stale attempt is refused", LOST,
+    _mutation(
+        "stale_attempt_taken",
+        "a call of an attempt that is over is taken by the next one",
+        FENCE,
+        LOST,
+        attempts=2,
+        fence=False,
+        budget=budget(repeat=1, cancel=1),
     ),
-    Mutation(
-        _world("cancel_resumes", "a cancel that came too late resumes the source", budget=budget(cancel=1),
-               source=source_with({(_S.PERFORMED, _SE.ABORT): _RESUME_NOW})),
-        "the source resumes only on GONE", TWO_RUN,
+    _mutation(
+        "cancel_resumes",
+        "a cancel that came too late resumes the source",
+        RESUMED_ON_GONE,
+        TWO_RUN,
+        budget=budget(cancel=1),
+        **_source({(_S.PERFORMED, _SE.ABORT): _RESUME_NOW}),
     ),
-    Mutation(
-        _world("cancel_resumes_removing", "a cancel resumes a source that is being removed",
-               budget=budget(cancel=1), source=source_with({(_S.REMOVING, _SE.ABORT): _RESUME_NOW})),
-        "the source resumes only on GONE", TWO_RUN,
+    _mutation(
+        "cancel_resumes_after_running",
+        "a cancel after RUNNING resumes a source that is being removed",
+        RESUMED_ON_GONE,
+        TWO_RUN,
+        budget=budget(cancel=1),
+        **_source({(_S.REMOVING, _SE.ABORT): _RESUME_NOW}),
     ),
-    Mutation(
-        _world("cancel_at_destination", "cancel goes to the destination first, as if the source had kept the guest",
-               budget=budget(cancel=1), decide=Decide(_cancels_the_destination_first)),
-        LOST, LOST,
+    _mutation(
+        "cancel_at_destination",
+        "cancel goes to the destination first, as if the source had kept the guest",
+        LOST,
+        LOST,
+        budget=budget(cancel=1),
+        decide=_cancels_the_destination_first,
     ),
-    Mutation(
-        _world("abandon_armed", "an armed copy is given up on request", budget=budget(cancel=1),
-               destination=destination_with({(_D.ARMED, _DE.ABANDON): _ABANDON_NOW})),
-        LOST, LOST,
+    _mutation(
+        "cancel_ignored",
+        "a driver goes on although it was cancelled",
+        CANCEL,
+        None,
+        budget=budget(cancel=1),
+        decide=_never_cancels,
     ),
-    Mutation(
-        _world("lease_ends_armed", "the end of the lease gives up an armed copy", budget=budget(expire=1),
-               destination=destination_with({(_D.ARMED, _DE.LEASE_EXPIRED): _ABANDON_NOW})),
-        LOST, LOST,
+    _mutation(
+        "cancel_for_ever",
+        "a cancelled driver goes on to call Abort where nothing is left to abort",
+        STUCK,
+        None,
+        budget=budget(cancel=1),
+        decide=_cancels_for_ever,
     ),
-    Mutation(
-        _world("restart_gives_up_armed", "a destination that was restarted gives up an armed copy", budget=budget(crash_destination=1),
-               destination=destination_with({(_D.ARMED, _DE.RESTARTED): _ABANDON_NOW})),
-        LOST, LOST,
+    _mutation(
+        "abandon_armed",
+        "an armed copy is given up on request",
+        LOST,
+        LOST,
+        budget=budget(cancel=1),
+        **_destination({(_D.ARMED, _DE.ABANDON): _ABANDON_NOW}),
     ),
-    Mutation(
-        _world("unknown_finish_is_gone", "Finish without an answer is taken for GONE", budget=budget(fail=1),
-               destination=destination_with({(_D.ARMED, _DE.FINISH_UNKNOWN): _dst(_D.GONE)})),
-        "GONE: no copy, and none ever", TWO_RUN,
+    _mutation(
+        "lease_ends_armed",
+        "the end of the lease gives up an armed copy",
+        LOST,
+        LOST,
+        budget=budget(expire=1),
+        **_destination({(_D.ARMED, _DE.LEASE_EXPIRED): _ABANDON_NOW}),
     ),
-    Mutation(
-        _world("abandon_refused_is_gone", "a copy that has run is called GONE all the same", careless_abandon=False,
-               budget=budget(fail=1),
-               destination=destination_with({(_D.ABANDONING, _DE.ABANDON_REFUSED): _dst(_D.GONE),
-                                             (_D.ARMED, _DE.FINISH_UNKNOWN): _ABANDON_NOW})),
-        "GONE: no copy, and none ever", TWO_RUN,
+    _mutation(
+        "restart_gives_up_armed",
+        "a destination that was restarted gives up an armed copy",
+        LOST,
+        LOST,
+        budget=budget(crash_destination=1),
+        **_destination({(_D.ARMED, _DE.RESTARTED): _ABANDON_NOW}),
     ),
-    Mutation(
-        _world("restart_keeps_performing", "a source that was restarted in Perform believes that it kept the guest",
-               budget=budget(crash_source=1), source=source_with({(_S.PERFORMING, _SE.RESTARTED): _src(_S.KEPT, _SF.RELEASE)})),
-        "KEPT: it runs at the source", LOST,
+    _mutation(
+        "unknown_finish_is_gone",
+        "Finish without an answer is taken for GONE",
+        GONE_IS_GONE,
+        TWO_RUN,
+        budget=budget(fail=1),
+        **_destination({(_D.ARMED, _DE.FINISH_UNKNOWN): Transition(_D.GONE)}),
     ),
-    Mutation(
-        _world("failed_perform_kept_unseen", "a Perform that gave no answer is taken for one that failed", budget=budget(fail=1),
-               source=source_with({(_S.PERFORMING, _SE.PERFORM_FAILED): _src(_S.KEPT, _SF.RELEASE)})),
-        "KEPT: it runs at the source", LOST,
+    _mutation(
+        "abandon_refused_is_gone",
+        "a copy that has run is called GONE all the same",
+        GONE_IS_GONE,
+        TWO_RUN,
+        careless_abandon=False,
+        budget=budget(fail=1),
+        **_destination(
+            {
+                (_D.ABANDONING, _DE.ABANDON_REFUSED): Transition(_D.GONE),
+                (_D.ARMED, _DE.FINISH_UNKNOWN): _ABANDON_NOW,
+            }
+        ),
     ),
-    Mutation(
-        _world("paused_is_untouched", "a guest that the migration paused is taken for one that never left", budget=budget(crash_source=1),
-               source_fact=lambda domain: _SE.SAW_UNTOUCHED if domain and domain.job is Job.NONE else source_fact(domain)),
-        "KEPT: it runs at the source", LOST,
+    _mutation(
+        "abandon_does_not_wait",
+        "GONE while a call of Finish is still on its way to the hypervisor, and the next attempt begins",
+        RECORDED,
+        None,
+        attempts=2,
+        in_flight=1,
+        budget=budget(cancel=1, fail=1),
+        abandon_awaits_finish=False,
     ),
-    Mutation(
-        _world("incoming_is_absent", "a copy that waits for its memory is taken for none", budget=budget(crash_destination=1),
-               destination_fact=lambda domain: _DE.SAW_ABSENT if domain and domain.incoming else destination_fact(domain)),
-        "GONE: no copy, and none ever", TWO_RUN,
+    _mutation(
+        "restart_keeps_performing",
+        "a source that was restarted in Perform believes that it kept the guest",
+        KEPT_IS_KEPT,
+        LOST,
+        budget=budget(crash_source=1),
+        **_source({(_S.PERFORMING, _SE.RESTARTED): _KEEP_NOW}),
     ),
-    Mutation(
-        _world("no_tombstone", "a source that was cancelled before it was asked remembers nothing", budget=budget(cancel=1),
-               source=source_with({(None, _SE.ABORT): None})),
-        STUCK, None,
+    _mutation(
+        "failed_perform_kept_unseen",
+        "a Perform that gave no answer is taken for one that failed",
+        KEPT_IS_KEPT,
+        LOST,
+        budget=budget(fail=1),
+        **_source({(_S.PERFORMING, _SE.PERFORM_FAILED): _KEEP_NOW}),
     ),
-    Mutation(
-        _world("abandoning_not_resumed", "a restart forgets the copy that was being destroyed", budget=budget(crash_destination=1, fail=1),
-               destination=destination_with({(_D.ABANDONING, _DE.RESTARTED): None})),
-        STUCK, None,
+    _mutation(
+        "paused_is_untouched",
+        "a guest that the migration paused is taken for one that never left",
+        KEPT_IS_KEPT,
+        LOST,
+        budget=budget(crash_source=1),
+        source_fact=lambda domain: _SE.SAW_UNTOUCHED if domain and domain.job is Job.NONE else source_fact(domain),
     ),
-    Mutation(
-        _world("nobody_takes_over", "no take-over, and the driver never comes back", driver_returns=False, budget=budget(crash_driver=1)),
-        STUCK, None,
+    _mutation(
+        "incoming_is_absent",
+        "a copy that waits for its memory is taken for none",
+        LOST,
+        LOST,
+        budget=budget(crash_destination=1),
+        destination_fact=lambda domain: _DE.SAW_ABSENT if domain and domain.incoming else destination_fact(domain),
     ),
-)  # fmt: skip
-
+    _mutation(
+        "no_tombstone",
+        "a source that was cancelled before it was asked remembers nothing",
+        STUCK,
+        None,
+        budget=budget(cancel=1),
+        **_source({(None, _SE.ABORT): None}),
+    ),
+    _mutation(
+        "abandoning_not_resumed",
+        "a restart forgets the copy that was being destroyed",
+        STUCK,
+        None,
+        budget=budget(crash_destination=1, fail=1),
+        **_destination({(_D.ABANDONING, _DE.RESTARTED): None}),
+    ),
+    _mutation(
+        "stall_ignored",
+        "a driver waits for ever for a copy whose last bytes were lost",
+        STUCK,
+        None,
+        stalls=True,
+        break_noticed=False,
+        budget=budget(fail=1),
+        decide=_waits_for_ever,
+    ),
+    _mutation(
+        "armed_asks_nobody",
+        "an armed destination whose driver is silent does not ask the source, which kept the guest",
+        STUCK,
+        None,
+        takeover=True,
+        in_flight=2,
+        break_noticed=False,
+        driver_returns=False,
+        budget=budget(crash_driver=1, fail=1),
+        destination_asks=False,
+    ),
+    _mutation(
+        "silence_in_begin",
+        "the driver's silence is not heard in BEGINNING, and its timer runs only once",
+        STUCK,
+        None,
+        takeover=True,
+        in_flight=2,
+        driver_returns=False,
+        budget=budget(crash_driver=1),
+        **_source({(_S.BEGINNING, _SE.DRIVER_SILENT): None}),
+    ),
+    _mutation(
+        "nobody_takes_over",
+        "no take-over, and the driver never comes back",
+        STUCK,
+        None,
+        driver_returns=False,
+        budget=budget(crash_driver=1),
+    ),
+)

@@ -13,6 +13,8 @@ from tests.model.world import World
 Step = tuple[str, Talk, Agent, Cost]
 
 TO_SOURCE = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
+_CLAIMS = frozenset({Call.CONFIRM_RUNNING, Call.CONFIRM_GONE, Call.ABANDON_SOURCE_KEPT})
+"""Calls that say what the other side's record is; only a driver has seen it."""
 _NEEDS_PLAN = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE})
 
 _SOURCE_ORDER = {state: place for place, state in enumerate([None, *SourceState])}
@@ -151,6 +153,8 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
         yield from _declared_dead(world, talk, agent, Side.SOURCE)
     if not agent.up:
         return
+    if world.may(Cost.BY_HAND):
+        yield from _by_hand(world, talk, agent, Side.SOURCE)
     for index, driver in enumerate(talk.drivers):
         if driver.mode is Mode.LOOK_SOURCE and agent.attempt <= driver.attempt:
             seen = SourceState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
@@ -158,7 +162,7 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
             yield f"driver {index}: looks at the source", _with(talk, index, looked), agent, Cost.FREE
     if source_agent.may_be_silent(agent):
         yield from _silence(world, talk, agent)
-    if agent.state is not None:
+    if agent.state is not None and world.may(Cost.CRASH_SOURCE):
         yield "source: dies", _without_takeover(world, talk), crashed(agent), Cost.CRASH_SOURCE
 
 
@@ -196,6 +200,8 @@ def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
             yield "hosts: the destination's host is back", talk, destination_agent.back(world, agent), Cost.FREE
     if not agent.up:
         return
+    if world.may(Cost.BY_HAND):
+        yield from _by_hand(world, talk, agent, Side.DESTINATION)
     for index, driver in enumerate(talk.drivers):
         if driver.mode is Mode.LOOK_DESTINATION and agent.attempt <= driver.attempt:
             seen = DestinationState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
@@ -260,6 +266,14 @@ def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: Sid
     again = message._replace(driver=NOBODY)
     if again not in talk.flying:
         yield f"{side}: gets {what}, to arrive again", Talk(talk.drivers, left | back | {again}), after, Cost.REPEAT
+
+
+def _by_hand(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Step]:
+    """Anybody may make any call at any moment that claims nothing."""
+    for made in sorted(set(Call) - _CLAIMS):
+        if _side(made) is side and (made is not Call.FINISH or world.finish_by_hand):
+            after, _ = _called(world, agent, Message(NOBODY, agent.attempt or 1, made), side)
+            yield f"somebody: calls {made} by hand", talk, after, Cost.BY_HAND
 
 
 def _called(world: World, agent: Agent, message: Message, side: Side) -> tuple[Agent, Answer]:

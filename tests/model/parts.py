@@ -193,6 +193,8 @@ class Cost(IntEnum):
     """A host dies: agent, hypervisor and guest."""
     WORD = 10
     """An operator says so, at one driver."""
+    BY_HAND = 11
+    """Somebody else makes a call."""
 
 
 Budget = tuple[int, ...]
@@ -205,6 +207,9 @@ def budget(**faults: int) -> Budget:
     unknown = faults.keys() - names.keys()
     assert not unknown, f"no such fault: {unknown}"
     return tuple(faults.get(name, 0) for name in names)
+
+
+NO_FAULTS = budget()
 
 
 class Violation(Exception):  # noqa: N818 - a finding, not an error of the program

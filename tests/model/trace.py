@@ -4,7 +4,18 @@ from agent.handshake.destination import DestinationState
 from tests.model.explore import Result
 from tests.model.parts import Agent, Budget, Driver, Hosts, Mode, Talk, Unanswered
 
-_HEAD = ("", "what happens", "source", "guest", "stream", "destination", "copy", "Finish", "drivers: source/destination", "in flight")
+_HEAD = (
+    "",
+    "what happens",
+    "source",
+    "guest",
+    "stream",
+    "destination",
+    "copy",
+    "Finish",
+    "drivers: source/destination",
+    "in flight",
+)
 
 
 def table(result: Result) -> str:
@@ -15,7 +26,9 @@ def table(result: Result) -> str:
     blanked = [rows[0], *(_changes(before, row) for before, row in zip([_HEAD, *rows[1:]], rows[1:], strict=False))]
     widths = [max(len(row[column]) for row in blanked) for column in range(len(_HEAD))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in blanked]
-    return "\n".join([f"{result.rule}  (world {result.world})", "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return "\n".join(
+        [f"{result.rule}  (world {result.world})", "", lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    )
 
 
 def _row(number: int, label: str, parts: tuple[Agent, Agent, Hosts, Talk, Budget]) -> tuple[str, ...]:
@@ -46,7 +59,8 @@ def _driver(driver: Driver) -> str:
     looking = "?" if driver.mode in (Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION) else ""
     attempt = f"{driver.attempt}:" if driver.attempt > 1 else ""
     destination: DestinationState | None = driver.dst
-    return f"{attempt}{driver.src or '-'}/{destination or '-'}{looking}{'!cancel' if driver.cancel else ''}"
+    word = f"!{driver.dead} dead" if driver.dead else ""
+    return f"{attempt}{driver.src or '-'}/{destination or '-'}{looking}{'!cancel' if driver.cancel else ''}{word}"
 
 
 def _changes(before: tuple[str, ...], row: tuple[str, ...]) -> tuple[str, ...]:

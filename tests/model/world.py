@@ -1,7 +1,7 @@
 """What may happen in a world: the code that runs in it, the bounds of its faults, and how its hypervisors behave."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from agent.handshake.decide import Call, decide
 from agent.handshake.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
@@ -10,37 +10,29 @@ from agent.handshake.machine import Machine
 from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
 from agent.handshake.source_side import source_fact
 from agent.hypervisor.base import Domain
-from tests.model.parts import Budget, budget
+from tests.model.parts import NO_FAULTS, Budget, Cost
 
 SourceMachine = Machine[SourceState, SourceEvent, SourceEffect]
 DestinationMachine = Machine[DestinationState, DestinationEvent, DestinationEffect]
-
-
-class Decide:
-    """A driver's mind; a class only so that a field of `World` may hold a function."""
-
-    def __init__(self, function: Callable[..., frozenset[Call]]) -> None:
-        self.function = function
-
-    def __call__(self, src: SourceState | None, dst: DestinationState | None, *, cancel: bool, stalled: bool) -> frozenset[Call]:
-        return self.function(src, dst, cancel=cancel, stalled=stalled)
+Mind = Callable[..., frozenset[Call]]
+"""`decide`, or a mutation of it."""
 
 
 @dataclass(frozen=True)
 class World:
-    """One configuration. The defaults are the product as it is; mutations and corrections replace fields."""
+    """One configuration. The defaults are the product as it is; mutations and findings replace fields."""
 
     name: str
     about: str = ""
 
     source: SourceMachine = SOURCE
     destination: DestinationMachine = DESTINATION
-    decide: Decide = field(default_factory=lambda: Decide(decide))
-    decide_takeover: Decide = field(default_factory=lambda: Decide(decide))
+    decide: Mind = decide
+    decide_takeover: Mind = decide
     source_fact: Callable[[Domain | None], SourceEvent | None] = source_fact
     destination_fact: Callable[[Domain | None], DestinationEvent | None] = destination_fact
 
-    budget: Budget = budget()
+    budget: Budget = NO_FAULTS
     coordinators: int = 1
     """Drivers that start at the beginning, each with the whole plan and each ignorant of the other."""
     takeover: bool = True
@@ -66,6 +58,8 @@ class World:
     """A driver that sees PERFORMED and ARMED for long gives the copy up; it may be too quick. That relies on the promise."""
     back_too_early: bool = False
     """A destination that was declared dead, rightly, may be back before the word has had its effect."""
+    finish_by_hand: bool = False
+    """Finish, too, may be called by hand, before Perform was."""
     word_after_commit: bool = False
     """A destination may also be declared dead at a driver that knows that the guest has come to run there."""
     torn_end: bool = False
@@ -84,6 +78,10 @@ class World:
 
     checks: frozenset[str] | None = None
     """Names of the invariants that are checked; None for all."""
+
+    def may(self, cost: Cost) -> bool:
+        """Whether such a fault happens at all."""
+        return cost < 0 or self.budget[cost] > 0
 
     def checked(self, rule: str) -> bool:
         return self.checks is None or rule in self.checks

@@ -52,7 +52,7 @@ async def test_threads_never_wait_for_each_other() -> None:
 
 
 async def test_a_stuck_call_leaves_its_connection_behind(opened: list[FakeConnection]) -> None:
-    session = connection.Session("", call_timeout=0.05)
+    session = connection.Session(connection.Pool("", call_timeout=0.05))
     gate = threading.Event()
     with pytest.raises(HypervisorUnavailable):
         await session.call(lambda _: gate.wait())
@@ -65,7 +65,7 @@ async def test_a_stuck_call_leaves_its_connection_behind(opened: list[FakeConnec
 
 
 async def test_closing_waits_for_the_last_call(opened: list[FakeConnection]) -> None:
-    session = connection.Session("", call_timeout=5)
+    session = connection.Session(connection.Pool("", call_timeout=5))
     gate, running = threading.Event(), threading.Event()
 
     def perform(_: Any) -> int:
@@ -83,7 +83,7 @@ async def test_closing_waits_for_the_last_call(opened: list[FakeConnection]) -> 
 
 
 async def test_a_cancelled_await_leaves_the_call_running(opened: list[FakeConnection]) -> None:
-    session = connection.Session("", call_timeout=5)
+    session = connection.Session(connection.Pool("", call_timeout=5))
     gate, done = threading.Event(), threading.Event()
 
     def perform(_: Any) -> None:

@@ -76,7 +76,10 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def process() -> Iterator[int]:
     """A process that could be the guest's QEMU, by its command line."""
-    with subprocess.Popen([sys.executable, "-c", "input()", "-uuid", UUID], stdin=subprocess.PIPE) as process:
+    words = [sys.executable, "-c", "print(flush=True); input()", "-uuid", UUID]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it runs, so /proc has its command line
         yield process.pid
         process.kill()
 

@@ -115,9 +115,9 @@ def connect(uri: str) -> Link:
 class Session:
     """The connection of one side of one migration: opened when first used, and again after it was lost."""
 
-    def __init__(self, uri: str, call_timeout: float) -> None:
-        self._uri = uri
-        self._call_timeout = call_timeout
+    def __init__(self, pool: "Pool") -> None:
+        self._pool = pool
+        self._call_timeout = pool.call_timeout
         self._link: Link | None = None
         self._turn = asyncio.Lock()
 
@@ -131,7 +131,7 @@ class Session:
         async with self._turn:
             if self.link is None:
                 self._leave_behind()
-                self._link = await _open(self._uri, self._call_timeout)
+                self._link = await self._pool.give_away()
             assert self._link is not None
             return self._link
 
@@ -171,7 +171,7 @@ class Pool:
 
     def __init__(self, uri: str, call_timeout: float) -> None:
         self._uri = uri
-        self._call_timeout = call_timeout
+        self.call_timeout = call_timeout
         self._idle: list[Link] = []
         self._keep = IDLE_CONNECTIONS
         self._slots = asyncio.Semaphore(CONNECTIONS)
@@ -179,21 +179,25 @@ class Pool:
     async def call(self, function: Callable[[Any], T]) -> T:
         """Like `Session.call`, on any connection that lives."""
         try:
-            async with asyncio.timeout(self._call_timeout):
+            async with asyncio.timeout(self.call_timeout):
                 await self._slots.acquire()
         except TimeoutError:
-            raise _no_answer(self._call_timeout) from None
+            raise _no_answer(self.call_timeout) from None
         try:
-            link = self._take() or await _open(self._uri, self._call_timeout)
+            link = await self.give_away()
         except BaseException:
             self._slots.release()
             raise
         running = _in_thread(lambda: link.run(function))
         running.add_done_callback(lambda _: self._give_back(link))  # whoever waits: the call may outlive its waiter
         try:
-            return await _result(running, self._call_timeout)
+            return await _result(running, self.call_timeout)
         except TimeoutError:
-            raise _no_answer(self._call_timeout) from None
+            raise _no_answer(self.call_timeout) from None
+
+    async def give_away(self) -> Link:
+        """A connection that lives and belongs to the caller from now on: an idle one, or a new one."""
+        return self._take() or await _open(self._uri, self.call_timeout)
 
     async def close(self) -> None:
         """Close what is idle now, and what is in use when its call returns."""

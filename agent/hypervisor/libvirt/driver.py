@@ -35,10 +35,9 @@ class LibvirtHypervisor:
         """
         self._uri = uri
         self._ports = ports
-        self._call_timeout = call_timeout
         self._pool = Pool(uri, call_timeout)
         self._fanout = Fanout()
-        self._watch = Watch(Session(uri, call_timeout), self._fanout)
+        self._watch = Watch(Session(self._pool), self._fanout)
         self._known: _Known | None = None
         self._reading = asyncio.Lock()
 
@@ -91,11 +90,10 @@ class LibvirtHypervisor:
         await self._pool.call(lambda connection: _disown(domains.find(connection, uuid)))
 
     def outgoing(self, uuid: str) -> LibvirtOutgoing:
-        session, guard = Session(self._uri, self._call_timeout), Guard(self._uri, uuid)
-        return LibvirtOutgoing(uuid, session, self._pool, guard, self._fanout.stream)
+        return LibvirtOutgoing(uuid, Session(self._pool), self._pool, Guard(self._uri, uuid), self._fanout.stream)
 
     def incoming(self, uuid: str) -> LibvirtIncoming:
-        return LibvirtIncoming(uuid, Session(self._uri, self._call_timeout), self._pool, self._ports)
+        return LibvirtIncoming(uuid, Session(self._pool), self._pool, self._ports)
 
     def events(self) -> AsyncIterator[DomainEvent]:
         return self._fanout.stream()

@@ -62,6 +62,7 @@ class LibvirtOutgoing:
         self._pool = pool
         self._guard = guard
         self._events = events
+        self._name = ""
         self._has_stopped = False  # the guest was, since Perform began
         self._stopped_at = 0.0  # when `abort` first found the guest stopped for the switch-over
         self._must_hold = False  # it was aborted all the same
@@ -77,6 +78,7 @@ class LibvirtOutgoing:
 
         def begin(connection: Any) -> tuple[str, bytes]:
             domain = domains.find(connection, self._uuid)
+            self._name = domain.name()
             paused = domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
             xml, cookie = phases.begin(domain, params, words.flags(words.settled(options, paused)))
             return (words.mark_paused(xml) if paused else xml), cookie
@@ -108,7 +110,7 @@ class LibvirtOutgoing:
 
         self._remember(domain_xml, options, destination_name)
         link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
-        await self._guard.watch(await self._call(lambda domain: str(domain.name())))
+        await self._guard.watch(self._name or await self._call(lambda domain: str(domain.name())))
         stopping = asyncio.create_task(self._see_it_stop(self._events()), name="libvirt-switch-over")
         self._performing = asyncio.ensure_future(self._session.call(perform, on=link, bounded=False))
         try:
