@@ -12,7 +12,7 @@ from benchkit.chaos_faults import FAULTS
 from benchkit.chaos_plan import POINTS, plan
 from benchkit.chaos_report import tell, tell_round
 
-pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 SEED = 1
 ROUNDS = 25

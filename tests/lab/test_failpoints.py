@@ -11,7 +11,7 @@ from benchkit.failpoints import DEADLINE, run
 from benchkit.failpoints_cases import MANAGED, P2P, TAKE_OVER, cases
 from benchkit.failpoints_report import tell_row
 
-pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 SAMPLE = (
     # Before the memory flows: rolled back, and the slot is free again.

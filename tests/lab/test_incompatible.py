@@ -9,8 +9,6 @@ from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.scenarios.conversation import Talk, assert_idle, new_id
 
-pytestmark = pytest.mark.xdist_group("lab")
-
 
 @pytest.mark.parametrize(
     ("change", "word"),

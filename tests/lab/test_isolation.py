@@ -1,12 +1,8 @@
 """Requirements N1, S3: no hypervisor port is open to the network, and memory travels on the migration network only."""
 
-import pytest
-
 from clusterkit import Cluster
 from clusterkit.platforms import PORT, LabCluster
 from tests.scenarios.conversation import MIB, Talk, state
-
-pytestmark = pytest.mark.xdist_group("lab")
 
 
 async def test_memory_travels_on_the_migration_network_only(cluster: Cluster) -> None:

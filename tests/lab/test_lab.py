@@ -16,7 +16,7 @@ from labkit import Guest, Lab, LabError, missing_requirement, take_down, wait_un
 from labkit.guestlog import judge_file
 from labkit.processes import NETNS_DIR, in_namespace, namespace_inode, namespace_pids
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(40)]
+pytestmark = pytest.mark.timeout(40)
 
 LAB_ID = f"t{os.getpid()}"
 

@@ -36,8 +36,6 @@ if os.environ.get("CI") != "true":
 
 from agent.hypervisor.libvirt import LibvirtHypervisor
 
-pytestmark = pytest.mark.lab
-
 SLOW = 8 << 20
 """Bytes per second at which the 64 MiB guest takes some 8 s: long enough to act while memory flows."""
 

@@ -34,8 +34,6 @@ if os.environ.get("CI") != "true":
 
 from agent.hypervisor.libvirt import LibvirtHypervisor, switchover
 
-pytestmark = [pytest.mark.lab, pytest.mark.xdist_group("lab")]
-
 OPTIONS = Options()
 SLOW = 8 << 20
 DECIDED_SECONDS = 10.0

@@ -12,7 +12,7 @@ from clusterkit.platforms import LabCluster
 from drover.agent.v1 import migration_pb2 as pb
 from tests.scenarios.conversation import MIB, Talk, state
 
-pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 GUESTS = [GuestSpec("out-of-reach"), GuestSpec("declared-dead"), GuestSpec("fenced")]
 

@@ -8,7 +8,7 @@ from clusterkit import Cluster
 from tests.scenarios.documents import sockets
 from tests.transcript import ROOT, run
 
-pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 
 def test_readme_transcript(cluster: Cluster, tmp_path: Path) -> None:

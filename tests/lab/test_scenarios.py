@@ -1,10 +1,6 @@
 """The scenarios on real libvirt and real QEMU."""
 
-import pytest
-
 from tests.scenarios.documents import *  # noqa: F403 - the tests themselves
 from tests.scenarios.migrating import *  # noqa: F403 - the tests themselves
 from tests.scenarios.phases import *  # noqa: F403
 from tests.scenarios.refusing import *  # noqa: F403
-
-pytestmark = pytest.mark.xdist_group("lab")

@@ -8,7 +8,7 @@ from clusterkit import Cluster, Daemon
 from clusterkit.platforms import LabCluster
 from tests.scenarios.conversation import Talk, assert_idle, state
 
-pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 
 ROUNDS = 12
 

@@ -12,7 +12,7 @@ from drover.agent.v1 import migration_pb2 as pb
 from labkit import wait_until
 from tests.scenarios.conversation import MIB, Talk, assert_idle, record_state, state
 
-pytestmark = [pytest.mark.xdist_group("lab"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 FLEET = [GuestSpec(f"fleet-{number}", memory_mib=16, dirty=50) for number in range(10)]
 GUESTS = [GuestSpec("pre-copy"), GuestSpec("post-copy", dirty=2000), GuestSpec("full-disk"), *FLEET]

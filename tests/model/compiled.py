@@ -123,9 +123,9 @@ class Model:
 
     def start(self) -> int:
         source, destination, both, talk, budget = self._fields
-        hosts = Hosts(Guest.HELD) if self.world.user_paused else Hosts()
+        guest = Guest.HELD if self.world.user_paused else Guest.RUNNING
         agents = source.of(Agent()) + destination.of(Agent())
-        return agents + both.of(hosts) + talk.of(network.start(self.world)) + budget.of(self.world.budget)
+        return agents + both.of(Hosts(guest)) + talk.of(network.start(self.world)) + budget.of(self.world.budget)
 
     def parts(self, state: int) -> Parts:
         """What a state is made of. A key of a table has only the parts that its mask covers; the others are arbitrary."""

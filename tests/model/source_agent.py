@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
-from tests.model.agents import NO_WORK, finish_work, restarted, take, write_late
+from tests.model.agents import NO_WORK, finish_work, restarted, take
 from tests.model.hosts import AT_HOME, aborted, guest_dies, source_domain
 from tests.model.parts import Agent, Copy, Cost, Guest, Hosts, Stage, Stream, Work
 from tests.model.world import World
@@ -28,8 +28,6 @@ def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
 def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     if work.stage is Stage.NEWS:
         yield f"source: records {work.what}", take(world, world.source, finish_work(agent, work), _E(work.what)), hosts, Cost.FREE
-    elif work.stage is Stage.WRITE:
-        yield f"source: records {work.what}, late", write_late(world, world.source, agent, work, _E(work.what)), hosts, Cost.FREE
     elif work.stage is Stage.CALLED:
         yield from _performing(agent, hosts, work)
     else:

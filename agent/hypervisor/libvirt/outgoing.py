@@ -110,9 +110,13 @@ class LibvirtOutgoing:
 
         self._remember(domain_xml, options, destination_name)
         link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
-        await self._guard.watch(self._name or await self._call(lambda domain: str(domain.name())))
+
+        async def guarded() -> tuple[bytes, Progress]:
+            await self._guard.watch(self._name or await self._call(lambda domain: str(domain.name())))
+            return await self._session.call(perform, on=link, bounded=False)
+
         stopping = asyncio.create_task(self._see_it_stop(self._events()), name="libvirt-switch-over")
-        self._performing = asyncio.ensure_future(self._session.call(perform, on=link, bounded=False))
+        self._performing = asyncio.ensure_future(guarded())
         try:
             out, final = await asyncio.shield(self._performing)
         except HypervisorUnavailable:
