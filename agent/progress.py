@@ -60,6 +60,8 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
 
 def phase(src: Src | None, dst: Dst | None) -> str:
     """The phase under way."""
+    if src in (Src.PERFORMED, Src.LOST) and dst in (Dst.RUNNING, Dst.GONE):
+        return "confirm"
     if src in _PHASE_OF_SOURCE:
         return _PHASE_OF_SOURCE[src]
     if dst in (Dst.RUNNING, Dst.GONE, Dst.ABANDONING) or src is Src.KEPT:

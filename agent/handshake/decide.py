@@ -33,6 +33,17 @@ def ended(src: Src | None, dst: Dst | None) -> bool:
     return (src, dst) in _END_STATES
 
 
+def assume(src: Src | None, dst: Dst | None, *, source_dead: bool, destination_dead: bool) -> tuple[Src | None, Dst | None]:
+    """What to act on where a host does not answer and was declared dead. That changes nothing about a commit that is known: a
+    source that removes its copy proves one.
+    """
+    if destination_dead and dst is not Dst.RUNNING:
+        dst = Dst.RUNNING if src in (Src.REMOVING, Src.REMOVED) else Dst.GONE
+    if source_dead:
+        src = Src.REMOVED if dst is Dst.RUNNING else Src.KEPT
+    return src, dst
+
+
 def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = False) -> frozenset[Call]:
     """The calls to have under way now. Empty when it has `ended`.
 
@@ -71,7 +82,7 @@ def _go(src: Src | None, dst: Dst | None) -> frozenset[Call]:
         return frozenset({Call.RESERVE if src in (None, Src.BEGINNING, Src.BEGUN) else Call.ABANDON})
     if src in (None, Src.BEGINNING):
         return frozenset({Call.BEGIN})
-    if src is Src.BEGUN:
-        return frozenset({Call.PERFORM if dst is Dst.PREPARED else Call.PREPARE})
+    if src is Src.BEGUN:  # a destination that is armed already was so by hand
+        return frozenset({Call.PERFORM if dst in (Dst.PREPARED, Dst.ARMED) else Call.PREPARE})
     # Armed early: while the memory still flows.
     return frozenset({Call.FINISH} | ({Call.PERFORM} if src is Src.PERFORMING else set()))

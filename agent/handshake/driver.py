@@ -16,7 +16,7 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
-from agent.handshake.decide import Call, decide, ended
+from agent.handshake.decide import Call, assume, decide, ended
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.records import Failure, duration, state_from_proto
@@ -131,12 +131,10 @@ class Driver:
     @property
     def states(self) -> tuple[Src | None, Dst | None]:
         """What to act on: the records, but for sides that were declared dead."""
-        src, dst = self.source_state, self.destination_state
-        if "destination" in self.words.keys() & self.silent_since.keys():
-            dst = Dst.GONE
-        if "source" in self.words.keys() & self.silent_since.keys():
-            src = Src.REMOVED if dst is Dst.RUNNING else Src.KEPT
-        return src, dst
+        dead = self.words.keys() & self.silent_since.keys()
+        return assume(
+            self.source_state, self.destination_state, source_dead="source" in dead, destination_dead="destination" in dead
+        )
 
     @property
     def ended(self) -> bool:

@@ -7,7 +7,7 @@ world belongs among those of `worlds`, and the bound of `tests.model.world.World
 from dataclasses import dataclass
 
 from tests.model.agents import ONLY_COPY
-from tests.model.invariants import GOES_BACK, LOST, STUCK, TWO_RUN
+from tests.model.invariants import GOES_BACK, LOST, TWO_RUN
 from tests.model.network import DECIDE
 from tests.model.parts import budget
 from tests.model.world import World
@@ -22,17 +22,6 @@ class Finding:
 
 
 CORRECTABLE: tuple[Finding, ...] = (
-    Finding(
-        World(
-            "word_after_commit",
-            "the destination is declared dead at a driver that knows that it is RUNNING: it tells the source GONE for ever",
-            budget=budget(host=1, word=1),
-            takeover=False,
-            in_flight=2,
-            word_after_commit=True,
-        ),
-        STUCK,
-    ),
     Finding(
         World(
             "looked_before_disowned",
@@ -54,19 +43,8 @@ CORRECTABLE: tuple[Finding, ...] = (
         ),
         TWO_RUN,
     ),
-    Finding(
-        World(
-            "finish_by_hand",
-            "Finish is called by hand before Perform: the driver then sees ARMED, and calls Prepare for ever",
-            budget=budget(by_hand=1),
-            takeover=False,
-            in_flight=1,
-            finish_by_hand=True,
-        ),
-        STUCK,
-    ),
 )
-"""Flaws of the product. Rare: each needs an operator's word, or a call by hand."""
+"""Flaws of the product. Rare: each needs an operator's word."""
 
 LIMITS: tuple[Finding, ...] = (
     Finding(

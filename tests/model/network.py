@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from agent.handshake.decide import Call, ended
+from agent.handshake.decide import Call, assume, ended
 from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.source import SourceEvent, SourceState
 from tests.model import destination_agent, source_agent
@@ -109,11 +109,7 @@ def _wants(world: World, driver: Driver) -> frozenset[Call]:
 
 def states(driver: Driver) -> tuple[SourceState | None, DestinationState | None]:
     """What it acts on: what it saw, but for a side that was declared dead."""
-    if driver.dead is Side.DESTINATION:
-        return driver.src, DestinationState.GONE
-    if driver.dead is Side.SOURCE:
-        return SourceState.REMOVED if driver.dst is DestinationState.RUNNING else SourceState.KEPT, driver.dst
-    return driver.src, driver.dst
+    return assume(driver.src, driver.dst, source_dead=driver.dead is Side.SOURCE, destination_dead=driver.dead is Side.DESTINATION)
 
 
 def _learn(driver: Driver, message: Message) -> Driver:
@@ -229,8 +225,7 @@ def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterat
     for index, driver in enumerate(talk.drivers):
         mode = _AFTER_WORD.get((side, driver.mode)) if driver.plan and driver.dead is None else None
         answers = any(message.driver == index and _side(message.call) is side for message in talk.flying)
-        over = side is Side.DESTINATION and driver.dst is DestinationState.RUNNING and not world.word_after_commit
-        if mode is not None and not answers and not over:
+        if mode is not None and not answers:
             told = _settle(driver._replace(dead=side, mode=mode))
             yield f"operator: tells driver {index} that the {side} is dead", _with(talk, index, told), agent, Cost.WORD
 
@@ -271,7 +266,7 @@ def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: Sid
 def _by_hand(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Step]:
     """Anybody may make any call at any moment that claims nothing."""
     for made in sorted(set(Call) - _CLAIMS):
-        if _side(made) is side and (made is not Call.FINISH or world.finish_by_hand):
+        if _side(made) is side:
             after, _ = _called(world, agent, Message(NOBODY, agent.attempt or 1, made), side)
             yield f"somebody: calls {made} by hand", talk, after, Cost.BY_HAND
 

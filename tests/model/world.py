@@ -58,10 +58,6 @@ class World:
     """A driver that sees PERFORMED and ARMED for long gives the copy up; it may be too quick. That relies on the promise."""
     back_too_early: bool = False
     """A destination that was declared dead, rightly, may be back before the word has had its effect."""
-    finish_by_hand: bool = False
-    """Finish, too, may be called by hand, before Perform was."""
-    word_after_commit: bool = False
-    """A destination may also be declared dead at a driver that knows that the guest has come to run there."""
     torn_end: bool = False
     """At the last instant the destination gets everything, while the source believes that it failed and runs on."""
 

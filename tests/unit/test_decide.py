@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from agent.handshake.decide import Call, decide, ended
+from agent.handshake.decide import Call, assume, decide, ended
 from agent.handshake.destination import DESTINATION, DestinationEvent
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.source import SOURCE, SourceEvent
@@ -90,7 +90,7 @@ def test_the_slot_comes_before_the_guest_is_touched() -> None:
 def test_memory_flows_only_to_a_copy_that_waits_for_it() -> None:
     for src, dst, _, _, calls in everything():
         if Call.PERFORM in calls:
-            assert src is Src.PERFORMING or (src, dst) == (Src.BEGUN, Dst.PREPARED)
+            assert src is Src.PERFORMING or (src is Src.BEGUN and dst in (Dst.PREPARED, Dst.ARMED))
 
 
 def test_finish_is_armed_while_the_memory_flows() -> None:
@@ -138,3 +138,20 @@ def test_a_call_that_is_made_has_a_place_in_the_state_that_it_was_made_for() -> 
                 assert SourceEvent(call) in SOURCE.allowed(src), (src, dst, call)
             else:
                 assert DestinationEvent(call) in DESTINATION.allowed(dst), (src, dst, call)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "dead", "acted_on"),
+    [
+        (Src.PERFORMED, Dst.ARMED, "destination", (Src.PERFORMED, Dst.GONE)),
+        (Src.PERFORMED, Dst.RUNNING, "destination", (Src.PERFORMED, Dst.RUNNING)),
+        (Src.REMOVING, Dst.ARMED, "destination", (Src.REMOVING, Dst.RUNNING)),
+        (Src.REMOVED, None, "destination", (Src.REMOVED, Dst.RUNNING)),
+        (Src.PERFORMING, Dst.ARMED, "source", (Src.KEPT, Dst.ARMED)),
+        (None, Dst.RUNNING, "source", (Src.REMOVED, Dst.RUNNING)),
+    ],
+)
+def test_a_word_stands_for_a_host_but_never_against_a_known_commit(
+    src: Src | None, dst: Dst | None, dead: str, acted_on: tuple[Src, Dst]
+) -> None:
+    assert assume(src, dst, source_dead=dead == "source", destination_dead=dead == "destination") == acted_on
