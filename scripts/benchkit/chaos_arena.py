@@ -1,6 +1,7 @@
 """Where faults are tried out: a cluster that is used again after a good round, and replaced after a bad one."""
 
 import contextlib
+import itertools
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,11 @@ class Arena:
         self._stack = contextlib.ExitStack()
         self._made: LabCluster | None = None
         self._marks: dict[str, int] = {}
+        self._numbers = itertools.count(1)
+
+    def new_name(self, prefix: str) -> str:
+        """For a guest: a name that no other has had, since a guest's log is kept by its name."""
+        return f"{prefix}{next(self._numbers)}"
 
     def __enter__(self) -> "Arena":
         return self

@@ -36,8 +36,8 @@ POINTS: Final[Mapping[str, Sequence[str]]] = {
         "destination.prepare_done.journal.after",
         "destination.finish.journal.before",
         "destination.finish.journal.after",
-        "destination.finish_done.news",
-        "destination.finish_done.journal.after",
+        "destination.saw_running.news",
+        "destination.saw_running.journal.after",
     ),
     "driver": (
         "driver.begin.before",

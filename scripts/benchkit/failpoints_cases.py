@@ -51,6 +51,8 @@ class Scenario:
     first: First | None = None
     by_hand: str = ""
     """What an operator (or fate) does once `first` has happened, or during Perform: see `failpoints.BY_HAND`."""
+    paused: bool = False
+    """The guest is to arrive paused, so that no start of it tells the commit before Finish does."""
     uri: str = ""
     """For the destination; "taken" means a port on which somebody else listens."""
 
@@ -64,7 +66,10 @@ GIVEN_UP_WHEN_SENT: Final = Scenario(
     by_hand="abandon at the destination",
 )
 DESTINATION_RESTARTS: Final = Scenario("destination agent dead when prepared", first=First("destination.prepare_done.journal.after"))
-UNFINISHED: Final = Scenario("destination agent dead when the guest ran", first=First("destination.finish_done.journal.before"))
+UNFINISHED: Final = Scenario("destination agent dead when the guest ran", first=First("destination.saw_running.journal.before"))
+ARRIVES_PAUSED: Final = Scenario("the guest arrives paused", paused=True)
+KEPT_BY_SILENCE: Final = Scenario("driver dead before Perform", first=First("driver.perform.before", down=3.4))
+"""Longer than a source waits for its driver, shorter than a destination keeps its slot."""
 STREAM_BREAKS: Final = Scenario("destination libvirtd dies during Perform", by_hand="kill destination libvirtd")
 TAKEN_OVER: Final = Scenario("coordinator dead before Finish", SLOWER, first=First("driver.finish.before", down=8))
 
@@ -78,7 +83,7 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
     ("destination.restarted.*", DESTINATION_RESTARTS),
     ("destination.lease_expired.*", Scenario("driver dead before Begin", first=First("driver.begin.before", down=8))),
     ("destination.look.*", UNFINISHED),
-    ("destination.saw_running.*", UNFINISHED),
+    ("destination.finish_done.*", ARRIVES_PAUSED),
     (
         "destination.saw_absent.*",
         Scenario("cancelled, destination agent dead", cancel=True, first=First("destination.finish_failed.journal.before")),
@@ -91,6 +96,7 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
     ),
     ("destination.prepare_failed.*", Scenario("the port is taken", uri="taken")),
     ("destination.abandon.effect.*", CANCEL),
+    ("*.abandon_source_kept.*", KEPT_BY_SILENCE),
     (
         "destination.abandon.*",
         Scenario("given up by hand", first=First("driver.perform.before", "stop"), by_hand="abandon at the destination"),
@@ -105,7 +111,7 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
             "destination.finish_failed.*",
             "destination.abandon_*",
             "driver.abort.*",
-            "driver.abandon*",
+            "driver.abandon.*",
         )
     ),
     ("*", PLAIN),

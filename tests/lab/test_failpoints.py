@@ -21,8 +21,9 @@ SAMPLE = (
     (MANAGED, "source.perform.reply", ""),
     (P2P, "driver.finish.after", "done"),
     (MANAGED, "destination.finish.reply", "done"),
+    (MANAGED, "destination.saw_running.journal.before", "done"),
+    (P2P, "destination.saw_running.journal.after", "done"),
     (MANAGED, "destination.finish_done.journal.before", "done"),
-    (P2P, "destination.finish_done.journal.after", "done"),
     # The guest runs there, and its old copy is still here.
     (MANAGED, "source.remove.effect.before", "done"),
     (P2P, "source.remove_done.journal.before", "done"),
