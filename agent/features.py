@@ -11,10 +11,11 @@ from agent.hypervisor.base import (
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
+    Requirements,
     Support,
     TransferFailed,
 )
-from drover.agent.v1 import options_pb2
+from drover.agent.v1 import host_pb2, options_pb2
 
 PROTOCOL_VERSION = 1
 """The handshake that this code speaks; also the oldest that it speaks."""
@@ -93,3 +94,16 @@ def check_protocol(oldest: int, newest: int, end: str) -> None:
             f"{end} speaks handshake versions {oldest} to {newest}, and {PROTOCOL_VERSION} is needed: upgrade its agent",
             metadata={"end": end},
         )
+
+
+def requirements_from_proto(message: host_pb2.GuestRequirements) -> Requirements:
+    return Requirements(
+        name=message.name,
+        uuid=message.uuid,
+        memory_bytes=message.memory_bytes,
+        vcpus=message.vcpus,
+        arch=message.arch,
+        machine=message.machine,
+        virt_type=message.virt_type,
+        cpu=message.cpu,
+    )

@@ -11,10 +11,11 @@ import structlog
 
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
-from agent.features import check_options, check_protocol, from_hypervisor
+from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto
 from agent.handshake.attempt import Attempt, retry, waits_for
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.facts import destination_fact
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import MAX_WAIT, LocalHost, Stopwatch, phase_changes, timed, wait_of
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
@@ -28,35 +29,20 @@ from agent.hypervisor.base import (
     HypervisorError,
     HypervisorUnavailable,
     Incoming,
-    Requirements,
     TransferFailed,
 )
 from agent.networks import listen_on
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2
 
 log = structlog.get_logger()
 
 _S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
 
 _AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONING}
-_HAS_RUN: Final = frozenset({"shutdown", "saved", "migrated"})
-"""Reasons for being shut off that only a guest can have that ran here: its user ended it before we looked."""
-
 _FINISH_ENDS_WITHIN: Final = 5.0
 """Seconds after its copy was given up within which a waiting Finish ends."""
 
 _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
-
-
-def destination_fact(domain: Domain | None) -> DestinationEvent | None:
-    """What the hypervisor's word on the copy means for its destination; None while it waits for its stream."""
-    if domain is None:
-        return _E.SAW_ABSENT
-    if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
-        # A copy that never ran can be seen as failed, destroyed, crashed or (after libvirtd's restart) unknown, but not like these.
-        return _E.SAW_RUNNING if domain.reason in _HAS_RUN else _E.SAW_ABSENT
-    return None if domain.unstarted else _E.SAW_RUNNING
 
 
 class DestinationSide:
@@ -421,16 +407,3 @@ class DestinationSide:
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
         if session := self._sessions.pop(attempt, None):
             await session.close()
-
-
-def requirements_from_proto(message: host_pb2.GuestRequirements) -> Requirements:
-    return Requirements(
-        name=message.name,
-        uuid=message.uuid,
-        memory_bytes=message.memory_bytes,
-        vcpus=message.vcpus,
-        arch=message.arch,
-        machine=message.machine,
-        virt_type=message.virt_type,
-        cpu=message.cpu,
-    )

@@ -12,6 +12,7 @@ from agent.errors import DroverError, Reason
 from agent.features import check_bandwidth, check_options, from_hypervisor
 from agent.handshake.attempt import Attempt, retry, waits_for
 from agent.handshake.attempts import Attempts
+from agent.handshake.facts import check_movable, source_fact
 from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
@@ -21,7 +22,6 @@ from agent.hypervisor.base import (
     DomainState,
     HypervisorError,
     HypervisorUnavailable,
-    Job,
     Outgoing,
 )
 from agent.networks import split_uri
@@ -37,17 +37,6 @@ _S, _E, _F = SourceState, SourceEvent, SourceEffect
 _AFTER_BEGIN: Final = frozenset(_S) - {_S.BEGINNING}
 _AFTER_PERFORM: Final = frozenset(_S) - {_S.BEGINNING, _S.BEGUN, _S.PERFORMING}
 _ENDED: Final = frozenset({_S.REMOVED, _S.KEPT})
-
-
-def source_fact(domain: Domain | None) -> SourceEvent | None:
-    """What the hypervisor's word on the guest means for its source; None while a job holds it."""
-    if domain is None:
-        return _E.SAW_DEAD
-    if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
-        return _E.SAW_STOPPED if domain.reason == "migrated" else _E.SAW_DEAD  # a post-copy that ended leaves it so
-    if domain.job is not Job.NONE:
-        return None
-    return _E.SAW_UNTOUCHED if domain.state is DomainState.RUNNING else _E.SAW_STOPPED
 
 
 class SourceSide:
@@ -388,22 +377,3 @@ def _busy(domain: str, migration: str) -> DroverError:
         f"guest {domain} is being migrated already, by migration {migration}; watch or cancel it",
         metadata={"migration_id": migration},
     )
-
-
-def check_movable(domain: Domain, host: str) -> None:
-    """A guest that runs, or that its user paused, and that no other job holds.
-
-    Raises:
-        DroverError: DOMAIN_NOT_RUNNING, DOMAIN_BUSY.
-    """
-    if domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
-        raise DroverError(
-            Reason.DOMAIN_NOT_RUNNING,
-            f"guest {domain.name} on {host} is {domain.state}, and only a running guest can be migrated live; start it first",
-            metadata={"state": domain.state},
-        )
-    if domain.job is not Job.NONE or domain.incoming:
-        raise DroverError(
-            Reason.DOMAIN_BUSY,
-            f"guest {domain.name} on {host} is held by another migration job ({domain.job}) that is not Drover's; wait for its end",
-        )

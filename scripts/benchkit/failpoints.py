@@ -18,7 +18,18 @@ from agent.failpoints import VARIABLE
 from agent.handshake.records import Role
 from benchkit import chaos_talk as talk
 from benchkit.chaos_arena import Arena
-from benchkit.chaos_faults import ARMED_DAEMONS, DaemonTarget, LibvirtdTarget, Roles, Target, arm, disarm, states, stopped
+from benchkit.chaos_faults import (
+    ARMED_DAEMONS,
+    DaemonTarget,
+    LibvirtdTarget,
+    QemuTarget,
+    Roles,
+    Target,
+    arm,
+    disarm,
+    states,
+    stopped,
+)
 from benchkit.chaos_judge import Case, Judgement, judge
 from benchkit.failpoints_cases import P2P, FailpointCase, First
 from benchkit.output import say
@@ -102,6 +113,7 @@ class _Trial:
         self._subject = self._made.agents[source] if case.process == "source agent" else self._daemon(case.point)
         self._first_reached = True
         self._broken: list[Target] = []
+        self._killed_qemu: frozenset[str] = frozenset()
 
     def _daemon(self, point: str) -> Daemon:
         return ARMED_DAEMONS[point.partition(".")[0]](self._roles, self._case.mode != P2P)
@@ -122,6 +134,7 @@ class _Trial:
             self._roles.source,
             self._roles.destination,
             self._driver,
+            killed_qemu=self._killed_qemu,
             cancelled=self._case.scenario.cancel,
         )
         judgement = judge(self._made, case, restarted, DEADLINE)
@@ -232,8 +245,15 @@ class _Trial:
     def kill_source_libvirtd(self) -> None:
         self.kill_libvirtd(self._roles.source)
 
-    def kill_destination_libvirtd(self) -> None:
-        self.kill_libvirtd(self._roles.destination)
+    def restart_destination_libvirtd(self) -> None:
+        """Its next life destroys the copy that waits, and so breaks the stream."""
+        libvirtd = LibvirtdTarget(self._made.lab[self._roles.destination])
+        libvirtd.kill()
+        libvirtd.restore()
+
+    def kill_source_qemu(self) -> None:
+        QemuTarget(self._made.lab[self._roles.source], self._guest.name).kill()
+        self._killed_qemu = frozenset({self._roles.source})
 
     def _wait_for_subject(self, asked: "Future[None]") -> bool:
         """Whether it died. Gives up soon after the migration has ended, or was refused."""
@@ -278,7 +298,8 @@ class _Trial:
 BY_HAND: Final[Mapping[str, Callable[[_Trial], None]]] = {
     "abandon at the destination": _Trial.abandon,
     "kill source libvirtd": _Trial.kill_source_libvirtd,
-    "kill destination libvirtd": _Trial.kill_destination_libvirtd,
+    "kill the source's QEMU": _Trial.kill_source_qemu,
+    "restart the destination's libvirtd": _Trial.restart_destination_libvirtd,
 }
 
 

@@ -70,7 +70,7 @@ UNFINISHED: Final = Scenario("destination agent dead when the guest ran", first=
 ARRIVES_PAUSED: Final = Scenario("the guest arrives paused", paused=True)
 KEPT_BY_SILENCE: Final = Scenario("driver dead before Perform", first=First("driver.perform.before", down=3.4))
 """Longer than a source waits for its driver, shorter than a destination keeps its slot."""
-STREAM_BREAKS: Final = Scenario("destination libvirtd dies during Perform", by_hand="kill destination libvirtd")
+STREAM_BREAKS: Final = Scenario("destination libvirtd restarts during Perform", by_hand="restart the destination's libvirtd")
 TAKEN_OVER: Final = Scenario("coordinator dead before Finish", SLOWER, first=First("driver.finish.before", down=8))
 
 SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
@@ -90,6 +90,7 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
     ),
     ("destination.finish_unknown.*", STREAM_BREAKS),
     ("source.perform_failed.*", STREAM_BREAKS),
+    ("source.saw_dead.*", Scenario("the guest's QEMU dies during Perform", by_hand="kill the source's QEMU")),
     (
         "source.begin_failed.*",
         Scenario("source libvirtd dead at Begin", first=First("source.begin.effect.before", "stop"), by_hand="kill source libvirtd"),

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from agent.handshake.decide import Call, decide
 from agent.handshake.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
-from agent.handshake.destination_side import destination_fact
+from agent.handshake.facts import destination_fact, source_fact
 from agent.handshake.machine import Transition
 from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
-from agent.handshake.source_side import source_fact
 from agent.hypervisor.base import Job
 from tests.model.agents import FENCE
 from tests.model.invariants import (
