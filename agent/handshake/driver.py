@@ -16,10 +16,11 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
-from agent.handshake.decide import Call, assume, decide, ended
+from agent.handshake.decide import Call, decide
 from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.knowledge import Knowledge
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.records import Failure, duration, state_from_proto
+from agent.handshake.records import Failure, duration
 from agent.handshake.source import SourceState as Src
 from agent.networks import check_destination_uri
 from drover.agent.v1 import handshake_pb2 as pb
@@ -57,9 +58,6 @@ _STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
 
 _SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 
-_LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
-"""The guest may not run at the source any more, or not yet again."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,7 +79,7 @@ class Plan:
     destination_features: options_pb2.MigrationFeatures
 
 
-class Driver:
+class Driver(Knowledge):
     """One attempt. `on_change` is called after every change of what is known."""
 
     def __init__(
@@ -92,23 +90,13 @@ class Driver:
         plan: Plan | None,
         on_change: Callable[[], None],
     ) -> None:
-        self.ref = ref
-        self.source_record: pb.Record | None = None
-        self.destination_record: pb.Record | None = None
-        self.failure: Failure | None = None
-        self.cancelling = False
-        self.waiting_for = ""
-        self.silent_since: dict[str, float] = {}
-        """Sides that do not answer, and since when by `time.monotonic`."""
+        super().__init__(ref, on_change)
         self.uri = ""
-        self.words: dict[str, pb.OperatorWord] = {}
-        """Sides that were declared dead, and have not answered since."""
         self._stalled: asyncio.TimerHandle | None = None
         self._is_stalled = False
         self._source = source
         self._destination = destination
         self._plan = plan
-        self._on_change = on_change
         self._token = secrets.token_hex(8)
         self._calls = 0
         self._begun = pb.BeginResponse()
@@ -116,73 +104,6 @@ class Driver:
         self._finish_cookie = b""
         self._perform_cookie = b""
         self._epoch = 0
-        self._wake = asyncio.Event()
-
-    # ---- what is known
-
-    @property
-    def source_state(self) -> Src | None:
-        return Src(state_from_proto(self.source_record)) if self.source_record is not None else None
-
-    @property
-    def destination_state(self) -> Dst | None:
-        return Dst(state_from_proto(self.destination_record)) if self.destination_record is not None else None
-
-    @property
-    def states(self) -> tuple[Src | None, Dst | None]:
-        """What to act on: the records, but for sides that were declared dead."""
-        dead = self.words.keys() & self.silent_since.keys()
-        return assume(
-            self.source_state, self.destination_state, source_dead="source" in dead, destination_dead="destination" in dead
-        )
-
-    @property
-    def ended(self) -> bool:
-        return ended(*self.states)
-
-    def declare_dead(self, side: str, word: pb.OperatorWord) -> None:
-        """Go on without the word of a side that does not answer. If it answers before the end, the statement is refuted for good."""
-        self.words[side] = word
-        self._changed()
-
-    @property
-    def outcome_unknown(self) -> bool:
-        """The guest is paused at the source and the destination, which alone knows, does not answer (or the other way round)."""
-        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.words:
-            return False
-        return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
-
-    def cancel(self, failure: Failure) -> None:
-        """Stop if it is not too late; the records say what came of it. The first reason is kept."""
-        self.failure = self.failure or failure
-        self.cancelling = True
-        self._changed()
-
-    def _changed(self) -> None:
-        self._wake.set()
-        self._on_change()
-
-    def _saw_source(self, record: pb.Record) -> None:
-        if self.source_record is None or record.revision >= self.source_record.revision:
-            self.source_record = record
-        self._heard("source")
-        self._changed()
-
-    def _saw_destination(self, record: pb.Record) -> None:
-        if self.destination_record is None or record.revision >= self.destination_record.revision:
-            self.destination_record = record
-        self._heard("destination")
-        self._changed()
-
-    def silent_for(self, source: bool) -> float:
-        """Seconds for which a side has not answered; 0 for one that does."""
-        since = self.silent_since.get("source" if source else "destination")
-        return 0.0 if since is None else time.monotonic() - since
-
-    def _heard(self, side: str) -> None:
-        self.silent_since.pop(side, None)
-        if self.words.pop(side, None) is not None:
-            log.warning("a host that was declared dead answers", migration=self.ref.migration_id, side=side)
 
     # ---- the loop
 
@@ -199,15 +120,10 @@ class Driver:
             try:
                 await self._look(side)
             except DroverError as error:
-                self._silent(side, error)
+                self.silent(side, error)
                 await asyncio.sleep(0.5)
             else:
                 return
-
-    def _silent(self, side: str, error: DroverError) -> None:
-        self.silent_since.setdefault(side, time.monotonic())
-        self.waiting_for = f"{error.message} (trying again)"
-        self._on_change()
 
     async def run(self) -> None:
         """Until both records have ended and agree. Ends earlier only by cancellation, which leaves everything as it is."""
@@ -267,7 +183,7 @@ class Driver:
 
     async def _failed(self, call: Call, side: str, error: DroverError) -> None:
         if error.reason in _TRANSIENT:
-            self._silent(side, error)
+            self.silent(side, error)
             patience_is_over = time.monotonic() - self.silent_since[side] > PATIENCE
             if patience_is_over and self.source_state in (None, Src.BEGINNING, Src.BEGUN, Src.PERFORMING):
                 self.cancel(Failure.of(error))
@@ -282,8 +198,8 @@ class Driver:
     @property
     def _sides(self) -> Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]]:
         return {
-            "source": (self._source, self._saw_source),
-            "destination": (self._destination, self._saw_destination),
+            "source": (self._source, self.saw_source),
+            "destination": (self._destination, self.saw_destination),
         }
 
     async def _look(self, side: str) -> None:
@@ -294,7 +210,7 @@ class Driver:
         except DroverError as error:
             if error.reason is not Reason.RECORD_NOT_FOUND:
                 raise
-            self._heard(side)
+            self.heard(side)
 
     def _followed(self) -> list[str]:
         """The sides to watch now: where nothing else is called for while the other side takes its time, and where memory flows."""
@@ -361,7 +277,7 @@ class Driver:
             )
         )
         self._epoch = response.record.slot.epoch
-        self._saw_destination(response.record)
+        self.saw_destination(response.record)
 
     async def _begin(self) -> None:
         plan = self._planned()
@@ -377,7 +293,7 @@ class Driver:
                 slot_epoch=self._epoch,
             )
         )
-        self._saw_source(self._begun.record)
+        self.saw_source(self._begun.record)
 
     async def _prepare(self) -> None:
         plan = self._planned()
@@ -400,7 +316,7 @@ class Driver:
         check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)
         self._prepared = prepared
         self.uri = prepared.uri_out
-        self._saw_destination(prepared.record)
+        self.saw_destination(prepared.record)
 
     async def _perform(self) -> None:
         """Start it, or join it: the first call answers as soon as the memory flows, so that Finish can be armed."""
@@ -419,14 +335,14 @@ class Driver:
         request.request_id = self._request_id()
         response = await self._source.perform(request)
         self._perform_cookie = response.cookie_out
-        self._saw_source(response.record)
+        self.saw_source(response.record)
 
     async def _finish(self) -> None:
         response = await self._destination.finish(
             pb.FinishRequest(ref=self.ref, request_id=self._request_id(), cookie_in=self._perform_cookie, wait=duration(LONG_POLL))
         )
         self._finish_cookie = response.cookie_out
-        self._saw_destination(response.record)
+        self.saw_destination(response.record)
 
     async def _confirm(self, decision: pb.Decision.ValueType) -> None:
         response = await self._source.confirm(
@@ -439,14 +355,14 @@ class Driver:
                 operator_word=self._word("destination") if decision == pb.DECISION_GONE else None,
             )
         )
-        self._saw_source(response.record)
+        self.saw_source(response.record)
 
     def _word(self, side: str) -> pb.OperatorWord | None:
         """The statement on which this call rests, where a side has no word of its own."""
         return self.words.get(side)
 
     async def _abort(self) -> None:
-        self._saw_source((await self._source.abort(pb.AbortRequest(ref=self.ref, request_id=self._request_id()))).record)
+        self.saw_source((await self._source.abort(pb.AbortRequest(ref=self.ref, request_id=self._request_id()))).record)
 
     async def _abandon(self, *, source_kept: bool) -> None:
         response = await self._destination.abandon(
@@ -457,4 +373,4 @@ class Driver:
                 operator_word=self._word("source") if source_kept else None,
             )
         )
-        self._saw_destination(response.record)
+        self.saw_destination(response.record)

@@ -185,7 +185,7 @@ async def test_an_old_answer_does_not_replace_a_newer_one(pair: Pair) -> None:
     driver = pair.driver()
     await finished(driver)
     old = pb.Record(ref=driver.ref, state=pb.RECORD_STATE_ARMED, revision=1)
-    driver._saw_destination(old)
+    driver.saw_destination(old)
     assert driver.destination_state == "running"
 
 

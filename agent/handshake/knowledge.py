@@ -1,0 +1,111 @@
+"""What a driver knows of its attempt: the records as last heard, who is silent, and what was said about them."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from agent.errors import DroverError
+from agent.handshake.decide import assume, ended
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.records import Failure, state_from_proto
+from agent.handshake.source import SourceState as Src
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+_LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
+"""The guest may not run at the source any more, or not yet again."""
+
+
+class Knowledge:
+    """`on_change` is called after every change of what is known; sides are named ``source`` and ``destination``."""
+
+    def __init__(self, ref: pb.AttemptRef, on_change: Callable[[], None]) -> None:
+        self.ref = ref
+        self.source_record: pb.Record | None = None
+        self.destination_record: pb.Record | None = None
+        self.failure: Failure | None = None
+        self.cancelling = False
+        self.waiting_for = ""
+        self.silent_since: dict[str, float] = {}
+        """Sides that do not answer, and since when by `time.monotonic`."""
+        self.words: dict[str, pb.OperatorWord] = {}
+        """Sides that were declared dead, and have not answered since."""
+        self._on_change = on_change
+        self._wake = asyncio.Event()
+
+    @property
+    def source_state(self) -> Src | None:
+        return Src(state_from_proto(self.source_record)) if self.source_record is not None else None
+
+    @property
+    def destination_state(self) -> Dst | None:
+        return Dst(state_from_proto(self.destination_record)) if self.destination_record is not None else None
+
+    @property
+    def states(self) -> tuple[Src | None, Dst | None]:
+        """What to act on: the records, but for sides that were declared dead."""
+        dead = self.words.keys() & self.silent_since.keys()
+        return assume(
+            self.source_state, self.destination_state, source_dead="source" in dead, destination_dead="destination" in dead
+        )
+
+    @property
+    def ended(self) -> bool:
+        return ended(*self.states)
+
+    def declare_dead(self, side: str, word: pb.OperatorWord) -> None:
+        """Go on without the word of a side that does not answer. If it answers before the end, the statement is refuted for good."""
+        self.words[side] = word
+        self._changed()
+
+    @property
+    def outcome_unknown(self) -> bool:
+        """The guest is paused at the source and the destination, which alone knows, does not answer (or the other way round)."""
+        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.words:
+            return False
+        return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
+
+    def cancel(self, failure: Failure) -> None:
+        """Stop if it is not too late; the records say what came of it. The first reason is kept."""
+        self.failure = self.failure or failure
+        self.cancelling = True
+        self._changed()
+
+    def _changed(self) -> None:
+        self._wake.set()
+        self._on_change()
+
+    def saw_source(self, record: pb.Record) -> None:
+        """The source answered; an answer that was overtaken by a newer one changes nothing."""
+        if self.source_record is None or record.revision >= self.source_record.revision:
+            self.source_record = record
+        self.heard("source")
+        self._changed()
+
+    def saw_destination(self, record: pb.Record) -> None:
+        """Likewise."""
+        if self.destination_record is None or record.revision >= self.destination_record.revision:
+            self.destination_record = record
+        self.heard("destination")
+        self._changed()
+
+    def silent_for(self, source: bool) -> float:
+        """Seconds for which a side has not answered; 0 for one that does."""
+        since = self.silent_since.get("source" if source else "destination")
+        return 0.0 if since is None else time.monotonic() - since
+
+    def heard(self, side: str) -> None:
+        """It answers, whatever it says: it is neither silent nor dead."""
+        self.silent_since.pop(side, None)
+        if self.words.pop(side, None) is not None:
+            log.warning("a host that was declared dead answers", migration=self.ref.migration_id, side=side)
+
+    def silent(self, side: str, error: DroverError) -> None:
+        """It did not answer."""
+        self.silent_since.setdefault(side, time.monotonic())
+        self.waiting_for = f"{error.message} (trying again)"
+        self._on_change()
