@@ -1,7 +1,6 @@
 """agent.handshake.driver: one attempt over two peers, whatever the lines between them do."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,16 +11,9 @@ from agent.handshake.records import Failure
 from agent.handshake.source import SourceState
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, fails, finished, make_plan, until
-from tests.unit.two_agents import Pair, pair_of_agents, quicker
+from tests.unit.two_agents import Pair, pair_of_agents
 
 CALLS = ("reserve_slot", "begin", "prepare", "perform", "finish", "confirm")
-
-
-@pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
-    async with pair_of_agents() as pair:
-        yield pair
 
 
 # --- the way it should go ---------------------------------------------------------------------------------------------

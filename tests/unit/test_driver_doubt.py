@@ -1,7 +1,6 @@
 """agent.handshake.driver: hosts that stay silent, an operator's word, several drivers, and another life of one."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -9,15 +8,7 @@ from agent.errors import Reason
 from agent.handshake.driver import Driver
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, finished, make_plan, until, word
-from tests.unit.two_agents import Pair, pair_of_agents, quicker
-
-
-@pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
-    async with pair_of_agents() as pair:
-        yield pair
-
+from tests.unit.two_agents import Pair
 
 # --- in doubt ---------------------------------------------------------------------------------------------------------
 

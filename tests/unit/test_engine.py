@@ -1,7 +1,7 @@
 """agent.handshake.engine: the calls of one host. Journal first, then the hypervisor; whoever asks may go away."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -12,19 +12,12 @@ from agent.hypervisor.base import HypervisorError
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import ID, REF, begin, confirm, fails, finish, perform, prepare, requirements, reserve, until
 from tests.unit.fake_hypervisor import guest
-from tests.unit.two_agents import JOURNAL_DOWN, Agent, Pair, pair_of_agents, quicker
+from tests.unit.two_agents import JOURNAL_DOWN, Agent, Pair
 
 ABORT, ABANDON = pb.AbortRequest(ref=REF), pb.AbandonRequest(ref=REF)
 SOURCE_KEPT = pb.AbandonRequest(ref=REF, source_kept=True)
 RUNNING, GONE = confirm(pb.DECISION_RUNNING), confirm(pb.DECISION_GONE)
 OTHER = pb.AttemptRef(migration_id=ID, attempt=2)
-
-
-@pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
-    async with pair_of_agents() as pair:
-        yield pair
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """agent.handshake.engine: copies that were disowned, and races between calls and news."""
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -11,7 +10,7 @@ from agent.hypervisor.base import HypervisorUnavailable
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import begin, confirm, perform, record, until, word
 from tests.unit.fake_hypervisor import guest
-from tests.unit.two_agents import Pair, pair_of_agents, quicker
+from tests.unit.two_agents import Pair
 
 AWAY = HypervisorUnavailable("libvirtd is being restarted")
 
@@ -19,11 +18,10 @@ RUNS = guest()
 
 
 @pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
-    async with pair_of_agents() as pair:
-        pair.source.hypervisor.domains.clear()
-        yield pair
+def pair(pair: Pair) -> Pair:
+    """With no guest yet."""
+    pair.source.hypervisor.domains.clear()
+    return pair
 
 
 # --- disowned ---------------------------------------------------------------------------------------------------------

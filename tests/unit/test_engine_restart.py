@@ -25,11 +25,10 @@ ARRIVED_PAUSED = guest(state=DomainState.PAUSED, reason="user")
 
 
 @pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
-    async with pair_of_agents() as pair:
-        pair.source.hypervisor.domains.clear()
-        yield pair
+def pair(pair: Pair) -> Pair:
+    """With no guest yet."""
+    pair.source.hypervisor.domains.clear()
+    return pair
 
 
 async def restarted(agent: Agent, role: Role, state: str, fact: Domain | None, **fields: Any) -> None:

@@ -13,24 +13,10 @@ from drover.agent.v1 import options_pb2
 from tests.unit.asking import ID, fails, until
 from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import UUID
-from tests.unit.two_agents import JOURNAL_DOWN, Pair, pair_of_agents, quicker
+from tests.unit.two_agents import JOURNAL_DOWN
 
 SPEC = pb.MigrationSpec(domain="web1", destination_host="h2")
 OTHER_SPEC = pb.MigrationSpec(domain="web1", destination_host="h2", bandwidth_bytes_per_second=5)
-
-
-@pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
-    async with pair_of_agents() as pair:
-        yield pair
-
-
-@pytest.fixture
-async def driving(pair: Pair) -> AsyncIterator[Driving]:
-    driving = Driving(pair)
-    yield driving
-    await driving.close()
 
 
 async def flowing(driving: Driving) -> pb.Migration:

@@ -1,7 +1,6 @@
 """agent.migrations: another life of the process that drives, outcomes that are not known, and who may end them."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,9 @@ from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, until, word
 from tests.unit.fake_directory import Driving
-from tests.unit.two_agents import Pair, QuickAsyncio, pair_of_agents, quicker
+from tests.unit.two_agents import Pair, QuickAsyncio
 
 SPEC = pb.MigrationSpec(domain="web1", destination_host="h2")
-
-
-@pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
-    async with pair_of_agents() as pair:
-        yield pair
-
-
-@pytest.fixture
-async def driving(pair: Pair) -> AsyncIterator[Driving]:
-    driving = Driving(pair)
-    yield driving
-    await driving.close()
 
 
 async def flowing(driving: Driving) -> None:
