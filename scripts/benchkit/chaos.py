@@ -45,8 +45,6 @@ DEADLINE: Final = 45.0
 REACH_SECONDS: Final = 3.0
 """A failpoint that was not reached for so long: the fault strikes then."""
 
-KNOWN_SPLIT: Final = "known: libvirtd resumed its copy"
-
 
 @dataclass(frozen=True)
 class Strike:
@@ -79,14 +77,7 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        if self.good:
-            return self.judgement.outcome
-        return KNOWN_SPLIT if self.known_split else "BAD"
-
-    @property
-    def known_split(self) -> bool:
-        """A source libvirtd that dies within milliseconds of the switch-over resumes its own copy when it comes back."""
-        return self.judgement.split_brain and any(fault.name == "kill source libvirtd" for fault in self.plan.faults)
+        return self.judgement.outcome if self.good else "BAD"
 
     def report(self) -> str:
         """For a person who wants to understand it."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from agent.hypervisor.libvirt import switchover
 from benchkit.processes import journal_of
 from clusterkit import ClusterGuest, GuestSpec, cluster
 from clusterkit.platforms import LabCluster
@@ -47,6 +48,8 @@ class Arena:
         if self._made is None:
             made = self._stack.enter_context(cluster("libvirt", lab_id=self._lab_id, settings=self._settings))
             assert isinstance(made, LabCluster), "asked for real hosts"
+            for host in made.lab.hosts:
+                switchover.install(host.path / "etc/libvirt")  # as docs/operations.md tells every operator to
             self._made = made
         return self._made
 

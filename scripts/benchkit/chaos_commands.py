@@ -62,11 +62,14 @@ def failpoints_command(
 @click.option("--rounds", type=click.IntRange(1), default=25, show_default=True, help="How many.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed means the same rounds.")
 @click.option("--round", "one", type=click.IntRange(1), help="This round only.")
+@click.option("--each-phase", is_flag=True, help="Instead: libvirtd and QEMU killed on either side in each phase, once each.")
 @click.option("--only", default="*", help='A pattern of faults, such as "kill source *" or "*libvirtd".')
 @click.option("--lab-id", default="ch", show_default=True, help="Of the test hosts: 1-10 of a-z and 0-9.")
 @_evidence
 @_output
-def chaos_command(rounds: int, seed: int, one: int | None, only: str, lab_id: str, evidence: Path, output: str) -> None:
+def chaos_command(
+    rounds: int, seed: int, one: int | None, each_phase: bool, only: str, lab_id: str, evidence: Path, output: str
+) -> None:
     """Migrate real guests while something dies, hangs or is cut off; at the end exactly one copy runs, and nothing is left."""
     _needs_real_hosts()
 
@@ -77,8 +80,9 @@ def chaos_command(rounds: int, seed: int, one: int | None, only: str, lab_id: st
         return folder
 
     numbers = [one] if one is not None else range(1, rounds + 1)
+    plans = chaos_plan.each_phase() if each_phase else (chaos_plan.plan(seed, number, only) for number in numbers)
     with Arena(lab_id) as arena:
-        results = chaos.run(arena, (chaos_plan.plan(seed, number, only) for number in numbers), keep, chaos_report.tell_round)
+        results = chaos.run(arena, plans, keep, chaos_report.tell_round)
     if output == "json":
         click.echo(json.dumps(chaos_report.to_json(results), indent=2))
     else:

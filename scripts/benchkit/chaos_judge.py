@@ -74,8 +74,6 @@ class Judgement:
     """When all records, and the migration, were first seen to have ended (`time.monotonic`); 0: not yet."""
     remarks: list[str] = field(default_factory=list)
     """What harms no guest, but is not as it should be."""
-    split_brain: bool = False
-    """The guest's own log proves two running copies."""
 
     @property
     def good(self) -> bool:
@@ -113,9 +111,7 @@ REMARKS: Mapping[str, Callable[[Case, Judgement], bool]] = {
 
 
 def _judge_log(case: Case, judgement: Judgement) -> None:
-    verdict = case.guest.judge()
-    judgement.split_brain = bool(verdict.repeated or verdict.fallen)
-    judgement.problems += [f"guest log: {problem}" for problem in verdict.problems()]
+    judgement.problems += [f"guest log: {problem}" for problem in case.guest.judge().problems()]
 
 
 # ---- what has not ended yet

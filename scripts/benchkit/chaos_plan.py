@@ -1,6 +1,7 @@
 """What happens in a round of chaos: chosen by seed and number alone, so that a round can be repeated."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from random import Random
@@ -114,6 +115,27 @@ def plan(seed: int, number: int, only: str = "*") -> Plan:
         cancel=cancel,
         faults=tuple(_faults(random, mode, bandwidth, only)),
     )
+
+
+PHASES: Final[Mapping[str, str]] = {
+    "reserve": "destination.reserve.journal.after",
+    "begin": "source.begin_done.journal.before",
+    "prepare": "destination.prepare_done.news",
+    "perform": "",
+    "finish": "destination.saw_running.news",
+    "confirm": "source.remove.effect.before",
+}
+"""A failpoint in each phase; Perform lasts long enough to strike by time."""
+
+HYPERVISORS: Final = ("source libvirtd", "destination libvirtd", "source qemu", "destination qemu")
+
+
+def each_phase() -> Iterator[Plan]:
+    """Not drawn: what belongs to the hypervisor is killed on either side in each phase, managed and peer to peer."""
+    cases = itertools.product(("managed", "p2p"), HYPERVISORS, PHASES.values())
+    for number, (mode, target, point) in enumerate(cases, start=1):
+        fault = Fault("kill", target, at=0.8, down=0.5, point=point)
+        yield Plan(number, mode, ("h1", "h2")[number % 2], dirty=100, bandwidth=LIMIT, cancel=None, faults=(fault,))
 
 
 def _faults(random: Random, mode: str, bandwidth: int, only: str) -> list[Fault]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from benchkit.chaos import KNOWN_SPLIT, Result, Strike
+from benchkit.chaos import Result, Strike
 from benchkit.chaos_judge import LOST
 from benchkit.output import say, show_table
 
-OUTCOMES = ("done", "rolled back", LOST, KNOWN_SPLIT, "BAD")
+OUTCOMES = ("done", "rolled back", LOST, "BAD")
 HEAD = ("rounds", *OUTCOMES, "median s", "worst s")
 
 

@@ -9,7 +9,7 @@ from agent.failpoints import all_points
 from benchkit.chaos import Result, run
 from benchkit.chaos_arena import Arena
 from benchkit.chaos_faults import FAULTS
-from benchkit.chaos_plan import POINTS, plan
+from benchkit.chaos_plan import PHASES, POINTS, each_phase, plan
 from benchkit.chaos_report import tell, tell_round
 
 pytestmark = pytest.mark.timeout(400)
@@ -48,6 +48,12 @@ def test_rounds_have_every_kind_of_fault() -> None:
 
 def test_the_failpoints_of_the_rounds_are_failpoints() -> None:
     assert {point for points in POINTS.values() for point in points} <= set(all_points())
+    assert {point for point in PHASES.values() if point} <= set(all_points())
+
+
+def test_what_belongs_to_the_hypervisor_is_killed_in_each_phase() -> None:
+    planned = [(plan.mode, plan.faults[0].target, plan.faults[0].point) for plan in each_phase()]
+    assert len(set(planned)) == len(planned) == 2 * 4 * len(PHASES)
 
 
 def test_only_some_faults() -> None:
