@@ -110,11 +110,12 @@ class Attempt:
 
     # ---- effects
 
-    def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run work that belongs to this attempt."""
         task = asyncio.create_task(work, name=f"{self.record.migration_id[:8]} {self.record.role} {name}")
         self._tasks[task] = name
         task.add_done_callback(self._effect_ended)
+        return task
 
     def _effect_ended(self, task: asyncio.Task[None]) -> None:
         name = self._tasks.pop(task)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -23,7 +23,6 @@ from agent.hypervisor.base import (
     RESUMED,
     Domain,
     DomainBusy,
-    DomainEvent,
     DomainNotFound,
     DomainState,
     HypervisorError,
@@ -286,10 +285,13 @@ class DestinationSide:
         session = self._session(attempt)
         try:
             with timed("finish") as watch:
-                attempt.start("arrival", self._arrival(attempt, watch))
-                finished = await session.finish(
-                    record.domain_xml, record.cookies.get("perform", b""), record.user_options, record.destination_name
-                )
+                arrival = attempt.start("arrival", self._arrival(attempt, watch))
+                try:
+                    finished = await session.finish(
+                        record.domain_xml, record.cookies.get("perform", b""), record.user_options, record.destination_name
+                    )
+                finally:
+                    arrival.cancel()  # Finish tells it all now
         except TransferFailed as error:
             changes = {} if attempt.record.failure else {"failure": Failure.of(from_hypervisor(error))}
             await attempt.report(_E.FINISH_FAILED, **changes)
@@ -307,28 +309,11 @@ class DestinationSide:
         """Finish returns some time after the guest has started here (in post-copy long after): the start is the commit, so
         look for it.
         """
-        async with contextlib.aclosing(self._domain_events(attempt)) as events:
-            async for event in events:
-                if attempt.record.state != _S.ARMED:
-                    return
-                if event.kind == RESUMED and destination_fact(await self._domain(attempt)) is _E.SAW_RUNNING:
-                    await attempt.report(_E.SAW_RUNNING, timings=(*attempt.record.timings, finish.timing), failure=None)
-                    return
-
-    async def _domain_events(self, attempt: Attempt) -> AsyncGenerator[DomainEvent, None]:
-        """Each event of this guest, until Finish has ended."""
-        events = self._host.hypervisor.events()
-        finish = attempt.running(_F.FINISH)
-        next_event = asyncio.ensure_future(anext(events))
-        try:
-            while finish and not finish[0].done():
-                await asyncio.wait({next_event, *finish}, return_when=asyncio.FIRST_COMPLETED)
-                if next_event.done():
-                    if (event := next_event.result()).uuid == attempt.record.domain_uuid:
-                        yield event
-                    next_event = asyncio.ensure_future(anext(events))
-        finally:
-            next_event.cancel()
+        async for event in self._host.hypervisor.events():
+            started = event.uuid == attempt.record.domain_uuid and event.kind == RESUMED
+            if started and destination_fact(await self._domain(attempt)) is _E.SAW_RUNNING:
+                await attempt.report(_E.SAW_RUNNING, timings=(*attempt.record.timings, finish.timing), failure=None)
+                return
 
     async def _look(self, attempt: Attempt) -> None:
         """Ask until the copy runs or is absent. One that waits for its stream is waited for: libvirtd may still start it."""
