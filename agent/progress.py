@@ -22,6 +22,8 @@ _PHASE_OF_SOURCE: Final = {
     Src.RESUMING: "confirm",
 }
 _PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
+_STOPPED: Final = frozenset({Reason.GUEST_CRASHED, Reason.DOMAIN_NOT_RUNNING, Reason.DOMAIN_NOT_FOUND})
+"""Failures that say that the guest runs nowhere any more."""
 
 
 def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -> pb.Migration:
@@ -42,10 +44,10 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failure = _root_cause(driver)
     migration.state = _state(migration.state, driver, failure, ended=ended)
-    crashed = failure is not None and failure.reason is Reason.GUEST_CRASHED
+    stopped = failure is not None and failure.reason in _STOPPED
     runs_on = _runs_on(migration, src, dst)
     dead = {word.dead_host for word in driver.words.values()}
-    migration.runs_on = "" if crashed or runs_on in dead else runs_on
+    migration.runs_on = "" if stopped or runs_on in dead else runs_on
     migration.ClearField("failure")
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         failure = _unknown(migration, driver)

@@ -38,8 +38,14 @@ def check_movable(domain: Domain, host: str) -> None:
     """A guest that runs, or that its user paused, and that no other job holds.
 
     Raises:
-        DroverError: DOMAIN_NOT_RUNNING, DOMAIN_BUSY.
+        DroverError: GUEST_CRASHED, DOMAIN_NOT_RUNNING, DOMAIN_BUSY.
     """
+    if domain.reason == "crashed":
+        raise DroverError(
+            Reason.GUEST_CRASHED,
+            f"the hypervisor process of guest {domain.name} on {host} has died. That was no error of a migration; "
+            "start the guest again",
+        )
     if domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
         raise DroverError(
             Reason.DOMAIN_NOT_RUNNING,

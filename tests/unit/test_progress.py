@@ -102,9 +102,10 @@ def test_a_guest_does_not_run_on_a_host_that_is_dead() -> None:
     assert seen(driver, ended=True).runs_on == ""
 
 
-def test_a_guest_that_crashed_runs_nowhere() -> None:
-    crashed = failure_to_proto(Failure(Reason.GUEST_CRASHED, "its process died"))
-    ended = seen(knows(Src.KEPT, Dst.GONE, failure=crashed), ended=True)
+@pytest.mark.parametrize("reason", [Reason.GUEST_CRASHED, Reason.DOMAIN_NOT_RUNNING, Reason.DOMAIN_NOT_FOUND])
+def test_a_guest_that_stopped_runs_nowhere(reason: Reason) -> None:
+    stopped = failure_to_proto(Failure(reason, "its process died"))
+    ended = seen(knows(Src.KEPT, Dst.GONE, failure=stopped), ended=True)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "")
 
 
