@@ -377,7 +377,7 @@ class DestinationSide:
         record = (await source.get_record(pb.GetRecordRequest(ref=ref))).record
         if record.state == pb.RECORD_STATE_KEPT and record.operator_word.dead_host == self._host.name:
             word = OperatorWord.of(record.operator_word)
-            log.critical("this host was declared dead; its copy is disowned", migration=ref.migration_id, said_by=word.said_by)
+            log.error("this host was declared dead; its copy is disowned", migration=ref.migration_id, said_by=word.said_by)
             await attempt.report(_E.DISOWNED, failure=word.failure(), operator_word=word)
 
     async def _disown(self, attempt: Attempt) -> None:

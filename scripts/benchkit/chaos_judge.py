@@ -55,6 +55,8 @@ class Case:
     """It was killed while memory flowed or later: then the migration must say so."""
     cancelled: bool = False
     """Somebody asked for an end."""
+    goes_back: bool = False
+    """An operator's word had an older state of the guest go on, so its log cannot be perfect."""
 
 
 @dataclass
@@ -111,7 +113,8 @@ REMARKS: Mapping[str, Callable[[Case, Judgement], bool]] = {
 
 
 def _judge_log(case: Case, judgement: Judgement) -> None:
-    judgement.problems += [f"guest log: {problem}" for problem in case.guest.judge().problems()]
+    if not case.goes_back:
+        judgement.problems += [f"guest log: {problem}" for problem in case.guest.judge().problems()]
 
 
 # ---- what has not ended yet

@@ -79,6 +79,13 @@ def abandon(daemon: Daemon, migration_id: str) -> None:
     ask(daemon, lambda channel: handshake_pb2_grpc.HandshakeServiceStub(channel).Abandon(request, timeout=QUESTION_SECONDS))
 
 
+def declare_dead(daemon: Daemon, migration_id: str, host: str) -> None:
+    """Raises `SilentError`, also where that is refused: a host is only believed to be dead once it does not answer."""
+    word = handshake_pb2.OperatorWord(dead_host=host, reason="chaos", said_by="benchkit")
+    request = pb.ResolveMigrationRequest(migration_id=migration_id, request_id=new_id(), word=word)
+    ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).ResolveMigration(request, timeout=QUESTION_SECONDS))
+
+
 def migration(daemon: Daemon, migration_id: str) -> pb.Migration | None:
     """None where the daemon does not know it. Raises `SilentError`."""
     request = pb.GetMigrationRequest(migration_id=migration_id)

@@ -5,6 +5,7 @@ the failpoint, and let the judge wait for the end. A row that no run reaches is 
 """
 
 import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -136,6 +137,7 @@ class _Trial:
             self._driver,
             killed_qemu=self._killed_qemu,
             cancelled=self._case.scenario.cancel,
+            goes_back=self._case.scenario.goes_back,
         )
         judgement = judge(self._made, case, restarted, DEADLINE)
         judgement.problems += self._arena.complaints()
@@ -197,7 +199,7 @@ class _Trial:
         if self._case.scenario.cancel:
             self._cancel()
         self._first_reached = _within(REACH_SECONDS, lambda: _dead(daemon) or stopped(daemon))
-        if first.action == "stop":
+        if self._first_reached:
             time.sleep(first.before_hand)
             self._by_hand()
         _within(first.down, lambda: daemon is not self._subject and _dead(self._subject))
@@ -255,6 +257,17 @@ class _Trial:
         QemuTarget(self._made.lab[self._roles.source], self._guest.name).kill()
         self._killed_qemu = frozenset({self._roles.source})
 
+    def declare_destination_dead(self) -> None:
+        """Its whole host is dead: the QEMU that it has just started, too."""
+        self._made.lab[self._roles.destination].signal_qemu(self._guest.name, signal.SIGKILL)
+
+        def declared() -> bool:
+            with contextlib.suppress(talk.SilentError):
+                talk.declare_dead(self._driver, self._migration_id, self._roles.destination)
+            return states(self._made, self._migration_id).get(Role.SOURCE) == "kept"
+
+        _within(REACH_SECONDS, declared)
+
     def _wait_for_subject(self, asked: "Future[None]") -> bool:
         """Whether it died. Gives up soon after the migration has ended, or was refused."""
         end = time.monotonic() + REACH_SECONDS
@@ -262,9 +275,14 @@ class _Trial:
             if _dead(self._subject):
                 return True
             if asked.done() and self._ended():
-                return _within(SETTLE_SECONDS, lambda: _dead(self._subject))
+                return _within(self._settle_seconds, lambda: _dead(self._subject))
             time.sleep(0.02)
         return _dead(self._subject)
+
+    @property
+    def _settle_seconds(self) -> float:
+        """A host that was declared dead asks when it is back, long after the migration's end."""
+        return REACH_SECONDS if self._case.scenario.goes_back else SETTLE_SECONDS
 
     def _ended(self) -> bool:
         try:
@@ -298,6 +316,7 @@ class _Trial:
 BY_HAND: Final[Mapping[str, Callable[[_Trial], None]]] = {
     "abandon at the destination": _Trial.abandon,
     "kill source libvirtd": _Trial.kill_source_libvirtd,
+    "declare the destination dead": _Trial.declare_destination_dead,
     "kill the source's QEMU": _Trial.kill_source_qemu,
     "restart the destination's libvirtd": _Trial.restart_destination_libvirtd,
 }

@@ -51,6 +51,8 @@ class Scenario:
     first: First | None = None
     by_hand: str = ""
     """What an operator (or fate) does once `first` has happened, or during Perform: see `failpoints.BY_HAND`."""
+    goes_back: bool = False
+    """An operator's word makes the guest go on from before its switch-over, so its log is not judged."""
     paused: bool = False
     """The guest is to arrive paused, so that no start of it tells the commit before Finish does."""
     uri: str = ""
@@ -67,6 +69,12 @@ GIVEN_UP_WHEN_SENT: Final = Scenario(
 )
 DESTINATION_RESTARTS: Final = Scenario("destination agent dead when prepared", first=First("destination.prepare_done.journal.after"))
 UNFINISHED: Final = Scenario("destination agent dead when the guest ran", first=First("destination.saw_running.journal.before"))
+DECLARED_DEAD: Final = Scenario(
+    "destination dies after its commit, is declared dead, and comes back",
+    first=First("destination.saw_running.journal.after"),
+    by_hand="declare the destination dead",
+    goes_back=True,
+)
 ARRIVES_PAUSED: Final = Scenario("the guest arrives paused", paused=True)
 KEPT_BY_SILENCE: Final = Scenario("driver dead before Perform", first=First("driver.perform.before", down=3.4))
 """Longer than a source waits for its driver, shorter than a destination keeps its slot."""
@@ -84,6 +92,7 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
     ("destination.lease_expired.*", Scenario("driver dead before Begin", first=First("driver.begin.before", down=8))),
     ("destination.look.*", UNFINISHED),
     ("destination.finish_done.*", ARRIVES_PAUSED),
+    ("destination.disown*", DECLARED_DEAD),
     (
         "destination.saw_absent.*",
         Scenario("cancelled, destination agent dead", cancel=True, first=First("destination.finish_failed.journal.before")),
