@@ -31,7 +31,7 @@ class HostServicer(rpc.HostServiceServicer):
         return pb.GetHostResponse(host=await self._registry.get(request.name))
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: _Context) -> pb.ListHostsResponse:  # noqa: N802
-        return pb.ListHostsResponse(hosts=await self._registry.list())
+        return pb.ListHostsResponse(hosts=await self._registry.list_hosts())
 
     async def ListDomains(self, request: pb.ListDomainsRequest, context: _Context) -> pb.ListDomainsResponse:  # noqa: N802
         found, silent = await self._registry.list_domains(request.host)

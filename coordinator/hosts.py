@@ -9,10 +9,10 @@ confirmed; later changes follow in the background, so a slow disk makes no host 
 """
 
 import asyncio
-import builtins
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -44,7 +44,7 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-Answers = tuple[builtins.list[tuple[str, T]], builtins.list[str]]
+Answers = tuple[list[tuple[str, T]], list[str]]
 """What hosts answered, with the host's name each; and the hosts that did not answer."""
 
 
@@ -140,12 +140,12 @@ class HostRegistry:
     async def get(self, name: str) -> pb.ClusterHost:
         """A copy of what is known. Errors: HOST_NOT_FOUND."""
         self._sweep()
-        return _copy(self._find(name).known)
+        return deepcopy(self._find(name).known)
 
-    async def list(self) -> builtins.list[pb.ClusterHost]:
+    async def list_hosts(self) -> list[pb.ClusterHost]:
         """Every host, by name."""
         self._sweep()
-        return [_copy(self._entries[name].known) for name in sorted(self._entries)]
+        return [deepcopy(self._entries[name].known) for name in sorted(self._entries)]
 
     async def channel(self, name: str) -> grpc.aio.Channel:
         """The channel to the host's agent, whether it answers or not; not yours to close. Ask again for each use: it is
@@ -203,7 +203,7 @@ class HostRegistry:
             known = pb.ClusterHost(host=host, agent_address=address, state=pb.HOST_STATE_UP)
             known.last_seen_time.FromNanoseconds(int(self._wall() * 1e9))
             renamed = self._former_names(host, address)
-            operations: builtins.list[Operation] = [Put(key, known.SerializeToString())]
+            operations: list[Operation] = [Put(key, known.SerializeToString())]
             operations += [Delete(PREFIX + name) for name in renamed]
             result = await self._store.txn([Compare(key, before.mod_revision if before else 0)], operations)
             if isinstance(result, int):
@@ -226,7 +226,7 @@ class HostRegistry:
                 metadata={"host": host.name, "host_uuid": holder.known.host.host_uuid},
             )
 
-    def _former_names(self, host: agent_pb.Host, address: str) -> builtins.list[str]:
+    def _former_names(self, host: agent_pb.Host, address: str) -> list[str]:
         """A host that comes back under another name has left the old one; two live hosts with one UUID are left alone."""
         return [
             name
@@ -399,9 +399,3 @@ def _unreachable(entry: _Entry) -> DroverError:
         metadata={"host": entry.name, "peer": entry.known.agent_address},
         retry_after=RETRY_SECONDS,
     )
-
-
-def _copy(known: pb.ClusterHost) -> pb.ClusterHost:
-    copy = pb.ClusterHost()
-    copy.CopyFrom(known)
-    return copy

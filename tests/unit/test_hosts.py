@@ -147,7 +147,7 @@ async def register(registry: HostRegistry, agent: FakeAgent) -> None:
 
 
 async def names(registry: HostRegistry) -> dict[str, int]:
-    return {known.host.name: known.state for known in await registry.list()}
+    return {known.host.name: known.state for known in await registry.list_hosts()}
 
 
 async def test_register_get_list(registry: HostRegistry, store: MemoryStore, agents: Any, clock: Clock) -> None:
@@ -183,7 +183,7 @@ async def test_bad_claims(registry: HostRegistry, host: agent_pb.Host, address: 
         await registry.register(host, address)
     assert caught.value.reason is Reason.INVALID_FIELD
     assert caught.value.metadata["field"] == field
-    assert await registry.list() == []
+    assert await registry.list_hosts() == []
 
 
 async def test_watch_updates_the_host(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
@@ -281,7 +281,7 @@ async def test_two_claim_one_name_at_once(registry: HostRegistry, agents: Any) -
     results = await asyncio.gather(*(registry.register(host, agent.address) for host in claims), return_exceptions=True)
     refused = [result for result in results if isinstance(result, DroverError)]
     assert [error.reason for error in refused] == [Reason.HOST_NAME_TAKEN] * 2
-    assert len(await registry.list()) == 1
+    assert len(await registry.list_hosts()) == 1
 
 
 async def test_renamed_host_leaves_its_old_name(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
