@@ -253,6 +253,9 @@ class _Trial:
         libvirtd.kill()
         libvirtd.restore()
 
+    def kill_destination_agent(self) -> None:
+        self._made.agents[self._roles.destination].kill()
+
     def kill_source_qemu(self) -> None:
         QemuTarget(self._made.lab[self._roles.source], self._guest.name).kill()
         self._killed_qemu = frozenset({self._roles.source})
@@ -317,6 +320,7 @@ BY_HAND: Final[Mapping[str, Callable[[_Trial], None]]] = {
     "abandon at the destination": _Trial.abandon,
     "kill source libvirtd": _Trial.kill_source_libvirtd,
     "declare the destination dead": _Trial.declare_destination_dead,
+    "kill the destination's agent": _Trial.kill_destination_agent,
     "kill the source's QEMU": _Trial.kill_source_qemu,
     "restart the destination's libvirtd": _Trial.restart_destination_libvirtd,
 }

@@ -61,11 +61,11 @@ class Scenario:
 
 PLAIN: Final = Scenario("plain")
 CANCEL: Final = Scenario("cancelled during Perform", cancel=True)
-GIVEN_UP_WHEN_SENT: Final = Scenario(
-    "all is sent, and the copy given up by hand",
+NEVER_ARMED: Final = Scenario(
+    "all is sent, and the destination agent dies before it arms",
     bandwidth=0,
-    first=First("driver.finish.before", "stop", before_hand=1.0),
-    by_hand="abandon at the destination",
+    first=First("destination.finish.journal.before", "stop", before_hand=1.0),
+    by_hand="kill the destination's agent",
 )
 DESTINATION_RESTARTS: Final = Scenario("destination agent dead when prepared", first=First("destination.prepare_done.journal.after"))
 UNFINISHED: Final = Scenario("destination agent dead when the guest ran", first=First("destination.saw_running.journal.before"))
@@ -87,7 +87,7 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
     ("source.driver_silent.*", Scenario("driver dead before Prepare", first=First("driver.prepare.before", down=6))),
     ("source.confirm_gone.*", DESTINATION_RESTARTS),
     ("driver.confirm_gone.*", DESTINATION_RESTARTS),
-    ("source.resume*", GIVEN_UP_WHEN_SENT),
+    ("source.resume*", NEVER_ARMED),
     ("destination.restarted.*", DESTINATION_RESTARTS),
     ("destination.lease_expired.*", Scenario("driver dead before Begin", first=First("driver.begin.before", down=8))),
     ("destination.look.*", UNFINISHED),

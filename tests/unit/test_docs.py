@@ -1,0 +1,40 @@
+"""The documentation as far as a program can check it: links lead somewhere, tables are whole."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from agent.errors import Reason
+from agent.failpoints import all_points
+from tests.transcript import ROOT
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(document: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        path, _, anchor = target.partition("#")
+        found = (document.parent / path).resolve() if path else document
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_every_failpoint_has_its_rows() -> None:
+    table = (ROOT / "docs/failpoints.md").read_text()
+    for mode in ("managed", "p2p"):
+        missing = [point for point in all_points() if not re.search(rf"^\| {re.escape(point)} \| [\w ]+ \| {mode} ", table, re.M)]
+        assert missing == []
+
+
+def test_what_an_operator_reads_names_only_reasons_that_there_are() -> None:
+    words = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+|BUSY)`", (ROOT / "docs/operations.md").read_text()))
+    assert words
+    assert words <= {reason.value for reason in Reason}
