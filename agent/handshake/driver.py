@@ -109,7 +109,9 @@ class Driver(Knowledge):
 
     async def reserve(self) -> None:
         """Take the slot, once, with no retry: a refusal is the caller's answer and has changed nothing."""
+        failpoint("driver", Call.RESERVE, "before")
         await self._reserve()
+        failpoint("driver", Call.RESERVE, "after")
 
     async def resume(self) -> None:
         """Learn both records first, however long it takes: another driver, or an earlier life of this one, has begun."""

@@ -73,9 +73,9 @@ def cancel(daemon: Daemon, migration_id: str) -> None:
     ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).CancelMigration(request, timeout=QUESTION_SECONDS))
 
 
-def abandon(daemon: Daemon, migration_id: str) -> None:
+def abandon(daemon: Daemon, migration_id: str, *, source_kept: bool = False) -> None:
     """As an operator with grpcurl would: give up a copy by hand. Raises `SilentError`, also where that is refused."""
-    request = handshake_pb2.AbandonRequest(ref=reference(migration_id), request_id=new_id())
+    request = handshake_pb2.AbandonRequest(ref=reference(migration_id), request_id=new_id(), source_kept=source_kept)
     ask(daemon, lambda channel: handshake_pb2_grpc.HandshakeServiceStub(channel).Abandon(request, timeout=QUESTION_SECONDS))
 
 

@@ -140,7 +140,8 @@ class _Trial:
             goes_back=self._case.scenario.goes_back,
         )
         judgement = judge(self._made, case, restarted, DEADLINE)
-        judgement.problems += self._arena.complaints()
+        if not self._case.scenario.lie:  # that a lie does not fit is logged as critical, and rightly
+            judgement.problems += self._arena.complaints()
         return Row(self._case, reached, judgement, self._first_reached)
 
     # ---- before
@@ -198,6 +199,8 @@ class _Trial:
         daemon = self._daemon(first.point)
         if self._case.scenario.cancel:
             self._cancel()
+        if self._case.scenario.lie:
+            self._lie()
         self._first_reached = _within(REACH_SECONDS, lambda: _dead(daemon) or stopped(daemon))
         if self._first_reached:
             time.sleep(first.before_hand)
@@ -224,6 +227,11 @@ class _Trial:
         self._wait_for_perform()
         with contextlib.suppress(talk.SilentError):
             talk.cancel(self._driver, self._migration_id)
+
+    def _lie(self) -> None:
+        self._wait_for_perform()
+        with contextlib.suppress(talk.SilentError):
+            talk.abandon(self._made.agents[self._roles.destination], self._migration_id, source_kept=True)
 
     def _wait_for_perform(self) -> None:
         """Until the memory flows and the copy is armed, or the process is dead."""
@@ -255,6 +263,11 @@ class _Trial:
 
     def kill_destination_agent(self) -> None:
         self._made.agents[self._roles.destination].kill()
+
+    def cancel_and_kill_destination_agent(self) -> None:
+        with contextlib.suppress(talk.SilentError):
+            talk.cancel(self._driver, self._migration_id)
+        self.kill_destination_agent()
 
     def kill_source_qemu(self) -> None:
         QemuTarget(self._made.lab[self._roles.source], self._guest.name).kill()
@@ -321,6 +334,7 @@ BY_HAND: Final[Mapping[str, Callable[[_Trial], None]]] = {
     "kill source libvirtd": _Trial.kill_source_libvirtd,
     "declare the destination dead": _Trial.declare_destination_dead,
     "kill the destination's agent": _Trial.kill_destination_agent,
+    "cancel, and kill the destination's agent": _Trial.cancel_and_kill_destination_agent,
     "kill the source's QEMU": _Trial.kill_source_qemu,
     "restart the destination's libvirtd": _Trial.restart_destination_libvirtd,
 }

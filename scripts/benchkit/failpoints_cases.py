@@ -51,6 +51,8 @@ class Scenario:
     first: First | None = None
     by_hand: str = ""
     """What an operator (or fate) does once `first` has happened, or during Perform: see `failpoints.BY_HAND`."""
+    lie: bool = False
+    """Somebody says by hand, while the memory flows, that the source has kept the guest."""
     goes_back: bool = False
     """An operator's word makes the guest go on from before its switch-over, so its log is not judged."""
     paused: bool = False
@@ -66,6 +68,17 @@ NEVER_ARMED: Final = Scenario(
     bandwidth=0,
     first=First("destination.finish.journal.before", "stop", before_hand=1.0),
     by_hand="kill the destination's agent",
+)
+CANCELLED_WHEN_SENT: Final = Scenario(
+    "cancelled when all is sent, and the destination agent dies before it arms",
+    bandwidth=0,
+    first=First("destination.finish.journal.before", "stop", before_hand=1.0),
+    by_hand="cancel, and kill the destination's agent",
+)
+STARTS_MEANWHILE: Final = Scenario(
+    "told by hand to give the copy up, which starts meanwhile",
+    first=First("destination.abandon.effect.before", "stop", down=4),
+    lie=True,
 )
 DESTINATION_RESTARTS: Final = Scenario("destination agent dead when prepared", first=First("destination.prepare_done.journal.after"))
 UNFINISHED: Final = Scenario("destination agent dead when the guest ran", first=First("destination.saw_running.journal.before"))
@@ -86,13 +99,15 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
     ("source.saw_stopped.*", Scenario("source agent dead when all is sent", first=First("source.perform_done.journal.before"))),
     ("source.driver_silent.*", Scenario("driver dead before Prepare", first=First("driver.prepare.before", down=6))),
     ("source.confirm_gone.*", DESTINATION_RESTARTS),
-    ("driver.confirm_gone.*", DESTINATION_RESTARTS),
+    ("driver.confirm_gone.*", NEVER_ARMED),
     ("source.resume*", NEVER_ARMED),
     ("destination.restarted.*", DESTINATION_RESTARTS),
     ("destination.lease_expired.*", Scenario("driver dead before Begin", first=First("driver.begin.before", down=8))),
     ("destination.look.*", UNFINISHED),
     ("destination.finish_done.*", ARRIVES_PAUSED),
     ("destination.disown*", DECLARED_DEAD),
+    ("destination.abandon_refused.*", STARTS_MEANWHILE),
+    ("driver.abandon.*", CANCELLED_WHEN_SENT),
     (
         "destination.saw_absent.*",
         Scenario("cancelled, destination agent dead", cancel=True, first=First("destination.finish_failed.journal.before")),
@@ -121,7 +136,6 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
             "destination.finish_failed.*",
             "destination.abandon_*",
             "driver.abort.*",
-            "driver.abandon.*",
         )
     ),
     ("*", PLAIN),

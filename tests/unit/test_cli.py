@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,9 @@ def test_completed_words(words: str, expected: str) -> None:
 
 def test_ctrl_c_ends_the_watching_and_not_the_migration(drover: Drover) -> None:
     args = [*DROVER, "--server", drover.server, "migrate", "long", "--to", "b", "--id", UUID[:-1] + "7"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Tests that run in the background of a shell have SIGINT ignored, and a child would inherit that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         while "perform" not in process.stdout.readline():
