@@ -345,8 +345,9 @@ def test_down_leaves_nothing(tmp_path_factory: pytest.TempPathFactory, harm: str
         guest.wait_lines(2)
         lab["h2"].popen(["sleep", "1000"])
         lab["h2"].exec(["sh", "-c", "setsid --fork sleep 1000 >/dev/null 2>&1"])
+        # What was started enters its namespace a moment after popen answered.
+        wait_until(lambda: len(processes_of(lab)) >= 9, 5, "every process is in its namespace")
         before = processes_of(lab)
-        assert len(before) >= 9
         for pid in harmed(lab, harm):
             os.kill(pid, signal.SIGKILL)
         if harm == "state":
