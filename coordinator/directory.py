@@ -13,6 +13,7 @@ from agent.service.status import error_from_rpc
 from coordinator.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
+from drover.coordinator.v1.host_pb2 import HOST_STATE_UP
 
 _RUNS: Final = (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED)
 
@@ -66,9 +67,11 @@ class ClusterDirectory:
             raise error_from_rpc(error, host) from None
 
     async def _side(self, name: str) -> Side:
+        """A host that is up has told its news on its watch; another one is asked, so that its error says what is wrong."""
         known = await self._registry.get(name)
         channel = await self._channel(name)
-        return Side(await ask_host(channel, name), RemotePeer(channel, name), known.agent_address)
+        host = known.host if known.state == HOST_STATE_UP else await ask_host(channel, name)
+        return Side(host, RemotePeer(channel, name), known.agent_address)
 
     async def _channel(self, name: str) -> grpc.aio.Channel:
         return await self._registry.channel(name)

@@ -366,8 +366,8 @@ class Hypervisor(Protocol):
         """Raises `DomainNotFound`, `HypervisorUnavailable`."""
         ...
 
-    async def requirements(self, name_or_uuid: str) -> Requirements:
-        """Of a guest that runs or not. Raises `DomainNotFound`, `HypervisorUnavailable`."""
+    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
+        """A guest, running or not, and what it needs of a host. Raises `DomainNotFound`, `HypervisorUnavailable`."""
         ...
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:

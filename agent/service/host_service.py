@@ -1,6 +1,5 @@
 """`drover.agent.v1.HostService`: what an agent knows of its host. The servicer, and how hypervisor words read on the wire."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -44,7 +43,7 @@ class HostServicer(rpc.HostServiceServicer):
 async def get_domain(host: AgentHost, name_or_uuid: str) -> pb.GetDomainResponse:
     """The guest and, when it runs, what it needs."""
     try:
-        domain, needs = await asyncio.gather(host.hypervisor.get_domain(name_or_uuid), host.hypervisor.requirements(name_or_uuid))
+        domain, needs = await host.hypervisor.describe(name_or_uuid)
     except HypervisorError as error:
         raise from_hypervisor(error) from None
     runs = domain.state in (DomainState.RUNNING, DomainState.PAUSED)

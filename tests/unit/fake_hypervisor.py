@@ -151,9 +151,9 @@ class FakeHypervisor:
                 return domain
         raise DomainNotFound(f"no domain {name_or_uuid}")
 
-    async def requirements(self, uuid: str) -> Requirements:
-        domain = await self.get_domain(uuid)
-        return Requirements(domain.name, domain.uuid, domain.memory_bytes, domain.vcpus, "x86_64", "pc", "kvm", "")
+    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
+        domain = await self.get_domain(name_or_uuid)
+        return domain, Requirements(domain.name, domain.uuid, domain.memory_bytes, domain.vcpus, "x86_64", "pc", "kvm", "")
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         await self.called("incompatibilities", requirements, quiet=True)

@@ -61,7 +61,7 @@ def find(connection: Any, name_or_uuid: str) -> Any:
 
 def read_one(connection: Any, name_or_uuid: str) -> Domain:
     """What is true of one domain now."""
-    return _read(find(connection, name_or_uuid))
+    return read(find(connection, name_or_uuid))
 
 
 def read_all(connection: Any) -> list[Domain]:
@@ -72,13 +72,14 @@ def read_all(connection: Any) -> list[Domain]:
 def _readable(found: Iterable[Any]) -> Iterator[Domain]:
     for domain in found:
         try:
-            yield _read(domain)
+            yield read(domain)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
 
 
-def _read(domain: Any) -> Domain:
+def read(domain: Any) -> Domain:
+    """What is true of a domain of libvirt's now."""
     # Five short questions, 0.7 ms: domainListGetStats takes twice that, and asks QEMU, which may hang.
     _, maximum_kib, _, vcpus, _ = domain.info()
     code, reason_code = domain.state()

@@ -72,11 +72,8 @@ class LibvirtHypervisor:
     async def get_domain(self, name_or_uuid: str) -> Domain:
         return await self._pool.call(lambda connection: domains.read_one(connection, name_or_uuid))
 
-    async def requirements(self, name_or_uuid: str) -> Requirements:
-        xml: str = await self._pool.call(
-            lambda connection: domains.find(connection, name_or_uuid).XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
-        )
-        return host.parse_requirements(xml)
+    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
+        return await self._pool.call(lambda connection: _describe(domains.find(connection, name_or_uuid)))
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         known = await self._capabilities()
@@ -125,6 +122,10 @@ class _Known:
         self.hypervisor = hypervisor
         self.library = library
         self.cpus: dict[tuple[str, str, str, str], str] = {}
+
+
+def _describe(domain: Any) -> tuple[Domain, Requirements]:
+    return domains.read(domain), host.parse_requirements(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE))
 
 
 def _disown(domain: Any) -> None:

@@ -55,9 +55,10 @@ class SimHypervisor:
         await self._host.gate("get_domain")
         return self._host.guest(name_or_uuid).facts()
 
-    async def requirements(self, name_or_uuid: str) -> Requirements:
-        await self._host.gate("requirements")
-        return self._host.guest(name_or_uuid).requirements()
+    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
+        await self._host.gate("describe")
+        guest = self._host.guest(name_or_uuid)
+        return guest.facts(), guest.requirements()
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         await self._host.gate("incompatibilities")
