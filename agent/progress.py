@@ -31,7 +31,7 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     src, dst = driver.source_state, driver.destination_state
     migration = pb.Migration()
     migration.CopyFrom(before)
-    migration.waiting_for = "" if ended else driver.waiting_for[:1000]
+    migration.waiting_for = "" if ended else _waiting_for(before, driver)
     migration.uri = driver.uri or before.uri
     del migration.silent_hosts[:]
     migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
@@ -40,12 +40,12 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.operator_word.CopyFrom(word)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
-    if dst is Dst.RUNNING and not before.HasField("commit_time"):
+    if dst is Dst.RUNNING and not driver.disputed and not before.HasField("commit_time"):
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failure = _root_cause(driver)
     migration.state = _state(migration.state, driver, failure, ended=ended)
     stopped = failure is not None and failure.reason in _STOPPED
-    runs_on = _runs_on(migration, src, dst)
+    runs_on = migration.source_host if driver.disputed else _runs_on(migration, src, dst)
     dead = {word.dead_host for word in driver.words.values()}
     migration.runs_on = "" if stopped or runs_on in dead else runs_on
     migration.ClearField("failure")
@@ -58,6 +58,16 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.duration.CopyFrom(duration(now - before.create_time.ToNanoseconds() / 1e9))
         migration.hypervisor_duration.CopyFrom(duration(hypervisor_seconds(migration.timings)))
     return migration
+
+
+def _waiting_for(migration: pb.Migration, driver: Driver) -> str:
+    if driver.disputed:
+        here, there = migration.source_host, migration.destination_host
+        return (
+            f"{there} to give up its copy: it was declared dead, the guest goes on at {here}, and {there} says that it runs there "
+            f"too. The agent of {there} stops that copy when it starts: restart it now, if it was not dead at all"
+        )
+    return driver.waiting_for[:1000]
 
 
 def phase(src: Src | None, dst: Dst | None) -> str:

@@ -44,13 +44,22 @@ def assume(src: Src | None, dst: Dst | None, *, source_dead: bool, destination_d
     return src, dst
 
 
-def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = False) -> frozenset[Call]:
+def disputed(src: Src | None, dst: Dst | None, *, by_word: bool) -> bool:
+    """The source goes on by an operator's word, and the destination, which is back, has not learned yet that it lost the guest."""
+    return by_word and dst is Dst.RUNNING and src in (Src.RESUMING, Src.KEPT)
+
+
+def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = False, by_word: bool = False) -> frozenset[Call]:
     """The calls to have under way now. Empty when it has `ended`.
 
     `stalled`: the source has sent everything long ago, and the armed copy still waits, so its last bytes were lost on their way.
+    `by_word`: the source's record says that it goes on by an operator's word.
     `None` means that the host has no record of this attempt. Raises `AssertionError` for a pair that the rule excludes
     (the source kept the guest, and it runs at the destination): that must stop everything.
     """
+    if disputed(src, dst, by_word=by_word):
+        # The destination's agent asks when it starts, and ends what runs there: to be looked at again, not to be told.
+        return frozenset({Call.CONFIRM_GONE} if src is Src.RESUMING else ())
     assert (src, dst) != (Src.KEPT, Dst.RUNNING), "the guest was kept at the source and runs at the destination"
     if ended(src, dst):
         return frozenset()

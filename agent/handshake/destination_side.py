@@ -375,7 +375,8 @@ class DestinationSide:
             return
         ref = pb.AttemptRef(migration_id=attempt.record.migration_id, attempt=attempt.record.attempt)
         record = (await source.get_record(pb.GetRecordRequest(ref=ref))).record
-        if record.state == pb.RECORD_STATE_KEPT and record.operator_word.dead_host == self._host.name:
+        goes_on_there = record.state in (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT)
+        if goes_on_there and record.operator_word.dead_host == self._host.name:
             word = OperatorWord.of(record.operator_word)
             log.error("this host was declared dead; its copy is disowned", migration=ref.migration_id, said_by=word.said_by)
             await attempt.report(_E.DISOWNED, failure=word.failure(), operator_word=word)

@@ -133,7 +133,7 @@ class Driver(Knowledge):
         try:
             while not self.ended:
                 self._wake.clear()
-                for call in decide(*self.states, cancel=self.cancelling, stalled=self._stalls()):
+                for call in decide(*self.states, cancel=self.cancelling, stalled=self._stalls(), by_word=self.by_word):
                     if call not in tasks:
                         tasks[call] = asyncio.create_task(self._make(call), name=f"{self.ref.migration_id[:8]} {call}")
                 for side in self._followed():
@@ -218,7 +218,7 @@ class Driver(Knowledge):
         """The sides to watch now: where nothing else is called for while the other side takes its time, and where memory flows."""
         watched = {
             "source": self.source_state in (Src.BEGUN, Src.PERFORMING),
-            "destination": self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED),
+            "destination": self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED) or self.disputed,
         }
         return [side for side, wanted in watched.items() if wanted]
 

@@ -8,7 +8,7 @@ from typing import Final
 import structlog
 
 from agent.errors import DroverError
-from agent.handshake.decide import assume, ended
+from agent.handshake.decide import assume, disputed, ended
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.records import Failure, state_from_proto
 from agent.handshake.source import SourceState as Src
@@ -52,6 +52,16 @@ class Knowledge:
         return assume(
             self.source_state, self.destination_state, source_dead="source" in dead, destination_dead="destination" in dead
         )
+
+    @property
+    def by_word(self) -> bool:
+        """The source's record carries an operator's word."""
+        return self.source_record is not None and self.source_record.HasField("operator_word")
+
+    @property
+    def disputed(self) -> bool:
+        """See `decide.disputed`."""
+        return disputed(*self.states, by_word=self.by_word)
 
     @property
     def ended(self) -> bool:

@@ -163,15 +163,17 @@ def begins_to_ask(world: World, agent: Agent) -> Agent:
 
 def asks(source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
     """The source's record, as it is when it is read; what follows from it is taken later."""
-    kept = source.attempt == agent.attempt and source.state == SourceState.KEPT
     if not source.up:
         return
+    here = source.attempt == agent.attempt
+    kept = here and source.state == SourceState.KEPT
+    goes_on_there = here and source.word and source.state in (SourceState.RESUMING, SourceState.KEPT)
     if _ASKS in agent.work:
         left = agent.work - {_ASKS}
         yield "destination: asks the source", source, agent._replace(work=left | {_SOURCE_KEPT} if kept else left), Cost.FREE
     if _ASKS_OWNER in agent.work:
         left = agent.work - {_ASKS_OWNER}
-        after = agent._replace(work=left | {_DISOWNED} if kept and source.word else left)
+        after = agent._replace(work=left | {_DISOWNED} if goes_on_there else left)
         yield "destination: asks whose the guest is", source, after, Cost.FREE
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from tests.model.agents import ONLY_COPY
 from tests.model.invariants import GOES_BACK, LOST, TWO_RUN
-from tests.model.network import DECIDE
 from tests.model.parts import budget
 from tests.model.world import World
 from tests.model.worlds import BUT_ONLY_COPY
@@ -24,16 +23,6 @@ class Finding:
 CORRECTABLE: tuple[Finding, ...] = (
     Finding(
         World(
-            "looked_before_disowned",
-            "after an operator's word, a driver looks at the destination that is back before that has asked whose the guest is",
-            budget=budget(host=1, word=1, crash_driver=1),
-            takeover=False,
-            in_flight=1,
-        ),
-        DECIDE,
-    ),
-    Finding(
-        World(
             "back_too_early",
             "the destination is back, and the attempt goes on, before the operator's word gets to the source",
             budget=budget(host=1, word=1, crash_driver=1),
@@ -44,7 +33,7 @@ CORRECTABLE: tuple[Finding, ...] = (
         TWO_RUN,
     ),
 )
-"""Flaws of the product. Rare: each needs an operator's word."""
+"""Flaws of the product. Rare: it needs an operator's word."""
 
 LIMITS: tuple[Finding, ...] = (
     Finding(

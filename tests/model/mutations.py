@@ -25,6 +25,7 @@ from tests.model.invariants import (
     TOLD,
     TWO_RUN,
 )
+from tests.model.network import DECIDE
 from tests.model.parts import budget
 from tests.model.world import World
 
@@ -97,6 +98,11 @@ def _waits_for_ever(src: SourceState | None, dst: DestinationState | None, **tol
     return decide(src, dst, cancel=told["cancel"])
 
 
+def _believes_whoever_is_back(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
+    """Knows of no operator's word in the source's record."""
+    return decide(src, dst, cancel=told["cancel"], stalled=told["stalled"])
+
+
 MUTATIONS: tuple[Mutation, ...] = (
     _mutation(
         "resume_on_silence",
@@ -147,6 +153,15 @@ MUTATIONS: tuple[Mutation, ...] = (
         takeover=True,
         budget=budget(crash_driver=1, fail=1),
         decide_takeover=_removes_unasked,
+    ),
+    _mutation(
+        "word_forgotten",
+        "a driver believes a destination that is back, though an operator's word keeps the guest at the source",
+        DECIDE,
+        None,
+        in_flight=1,
+        budget=budget(host=1, word=1, crash_driver=1),
+        decide=_believes_whoever_is_back,
     ),
     _mutation(
         "stale_attempt_taken",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from agent.handshake.decide import Call, assume, ended
+from agent.handshake.decide import Call, assume, disputed, ended
 from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.source import SourceEvent, SourceState
 from tests.model import destination_agent, source_agent
@@ -71,6 +71,9 @@ def _driver(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tu
     who = f"driver {index}"
     if driver.mode is Mode.ON:
         yield from _send(world, talk, index, driver)
+        if disputed(*states(driver), by_word=driver.by_word):
+            again = driver._replace(mode=Mode.LOOK_SOURCE)
+            yield f"{who}: looks again", _with(talk, index, again), Cost.FREE
         if not driver.cancel:
             yield f"{who}: is cancelled", _with(talk, index, driver._replace(cancel=True)), Cost.CANCEL
     if driver.plan and driver.mode in (Mode.ON, Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION):
@@ -100,7 +103,7 @@ def _wants(world: World, driver: Driver) -> frozenset[Call]:
     src, dst = states(driver)
     stalled = (False, True) if world.stalls and (src, dst) == (SourceState.PERFORMED, DestinationState.ARMED) else (False,)
     try:
-        return frozenset().union(*(mind(src, dst, cancel=driver.cancel, stalled=long) for long in stalled))
+        return frozenset().union(*(mind(src, dst, cancel=driver.cancel, stalled=long, by_word=driver.by_word) for long in stalled))
     except AssertionError as error:
         if world.checked(DECIDE):
             raise Violation(DECIDE, str(error)) from None
@@ -109,7 +112,12 @@ def _wants(world: World, driver: Driver) -> frozenset[Call]:
 
 def states(driver: Driver) -> tuple[SourceState | None, DestinationState | None]:
     """What it acts on: what it saw, but for a side that was declared dead."""
-    return assume(driver.src, driver.dst, source_dead=driver.dead is Side.SOURCE, destination_dead=driver.dead is Side.DESTINATION)
+    return assume(
+        driver.src,
+        driver.dst,
+        source_dead=driver.dead is Side.SOURCE,
+        destination_dead=driver.dead is Side.DESTINATION,
+    )
 
 
 def _learn(driver: Driver, message: Message) -> Driver:
@@ -121,7 +129,8 @@ def _learn(driver: Driver, message: Message) -> Driver:
         return driver
     if message.call in TO_SOURCE:
         src = SourceState(message.answer.state)
-        driver = driver._replace(src=src) if _SOURCE_ORDER[src] >= _SOURCE_ORDER[driver.src] else driver
+        if _SOURCE_ORDER[src] >= _SOURCE_ORDER[driver.src]:
+            driver = driver._replace(src=src, by_word=message.answer.word)
     else:
         dst = DestinationState(message.answer.state)
         driver = driver._replace(dst=dst) if _DESTINATION_ORDER[dst] >= _DESTINATION_ORDER[driver.dst] else driver
@@ -154,7 +163,7 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     for index, driver in enumerate(talk.drivers):
         if driver.mode is Mode.LOOK_SOURCE and agent.attempt <= driver.attempt:
             seen = SourceState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
-            looked = driver._replace(src=seen, mode=Mode.LOOK_DESTINATION)
+            looked = driver._replace(src=seen, mode=Mode.LOOK_DESTINATION, by_word=seen is not None and agent.word)
             yield f"driver {index}: looks at the source", _with(talk, index, looked), agent, Cost.FREE
     if source_agent.may_be_silent(agent):
         yield from _silence(world, talk, agent)
@@ -276,6 +285,6 @@ def _called(world: World, agent: Agent, message: Message, side: Side) -> tuple[A
         after, answer = call(world, world.source, agent, message.attempt, SourceEvent(message.call))
         if message.word and after.attempt == message.attempt and after.state in (SourceState.RESUMING, SourceState.KEPT):
             after = after._replace(word=True)
-        return source_agent.tidy(after), answer
+        return source_agent.tidy(after), answer._replace(word=after.word and after.attempt == message.attempt)
     after, answer = call(world, world.destination, agent, message.attempt, DestinationEvent(message.call))
     return destination_agent.tidy(after), answer

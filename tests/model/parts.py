@@ -129,6 +129,8 @@ class Driver(NamedTuple):
     cancel: bool = False
     dead: Side | None = None
     """What an operator has told it is dead, and has not answered since."""
+    by_word: bool = False
+    """The source's record carries an operator's word."""
     plan: bool = True
     """It can make the first phases; a driver that takes over cannot."""
 
@@ -145,6 +147,8 @@ class Answer(NamedTuple):
     state: str | None
     stale: bool = False
     """A later attempt has begun there."""
+    word: bool = False
+    """The record carries an operator's word."""
 
 
 NOBODY = -1

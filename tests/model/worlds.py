@@ -79,6 +79,13 @@ SMALL: tuple[World, ...] = (
         in_flight=2,
         budget=budget(host=1, word=1),
     ),
+    World(
+        "looked_at_before_disowned",
+        "the same, and a driver that comes back, too, looks at the destination before that has asked whose the guest is",
+        takeover=False,
+        in_flight=1,
+        budget=budget(host=1, word=1, crash_driver=1),
+    ),
 )
 """Some seconds in all."""
 

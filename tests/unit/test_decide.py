@@ -155,3 +155,11 @@ def test_a_word_stands_for_a_host_but_never_against_a_known_commit(
     src: Src | None, dst: Dst | None, dead: str, acted_on: tuple[Src, Dst]
 ) -> None:
     assert assume(src, dst, source_dead=dead == "source", destination_dead=dead == "destination") == acted_on
+
+
+def test_a_destination_that_is_back_is_given_time_to_learn_that_an_operators_word_took_the_guest() -> None:
+    for cancel in (True, False):
+        assert decide(Src.KEPT, Dst.RUNNING, cancel=cancel, by_word=True) == frozenset()
+        assert decide(Src.RESUMING, Dst.RUNNING, cancel=cancel, by_word=True) == {Call.CONFIRM_GONE}
+        assert decide(Src.PERFORMED, Dst.RUNNING, cancel=cancel, by_word=True) == {Call.CONFIRM_RUNNING}
+    assert not ended(Src.KEPT, Dst.RUNNING)

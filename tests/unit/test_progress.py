@@ -47,6 +47,16 @@ def seen(driver: Driver, before: pb.Migration = BEFORE, *, ended: bool = False) 
     return describe(before, driver, 1010.0, ended=ended)
 
 
+def test_what_to_do_about_a_host_that_was_not_dead() -> None:
+    driver = knows(Src.KEPT, Dst.RUNNING)
+    assert driver.source_record is not None
+    driver.source_record.operator_word.CopyFrom(word("h2"))
+    told = seen(driver)
+    assert (told.runs_on, told.HasField("commit_time")) == ("h1", False)
+    for needed in ("h2 to give up its copy", "goes on at h1", "restart it"):
+        assert needed in told.waiting_for
+
+
 # --- state, phase and place -------------------------------------------------------------------------------------------
 
 
