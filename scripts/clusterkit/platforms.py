@@ -117,7 +117,8 @@ class LabCluster(Cluster):
         return started
 
     def copies(self, guest: str) -> dict[str, str]:
-        return {host.name: host.domain_state(guest).split(" ")[0] for host in self.lab.hosts if guest in host.domains()}
+        states = {host.name: host.domain_state(guest).split(" ")[0] for host in self.lab.hosts}
+        return {name: state for name, state in states.items() if state != "absent"}
 
 
 class SimCluster(Cluster):

@@ -352,7 +352,12 @@ class Host(Node):
 
     def domain_state(self, name: str) -> str:
         """State and reason in libvirt's words, e.g. "running (migrated)"; "absent" when there is no such guest."""
-        return self.virsh("domstate", name, "--reason") if name in self.domains() else "absent"
+        try:
+            return self.virsh("domstate", name, "--reason")
+        except LabError as error:
+            if "failed to get domain" in str(error):
+                return "absent"
+            raise
 
     def destroy_all(self) -> None:
         """Destroys and undefines every guest of this host."""
