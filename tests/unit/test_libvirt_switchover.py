@@ -229,11 +229,15 @@ def test_libvirtd_is_gone_when_nobody_holds_its_lock(run: Path, write: Write) ->
 
 
 def test_the_hook_stands_alone(tmp_path: Path) -> None:
+    assert not switchover.is_installed(tmp_path / "libvirt")
     hook = switchover.install(tmp_path / "libvirt")
+    assert switchover.is_installed(tmp_path / "libvirt")
     assert switchover.install(tmp_path / "libvirt") == hook
     for words in (["-", "start", "-", "start"], ["-", "shutdown", "-", "shutdown"]):
         done = subprocess.run([hook, *words], capture_output=True, text=True, check=True, env={}, cwd="/", timeout=10)
         assert done.stdout + done.stderr == ""
+    hook.write_text(hook.read_text() + "# of an older Drover")
+    assert not switchover.is_installed(tmp_path / "libvirt")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import libvirt
+import structlog
 
 from agent.hypervisor.base import (
     Domain,
@@ -20,7 +21,10 @@ from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing
+from agent.hypervisor.libvirt.switchover import ETC, HOOK, is_installed
 from agent.hypervisor.libvirt.watch import Watch
+
+log = structlog.get_logger()
 
 CPU_CACHE = 64
 """CPU comparisons kept: guests of a fleet share a handful of CPU models."""
@@ -42,6 +46,8 @@ class LibvirtHypervisor:
         self._reading = asyncio.Lock()
 
     async def open(self) -> None:
+        if not is_installed(ETC):
+            log.warning("libvirt's hook is not installed, or is another Drover's: see docs/operations.md", hook=str(ETC / HOOK))
         await self._watch.start()
         await self._capabilities()  # read ahead: they take long the first time, and each migration needs them
 

@@ -51,8 +51,9 @@ RUN = Path("/run/libvirt")
 MARKS = "drover"
 """The folder of the marks, in it."""
 
+ETC = Path("/etc/libvirt")
 HOOK = Path("hooks/daemon.d/50-drover")
-"""Where the hook belongs, in /etc/libvirt. Scripts in a `.d` folder run beside those that an administrator has."""
+"""Where the hook belongs, in that folder. Scripts in a `.d` folder run beside those that an administrator has."""
 
 MONITOR_SECONDS = 3.0
 """A QEMU that has not answered by then is left as it is. It is silent while it sends the last of the memory."""
@@ -314,10 +315,18 @@ def install(etc: Path) -> Path:
     return hook
 
 
+def is_installed(etc: Path) -> bool:
+    """Whether the hook is there, and is that of this very Drover."""
+    try:
+        return (etc / HOOK).read_text().endswith(Path(__file__).read_text())
+    except OSError:
+        return False
+
+
 def main(words: list[str]) -> None:
     """As the hook (``- start - start``), or ``install [/etc/libvirt]``."""
     if words[:1] == ["install"]:
-        print(install(Path(*(words[1:2] or ["/etc/libvirt"]))))
+        print(install(Path(words[1]) if words[1:] else ETC))
     elif words[1:2] == ["start"]:
         for uuid, name in marked(RUN):  # at once: libvirtd waits for us, and one QEMU that is silent is enough to wait for
             threading.Thread(target=mend, args=(RUN, uuid, name)).start()
