@@ -1,11 +1,16 @@
 """A fixed 25 rounds of `scripts/bench chaos`: whatever dies, exactly one copy runs at the end, and nothing is left behind."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from agent.failpoints import all_points
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("libvirt", reason="libvirt-python is not installed")
+
 from benchkit.chaos import Result, run
 from benchkit.chaos_arena import Arena
 from benchkit.chaos_faults import FAULTS

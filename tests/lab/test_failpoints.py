@@ -1,11 +1,16 @@
 """A sample of `scripts/bench failpoints`: the arrows at which a wrong step would cost a guest. The whole table is in the docs."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.failpoints import all_points
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("libvirt", reason="libvirt-python is not installed")
+
 from benchkit.chaos_arena import Arena
 from benchkit.failpoints import DEADLINE, run
 from benchkit.failpoints_cases import MANAGED, P2P, TAKE_OVER, cases
