@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
-import libvirt_qemu  # type: ignore[import-untyped,unused-ignore]
+import libvirt_qemu
 import structlog
 
 from agent.hypervisor.base import DomainState
