@@ -67,7 +67,7 @@ class Directory(Protocol):
 class MigrationLog(Protocol):
     """Keeps migrations over a restart."""
 
-    async def save(self, migration_id: str, body: bytes, *, ended: bool, updated: float) -> None: ...
+    async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None: ...
 
     async def load(self) -> list[bytes]: ...
 
@@ -361,7 +361,7 @@ class Migrations:
 
     async def _save(self, entry: _Entry) -> None:
         migration = entry.migration
-        await self._kept.save(migration.migration_id, migration.SerializeToString(), ended=entry.final, updated=time.time())
+        await self._kept.save(migration.migration_id, migration.SerializeToString(), ended=entry.final)
 
 
 async def _kept(saving: Awaitable[None] | None, migration_id: str) -> None:

@@ -17,7 +17,7 @@ class StoredMigrations:
         self._ended: list[str] = []
         """Keys of migrations that have ended, the oldest first."""
 
-    async def save(self, migration_id: str, body: bytes, *, ended: bool, updated: float) -> None:
+    async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
         operations: list[Operation] = [Put(_PREFIX + migration_id, body)]
         if ended:
             self._ended.append(_PREFIX + migration_id)

@@ -63,7 +63,7 @@ class FakeLog:
         self.fails: list[Exception] = []
         self.held: asyncio.Event | None = None
 
-    async def save(self, migration_id: str, body: bytes, *, ended: bool, updated: float) -> None:
+    async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
         await asyncio.sleep(0)
         if self.held is not None:
             await self.held.wait()

@@ -277,7 +277,7 @@ async def test_list_has_the_newest_first_and_bounds(driving: Driving) -> None:
     for number in range(KEEP + 5):
         migration = pb.Migration(migration_id=f"m{number}", state=pb.MIGRATION_STATE_SUCCEEDED, revision=number + 1)
         migration.create_time.FromSeconds(number + 1)
-        await driving.log.save(migration.migration_id, migration.SerializeToString(), ended=True, updated=0)
+        await driving.log.save(migration.migration_id, migration.SerializeToString(), ended=True)
     await driving.restart()
     listed = [migration.migration_id for migration in driving.migrations.list(active_only=False, limit=0)]
     assert listed == [f"m{number}" for number in range(KEEP + 4, KEEP - 96, -1)]
