@@ -38,7 +38,7 @@ _SCHEMA: Final = (
 )
 
 _TRIM = """
-    DELETE FROM {table} WHERE kind = ?1 AND number < (
+    DELETE FROM {table} WHERE kind = ?1 AND number <= (
         SELECT number FROM {table} WHERE kind = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2
     )
 """

@@ -5,7 +5,7 @@ The work belongs to the attempt, not to whoever asked: a caller that goes away c
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 import structlog
@@ -23,6 +23,9 @@ log = structlog.get_logger()
 
 EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 """Carries out one effect and reports what came of it with `Attempt.apply`."""
+
+Told = Callable[[], Mapping[str, Any]]
+"""What a request adds to the record, looked up when nothing else changes it; raises what is wrong with the request."""
 
 
 class Attempt:
@@ -49,19 +52,20 @@ class Attempt:
 
     # ---- events
 
-    async def apply(self, event: str, **changes: Any) -> None:
+    async def apply(self, event: str, told: Told = dict, **changes: Any) -> None:
         """Take one event: step, make it durable, then start the effects. Survives the cancellation of its caller.
 
         Raises:
-            DroverError: WRONG_PHASE for a call that has no place in this state; JOURNAL_UNAVAILABLE: nothing was done.
+            DroverError: WRONG_PHASE for a call that has no place in this state; what `told` raises; JOURNAL_UNAVAILABLE. Nothing
+                was done then.
         """
-        await asyncio.shield(asyncio.ensure_future(self._apply(event, changes)))
+        await asyncio.shield(asyncio.ensure_future(self._apply(event, told, changes)))
 
-    async def _apply(self, event: str, changes: dict[str, Any]) -> None:
+    async def _apply(self, event: str, told: Told, changes: Mapping[str, Any]) -> None:
         async with self._lock:
-            await self._step(event, changes)
+            await self._step(event, told, changes)
 
-    async def _step(self, event: str, changes: dict[str, Any]) -> None:
+    async def _step(self, event: str, told: Told, changes: Mapping[str, Any]) -> None:
         state = self.record.state or None
         try:
             transition = self._machine.step(state, event)
@@ -70,6 +74,7 @@ class Attempt:
         if transition is None:
             log.debug("stale news", migration=self.record.migration_id, state=state, event_name=event)
             return
+        changes = {**changes, **told()}
         if transition.state != state or changes:
             failpoint(self.record.role, event, "journal.before")
             await self._put(self.record.changed(state=transition.state, **changes))
@@ -83,9 +88,19 @@ class Attempt:
         await self._run_effect(self, effect)
 
     async def report(self, event: str, **changes: Any) -> None:
-        """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened."""
+        """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened. News that something
+        newer has overtaken is dropped."""
         failpoint(self.record.role, event, "news")
-        await retry(self, f"recording {event}", lambda: self.apply(event, **changes))
+
+        async def take() -> None:
+            try:
+                await self.apply(event, **changes)
+            except DroverError as error:
+                if error.reason is not Reason.WRONG_PHASE:
+                    raise
+                log.info("overtaken news", migration=self.record.migration_id, event_name=event, error=error.message)
+
+        await retry(self, f"recording {event}", take)
 
     async def note(self, **changes: Any) -> None:
         """Record facts that change no state, such as a failure or what is waited for."""
@@ -98,8 +113,8 @@ class Attempt:
     async def _put(self, record: AttemptRecord) -> None:
         await self._journal.put_attempt(record)
         log.info("record", migration=record.migration_id, role=record.role.value, state=record.state, was=self.record.state)
-        self.record = record
-        if record.final:
+        ends, self.record = record.final and not self.record.final, record
+        if ends:
             self._disarm()
             self._on_final(self)
         self.wake()

@@ -1,7 +1,8 @@
 """The attempts of this host by migration: finds, makes and fences them."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final
 
 from agent.errors import DroverError, Reason, invalid_field
@@ -22,6 +23,8 @@ class Attempts:
         self.effects: Mapping[Role, EffectRunner] = {}
         self._on_final = on_final
         self._by_id: dict[str, Attempt] = {}
+        self._claimed: set[str] = set()
+        """Guests (UUIDs) whose first record is being written."""
         self._lock = asyncio.Lock()
 
     def adopt(self, record: AttemptRecord) -> Attempt:
@@ -55,6 +58,31 @@ class Attempts:
         """An attempt whose first event was refused never was."""
         if not attempt.record.state and attempt.opening is None and self._by_id.get(attempt.record.migration_id) is attempt:
             del self._by_id[attempt.record.migration_id]
+
+    @contextlib.contextmanager
+    def claim(self, uuid: str, name: str) -> Iterator[None]:
+        """While an attempt at this guest is opened: no other one may be under way here, in either role. What is left to do for
+        it (a copy to remove, or to give up) would strike the guest of the new one.
+
+        Raises:
+            DroverError: DOMAIN_BUSY.
+        """
+        here = [attempt for attempt in self._by_id.values() if attempt.record.domain_uuid == uuid]
+        # An abort that is still on its way to the hypervisor would end the next transfer.
+        others = [a.record.migration_id for a in here if not a.record.final or a.running("abort")]
+        if others or uuid in self._claimed:
+            raise _busy(name, others[0] if others else "")
+        self._claimed.add(uuid)
+        try:
+            yield
+        finally:
+            self._claimed.discard(uuid)
+
+    def superseded(self, attempt: Attempt) -> bool:
+        """A later attempt at the same guest is known here."""
+        known = list(self._by_id.values())
+        later = known[known.index(attempt) + 1 :] if attempt in known else known
+        return any(other.record.domain_uuid == attempt.record.domain_uuid for other in later)
 
     def active(self, role: Role) -> list[Attempt]:
         return [a for a in self._by_id.values() if a.record.role is role and not a.record.final]
@@ -116,6 +144,13 @@ def _seen(task: asyncio.Task[None]) -> None:
     """Whoever asked has been told; nobody may be left."""
     if not task.cancelled():
         task.exception()
+
+
+def _busy(domain: str, migration: str) -> DroverError:
+    which = f"migration {migration}; watch or cancel it" if migration else "another one that begins at this moment"
+    return DroverError(
+        Reason.DOMAIN_BUSY, f"guest {domain} is being migrated already, by {which}", metadata={"migration_id": migration}
+    )
 
 
 def _new(ref: pb.AttemptRef, role: Role) -> AttemptRecord:

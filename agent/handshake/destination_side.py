@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
 from typing import Final
 
 import msgspec
@@ -12,21 +11,30 @@ import structlog
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
 from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto
-from agent.handshake.attempt import Attempt, retry, waits_for
+from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.facts import destination_fact
-from agent.handshake.peer import HandshakePeer
-from agent.handshake.phases import MAX_WAIT, LocalHost, Stopwatch, phase_changes, timed, wait_of
+from agent.handshake.owner import Owner
+from agent.handshake.phases import (
+    MAX_WAIT,
+    LocalHost,
+    Stopwatch,
+    check_address,
+    check_word,
+    failure_of,
+    look_up,
+    phase_changes,
+    timed,
+    wait_of,
+)
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
 from agent.hypervisor.base import (
     RESUMED,
-    Domain,
     DomainBusy,
     DomainNotFound,
     DomainState,
     HypervisorError,
-    HypervisorUnavailable,
     Incoming,
     TransferFailed,
 )
@@ -47,13 +55,11 @@ _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 class DestinationSide:
     """Serves the destination's calls."""
 
-    def __init__(
-        self, host: LocalHost, attempts: Attempts, slots: Slots, source_of: Callable[[Attempt], HandshakePeer | None]
-    ) -> None:
+    def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots, owner: Owner) -> None:
         self._host = host
         self._attempts = attempts
         self._slots = slots
-        self._source_of = source_of
+        self._owner = owner
         self._sessions: dict[Attempt, Incoming] = {}
         self._epoch = 0
         """Of the latest lease. The journal always keeps the newest records, so it is never given twice."""
@@ -63,32 +69,33 @@ class DestinationSide:
     async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.RESERVE):
-            changes = phase_changes(attempt, "reserve", request)
             if attempt.record.state:
-                await attempt.apply(_E.RESERVE, expires=self._expiry())
-                return pb.ReserveSlotResponse(record=record_to_proto(attempt.record))
-            await self._attempts.open(attempt, lambda: self._open(attempt, request, changes))
+                await attempt.apply(_E.RESERVE, lambda: phase_changes(attempt, "reserve", request), expires=self._expiry())
+            else:
+                await self._attempts.open(attempt, lambda: self._open(attempt, request))
+                phase_changes(attempt, "reserve", request)  # it may have been another one that opened it meanwhile
             return pb.ReserveSlotResponse(record=record_to_proto(attempt.record))
 
-    async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest, changes: Mapping[str, object]) -> None:
+    async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> None:
         self._check_room(attempt)
-        with timed("reserve") as watch:
-            had_definition = await self._check(request)
-        self._epoch += 1
-        await attempt.apply(
-            _E.RESERVE,
-            **changes,
-            epoch=self._epoch,
-            had_definition=had_definition,
-            expires=self._expiry(),
-            domain_name=request.destination_name or request.requirements.name,
-            domain_uuid=request.requirements.uuid,
-            destination_name=request.destination_name or request.requirements.name,
-            peer_host=request.source_host,
-            peer_agent=request.source_agent,
-            options=options_from_proto(request.options),
-            timings=(watch.timing,),
-        )
+        with self._attempts.claim(request.requirements.uuid, request.requirements.name):
+            with timed("reserve") as watch:
+                had_definition = await self._check(request)
+            self._epoch += 1
+            await attempt.apply(
+                _E.RESERVE,
+                lambda: phase_changes(attempt, "reserve", request),
+                epoch=self._epoch,
+                had_definition=had_definition,
+                expires=self._expiry(),
+                domain_name=request.destination_name or request.requirements.name,
+                domain_uuid=request.requirements.uuid,
+                destination_name=request.destination_name or request.requirements.name,
+                peer_host=request.source_host,
+                peer_agent=request.source_agent,
+                options=options_from_proto(request.options),
+                timings=(watch.timing,),
+            )
         self.recover(attempt)
 
     def _expiry(self) -> float:
@@ -102,6 +109,7 @@ class DestinationSide:
         """Everything that can be refused is refused before the guest is touched. Whether a definition of the guest is here."""
         here = f"the destination {self._host.name}"
         self._host.check_not_draining()
+        check_address(request.source_agent, "source_agent")
         if request.protocol_version:
             check_protocol(request.protocol_version, request.protocol_version, "the caller")
         check_options(request.options, self._host.features, here)
@@ -142,25 +150,26 @@ class DestinationSide:
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.PREPARE):
-            changes = phase_changes(attempt, "prepare", request)
-            if attempt.record.state == _S.RESERVED:
-                self._check_lease(attempt, request.slot_epoch)
-                listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
-                changes |= {
-                    "domain_xml": request.domain_xml,
-                    "uri": listen.uri,
-                    "cookies": {"begin": request.cookie_in, "listen": listen.address.encode()},
-                    "expires": self._expiry(),
-                }
-            else:
-                changes = {}
-            await self._known(attempt, _E.PREPARE, changes)
+            await self._known(attempt, _E.PREPARE, lambda: self._prepared(attempt, request))
             record = await attempt.until(_AFTER_PREPARE, MAX_WAIT)
             if record.state == _S.GONE and record.failure is not None:
                 raise record.failure.error()
-            return pb.PrepareResponse(
-                record=record_to_proto(record), cookie_out=record.cookies.get("prepare", b""), uri_out=record.uri
-            )
+            uri = record.uri if record.state != _S.PREPARING else ""  # its port is not known yet
+            return pb.PrepareResponse(record=record_to_proto(record), cookie_out=record.cookies.get("prepare", b""), uri_out=uri)
+
+    def _prepared(self, attempt: Attempt, request: pb.PrepareRequest) -> dict[str, object]:
+        """What the first Prepare adds to the record."""
+        changes = phase_changes(attempt, "prepare", request)
+        if attempt.record.state != _S.RESERVED:
+            return {}
+        self._check_lease(attempt, request.slot_epoch)
+        listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
+        return changes | {
+            "domain_xml": request.domain_xml,
+            "uri": listen.uri,
+            "cookies": {"begin": request.cookie_in, "listen": listen.address.encode()},
+            "expires": self._expiry(),
+        }
 
     @staticmethod
     def _check_lease(attempt: Attempt, epoch: int) -> None:
@@ -174,34 +183,42 @@ class DestinationSide:
     async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.FINISH):
-            changes = phase_changes(attempt, "finish", request)
-            if attempt.record.state == _S.PREPARED:
-                changes |= {"cookies": {**attempt.record.cookies, "perform": request.cookie_in}}
-            else:
-                changes = {}
-            await self._known(attempt, _E.FINISH, changes)
+            await self._known(attempt, _E.FINISH, lambda: self._finished(attempt, request))
             record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
             return pb.FinishResponse(record=record_to_proto(record), cookie_out=record.cookies.get("finish", b""))
+
+    @staticmethod
+    def _finished(attempt: Attempt, request: pb.FinishRequest) -> dict[str, object]:
+        """What the first Finish adds to the record."""
+        changes = phase_changes(attempt, "finish", request)
+        if attempt.record.state != _S.PREPARED:
+            return {}
+        return changes | {"cookies": {**attempt.record.cookies, "perform": request.cookie_in}}
 
     async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
         async with attempt.called(event):
-            changes: dict[str, object] = {}
-            if request.HasField("operator_word"):
-                word = OperatorWord.of(request.operator_word)
-                log.warning("an operator's word decides", migration=request.ref.migration_id, **msgspec.structs.asdict(word))
-                changes = {"failure": word.failure(), "operator_word": word}
-            elif not attempt.record.failure and not attempt.record.final:
-                changes = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
-            await self._known(attempt, event, changes)
+            await self._known(attempt, event, lambda: self._abandoned(attempt, request))
             record = await attempt.until(_DECIDED, MAX_WAIT)
             return pb.AbandonResponse(record=record_to_proto(record))
 
-    async def _known(self, attempt: Attempt, event: DestinationEvent, changes: Mapping[str, object]) -> None:
+    @staticmethod
+    def _abandoned(attempt: Attempt, request: pb.AbandonRequest) -> dict[str, object]:
+        """What an Abandon adds to the record."""
+        if request.HasField("operator_word"):
+            check_word(attempt, request.operator_word)
+            word = OperatorWord.of(request.operator_word)
+            log.warning("an operator's word decides", migration=request.ref.migration_id, **msgspec.structs.asdict(word))
+            return {"failure": word.failure(), "operator_word": word}
+        if attempt.record.failure or attempt.record.final:
+            return {}
+        return {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
+
+    async def _known(self, attempt: Attempt, event: DestinationEvent, told: Told) -> None:
         """Apply a call; an attempt that was made for a call that was refused is forgotten again."""
         try:
-            await attempt.apply(event, **changes)
+            await attempt.apply(event, told)
         finally:
             self._attempts.forget_unless_known(attempt)
 
@@ -225,22 +242,15 @@ class DestinationSide:
         attempt.start("lease", attempt.report(_E.LEASE_EXPIRED, failure=failure))
 
     async def _ask_source(self, attempt: Attempt) -> None:
-        """An armed copy that hears nothing: the stream may never have come. The source's word that it kept the guest ends it."""
-        source = self._source_of(attempt)
-        try:
-            if source is not None:
-                ref = pb.AttemptRef(migration_id=attempt.record.migration_id, attempt=attempt.record.attempt)
-                record = (await source.get_record(pb.GetRecordRequest(ref=ref))).record
-                if record.state == pb.RECORD_STATE_KEPT:
-                    await attempt.report(_E.ABANDON_SOURCE_KEPT)
-        except DroverError as error:
-            log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
+        await self._owner.ask_kept(attempt)
         if attempt.record.state == _S.ARMED:
             self.recover(attempt)
 
     def on_final(self, attempt: Attempt) -> None:
         self._slots.ended(attempt.record)
         attempt.start("close", self._close(attempt))
+        if attempt.record.state == _S.RUNNING:
+            self._owner.watch(attempt, after=self._host.lease_seconds)
 
     # ---- effects
 
@@ -270,8 +280,8 @@ class DestinationSide:
                     record.cookies["listen"].decode(),
                     record.uri,
                 )
-        except HypervisorError as error:
-            await attempt.report(_E.PREPARE_FAILED, failure=Failure.of(from_hypervisor(error)))
+        except Exception as error:
+            await attempt.report(_E.PREPARE_FAILED, failure=failure_of(error))
             return
         await attempt.report(
             _E.PREPARE_DONE,
@@ -293,10 +303,10 @@ class DestinationSide:
                 finally:
                     arrival.cancel()  # Finish tells it all now
         except TransferFailed as error:
-            changes = {} if attempt.record.failure else {"failure": Failure.of(from_hypervisor(error))}
+            changes = {} if attempt.record.failure else {"failure": failure_of(error)}
             await attempt.report(_E.FINISH_FAILED, **changes)
-        except HypervisorError as error:
-            await attempt.report(_E.FINISH_UNKNOWN, waiting_for=f"Finish gave no answer: {error}"[:500])
+        except Exception as error:
+            await attempt.report(_E.FINISH_UNKNOWN, waiting_for=f"Finish gave no answer: {failure_of(error).message}"[:500])
         else:
             await attempt.report(
                 _E.FINISH_DONE,
@@ -311,7 +321,7 @@ class DestinationSide:
         """
         async for event in self._host.hypervisor.events():
             started = event.uuid == attempt.record.domain_uuid and event.kind == RESUMED
-            if started and destination_fact(await self._domain(attempt)) is _E.SAW_RUNNING:
+            if started and destination_fact(await look_up(self._host, attempt)) is _E.SAW_RUNNING:
                 await attempt.report(_E.SAW_RUNNING, timings=(*attempt.record.timings, finish.timing), failure=None)
                 return
 
@@ -319,21 +329,11 @@ class DestinationSide:
         """Ask until the copy runs or is absent. One that waits for its stream is waited for: libvirtd may still start it."""
         fact: DestinationEvent | None = None
         while fact is None and attempt.record.state == _S.ARMED:
-            fact = destination_fact(await self._domain(attempt))
+            fact = destination_fact(await look_up(self._host, attempt))
             if fact is None:
                 await asyncio.sleep(0.1)  # no event tells that an incoming copy has gone away with its daemon
         if fact is not None:
             await attempt.report(fact, waiting_for="")
-
-    async def _domain(self, attempt: Attempt) -> Domain | None:
-        while True:
-            try:
-                return await self._host.hypervisor.get_domain(attempt.record.domain_uuid)
-            except DomainNotFound:
-                return None
-            except HypervisorUnavailable as error:
-                await waits_for(attempt, f"the hypervisor of {self._host.name} does not answer: {error}")
-                await asyncio.sleep(0.5)
 
     async def _abandon(self, attempt: Attempt) -> None:
         await attempt.ended(_F.PREPARE)
@@ -348,7 +348,7 @@ class DestinationSide:
 
         async def clear() -> None:
             """A definition that Finish stored, where there was none before."""
-            domain = await self._domain(attempt)
+            domain = await look_up(self._host, attempt)
             if domain is not None and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
                 await self._host.hypervisor.disown(domain.uuid)
 
@@ -364,22 +364,10 @@ class DestinationSide:
         if ran and word is not None and word.dead_host == self._host.name:
             await self._disown(attempt)  # it was under way when this agent was restarted
             return
-        await attempt.report(_E.ABANDON_REFUSED if ran else _E.ABANDON_DONE)
-
-    # ---- a host that was declared dead, and came back
-
-    async def check_disowned(self, attempt: Attempt) -> None:
-        """Ask the source of a guest that is here whether an operator's word took it from us while we were away."""
-        source = self._source_of(attempt)
-        if source is None:
-            return
-        ref = pb.AttemptRef(migration_id=attempt.record.migration_id, attempt=attempt.record.attempt)
-        record = (await source.get_record(pb.GetRecordRequest(ref=ref))).record
-        goes_on_there = record.state in (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT)
-        if goes_on_there and record.operator_word.dead_host == self._host.name:
-            word = OperatorWord.of(record.operator_word)
-            log.error("this host was declared dead; its copy is disowned", migration=ref.migration_id, said_by=word.said_by)
-            await attempt.report(_E.DISOWNED, failure=word.failure(), operator_word=word)
+        if ran:
+            await attempt.report(_E.ABANDON_REFUSED, failure=None)
+        else:
+            await attempt.report(_E.ABANDON_DONE)
 
     async def _disown(self, attempt: Attempt) -> None:
         async def disown() -> None:

@@ -5,6 +5,7 @@ It is a `HandshakePeer`: the gRPC service and a driver in the same process call 
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
 
 import structlog
@@ -16,11 +17,13 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.destination_side import DestinationSide
+from agent.handshake.owner import OWNER_SECONDS, Owner
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role, record_to_proto
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
+from agent.handshake.transfer import Transfers
 from agent.hypervisor.base import DomainNotFound, HypervisorError
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
@@ -43,8 +46,10 @@ class Engine:
         self.slots = slots
         self._journal = journal
         self._attempts = Attempts(journal, self._ended)
+        self._owner = Owner(host, self._attempts, other_side)
         self._source = SourceSide(host, self._attempts, take_over)
-        self._destination = DestinationSide(host, self._attempts, slots, other_side)
+        transfers = Transfers(host, self._attempts, self._source.session, other_side)
+        self._destination = DestinationSide(host, self._attempts, slots, self._owner)
         self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
         self.changed = Bell()
         """Rings whenever an attempt begins or ends here."""
@@ -56,8 +61,8 @@ class Engine:
         self.perform = self._source.perform
         self.abort = self._source.abort
         self.confirm = self._source.confirm
-        self.start_post_copy = self._source.start_post_copy
-        self.set_bandwidth = self._source.set_bandwidth
+        self.start_post_copy = transfers.start_post_copy
+        self.set_bandwidth = transfers.set_bandwidth
 
     async def recover(self) -> None:
         """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
@@ -68,10 +73,10 @@ class Engine:
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
             if record.role is Role.SOURCE:
                 self._source.recover(attempt)
-                await attempt.apply(SourceEvent.RESTARTED, **self._why(record, SourceEvent.RESTARTED))
+                await attempt.apply(SourceEvent.RESTARTED, functools.partial(self._why, record, SourceEvent.RESTARTED))
             else:
                 self._destination.recover(attempt)
-                await attempt.apply(DestinationEvent.RESTARTED, **self._why(record, DestinationEvent.RESTARTED))
+                await attempt.apply(DestinationEvent.RESTARTED, functools.partial(self._why, record, DestinationEvent.RESTARTED))
 
     def _why(self, record: AttemptRecord, restarted: str) -> dict[str, object]:
         """The failure of an attempt that a restart ends."""
@@ -82,7 +87,7 @@ class Engine:
         return {"failure": Failure(Reason.RESTARTED, message)}
 
     async def check_disowned(self) -> None:
-        """For each guest that came here last and is here still: was this host declared dead meanwhile? Asks until it is told."""
+        """For each guest that came here last and is here still: was this host declared dead meanwhile?"""
         latest: dict[str, AttemptRecord] = {}
         for record in reversed(await self._journal.attempts()):
             latest[record.domain_uuid] = record
@@ -94,14 +99,14 @@ class Engine:
             try:
                 await self.host.hypervisor.get_domain(record.domain_uuid)
                 attempt = await self._attempts.find(pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt))
-                await self._destination.check_disowned(attempt)
             except DomainNotFound:
                 return
             except (DroverError, HypervisorError) as error:
                 if isinstance(error, DroverError) and error.reason in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
                     return
-                await asyncio.sleep(5.0)
+                await asyncio.sleep(OWNER_SECONDS)
             else:
+                self._owner.watch(attempt, after=0.0)
                 return
 
     async def close(self) -> None:

@@ -1,5 +1,6 @@
 """What source and destination share: the host that they stand on, and how a request begins or joins a phase."""
 
+import asyncio
 import contextlib
 import hashlib
 import time
@@ -7,14 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from agent.errors import DroverError, Reason
-from agent.handshake.attempt import Attempt
-from agent.handshake.records import Timing
-from agent.hypervisor.base import Hypervisor
+from agent.address import parse_address
+from agent.errors import DroverError, Reason, invalid_field
+from agent.features import from_hypervisor
+from agent.handshake.attempt import Attempt, waits_for
+from agent.handshake.records import Failure, Timing
+from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError
+from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
+
+log = structlog.get_logger()
 
 MAX_WAIT: Final = 30.0
 """Longest time in seconds for which a call waits; whoever wants to wait longer calls again."""
@@ -69,6 +76,42 @@ def phase_changes(attempt: Attempt, phase: str, request: Message) -> dict[str, A
             metadata={"request_id": request_id},
         )
     return {}
+
+
+def check_address(address: str, field: str) -> None:
+    """An agent that cannot be asked later must be refused now. Raises INVALID_FIELD; an empty one means that nobody is asked."""
+    if address:
+        try:
+            parse_address(address)
+        except ValueError as error:
+            raise invalid_field(field, str(error)) from None
+
+
+def check_word(attempt: Attempt, word: pb.OperatorWord) -> None:
+    """A word is about the other host of the attempt; one that names this very host is refuted by its being heard."""
+    peer = attempt.record.peer_host
+    if peer and word.dead_host != peer:
+        raise invalid_field("operator_word.dead_host", f"must be {peer}, the other host of this migration, not {word.dead_host}")
+
+
+def failure_of(error: Exception) -> Failure:
+    """Of an effect. What is no error of the hypervisor is a flaw of ours, and ends the phase all the same."""
+    if isinstance(error, HypervisorError):
+        return Failure.of(from_hypervisor(error))
+    log.error("unforeseen error of the hypervisor's driver", exc_info=error)
+    return Failure(Reason.INTERNAL, f"the hypervisor's driver failed in a way that nobody foresaw: {type(error).__name__}")
+
+
+async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
+    """The attempt's guest as it is now, None where there is none. Asks until the hypervisor answers."""
+    while True:
+        try:
+            return await host.hypervisor.get_domain(attempt.record.domain_uuid)
+        except DomainNotFound:
+            return None
+        except Exception as error:
+            await waits_for(attempt, f"the hypervisor of {host.name} does not answer: {error}")
+            await asyncio.sleep(0.5)
 
 
 def _digest(request: Message) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -10,18 +10,28 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from agent.features import check_bandwidth, check_options, from_hypervisor
-from agent.handshake.attempt import Attempt, retry, waits_for
+from agent.handshake.attempt import Attempt, Told, retry, waits_for
 from agent.handshake.attempts import Attempts
 from agent.handshake.facts import check_movable, source_fact
-from agent.handshake.phases import MAX_WAIT, LocalHost, phase_changes, timed, wait_of
+from agent.handshake.phases import (
+    MAX_WAIT,
+    LocalHost,
+    check_address,
+    check_word,
+    failure_of,
+    look_up,
+    phase_changes,
+    timed,
+    wait_of,
+)
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import (
+    POSTCOPY_FAILED,
     Domain,
     DomainNotFound,
     DomainState,
     HypervisorError,
-    HypervisorUnavailable,
     Outgoing,
 )
 from agent.networks import split_uri
@@ -42,24 +52,27 @@ _ENDED: Final = frozenset({_S.REMOVED, _S.KEPT})
 class SourceSide:
     """Serves the source's calls. `take_over` is called for an attempt whose driver went silent after Perform began."""
 
-    def __init__(self, host: LocalHost, attempts: Attempts, take_over: Callable[[Attempt], None]) -> None:
+    def __init__(
+        self,
+        host: LocalHost,
+        attempts: Attempts,
+        take_over: Callable[[Attempt], None],
+    ) -> None:
         self._host = host
         self._attempts = attempts
         self._take_over = take_over
         self._sessions: dict[Attempt, Outgoing] = {}
-        self._claimed: set[str] = set()
-        """Guests (UUIDs) whose first record is being written."""
 
     # ---- calls
 
     async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.BEGIN):
-            changes = phase_changes(attempt, "begin", request)
             if not attempt.record.state:
-                await self._attempts.open(attempt, lambda: self._open(attempt, request, changes))
+                await self._attempts.open(attempt, lambda: self._open(attempt, request))
+                phase_changes(attempt, "begin", request)  # it may have been another one that opened it meanwhile
             else:
-                await attempt.apply(_E.BEGIN)
+                await attempt.apply(_E.BEGIN, lambda: phase_changes(attempt, "begin", request))
             record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
             if record.state == _S.KEPT and record.failure is not None:
                 raise record.failure.error()
@@ -67,64 +80,60 @@ class SourceSide:
                 record=record_to_proto(record), domain_xml=record.domain_xml, cookie_out=record.cookies.get("begin", b"")
             )
 
-    async def _open(self, attempt: Attempt, request: pb.BeginRequest, changes: Mapping[str, object]) -> None:
-        first = await self._first(request)
-        uuid = str(first["domain_uuid"])
-        if uuid in self._claimed:
-            raise _busy(str(first["domain_name"]), "another one that begins at this moment")
-        self._claimed.add(uuid)
-        try:
-            await attempt.apply(_E.BEGIN, **changes, **first)
-        finally:
-            self._claimed.discard(uuid)
+    async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
+        domain = await self._check(request)
+        with self._attempts.claim(domain.uuid, domain.name):
+            await attempt.apply(
+                _E.BEGIN,
+                lambda: phase_changes(attempt, "begin", request),
+                domain_name=domain.name,
+                domain_uuid=domain.uuid,
+                destination_name=request.destination_name or domain.name,
+                peer_host=request.destination_host,
+                peer_agent=request.destination_agent,
+                options=options_from_proto(request.options),
+                epoch=request.slot_epoch,
+            )
         self.recover(attempt)
 
-    async def _first(self, request: pb.BeginRequest) -> dict[str, object]:
+    async def _check(self, request: pb.BeginRequest) -> Domain:
         """Everything that can be refused is refused before the guest is touched."""
         self._host.check_not_draining()
+        check_address(request.destination_agent, "destination_agent")
         check_options(request.options, self._host.features, f"the source {self._host.name}")
         try:
             domain = await self._host.hypervisor.get_domain(request.domain)
         except HypervisorError as error:
             raise from_hypervisor(error) from None
         check_movable(domain, self._host.name)
-        for other in self._attempts.active(Role.SOURCE):
-            if other.record.domain_uuid == domain.uuid:
-                raise _busy(domain.name, other.record.migration_id)
-        return {
-            "domain_name": domain.name,
-            "domain_uuid": domain.uuid,
-            "destination_name": request.destination_name or domain.name,
-            "peer_host": request.destination_host,
-            "peer_agent": request.destination_agent,
-            "options": options_from_proto(request.options),
-            "epoch": request.slot_epoch,
-        }
+        return domain
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.PERFORM):
-            changes = phase_changes(attempt, "perform", request)
-            if attempt.record.state == _S.BEGUN:
-                split_uri(request.uri, self._host.features.uri_transports, "uri")
-                check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
-                changes |= {
-                    "uri": request.uri,
-                    "bandwidth": request.bandwidth_bytes_per_second,
-                    "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
-                }
-            else:
-                changes = {}
-            await self._known(attempt, _E.PERFORM, changes)
+            await self._known(attempt, _E.PERFORM, lambda: self._performed(attempt, request))
             record = await attempt.until(_AFTER_PERFORM, wait_of(request.wait, unset=0.0))
             return pb.PerformResponse(
                 record=record_to_proto(record, attempt.progress), cookie_out=record.cookies.get("perform", b"")
             )
 
+    def _performed(self, attempt: Attempt, request: pb.PerformRequest) -> dict[str, object]:
+        """What the first Perform adds to the record."""
+        changes = phase_changes(attempt, "perform", request)
+        if attempt.record.state != _S.BEGUN:
+            return {}
+        split_uri(request.uri, self._host.features.uri_transports, "uri")
+        check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
+        return changes | {
+            "uri": request.uri,
+            "bandwidth": request.bandwidth_bytes_per_second,
+            "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
+        }
+
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.ABORT):
-            await self._known(attempt, _E.ABORT, self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
+            await self._known(attempt, _E.ABORT, lambda: self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
             return pb.AbortResponse(record=record_to_proto(record, attempt.progress))
 
@@ -140,7 +149,7 @@ class SourceSide:
                     await attempt.apply(_E.ABORT)
                 await attempt.until(_AFTER_PERFORM, wait)
             if attempt.record.state != _S.PERFORMING:
-                await self._known(attempt, event, self._told(attempt, event, request))
+                await self._known(attempt, event, lambda: self._told(attempt, event, request))
             record = await attempt.until(_ENDED, wait)
             return pb.ConfirmResponse(record=record_to_proto(record, attempt.progress))
 
@@ -150,6 +159,7 @@ class SourceSide:
         if event is _E.CONFIRM_GONE:
             told = self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
             if request.HasField("operator_word"):
+                check_word(attempt, request.operator_word)
                 word = OperatorWord.of(request.operator_word)
                 log.warning("an operator's word decides", migration=record_id(attempt), **msgspec.structs.asdict(word))
                 told = {"failure": word.failure(), "operator_word": word}
@@ -157,37 +167,10 @@ class SourceSide:
             told["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
         return told
 
-    async def start_post_copy(self, request: pb.StartPostCopyRequest) -> pb.StartPostCopyResponse:
-        attempt = await self._transferring(request.ref)
-        if attempt.record.options.get("post_copy") is False:
-            raise DroverError(
-                Reason.POST_COPY_NOT_ARMED,
-                "the transfer was started with the option post_copy=off, so it cannot be switched; it goes on as it is",
-            )
-        await self._hypervisor(self._session(attempt).start_postcopy())
-        return pb.StartPostCopyResponse(record=record_to_proto(attempt.record, attempt.progress))
-
-    async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
-        attempt = await self._transferring(request.ref)
-        check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
-        await self._hypervisor(self._session(attempt).set_bandwidth(request.bandwidth_bytes_per_second))
-        await attempt.note(bandwidth=request.bandwidth_bytes_per_second)
-        return pb.SetBandwidthResponse(record=record_to_proto(attempt.record, attempt.progress))
-
-    async def _transferring(self, ref: pb.AttemptRef) -> Attempt:
-        attempt = await self._attempts.find(ref)
-        if attempt.record.role is not Role.SOURCE or attempt.record.state != _S.PERFORMING:
-            raise DroverError(
-                Reason.WRONG_PHASE,
-                f"no transfer runs: the attempt is {attempt.record.state} on this {attempt.record.role}",
-                metadata={"state": attempt.record.state},
-            )
-        return attempt
-
-    async def _known(self, attempt: Attempt, event: SourceEvent, changes: Mapping[str, object]) -> None:
+    async def _known(self, attempt: Attempt, event: SourceEvent, told: Told) -> None:
         """Apply a call that cannot be the first one; an attempt that it would have made is forgotten again."""
         try:
-            await attempt.apply(event, **changes)
+            await attempt.apply(event, told)
         finally:
             self._attempts.forget_unless_known(attempt)
 
@@ -196,13 +179,6 @@ class SourceSide:
         if attempt.record.failure is not None or attempt.record.final:
             return {}
         return {"failure": Failure(reason, message)}
-
-    @staticmethod
-    async def _hypervisor(call: Awaitable[None]) -> None:
-        try:
-            await call
-        except HypervisorError as error:
-            raise from_hypervisor(error) from None
 
     # ---- silence
 
@@ -233,7 +209,8 @@ class SourceSide:
             _F.RELEASE: self._release,
         }[SourceEffect(effect)](attempt)
 
-    def _session(self, attempt: Attempt) -> Outgoing:
+    def session(self, attempt: Attempt) -> Outgoing:
+        """The hypervisor's handle for this attempt."""
         if attempt not in self._sessions:
             self._sessions[attempt] = self._host.hypervisor.outgoing(attempt.record.domain_uuid)
         return self._sessions[attempt]
@@ -242,9 +219,9 @@ class SourceSide:
         record = attempt.record
         try:
             with timed("begin") as watch:
-                begun = await self._session(attempt).begin(record.user_options, record.destination_name)
-        except HypervisorError as error:
-            await attempt.report(_E.BEGIN_FAILED, failure=Failure.of(from_hypervisor(error)))
+                begun = await self.session(attempt).begin(record.user_options, record.destination_name)
+        except Exception as error:
+            await attempt.report(_E.BEGIN_FAILED, failure=failure_of(error))
             return
         await attempt.report(
             _E.BEGIN_DONE,
@@ -255,7 +232,7 @@ class SourceSide:
 
     async def _perform(self, attempt: Attempt) -> None:
         record = attempt.record
-        session = self._session(attempt)
+        session = self.session(attempt)
         attempt.start("progress", self._follow(attempt, session))
         try:
             with timed("perform") as watch:
@@ -267,8 +244,8 @@ class SourceSide:
                     record.destination_name,
                     record.bandwidth,
                 )
-        except HypervisorError as error:
-            changes = {} if attempt.record.failure else {"failure": Failure.of(from_hypervisor(error))}
+        except Exception as error:
+            changes = {} if attempt.record.failure else {"failure": failure_of(error)}
             await attempt.report(_E.PERFORM_FAILED, **changes)
             return
         attempt.progress = progress_to_proto(performed.final)
@@ -295,7 +272,7 @@ class SourceSide:
 
     async def _abort(self, attempt: Attempt) -> None:
         """Stop the transfer, however often it takes: one that is only being set up cannot be stopped yet."""
-        session = self._session(attempt)
+        session = self.session(attempt)
         while attempt.record.state == _S.PERFORMING and (transfer := attempt.running(_F.PERFORM, _F.LOOK)):
             try:
                 await session.abort()
@@ -306,34 +283,38 @@ class SourceSide:
     async def _look(self, attempt: Attempt) -> None:
         """Ask until no job holds the guest. A job that goes on without us (after a restart) is followed to its end."""
         if not attempt.running("progress"):
-            attempt.start("progress", self._follow(attempt, self._session(attempt)))
+            attempt.start("progress", self._follow(attempt, self.session(attempt)))
         await self._fact(attempt)
         # A hypervisor that came back from the dead may have let the guest run by mistake: only now can it be believed.
-        await retry(attempt, "settling what the hypervisor left of the transfer", self._session(attempt).settle)
+        await retry(attempt, "settling what the hypervisor left of the transfer", self.session(attempt).settle)
         await attempt.report(await self._fact(attempt))
 
     async def _fact(self, attempt: Attempt) -> SourceEvent:
         while True:
-            fact = source_fact(await self._domain(attempt))
+            domain = await look_up(self._host, attempt)
+            fact = source_fact(domain)
             if fact is not None:
                 return fact
+            if domain is not None and domain.reason == POSTCOPY_FAILED:
+                await self._broken(attempt)
             await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
 
-    async def _domain(self, attempt: Attempt) -> Domain | None:
-        while True:
-            try:
-                return await self._host.hypervisor.get_domain(attempt.record.domain_uuid)
-            except DomainNotFound:
-                return None
-            except HypervisorUnavailable as error:
-                await waits_for(attempt, f"the hypervisor of {self._host.name} does not answer: {error}")
-                await asyncio.sleep(0.5)
+    async def _broken(self, attempt: Attempt) -> None:
+        """Each host has a part of the guest's memory, so neither copy may go; Drover cannot join them again yet."""
+        record = attempt.record
+        told = (
+            f"the stream of guest {record.domain_name} broke after its switch to post-copy: it is paused, with a part of its memory "
+            f"here and the rest on {record.peer_host}. Destroy neither copy. Mend the link, then resume the transfer with libvirt's "
+            "own tools"
+        )
+        if record.waiting_for != told:
+            await waits_for(attempt, told)
 
     async def _remove(self, attempt: Attempt) -> None:
         record = attempt.record
 
         async def remove() -> None:
-            await self._session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
+            await self.session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
 
         with timed("confirm") as watch:
             await retry(attempt, "removing the copy at the source", remove)
@@ -344,10 +325,12 @@ class SourceSide:
         changes: dict[str, object] = {}
 
         async def resume() -> None:
-            with contextlib.suppress(DomainNotFound):
-                await self._session(attempt).resume()
-            domain = await self._domain(attempt)
-            if domain is None or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+            domain = await look_up(self._host, attempt)
+            if domain is None or not domain.postcopy:  # else the rest of its memory has died with the destination's copy
+                with contextlib.suppress(DomainNotFound):
+                    await self.session(attempt).resume()
+                domain = await look_up(self._host, attempt)
+            if domain is None or domain.postcopy or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
                 changes["failure"] = Failure(
                     Reason.GUEST_CRASHED,
                     f"guest {attempt.record.domain_name} is not running on {self._host.name} any more, and the destination has no "
@@ -359,7 +342,7 @@ class SourceSide:
         await attempt.report(_E.RESUME_DONE, timings=(*attempt.record.timings, watch.timing), **changes)
 
     async def _release(self, attempt: Attempt) -> None:
-        await attempt.ended(_F.BEGIN, _F.PERFORM, _F.RESUME)
+        await attempt.ended(_F.BEGIN, _F.PERFORM, _F.RESUME, _F.ABORT)
         await self._close(attempt)
 
     async def _close(self, attempt: Attempt) -> None:
@@ -369,11 +352,3 @@ class SourceSide:
 
 def record_id(attempt: Attempt) -> str:
     return f"{attempt.record.migration_id}/{attempt.record.attempt}"
-
-
-def _busy(domain: str, migration: str) -> DroverError:
-    return DroverError(
-        Reason.DOMAIN_BUSY,
-        f"guest {domain} is being migrated already, by migration {migration}; watch or cancel it",
-        metadata={"migration_id": migration},
-    )

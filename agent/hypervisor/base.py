@@ -24,7 +24,7 @@ will happen; ask `Hypervisor.get_domain`.
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class HypervisorError(Exception):
@@ -128,6 +128,10 @@ class HypervisorInfo:
     host_uuid: str
     """The hypervisor's identity of this host; two agents with the same one are the same host."""
     features: Features
+
+
+POSTCOPY_FAILED: Final = "post-copy failed"
+"""`Domain.reason` of a half whose post-copy broke: it may yet be recovered."""
 
 
 class DomainState(StrEnum):

@@ -39,7 +39,8 @@ async def test_a_host_that_was_declared_dead_stops_its_copy_when_it_comes_back(p
     await declared_dead(pair)
     await pair.destination.restart()
     await pair.destination.engine.check_disowned()
-    ended = await pair.destination.reaches("gone")
+    await until(lambda: pair.destination.journalled == "gone")
+    ended = await pair.destination.record()
     assert pair.destination.effects[0] == "disown"
     assert pair.runs_on == []
     assert (ended.failure.reason, ended.operator_word.said_by) == (Reason.DECLARED_DEAD, "root@admin1")

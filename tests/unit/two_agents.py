@@ -13,6 +13,8 @@ from structlog.typing import EventDict
 import agent.handshake.attempt
 import agent.handshake.destination_side
 import agent.handshake.driver
+import agent.handshake.owner
+import agent.handshake.phases
 import agent.handshake.source_side
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
@@ -289,7 +291,8 @@ class QuickAsyncio:
 
 def quicker(monkeypatch: pytest.MonkeyPatch, by: float = 20) -> None:
     """The pauses of the handshake before it tries again are shorter; everything else is as it is."""
-    for module in (agent.handshake.driver, agent.handshake.attempt, agent.handshake.source_side, agent.handshake.destination_side):
+    of = agent.handshake
+    for module in (of.driver, of.attempt, of.source_side, of.destination_side, of.owner, of.phases):
         monkeypatch.setattr(module, "asyncio", QuickAsyncio(by))
     monkeypatch.setattr(agent.handshake.driver, "LONG_POLL", 0.1)
 

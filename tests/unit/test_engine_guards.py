@@ -1,0 +1,287 @@
+"""agent.handshake.engine: what one migration must not do to the next, errors that nobody foresaw, and words that do not fit."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from agent.errors import Reason
+from agent.handshake.records import OperatorWord, Role, decode
+from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Job
+from drover.agent.v1 import handshake_pb2 as pb
+from tests.unit.asking import (
+    CANCELLED,
+    ID,
+    REF,
+    begin,
+    confirm,
+    fails,
+    finished,
+    perform,
+    prepare,
+    record,
+    reserve,
+    until,
+    word,
+)
+from tests.unit.fake_hypervisor import UUID, guest
+from tests.unit.two_agents import Pair, pair_of_agents, quicker
+
+NEXT = pb.AttemptRef(migration_id=ID.replace("6f", "7f"), attempt=1)
+PAUSED = guest(state=DomainState.PAUSED, reason="migration")
+WAITS = guest(state=DomainState.PAUSED, reason="migration", incoming=True, job=Job.INCOMING)
+ARRIVED = guest(reason="migrated")
+
+
+@pytest.fixture
+async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+    """Silence is soon noticed, and whose a guest is soon asked."""
+    quicker(monkeypatch)
+    async with pair_of_agents(lease=0.2, takeover=0.2) as pair:
+        yield pair
+
+
+# --- one guest, two migrations ----------------------------------------------------------------------------------------
+
+
+async def test_a_guest_does_not_come_back_before_its_old_copy_is_removed(pair: Pair) -> None:
+    """The domain is destroyed, but its definition cannot be removed: the next try would destroy whatever is here then."""
+    h1 = pair.source
+    h1.hypervisor.put(guest(state=DomainState.SHUTOFF, reason="migrated"))
+    h1.hypervisor.fails_always["remove"] = HypervisorError("cannot undefine")
+    h1.keep(record(Role.SOURCE, "removing"))
+    await h1.restart()
+    await until(lambda: "remove" in h1.effects)
+    busy = await fails(h1.engine.reserve_slot(reserve(ref=NEXT, source_host="h2")), Reason.DOMAIN_BUSY)
+    assert busy.metadata["migration_id"] == ID
+
+
+async def test_a_copy_that_is_being_given_up_is_not_prepared_again(pair: Pair) -> None:
+    h2 = pair.destination
+    h2.hypervisor.fails_always["abandon"] = HypervisorUnavailable("libvirtd is away")
+    h2.keep(record(Role.DESTINATION, "abandoning"))
+    await h2.restart()
+    await fails(h2.engine.reserve_slot(reserve(ref=NEXT)), Reason.DOMAIN_BUSY)
+    h2.hypervisor.fails_always.clear()
+    await h2.reaches("gone")
+    await h2.engine.reserve_slot(reserve(ref=NEXT))
+
+
+async def test_an_abort_on_its_way_holds_up_the_next_migration(pair: Pair) -> None:
+    pair.wire.all_sent.clear()
+    source, h2 = pair.source, pair.destination.engine
+    await h2.reserve_slot(reserve())
+    await source.engine.begin(begin())
+    await h2.prepare(prepare())
+    await source.engine.perform(perform())
+    held = source.hypervisor.held["abort"] = asyncio.Event()
+    aborting = asyncio.create_task(source.engine.abort(pb.AbortRequest(ref=REF)))
+    await until(lambda: "abort" in source.effects)
+    pair.wire.broken.set()
+    await source.reaches("kept")
+    await fails(source.engine.begin(begin(ref=NEXT)), Reason.DOMAIN_BUSY)
+    held.set()
+    await aborting
+    await until(lambda: not source.engine._attempts.all()[0].running("abort"))
+    await source.engine.begin(begin(ref=NEXT))
+
+
+# --- errors that nobody foresaw ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [DomainBusy("cannot acquire state change lock"), HypervisorError("end of file"), ValueError("odd")]
+)
+async def test_a_look_survives_every_answer(pair: Pair, error: Exception) -> None:
+    pair.source.keep(record(Role.SOURCE, "performing"))
+    pair.source.hypervisor.put(PAUSED)
+    pair.destination.keep(record(Role.DESTINATION, "armed"))
+    pair.destination.hypervisor.put(ARRIVED)
+    for agent in (pair.source, pair.destination):
+        agent.hypervisor.fails["get_domain"] = [error]
+        await agent.restart()
+    await pair.are("performed", "running")
+
+
+@pytest.mark.parametrize("call", ["begin", "prepare", "perform"])
+async def test_a_phase_that_fails_in_an_unforeseen_way_is_rolled_back(pair: Pair, call: str) -> None:
+    for agent in (pair.source, pair.destination):
+        agent.hypervisor.fails[call] = [RuntimeError("can't start new thread")]
+    await finished(pair.driver())
+    pair.stayed()
+
+
+async def test_a_finish_that_fails_in_an_unforeseen_way_is_looked_into(pair: Pair) -> None:
+    pair.destination.hypervisor.fails["finish"] = [RuntimeError("can't start new thread")]
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.are("performed", "armed")
+    await until(lambda: "RuntimeError" in decode(pair.destination.journal.rows[ID]).waiting_for)
+    pair.destination.hypervisor.put(ARRIVED)
+    await running
+    assert pair.states == ("removed", "running")
+
+
+# --- requests that race -----------------------------------------------------------------------------------------------
+
+
+async def raced(*calls: object) -> list[object]:
+    return await asyncio.gather(*calls, return_exceptions=True)  # type: ignore[call-overload,no-any-return]
+
+
+def reused(answers: list[object]) -> bool:
+    return [getattr(answer, "reason", None) for answer in answers].count(Reason.REQUEST_ID_REUSED) == 1
+
+
+async def test_two_requests_of_one_id_are_told_apart_while_the_first_is_written(pair: Pair) -> None:
+    pair.wire.all_sent.clear()
+    source, destination = pair.source, pair.destination
+    source.journal.pause = destination.journal.pause = 0.02
+    source.hypervisor.put(guest("8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002", "web2"))
+    h1, h2 = source.engine, destination.engine
+    assert reused(await raced(*(h2.reserve_slot(reserve(request_id="r", source_host=name)) for name in ("h1", "h3"))))
+    assert reused(await raced(*(h1.begin(begin(request_id="r", domain=name)) for name in ("web1", "web2"))))
+    assert reused(await raced(*(h2.prepare(prepare(request_id="r", domain_xml=xml)) for xml in ("<one/>", "<two/>"))))
+    assert decode(destination.journal.rows[ID]).domain_xml == destination.hypervisor.arguments["prepare"][0] == "<one/>"
+    assert reused(await raced(*(h1.perform(perform(request_id="r", bandwidth_bytes_per_second=b)) for b in (1 << 20, 1 << 30))))
+    assert decode(source.journal.rows[ID]).bandwidth == 1 << 20
+
+
+# --- post-copy --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_switch_to_post_copy_needs_an_armed_destination(pair: Pair) -> None:
+    """Its lease could run out otherwise, and half of the guest's memory with it."""
+    pair.wire.all_sent.clear()
+    h1, h2 = pair.source.engine, pair.destination.engine
+    await h2.reserve_slot(reserve())
+    await h1.begin(begin())
+    await h2.prepare(prepare())
+    await h1.perform(perform())
+    switch = pb.StartPostCopyRequest(ref=REF)
+    refused = await fails(h1.start_post_copy(switch), Reason.POST_COPY_NOT_ARMED)
+    assert "h2 is prepared" in refused.message
+    pair.to_destination.cut = True
+    await fails(h1.start_post_copy(switch), Reason.HOST_UNREACHABLE)
+    pair.source.other_side = None
+    await fails(h1.start_post_copy(switch), Reason.POST_COPY_NOT_ARMED)
+    assert "start_postcopy" not in pair.source.effects
+
+
+async def test_a_broken_post_copy_says_what_is_where(pair: Pair) -> None:
+    broken = guest(state=DomainState.PAUSED, reason="post-copy failed", postcopy=True, job=Job.OUTGOING)
+    pair.source.hypervisor.put(broken)
+    pair.source.keep(record(Role.SOURCE, "performing"))
+    await pair.source.restart()
+    async for response in pair.source.engine.watch_record(pb.WatchRecordRequest(ref=REF)):
+        if response.record.waiting_for:
+            break
+    assert "the rest on h2. Destroy neither copy" in response.record.waiting_for
+
+
+async def test_a_guest_whose_other_half_has_died_is_reported_as_crashed(pair: Pair) -> None:
+    pair.source.hypervisor.put(guest(state=DomainState.PAUSED, reason="post-copy failed", postcopy=True))
+    pair.source.keep(record(Role.SOURCE, "performed"))
+    pair.destination.keep(record(Role.DESTINATION, "gone"))
+    await pair.source.restart()
+    driver = pair.driver()
+    await driver.resume()
+    await finished(driver)
+    assert (await pair.source.record()).failure.reason == Reason.GUEST_CRASHED
+    assert "resume" not in pair.source.effects
+
+
+# --- words and addresses ----------------------------------------------------------------------------------------------
+
+
+async def test_a_word_must_be_about_the_other_host(pair: Pair) -> None:
+    pair.destination.keep(record(Role.DESTINATION, "armed"))
+    pair.destination.hypervisor.put(WAITS)
+    pair.source.keep(record(Role.SOURCE, "performed"))
+    pair.source.hypervisor.put(PAUSED)
+    for agent in (pair.source, pair.destination):
+        await agent.restart()
+    abandon = pb.AbandonRequest(ref=REF, source_kept=True, operator_word=word("h2"))
+    await fails(pair.destination.engine.abandon(abandon), Reason.INVALID_FIELD)
+    await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE, operator_word=word("h1"))), Reason.INVALID_FIELD)
+    assert pair.states == ("performed", "armed")
+
+
+async def test_a_host_that_was_wrongly_declared_dead_learns_it_without_a_restart(brief: Pair) -> None:
+    driver = brief.driver()
+    running = asyncio.create_task(finished(driver))
+    await brief.in_doubt(driver)
+    driver.declare_dead("destination", word("h2"))
+    await running
+    brief.wire.starts.set()
+    brief.to_destination.cut = False
+    await until(lambda: brief.destination.journalled == "gone")
+    assert brief.runs_on == ["h1"]
+
+
+async def test_an_armed_host_that_was_declared_dead_pauses_what_has_started_meanwhile(brief: Pair) -> None:
+    h2 = brief.destination
+    h2.keep(record(Role.DESTINATION, "armed"))
+    h2.hypervisor.put(WAITS)
+    brief.source.keep(record(Role.SOURCE, "kept", operator_word=OperatorWord.of(word("h2"))))
+    held = h2.hypervisor.held["abandon"] = asyncio.Event()
+    await h2.restart()
+    await until(lambda: "abandon" in h2.effects)
+    h2.hypervisor.put(ARRIVED)
+    held.set()
+    await until(lambda: h2.journalled == "gone")
+    assert h2.hypervisor.domains[UUID].state is DomainState.PAUSED
+
+
+async def test_news_that_was_overtaken_is_not_told_for_ever(brief: Pair) -> None:
+    """The copy starts while its source is asked: what the source said has no place any more."""
+    h2 = brief.destination
+    h2.keep(record(Role.DESTINATION, "armed"))
+    h2.hypervisor.put(WAITS)
+    brief.source.keep(record(Role.SOURCE, "kept"))
+    asked = brief.to_source.get_record
+
+    async def answers_late(request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+        answer = await asked(request)
+        h2.hypervisor.put(ARRIVED)
+        await until(lambda: h2.journalled == "running")
+        return answer
+
+    brief.to_source.get_record = answers_late  # type: ignore[method-assign]
+    await h2.restart()
+    await until(lambda: any(entry["event"] == "overtaken news" for entry in brief.logs))
+    assert (await h2.record()).waiting_for == ""
+    assert h2.calls.count("journal running") == 1
+
+
+@pytest.mark.parametrize("address", ["h2.example:7400", "h2", "unix:relative"])
+async def test_an_agent_that_could_not_be_asked_later_is_refused_now(pair: Pair, address: str) -> None:
+    await fails(pair.source.engine.begin(begin(destination_agent=address)), Reason.INVALID_FIELD)
+    await fails(pair.destination.engine.reserve_slot(reserve(source_agent=address)), Reason.INVALID_FIELD)
+    assert pair.states == ("", "")
+
+
+async def test_a_refused_giving_up_leaves_no_failure_behind(pair: Pair) -> None:
+    h2 = pair.destination
+    h2.keep(record(Role.DESTINATION, "armed"))
+    h2.hypervisor.put(WAITS)
+    held = h2.hypervisor.held["abandon"] = asyncio.Event()
+    await h2.restart()
+    giving_up = asyncio.create_task(h2.engine.abandon(pb.AbandonRequest(ref=REF, source_kept=True)))
+    await until(lambda: "abandon" in h2.effects)
+    h2.hypervisor.put(ARRIVED)
+    held.set()
+    await giving_up
+    assert h2.journalled == "running"
+    assert not (await h2.record()).HasField("failure")
+
+
+async def test_a_cancel_ends_a_transfer_that_failed_in_an_unforeseen_way(pair: Pair) -> None:
+    pair.wire.all_sent.clear()
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await pair.are("performing", "armed")
+    pair.source.hypervisor.fails["get_domain"] = [RuntimeError("odd"), DomainBusy("busy")]
+    driver.cancel(CANCELLED)
+    await running
+    pair.stayed()
