@@ -219,17 +219,18 @@ def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> 
 
 async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]) -> None:
     """Do what must be done until it is done; the record says what is waited for. Backs off from 0.1 to 5 seconds."""
-    pause = 0.1
+    pause, told = 0.1, False
     while True:
         try:
             await work()
         except Exception as error:
             log.warning("will be tried again", migration=attempt.record.migration_id, what=what, error=str(error))
             await waits_for(attempt, f"{what}: {error}")
+            told = True
             await asyncio.sleep(pause)
             pause = min(pause * 2, 5.0)
         else:
-            if attempt.record.waiting_for:
+            if told:
                 await waits_for(attempt, "")
             return
 

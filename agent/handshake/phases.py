@@ -104,14 +104,20 @@ def failure_of(error: Exception) -> Failure:
 
 async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
     """The attempt's guest as it is now, None where there is none. Asks until the hypervisor answers."""
+    silent = False
     while True:
         try:
-            return await host.hypervisor.get_domain(attempt.record.domain_uuid)
+            domain = await host.hypervisor.get_domain(attempt.record.domain_uuid)
         except DomainNotFound:
-            return None
+            domain = None
         except Exception as error:
+            silent = True
             await waits_for(attempt, f"the hypervisor of {host.name} does not answer: {error}")
             await asyncio.sleep(0.5)
+            continue
+        if silent:
+            await waits_for(attempt, "")
+        return domain
 
 
 def _digest(request: Message) -> str:

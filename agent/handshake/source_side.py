@@ -287,7 +287,7 @@ class SourceSide:
         await self._fact(attempt)
         # A hypervisor that came back from the dead may have let the guest run by mistake: only now can it be believed.
         await retry(attempt, "settling what the hypervisor left of the transfer", self.session(attempt).settle)
-        await attempt.report(await self._fact(attempt))
+        await attempt.report(await self._fact(attempt), waiting_for="")
 
     async def _fact(self, attempt: Attempt) -> SourceEvent:
         while True:
