@@ -12,7 +12,7 @@ from agent.migrations import Ends, Side
 from agent.service.channel import open_channel
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
 from agent.service.host_service import get_domain
-from agent.service.status import error_from_rpc
+from agent.service.status import errors_of
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -36,10 +36,8 @@ class Channels:
 
 async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
     """What an agent says of its host. Raises HOST_UNREACHABLE."""
-    try:
+    with errors_of(name):
         response = await host_pb2_grpc.HostServiceStub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)
-    except grpc.aio.AioRpcError as error:
-        raise error_from_rpc(error, name) from None
     return response.host
 
 
@@ -83,7 +81,7 @@ class PeerDirectory:
         return Side(self._host.describe(), self._host.engine, self._own_address)
 
     def peer(self, name: str, address: str) -> RemotePeer:
-        return RemotePeer(self._channels.get(address), name)
+        return RemotePeer(lambda: self._channels.get(address), name)
 
     def address_of(self, name_or_address: str) -> str:
         """Raises HOST_NOT_FOUND for what is neither a peer of the configuration nor an address."""

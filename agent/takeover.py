@@ -43,7 +43,7 @@ class TakeOver:
     def other_side(self, attempt: Attempt) -> HandshakePeer | None:
         """The agent on the other side of an attempt; None where its address was not told."""
         record = attempt.record
-        return RemotePeer(self._channels.get(record.peer_agent), record.peer_host) if record.peer_agent else None
+        return RemotePeer(lambda: self._channels.get(record.peer_agent), record.peer_host) if record.peer_agent else None
 
     def _ended(self, attempt: Attempt) -> None:
         task = self._tasks.pop(attempt)

@@ -9,7 +9,7 @@ from agent.errors import DroverError, Reason
 from agent.migrations import Ends, Side
 from agent.peers import ask_host
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
-from agent.service.status import error_from_rpc
+from agent.service.status import errors_of
 from coordinator.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
@@ -60,21 +60,30 @@ class ClusterDirectory:
         )
 
     async def _guest(self, host: str, domain: str) -> host_pb2.GetDomainResponse:
-        stub = host_pb2_grpc.HostServiceStub(await self._channel(host))
-        try:
+        stub = host_pb2_grpc.HostServiceStub(self._registry.channel(host))
+        with errors_of(host):
             return await stub.GetDomain(host_pb2.GetDomainRequest(domain=domain), timeout=QUESTION_SECONDS)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, host) from None
 
     async def _side(self, name: str) -> Side:
         """A host that is up has told its news on its watch; another one is asked, so that its error says what is wrong."""
         known = await self._registry.get(name)
-        channel = await self._channel(name)
-        host = known.host if known.state == HOST_STATE_UP else await ask_host(channel, name)
-        return Side(host, RemotePeer(channel, name), known.agent_address)
+        host = known.host if known.state == HOST_STATE_UP else await ask_host(self._registry.channel(name), name)
+        return Side(host, self._peer(known.host), known.agent_address)
 
-    async def _channel(self, name: str) -> grpc.aio.Channel:
-        return await self._registry.channel(name)
+    def _peer(self, host: host_pb2.Host) -> RemotePeer:
+        """The agent of that host, wherever it registers next. A name can pass to another host, which knows nothing of what this
+        one did: that is not the peer."""
+
+        def channel() -> grpc.aio.Channel:
+            if not self._registry.has(host.name, host.host_uuid):
+                raise DroverError(
+                    Reason.HOST_UNREACHABLE,
+                    f'host {host.host_uuid} is not registered as "{host.name}" any more',
+                    metadata={"peer": host.name},
+                )
+            return self._registry.channel(host.name)
+
+        return RemotePeer(channel, host.name)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         source, destination = [await self._known(n) for n in (migration.source_host, migration.destination_host)]
@@ -83,4 +92,4 @@ class ClusterDirectory:
     async def _known(self, name: str) -> Side:
         """From the last word of the host: it need not answer now."""
         known = await self._registry.get(name)
-        return Side(known.host, RemotePeer(await self._channel(name), name), known.agent_address)
+        return Side(known.host, self._peer(known.host), known.agent_address)

@@ -10,7 +10,7 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from agent.service.channel import open_channel
-from agent.service.status import error_from_rpc
+from agent.service.status import error_from_rpc, errors_of
 from drover.agent.v1 import host_pb2 as pb
 from drover.agent.v1 import host_pb2_grpc as rpc
 
@@ -76,10 +76,8 @@ class HostLink:
         return (await self._ask(call(pb.ListDomainsRequest(), timeout=QUESTION_SECONDS))).domains
 
     async def _ask(self, call: Awaitable[T]) -> T:
-        try:
+        with errors_of(self.address):
             return await call
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self.address) from None
 
     async def _keep_watching(self) -> None:
         failures = 0

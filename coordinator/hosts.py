@@ -147,7 +147,12 @@ class HostRegistry:
         self._sweep()
         return [deepcopy(self._entries[name].known) for name in sorted(self._entries)]
 
-    async def channel(self, name: str) -> grpc.aio.Channel:
+    def has(self, name: str, host_uuid: str) -> bool:
+        """Whether that host has the name now."""
+        entry = self._entries.get(name)
+        return entry is not None and entry.known.host.host_uuid == host_uuid
+
+    def channel(self, name: str) -> grpc.aio.Channel:
         """The channel to the host's agent, whether it answers or not; not yours to close. Ask again for each use: it is
         closed when the agent's address changes. Errors: HOST_NOT_FOUND."""
         return self._find(name).link.channel

@@ -4,14 +4,14 @@ Neither decides anything. The servicer hands a request to the engine; the peer m
 that leaves the other side's `wait` room.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
 
 from agent.handshake.engine import Engine
 from agent.handshake.phases import MAX_WAIT, wait_of
-from agent.service.status import error_from_rpc
+from agent.service.status import errors_of
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
 
@@ -76,52 +76,55 @@ class HandshakeServicer(rpc.HandshakeServiceServicer):
 
 
 class RemotePeer:
-    """A `HandshakePeer` over a channel. `name` is the host's, for errors."""
+    """A `HandshakePeer` over a channel, asked for at every call: it is another one when the agent has moved. What asking for it
+    raises, the call raises. `name` is the host's, for errors.
+    """
 
-    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
-        self._stub = rpc.HandshakeServiceStub(channel)
+    def __init__(self, channel: Callable[[], grpc.aio.Channel], name: str) -> None:
+        self._channel = channel
         self._name = name
 
-    async def _call(self, method: Any, request: Any, timeout: float = CALL_SECONDS) -> Any:
-        waits = "wait" in request.DESCRIPTOR.fields_by_name
-        try:
-            return await method(request, timeout=wait_of(request.wait, unset=0.0) + QUESTION_SECONDS if waits else timeout)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._name) from None
+    async def _call(self, method: str, request: Any, timeout: float = CALL_SECONDS) -> Any:
+        if "wait" in request.DESCRIPTOR.fields_by_name:
+            timeout = wait_of(request.wait, unset=0.0) + QUESTION_SECONDS
+        with errors_of(self._name):
+            return await getattr(self._stub(), method)(request, timeout=timeout)
+
+    def _stub(self) -> "rpc.HandshakeServiceAsyncStub":
+        return rpc.HandshakeServiceStub(self._channel())
 
     async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
-        return await self._call(self._stub.ReserveSlot, request, QUESTION_SECONDS)  # type: ignore[no-any-return]
+        return await self._call("ReserveSlot", request, QUESTION_SECONDS)  # type: ignore[no-any-return]
 
     async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
-        return await self._call(self._stub.Begin, request)  # type: ignore[no-any-return]
+        return await self._call("Begin", request)  # type: ignore[no-any-return]
 
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
-        return await self._call(self._stub.Prepare, request)  # type: ignore[no-any-return]
+        return await self._call("Prepare", request)  # type: ignore[no-any-return]
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
-        return await self._call(self._stub.Perform, request)  # type: ignore[no-any-return]
+        return await self._call("Perform", request)  # type: ignore[no-any-return]
 
     async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
-        return await self._call(self._stub.Finish, request)  # type: ignore[no-any-return]
+        return await self._call("Finish", request)  # type: ignore[no-any-return]
 
     async def confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmResponse:
-        return await self._call(self._stub.Confirm, request)  # type: ignore[no-any-return]
+        return await self._call("Confirm", request)  # type: ignore[no-any-return]
 
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
-        return await self._call(self._stub.Abort, request)  # type: ignore[no-any-return]
+        return await self._call("Abort", request)  # type: ignore[no-any-return]
 
     async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
-        return await self._call(self._stub.Abandon, request)  # type: ignore[no-any-return]
+        return await self._call("Abandon", request)  # type: ignore[no-any-return]
 
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
-        return await self._call(self._stub.GetRecord, request, QUESTION_SECONDS)  # type: ignore[no-any-return]
+        return await self._call("GetRecord", request, QUESTION_SECONDS)  # type: ignore[no-any-return]
 
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
-        call = self._stub.WatchRecord(request)
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise error_from_rpc(error, self._name) from None
-        finally:
-            call.cancel()  # leaving the loop early leaks the call otherwise
+        with errors_of(self._name):
+            call = self._stub().WatchRecord(request)
+            try:
+                async for response in call:
+                    yield response
+            finally:
+                call.cancel()  # leaving the loop early leaks the call otherwise

@@ -7,7 +7,9 @@ gRPC peers drop a response whose metadata is over 8 KiB, and the message travels
 encoded, and in the Status, in base64). So everything here is cut: what arrives short is better than what never arrives.
 """
 
-from collections.abc import Mapping
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -70,6 +72,31 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
     if status is not None and said is not None:
         return _from_status(status, said)
     return _without_details(error, peer)
+
+
+@contextlib.contextmanager
+def errors_of(peer: str) -> Iterator[None]:
+    """Turn what a call in this block raises into the error that it means. `peer` as in `error_from_rpc`.
+
+    gRPC raises CancelledError in the calls of a channel that is being closed, though nobody cancelled their tasks, and
+    UsageError in those that come later. A channel is closed when its agent has left the address: HOST_UNREACHABLE.
+    """
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise error_from_rpc(error, peer) from None
+    except grpc.aio.UsageError:
+        raise _channel_closed(peer) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _channel_closed(peer) from None
+
+
+def _channel_closed(peer: str) -> DroverError:
+    text = f"{peer} cannot be reached: the channel to it was closed, as its agent has left the address"
+    return DroverError(Reason.HOST_UNREACHABLE, text, metadata={"peer": peer})
 
 
 def _packed(detail: Message) -> any_pb2.Any:

@@ -26,7 +26,7 @@ class Talk:
         self._channel = open_channel(address)
         self.migrations = rpc.MigrationServiceStub(self._channel)
         self.hosts = host_pb2_grpc.HostServiceStub(self._channel)
-        self.handshake = RemotePeer(self._channel, address)
+        self.handshake = RemotePeer(lambda: self._channel, address)
 
     async def __aenter__(self) -> "Talk":
         return self

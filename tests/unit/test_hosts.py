@@ -307,13 +307,13 @@ async def test_channel_is_kept_and_rebuilt_with_the_address(
     (tmp_path / "new").mkdir()
     agent = await agents("alpha")
     await register(registry, agent)
-    channel = await registry.channel("alpha")
-    assert await registry.channel("alpha") is channel
+    channel = registry.channel("alpha")
+    assert registry.channel("alpha") is channel
     agent.change(incoming_in_use=1)
     await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
     moved = await agents("alpha", "uuid-alpha", "new")
     await register(registry, moved)
-    rebuilt = await registry.channel("alpha")
+    rebuilt = registry.channel("alpha")
     assert rebuilt is not channel
     response = await agent_rpc.HostServiceStub(rebuilt).GetHost(agent_pb.GetHostRequest(), timeout=2)
     assert response.host == moved.host

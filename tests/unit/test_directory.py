@@ -1,0 +1,77 @@
+"""coordinator.directory: which agent a migration speaks to while hosts come, move and go."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from agent.errors import Reason
+from agent.service.handshake_service import SERVICE, HandshakeServicer
+from agent.service.server import Server, start_server
+from coordinator.directory import ClusterDirectory
+from coordinator.hosts import HostRegistry
+from coordinator.store import MemoryStore
+from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from drover.coordinator.v1.host_pb2 import HOST_STATE_UNREACHABLE
+from tests.unit.asking import REF, fails
+from tests.unit.two_agents import Pair
+
+LOOK = handshake_pb2.GetRecordRequest(ref=REF)
+MIGRATION = pb.Migration(source_host="h1", destination_host="h2")
+
+Registers = Callable[[str, str, str], Awaitable[Server]]
+"""An agent begins to serve in a directory of that name, and registers under a host's name and UUID."""
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[HostRegistry]:
+    async with await MemoryStore.open() as store:
+        registry = HostRegistry(store)
+        await registry.open()
+        yield registry
+        await registry.close()
+
+
+@pytest.fixture
+async def registers(registry: HostRegistry, pair: Pair, tmp_path: Path) -> AsyncIterator[Registers]:
+    servicer = HandshakeServicer(pair.destination.engine)
+    servers: list[Server] = []
+
+    async def registers(where: str, name: str, host_uuid: str) -> Server:
+        server = await start_server(
+            [f"unix:{tmp_path}/{where}/agent.sock"],
+            lambda s: handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(servicer, s),
+            [SERVICE],
+        )
+        servers.append(server)
+        await registry.register(host_pb2.Host(name=name, host_uuid=host_uuid), server.addresses[0])
+        return server
+
+    yield registers
+    for server in servers:
+        await server.stop(0)
+
+
+async def test_the_peer_follows_its_agent_to_another_address(registry: HostRegistry, registers: Registers) -> None:
+    await registers("a", "h1", "uuid-1")
+    before = await registers("b", "h2", "uuid-2")
+    _, destination = await ClusterDirectory(registry).ends(MIGRATION)
+    await fails(destination.handshake.get_record(LOOK), Reason.RECORD_NOT_FOUND)
+    await before.stop(0)
+    await registers("c", "h2", "uuid-2")
+    await fails(destination.handshake.get_record(LOOK), Reason.RECORD_NOT_FOUND)
+
+
+async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRegistry, registers: Registers) -> None:
+    """It has no record of the attempt, so its word would end a copy that may run on the host that is meant."""
+    await registers("a", "h1", "uuid-1")
+    await registers("b", "h2", "uuid-2")
+    _, destination = await ClusterDirectory(registry).ends(MIGRATION)
+    async with asyncio.timeout(3):
+        while (await registry.get("h2")).state != HOST_STATE_UNREACHABLE:  # noqa: ASYNC110 - of a host that comes no watch tells
+            await asyncio.sleep(0.005)
+    await registers("c", "h2", "uuid-3")
+    error = await fails(destination.handshake.get_record(LOOK), Reason.HOST_UNREACHABLE)
+    assert "uuid-2" in error.message

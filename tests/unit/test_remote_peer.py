@@ -1,0 +1,103 @@
+"""agent.service.handshake_service.RemotePeer: what its caller meets when channels close and answers are wrong."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc.aio
+import pytest
+
+from agent.errors import Reason
+from agent.handshake.driver import Driver
+from agent.handshake.peer import HandshakePeer
+from agent.service.channel import open_channel
+from agent.service.handshake_service import SERVICE, HandshakeServicer, RemotePeer
+from agent.service.server import start_server
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import handshake_pb2_grpc as rpc
+from tests.unit.asking import REF, fails, finished, make_plan
+from tests.unit.two_agents import Pair
+
+LOOK = pb.GetRecordRequest(ref=REF)
+
+
+class Far:
+    """The destination of the pair over gRPC. `channel` is the one to use now."""
+
+    def __init__(self, pair: Pair, address: str) -> None:
+        self.pair = pair
+        self.address = address
+        self.servicer = HandshakeServicer(pair.destination.engine)
+        self.channel = open_channel(address)
+        self.peer = RemotePeer(lambda: self.channel, "h2")
+
+    def driver(self) -> Driver:
+        return Driver(REF, self.pair.to_source, self.peer, make_plan(), lambda: None)
+
+    async def moves(self) -> None:
+        """As when an agent registers with another address."""
+        before, self.channel = self.channel, open_channel(self.address)
+        await before.close()
+
+
+@pytest.fixture
+async def far(pair: Pair, tmp_path: Path) -> AsyncIterator[Far]:
+    far = Far(pair, f"unix:{tmp_path}/run/agent.sock")
+    server = await start_server([far.address], lambda s: rpc.add_HandshakeServiceServicer_to_server(far.servicer, s), [SERVICE])
+    yield far
+    await far.channel.close()
+    await server.stop(0)
+
+
+@pytest.fixture
+async def mute(tmp_path: Path) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to somebody who never says a word."""
+    with socket.socket(socket.AF_UNIX) as nobody:
+        nobody.bind(f"{tmp_path}/mute.sock")
+        nobody.listen()
+        async with open_channel(f"unix:{tmp_path}/mute.sock") as channel:
+            yield channel
+
+
+# --- channels ---------------------------------------------------------------------------------------------------------
+
+
+async def watched(peer: HandshakePeer) -> None:
+    async for _ in peer.watch_record(pb.WatchRecordRequest(ref=REF)):
+        pass
+
+
+@pytest.mark.parametrize("call", ["question", "watch"])
+async def test_a_channel_that_is_closed_makes_the_host_unreachable_now_and_later(mute: grpc.aio.Channel, call: str) -> None:
+    peer = RemotePeer(lambda: mute, "h2")
+
+    def made() -> "asyncio.Future[object]":
+        return asyncio.ensure_future(peer.get_record(LOOK) if call == "question" else watched(peer))
+
+    under_way = made()
+    await asyncio.sleep(0.1)
+    await mute.close()
+    for future in (under_way, made()):
+        error = await fails(future, Reason.HOST_UNREACHABLE)
+        assert error.metadata == {"peer": "h2"}
+
+
+@pytest.mark.parametrize("call", ["question", "watch"])
+async def test_a_caller_that_is_cancelled_stays_cancelled(mute: grpc.aio.Channel, call: str) -> None:
+    peer = RemotePeer(lambda: mute, "h2")
+    under_way = asyncio.ensure_future(peer.get_record(LOOK) if call == "question" else watched(peer))
+    await asyncio.sleep(0.1)
+    under_way.cancel()
+    await asyncio.wait({under_way})
+    assert under_way.cancelled()
+
+
+async def test_a_driver_finds_an_agent_that_has_moved(far: Far) -> None:
+    far.pair.wire.all_sent.clear()
+    running = asyncio.create_task(finished(far.driver()))
+    await far.pair.are("performing", "armed")
+    await far.moves()
+    far.pair.wire.all_sent.set()
+    await running
+    far.pair.moved()
