@@ -312,6 +312,13 @@ class Migrations:
             return
         try:
             await asyncio.gather(driver.run(), _kept(first, entry.migration.migration_id))
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            log.error("a driver was broken off, and nobody asked for it", migration=entry.migration.migration_id, exc_info=True)
+            await asyncio.sleep(1.0)
+            entry.task = asyncio.create_task(self._resume(entry), name=f"resume {entry.migration.migration_id[:8]}")
+            return
         except Exception:
             log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
             entry.driver, entry.gave_up = None, True

@@ -106,6 +106,15 @@ async def test_after_a_restart_a_silent_host_is_in_doubt_as_before(driving: Driv
     assert sorted(again.silent_hosts) == (["h1", "h2"] if both else ["h2"])
 
 
+async def test_a_driver_that_is_broken_off_by_nobody_goes_on(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.migrations, "asyncio", QuickAsyncio(20))
+    driving.pair.to_destination.refuse["finish"] = [asyncio.CancelledError()]  # type: ignore[list-item]
+    await driving.migrations.start(ID, SPEC)
+    ended = await driving.ended(ID)
+    assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
+    driving.pair.moved()
+
+
 # --- in doubt ---------------------------------------------------------------------------------------------------------
 
 
