@@ -56,6 +56,10 @@ _TRANSIENT: Final = frozenset(
 _STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
 """Errors that say that the record is not what the driver believed: look again."""
 
+_LISTENS: Final = frozenset({pb.RECORD_STATE_PREPARED, pb.RECORD_STATE_ARMED, pb.RECORD_STATE_RUNNING})
+"""States of a destination that has told where it listens. One that needs longer for its copy than a call may last says that it is
+still PREPARING, and is called again: that call waits too."""
+
 _SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 
 
@@ -315,6 +319,9 @@ class Driver(Knowledge):
                 uri_in=plan.uri,
             )
         )
+        if prepared.record.state not in _LISTENS:
+            self.saw_destination(prepared.record)
+            return
         check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)
         self._prepared = prepared
         self.uri = prepared.uri_out

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+import agent.handshake.destination_side
 import agent.handshake.driver as driver_module
 from agent.errors import DroverError, Reason
 from agent.handshake.destination import DestinationState
@@ -92,6 +93,20 @@ async def test_a_destination_that_points_elsewhere_is_not_believed(pair: Pair, u
     assert driver.failure is not None
     assert driver.failure.reason is Reason.URI_NOT_ALLOWED
     assert "perform" not in pair.source.effects
+
+
+async def test_a_copy_that_takes_longer_than_a_call_is_waited_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.handshake.destination_side, "MAX_WAIT", 0.2)
+    pair.destination.hypervisor.held["prepare"] = asyncio.Event()
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await until(lambda: pair.to_destination.count["prepare"] == 3)
+    assert driver.uri == ""
+    pair.destination.hypervisor.held["prepare"].set()
+    await running
+    pair.moved()
+    assert driver.failure is None
+    assert pair.to_destination.count["prepare"] <= 4  # each has waited, so it was not asked in a loop
 
 
 # --- lost calls and lost answers --------------------------------------------------------------------------------------
