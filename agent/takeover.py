@@ -32,7 +32,7 @@ class TakeOver:
         record = attempt.record
         peer = self.other_side(attempt)
         if peer is None:
-            log.error("the driver is silent, and the destination's agent has no address", migration=record.migration_id)
+            log.error("the driver is silent, and the destination's agent cannot be asked", migration=record.migration_id)
             return
         log.warning("taking over from a silent driver", migration=record.migration_id, state=record.state, peer=record.peer_host)
         ref = pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt)
@@ -41,9 +41,16 @@ class TakeOver:
         task.add_done_callback(lambda _: self._ended(attempt))
 
     def other_side(self, attempt: Attempt) -> HandshakePeer | None:
-        """The agent on the other side of an attempt; None where its address was not told."""
+        """The agent on the other side of an attempt; None where its address was not told, or is none."""
         record = attempt.record
-        return RemotePeer(lambda: self._channels.get(record.peer_agent), record.peer_host) if record.peer_agent else None
+        if not record.peer_agent:
+            return None
+        try:
+            self._channels.get(record.peer_agent)
+        except ValueError as error:
+            log.error("the other agent cannot be asked", migration=record.migration_id, host=record.peer_host, error=str(error))
+            return None
+        return RemotePeer(lambda: self._channels.get(record.peer_agent), record.peer_host)
 
     def _ended(self, attempt: Attempt) -> None:
         task = self._tasks.pop(attempt)
