@@ -1,4 +1,4 @@
-"""One walker that checks a request against the bounds that stand in the protos, before anything uses it.
+"""One walker that checks a request against the bounds that stand in the protos, before anything uses it; of an answer, its sizes.
 
 It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later) and the rules that hold for the whole wire:
 
@@ -16,6 +16,7 @@ takes a few microseconds.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cache
 from typing import Any
 
@@ -57,6 +58,26 @@ def check_request(message: Message) -> None:
     _walk(message, "")
 
 
+def check_answer(message: Message) -> None:
+    """Raise FIELD_TOO_LARGE, with the path of the field, for the first thing in a peer's answer that is too large.
+
+    Sizes are all that counts: what a record says of itself may be clumsy, and it must be read all the same, for nothing else
+    tells where the guest runs.
+    """
+    _walk(message, "", answer=True)
+
+
+class _Kind(Enum):
+    """How strict to be with a message."""
+
+    ORDER = auto()
+    """What is not understood is refused."""
+    REPORT = auto()
+    """Part of an order that tells, such as a `Host`: who sends it may be newer, and say more."""
+    ANSWER = auto()
+    """Only sizes are checked."""
+
+
 @dataclass(frozen=True)
 class _Rules:
     """What to check in messages of one type."""
@@ -68,8 +89,8 @@ class _Rules:
     closed: bool
 
 
-def _walk(message: Message, prefix: str) -> None:
-    rules = _rules(message.DESCRIPTOR)
+def _walk(message: Message, prefix: str, *, answer: bool = False) -> None:
+    rules = _rules(message.DESCRIPTOR, answer)
     if rules.closed:
         _refuse_unknown_fields(message, prefix)
     for field, value in message.ListFields():
@@ -82,16 +103,21 @@ def _walk(message: Message, prefix: str) -> None:
 
 
 @cache
-def _rules(descriptor: Descriptor) -> _Rules:
+def _rules(descriptor: Descriptor, answer: bool) -> _Rules:
+    if answer:
+        return _Rules(_checks(descriptor, _Kind.ANSWER), (), closed=False)
     closed = descriptor.full_name in _CLOSED
-    order = closed or descriptor.name.endswith("Request")
-    checks = {field.number: check for field in descriptor.fields if (check := _field_check(field, order)) is not None}
+    kind = _Kind.ORDER if closed or descriptor.name.endswith("Request") else _Kind.REPORT
     required = tuple(
         (field.name, field.message_type is not None and not field.is_repeated)
         for field in descriptor.fields
         if _option(field, bounds_pb2.required)
     )
-    return _Rules(checks, required, closed)
+    return _Rules(_checks(descriptor, kind), required, closed)
+
+
+def _checks(descriptor: Descriptor, kind: _Kind) -> dict[int, _Check]:
+    return {field.number: check for field in descriptor.fields if (check := _field_check(field, kind)) is not None}
 
 
 def _option(field: FieldDescriptor, extension: Any) -> Any:
@@ -100,12 +126,12 @@ def _option(field: FieldDescriptor, extension: Any) -> Any:
     return options.Extensions[extension] if options.HasExtension(extension) else None
 
 
-def _field_check(field: FieldDescriptor, order: bool) -> _Check | None:
-    if _option(field, bounds_pb2.reserved_for_later):
+def _field_check(field: FieldDescriptor, kind: _Kind) -> _Check | None:
+    if kind is not _Kind.ANSWER and _option(field, bounds_pb2.reserved_for_later):
         return _unsupported
     if _is_map(field):
-        return _map_check(field, order)
-    item = _value_check(field, order, _option(field, bounds_pb2.max_bytes))
+        return _map_check(field, kind)
+    item = _value_check(field, kind, _option(field, bounds_pb2.max_bytes))
     if field.is_repeated:
         return _items_check(_option(field, bounds_pb2.max_items) or MAX_ITEMS, item)
     return item
@@ -115,12 +141,14 @@ def _is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
 
 
-def _value_check(field: FieldDescriptor, order: bool, max_bytes: int | None) -> _Check | None:
+def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> _Check | None:
     """The check of a single value; None where every value is right."""
+    if kind is _Kind.ANSWER:
+        return _size_check(field, max_bytes)
     if field.message_type is not None:
         return _duration if field.message_type.full_name == Duration.DESCRIPTOR.full_name else _message
     if field.enum_type is not None:
-        return _enum_check(frozenset(field.enum_type.values_by_number)) if order else None
+        return _enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None
     if field.type == FieldDescriptor.TYPE_STRING:
         return _uuid if field.name == "migration_id" else _string_check(max_bytes or MAX_STRING)
     if field.type == FieldDescriptor.TYPE_BYTES:
@@ -128,6 +156,14 @@ def _value_check(field: FieldDescriptor, order: bool, max_bytes: int | None) -> 
     if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
         return _not_negative
     return None
+
+
+def _size_check(field: FieldDescriptor, max_bytes: int | None) -> _Check | None:
+    if field.message_type is not None:
+        return _answer
+    if field.type == FieldDescriptor.TYPE_STRING:
+        return lambda value, path: _check_size(_size(value), max_bytes or MAX_STRING, path)
+    return _bytes_check(max_bytes or MAX_BYTES) if field.type == FieldDescriptor.TYPE_BYTES else None
 
 
 def _items_check(max_items: int, item: _Check | None) -> _Check:
@@ -140,11 +176,11 @@ def _items_check(max_items: int, item: _Check | None) -> _Check:
     return check
 
 
-def _map_check(field: FieldDescriptor, order: bool) -> _Check:
+def _map_check(field: FieldDescriptor, kind: _Kind) -> _Check:
     assert field.message_type is not None
     entry = field.message_type.fields_by_name
-    key_check = _value_check(entry["key"], order, None)
-    value_check = _value_check(entry["value"], order, _option(field, bounds_pb2.max_bytes))
+    key_check = _value_check(entry["key"], kind, None)
+    value_check = _value_check(entry["value"], kind, _option(field, bounds_pb2.max_bytes))
     max_items = _option(field, bounds_pb2.max_items) or MAX_ITEMS
 
     def check(values: Any, path: str) -> None:
@@ -167,14 +203,17 @@ def _string_check(max_bytes: int) -> _Check:
     one_line = max_bytes <= MAX_LINE
 
     def check(value: str, path: str) -> None:
-        size = len(value) if value.isascii() else len(value.encode())
-        _check_size(size, max_bytes, path)
+        _check_size(_size(value), max_bytes, path)
         if one_line and (found := _CONTROL.search(value)):
             raise invalid_field(path, f"has the control character U+{ord(found.group()):04X}; this field is a single line")
         if "\0" in value:
             raise invalid_field(path, "has a NUL character")
 
     return check
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _bytes_check(max_bytes: int) -> _Check:
@@ -209,6 +248,10 @@ def _enum_check(numbers: frozenset[int]) -> _Check:
 
 def _message(value: Message, path: str) -> None:
     _walk(value, path + ".")
+
+
+def _answer(value: Message, path: str) -> None:
+    _walk(value, path + ".", answer=True)
 
 
 def _uuid(value: str, path: str) -> None:

@@ -5,12 +5,15 @@ that leaves the other side's `wait` room.
 """
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc.aio
+from google.protobuf.message import Message
 
+from agent.errors import DroverError
 from agent.handshake.engine import Engine
 from agent.handshake.phases import MAX_WAIT, wait_of
+from agent.service.bounds import check_answer
 from agent.service.status import errors_of
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
@@ -24,6 +27,7 @@ QUESTION_SECONDS = 5.0
 SERVICE = pb.DESCRIPTOR.services_by_name["HandshakeService"].full_name
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+_Answer = TypeVar("_Answer", bound=Message)
 
 
 class HandshakeServicer(rpc.HandshakeServiceServicer):
@@ -88,7 +92,16 @@ class RemotePeer:
         if "wait" in request.DESCRIPTOR.fields_by_name:
             timeout = wait_of(request.wait, unset=0.0) + QUESTION_SECONDS
         with errors_of(self._name):
-            return await getattr(self._stub(), method)(request, timeout=timeout)
+            return self._bounded(await getattr(self._stub(), method)(request, timeout=timeout))
+
+    def _bounded(self, answer: _Answer) -> _Answer:
+        """Cookies, XML and URIs of an answer go to the hypervisor on the other side, and records to whoever watches."""
+        try:
+            check_answer(answer)
+        except DroverError as error:
+            text = f"the answer of {self._name} is not taken: {error.message}"
+            raise DroverError(error.reason, text, metadata={**error.metadata, "peer": self._name}) from None
+        return answer
 
     def _stub(self) -> "rpc.HandshakeServiceAsyncStub":
         return rpc.HandshakeServiceStub(self._channel())
@@ -125,6 +138,6 @@ class RemotePeer:
             call = self._stub().WatchRecord(request)
             try:
                 async for response in call:
-                    yield response
+                    yield self._bounded(response)
             finally:
                 call.cancel()  # leaving the loop early leaks the call otherwise

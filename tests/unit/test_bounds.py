@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import DroverError, Reason
-from agent.service.bounds import check_request
+from agent.service.bounds import check_answer, check_request
 from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 
@@ -124,6 +124,33 @@ def test_maps_are_bounded_in_number_and_size() -> None:
         host = make(host_pb2.Host, migration_features=features)
         error = refusal(make(cluster_pb2.RegisterHostRequest, host=host, agent_address="unix:/x"))
         assert error.metadata["field"] == "host.migration_features.options" + field
+
+
+@pytest.mark.parametrize(
+    ("answer", "field"),
+    [
+        (make(handshake_pb2.PrepareResponse, cookie_out=b"x" * 65537), "cookie_out"),
+        (make(handshake_pb2.PrepareResponse, uri_out="x" * 1025), "uri_out"),
+        (make(handshake_pb2.BeginResponse, domain_xml="x" * 524289), "domain_xml"),
+        (make(handshake_pb2.GetRecordResponse, record={"domain_name": "é" * 127}), "record.domain_name"),
+        (make(handshake_pb2.GetRecordResponse, record={"failure": {"message": "x" * 4097}}), "record.failure.message"),
+        (make(handshake_pb2.GetRecordResponse, record={"failure": {"metadata": {"k": "x" * 1025}}}), "record.failure.metadata[k]"),
+        (make(handshake_pb2.GetRecordResponse, record={"timings": [{}] * 65}), "record.timings"),
+        (make(handshake_pb2.GetRecordResponse, record={"timings": [{"phase": "x" * 254}]}), "record.timings[0].phase"),
+    ],
+)
+def test_an_answer_that_is_too_large_names_its_field(answer: Message, field: str) -> None:
+    with pytest.raises(DroverError) as caught:
+        check_answer(answer)
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.FIELD_TOO_LARGE, field)
+
+
+def test_of_an_answer_only_the_sizes_count() -> None:
+    """A record that is said clumsily, or by a newer agent, is read all the same."""
+    record = {"ref": {"migration_id": "?"}, "state": 99, "waiting_for": "two\nlines", "operator_word": {}, "revision": -1}
+    answer = make(handshake_pb2.GetRecordResponse, record=record)
+    answer.MergeFromString(b"\xa8\x0f\x01")  # field 245, a varint
+    check_answer(answer)
 
 
 REQUESTS = [

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -22,13 +23,32 @@ from tests.unit.two_agents import Pair
 LOOK = pb.GetRecordRequest(ref=REF)
 
 
+class Servicer(HandshakeServicer):
+    """`prepared` and `record` are put into the answers, where they are set."""
+
+    prepared: pb.PrepareResponse | None = None
+    record: pb.Record | None = None
+
+    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareResponse:  # noqa: N802
+        response = await super().Prepare(request, context)
+        if self.prepared is not None:
+            response.MergeFrom(self.prepared)
+        return response
+
+    async def WatchRecord(self, request: pb.WatchRecordRequest, context: Any) -> AsyncIterator[pb.WatchRecordResponse]:  # noqa: N802
+        if self.record is not None:
+            yield pb.WatchRecordResponse(record=self.record)
+        async for response in super().WatchRecord(request, context):
+            yield response
+
+
 class Far:
     """The destination of the pair over gRPC. `channel` is the one to use now."""
 
     def __init__(self, pair: Pair, address: str) -> None:
         self.pair = pair
         self.address = address
-        self.servicer = HandshakeServicer(pair.destination.engine)
+        self.servicer = Servicer(pair.destination.engine)
         self.channel = open_channel(address)
         self.peer = RemotePeer(lambda: self.channel, "h2")
 
@@ -101,3 +121,24 @@ async def test_a_driver_finds_an_agent_that_has_moved(far: Far) -> None:
     far.pair.wire.all_sent.set()
     await running
     far.pair.moved()
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_cookie_that_is_too_large_never_reaches_the_hypervisor(far: Far) -> None:
+    far.servicer.prepared = pb.PrepareResponse(cookie_out=b"x" * 900_000)
+    driver = far.driver()
+    await finished(driver)
+    far.pair.stayed()
+    assert "perform" not in far.pair.source.effects
+    assert driver.failure is not None
+    assert driver.failure.reason is Reason.FIELD_TOO_LARGE
+    assert driver.failure.message == "the answer of h2 is not taken: cookie_out: has 900000 bytes; at most 65536 are allowed"
+    assert driver.failure.metadata == {"field": "cookie_out", "bound": "65536", "size": "900000", "peer": "h2"}
+
+
+async def test_a_watched_record_that_is_too_large_is_not_taken(far: Far) -> None:
+    far.servicer.record = pb.Record(waiting_for="x" * 1025)
+    error = await fails(watched(far.peer), Reason.FIELD_TOO_LARGE)
+    assert "record.waiting_for" in error.message
