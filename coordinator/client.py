@@ -40,6 +40,7 @@ from coordinator.client_errors import (
     ServerFailed,
     Unreachable,
     client_error,
+    no_such_host,
     outcome_unknown,
     raise_unless_succeeded,
 )
@@ -330,8 +331,7 @@ class Client:
             except ServerFailed as error:
                 self._note_agent(error)
             else:
-                domains = tuple(Domain.from_proto(domain) for domain in response.domains)
-                return DomainList(domains, tuple(response.unreachable_hosts))
+                return DomainList.from_proto(response)
         return await self._agent_domains(host)
 
     def _note_agent(self, error: ServerFailed) -> None:
@@ -342,25 +342,18 @@ class Client:
 
     async def _agent_host(self) -> Host:
         response = await self._call(self._hosts.GetHost(host_pb2.GetHostRequest(), timeout=self.timeout))
-        return Host.from_proto(
-            cluster_pb2.ClusterHost(host=response.host, agent_address=self.address, state=cluster_pb2.HOST_STATE_UP)
-        )
+        return Host.of_agent(response.host, self.address)
 
     def _same_host(self, host: Host, name: str) -> Host:
         if name != host.name:
-            raise NotFound(
-                f'the agent at {self.address} is host "{host.name}" and knows no other; ask a coordinator for "{name}"',
-                reason=Reason.HOST_NOT_FOUND,
-                metadata={"host": name},
-            )
+            raise no_such_host(name, host.name, self.address)
         return host
 
     async def _agent_domains(self, host: str) -> DomainList:
         here = await self._agent_host()
         self._same_host(here, host or here.name)
         response = await self._call(self._hosts.ListDomains(host_pb2.ListDomainsRequest(), timeout=self.timeout))
-        placed = [cluster_pb2.PlacedDomain(host=here.name, domain=domain) for domain in response.domains]
-        return DomainList(tuple(Domain.from_proto(domain) for domain in placed))
+        return DomainList.of_agent(here.name, response.domains)
 
     async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> AsyncGenerator[Migration, None]:
         """One watch stream. `again`: the server was there before, so wait until it can be connected to."""

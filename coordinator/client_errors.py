@@ -128,6 +128,12 @@ def raise_unless_succeeded(migration: Migration) -> Migration:
     raise _of_migration(kind, migration, f"migration {migration.id} {migration.state.value}; {where}")
 
 
+def no_such_host(name: str, host: str, address: str) -> NotFound:
+    """An agent, of that host and at that address, was asked for another host."""
+    text = f'the agent at {address} is host "{host}" and knows no other; ask a coordinator for "{name}"'
+    return NotFound(text, reason=Reason.HOST_NOT_FOUND, metadata={"host": name})
+
+
 def outcome_unknown(migration: Migration) -> DroverClientError:
     """The `OutcomeUnknown` of a migration."""
     text = f'it cannot be said now where "{migration.domain}" runs; migration {migration.id} goes on asking'

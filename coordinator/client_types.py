@@ -3,7 +3,7 @@
 Each value keeps the message that it was made of in `proto`, for what is not spelled out here and for JSON.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -232,6 +232,11 @@ class Host:
     proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
 
     @classmethod
+    def of_agent(cls, host: host_pb2.Host, address: str) -> "Host":
+        """From the word of the host's own agent, which has just answered at that address."""
+        return cls.from_proto(cluster_pb2.ClusterHost(host=host, agent_address=address, state=cluster_pb2.HOST_STATE_UP))
+
+    @classmethod
     def from_proto(cls, message: cluster_pb2.ClusterHost) -> "Host":
         host, features = message.host, message.host.migration_features
         return cls(
@@ -295,6 +300,15 @@ class DomainList:
 
     domains: tuple[Domain, ...]
     unreachable_hosts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_proto(cls, message: cluster_pb2.ListDomainsResponse) -> "DomainList":
+        return cls(tuple(Domain.from_proto(domain) for domain in message.domains), tuple(message.unreachable_hosts))
+
+    @classmethod
+    def of_agent(cls, host: str, domains: Iterable[host_pb2.Domain]) -> "DomainList":
+        """From the word of the host's own agent."""
+        return cls(tuple(Domain.from_proto(cluster_pb2.PlacedDomain(host=host, domain=domain)) for domain in domains))
 
     def __iter__(self) -> Iterator[Domain]:
         return iter(self.domains)

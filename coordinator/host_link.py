@@ -123,3 +123,11 @@ class HostLink:
                 deadline = None
         finally:
             call.cancel()  # grpcio keeps a call for ever that is neither read to its end nor cancelled
+
+
+async def answer_of(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:
+    """None if there is no answer."""
+    try:
+        return await question
+    except DroverError:
+        return None

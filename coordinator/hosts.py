@@ -21,7 +21,7 @@ import structlog
 
 from agent.address import parse_address
 from agent.errors import DroverError, Reason, invalid_field
-from coordinator.host_link import HostLink
+from coordinator.host_link import CLOSE_SECONDS, HostLink, answer_of
 from coordinator.store import Compare, Delete, KeyValue, Operation, Put, Store
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
@@ -37,7 +37,6 @@ LAST_SEEN_SECONDS: Final = 60.0
 """The store's `last_seen_time` of a host that is up is at most so old."""
 RETRY_SECONDS: Final = 1.0
 """After so long a write to the store that failed is tried again."""
-CLOSE_SECONDS: Final = 5.0
 _ATTEMPTS: Final = 3
 
 log = structlog.get_logger(__name__)
@@ -167,7 +166,6 @@ class HostRegistry:
 
         Errors, if one host is asked for: HOST_NOT_FOUND, HOST_UNREACHABLE, and what its agent says.
         """
-
         if not host:
             return await self._ask_all(HostLink.list_domains)
         self._sweep()
@@ -182,7 +180,7 @@ class HostRegistry:
         self._sweep()
         entries = [self._entries[name] for name in sorted(self._entries)]
         asked = [entry for entry in entries if entry.up]
-        answers = await asyncio.gather(*(_answer(ask(entry.link)) for entry in asked))
+        answers = await asyncio.gather(*(answer_of(ask(entry.link)) for entry in asked))
         by_name = {entry.name: answer for entry, answer in zip(asked, answers, strict=True)}
         found = [(name, item) for name, answer in by_name.items() for item in answer or ()]
         return found, [entry.name for entry in entries if by_name.get(entry.name) is None]
@@ -371,14 +369,6 @@ class HostRegistry:
         except BaseException:
             self._unsaved.add(name)
             raise
-
-
-async def _answer(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:
-    """None if there is no answer."""
-    try:
-        return await question
-    except DroverError:
-        return None
 
 
 def _check_claim(host: agent_pb.Host, agent_address: str) -> str:
