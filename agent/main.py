@@ -52,7 +52,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         stack.push_async_callback(journal.close)
         channels = Channels()
         stack.push_async_callback(channels.close)
-        take_over = TakeOver(channels)
+        take_over = TakeOver(config.name, channels)
         local = LocalHost(
             name=config.name,
             hypervisor=hypervisor,
@@ -61,12 +61,12 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             lease_seconds=config.lease_seconds,
             takeover_after=config.takeover_after_seconds,
         )
-        engine = take_over.engine = Engine(local, journal, Slots(config.incoming_limit), take_over, take_over.other_side)
+        engine = Engine(local, journal, Slots(config.incoming_limit), take_over, take_over.other_side)
         stack.push_async_callback(engine.close)
-        stack.push_async_callback(take_over.close)
         host = AgentHost(info, hypervisor, engine)
         address = config.advertised_address()
-        migrations = Migrations(config.name, PeerDirectory(host, address, config.peers, channels), journal, config.fencing)
+        directory = PeerDirectory(host, address, config.peers, channels)
+        migrations = take_over.migrations = Migrations(config.name, directory, journal, config.fencing)
         stack.push_async_callback(migrations.close)
         await engine.recover()
         await migrations.recover()

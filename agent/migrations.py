@@ -203,6 +203,16 @@ class Migrations:
         entry.task = asyncio.create_task(self._run(entry, self._save(entry)), name=f"drive {migration_id[:8]}")
         return accepted
 
+    def take_over(self, migration: pb.Migration) -> None:
+        """Drive to its end what another driver has begun and left; nothing where that is done here already."""
+        entry = self._entries.get(migration.migration_id)
+        if entry is not None and not entry.final:
+            return
+        self._trim()
+        entry = self._entries[migration.migration_id] = _Entry(migration)
+        self._publish(entry, migration)
+        entry.task = asyncio.create_task(self._resume(entry), name=f"take over {migration.migration_id[:8]}")
+
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`."""
         entry = self._entry(migration_id)
@@ -343,15 +353,16 @@ class Migrations:
                 entry.fencing = asyncio.create_task(self._fence(entry, self._fencing))
 
     async def _fence(self, entry: _Entry, config: FencingConfig) -> None:
-        """While the outcome stays unknown, make sure that the host which does not answer is dead, and say so."""
+        """While the outcome stays unknown, make sure that the one host which does not answer is dead, and say so."""
         while (driver := entry.driver) is not None and driver.outcome_unknown:
-            host = entry.migration.silent_hosts[0]
-            missing = config.after_seconds - driver.silent_for(host == entry.migration.source_host)
+            side, migration = driver.hangs_on, entry.migration
+            missing = config.after_seconds - driver.silent_for(side)
             if missing > 0:
                 await asyncio.sleep(missing)
                 continue
+            host = migration.source_host if side == "source" else migration.destination_host
             outcome = await fence(config, host)
-            if outcome is not None:
+            if outcome is not None and driver.hangs_on == side:
                 word = handshake_pb2.OperatorWord(dead_host=host, reason=outcome[:1000], said_by="fencing command")
                 with contextlib.suppress(DroverError):  # it answers after all
                     self.resolve(entry.migration.migration_id, word)

@@ -36,7 +36,7 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     del migration.silent_hosts[:]
     migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
     migration.ClearField("operator_word")
-    for word in driver.words.values():
+    for word in _words(driver):
         migration.operator_word.CopyFrom(word)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
@@ -58,6 +58,12 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.duration.CopyFrom(duration(now - before.create_time.ToNanoseconds() / 1e9))
         migration.hypervisor_duration.CopyFrom(duration(hypervisor_seconds(migration.timings)))
     return migration
+
+
+def _words(driver: Driver) -> list[handshake_pb2.OperatorWord]:
+    """What was said here, and what a host has acted upon: that stays said, though the other one answers again."""
+    records = [record for record in (driver.destination_record, driver.source_record) if record is not None]
+    return [*driver.words.values(), *(record.operator_word for record in records if record.HasField("operator_word"))]
 
 
 def _waiting_for(migration: pb.Migration, driver: Driver) -> str:

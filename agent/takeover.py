@@ -1,44 +1,43 @@
 """The source's agent is autonomous (requirement A6): when the driver of a migration goes silent, it drives the rest itself.
 
-Two drivers at once are harmless, so nobody has to be sure that the other one is dead.
+Two drivers at once are harmless, so nobody has to be sure that the other one is dead. What is taken over is a migration of this
+agent from then on: it can be listed, watched, cancelled and resolved here.
 """
 
-import asyncio
+from typing import Final
 
 import structlog
 
 from agent.handshake.attempt import Attempt
-from agent.handshake.driver import Driver
-from agent.handshake.engine import Engine
 from agent.handshake.peer import HandshakePeer
+from agent.handshake.records import AttemptRecord, options_to_proto, timestamp
+from agent.migrations import Migrations
 from agent.peers import Channels
 from agent.service.handshake_service import RemotePeer
-from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
 
+WARNING: Final = "its driver went silent, so the source's agent drives it to its end"
+
 
 class TakeOver:
-    """Starts at most one driver for each attempt of this host."""
+    """Whom the engine tells that a driver is silent, and asks for the other side. `migrations` is set once there is an engine."""
 
-    def __init__(self, channels: Channels) -> None:
-        self.engine: Engine | None = None
+    def __init__(self, host: str, channels: Channels) -> None:
+        self.migrations: Migrations | None = None
+        self._host = host
         self._channels = channels
-        self._tasks: dict[Attempt, asyncio.Task[None]] = {}
 
     def __call__(self, attempt: Attempt) -> None:
-        if attempt in self._tasks or self.engine is None:
-            return
         record = attempt.record
-        peer = self.other_side(attempt)
-        if peer is None:
+        if self.migrations is None:
+            return
+        if self.other_side(attempt) is None:
             log.error("the driver is silent, and the destination's agent cannot be asked", migration=record.migration_id)
             return
         log.warning("taking over from a silent driver", migration=record.migration_id, state=record.state, peer=record.peer_host)
-        ref = pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt)
-        task = asyncio.create_task(_drive(ref, self.engine, peer), name=f"take over {record.migration_id[:8]}")
-        self._tasks[attempt] = task
-        task.add_done_callback(lambda _: self._ended(attempt))
+        self.migrations.take_over(taken_over(record, self._host))
 
     def other_side(self, attempt: Attempt) -> HandshakePeer | None:
         """The agent on the other side of an attempt; None where its address was not told, or is none."""
@@ -52,19 +51,27 @@ class TakeOver:
             return None
         return RemotePeer(lambda: self._channels.get(record.peer_agent), record.peer_host)
 
-    def _ended(self, attempt: Attempt) -> None:
-        task = self._tasks.pop(attempt)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.critical("the take-over failed", migration=attempt.record.migration_id, exc_info=error)
 
-    async def close(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _drive(ref: pb.AttemptRef, source: HandshakePeer, destination: HandshakePeer) -> None:
-    driver = Driver(ref, source, destination, None, lambda: None)
-    await driver.resume()
-    await driver.run()
+def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
+    """The migration of a source's record, as its driver would have kept it."""
+    return pb.Migration(
+        migration_id=record.migration_id,
+        spec=pb.MigrationSpec(
+            domain=record.domain_uuid,
+            source_host=host,
+            destination_host=record.peer_agent,
+            destination_name=record.destination_name,
+            bandwidth_bytes_per_second=record.bandwidth,
+            options=options_to_proto(record.options),
+        ),
+        state=pb.MIGRATION_STATE_ACTIVE,
+        attempt=record.attempt,
+        source_host=host,
+        destination_host=record.peer_host,
+        domain_name=record.domain_name,
+        domain_uuid=record.domain_uuid,
+        uri=record.uri,
+        warnings=[WARNING],
+        driver=host,
+        create_time=timestamp(record.created),
+    )

@@ -118,18 +118,20 @@ class Driver(Knowledge):
         failpoint("driver", Call.RESERVE, "after")
 
     async def resume(self) -> None:
-        """Learn both records first, however long it takes: another driver, or an earlier life of this one, has begun."""
-        await asyncio.gather(*(self._look_until_heard(side) for side in self._sides))
-
-    async def _look_until_heard(self, side: str) -> None:
-        while side not in self.words:
-            try:
-                await self._look(side)
-            except DroverError as error:
-                self.silent(side, error)
-                await asyncio.sleep(0.5)
-            else:
+        """Learn both records first, however long it takes: another driver, or an earlier life of this one, has begun. While one side
+        is silent the other one goes on, so it is looked at again.
+        """
+        while True:
+            await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
+            if self.silent_since.keys() <= self.words.keys():
                 return
+            await asyncio.sleep(0.5)
+
+    async def _try_to_look(self, side: str) -> None:
+        try:
+            await self._look(side)
+        except DroverError as error:
+            self.silent(side, error)
 
     async def run(self) -> None:
         """Until both records have ended and agree. Ends earlier only by cancellation, which leaves everything as it is."""

@@ -79,6 +79,13 @@ class Knowledge:
             return False
         return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
 
+    @property
+    def hangs_on(self) -> str:
+        """The side whose death would settle an unknown outcome. Empty where both are silent: it may well be this driver that is cut
+        off, and the guest may run on as before.
+        """
+        return next(iter(self.silent_since)) if self.outcome_unknown and len(self.silent_since) == 1 else ""
+
     def cancel(self, failure: Failure) -> None:
         """Stop if it is not too late; the records say what came of it. The first reason is kept."""
         self.failure = self.failure or failure
@@ -103,9 +110,9 @@ class Knowledge:
         self.heard("destination")
         self._changed()
 
-    def silent_for(self, source: bool) -> float:
+    def silent_for(self, side: str) -> float:
         """Seconds for which a side has not answered; 0 for one that does."""
-        since = self.silent_since.get("source" if source else "destination")
+        since = self.silent_since.get(side)
         return 0.0 if since is None else time.monotonic() - since
 
     def heard(self, side: str) -> None:

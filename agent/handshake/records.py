@@ -175,8 +175,14 @@ def timestamp(seconds: float) -> Timestamp:
     return message
 
 
+def cut(text: str, max_bytes: int) -> str:
+    """A peer refuses what is longer than the bound of its field; a hypervisor's words have none."""
+    return text if len(text) * 4 <= max_bytes else text.encode()[:max_bytes].decode(errors="ignore")
+
+
 def failure_to_proto(failure: Failure) -> pb.Failure:
-    return pb.Failure(reason=failure.reason, message=failure.message, metadata=failure.metadata)
+    metadata = {key: cut(value, 1024) for key, value in failure.metadata.items()}
+    return pb.Failure(reason=failure.reason, message=cut(failure.message, 4096), metadata=metadata)
 
 
 def timing_to_proto(timing: Timing) -> pb.PhaseTiming:
@@ -212,7 +218,7 @@ def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) 
         peer_host=record.peer_host,
         timings=[timing_to_proto(t) for t in record.timings],
         revision=record.revision,
-        waiting_for=record.waiting_for,
+        waiting_for=cut(record.waiting_for, 1024),
         create_time=timestamp(record.created),
         update_time=timestamp(record.updated),
     )

@@ -258,6 +258,23 @@ async def test_a_host_that_answers_in_time_is_not_fenced(pair: Pair, tmp_path: P
     assert fence.runs == []
 
 
+async def test_nobody_is_fenced_while_both_hosts_are_silent(pair: Pair, tmp_path: Path) -> None:
+    """It is the driver that is cut off, most likely, and the guest may run on."""
+    fence = Fence(tmp_path)
+    driving = await fenced_pair(pair, fence)
+    try:
+        await flowing(driving)
+        pair.to_source.cut = pair.to_destination.cut = True
+        await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+        await asyncio.sleep(0.3)
+        assert fence.runs == []
+        pair.to_source.cut = pair.to_destination.cut = False
+        pair.wire.all_sent.set()
+        assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+    finally:
+        await driving.close()
+
+
 async def test_a_host_is_fenced_only_after_it_was_silent_for_the_whole_time(pair: Pair, tmp_path: Path) -> None:
     """It was silent, answered, and is silent again: the time counts from the last silence."""
     fence = Fence(tmp_path)

@@ -1,6 +1,5 @@
-"""agent.takeover: whom it can ask, and what it does where it cannot."""
+"""agent.takeover: whom it can ask, what it does where it cannot, and what can be done to what it drives."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,9 +9,12 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.records import Role
 from agent.peers import Channels
 from agent.service.handshake_service import RemotePeer
-from agent.takeover import TakeOver
-from tests.unit.asking import record
-from tests.unit.two_agents import Agent
+from agent.takeover import WARNING, TakeOver
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from tests.unit.asking import ID, begin, finish, perform, prepare, record, reserve, until, word
+from tests.unit.fake_directory import Driving
+from tests.unit.two_agents import Agent, Pair
 
 
 @pytest.fixture
@@ -31,27 +33,67 @@ async def performing(address: str) -> tuple[Agent, Attempt]:
 
 
 @pytest.mark.parametrize("address", ["", "h2.example:7400", "10.91.0.2", "nonsense"])
-async def test_an_agent_whose_address_is_none_is_not_asked(channels: Channels, address: str) -> None:
+async def test_an_agent_whose_address_is_none_is_not_asked(channels: Channels, driving: Driving, address: str) -> None:
     agent, attempt = await performing(address)
-    take_over = TakeOver(channels)
-    take_over.engine = agent.engine
+    take_over = TakeOver("h1", channels)
+    take_over.migrations = driving.migrations
     with capture_logs() as logs:
         assert take_over.other_side(attempt) is None
         take_over(attempt)  # as from a timer: nobody would see what it raises
-    assert not take_over._tasks
+    assert driving.migrations.list(active_only=False, limit=0) == []
     assert [line["log_level"] for line in logs] == ["error"] * (3 if address else 1)
     await agent.close()
 
 
-async def test_a_silent_drivers_attempt_gets_one_new_driver(channels: Channels) -> None:
+async def test_the_other_side_is_a_peer_at_its_address(channels: Channels) -> None:
     agent, attempt = await performing("127.0.0.1:1")
-    take_over = TakeOver(channels)
-    take_over.engine = agent.engine
-    assert isinstance(take_over.other_side(attempt), RemotePeer)
-    for _ in range(2):
-        take_over(attempt)
-    assert len(take_over._tasks) == 1
-    await asyncio.sleep(0)
-    await take_over.close()
-    assert not take_over._tasks
+    assert isinstance(TakeOver("h1", channels).other_side(attempt), RemotePeer)
     await agent.close()
+
+
+async def left_alone(pair: Pair, driving: Driving, channels: Channels) -> TakeOver:
+    """A driver went as far as Finish, and away; h1 has noticed."""
+    pair.wire.all_sent.clear()
+    h1, h2 = pair.source.engine, pair.destination.engine
+    await h2.reserve_slot(reserve())
+    await h1.begin(begin())
+    await h2.prepare(prepare())
+    await h1.perform(perform())
+    await h2.finish(finish())
+    take_over = TakeOver("h1", channels)
+    take_over.migrations = driving.migrations
+    take_over(h1.active()[0])
+    return take_over
+
+
+async def test_what_was_taken_over_is_driven_once_and_can_be_seen(pair: Pair, driving: Driving, channels: Channels) -> None:
+    take_over = await left_alone(pair, driving, channels)
+    task = driving.migrations._entries[ID].task
+    take_over(pair.source.engine.active()[0])
+    assert driving.migrations._entries[ID].task is task
+    shown = driving.migrations.get(ID)
+    assert (shown.domain_name, shown.source_host, shown.destination_host) == ("web1", "h1", "h2")
+    assert list(shown.warnings) == [WARNING]
+    pair.wire.all_sent.set()
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")
+    pair.moved()
+
+
+async def test_what_was_taken_over_can_be_cancelled(pair: Pair, driving: Driving, channels: Channels) -> None:
+    await left_alone(pair, driving, channels)
+    await driving.migrations.cancel(ID)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
+    pair.stayed()
+
+
+async def test_what_was_taken_over_can_be_resolved(pair: Pair, driving: Driving, channels: Channels) -> None:
+    await left_alone(pair, driving, channels)
+    pair.wire.starts.clear()
+    pair.to_destination.cut = True
+    pair.wire.all_sent.set()
+    await until(lambda: driving.migrations.get(ID).state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+    said: handshake_pb2.OperatorWord = word("h2")
+    driving.migrations.resolve(ID, said)
+    ended = await driving.ended(ID)
+    assert (ended.runs_on, ended.operator_word.said_by) == ("h1", "root@admin1")
