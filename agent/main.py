@@ -22,6 +22,7 @@ from agent.migrations import Migrations
 from agent.peers import Channels, PeerDirectory
 from agent.registration import keep_registered
 from agent.service import handshake_service, host_service, migration_service
+from agent.service.channel import open_channel
 from agent.service.server import Server, start_server
 from agent.takeover import TakeOver
 from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc, migration_pb2_grpc
@@ -75,7 +76,9 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         checking = asyncio.create_task(engine.check_disowned(), name="check disowned")
         stack.callback(checking.cancel)
         if config.coordinator:
-            registering = asyncio.create_task(keep_registered(channels.get(config.coordinator), host, address))
+            coordinator = open_channel(config.coordinator)
+            stack.push_async_callback(coordinator.close)
+            registering = asyncio.create_task(keep_registered(coordinator, host, address))
             stack.callback(registering.cancel)
         yield server
         await _stop(local, migrations, engine, server)

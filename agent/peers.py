@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from typing import Final
 
 import grpc.aio
 
@@ -16,21 +17,30 @@ from agent.service.status import errors_of
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 
+MAX_CHANNELS: Final = 64
+"""Channels to agents that are kept. Anybody may name an address, and an open channel costs some 60 KiB."""
+
 
 class Channels:
-    """Channels to agents by address, each opened once and closed with the agent."""
+    """Channels to agents by address. The one that was asked for longest ago is closed where there are too many."""
 
     def __init__(self) -> None:
         self._open: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, address: str) -> grpc.aio.Channel:
-        if address not in self._open:
-            self._open[address] = open_channel(address)
+        """Not to be kept: ask for it at each call. Raises `ValueError` for what is no address."""
+        self._open[address] = self._open.pop(address) if address in self._open else open_channel(address)
+        if len(self._open) > MAX_CHANNELS:
+            oldest = self._open.pop(next(iter(self._open)))
+            closing = asyncio.create_task(oldest.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
         return self._open[address]
 
     async def close(self) -> None:
-        for channel in self._open.values():
-            await channel.close()
+        """Close them all."""
+        await asyncio.gather(*(channel.close() for channel in self._open.values()), *self._closing)
         self._open.clear()
 
 

@@ -1,11 +1,13 @@
 """Turns the names of a migration into hosts of the cluster (`agent.migrations.Directory`)."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 import grpc.aio
 
 from agent.errors import DroverError, Reason
+from agent.hypervisor.base import Job
 from agent.migrations import Ends, Side
 from agent.peers import ask_host
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
@@ -15,7 +17,9 @@ from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 from drover.coordinator.v1.host_pb2 import HOST_STATE_UP
 
-_RUNS: Final = (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED)
+_ALIVE: Final = (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED)
+
+Found = Sequence[tuple[str, host_pb2.GetDomainResponse]]
 
 
 class ClusterDirectory:
@@ -40,22 +44,30 @@ class ClusterDirectory:
         return await self._known(name), guest  # it has just answered, so what it said of itself is news enough
 
     async def _find_guest(self, domain: str) -> tuple[str, host_pb2.GetDomainResponse]:
-        """Where the guest runs; a definition that is shut off elsewhere does not count."""
+        """Where the guest runs. Neither a definition that is shut off elsewhere counts, nor a copy that waits for its memory."""
         found, silent = await self._registry.find_domain(domain)
-        candidates = [(host, guest) for host, guest in found if guest.domain.state in _RUNS] or found
+        candidates = _alive(found)
+        if not candidates and silent:
+            raise DroverError(
+                Reason.HOST_UNREACHABLE,
+                f'no host that answers runs a guest "{domain}", and {", ".join(silent)} did not answer: it may run there. '
+                "Nothing was done; `drover host list` shows the hosts",
+                metadata={"domain": domain, "host": silent[0]},
+            )
+        candidates = candidates or found
         if len(candidates) == 1:
             return candidates[0]
         hosts = [host for host, _ in candidates]
-        unheard = f" ({', '.join(silent)} did not answer)" if silent else ""
         if not candidates:
             raise DroverError(
                 Reason.DOMAIN_NOT_FOUND,
-                f'no host of the cluster has a guest "{domain}"{unheard}; `drover domain list` shows the guests',
+                f'no host of the cluster has a guest "{domain}"; `drover domain list` shows the guests',
                 metadata={"domain": domain},
             )
+        differ = len({guest.domain.uuid for _, guest in candidates}) > 1
         raise DroverError(
             Reason.DOMAIN_AMBIGUOUS,
-            f'guest "{domain}" is on {" and ".join(hosts)}{unheard}; say which with the source host, or name it by UUID',
+            f'guest "{domain}" is on {" and ".join(hosts)}; say which with --from HOST{", or name it by UUID" if differ else ""}',
             metadata={"domain": domain, "hosts": ",".join(hosts)},
         )
 
@@ -93,3 +105,13 @@ class ClusterDirectory:
         """From the last word of the host: it need not answer now."""
         known = await self._registry.get(name)
         return Side(known.host, self._peer(known.host), known.agent_address)
+
+
+def _alive(found: Found) -> Found:
+    """The copies that run or are paused by their user. Of one and the same guest, the copy that runs: a paused one is what a
+    migration has left.
+    """
+    alive = [(host, guest) for host, guest in found if guest.domain.state in _ALIVE and guest.domain.job != Job.INCOMING]
+    runs = [(host, guest) for host, guest in alive if guest.domain.state == host_pb2.DOMAIN_STATE_RUNNING]
+    one_guest = len({guest.domain.uuid for _, guest in alive}) == 1
+    return runs if runs and one_guest else alive

@@ -75,3 +75,61 @@ async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRe
     await registers("c", "h2", "uuid-3")
     error = await fails(destination.handshake.get_record(LOOK), Reason.HOST_UNREACHABLE)
     assert "uuid-2" in error.message
+
+
+# --- where a guest is -------------------------------------------------------------------------------------------------
+
+
+def copy(host: str, state: str, job: str = "none", uuid: str = "u1") -> tuple[str, host_pb2.GetDomainResponse]:
+    value = host_pb2.DomainState.Value(f"DOMAIN_STATE_{state}")
+    return host, host_pb2.GetDomainResponse(domain=host_pb2.Domain(name="web1", uuid=uuid, state=value, job=job))
+
+
+class Asked:
+    """A registry that has asked all hosts."""
+
+    def __init__(self, *found: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> None:
+        self.answer = list(found), silent
+
+    async def find_domain(self, name_or_uuid: str) -> object:
+        return self.answer
+
+
+async def found(*copies: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> str:
+    registry: HostRegistry = Asked(*copies, silent=silent)  # type: ignore[assignment]
+    return (await ClusterDirectory(registry)._find_guest("web1"))[0]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        [copy("h2", "SHUTOFF")],
+        [copy("h2", "PAUSED", job="incoming")],
+        [copy("h2", "PAUSED")],  # what a host that was declared dead has left of it
+    ],
+)
+async def test_a_guest_is_where_it_runs(others: list[tuple[str, host_pb2.GetDomainResponse]]) -> None:
+    assert await found(copy("h1", "RUNNING"), *others, silent=["h9"]) == "h1"
+
+
+async def test_a_guest_that_is_shut_off_everywhere_is_found_too() -> None:
+    assert await found(copy("h1", "SHUTOFF"), silent=[]) == "h1"
+
+
+@pytest.mark.parametrize(
+    ("copies", "silent", "reason", "says"),
+    [
+        ([], [], Reason.DOMAIN_NOT_FOUND, "drover domain list"),
+        ([], ["h1", "h2"], Reason.HOST_UNREACHABLE, "h1, h2 did not answer: it may run there"),
+        ([copy("h2", "SHUTOFF")], ["h1"], Reason.HOST_UNREACHABLE, "h1 did not answer"),
+        ([copy("h1", "RUNNING"), copy("h2", "RUNNING", uuid="u2")], [], Reason.DOMAIN_AMBIGUOUS, "--from HOST, or name it by UUID"),
+        ([copy("h1", "RUNNING"), copy("h2", "PAUSED", uuid="u2")], [], Reason.DOMAIN_AMBIGUOUS, "h1 and h2"),
+        ([copy("h1", "SHUTOFF"), copy("h2", "SHUTOFF")], [], Reason.DOMAIN_AMBIGUOUS, "say which with --from HOST"),
+    ],
+)
+async def test_what_cannot_be_said_of_a_guest(
+    copies: list[tuple[str, host_pb2.GetDomainResponse]], silent: list[str], reason: Reason, says: str
+) -> None:
+    error = await fails(found(*copies, silent=silent), reason)
+    assert says in error.message

@@ -7,7 +7,7 @@ from structlog.testing import capture_logs
 
 from agent.handshake.attempt import Attempt
 from agent.handshake.records import Role
-from agent.peers import Channels
+from agent.peers import MAX_CHANNELS, Channels
 from agent.service.handshake_service import RemotePeer
 from agent.takeover import WARNING, TakeOver
 from drover.agent.v1 import handshake_pb2
@@ -97,3 +97,12 @@ async def test_what_was_taken_over_can_be_resolved(pair: Pair, driving: Driving,
     driving.migrations.resolve(ID, said)
     ended = await driving.ended(ID)
     assert (ended.runs_on, ended.operator_word.said_by) == ("h1", "root@admin1")
+
+
+async def test_addresses_that_anybody_names_do_not_pile_up(channels: Channels) -> None:
+    first = channels.get("127.7.0.1:9")
+    for number in range(2, MAX_CHANNELS + 2):
+        channels.get(f"127.7.0.{number}:9")
+    assert len(channels._open) == MAX_CHANNELS
+    assert channels.get("127.7.0.1:9") is not first
+    assert channels.get(f"127.7.0.{MAX_CHANNELS}:9") is channels.get(f"127.7.0.{MAX_CHANNELS}:9")
