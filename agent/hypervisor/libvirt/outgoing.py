@@ -122,12 +122,11 @@ class LibvirtOutgoing:
         except HypervisorUnavailable:
             await self._guard.mend()
             raise
-        except (DomainNotFound, DomainBusy, Incompatible):
-            self._outcome_is_known = True
-            raise
         except HypervisorError as error:
             self._outcome_is_known = True
             self._must_hold |= self._has_stopped
+            if isinstance(error, (DomainNotFound, DomainBusy, Incompatible)) and not self._must_hold:
+                raise  # refused before anything was done to the guest
             await self.settle()
             raise TransferFailed(str(error), error.native) from None
         finally:
