@@ -1,14 +1,9 @@
 """What the hypervisor's word on a guest means for either side of a migration. Pure."""
 
-from typing import Final
-
 from agent.errors import DroverError, Reason
 from agent.handshake.destination import DestinationEvent
 from agent.handshake.source import SourceEvent
 from agent.hypervisor.base import Domain, DomainState, Job
-
-_HAS_RUN: Final = frozenset({"shutdown", "saved", "migrated"})
-"""Reasons for being shut off that only a guest can have that ran here: its user ended it before we looked."""
 
 
 def source_fact(domain: Domain | None) -> SourceEvent | None:
@@ -29,8 +24,8 @@ def destination_fact(domain: Domain | None) -> DestinationEvent | None:
     if domain is None:
         return DestinationEvent.SAW_ABSENT
     if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
-        # A copy that never ran can be seen as failed, destroyed, crashed or (after libvirtd's restart) unknown, but not like these.
-        return DestinationEvent.SAW_RUNNING if domain.reason in _HAS_RUN else DestinationEvent.SAW_ABSENT
+        # A copy that never ran can be seen as failed, destroyed, crashed or (after libvirtd's restart) unknown.
+        return DestinationEvent.SAW_RUNNING if domain.has_run else DestinationEvent.SAW_ABSENT
     return None if domain.unstarted else DestinationEvent.SAW_RUNNING
 
 

@@ -152,6 +152,8 @@ class Job(StrEnum):
 
 _NEVER_RAN = frozenset({"migration", "starting up", "unknown"})
 """Reasons for being paused that a copy can have which waits for its memory."""
+_HAS_RUN = frozenset({"shutdown", "saved", "migrated"})
+"""Reasons for being shut off that only a guest can have that ran here: its user ended it before we looked."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,11 @@ class Domain:
         """For a destination: an active copy that has never run. A daemon that has just come back knows the reason of the pause
         some milliseconds before it knows the job again, so the job alone does not say it."""
         return self.state is DomainState.PAUSED and (self.incoming or self.reason in _NEVER_RAN)
+
+    @property
+    def has_run(self) -> bool:
+        """For a destination that had a copy: it is stopped now, and ran here before. False where that cannot be told."""
+        return self.state in (DomainState.SHUTOFF, DomainState.CRASHED) and self.reason in _HAS_RUN
 
 
 @dataclass(frozen=True)
@@ -322,9 +329,8 @@ class Incoming(Protocol):
         ...
 
     async def abandon(self) -> None:
-        """Destroy the copy. Idempotent, from any connection. Afterwards there is none.
-
-        Raises `DomainBusy` rather than destroy a copy that has run.
+        """Destroy the copy: afterwards there is none. Idempotent, from any connection.
+        Raises `DomainBusy` for one that has run, even if it is stopped by now.
         """
         ...
 

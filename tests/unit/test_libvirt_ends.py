@@ -12,14 +12,16 @@ from agent.hypervisor.base import (  # noqa: E402 - after the skip
     DomainBusy,
     DomainEvent,
     HypervisorError,
+    HypervisorUnavailable,
     Incompatible,
     Options,
     TransferFailed,
 )
 from agent.hypervisor.events import Fanout  # noqa: E402
-from agent.hypervisor.libvirt import connection, guard, phases  # noqa: E402
+from agent.hypervisor.libvirt import connection, guard, incoming, phases  # noqa: E402
 from agent.hypervisor.libvirt.connection import Link, Pool, Session  # noqa: E402
 from agent.hypervisor.libvirt.guard import Guard  # noqa: E402
+from agent.hypervisor.libvirt.incoming import LibvirtIncoming  # noqa: E402
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing  # noqa: E402
 
 UUID = "0b8c1f3e-54f1-5d0e-8f5e-d70000000001"
@@ -36,8 +38,20 @@ class FakeDomain:
     def name(self) -> str:
         return "g1"
 
+    def UUIDString(self) -> str:  # noqa: N802 - libvirt's names
+        return UUID
+
     def state(self) -> list[int]:
         return list(self.said)
+
+    def info(self) -> list[int]:
+        return [self.said[0], 65536, 65536, 1, 0]
+
+    def isPersistent(self) -> bool:  # noqa: N802
+        return True
+
+    def undefineFlags(self, _flags: int) -> None:  # noqa: N802
+        self.done.append("undefine")
 
 
 class Libvirtd:
@@ -71,6 +85,9 @@ class Libvirtd:
             raise error
 
         return phase
+
+    def incoming(self) -> LibvirtIncoming:
+        return LibvirtIncoming(UUID, Session(self.pool), self.pool, (49152, 49215), self.fanout.stream)
 
     def outgoing(self) -> LibvirtOutgoing:
         return LibvirtOutgoing(UUID, Session(self.pool), self.pool, Guard("", UUID), self.fanout.stream)
@@ -110,4 +127,55 @@ async def test_an_early_refusal_of_perform_leaves_the_guest_alone(
     monkeypatch.setattr(phases, "perform", libvirtd.ends(error))
     with pytest.raises(type(error)):
         await perform(libvirtd.outgoing())
+    assert libvirtd.domain.done == []
+
+
+# --- the destination
+
+
+async def prepare(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> LibvirtIncoming:
+    """A destination whose Prepare has made a copy, where nothing was before."""
+    monkeypatch.setattr(incoming, "_definition", lambda *_: None)
+    monkeypatch.setattr(phases, "prepare", lambda *_: ("tcp://10.0.0.1:49152", b""))
+    made = libvirtd.incoming()
+    await made.prepare("<domain/>", b"", Options(), "", "10.0.0.1", "")
+    return made
+
+
+async def finish(made: LibvirtIncoming) -> None:
+    await made.finish("<domain/>", b"", Options(), "")
+
+
+@pytest.mark.parametrize(("reason", "events"), [("SHUTDOWN", []), ("CRASHED", ["resumed"]), ("DESTROYED", ["resumed"])])
+async def test_a_guest_that_ran_and_was_ended_before_finish_returned_keeps_its_definition(
+    reason: str, events: list[str], libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await prepare(libvirtd, monkeypatch)
+    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, getattr(libvirt, f"VIR_DOMAIN_SHUTOFF_{reason}"))
+    monkeypatch.setattr(phases, "finish", libvirtd.ends(HypervisorError("domain is not running"), *events))
+    with pytest.raises(HypervisorUnavailable):
+        await finish(made)
+    with pytest.raises(DomainBusy):
+        await made.abandon()
+    assert libvirtd.domain.done == []
+
+
+async def test_a_copy_that_never_ran_leaves_no_definition(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = await prepare(libvirtd, monkeypatch)
+    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED)
+    monkeypatch.setattr(phases, "finish", libvirtd.ends(HypervisorError("the stream broke")))
+    with pytest.raises(TransferFailed):
+        await finish(made)
+    assert libvirtd.domain.done == ["undefine"]
+
+
+async def test_a_guest_that_was_stopped_here_before_a_prepare_that_failed_is_no_copy(
+    libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED)
+    monkeypatch.setattr(incoming, "_definition", libvirtd.ends(DomainBusy("cannot acquire state change lock")))
+    made = libvirtd.incoming()
+    with pytest.raises(DomainBusy):
+        await made.prepare("<domain/>", b"", Options(), "", "10.0.0.1", "")
+    await made.abandon()
     assert libvirtd.domain.done == []

@@ -96,7 +96,7 @@ class LibvirtHypervisor:
         return LibvirtOutgoing(uuid, Session(self._pool), self._pool, Guard(self._uri, uuid), self._fanout.stream)
 
     def incoming(self, uuid: str) -> LibvirtIncoming:
-        return LibvirtIncoming(uuid, Session(self._pool), self._pool, self._ports)
+        return LibvirtIncoming(uuid, Session(self._pool), self._pool, self._ports, self._fanout.stream)
 
     def events(self) -> AsyncIterator[DomainEvent]:
         return self._fanout.stream()

@@ -1,11 +1,15 @@
 """One migration on its destination."""
 
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import libvirt
 
 from agent.hypervisor.base import (
+    RESUMED,
     DomainBusy,
+    DomainEvent,
     DomainNotFound,
     DomainState,
     Finished,
@@ -37,15 +41,23 @@ class LibvirtIncoming:
     With PERSIST_DEST, libvirt stores the definition when Finish is *called*. A transfer that fails after an early Finish
     therefore leaves a definition behind, which is removed here, or the one that it replaced put back. What was here
     before Prepare is known to the handle that prepared; a fresh one takes what is left of a copy for the migration's own.
+
+    A guest that ran here and was ended before Finish returned (in post-copy that takes as long as the rest of its memory) is no
+    copy that failed: its definition is its user's.
     """
 
-    def __init__(self, uuid: str, session: Session, pool: Pool, ports: tuple[int, int]) -> None:
+    def __init__(
+        self, uuid: str, session: Session, pool: Pool, ports: tuple[int, int], events: Callable[[], AsyncIterator[DomainEvent]]
+    ) -> None:
         self._uuid = uuid
         self._session = session
         self._pool = pool
         self._ports = ports
+        self._events = events
         self._prepared: Link | None = None  # the connection that owns the copy: closing it destroys one that never ran
         self._before: str | None = None  # the definition that was here before Prepare
+        self._arrives = False  # Prepare succeeded: what is here now is its copy, and none that was here before
+        self._has_run = False  # the copy was seen to start
 
     async def prepare(
         self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
@@ -58,7 +70,9 @@ class LibvirtIncoming:
 
         def prepare(connection: Any) -> tuple[str, bytes]:
             self._before = _definition(connection, self._uuid)
-            return phases.prepare(connection, params, cookie, flags)
+            prepared = phases.prepare(connection, params, cookie, flags)
+            self._arrives = True  # here and not where it is awaited: an await may be cancelled, the fact stays
+            return prepared
 
         link = self._prepared = await self._session.open()
         uri_out, out = await self._session.call(prepare, on=link)
@@ -70,13 +84,21 @@ class LibvirtIncoming:
         # On the connection that prepared: libvirtd 9.0 dies when that one closes while Finish waits on another.
         link = self._prepared or await self._session.open()
 
+        starting = asyncio.create_task(self._see_it_start(self._events()), name="libvirt-arrival")
         try:
             out = await self._session.call(lambda c: phases.finish(c, params, cookie, flags), on=link, bounded=False)
         except HypervisorUnavailable:
             raise
         except HypervisorError as error:
             raise await self._failure(error) from None
+        finally:
+            starting.cancel()
         return Finished(out)
+
+    async def _see_it_start(self, events: AsyncIterator[DomainEvent]) -> None:
+        """libvirt tells that the guest has started well before it can tell that it ended."""
+        async for event in events:
+            self._has_run |= event.uuid == self._uuid and event.kind == RESUMED
 
     async def abandon(self) -> None:
         await self._pool.call(self._abandon)
@@ -91,8 +113,10 @@ class LibvirtIncoming:
         try:
             domain = await self._pool.call(lambda connection: domains.read_one(connection, self._uuid))
         except DomainNotFound:
+            if self._has_run:
+                return HypervisorUnavailable(f"{error}; the copy here has run, and is gone", error.native)
             return TransferFailed(str(error), error.native)
-        if domain.state not in (DomainState.SHUTOFF, DomainState.CRASHED):
+        if self._has_run or domain.has_run or domain.state is not DomainState.SHUTOFF:
             return HypervisorUnavailable(f"{error}; the copy here is {domain.state} ({domain.reason})", error.native)
         if self._prepared is not None:
             await self._pool.call(self._clear)
@@ -101,6 +125,8 @@ class LibvirtIncoming:
     # What follows blocks: it runs in a thread.
 
     def _abandon(self, connection: Any) -> None:
+        if self._has_run:
+            raise DomainBusy("the copy was seen to run here")
         try:
             domain = domains.read_one(connection, self._uuid)
             if domain.unstarted:
@@ -112,9 +138,10 @@ class LibvirtIncoming:
             raise
         if domain.unstarted:
             raise HypervisorUnavailable(f"the copy of {domain.name} is still here, {domain.state} ({domain.reason})")
-        if domain.state is not DomainState.SHUTOFF:
+        if domain.state is not DomainState.SHUTOFF or (self._arrives and domain.has_run):
             raise DomainBusy(f"the guest {domain.name} is {domain.state} ({domain.reason}) here: it has run")
-        if self._prepared is not None or domain.reason in NEVER_RAN:
+        # Without a copy of ours, one that has run did so before Prepare: its definition is none of our business.
+        if not domain.has_run and (self._prepared is not None or domain.reason in NEVER_RAN):
             self._clear(connection)
 
     def _clear(self, connection: Any) -> None:
