@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,56 @@ async def test_pool_does_not_reuse_a_dead_connection(opened: list[FakeConnection
     opened[0].close()
     assert await pool.call(lambda found: found) is opened[1]
     await pool.close()
+
+
+async def test_a_libvirtd_that_hangs_while_it_is_called_takes_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, under_way = threading.Event(), []
+
+    def connect(uri: str) -> connection.Link:
+        under_way.append(uri)
+        gate.wait()
+        return connection.Link(FakeConnection())
+
+    monkeypatch.setattr(connection, "connect", connect)
+    monkeypatch.setattr(connection, "OPENINGS", 3)
+    pool = connection.Pool("", call_timeout=0.02)
+    for _ in range(6):
+        with pytest.raises(HypervisorUnavailable):
+            await pool.call(lambda _: 1)
+    assert len(under_way) == 3
+    gate.set()
+    async with asyncio.timeout(5):
+        while pool._openings.locked():  # noqa: ASYNC110 - a thread has to return
+            await asyncio.sleep(0.01)
+    assert await pool.call(lambda _: 1) == 1
+
+
+async def test_a_call_that_gets_no_thread_never_runs_and_keeps_no_place(
+    opened: list[FakeConnection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "CONNECTIONS", 1)
+    pool = connection.Pool("", call_timeout=5)
+    session = connection.Session(pool)
+    await session.open()
+    await pool.call(lambda _: 1)
+    ran: list[int] = []
+
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as short:
+        short.setattr(threads, "_idle", SimpleNamespace(acquire=lambda blocking: False, release=lambda: None))
+        short.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(HypervisorUnavailable, match="no thread"):
+            await pool.call(lambda _: ran.append(1))
+        opened[1].close()  # so that the next has to open one
+        with pytest.raises(HypervisorUnavailable, match="no thread"):
+            await pool.call(lambda _: ran.append(2))
+        with pytest.raises(HypervisorUnavailable, match="no thread"):
+            await session.call(lambda _: ran.append(3))
+        await session.close()
+    assert await pool.call(lambda _: 1) == 1
+    assert ran == []
 
 
 async def test_a_slow_consumer_loses_the_oldest_events() -> None:

@@ -62,12 +62,13 @@ class Libvirtd:
         self.pool = Pool("", call_timeout=5)
         self.fanout = Fanout()
         self.loop = asyncio.get_running_loop()
+        self.closed = 0
 
     def isAlive(self) -> bool:  # noqa: N802 - libvirt's name
         return True
 
     def close(self) -> None:
-        pass
+        self.closed += 1
 
     def lookupByUUIDString(self, _uuid: str) -> FakeDomain:  # noqa: N802
         return self.domain
@@ -128,6 +129,13 @@ async def test_an_early_refusal_of_perform_leaves_the_guest_alone(
     with pytest.raises(type(error)):
         await perform(libvirtd.outgoing())
     assert libvirtd.domain.done == []
+
+
+async def test_a_perform_that_was_not_answered_leaves_no_job_of_begin(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "perform", libvirtd.ends(HypervisorUnavailable("no thread for the call")))
+    with pytest.raises(HypervisorUnavailable):
+        await perform(libvirtd.outgoing())
+    assert libvirtd.closed == 1
 
 
 # --- the destination

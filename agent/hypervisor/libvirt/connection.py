@@ -34,6 +34,11 @@ CONNECTIONS = 32
 it asks hangs: then it holds its connection until libvirt gives up, and the others go on.
 """
 
+OPENINGS = 32
+"""Most connections that are being opened at once. A libvirtd that hangs answers none, nothing bounds its silence (keepalive begins
+with the open connection), and each keeps a thread: so its place is free again only when its call has returned.
+"""
+
 IDLE_CONNECTIONS = 4
 """Connections kept open for the next calls; opening one takes 1 ms."""
 
@@ -155,7 +160,7 @@ class Session:
         link, self._link = self._link, None
         if link is None:
             return
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, HypervisorUnavailable):
             async with asyncio.timeout(self._call_timeout):
                 await asyncio.shield(_in_thread(link.release))
 
@@ -175,6 +180,7 @@ class Pool:
         self._idle: list[Link] = []
         self._keep = IDLE_CONNECTIONS
         self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._openings = asyncio.Semaphore(OPENINGS)
 
     async def call(self, function: Callable[[Any], T]) -> T:
         """Like `Session.call`, on any connection that lives."""
@@ -197,13 +203,27 @@ class Pool:
 
     async def give_away(self) -> Link:
         """A connection that lives and belongs to the caller from now on: an idle one, or a new one."""
-        return self._take() or await _open(self._uri, self.call_timeout)
+        return self._take() or await self._open()
 
     async def close(self) -> None:
         """Close what is idle now, and what is in use when its call returns."""
         self._keep = 0
         idle, self._idle = self._idle, []
         await asyncio.gather(*(_in_thread(link.release) for link in idle))
+
+    async def _open(self) -> Link:
+        try:
+            async with asyncio.timeout(self.call_timeout):
+                await self._openings.acquire()
+                opening = _in_thread(lambda: connect(self._uri))
+                opening.add_done_callback(lambda _: self._openings.release())
+                try:
+                    return await asyncio.shield(opening)
+                except asyncio.CancelledError:  # by the deadline, or by whoever waits
+                    opening.add_done_callback(_release_late)
+                    raise
+        except TimeoutError:
+            raise _no_answer(self.call_timeout) from None
 
     def _take(self) -> Link | None:
         while self._idle:
@@ -219,19 +239,6 @@ class Pool:
             self._idle.append(link)
         else:
             _in_thread(link.release)
-
-
-async def _open(uri: str, timeout: float) -> Link:
-    opening = _in_thread(lambda: connect(uri))
-    try:
-        async with asyncio.timeout(timeout):
-            return await asyncio.shield(opening)
-    except TimeoutError:
-        opening.add_done_callback(_release_late)
-        raise _no_answer(timeout) from None
-    except asyncio.CancelledError:
-        opening.add_done_callback(_release_late)
-        raise
 
 
 async def _result(running: "asyncio.Future[T | HypervisorError]", timeout: float | None) -> T:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import libvirt_qemu
 import structlog
 
-from agent.hypervisor.base import DomainState
+from agent.hypervisor.base import DomainState, HypervisorUnavailable
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import switchover, threads
 
@@ -64,13 +64,13 @@ class Guard:
         await self._do(lambda run: switchover.unmark(run, self._uuid))
 
     async def _do(self, function: Callable[[Path], T]) -> T | None:
-        """In a thread. What goes wrong with files is logged and no more: `settle` remains."""
+        """In a thread. What goes wrong with files, or for want of a thread, is logged and no more: `settle` remains."""
         run = self._run
         if run is None:
             return None
         try:
             return await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: function(run))))
-        except OSError as error:
+        except (OSError, HypervisorUnavailable) as error:
             log.warning("the guard against a second copy has failed", domain=self._name, error=str(error))
             return None
 

@@ -121,6 +121,7 @@ class LibvirtOutgoing:
             out, final = await asyncio.shield(self._performing)
         except HypervisorUnavailable:
             await self._guard.mend()
+            await self._session.close()  # of a Perform that got no thread, the job of Begin would hold the guest for good
             raise
         except HypervisorError as error:
             self._outcome_is_known = True

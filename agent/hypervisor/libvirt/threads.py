@@ -3,7 +3,7 @@
 Not asyncio's default executor: it has few threads (6 on 2 cores), one Perform each would fill it, and it is joined when
 the process ends, so that a transfer of an hour would keep the agent from stopping. These threads are made when none is
 idle, are used again, end after `IDLE_SECONDS` without work, and die with the process: libvirtd goes on by itself then.
-Their number is bounded by the callers (`connection.CALLS_AT_ONCE` for each connection).
+Their number is bounded by the callers: one for each migration's phase, and `connection.CONNECTIONS` and `OPENINGS`.
 """
 
 import queue
@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
+
+from agent.hypervisor.base import HypervisorUnavailable
 
 T = TypeVar("T")
 
@@ -23,7 +25,9 @@ _idle = threading.Semaphore(0)  # one token for each thread that waits for a job
 
 
 def submit(function: Callable[[], T]) -> "Future[T]":
-    """Run `function` in a thread of its own for as long as it lasts."""
+    """Run `function` in a thread of its own for as long as it lasts. Where no thread can be had, it never runs and the future has
+    `HypervisorUnavailable`.
+    """
     future: Future[T] = Future()
 
     def job() -> None:
@@ -34,9 +38,13 @@ def submit(function: Callable[[], T]) -> "Future[T]":
         else:
             future.set_result(result)
 
-    _jobs.put(job)
     if not _idle.acquire(blocking=False):
-        threading.Thread(target=_work, name="libvirt-call", daemon=True).start()
+        try:
+            threading.Thread(target=_work, name="libvirt-call", daemon=True).start()
+        except RuntimeError as error:
+            future.set_exception(HypervisorUnavailable(f"this host gives the agent no thread for the call: {error}"))
+            return future
+    _jobs.put(job)  # only now is there a thread that will take it
     return future
 
 
