@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -26,6 +27,15 @@ from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing  # noqa: E402
 
 UUID = "0b8c1f3e-54f1-5d0e-8f5e-d70000000001"
 RUNNING = (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_MIGRATION_CANCELED)
+CAME_BACK = (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_MIGRATED)
+LEFT = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
+
+
+def refusal(code: int) -> Exception:
+    """libvirt's error of this code."""
+    error: Exception = libvirt.libvirtError("")
+    vars(error)["err"] = (code, libvirt.VIR_FROM_QEMU, "", 0, "", None, None, 0, 0)
+    return error
 
 
 class FakeDomain:
@@ -33,6 +43,7 @@ class FakeDomain:
 
     def __init__(self) -> None:
         self.said = RUNNING
+        self.arrives = False
         self.done: list[str] = []
 
     def name(self) -> str:
@@ -46,6 +57,17 @@ class FakeDomain:
 
     def info(self) -> list[int]:
         return [self.said[0], 65536, 65536, 1, 0]
+
+    def isActive(self) -> bool:  # noqa: N802
+        return bool(self.said[0] != libvirt.VIR_DOMAIN_SHUTOFF)
+
+    def jobStats(self) -> dict[str, int]:  # noqa: N802
+        if self.arrives:
+            raise refusal(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
+        return {}
+
+    def destroy(self) -> None:
+        self.done.append("destroy")
 
     def isPersistent(self) -> bool:  # noqa: N802
         return True
@@ -136,6 +158,25 @@ async def test_a_perform_that_was_not_answered_leaves_no_job_of_begin(libvirtd: 
     with pytest.raises(HypervisorUnavailable):
         await perform(libvirtd.outgoing())
     assert libvirtd.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "arrives", "done"),
+    [
+        (LEFT, False, ["destroy", "undefine"]),
+        (RUNNING, False, ["destroy", "undefine"]),  # by a libvirtd that came back
+        (LEFT, True, []),
+        (CAME_BACK, False, []),
+    ],
+    ids=["left", "resumed", "arrives", "came-back"],
+)
+async def test_only_what_the_migration_left_is_removed(
+    said: tuple[int, int], arrives: bool, done: list[str], libvirtd: Libvirtd
+) -> None:
+    libvirtd.domain.said, libvirtd.domain.arrives = said, arrives
+    with nullcontext() if done else pytest.raises(DomainBusy):
+        await libvirtd.outgoing().remove(b"", Options())
+    assert libvirtd.domain.done == done
 
 
 # --- the destination

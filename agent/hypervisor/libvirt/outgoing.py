@@ -313,9 +313,18 @@ def _set_bandwidth(domain: Any, limit: int) -> bool:
     return True
 
 
+_CAME_BACK = (DomainState.RUNNING, "migrated")
+"""Only a guest that arrived here is so, and stays so only until something stops it. The copy that a migration leaves behind was
+stopped: it is paused, or was resumed by a libvirtd that came back ("migration canceled").
+"""
+
+
 def _remove(domain: Any, undefine: bool) -> None:
-    """Destroy and undefine, each only where there is something left of it."""
+    """Destroy and undefine, each only where there is something left of it, and it is what this migration left behind."""
     if domain.isActive():
+        _refuse_arrival(domain)
+        if _state(domain) == _CAME_BACK:
+            raise DomainBusy("the guest has come back here by another migration")
         _refuse_half_a_guest(domain)
         domain.destroy()
     if undefine and domain.isPersistent():
@@ -333,6 +342,10 @@ def _refuse_foreign(domain: Any) -> None:
     """What must not be resumed here: a guest that runs at the destination, and a copy that arrives."""
     if _in_postcopy(domain):
         raise DomainBusy("the guest was switched to post-copy: it runs at the destination")
+    _refuse_arrival(domain)
+
+
+def _refuse_arrival(domain: Any) -> None:
     if domains.read_job(domain) is Job.INCOMING:
         raise DomainBusy("this is the copy of a guest that arrives here")
 
