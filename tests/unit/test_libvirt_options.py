@@ -168,6 +168,11 @@ def test_misfits_are_plain_sentences(change: dict[str, object], said: str) -> No
     assert host.misfits(host.parse_capabilities(CAPABILITIES), needs, "QEMU 7.2") == [said]
 
 
+def test_a_cpu_that_cannot_be_read_is_a_misfit() -> None:
+    needs = replace(host.parse_requirements(DOMAIN), cpu="<cpu mode='custom'")
+    assert host.compare_cpu(None, needs).startswith("the description of the guest's CPU cannot be read: ")
+
+
 def test_progress_units() -> None:
     reading = progress_of({"time_elapsed": 1500, "memory_dirty_rate": 10, "memory_page_size": 4096, "downtime": 300})
     assert (reading.elapsed, reading.dirty_rate, reading.downtime) == (1.5, 40960, 0.3)

@@ -111,7 +111,10 @@ def _version(machine: str) -> tuple[str, tuple[int, ...]]:
 
 def compare_cpu(connection: Any, needs: Requirements) -> str:
     """Why this host cannot give the guest its CPU; empty when it can. Blocks for one round trip."""
-    mode = ET.fromstring(needs.cpu).get("mode") if needs.cpu else None
+    try:
+        mode = ET.fromstring(needs.cpu).get("mode") if needs.cpu else None
+    except ET.ParseError as error:  # it comes from another host
+        return f"the description of the guest's CPU cannot be read: {error}"
     if mode in (None, "host-passthrough", "maximum"):
         return ""  # the guest takes whatever CPU QEMU has: there is nothing named to compare
     try:
