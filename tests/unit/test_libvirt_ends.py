@@ -66,6 +66,9 @@ class FakeDomain:
             raise refusal(libvirt.VIR_ERR_OPERATION_UNSUPPORTED)
         return {}
 
+    def abortJob(self) -> None:  # noqa: N802
+        self.done.append("abort")
+
     def destroy(self) -> None:
         self.done.append("destroy")
 
@@ -158,6 +161,20 @@ async def test_a_perform_that_was_not_answered_leaves_no_job_of_begin(libvirtd: 
     with pytest.raises(HypervisorUnavailable):
         await perform(libvirtd.outgoing())
     assert libvirtd.closed == 1
+
+
+async def test_abort_never_hits_the_guests_next_migration(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = libvirtd.outgoing()
+    await handle.abort()  # by a fresh handle: it may well be the one that another life of the agent began
+    assert libvirtd.domain.done == ["abort"]
+    monkeypatch.setattr(phases, "perform", libvirtd.ends(HypervisorError("it broke")))
+    with pytest.raises(TransferFailed):
+        await perform(handle)
+    await handle.abort()
+    assert libvirtd.domain.done == ["abort"]
+    libvirtd.domain.said = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
+    await handle.abort()  # Perform returns at the switch: it is for libvirt to refuse
+    assert libvirtd.domain.done == ["abort", "abort"]
 
 
 @pytest.mark.parametrize(

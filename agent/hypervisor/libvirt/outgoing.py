@@ -148,7 +148,13 @@ class LibvirtOutgoing:
             if time.monotonic() - self._stopped_at < SWITCH_SECONDS:
                 return
             self._must_hold = True
-        await self._while_starting(_abort)
+
+        def abort(domain: Any) -> bool:
+            # Looked at last of all: once Perform has ended, what is under way may be the guest's next migration. In post-copy it
+            # ends early, and libvirt itself refuses.
+            return (self._outcome_is_known and not _in_postcopy(domain)) or _abort(domain)
+
+        await self._while_starting(abort)
 
     async def progress(self) -> Progress | None:
         try:
