@@ -130,10 +130,6 @@ class HypervisorInfo:
     features: Features
 
 
-POSTCOPY_FAILED: Final = "post-copy failed"
-"""`Domain.reason` of a half whose post-copy broke: it may yet be recovered."""
-
-
 class DomainState(StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
@@ -150,6 +146,8 @@ class Job(StrEnum):
     INCOMING = "incoming"
 
 
+POSTCOPY_FAILED: Final = "post-copy failed"
+"""`Domain.reason` of a half whose post-copy broke: it may yet be recovered."""
 _NEVER_RAN = frozenset({"migration", "starting up", "unknown"})
 """Reasons for being paused that a copy can have which waits for its memory."""
 _HAS_RUN = frozenset({"shutdown", "saved", "migrated"})
@@ -386,7 +384,6 @@ class Hypervisor(Protocol):
 
     async def disown(self, uuid: str) -> None:
         """Another host keeps this guest, by an operator's word: pause a copy that runs here, undefine one that does not.
-
         A copy that runs is only paused: its memory may be all that is left to look at. Raises `DomainNotFound`.
         """
         ...
