@@ -347,9 +347,9 @@ class DestinationSide:
                 ran = True
 
         async def clear() -> None:
-            """A definition that Finish stored, where there was none before."""
+            """A definition that Finish stored, where there was none before; a guest that has run here has a right to its own."""
             domain = await look_up(self._host, attempt)
-            if domain is not None and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+            if domain is not None and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED) and not domain.has_run:
                 await self._host.hypervisor.disown(domain.uuid)
 
         await retry(attempt, "giving up the copy at the destination", abandon)

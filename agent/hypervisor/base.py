@@ -383,9 +383,8 @@ class Hypervisor(Protocol):
         ...
 
     async def disown(self, uuid: str) -> None:
-        """Another host keeps this guest, by an operator's word: pause a copy that runs here, undefine one that does not.
-        A copy that runs is only paused: its memory may be all that is left to look at. Raises `DomainNotFound`.
-        """
+        """Another host keeps this guest, by an operator's word: undefine a copy that does not run here, and pause one that does: its
+        memory may be all that is left to look at. Raises `DomainNotFound`."""
         ...
 
     def outgoing(self, uuid: str) -> Outgoing:
