@@ -9,7 +9,7 @@ import grpc.aio
 import structlog
 
 from agent.admission.slots import Slots
-from agent.config import AgentConfig, NetworkConfig, convert, load, make_state_dir
+from agent.config import AgentConfig, ConfigError, NetworkConfig, convert, load, make_state_dir
 from agent.daemon import run_until_stopped
 from agent.features import features_to_proto
 from agent.handshake.engine import Engine
@@ -34,7 +34,7 @@ STOP_SECONDS: Final = 10.0
 
 
 def run(config_path: str) -> None:
-    """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`."""
+    """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`, JOURNAL_UNAVAILABLE."""
     config = load(config_path, AgentConfig)
     set_up_logging(config.log_level)
     run_until_stopped(lambda stop: agent(config, stop))
@@ -85,13 +85,19 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
 
 
 def make_hypervisor(config: AgentConfig) -> Hypervisor:
-    """The driver that the configuration names. Imported here: a host needs the library of its own driver only."""
+    """The driver that the configuration names. Imported here: a host needs the library of its own driver only.
+
+    Raises `ConfigError` where that library is missing.
+    """
     if config.hypervisor == "sim":
         from agent.hypervisor.sim import SimHypervisor  # noqa: PLC0415
         from agent.hypervisor.sim.config import SimConfig, uuid_of  # noqa: PLC0415
 
         return SimHypervisor(convert({"host_uuid": uuid_of(config.name), **(config.sim or {})}, SimConfig, "[sim]"))
-    from agent.hypervisor.libvirt import LibvirtHypervisor  # noqa: PLC0415
+    try:
+        from agent.hypervisor.libvirt import LibvirtHypervisor  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(f"hypervisor = libvirt needs libvirt-python: pip install '.[libvirt]' ({error})") from error
 
     return LibvirtHypervisor(config.libvirt.uri, (config.libvirt.first_port, config.libvirt.last_port))
 

@@ -29,7 +29,7 @@ _SERVER_OPTIONS = (
 
 
 class AddressError(Exception):
-    """An address to listen on cannot be had: it is taken, or not of this host. The message names it."""
+    """An address to listen on cannot be had: it is taken, not of this host, or a path that cannot be used. The message names it."""
 
 
 class Server:
@@ -90,7 +90,11 @@ async def _add_health(server: grpc.aio.Server, service_names: Sequence[str]) -> 
 def _bind(server: grpc.aio.Server, address: UnixAddress | TcpAddress) -> str:
     """Bind, and say what was bound."""
     if isinstance(address, UnixAddress):
-        _make_way(address)
+        try:
+            _make_way(address)
+        except OSError as error:
+            what = f"{error.strerror}: {error.filename or address.path}"
+            raise AddressError(f"cannot listen on {address}: {what}; see that its directory can be made and written") from error
         with _private_files():
             _add_port(server, str(address))
         return str(address)

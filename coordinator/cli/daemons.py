@@ -28,8 +28,9 @@ def coordinator(config: str) -> None:
 def _run(module: str, config: str) -> None:
     config_error = importlib.import_module("agent.config").ConfigError
     address_error = importlib.import_module("agent.service.server").AddressError
+    drover_error = importlib.import_module("agent.errors").DroverError  # a journal or store that cannot be used
     try:
         importlib.import_module(module).run(config)
-    except (config_error, address_error) as error:
+    except (config_error, address_error, drover_error) as error:
         click.echo(f"{click.style('error', fg='red', bold=True)}: {error}", err=True)
         raise SystemExit(ExitCode.USAGE) from None

@@ -17,7 +17,7 @@ EPILOG = """\b
 Exit codes:
   0    done
   1    the migration failed or was cancelled; the guest runs at the source as before
-  2    usage: the command line or a configuration file is wrong; nothing was asked or done
+  2    usage: the command line or a configuration file is wrong, or a daemon cannot start; nothing was asked or done
   3    the server, or a host that is needed, cannot be reached
   4    refused before the guest was touched (also: no such guest, host or migration)
   5    the outcome is not known: ask again, and do not start the guest by hand

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import pty
@@ -283,6 +284,34 @@ def test_a_configuration_with_a_typo_names_the_key(tmp_path: Path) -> None:
         (tmp_path / "c.toml").write_text('nmae = "a"')
         text = Drover("unix:/x")(command, "--config", str(tmp_path / "c.toml"), code=2).stderr
         assert 'nmae: unknown key; did you mean "name"?' in text
+
+
+@pytest.mark.parametrize("fault", ["random", "second", "directory", "libvirt"])
+def test_a_daemon_that_cannot_start_says_so_in_one_sentence(tmp_path: Path, fault: str) -> None:
+    config = f'name = "a"\nstate_dir = "{tmp_path}"\nlisten = ["unix:{tmp_path}/d/s"]\n'
+    if fault != "libvirt":
+        config += 'hypervisor = "sim"\n'
+    (tmp_path / "c.toml").write_text(config)
+    if fault == "random":
+        (tmp_path / "journal.sqlite").write_bytes(b"\xa7" * 8192)
+    if fault == "directory":
+        (tmp_path / "d").write_text("a file")
+    program = "import sys; sys.modules['libvirt'] = None\n" if fault == "libvirt" else ""
+    program += "from coordinator.cli import main; main(prog_name='drover')"
+    with (tmp_path / "journal.sqlite.lock").open("w") as lock:
+        if fault == "second":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        args = [sys.executable, "-c", program, "agent", "--config", str(tmp_path / "c.toml")]
+        done = subprocess.run(args, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 2
+    says = {
+        "random": "journal.sqlite cannot be used: file is not a database",
+        "second": "in use by another process",
+        "directory": f"cannot listen on unix:{tmp_path}/d/s",
+        "libvirt": "needs libvirt-python: pip install '.[libvirt]'",
+    }
+    assert [says[fault] in line for line in done.stderr.splitlines() if line.startswith("error: ")] == [True]
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
