@@ -114,7 +114,7 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
         click.echo(json.dumps({"error": _error_json(error, code, migration_id)}, ensure_ascii=False), err=True)
         return
     click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(error.message)}", err=True)
-    for name, value in (("guest", _where(error, stage)), ("next", _next(error, migration_id, stage, server))):
+    for name, value in (("guest", _where(error, stage, server)), ("next", _next(error, migration_id, stage, server))):
         if value:
             click.echo(f"  {name}: {printable(value)}", err=True)
 
@@ -131,10 +131,10 @@ def _error_json(error: DroverClientError, code: ExitCode, migration_id: str) -> 
     }
 
 
-def _where(error: DroverClientError, stage: Stage) -> str:
+def _where(error: DroverClientError, stage: Stage, server: str) -> str:
     migration = error.migration
     if migration is None:
-        untouched = stage is Stage.STARTING and (exit_code(error) is ExitCode.REFUSED or _said_by_server(error))
+        untouched = stage is Stage.STARTING and (exit_code(error) is ExitCode.REFUSED or _is_of_a_host(error, server))
         return "untouched" if untouched else ""
     return runs_on(migration)
 
@@ -146,9 +146,9 @@ def runs_on(migration: Migration) -> str:
     return f'"{migration.domain}" runs on {migration.runs_on}'
 
 
-def _said_by_server(error: DroverClientError) -> bool:
-    """That a host is unreachable was said by the server, and is not about the server."""
-    return isinstance(error, Unreachable) and "grpc_code" not in error.metadata
+def _is_of_a_host(error: DroverClientError, server: str) -> bool:
+    """That something does not answer was said by the server, of a host. The client names the server where it speaks of that one."""
+    return isinstance(error, Unreachable) and error.metadata.get("peer") != f"the server at {server}"
 
 
 _NEXT_BY_REASON = {
@@ -183,8 +183,10 @@ def _next(error: DroverClientError, migration_id: str, stage: Stage, server: str
 def _next_when_unreachable(error: DroverClientError, migration_id: str, stage: Stage, server: str) -> str:
     if stage is Stage.WATCHING:
         return f"the migration goes on: drover migration watch {migration_id}"
-    if _said_by_server(error):
-        return "drover host list"
+    if _is_of_a_host(error, server):
+        host = error.metadata.get("host") or error.metadata.get("peer") or "that host"
+        silent = error.reason in ("HOST_UNREACHABLE", "DEADLINE_EXCEEDED")
+        return f"`systemctl status drover-agent` on {host}; drover host list" if silent else "drover host list"
     if isinstance(error, DeadlineExceeded) and stage is Stage.STARTING:
         return f"it may be under way: drover migration show {migration_id}"
     return f"does a coordinator or agent run at {server}? (--server ADDRESS or DROVER_SERVER says where)"

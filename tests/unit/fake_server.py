@@ -23,6 +23,14 @@ REFUSALS: dict[str, Callable[[], Exception]] = {
     "busy": lambda: DroverError(Reason.BUSY, "2 of 2 slots of b are taken", metadata={"limit": "2"}, retry_after=7),
     "ghost": lambda: DroverError(Reason.DOMAIN_NOT_FOUND, 'no guest "ghost"', metadata={"domain": "ghost"}),
     "far": lambda: DroverError(Reason.HOST_UNREACHABLE, "host b (10.91.0.2:7400) cannot be reached: Connection refused"),
+    "down": lambda: DroverError(
+        Reason.HOST_UNREACHABLE,
+        "h2 cannot be reached: Connection refused",
+        metadata={"peer": "h2", "grpc_code": "UNAVAILABLE"},
+    ),
+    "late": lambda: DroverError(
+        Reason.DEADLINE_EXCEEDED, "h2 did not answer in time", metadata={"peer": "h2", "grpc_code": "DEADLINE_EXCEEDED"}
+    ),
     "stopped": lambda: DroverError(Reason.DOMAIN_NOT_RUNNING, '"stopped" does not run'),
     "bug": lambda: RuntimeError("bug"),
 }
