@@ -13,7 +13,6 @@ from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.units import seconds
 from coordinator.client import (
     Busy,
-    DeadlineExceeded,
     DroverClientError,
     InvalidRequest,
     Migration,
@@ -177,7 +176,16 @@ def _next(error: DroverClientError, migration_id: str, stage: Stage, server: str
         return _next_when_unreachable(error, migration_id, stage, server)
     if error.migration is not None:
         return f"drover migration show {migration_id}"
+    if stage is Stage.STARTING and exit_code(error) is ExitCode.UNKNOWN:
+        return _next_when_perhaps_started(migration_id)
     return _NEXT_BY_REASON.get(error.reason, "")
+
+
+def _next_when_perhaps_started(migration_id: str) -> str:
+    return (
+        f"it may have been started; ask: drover migration show {migration_id}, "
+        f"or repeat safely: drover migrate … --id {migration_id}"
+    )
 
 
 def _next_when_unreachable(error: DroverClientError, migration_id: str, stage: Stage, server: str) -> str:
@@ -187,6 +195,7 @@ def _next_when_unreachable(error: DroverClientError, migration_id: str, stage: S
         host = error.metadata.get("host") or error.metadata.get("peer") or "that host"
         silent = error.reason in ("HOST_UNREACHABLE", "DEADLINE_EXCEEDED")
         return f"`systemctl status drover-agent` on {host}; drover host list" if silent else "drover host list"
-    if isinstance(error, DeadlineExceeded) and stage is Stage.STARTING:
-        return f"it may be under way: drover migration show {migration_id}"
-    return f"does a coordinator or agent run at {server}? (--server ADDRESS or DROVER_SERVER says where)"
+    where = f"does a coordinator or agent run at {server}? (--server ADDRESS or DROVER_SERVER says where)"
+    if stage is Stage.STARTING:  # gRPC says "Connection refused" of a server that died during the call, too
+        return f"{where}; {_next_when_perhaps_started(migration_id)}"
+    return where

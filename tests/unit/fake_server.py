@@ -119,6 +119,7 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
         if name in REFUSALS:
             raise REFUSALS[name]()
         if name == "slow":
+            print("slow", flush=True)
             await asyncio.Event().wait()
         if request.migration_id not in self.histories:
             steps = [{"state": S.MIGRATION_STATE_PENDING, "runs_on": "a"}, *SCRIPTS.get(name, _GOOD)]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,22 @@ UUID = "0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11"
 DROVER = (sys.executable, "-c", "from coordinator.cli import main; main(prog_name='drover')")
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@contextmanager
+def serving(directory: Path) -> Iterator[subprocess.Popen[str]]:
     """A fake coordinator and a fake agent in a process of their own, as the command runs its own event loop."""
-    directory = tmp_path_factory.mktemp("fake")
     program = Path(__file__).with_name("fake_server.py")
     with subprocess.Popen([sys.executable, program, directory], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        yield directory
+        yield process
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    directory = tmp_path_factory.mktemp("fake")
+    with serving(directory):
+        yield directory
 
 
 class Drover:
@@ -135,7 +142,7 @@ def test_detach(drover: Drover) -> None:
         ("late", 3, ["h2 did not answer in time", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
         ("fails", 1, ["the stream broke", 'guest: "fails" runs on a', "next: drover migration show "]),
         ("lost", 5, ["host b does not answer", 'guest: "lost" is on a or on b', "do not start the guest by hand"]),
-        ("bug", 5, ["nobody foresaw"]),
+        ("bug", 5, ["nobody foresaw", "next: it may have been started; ask: drover migration show"]),
         ("x" * 300, 4, ["spec.domain: has 300 bytes; at most 253 are allowed", "untouched"]),
     ],
 )
@@ -164,6 +171,21 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
         text = nobody(*args, code=3).stderr
         assert "none.sock cannot be reached: No such file or directory" in text
         assert "does a coordinator or agent run at unix:" in text
+
+
+def test_a_server_that_dies_while_it_starts_a_migration(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        args = [*DROVER, "--server", f"unix:{tmp_path}/coordinator.sock", "migrate", "slow", "--to", "b", "--id", UUID]
+        with subprocess.Popen(args, stderr=subprocess.PIPE, text=True) as process:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "slow\n"
+            server.kill()
+            assert process.wait(10) == 3
+            assert process.stderr is not None
+            text = process.stderr.read()
+    assert f"it may have been started; ask: drover migration show {UUID}" in text
+    assert f"or repeat safely: drover migrate … --id {UUID}" in text
+    assert "untouched" not in text
 
 
 @pytest.mark.parametrize(
