@@ -20,6 +20,7 @@ Exit codes:
   2    usage: the command line or a configuration file is wrong, or a daemon cannot start; nothing was asked or done
   3    the server, or a host that is needed, cannot be reached
   4    refused before the guest was touched (also: no such guest, host or migration)
-  5    the outcome is not known: ask again, and do not start the guest by hand
+  5    the outcome is not known: ask again, and do not start the guest by hand;
+       or the guest runs nowhere (its QEMU died): the message says so, and to start it again
   130  interrupted while watching; the migration goes on
 """

@@ -10,7 +10,7 @@ import click
 
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
-from coordinator.cli.show import Stage, print_json, print_pairs, print_table, printable, runs_on, to_json
+from coordinator.cli.show import Stage, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json
 from coordinator.cli.units import eta, rate, seconds, size
 from coordinator.client import (
     UNKNOWN_PATIENCE,
@@ -43,7 +43,7 @@ async def follow(session: Session, migration_id: str, *, each_as_json: bool = Fa
     else:
         print_summary(last)
     raise_unless_succeeded(last)
-    return ExitCode.DONE
+    return ExitCode.UNKNOWN if runs_nowhere(last) else ExitCode.DONE
 
 
 async def _last(session: Session, migration_id: str, view: _View) -> Migration:
@@ -140,7 +140,7 @@ def print_summary(migration: Migration) -> None:
 
 
 def _verdict(migration: Migration) -> str:
-    if migration.state is MigrationState.SUCCEEDED:
+    if migration.state is MigrationState.SUCCEEDED and not runs_nowhere(migration):
         return f'"{migration.domain}" moved from {migration.source} to {migration.destination}'
     return f"{migration.state.value.replace('_', ' ')}: {runs_on(migration)}; migration {migration.id}"
 

@@ -8,9 +8,17 @@ import click
 from coordinator.cli.exit_codes import EPILOG
 from coordinator.cli.follow import describe, follow, print_timings, transfer_pairs
 from coordinator.cli.session import Session, run
-from coordinator.cli.show import output_option, print_json, print_pairs, print_table, printable, runs_on, to_json
+from coordinator.cli.show import output_option, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json
 from coordinator.cli.units import age, seconds
-from coordinator.client import DeadlineExceeded, Migration, MigrationFailed, MigrationState, OutcomeUnknown, Refused
+from coordinator.client import (
+    DeadlineExceeded,
+    Migration,
+    MigrationFailed,
+    MigrationState,
+    OutcomeUnknown,
+    Refused,
+    raise_unless_succeeded,
+)
 
 CANCEL_SECONDS = 30.0
 """How long ``cancel`` waits for the end."""
@@ -73,7 +81,7 @@ def _print_migration(migration: Migration) -> None:
             ("guest", f"{migration.domain} {migration.domain_uuid}".strip()),
             ("from", migration.source),
             ("to", migration.destination),
-            ("runs on", runs_on(migration) if migration.state is MigrationState.OUTCOME_UNKNOWN else migration.runs_on),
+            ("runs on", _place(migration)),
             ("driver", migration.driver),
             ("network", migration.network),
             ("uri", migration.uri),
@@ -86,6 +94,11 @@ def _print_migration(migration: Migration) -> None:
         ]
     )
     print_timings(migration)
+
+
+def _place(migration: Migration) -> str:
+    known = migration.state is not MigrationState.OUTCOME_UNKNOWN and not runs_nowhere(migration)
+    return migration.runs_on if known else runs_on(migration)
 
 
 @migration.command(epilog=EPILOG)
@@ -119,6 +132,8 @@ def cancel(migration_id: str, detach: bool, output: str) -> None:
             print_json(to_json(migration.proto))
         else:
             click.echo(printable(f"{migration.state.value}: {runs_on(migration)}"))
+        if runs_nowhere(migration):
+            raise_unless_succeeded(migration)
         if migration.state is MigrationState.SUCCEEDED:
             raise Refused("it was too late to cancel", reason="TOO_LATE", migration=migration)
 

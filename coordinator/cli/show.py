@@ -95,6 +95,8 @@ _EXIT: tuple[tuple[type[DroverClientError], ExitCode], ...] = (
 
 
 def exit_code(error: DroverClientError) -> ExitCode:
+    if error.migration is not None and runs_nowhere(error.migration):
+        return ExitCode.UNKNOWN
     return next((code for kind, code in _EXIT if isinstance(error, kind)), ExitCode.UNKNOWN)
 
 
@@ -140,9 +142,24 @@ def _where(error: DroverClientError, stage: Stage, server: str) -> str:
 
 def runs_on(migration: Migration) -> str:
     """Where the guest runs, as far as known."""
+    if runs_nowhere(migration):
+        return f'"{migration.domain}" runs nowhere: {_why_nowhere(migration)}'
     if migration.state is MigrationState.OUTCOME_UNKNOWN or not migration.runs_on:
         return f'"{migration.domain}" is on {migration.source} or on {migration.destination}; which cannot be said now'
     return f'"{migration.domain}" runs on {migration.runs_on}'
+
+
+def runs_nowhere(migration: Migration) -> bool:
+    """It is over for the guest, too; one that is still under way may only be between its hosts."""
+    return migration.state.ended and not migration.runs_on
+
+
+def _why_nowhere(migration: Migration) -> str:
+    if dead := migration.proto.operator_word.dead_host:
+        return f"{dead}, where it was, is dead by an operator's word; start it again on another host"
+    if migration.failure is not None and migration.failure.reason == "GUEST_CRASHED":
+        return "its QEMU died; start it again"
+    return "it was shut down, or removed, meanwhile; start it again if it is to run"
 
 
 def _is_of_a_host(error: DroverClientError, server: str) -> bool:

@@ -58,6 +58,14 @@ SCRIPTS: dict[str, list[dict[str, object]]] = {
             "failure": handshake_pb2.Failure(reason="OUTCOME_UNKNOWN", message="host b does not answer"),
         },
     ],
+    "crash": [
+        _PERFORM,
+        {
+            "state": S.MIGRATION_STATE_FAILED,
+            "runs_on": "",
+            "failure": handshake_pb2.Failure(reason="GUEST_CRASHED", message="the guest's QEMU died"),
+        },
+    ],
     "long": [_PERFORM],
     "drops": [_PERFORM, _PERFORM, _DONE],
 }
