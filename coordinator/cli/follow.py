@@ -30,7 +30,13 @@ DESTINATION_PHASES = frozenset({"reserve", "prepare", "finish", "abandon"})
 
 
 async def follow(session: Session, migration_id: str, *, each_as_json: bool = False) -> int:
-    """Show every change until the end, then the summary. Raises what says that it did not succeed.
+    """`show_to_the_end`. Raises what says that it did not succeed."""
+    last = raise_unless_succeeded(await show_to_the_end(session, migration_id, each_as_json=each_as_json))
+    return ExitCode.UNKNOWN if runs_nowhere(last) else ExitCode.DONE
+
+
+async def show_to_the_end(session: Session, migration_id: str, *, each_as_json: bool = False) -> Migration:
+    """Show every change until the end, or until the outcome was unknown for a while; then the summary.
 
     With JSON, one document at the end, or one line for every change.
     """
@@ -42,8 +48,7 @@ async def follow(session: Session, migration_id: str, *, each_as_json: bool = Fa
             print_json(to_json(last.proto))
     else:
         print_summary(last)
-    raise_unless_succeeded(last)
-    return ExitCode.UNKNOWN if runs_nowhere(last) else ExitCode.DONE
+    return last
 
 
 async def _last(session: Session, migration_id: str, view: _View) -> Migration:

@@ -2,12 +2,13 @@
 
 import getpass
 import socket
+import sys
 
 import click
 
-from coordinator.cli.exit_codes import EPILOG
-from coordinator.cli.follow import describe, follow, print_timings, transfer_pairs
-from coordinator.cli.session import Session, run
+from coordinator.cli.exit_codes import EPILOG, ExitCode
+from coordinator.cli.follow import describe, follow, print_timings, show_to_the_end, transfer_pairs
+from coordinator.cli.session import Session, ask, run
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json
 from coordinator.cli.units import age, seconds
 from coordinator.client import (
@@ -152,18 +153,48 @@ def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: s
     If the host is not dead, two copies of the guest may run. Who said it, when and why is recorded on every host that takes part.
     """
 
-    async def body(session: Session) -> int:
-        migration = await session.client.get_migration(await session.full_id(migration_id))
-        if output != "json":
-            _print_migration(migration)
-        if not yes:
-            click.confirm(
-                f"State that {dead_host} is dead, so that nothing of guest {migration.domain} runs there?", abort=True, err=True
-            )
-        await session.client.resolve_migration(migration.id, dead_host=dead_host, reason=reason, said_by=_whoami())
-        return await follow(session, migration.id)
+    if not yes and not (sys.stdin and sys.stdin.isatty()):
+        raise click.UsageError(f"nobody can be asked whether {dead_host} is dead, as stdin is no terminal; add --yes to state it")
 
-    run(body, output)
+    async def look(session: Session) -> Migration:
+        return await session.client.get_migration(await session.full_id(migration_id))
+
+    async def say(session: Session) -> int:
+        await session.client.resolve_migration(found.id, dead_host=dead_host, reason=reason, said_by=_whoami())
+        last = await show_to_the_end(session, found.id)
+        if not last.state.ended or runs_nowhere(last):
+            raise_unless_succeeded(last)
+        if output != "json":
+            _print_resolved(last, dead_host)
+        return ExitCode.UNKNOWN if runs_nowhere(last) else ExitCode.DONE
+
+    found = ask(look, output)
+    if output != "json":
+        _print_migration(found)
+    # Between two event loops, as one would hold back Ctrl-C until an answer is typed.
+    if not yes and not _confirmed(f"State that {dead_host} is dead, so that nothing of guest {found.domain} runs there?"):
+        click.echo(f"Nothing was said of {dead_host}; migration {found.id} goes on as it was.", err=True)
+        raise SystemExit(int(ExitCode.INTERRUPTED))
+    run(say, output)
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:  # Ctrl-C, or the end of the input
+        click.echo(err=True)
+        return False
+
+
+def _print_resolved(migration: Migration, dead_host: str) -> None:
+    """Where the guest runs now, and what becomes of the copy on the dead host."""
+    click.echo(printable(f"{runs_on(migration)}; {dead_host} was declared dead"))
+    click.echo(
+        printable(
+            f'Should {dead_host} come back, its agent pauses or removes its copy of "{migration.domain}": '
+            f"look at it with `drover domain list --host {dead_host}`, undefine it there, and never start it."
+        )
+    )
 
 
 def _whoami() -> str:

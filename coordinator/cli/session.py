@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import click
 
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.show import Stage, exit_code, report
 from coordinator.client import Client, DroverClientError, NotFound
+
+T = TypeVar("T")
 
 
 class Session:
@@ -37,17 +40,22 @@ class Session:
         return matches[0]
 
 
-def run(body: Callable[[Session], Awaitable[int | None]], output: str, server: str = "") -> None:
+def run(body: Callable[[Session], Awaitable[int | None]], output: str) -> None:
     """Run `body` against the server of the command line, and exit with its code (None: 0)."""
-    server = server or click.get_current_context().find_root().obj
+    raise SystemExit(int(ask(body, output) or ExitCode.DONE))
+
+
+def ask(body: Callable[[Session], Awaitable[T]], output: str) -> T:
+    """What `body` learns from the server of the command line; an error or Ctrl-C exits."""
+    server = click.get_current_context().find_root().obj
     session = Session(Client(server), output)
 
-    async def whole() -> int:
+    async def whole() -> T:
         async with session.client:
-            return await body(session) or ExitCode.DONE
+            return await body(session)
 
     try:
-        code = asyncio.run(whole())
+        return asyncio.run(whole())
     except DroverClientError as error:
         report(error, output, session.migration_id, session.stage, server)
         code = exit_code(error)

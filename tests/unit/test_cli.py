@@ -278,6 +278,39 @@ def test_a_guest_that_runs_nowhere(drover: Drover) -> None:
     assert "runs nowhere" in drover("migration", "cancel", migration_id, code=5).stderr
 
 
+def resolving(drover: Drover, *args: str) -> tuple[str, ...]:
+    return ("migration", "resolve", start(drover, "lost"), "--assume-dead", "b", "--reason", "ticket 4711", *args)
+
+
+def test_what_was_resolved_is_done(drover: Drover) -> None:
+    out = drover(*resolving(drover, "--yes")).stdout
+    assert '"lost" runs on a; b was declared dead' in out
+    assert 'Should b come back, its agent pauses or removes its copy of "lost"' in out
+    assert drover.json(*resolving(drover, "--yes"))["runs_on"] == "a"
+
+
+def test_nobody_to_ask_is_a_usage_error(drover: Drover) -> None:
+    assert "add --yes" in drover(*resolving(drover), code=2).stderr
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 130), ("\x04", 130), ("", 130)])
+def test_an_operator_is_asked(drover: Drover, answer: str, code: int) -> None:
+    args = [*DROVER, "--server", drover.server, *resolving(drover)]
+    parent, child = pty.openpty()
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(args, stdin=child, stdout=child, stderr=child, preexec_fn=heed) as process:
+        os.close(child)
+        screen = _read_until(parent, "[y/N]")
+        if answer:
+            os.write(parent, answer.encode())
+        else:
+            process.send_signal(signal.SIGINT)
+        screen += _read_until(parent, "never start it" if code == 0 else "Nothing was said of b")
+        assert process.wait(10) == code
+    os.close(parent)
+    assert "Aborted!" not in screen
+
+
 def test_hosts(drover: Drover) -> None:
     lines = [line.split() for line in drover("host", "list").stdout.splitlines()]
     assert [line[:3] for line in lines[1:]] == [["a", "up", "0/2"], ["b", "unreachable", "0/2"]]
