@@ -10,7 +10,7 @@ import click
 
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
-from coordinator.cli.show import Stage, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json
+from coordinator.cli.show import Stage, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json, to_type
 from coordinator.cli.units import eta, rate, seconds, size
 from coordinator.client import (
     UNKNOWN_PATIENCE,
@@ -118,7 +118,7 @@ def describe(migration: Migration) -> str:
         parts += _describe_progress(migration.progress)
     if migration.waiting_for:
         parts.append(f"waiting for {migration.waiting_for}")
-    return printable("  ".join(parts))
+    return printable(to_type("  ".join(parts)))
 
 
 def _describe_progress(progress: Progress) -> list[str]:

@@ -10,7 +10,7 @@ from coordinator.cli.exit_codes import EPILOG
 from coordinator.cli.follow import follow
 from coordinator.cli.parse import OptionWord, Rate
 from coordinator.cli.session import Session, run
-from coordinator.cli.show import Stage, output_option, print_json, to_json
+from coordinator.cli.show import Stage, output_option, print_json, to_json, to_type
 from coordinator.client import OptionWords
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -80,7 +80,7 @@ def migrate(
         if output == "json":
             print_json(to_json(migration.proto))
         else:
-            click.echo(f"migration {migration_id} is under way; watch it: drover migration watch {migration_id[:8]}")
+            click.echo(to_type(f"migration {migration_id} is under way; watch it: drover migration watch {migration_id[:8]}"))
         return None
 
     run(body, output)

@@ -9,7 +9,17 @@ import click
 from coordinator.cli.exit_codes import EPILOG, ExitCode
 from coordinator.cli.follow import describe, follow, print_timings, show_to_the_end, transfer_pairs
 from coordinator.cli.session import Session, ask, run
-from coordinator.cli.show import output_option, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json
+from coordinator.cli.show import (
+    output_option,
+    print_json,
+    print_pairs,
+    print_table,
+    printable,
+    runs_nowhere,
+    runs_on,
+    to_json,
+    to_type,
+)
 from coordinator.cli.units import age, seconds
 from coordinator.client import (
     DeadlineExceeded,
@@ -89,7 +99,7 @@ def _print_migration(migration: Migration) -> None:
             ("attempt", str(migration.attempt)),
             ("started", age(migration.created)),
             ("now", "" if migration.state.ended else describe(migration)),
-            ("failure", f"{failure.reason}: {failure.message}" if failure else ""),
+            ("failure", to_type(f"{failure.reason}: {failure.message}") if failure else ""),
             *transfer_pairs(migration),
             *(("warning", warning) for warning in migration.warnings),
         ]
@@ -192,7 +202,7 @@ def _print_resolved(migration: Migration, dead_host: str) -> None:
     click.echo(
         printable(
             f'Should {dead_host} come back, its agent pauses or removes its copy of "{migration.domain}": '
-            f"look at it with `drover domain list --host {dead_host}`, undefine it there, and never start it."
+            + to_type(f"look at it with `drover domain list --host {dead_host}`, undefine it there, and never start it.")
         )
     )
 

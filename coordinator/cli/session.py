@@ -7,7 +7,7 @@ from typing import TypeVar
 import click
 
 from coordinator.cli.exit_codes import ExitCode
-from coordinator.cli.show import Stage, exit_code, report
+from coordinator.cli.show import Stage, exit_code, report, to_type
 from coordinator.client import Client, DroverClientError, NotFound
 
 T = TypeVar("T")
@@ -73,8 +73,10 @@ def _say_it_goes_on(session: Session) -> None:
     if session.stage not in said:
         return
     click.echo(
-        f"\n{said[session.stage]}\n"
-        f"  watch it:   drover migration watch {session.migration_id}\n"
-        f"  cancel it:  drover migration cancel {session.migration_id}",
+        to_type(
+            f"\n{said[session.stage]}\n"
+            f"  watch it:   drover migration watch {session.migration_id}\n"
+            f"  cancel it:  drover migration cancel {session.migration_id}"
+        ),
         err=True,
     )

@@ -1,11 +1,14 @@
 """Output: aligned text for people, proto JSON for programs. Errors go to stderr in the same form."""
 
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
@@ -84,6 +87,17 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+_COMMAND = re.compile(r"\bdrover (?=(migrate|migration|host|domain)\b)")
+
+
+def to_type(text: str) -> str:
+    """The text, with `--server` in the commands that it suggests where this one needed it: a server's own text knows no address."""
+    root = click.get_current_context().find_root()
+    if root.get_parameter_source("server") is not ParameterSource.COMMANDLINE:
+        return text
+    return _COMMAND.sub(lambda _: f"drover --server {shlex.quote(root.obj)} ", text)
+
+
 _EXIT: tuple[tuple[type[DroverClientError], ExitCode], ...] = (
     (OutcomeUnknown, ExitCode.UNKNOWN),
     (MigrationFailed, ExitCode.FAILED),
@@ -114,10 +128,10 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
     if output == "json":
         click.echo(json.dumps({"error": _error_json(error, code, migration_id)}, ensure_ascii=False), err=True)
         return
-    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(error.message)}", err=True)
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(to_type(error.message))}", err=True)
     for name, value in (("guest", _where(error, stage, server)), ("next", _next(error, migration_id, stage, server))):
         if value:
-            click.echo(f"  {name}: {printable(value)}", err=True)
+            click.echo(f"  {name}: {printable(to_type(value))}", err=True)
 
 
 def _error_json(error: DroverClientError, code: ExitCode, migration_id: str) -> dict[str, Any]:

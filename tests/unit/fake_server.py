@@ -55,7 +55,7 @@ SCRIPTS: dict[str, list[dict[str, object]]] = {
         {
             "state": S.MIGRATION_STATE_OUTCOME_UNKNOWN,
             "runs_on": "",
-            "failure": handshake_pb2.Failure(reason="OUTCOME_UNKNOWN", message="host b does not answer"),
+            "failure": handshake_pb2.Failure(reason="OUTCOME_UNKNOWN", message="host b does not answer: `drover migration resolve`"),
         },
     ],
     "crash": [

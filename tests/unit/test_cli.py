@@ -49,7 +49,7 @@ class Drover:
         self.server = server
 
     def __call__(self, *args: str, code: int = 0) -> Result:
-        result = CliRunner().invoke(main, ["--server", self.server, *args], prog_name="drover")
+        result = CliRunner().invoke(main, args, prog_name="drover", env={"DROVER_SERVER": self.server})
         assert result.exit_code == code, result.output
         return result
 
@@ -184,8 +184,9 @@ def test_a_server_that_dies_while_it_starts_a_migration(tmp_path: Path) -> None:
             assert process.wait(10) == 3
             assert process.stderr is not None
             text = process.stderr.read()
-    assert f"it may have been started; ask: drover migration show {UUID}" in text
-    assert f"or repeat safely: drover migrate … --id {UUID}" in text
+    told = f"drover --server unix:{tmp_path}/coordinator.sock"
+    assert f"it may have been started; ask: {told} migration show {UUID}" in text
+    assert f"or repeat safely: {told} migrate … --id {UUID}" in text
     assert "untouched" not in text
 
 
@@ -344,6 +345,22 @@ def test_the_server_may_come_from_the_environment(servers: Path) -> None:
     assert result.exit_code == 0
 
 
+def test_what_to_type_next_names_the_server_that_was_named(drover: Drover, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "UNKNOWN_PATIENCE", 0.05)
+    migration_id = start(drover, "lost")
+    drover("migration", "watch", migration_id, code=5)
+    for args in (
+        ["migrate", "ghost", "--to", "b"],
+        ["migrate", "vm1", "--to", "b", "--detach"],
+        ["migration", "show", migration_id],
+    ):
+        for named, words in (([], "drover "), (["--server", drover.server], f"drover --server {drover.server} ")):
+            result = CliRunner().invoke(main, [*named, *args], prog_name="drover", env={"DROVER_SERVER": drover.server})
+            found = re.search(r"(drover .*?)(migration|domain) (list|watch|resolve)", result.output)
+            assert found is not None, result.output
+            assert found[1] == words
+
+
 def test_a_configuration_with_a_typo_names_the_key(tmp_path: Path) -> None:
     for command in ("agent", "coordinator"):
         (tmp_path / "c.toml").write_text('nmae = "a"')
@@ -405,7 +422,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_migration(drover: Drover) -> None:
         assert process.wait(10) == 130
         text = process.stderr.read()
     assert "the migration goes on" in text
-    assert f"drover migration cancel {UUID[:-1]}7" in text
+    assert f"drover --server {drover.server} migration cancel {UUID[:-1]}7" in text
     assert "Traceback" not in text
     assert drover.json("migration", "show", UUID[:-1] + "7")["state"] == "MIGRATION_STATE_ACTIVE"
     drover("migration", "cancel", UUID[:-1] + "7")
