@@ -1,12 +1,14 @@
 """The command ``drover``. Each command's module is imported when it is used, so that ``drover --help`` is quick."""
 
 import importlib
+import os
+import sys
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
-from coordinator.cli.exit_codes import EPILOG
+from coordinator.cli.exit_codes import EPILOG, ExitCode
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "migrate": ("coordinator.cli.migrate:migrate", "Move a running guest to another host, and watch it."),
@@ -34,6 +36,14 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Whoever read the output has gone, as in "| head". To /dev/null, as Python flushes stdout once more when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(int(ExitCode.PIPE_CLOSED)) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -11,6 +11,7 @@ class ExitCode(IntEnum):
     REFUSED = 4
     UNKNOWN = 5
     INTERRUPTED = 130
+    PIPE_CLOSED = 141
 
 
 EPILOG = """\b
@@ -22,5 +23,6 @@ Exit codes:
   4    refused before the guest was touched (also: no such guest, host or migration)
   5    the outcome is not known: ask again, and do not start the guest by hand;
        or the guest runs nowhere (its QEMU died): the message says so, and to start it again
-  130  interrupted while watching; the migration goes on
+  130  interrupted while watching, or not confirmed; the migration goes on
+  141  whoever read the output has gone; the migration goes on
 """

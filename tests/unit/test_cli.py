@@ -305,6 +305,7 @@ def test_an_operator_is_asked(drover: Drover, answer: str, code: int) -> None:
         if answer:
             os.write(parent, answer.encode())
         else:
+            time.sleep(0.3)  # the prompt is there a moment before Python waits for the answer
             process.send_signal(signal.SIGINT)
         screen += _read_until(parent, "never start it" if code == 0 else "Nothing was said of b")
         assert process.wait(10) == code
@@ -426,6 +427,17 @@ def test_ctrl_c_ends_the_watching_and_not_the_migration(drover: Drover) -> None:
     assert "Traceback" not in text
     assert drover.json("migration", "show", UUID[:-1] + "7")["state"] == "MIGRATION_STATE_ACTIVE"
     drover("migration", "cancel", UUID[:-1] + "7")
+
+
+def test_output_that_nobody_reads_ends_quietly(drover: Drover) -> None:
+    for args in (["migration", "list", "-o", "json"], ["migrate", "long", "--to", "b", "--id", UUID[:-1] + "8"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([*DROVER, *args], stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=20,
+                              env={**os.environ, "DROVER_SERVER": drover.server})  # fmt: skip
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, "")
+    drover("migration", "cancel", UUID[:-1] + "8")
 
 
 def test_a_terminal_gets_a_live_line(drover: Drover) -> None:
