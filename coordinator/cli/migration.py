@@ -15,6 +15,7 @@ from coordinator.cli.show import (
     print_pairs,
     print_table,
     printable,
+    report_json,
     runs_nowhere,
     runs_on,
     to_json,
@@ -39,7 +40,10 @@ id_argument = click.argument("migration_id", metavar="ID")
 
 @click.group(epilog=EPILOG)
 def migration() -> None:
-    """List, show, watch, cancel and resolve migrations. An ID may be shortened to a beginning that only one has."""
+    """List, show, watch, cancel and resolve migrations.
+
+    An ID may be shortened to a beginning, of 4 characters or more, that only one has.
+    """
 
 
 @migration.command("list")
@@ -146,7 +150,7 @@ def cancel(migration_id: str, detach: bool, output: str) -> None:
         if runs_nowhere(migration):
             raise_unless_succeeded(migration)
         if migration.state is MigrationState.SUCCEEDED:
-            raise Refused("it was too late to cancel", reason="TOO_LATE", migration=migration)
+            raise Refused("it was too late to cancel", reason="WRONG_PHASE", migration=migration)
 
     run(body, output)
 
@@ -163,10 +167,11 @@ def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: s
     If the host is not dead, two copies of the guest may run. Who said it, when and why is recorded on every host that takes part.
     """
 
-    if not yes and not (sys.stdin and sys.stdin.isatty()):
-        raise click.UsageError(f"nobody can be asked whether {dead_host} is dead, as stdin is no terminal; add --yes to state it")
-
     async def look(session: Session) -> Migration:
+        if not yes and not (sys.stdin and sys.stdin.isatty()):
+            raise click.UsageError(
+                f"nobody can be asked whether {dead_host} is dead, as stdin is no terminal; add --yes to state it"
+            )
         return await session.client.get_migration(await session.full_id(migration_id))
 
     async def say(session: Session) -> int:
@@ -183,7 +188,11 @@ def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: s
         _print_migration(found)
     # Between two event loops, as one would hold back Ctrl-C until an answer is typed.
     if not yes and not _confirmed(f"State that {dead_host} is dead, so that nothing of guest {found.domain} runs there?"):
-        click.echo(f"Nothing was said of {dead_host}; migration {found.id} goes on as it was.", err=True)
+        said = f"Nothing was said of {dead_host}; migration {found.id} goes on as it was."
+        if output == "json":
+            report_json(ExitCode.INTERRUPTED, said, found.id)
+        else:
+            click.echo(said, err=True)
         raise SystemExit(int(ExitCode.INTERRUPTED))
     run(say, output)
 

@@ -7,10 +7,13 @@ from typing import TypeVar
 import click
 
 from coordinator.cli.exit_codes import ExitCode
-from coordinator.cli.show import Stage, exit_code, report, to_type
+from coordinator.cli.show import Stage, exit_code, report, report_json, to_type
 from coordinator.client import Client, DroverClientError, NotFound
 
 T = TypeVar("T")
+
+MIN_PREFIX = 4
+"""Characters of an id that stand for the whole."""
 
 
 class Session:
@@ -24,8 +27,13 @@ class Session:
         self.stage = Stage.ASKING
 
     async def full_id(self, text: str) -> str:
-        """The id that begins with `text`. One that is complete is taken as it is."""
+        """The id that begins with `text`. One that is complete is taken as it is.
+
+        Raises `click.UsageError` for what fits several, or would by accident: an empty one is a script's unset variable.
+        """
         text = text.lower()
+        if len(text) < MIN_PREFIX:
+            raise click.UsageError(f'"{text}" is too short for an id; give at least its first {MIN_PREFIX} characters')
         if len(text) == 36:
             self.migration_id = text
             return text
@@ -59,22 +67,34 @@ def ask(body: Callable[[Session], Awaitable[T]], output: str) -> T:
     except DroverClientError as error:
         report(error, output, session.migration_id, session.stage, server)
         code = exit_code(error)
+    except click.UsageError as error:
+        if output != "json":
+            raise
+        code = ExitCode.USAGE
+        report_json(code, error.message, session.migration_id, reason="INVALID_FIELD")
     except KeyboardInterrupt:
-        _say_it_goes_on(session)
         code = ExitCode.INTERRUPTED
+        said = _SAID_OF_INTERRUPTION[session.stage]
+        if output == "json":
+            report_json(code, said, session.migration_id)
+        else:
+            _say_it_goes_on(session, said)
     raise SystemExit(int(code))
 
 
-def _say_it_goes_on(session: Session) -> None:
-    said = {
-        Stage.STARTING: "Stopped waiting; the migration may have been started.",
-        Stage.WATCHING: "Stopped watching; the migration goes on.",
-    }
-    if session.stage not in said:
+_SAID_OF_INTERRUPTION = {
+    Stage.ASKING: "Stopped waiting for an answer.",
+    Stage.STARTING: "Stopped waiting; the migration may have been started.",
+    Stage.WATCHING: "Stopped watching; the migration goes on.",
+}
+
+
+def _say_it_goes_on(session: Session, said: str) -> None:
+    if session.stage is Stage.ASKING:
         return
     click.echo(
         to_type(
-            f"\n{said[session.stage]}\n"
+            f"\n{said}\n"
             f"  watch it:   drover migration watch {session.migration_id}\n"
             f"  cancel it:  drover migration cancel {session.migration_id}"
         ),

@@ -126,7 +126,7 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
     """The error on stderr: what happened, where the guest runs, what to type next."""
     code = exit_code(error)
     if output == "json":
-        click.echo(json.dumps({"error": _error_json(error, code, migration_id)}, ensure_ascii=False), err=True)
+        report_json(code, error.message, migration_id, reason=error.reason, error=error)
         return
     click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(to_type(error.message))}", err=True)
     for name, value in (("guest", _where(error, stage, server)), ("next", _next(error, migration_id, stage, server))):
@@ -134,16 +134,21 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
             click.echo(f"  {name}: {printable(to_type(value))}", err=True)
 
 
-def _error_json(error: DroverClientError, code: ExitCode, migration_id: str) -> dict[str, Any]:
-    return {
-        "reason": error.reason,
-        "message": error.message,
-        "metadata": dict(error.metadata),
-        "retry_after_seconds": error.retry_after,
-        "migration_id": error.migration.id if error.migration else migration_id,
-        "runs_on": error.migration.runs_on if error.migration else "",
+def report_json(
+    code: ExitCode, message: str, migration_id: str, *, reason: str = "", error: DroverClientError | None = None
+) -> None:
+    """The one form of every error in JSON. `reason` is empty for what only the user decided: Ctrl-C, and no to a question."""
+    migration = error.migration if error else None
+    document = {
+        "reason": reason,
+        "message": message,
+        "metadata": dict(error.metadata) if error else {},
+        "retry_after_seconds": error.retry_after if error else None,
+        "migration_id": migration.id if migration else migration_id,
+        "runs_on": migration.runs_on if migration else "",
         "exit_code": int(code),
     }
+    click.echo(json.dumps({"error": document}, ensure_ascii=False), err=True)
 
 
 def _where(error: DroverClientError, stage: Stage, server: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from agent.errors import Reason
 from coordinator.cli import follow, main
 from coordinator.cli.units import eta, rate, seconds, size
 
@@ -245,9 +246,22 @@ def test_prefixes_that_fit_none_or_several(drover: Drover) -> None:
     for last in "34":
         drover("migrate", "vm1", "--to", "b", "--detach", "--id", f"ffffffff-0000-4000-8000-00000000000{last}")
     assert "is the beginning of 2 ids" in drover("migration", "show", "ffffffff-0000", code=2).stderr
+    result = drover("migration", "show", "ffffffff-0000", "-o", "json", code=2)
+    assert "is the beginning of 2 ids" in json.loads(result.stderr)["error"]["message"]
     text = drover("migration", "show", "ffffffff-9", code=4).stderr
     assert "no migration with an id that begins with" in text
     assert "next: drover migration list" in text
+
+
+def test_an_id_that_is_empty_or_too_short_is_of_nobody(drover: Drover) -> None:
+    migration_id = start(drover, "long")
+    for text in ("", migration_id[:3]):
+        for command in ("show", "watch", "cancel"):
+            assert "is too short for an id" in drover("migration", command, text, code=2).stderr
+            error = json.loads(drover("migration", command, text, "-o", "json", code=2).stderr)["error"]
+            assert (error["reason"], error["exit_code"]) == ("INVALID_FIELD", 2)
+    assert drover.json("migration", "show", migration_id)["state"] == "MIGRATION_STATE_PENDING"
+    drover("migration", "cancel", migration_id[:4])
 
 
 def test_watch(drover: Drover) -> None:
@@ -270,6 +284,8 @@ def test_cancelling_what_is_done_is_refused(drover: Drover) -> None:
     result = drover("migration", "cancel", migration_id, code=4)
     assert "too late" in result.stderr
     assert '"vm1" runs on b' in result.stdout
+    error = json.loads(drover("migration", "cancel", migration_id, "-o", "json", code=4).stderr)["error"]
+    assert error["reason"] in list(Reason)
 
 
 def test_a_guest_that_runs_nowhere(drover: Drover) -> None:
@@ -292,6 +308,7 @@ def test_what_was_resolved_is_done(drover: Drover) -> None:
 
 def test_nobody_to_ask_is_a_usage_error(drover: Drover) -> None:
     assert "add --yes" in drover(*resolving(drover), code=2).stderr
+    assert "add --yes" in json.loads(drover(*resolving(drover, "-o", "json"), code=2).stderr)["error"]["message"]
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 130), ("\x04", 130), ("", 130)])
@@ -440,6 +457,21 @@ def test_output_that_nobody_reads_ends_quietly(drover: Drover) -> None:
     drover("migration", "cancel", UUID[:-1] + "8")
 
 
+def test_ctrl_c_in_json(drover: Drover) -> None:
+    args = [*DROVER, "--server", drover.server, "migration", "watch", start(drover, "long"), "-o", "json"]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while "PERFORM" not in process.stdout.readline().upper():
+            pass
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        error = json.loads(process.stderr.read())["error"]
+    assert (error["exit_code"], error["migration_id"]) == (130, args[-3])
+    drover("migration", "cancel", args[-3])
+
+
 def test_a_terminal_gets_a_live_line(drover: Drover) -> None:
     migration_id = start(drover, "long")
     parent, child = pty.openpty()
@@ -462,7 +494,10 @@ def _read_until(terminal: int, words: str) -> str:
     while words not in seen:
         assert time.monotonic() < end, seen
         if select.select([terminal], [], [], 0.5)[0]:
-            seen += os.read(terminal, 4096).decode(errors="replace")
+            try:
+                seen += os.read(terminal, 4096).decode(errors="replace")
+            except OSError:  # nobody writes there any more
+                pytest.fail(seen)
     return seen
 
 
