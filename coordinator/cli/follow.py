@@ -4,14 +4,13 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any
 
 import click
 
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
 from coordinator.cli.show import Stage, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json, to_type
-from coordinator.cli.units import eta, rate, seconds, size
+from coordinator.cli.units import age, eta, rate, seconds, size
 from coordinator.client import (
     UNKNOWN_PATIENCE,
     Migration,
@@ -89,9 +88,15 @@ def _live() -> Iterator[_View]:
     from rich.spinner import Spinner  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    spinner: Any = Spinner("dots", Text("…"))
-    with Live(spinner, console=Console(), transient=True, refresh_per_second=10):
-        yield lambda migration: spinner.update(text=Text(describe(migration), no_wrap=True, overflow="ellipsis"))
+    console, spinner = Console(), Spinner("dots", Text("…"))
+
+    def show(migration: Migration) -> None:
+        text = Text(describe(migration))
+        text.truncate(console.width - 2, overflow="ellipsis")  # the spinner wraps what is longer than the rest of its line
+        spinner.update(text=text)
+
+    with Live(spinner, console=console, transient=True, refresh_per_second=10):
+        yield show
 
 
 class _Lines:
@@ -137,11 +142,17 @@ def _describe_progress(progress: Progress) -> list[str]:
 
 def print_summary(migration: Migration) -> None:
     """How it ended: phases with their milliseconds, bytes, downtime, total."""
-    click.echo(f"{printable(_verdict(migration))} in {seconds(migration.duration)}.")
+    after = f"in {seconds(migration.duration)}" if migration.state.ended else f"after {_elapsed(migration)}"
+    click.echo(f"{printable(_verdict(migration))} {after}.")
     print_timings(migration)
     print_pairs(transfer_pairs(migration))
     for warning in migration.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
+
+
+def _elapsed(migration: Migration) -> str:
+    """Since its start, for one that has not ended: its duration is told at the end only."""
+    return age(migration.created).removesuffix(" ago") or "?"
 
 
 def _verdict(migration: Migration) -> str:
@@ -166,16 +177,16 @@ def print_timings(migration: Migration) -> None:
 def transfer_pairs(migration: Migration) -> list[tuple[str, str]]:
     """What the transfer took, as names and values."""
     progress = migration.progress
-    pairs = [
-        ("total", seconds(migration.duration) if migration.duration else ""),
-        ("overhead", f"{seconds(migration.overhead)} outside hypervisor calls" if migration.hypervisor_duration else ""),
-    ]
+    # Where the guest did not move there was no downtime, and the rest of the time is no overhead but the operator's patience.
+    moved = migration.state is MigrationState.SUCCEEDED
+    overhead = f"{seconds(migration.overhead)} outside hypervisor calls" if moved and migration.hypervisor_duration else ""
+    pairs = [("total", seconds(migration.duration) if migration.duration else ""), ("overhead", overhead)]
     if progress is None:
         return pairs
     way = f" over {migration.network}" if migration.network else ""
     passes = f" in {progress.iteration} iteration{'s' if progress.iteration > 1 else ''}" if progress.iteration else ""
     return [
         ("sent", f"{size(progress.processed_bytes)} ({progress.processed_bytes} bytes){passes}{way}"),
-        ("downtime", seconds(progress.downtime) if progress.downtime else ""),
+        ("downtime", seconds(progress.downtime) if moved and progress.downtime else ""),
         *pairs,
     ]

@@ -209,7 +209,10 @@ def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step
         driver="fake",
         **step,  # type: ignore[arg-type]
     )
-    if migration.phase == "perform" or migration.state == S.MIGRATION_STATE_SUCCEEDED:
+    if migration.state == S.MIGRATION_STATE_FAILED:
+        migration.duration.CopyFrom(Duration(seconds=9))
+        migration.hypervisor_duration.CopyFrom(Duration(seconds=1))
+    if migration.phase == "perform" or migration.state in (S.MIGRATION_STATE_SUCCEEDED, S.MIGRATION_STATE_FAILED):
         migration.progress.CopyFrom(progress(revision))
     if migration.state == S.MIGRATION_STATE_SUCCEEDED:
         migration.timings.extend(timing(phase, n) for n, phase in enumerate(("begin", "prepare", "perform", "finish"), start=10))
