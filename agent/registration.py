@@ -18,7 +18,7 @@ _CALL_SECONDS: Final = 5.0
 async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: str) -> None:
     """For ever. A coordinator that is away, or refuses, is asked again; migrations do not wait for it."""
     stub = host_pb2_grpc.HostServiceStub(channel)
-    registered = False
+    told = ""  # what the log said last: only a change is worth a line
     while True:
         pause = _RETRY_SECONDS
         try:
@@ -26,11 +26,10 @@ async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: s
                 host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address), timeout=_CALL_SECONDS
             )
         except grpc.aio.AioRpcError as error:
-            log.warning("the coordinator does not take this host", code=error.code().name, error=error.details())
-            registered = False
+            if told != (told := f"{error.code().name}: {error.details()}"):
+                log.warning("the coordinator does not take this host", code=error.code().name, error=error.details())
         else:
             pause = response.heartbeat_interval.ToNanoseconds() / 1e9
-            if not registered:
+            if told != (told := "registered"):
                 log.info("registered with the coordinator")
-            registered = True
         await asyncio.sleep(pause)

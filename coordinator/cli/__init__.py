@@ -12,7 +12,7 @@ from coordinator.cli.exit_codes import EPILOG, ExitCode
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "migrate": ("coordinator.cli.migrate:migrate", "Move a running guest to another host, and watch it."),
-    "migration": ("coordinator.cli.migration:migration", "List, show, watch and cancel migrations."),
+    "migration": ("coordinator.cli.migration:migration", "List, show, watch, cancel and resolve migrations."),
     "host": ("coordinator.cli.inventory:host", "List and show hosts."),
     "domain": ("coordinator.cli.inventory:domain", "List guests."),
     "agent": ("coordinator.cli.daemons:agent", "Run the agent of this host."),
