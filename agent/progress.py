@@ -71,7 +71,8 @@ def _waiting_for(migration: pb.Migration, driver: Driver) -> str:
         here, there = migration.source_host, migration.destination_host
         return (
             f"{there} to give up its copy: it was declared dead, the guest goes on at {here}, and {there} says that it runs there "
-            f"too. The agent of {there} stops that copy when it starts: restart it now, if it was not dead at all"
+            f"too. The agent of {there} asks again within half a minute and stops that copy; "
+            f"`drover migration watch {migration.migration_id}` shows it"
         )
     return driver.waiting_for[:1000]
 

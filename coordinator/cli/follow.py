@@ -177,7 +177,7 @@ def print_timings(migration: Migration) -> None:
 def transfer_pairs(migration: Migration) -> list[tuple[str, str]]:
     """What the transfer took, as names and values."""
     progress = migration.progress
-    # Where the guest did not move there was no downtime, and the rest of the time is no overhead but the operator's patience.
+    # Where the guest did not move, there was no downtime, and the time outside of hypervisor calls was mostly spent waiting.
     moved = migration.state is MigrationState.SUCCEEDED
     overhead = f"{seconds(migration.overhead)} outside hypervisor calls" if moved and migration.hypervisor_duration else ""
     pairs = [("total", seconds(migration.duration) if migration.duration else ""), ("overhead", overhead)]

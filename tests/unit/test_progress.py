@@ -53,7 +53,7 @@ def test_what_to_do_about_a_host_that_was_not_dead() -> None:
     driver.source_record.operator_word.CopyFrom(word("h2"))
     told = seen(driver)
     assert (told.runs_on, told.HasField("commit_time")) == ("h1", False)
-    for needed in ("h2 to give up its copy", "goes on at h1", "restart it"):
+    for needed in ("h2 to give up its copy", "goes on at h1", "asks again within half a minute", "drover migration watch m1"):
         assert needed in told.waiting_for
 
 
