@@ -1,77 +1,19 @@
 import fcntl
 import json
 import os
-import pty
 import re
-import select
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from agent.errors import Reason
 from coordinator.cli import follow, main
 from coordinator.cli.units import eta, rate, seconds, size
-
-UUID = "0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11"
-HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-"""Tests that run in the background of a shell have SIGINT ignored, and a child inherits that. Said in the child's own program, as
-what runs between fork and exec stumbles over the threads of gRPC here."""
-DROVER = (sys.executable, "-c", HEED + "from coordinator.cli import main; main(prog_name='drover')")
-
-
-@contextmanager
-def serving(directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A fake coordinator and a fake agent in a process of their own, as the command runs its own event loop."""
-    program = Path(__file__).with_name("fake_server.py")
-    with subprocess.Popen([sys.executable, program, directory], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process
-        process.kill()
-
-
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    directory = tmp_path_factory.mktemp("fake")
-    with serving(directory):
-        yield directory
-
-
-class Drover:
-    """Runs ``drover`` in this process."""
-
-    def __init__(self, server: str) -> None:
-        self.server = server
-
-    def __call__(self, *args: str, code: int = 0) -> Result:
-        result = CliRunner().invoke(main, args, prog_name="drover", env={"DROVER_SERVER": self.server})
-        assert result.exit_code == code, result.output
-        return result
-
-    def json(self, *args: str, code: int = 0) -> Any:
-        return json.loads(self(*args, "-o", "json", code=code).stdout)
-
-
-@pytest.fixture
-def drover(servers: Path) -> Drover:
-    return Drover(f"unix:{servers}/coordinator.sock")
-
-
-@pytest.fixture
-def agent(servers: Path) -> Drover:
-    return Drover(f"unix:{servers}/agent.sock")
-
-
-def start(drover: Drover, guest: str) -> str:
-    return str(drover.json("migrate", guest, "--to", "b", "--detach")["migration_id"])
+from tests.unit.running_drover import DROVER, UUID, Drover, serving, start
 
 
 def test_help_is_quick_and_tells_the_exit_codes() -> None:
@@ -308,40 +250,6 @@ def test_a_guest_that_runs_nowhere(drover: Drover) -> None:
     assert "runs nowhere" in drover("migration", "cancel", migration_id, code=5).stderr
 
 
-def resolving(drover: Drover, *args: str) -> tuple[str, ...]:
-    return ("migration", "resolve", start(drover, "lost"), "--assume-dead", "b", "--reason", "ticket 4711", *args)
-
-
-def test_what_was_resolved_is_done(drover: Drover) -> None:
-    out = drover(*resolving(drover, "--yes")).stdout
-    assert '"lost" runs on a; b was declared dead' in out
-    assert 'Should b come back, its agent pauses or removes its copy of "lost"' in out
-    assert drover.json(*resolving(drover, "--yes"))["runs_on"] == "a"
-
-
-def test_nobody_to_ask_is_a_usage_error(drover: Drover) -> None:
-    assert "add --yes" in drover(*resolving(drover), code=2).stderr
-    assert "add --yes" in json.loads(drover(*resolving(drover, "-o", "json"), code=2).stderr)["error"]["message"]
-
-
-@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 130), ("\x04", 130), ("", 130)])
-def test_an_operator_is_asked(drover: Drover, answer: str, code: int) -> None:
-    args = [*DROVER, "--server", drover.server, *resolving(drover)]
-    parent, child = pty.openpty()
-    with subprocess.Popen(args, stdin=child, stdout=child, stderr=child) as process:
-        os.close(child)
-        screen = _read_until(parent, "[y/N]")
-        if answer:
-            os.write(parent, answer.encode())
-        else:
-            time.sleep(0.3)  # the prompt is there a moment before Python waits for the answer
-            process.send_signal(signal.SIGINT)
-        screen += _read_until(parent, "never start it" if code == 0 else "Nothing was said of b")
-        assert process.wait(10) == code
-    os.close(parent)
-    assert "Aborted!" not in screen
-
-
 def test_hosts(drover: Drover) -> None:
     lines = [line.split() for line in drover("host", "list").stdout.splitlines()]
     assert [line[:3] for line in lines[1:]] == [["a", "up", "0/2"], ["b", "unreachable", "0/2"]]
@@ -437,80 +345,6 @@ def test_completed_words(words: str, expected: str) -> None:
     env = {**os.environ, "_DROVER_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": count}
     out = subprocess.run(DROVER, env=env, capture_output=True, text=True, check=False, timeout=20).stdout
     assert f"plain,{expected}" in out.splitlines()
-
-
-def test_ctrl_c_ends_the_watching_and_not_the_migration(drover: Drover) -> None:
-    args = [*DROVER, "--server", drover.server, "migrate", "long", "--to", "b", "--id", UUID[:-1] + "7"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        while "perform" not in process.stdout.readline():
-            pass
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
-        text = process.stderr.read()
-    assert "the migration goes on" in text
-    assert f"drover --server {drover.server} migration cancel {UUID[:-1]}7" in text
-    assert "Traceback" not in text
-    assert drover.json("migration", "show", UUID[:-1] + "7")["state"] == "MIGRATION_STATE_ACTIVE"
-    drover("migration", "cancel", UUID[:-1] + "7")
-
-
-def test_output_that_nobody_reads_ends_quietly(drover: Drover) -> None:
-    for args in (["migration", "list", "-o", "json"], ["migrate", "long", "--to", "b", "--id", UUID[:-1] + "8"]):
-        reader, writer = os.pipe()
-        os.close(reader)
-        done = subprocess.run([*DROVER, *args], stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=20,
-                              env={**os.environ, "DROVER_SERVER": drover.server})  # fmt: skip
-        os.close(writer)
-        assert (done.returncode, done.stderr) == (141, "")
-    drover("migration", "cancel", UUID[:-1] + "8")
-
-
-def test_ctrl_c_in_json(drover: Drover) -> None:
-    args = [*DROVER, "--server", drover.server, "migration", "watch", start(drover, "long"), "-o", "json"]
-    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        while "PERFORM" not in process.stdout.readline().upper():
-            pass
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
-        error = json.loads(process.stderr.read())["error"]
-    assert (error["exit_code"], error["migration_id"]) == (130, args[-3])
-    drover("migration", "cancel", args[-3])
-
-
-def test_a_terminal_gets_a_live_line(drover: Drover) -> None:
-    migration_id = start(drover, "long")
-    parent, child = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "50"}
-    args = [*DROVER, "--server", drover.server, "migration", "watch", migration_id]
-    with subprocess.Popen(args, stdout=child, stderr=child, env=env) as process:
-        os.close(child)
-        screen = _read_until(parent, "perform")
-        drover("migration", "cancel", migration_id)
-        screen += _read_until(parent, "next:")
-        assert process.wait(10) == 1
-    os.close(parent)
-    assert "\x1b[?25l" in screen  # the cursor is hidden, and comes back
-    assert "\x1b[?25h" in screen
-    assert "cancelled" in screen
-    lines = [line for line in re.split(r"[\r\n]+|\x1b\[[0-9;?]*[A-Za-z]", screen) if "long: perform" in line]
-    assert lines
-    assert all(len(line) <= 50 and line.endswith("…") for line in lines), lines  # one line, or it would not change in place
-
-
-def _read_until(terminal: int, words: str) -> str:
-    seen, end = "", time.monotonic() + 10
-    while words not in seen:
-        assert time.monotonic() < end, seen
-        if select.select([terminal], [], [], 0.5)[0]:
-            try:
-                seen += os.read(terminal, 4096).decode(errors="replace")
-            except OSError:  # nobody writes there any more
-                pytest.fail(seen)
-    return seen
 
 
 def test_numbers_for_people() -> None:
