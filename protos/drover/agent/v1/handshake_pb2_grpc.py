@@ -187,7 +187,8 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartPostCopy(self, request, context):
-        """Source: switches a transfer to post-copy that was armed for it. The switch is the commit. Errors: POST_COPY_NOT_ARMED.
+        """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
+        must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -72,7 +72,9 @@ class HandshakeServiceStub:
     Errors: WRONG_PHASE with the record's state RUNNING when the guest already runs here.
     """
     StartPostCopy: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.StartPostCopyRequest, _handshake_pb2.StartPostCopyResponse]
-    """Source: switches a transfer to post-copy that was armed for it. The switch is the commit. Errors: POST_COPY_NOT_ARMED."""
+    """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
+    must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
+    """
     SetBandwidth: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.SetBandwidthRequest, _handshake_pb2.SetBandwidthResponse]
     """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED."""
     GetRecord: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]
@@ -128,7 +130,9 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     Errors: WRONG_PHASE with the record's state RUNNING when the guest already runs here.
     """
     StartPostCopy: _aio.UnaryUnaryMultiCallable[_handshake_pb2.StartPostCopyRequest, _handshake_pb2.StartPostCopyResponse]  # type: ignore[assignment]
-    """Source: switches a transfer to post-copy that was armed for it. The switch is the commit. Errors: POST_COPY_NOT_ARMED."""
+    """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
+    must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
+    """
     SetBandwidth: _aio.UnaryUnaryMultiCallable[_handshake_pb2.SetBandwidthRequest, _handshake_pb2.SetBandwidthResponse]  # type: ignore[assignment]
     """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED."""
     GetRecord: _aio.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]  # type: ignore[assignment]
@@ -235,7 +239,9 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.StartPostCopyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.StartPostCopyResponse, _abc.Awaitable[_handshake_pb2.StartPostCopyResponse]]:
-        """Source: switches a transfer to post-copy that was armed for it. The switch is the commit. Errors: POST_COPY_NOT_ARMED."""
+        """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
+        must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
+        """
 
     @_abc_1.abstractmethod
     def SetBandwidth(
