@@ -221,13 +221,30 @@ class SourceSide:
             with timed("begin") as watch:
                 begun = await self.session(attempt).begin(record.user_options, record.destination_name)
         except Exception as error:
-            await attempt.report(_E.BEGIN_FAILED, failure=failure_of(error))
+            await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error))
             return
         await attempt.report(
             _E.BEGIN_DONE,
             domain_xml=begun.domain_xml,
             cookies={"begin": begun.cookie},
             timings=(*attempt.record.timings, watch.timing),
+        )
+
+    async def _death(self, attempt: Attempt) -> Failure | None:
+        """Whether the guest itself has died meanwhile, where the hypervisor can tell."""
+        try:
+            domain = await self._host.hypervisor.get_domain(attempt.record.domain_uuid)
+        except DomainNotFound:
+            domain = None
+        except HypervisorError:
+            return None
+        return self._crashed(attempt) if source_fact(domain) is _E.SAW_DEAD else None
+
+    def _crashed(self, attempt: Attempt) -> Failure:
+        return Failure(
+            Reason.GUEST_CRASHED,
+            f"guest {attempt.record.domain_name} is not running on {self._host.name} any more, and the destination has no copy: its "
+            "hypervisor process died. That was no error of the migration; start the guest again",
         )
 
     async def _perform(self, attempt: Attempt) -> None:
@@ -331,11 +348,7 @@ class SourceSide:
                     await self.session(attempt).resume()
                 domain = await look_up(self._host, attempt)
             if domain is None or domain.postcopy or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
-                changes["failure"] = Failure(
-                    Reason.GUEST_CRASHED,
-                    f"guest {attempt.record.domain_name} is not running on {self._host.name} any more, and the destination has no "
-                    "copy: its hypervisor process died. That was no error of the migration; start the guest again",
-                )
+                changes["failure"] = self._crashed(attempt)
 
         with timed("confirm") as watch:
             await retry(attempt, "letting the guest run on at the source", resume)

@@ -7,7 +7,7 @@ import pytest
 
 from agent.errors import Reason
 from agent.handshake.records import OperatorWord, Role, decode
-from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Job
+from agent.hypervisor.base import Domain, DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Job
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
     CANCELLED,
@@ -109,6 +109,24 @@ async def test_a_phase_that_fails_in_an_unforeseen_way_is_rolled_back(pair: Pair
         agent.hypervisor.fails[call] = [RuntimeError("can't start new thread")]
     await finished(pair.driver())
     pair.stayed()
+
+
+@pytest.mark.parametrize("left", [None, guest(state=DomainState.SHUTOFF, reason="crashed")])
+async def test_a_guest_that_dies_as_it_is_begun_is_reported_as_crashed(pair: Pair, left: Domain | None) -> None:
+    hypervisor = pair.source.hypervisor
+    hypervisor.held["begin"] = asyncio.Event()
+    hypervisor.fails["begin"] = [HypervisorError("domain is not running")]
+    driver = pair.driver()
+    running = asyncio.create_task(finished(driver))
+    await until(lambda: pair.source.journalled == "beginning")
+    hypervisor.domains.clear()
+    if left is not None:
+        hypervisor.put(left)
+    hypervisor.held["begin"].set()
+    await running
+    assert driver.failure is not None
+    assert driver.failure.reason is Reason.GUEST_CRASHED
+    assert pair.states == ("kept", "gone")
 
 
 async def test_a_finish_that_fails_in_an_unforeseen_way_is_looked_into(pair: Pair) -> None:
