@@ -111,12 +111,11 @@ def test_exit_codes_and_what_errors_say(
         assert error["retry_after_seconds"] == 7
 
 
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    nobody = Drover(f"unix:{tmp_path}/none.sock")
-    for args in (["host", "list"], ["migrate", "vm1", "--to", "b"], ["migration", "show", UUID]):
-        text = nobody(*args, code=3).stderr
-        assert "none.sock cannot be reached: No such file or directory" in text
-        assert "does a coordinator or agent run at unix:" in text
+@pytest.mark.parametrize("args", [["host", "list"], ["migrate", "vm1", "--to", "b"], ["migration", "show", UUID]], ids=" ".join)
+def test_a_server_that_is_not_there(tmp_path: Path, args: list[str]) -> None:
+    text = Drover(f"unix:{tmp_path}/none.sock")(*args, code=3).stderr
+    assert "none.sock cannot be reached: No such file or directory" in text
+    assert "does a coordinator or agent run at unix:" in text
 
 
 def test_a_server_that_dies_while_it_starts_a_migration(tmp_path: Path) -> None:
