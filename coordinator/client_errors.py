@@ -73,7 +73,7 @@ class DeadlineExceeded(Unreachable):
 
 
 class MigrationFailed(DroverClientError):  # noqa: N818
-    """The migration ended without success; the guest runs at the source as before."""
+    """The migration ended without success; the guest runs at the source as before, or nowhere where `migration.runs_on` is empty."""
 
 
 class MigrationCancelled(MigrationFailed):
@@ -124,7 +124,9 @@ def raise_unless_succeeded(migration: Migration) -> Migration:
     if migration.state is MigrationState.OUTCOME_UNKNOWN:
         raise outcome_unknown(migration)
     kind = MigrationCancelled if migration.state is MigrationState.CANCELLED else MigrationFailed
-    where = f'"{migration.domain}" runs on {migration.runs_on or migration.source or "its source"} as before'
+    where = (
+        f'"{migration.domain}" runs on {migration.runs_on} as before' if migration.runs_on else f'"{migration.domain}" runs nowhere'
+    )
     raise _of_migration(kind, migration, f"migration {migration.id} {migration.state.value}; {where}")
 
 

@@ -14,6 +14,7 @@ from coordinator.client import (
     DroverClientError,
     HostState,
     InvalidRequest,
+    Migration,
     MigrationCancelled,
     MigrationFailed,
     MigrationState,
@@ -25,7 +26,8 @@ from coordinator.client import (
     Unreachable,
     option_names,
 )
-from coordinator.client_errors import client_error
+from coordinator.client_errors import client_error, raise_unless_succeeded
+from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.fake_server import MIB, FakeMigrations, serve_agent, serve_coordinator
 
 UUID = "0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11"
@@ -236,3 +238,10 @@ def test_every_reason_has_its_exception(reason: Reason) -> None:
     error = client_error(DroverError(reason, "so", metadata={"a": "b"}))
     assert type(error) is not DroverClientError
     assert (error.reason, error.message, error.metadata) == (reason, "so", {"a": "b"})
+
+
+@pytest.mark.parametrize(("runs_on", "says"), [("h1", '"vm1" runs on h1 as before'), ("", '"vm1" runs nowhere')])
+def test_a_failed_migration_says_where_the_guest_runs(runs_on: str, says: str) -> None:
+    ended = pb.Migration(migration_id=UUID, domain_name="vm1", source_host="h1", runs_on=runs_on, state=pb.MIGRATION_STATE_FAILED)
+    with pytest.raises(MigrationFailed, match=says):
+        raise_unless_succeeded(Migration.from_proto(ended))
