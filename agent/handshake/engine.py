@@ -98,7 +98,7 @@ class Engine:
         while True:
             try:
                 await self.host.hypervisor.get_domain(record.domain_uuid)
-                attempt = await self._attempts.find(pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt))
+                attempt = await self._attempts.find(record.ref)
             except DomainNotFound:
                 return
             except (DroverError, HypervisorError) as error:

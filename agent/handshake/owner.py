@@ -74,8 +74,7 @@ class Owner:
         source = self._source_of(attempt)
         if source is None:
             return None
-        ref = pb.AttemptRef(migration_id=attempt.record.migration_id, attempt=attempt.record.attempt)
-        return (await source.get_record(pb.GetRecordRequest(ref=ref))).record
+        return (await source.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record
 
     def _word_in(self, source: pb.Record) -> dict[str, Any]:
         """What an operator's word in the source's record says about this host."""

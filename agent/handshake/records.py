@@ -117,6 +117,10 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.migration_id, self.attempt
 
     @property
+    def ref(self) -> pb.AttemptRef:
+        return pb.AttemptRef(migration_id=self.migration_id, attempt=self.attempt)
+
+    @property
     def source_state(self) -> SourceState:
         return SourceState(self.state)
 
@@ -211,7 +215,7 @@ def progress_to_proto(progress: Progress) -> pb.Progress:
 def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
     """The record as others may see it: no cookies, no XML."""
     message = pb.Record(
-        ref=pb.AttemptRef(migration_id=record.migration_id, attempt=record.attempt),
+        ref=record.ref,
         state=wire_state(record),
         domain_name=record.domain_name,
         domain_uuid=record.domain_uuid,

@@ -47,8 +47,7 @@ class Transfers:
             raise _not_armed(
                 "this attempt was begun without the address of the destination's agent, so nobody can say whether it is armed"
             )
-        ref = pb.AttemptRef(migration_id=attempt.record.migration_id, attempt=attempt.record.attempt)
-        state = state_from_proto((await peer.get_record(pb.GetRecordRequest(ref=ref))).record)
+        state = state_from_proto((await peer.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record)
         if state != DestinationState.ARMED:
             raise _not_armed(f"the destination {attempt.record.peer_host} is {state}, not armed: call Finish there first")
 
