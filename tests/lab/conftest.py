@@ -29,6 +29,6 @@ def _real_hosts() -> None:
 
 
 @pytest.fixture(scope="session", name="cluster")
-def _cluster(_real_hosts: None, worker_id: str) -> Iterator[Cluster]:
-    with cluster("libvirt", GUESTS.values(), networks=2, lab_id=f"scen{worker_id[-1]}", settings=SETTINGS) as made:
+def _cluster(_real_hosts: None) -> Iterator[Cluster]:
+    with cluster("libvirt", GUESTS.values(), networks=2, lab_id=f"sc{os.getpid()}", settings=SETTINGS) as made:
         yield made

@@ -25,7 +25,7 @@ ROUNDS = 25
 
 @pytest.mark.usefixtures("_real_hosts")
 def test_whatever_dies_exactly_one_copy_runs(tmp_path: Path) -> None:
-    with Arena("cht") as arena:
+    with Arena(f"ch{os.getpid()}") as arena:
         plans = (plan(SEED, number) for number in range(1, ROUNDS + 1))
         results = run(arena, plans, lambda bad: tmp_path / f"round-{bad.number}", tell_round)
     tell(results)

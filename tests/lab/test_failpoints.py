@@ -43,7 +43,7 @@ SAMPLE = (
 
 @pytest.fixture(scope="module")
 def arena(_real_hosts: None) -> Iterator[Arena]:
-    with Arena("fpt") as made:
+    with Arena(f"fp{os.getpid()}") as made:
         yield made
 
 

@@ -1,6 +1,7 @@
 """Requirements R1, R2: a destination that is out of reach after Perform, until it comes back or an operator speaks."""
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 
@@ -20,7 +21,7 @@ GUESTS = [GuestSpec("out-of-reach"), GuestSpec("declared-dead"), GuestSpec("fenc
 @pytest.fixture(name="cluster", scope="module")
 def _cluster(_real_hosts: None) -> Iterator[Cluster]:
     settings = {"agent": {"takeover_after_seconds": 5, "lease_seconds": 10}}
-    with cluster("libvirt", GUESTS, lab_id="oper", settings=settings) as made:
+    with cluster("libvirt", GUESTS, lab_id=f"op{os.getpid()}", settings=settings) as made:
         yield made
 
 

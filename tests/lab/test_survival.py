@@ -1,5 +1,6 @@
 """Requirements R1, R2, R6, A6: the daemons die or are restarted in the middle, and the migration ends all the same."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -21,7 +22,7 @@ GUESTS = [GuestSpec("pre-copy"), GuestSpec("post-copy", dirty=2000), GuestSpec("
 @pytest.fixture(name="cluster", scope="module")
 def _cluster(_real_hosts: None) -> Iterator[Cluster]:
     settings = {"agent": {"takeover_after_seconds": 3, "lease_seconds": 5, "incoming_limit": 10}}
-    with cluster("libvirt", GUESTS, lab_id="surv", settings=settings) as made:
+    with cluster("libvirt", GUESTS, lab_id=f"sv{os.getpid()}", settings=settings) as made:
         yield made
 
 
