@@ -34,9 +34,9 @@ class Step:
     printed: tuple[str, ...]
 
 
-def steps(document: Path) -> Iterator[Step]:
+def steps(text: str) -> Iterator[Step]:
     """The commands of a document and what is said to be printed."""
-    for block in re.findall(r"^```console\n(.*?)^```", document.read_text(), re.M | re.S):
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.M | re.S):
         command: str = ""
         printed: list[str] = []
         for line in block.splitlines():
@@ -50,9 +50,14 @@ def steps(document: Path) -> Iterator[Step]:
             yield Step(command, tuple(printed))
 
 
-def run(document: Path, folder: Path, environment: Mapping[str, str]) -> None:
-    """Run all commands of a document. Raises AssertionError with the command that failed or printed something else."""
-    todo = list(steps(document))
+def run(document: Path, folder: Path, environment: Mapping[str, str], instead: Mapping[str, str] | None = None) -> None:
+    """Run all commands of a document, with what `instead` replaces in its text. Raises AssertionError with the command that
+    failed or printed something else.
+    """
+    text = document.read_text()
+    for old, new in (instead or {}).items():
+        text = text.replace(old, new)
+    todo = list(steps(text))
     script = ["set -eo pipefail"]
     for number, step in enumerate(todo):
         script += [f"echo '{_MARK}{number}'", step.command]

@@ -9,11 +9,11 @@ from pathlib import Path
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyped]
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from agent.address import TcpAddress, UnixAddress, parse_address
 from agent.service.channel import KEEPALIVE_OPTIONS
 from agent.service.interceptor import ErrorInterceptor
+from agent.service.reflection import add_reflection
 
 PROBE_SECONDS = 1.0
 """How long to wait for a sign of life from a unix socket that is already there."""
@@ -68,8 +68,7 @@ async def start_server(listen: Sequence[str], add: Callable[[grpc.aio.Server], N
     server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
     health = await _add_health(server, service_names)
     add(server)
-    names = (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    add_reflection(server, (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name))
     try:
         bound = tuple(_bind(server, address) for address in addresses)
         await server.start()

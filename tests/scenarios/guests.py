@@ -27,6 +27,7 @@ GUESTS = {
         GuestSpec("incompatible", memory_mib=16),
         GuestSpec("soak"),
         GuestSpec("web1"),
+        GuestSpec("web2"),
         GuestSpec("vm1", memory_mib=256, dirty=100),
     )
 }
