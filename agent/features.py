@@ -1,6 +1,7 @@
 """What both ends must be able to do before a guest is touched (requirements H4, H5, O1). Pure decisions."""
 
 from collections.abc import Mapping
+from typing import Final, Literal
 
 from agent.errors import DroverError, Reason
 from agent.handshake.records import options_from_proto
@@ -22,6 +23,9 @@ PROTOCOL_VERSION = 1
 
 _NOT_YET = frozenset({"offline"})
 """Options that the handshake cannot honour yet, whatever the driver can: it has no way around Perform."""
+
+_WHERE_ALL_CAN: Final[tuple[Literal["post_copy"], ...]] = ("post_copy",)
+"""Options whose default is "on" only where both ends support them."""
 
 _REASONS: Mapping[type[HypervisorError], Reason] = {
     DomainNotFound: Reason.DOMAIN_NOT_FOUND,
@@ -49,6 +53,7 @@ def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
         split_phases=features.split_phases,
         first_port=features.ports[0],
         last_port=features.ports[1],
+        reasons=features.reasons,
     )
 
 
@@ -68,12 +73,23 @@ def check_options(options: options_pb2.Options, features: options_pb2.MigrationF
     for option, wanted in options_from_proto(options).items():
         support = support_of(features, option)
         if (wanted and support is Support.UNSUPPORTED) or (not wanted and support is Support.ALWAYS_ON):
+            why = features.reasons.get(option) or f"there it is {support.value.replace('_', ' ')}"
             raise DroverError(
                 Reason.OPTION_UNSUPPORTED,
-                f"option {option}={'on' if wanted else 'off'} cannot be honoured by {end}: there it is "
-                f"{support.value.replace('_', ' ')}. Nothing was done to the guest; leave the option out",
+                f"option {option}={'on' if wanted else 'off'} cannot be honoured by {end}: {why}. "
+                "Nothing was done to the guest; leave the option out",
                 metadata={"option": option, "end": end, "support": support.value},
             )
+
+
+def settled(options: options_pb2.Options, *ends: options_pb2.MigrationFeatures) -> options_pb2.Options:
+    """The options with an explicit "off" for each that is on by itself, but not where one of these ends lacks it."""
+    result = options_pb2.Options()
+    result.CopyFrom(options)
+    for option in _WHERE_ALL_CAN:
+        if not result.HasField(option) and any(support_of(features, option) is Support.UNSUPPORTED for features in ends):
+            setattr(result, option, False)
+    return result
 
 
 def check_bandwidth(bandwidth: int, features: options_pb2.MigrationFeatures, end: str) -> None:

@@ -1,13 +1,23 @@
 """This host as others see it."""
 
+import asyncio
+import contextlib
 import uuid
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from typing import Final
+
+import structlog
 
 from agent.features import PROTOCOL_VERSION, features_to_proto
 from agent.handshake.engine import Engine
-from agent.hypervisor.base import Hypervisor, HypervisorInfo
+from agent.hypervisor.base import Hypervisor, HypervisorError, HypervisorInfo
 from drover.agent.v1 import host_pb2 as pb
+
+log = structlog.get_logger()
+
+REFRESH_SECONDS: Final = 5.0
+"""Between two looks at what the hypervisor can; each costs a few local reads."""
 
 
 class AgentHost:
@@ -38,6 +48,17 @@ class AgentHost:
             incarnation=self._incarnation,
             draining=local.draining,
         )
+
+    async def keep_current(self) -> None:
+        """Ask the hypervisor again what it can, for ever: a sysctl is set, a libvirtd comes back with another QEMU."""
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            with contextlib.suppress(HypervisorError):  # until it answers, what it said last holds
+                info = await self.hypervisor.info()
+                if info != self._info:
+                    log.info("the hypervisor has changed", hypervisor=info.hypervisor, library=info.library_version)
+                    self._info, self.engine.host.features = info, features_to_proto(info.features)
+                    self.engine.changed.ring()
 
     async def watch(self) -> AsyncIterator[pb.Host]:
         """This host now, and whenever it has changed since it was last looked at."""

@@ -75,6 +75,8 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         log.info("serving", host=config.name, addresses=server.addresses)
         checking = asyncio.create_task(engine.check_disowned(), name="check disowned")
         stack.callback(checking.cancel)
+        refreshing = asyncio.create_task(host.keep_current(), name="keep current")
+        stack.callback(refreshing.cancel)
         if config.coordinator:
             coordinator = open_channel(config.coordinator)
             stack.push_async_callback(coordinator.close)

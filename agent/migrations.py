@@ -189,6 +189,7 @@ class Migrations:
             domain_uuid=plan.domain_uuid,
             runs_on=plan.source_host,
             network=plan.network,
+            options=plan.options,
             warnings=warnings,
             driver=self._name,
         )

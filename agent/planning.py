@@ -6,7 +6,7 @@ Everything that can be refused by looking is refused here, before any host has d
 from typing import Protocol
 
 from agent.errors import DroverError, Reason
-from agent.features import check_bandwidth, check_options, check_protocol
+from agent.features import check_bandwidth, check_options, check_protocol, settled
 from agent.handshake.driver import Plan
 from agent.networks import MIGRATION_ROLE, common_network, listen_on
 from drover.agent.v1 import host_pb2
@@ -55,7 +55,7 @@ def make_plan(
             network=network,
             uri=spec.uri,
             bandwidth=spec.bandwidth_bytes_per_second,
-            options=spec.options,
+            options=settled(spec.options, source.migration_features, destination.migration_features),
             requirements=guest.requirements,
             destination_networks=tuple(destination.networks),
             destination_features=destination.migration_features,
@@ -78,7 +78,7 @@ def resume_plan(migration: pb.Migration, source: _End, destination: _End) -> Pla
         network=migration.network,
         uri=spec.uri,
         bandwidth=spec.bandwidth_bytes_per_second,
-        options=spec.options,
+        options=migration.options if migration.HasField("options") else spec.options,
         requirements=None,
         destination_networks=tuple(destination.host.networks),
         destination_features=destination.host.migration_features,

@@ -224,6 +224,8 @@ class Host:
     networks: tuple[Network, ...]
     option_support: dict[str, str]
     """For each option "supported", "always_on" or "unsupported"."""
+    option_reasons: dict[str, str]
+    """For an option that this host lacks though its driver has it: what forbids it."""
     uri_transports: tuple[str, ...]
     bandwidth: bool
     """A limit on the rate can be enforced."""
@@ -253,6 +255,7 @@ class Host:
             option_support={
                 name: _word(options_pb2.OptionSupport, support, "OPTION_SUPPORT_") for name, support in features.options.items()
             },
+            option_reasons=dict(features.reasons),
             uri_transports=tuple(features.uri_transports),
             bandwidth=features.bandwidth,
             split_phases=features.split_phases,

@@ -10,7 +10,7 @@ import structlog
 
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
-from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto
+from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto, settled
 from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
@@ -93,7 +93,7 @@ class DestinationSide:
                 destination_name=request.destination_name or request.requirements.name,
                 peer_host=request.source_host,
                 peer_agent=request.source_agent,
-                options=options_from_proto(request.options),
+                options=options_from_proto(settled(request.options, self._host.features)),
                 timings=(watch.timing,),
             )
         self.recover(attempt)

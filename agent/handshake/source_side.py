@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from agent.errors import DroverError, Reason
-from agent.features import check_bandwidth, check_options, from_hypervisor
+from agent.features import check_bandwidth, check_options, from_hypervisor, settled
 from agent.handshake.attempt import Attempt, Told, retry, waits_for
 from agent.handshake.attempts import Attempts
 from agent.handshake.facts import check_movable, source_fact
@@ -91,7 +91,7 @@ class SourceSide:
                 destination_name=request.destination_name or domain.name,
                 peer_host=request.destination_host,
                 peer_agent=request.destination_agent,
-                options=options_from_proto(request.options),
+                options=options_from_proto(settled(request.options, self._host.features)),
                 epoch=request.slot_epoch,
             )
         self.recover(attempt)

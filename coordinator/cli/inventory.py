@@ -72,6 +72,7 @@ def _print_host(host: Host) -> None:
             ("bandwidth limit", "yes" if host.bandwidth else "no"),
             ("split phases", "yes" if host.split_phases else "no: whole migrations only"),
             *((support.replace("_", " "), ", ".join(options)) for support, options in sorted(by_support.items())),
+            *((f"no {option}", why) for option, why in sorted(host.option_reasons.items())),
         ]
     )
     rows = [(n.name, n.address, ",".join(n.roles), rate(n.line_rate) if n.line_rate else "") for n in host.networks]

@@ -1,5 +1,7 @@
 """agent.features: what both ends must be able to do, and how a hypervisor's words read on the wire."""
 
+import dataclasses
+
 import pytest
 
 from agent.errors import DroverError, Reason
@@ -10,6 +12,7 @@ from agent.features import (
     check_protocol,
     features_to_proto,
     from_hypervisor,
+    settled,
     support_of,
 )
 from agent.hypervisor import base
@@ -82,6 +85,14 @@ def test_a_word_is_honoured_or_refused_never_ignored(option: str, wanted: bool, 
 
 def test_nothing_said_is_nothing_to_check() -> None:
     check_options(options_pb2.Options(), options_pb2.MigrationFeatures(), "x")
+
+
+def test_6_30_what_forbids_an_option_is_told() -> None:
+    wire = features_to_proto(dataclasses.replace(FEATURES, options={}, reasons={"post_copy": "the sysctl is 0"}))
+    with pytest.raises(DroverError, match="by h1: the sysctl is 0"):
+        check_options(options_pb2.Options(post_copy=True), wire, "h1")
+    assert settled(options_pb2.Options(live=True), wire) == options_pb2.Options(live=True, post_copy=False)
+    assert settled(options_pb2.Options(), features_to_proto(FEATURES)) == options_pb2.Options()
 
 
 def test_a_limit_that_cannot_be_kept_is_refused() -> None:

@@ -128,6 +128,36 @@ def test_either_end_can_refuse(end: str, wanted: pb.MigrationSpec, changes: dict
         assert hosts[end].name in error.value.message
 
 
+FORBIDDEN = features(
+    options={**_SUPPORT, "post_copy": options_pb2.OPTION_SUPPORT_UNSUPPORTED},
+    reasons={"post_copy": "vm.unprivileged_userfaultfd is 0 and QEMU runs as user libvirt-qemu"},
+)
+
+
+@pytest.mark.parametrize(("source", "destination"), [(True, False), (False, True), (False, False)])
+def test_6_30_post_copy_is_armed_by_itself_only_where_both_hosts_can(source: bool, destination: bool) -> None:
+    ends = [host(n) if can else host(n, migration_features=FORBIDDEN) for n, can in ((1, source), (2, destination))]
+    plan, _ = planned(source=ends[0], destination=ends[1])
+    assert plan.options == options_pb2.Options(post_copy=False)
+    assert not planned()[0].options.HasField("post_copy")
+    planned(option(post_copy=False), ends[0], ends[1])
+    with pytest.raises(DroverError, match=r"vm\.unprivileged_userfaultfd is 0") as error:
+        planned(option(post_copy=True), ends[0], ends[1])
+    assert error.value.reason is Reason.OPTION_UNSUPPORTED
+    assert ("h2" if source else "h1") in error.value.message
+
+
+def test_6_30_a_driver_that_goes_on_has_the_options_of_the_plan() -> None:
+    class End:
+        def __init__(self, number: int) -> None:
+            self.host = host(number)
+            self.agent_address = f"10.91.0.{number}:7400"
+
+    plan, _ = planned(destination=host(2, migration_features=FORBIDDEN))
+    migration = pb.Migration(spec=SPEC, source_host="h1", destination_host="h2", network="mig", options=plan.options)
+    assert resume_plan(migration, End(1), End(2)).options == options_pb2.Options(post_copy=False)
+
+
 @pytest.mark.parametrize("uri", ["tcp://10.92.0.1:49152", "tcp://10.92.0.2:1", "rdma://10.92.0.2:49152"])
 def test_a_uri_that_the_destination_would_refuse(uri: str) -> None:
     with pytest.raises(DroverError) as error:

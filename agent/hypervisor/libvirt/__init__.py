@@ -6,6 +6,7 @@ errors      libvirt's error codes as this project's errors
 connection  `Session`: one connection, its calls, its deadlines
 domain      states, job, requirements: what libvirt's answers mean
 options     `Options` as libvirt flags, limits as MiB/s
+postcopy    whether this host's QEMU may use post-copy
 switchover, guard    no second copy after a death of the source's libvirtd; also a hook of libvirt
 outgoing, incoming   one migration on its source, on its destination
 events      libvirt's event loop, and its events for asyncio

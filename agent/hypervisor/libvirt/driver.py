@@ -13,10 +13,11 @@ from agent.hypervisor.base import (
     Features,
     HypervisorInfo,
     Requirements,
+    Support,
 )
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import host, options, phases
+from agent.hypervisor.libvirt import host, options, phases, postcopy
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
@@ -58,13 +59,16 @@ class LibvirtHypervisor:
 
     async def info(self) -> HypervisorInfo:
         known = await self._capabilities()
+        forbidden = postcopy.refusal(postcopy.read_sysctl(), known.capabilities.qemu_uid)
+        reasons = {"post_copy": forbidden} if forbidden else {}
         return HypervisorInfo(
             driver="libvirt",
             hypervisor=known.hypervisor,
             library_version=known.library,
             host_uuid=known.capabilities.host_uuid,
             features=Features(
-                options=options.SUPPORT,
+                options={**options.SUPPORT, **dict.fromkeys(reasons, Support.UNSUPPORTED)},
+                reasons=reasons,
                 uri_transports=known.capabilities.uri_transports,
                 ports=self._ports,
                 bandwidth=True,
@@ -105,7 +109,7 @@ class LibvirtHypervisor:
         """What the host can do, read once for each life of libvirtd: one that went away may come back upgraded."""
         async with self._reading:
             link = self._watch.link  # the connection that lasts as long as libvirtd does
-            if self._known is None or self._known.link is not link:
+            if self._known is None or link is None or self._known.link is not link:
                 self._known = _Known(link, *await self._pool.call(_read_host))
             return self._known
 

@@ -32,6 +32,8 @@ class Architecture:
 class Capabilities:
     host_uuid: str
     uri_transports: tuple[str, ...]
+    qemu_uid: int | None
+    """The user as which libvirt starts QEMU, from its DAC security model; None where it does not say."""
     architectures: Mapping[str, Architecture]
 
 
@@ -41,6 +43,7 @@ def parse_capabilities(xml: str) -> Capabilities:
     return Capabilities(
         host_uuid=root.findtext("host/uuid", ""),
         uri_transports=tuple(transport for transport in TRANSPORTS if transport in offered),
+        qemu_uid=_qemu_uid(root),
         architectures={
             arch.get("name", ""): _architecture(arch)
             for guest in root.iterfind("guest")
@@ -48,6 +51,15 @@ def parse_capabilities(xml: str) -> Capabilities:
             for arch in guest.iterfind("arch")
         },
     )
+
+
+def _qemu_uid(root: ET.Element) -> int | None:
+    """From a label such as ``+64055:+103``."""
+    for model in root.iterfind("host/secmodel"):
+        label = re.fullmatch(r"\+?(\d+):\+?\d+", model.findtext("baselabel", ""))
+        if model.findtext("model") == "dac" and label:
+            return int(label[1])
+    return None
 
 
 def _architecture(arch: ET.Element) -> Architecture:

@@ -66,6 +66,8 @@ class SimConfig(Base, kw_only=True, frozen=True):
     ports: tuple[Port, Port] = (49_152, 49_215)
     """First and last port for incoming streams, as QEMU's defaults."""
     machine_types: tuple[Word, ...] = ("pc-q35-7.2", "pc-i440fx-7.2")
+    forbidden: dict[Name, Annotated[str, Meta(max_length=1024)]] = {}
+    """Options that this host lacks though its profile has them, each with what forbids it, as a sysctl forbids QEMU post-copy."""
     cpu_models: tuple[str, ...] = ("qemu64", "host-model")
     archs: tuple[Word, ...] = ("x86_64",)
     virt_types: tuple[Word, ...] = ("kvm", "qemu")

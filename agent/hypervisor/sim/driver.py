@@ -44,7 +44,7 @@ class SimHypervisor:
             hypervisor=profile.hypervisor,
             library_version=f"drover-sim {VERSION}",
             host_uuid=config.host_uuid,
-            features=profile.features(config.ports),
+            features=profile.features(config.ports, config.forbidden),
         )
 
     async def list_domains(self) -> list[Domain]:

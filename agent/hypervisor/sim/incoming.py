@@ -46,6 +46,9 @@ class SimIncoming:
         if cookie.host_uuid == self._host.config.host_uuid:
             raise HypervisorError("a guest cannot be migrated to the host on which it is")
         word = self._host.profile.word
+        for option, why in self._host.config.forbidden.items():
+            if word(options, option):  # as QEMU says of post-copy when it is started to receive
+                raise HypervisorError(f"{option} is not supported: {why}")
         if word(options, "offline") and not word(options, "persist_destination"):
             raise Incompatible("an offline migration moves the definition only: persist_destination cannot be off")
         self._host.check_arrival(definition)

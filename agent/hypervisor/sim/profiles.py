@@ -25,9 +25,10 @@ class Profile:
     """A limit on the rate is enforced."""
     split_phases: bool = True
 
-    def features(self, ports: tuple[int, int]) -> Features:
+    def features(self, ports: tuple[int, int], forbidden: Mapping[str, str]) -> Features:
         return Features(
-            options=self.options,
+            options={**self.options, **dict.fromkeys(forbidden, NO)},
+            reasons=forbidden,
             uri_transports=self.uri_transports,
             ports=ports,
             bandwidth=self.bandwidth,

@@ -226,6 +226,7 @@ class Migration(message.Message):
     DRIVER_FIELD_NUMBER: builtins.int
     OPERATOR_WORD_FIELD_NUMBER: builtins.int
     SILENT_HOSTS_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chose."""
     state: MigrationState.ValueType
@@ -302,6 +303,12 @@ class Migration(message.Message):
     def silent_hosts(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Hosts that do not answer now."""
 
+    @builtins.property
+    def options(self) -> options_pb2.Options:
+        """The options as both hosts are told them: those of the spec, and "off" for what is on by itself only where both hosts can. Set by
+        the driver when it plans; unset for a migration that was taken over.
+        """
+
     def __init__(
         self,
         *,
@@ -331,10 +338,11 @@ class Migration(message.Message):
         driver: builtins.str = ...,
         operator_word: handshake_pb2.OperatorWord | None = ...,
         silent_hosts: abc.Iterable[builtins.str] | None = ...,
+        options: options_pb2.Options | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "progress", b"progress", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -226,12 +226,33 @@ class MigrationFeatures(message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @typing.final
+    class ReasonsEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     OPTIONS_FIELD_NUMBER: builtins.int
     URI_TRANSPORTS_FIELD_NUMBER: builtins.int
     BANDWIDTH_FIELD_NUMBER: builtins.int
     SPLIT_PHASES_FIELD_NUMBER: builtins.int
     FIRST_PORT_FIELD_NUMBER: builtins.int
     LAST_PORT_FIELD_NUMBER: builtins.int
+    REASONS_FIELD_NUMBER: builtins.int
     bandwidth: builtins.bool
     """A bandwidth limit can be enforced, and changed while the transfer runs."""
     split_phases: builtins.bool
@@ -248,6 +269,12 @@ class MigrationFeatures(message.Message):
     def uri_transports(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """Schemes that Prepare takes in a migration URI, such as "tcp". At most 64."""
 
+    @builtins.property
+    def reasons(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """For an option that is unsupported on this host though its driver knows it: what forbids it, and what would allow it. Set by the
+        agent; empty where nothing is forbidden. At most 64.
+        """
+
     def __init__(
         self,
         *,
@@ -257,9 +284,10 @@ class MigrationFeatures(message.Message):
         split_phases: builtins.bool = ...,
         first_port: builtins.int = ...,
         last_port: builtins.int = ...,
+        reasons: abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth", b"bandwidth", "first_port", b"first_port", "last_port", b"last_port", "options", b"options", "split_phases", b"split_phases", "uri_transports", b"uri_transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth", b"bandwidth", "first_port", b"first_port", "last_port", b"last_port", "options", b"options", "reasons", b"reasons", "split_phases", b"split_phases", "uri_transports", b"uri_transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
