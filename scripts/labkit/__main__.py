@@ -12,6 +12,7 @@ import click
 from labkit.errors import LabError
 from labkit.hosts import Node
 from labkit.lab import STATE, Lab, known_labs, take_down
+from labkit.settings import SETTINGS, VARIABLE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,9 +44,10 @@ def main() -> None:
 @lab_options
 @click.option("--hosts", type=int, default=2, show_default=True, help="How many hosts: h1, h2, …")
 @click.option("--networks", type=int, default=1, show_default=True, help="How many migration networks: mig1, …")
-def up(lab_id: str, state: Path, hosts: int, networks: int) -> None:
+@click.option("--setting", type=click.Choice(list(SETTINGS)), help=f"How libvirt is configured; else ${VARIABLE}, else stock.")
+def up(lab_id: str, state: Path, hosts: int, networks: int, setting: str | None) -> None:
     """Brings a lab up; returns when all of it is ready and leaves it running."""
-    lab = Lab.up(lab_id, hosts, networks, state)
+    lab = Lab.up(lab_id, hosts, networks, state, setting)
     _show(lab)
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import pwd
 import re
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,87 +21,68 @@ from labkit.build import helper
 from labkit.domain import Guest
 from labkit.errors import LabError
 from labkit.hosts import Host, Leaks, Node
-from labkit.links import COORDINATOR_INDEX, make_switch, networks, plug
+from labkit.links import COORDINATOR_INDEX, Network, make_switch, networks, plug
 from labkit.processes import NETNS_DIR, kill_namespaces, namespace_inode, read_pid, run, wait_until
+from labkit.settings import Setting
+from labkit.settings import find as find_setting
 
 STATE = Path("/run/drover-lab")
 """Where labs keep their files unless told otherwise: one folder per lab id."""
 STATE_FILE = "lab.json"
+SHARED = "shared"
 PROGRAMS = ("libvirtd", "virsh", "qemu-system-x86_64", "ip", "tc", "nft", "ss", "nsenter", "unshare", "setsid", "setpriv", "gcc")
 MAX_HOSTS = 64
 SOCKET_PATH_LIMIT = 107
 """sun_path in sockaddr_un (unix(7)), without the final zero byte."""
 HOST_UUIDS = UUID("0b8c1f3e-54f1-5d0e-8f5e-d70000000000")
 
-LIBVIRTD_CONF = """\
-host_uuid = "{uuid}"
-listen_tls = 0
-listen_tcp = 0
-unix_sock_group = "root"
-unix_sock_ro_perms = "0777"
-unix_sock_rw_perms = "0770"
-auth_unix_ro = "none"
-auth_unix_rw = "none"
-max_clients = 1000
-max_queued_clients = 1000
-min_workers = 5
-max_workers = 64
-prio_workers = 10
-log_level = 3
-log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
-"""
-"""The number of calls at once per connection (`max_client_requests`, 5) stays as real hosts have it."""
-
-QEMU_CONF = """\
-user = "root"
-group = "root"
-dynamic_ownership = 1
-remember_owner = 0
-security_driver = "none"
-cgroup_controllers = [ ]
-namespaces = [ ]
-stdio_handler = "file"
-migrate_tls_x509_cert_dir = "/etc/libvirt/pki"
-"""
-"""stdio_handler "file": QEMU itself writes the serial log, so no virtlogd is needed, and none can delay or lose a line."""
-
 DRIVERS = ("qemu", "secret", "storage")
 """The drivers that libvirtd loads here: without the others (udev, firewall, dnsmasq) it starts faster and touches less."""
 DRIVER_DIR = Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver")
+KVM = Path("/dev/kvm")
 CAPABILITIES = "var/cache/libvirt/qemu/capabilities"
 
 
 class LabHost(Host):
     """A host with the lab's configuration of libvirt."""
 
+    def __init__(self, name: str, index: int, lab_id: str, state: Path, nets: tuple[Network, ...], setting: Setting) -> None:
+        super().__init__(name, index, lab_id, state, nets)
+        self.setting = setting
+
     def prepare(self) -> None:
         """Makes folders and configuration; takes over what an earlier lab's libvirtd found out about QEMU."""
         super().prepare()
         etc = self.path / "etc/libvirt"
         uuid = uuid5(HOST_UUIDS, self.namespace)
-        (etc / "libvirtd.conf").write_text(LIBVIRTD_CONF.format(uuid=uuid))
-        (etc / "qemu.conf").write_text(QEMU_CONF)
+        (etc / "libvirtd.conf").write_text(f'host_uuid = "{uuid}"\n{self.setting.libvirtd_conf}')
+        (etc / "qemu.conf").write_text(self.setting.qemu_conf)
         drivers = self.path / "drivers"
         drivers.mkdir(exist_ok=True)
         for name in DRIVERS:
             (drivers / f"libvirt_driver_{name}.so").symlink_to(DRIVER_DIR / f"libvirt_driver_{name}.so")
-        if capabilities_cache().is_dir():
-            shutil.copytree(capabilities_cache(), self.path / CAPABILITIES, dirs_exist_ok=True)
+        if KVM.is_char_device() and self.setting.qemu_user != "root":
+            os.mknod(self.path / "kvm", stat.S_IFCHR, KVM.stat().st_rdev)
+            os.chmod(self.path / "kvm", 0o660)
+            shutil.chown(self.path / "kvm", "root", pwd.getpwnam(self.setting.qemu_user).pw_gid)
+        cached = capabilities_cache(self.setting)
+        if cached.is_dir():
+            shutil.copytree(cached, self.path / CAPABILITIES, dirs_exist_ok=True)
 
     def service_environment(self) -> dict[str, str]:
         """Makes libvirtd load the chosen drivers only."""
         return {"LIBVIRT_DRIVER_DIR": str(self.path / "drivers")} if DRIVER_DIR.is_dir() else {}
 
 
-def capabilities_cache() -> Path:
-    """libvirtd's probe of QEMU takes a second; later labs reuse it (libvirtd checks whether it is still valid)."""
-    return labkit.build.CACHE / "capabilities"
+def capabilities_cache(setting: Setting) -> Path:
+    """libvirtd's probe of QEMU takes seconds; later labs reuse it (libvirtd checks whether it is still valid for its QEMU user)."""
+    return labkit.build.CACHE / f"capabilities-{setting.name}"
 
 
 class Lab:
     """N hosts h1…hN, a coordinator's node, networks. Make one with `Lab.up()`, find a running one with `Lab.attach()`."""
 
-    def __init__(self, lab_id: str, hosts: int, migration_networks: int, base: Path) -> None:
+    def __init__(self, lab_id: str, hosts: int, migration_networks: int, base: Path, setting: Setting) -> None:
         if not re.fullmatch(r"[a-z0-9]{1,10}", lab_id):
             raise LabError(f"lab id {lab_id!r}: 1 to 10 characters of a-z and 0-9")
         if not 1 <= hosts <= MAX_HOSTS or not 1 <= migration_networks <= 8:
@@ -108,7 +91,9 @@ class Lab:
         self.path = base.absolute() / lab_id
         self.networks = networks(migration_networks)
         self.switch = f"drv-{lab_id}-sw"
-        self.hosts = [LabHost(f"h{index}", index, lab_id, self.path, self.networks) for index in range(1, hosts + 1)]
+        self.setting = setting
+        indices = range(1, hosts + 1)
+        self.hosts = [LabHost(f"h{index}", index, lab_id, self.path, self.networks, setting) for index in indices]
         self.coordinator = Node("co", COORDINATOR_INDEX, lab_id, self.path, self.networks[:1])
         if len(str(self.hosts[-1].libvirt_socket)) > SOCKET_PATH_LIMIT:
             raise LabError(f"state folder {self.path} is too long for a unix socket's path; choose a shorter one")
@@ -116,11 +101,21 @@ class Lab:
     # --- life
 
     @classmethod
-    def up(cls, lab_id: str = "lab", hosts: int = 2, migration_networks: int = 1, base: Path = STATE) -> "Lab":
-        """Brings a lab up; returns when every libvirtd answers. When that fails, nothing is left behind."""
+    def up(
+        cls,
+        lab_id: str = "lab",
+        hosts: int = 2,
+        migration_networks: int = 1,
+        base: Path = STATE,
+        setting: str | None = None,
+    ) -> "Lab":
+        """Brings a lab up; returns when every libvirtd answers. When that fails, nothing is left behind.
+
+        `setting` is a name in `labkit.settings.SETTINGS`; None: see `labkit.settings.find`.
+        """
         if missing := missing_requirement():
             raise LabError(missing)
-        lab = cls(lab_id, hosts, migration_networks, base)
+        lab = cls(lab_id, hosts, migration_networks, base, find_setting(setting))
         if (left := _namespaces(lab_id)) or lab.path.exists():
             raise LabError(f"lab {lab_id!r} is up or was not taken down ({lab.path}, {left}); first: lab down --id {lab_id}")
         run(["ip", "netns", "add", lab.switch])  # This fails if another `up` of the same id was quicker: then nothing is ours.
@@ -134,9 +129,13 @@ class Lab:
     def _build(self) -> None:
         self.path.mkdir(parents=True)
         self._write_state(ready=False)
-        self.serial.mkdir(parents=True)
+        self.shared.mkdir()
+        # Source and destination hold a guest's files at the same time, and libvirt's memory of owners (extended attributes)
+        # is one per host: on a file system that both see, it must not be there, as it is not on NFS.
+        run(["mount", "-t", "ramfs", "-o", "mode=755", "ramfs", self.shared])
+        self.serial.mkdir()
         (self.path / "hosts").write_text(self._hosts_file())
-        labkit.build.guest_kernel()
+        shutil.copy(labkit.build.guest_kernel(), self.kernel)  # libvirt changes its owner
         tools = [helper("init"), helper("stamp")]
         # Ends with us, so that after a kill -9 nobody goes on making namespaces while `take_down` removes them.
         add = "".join(f"netns add {node.namespace}\n" for node in self.nodes)
@@ -168,7 +167,7 @@ class Lab:
 
     def _fill_capabilities_cache(self) -> None:
         found = self.hosts[0].path / CAPABILITIES
-        cached = capabilities_cache()
+        cached = capabilities_cache(self.setting)
         if cached.exists():
             return
         self.hosts[0].virsh("capabilities", timeout=60)
@@ -194,7 +193,7 @@ class Lab:
             raise LabError(f"there is no lab {lab_id!r} in {base}; first: lab up --id {lab_id}") from None
         if not state["ready"]:
             raise LabError(f"lab {lab_id!r} is still coming up, or died while it came up: lab down --id {lab_id}")
-        return cls(lab_id, state["hosts"], state["migration_networks"], base)
+        return cls(lab_id, state["hosts"], state["migration_networks"], base, find_setting(state["setting"]))
 
     def __enter__(self) -> "Lab":
         return self
@@ -226,7 +225,12 @@ class Lab:
     @property
     def shared(self) -> Path:
         """A folder that every node sees at the same path (as they see all of the machine's disk but /run and libvirt's)."""
-        return self.path / "shared"
+        return self.path / SHARED
+
+    @property
+    def kernel(self) -> Path:
+        """The test guest's kernel, as all hosts of this lab see it."""
+        return self.shared / "kernel"
 
     @property
     def serial(self) -> Path:
@@ -235,7 +239,7 @@ class Lab:
 
     def guest(self, name: str, **options: Any) -> Guest:
         """A guest whose serial log both hosts see; options are the fields of `Guest`."""
-        return Guest(name=name, serial_log=self.serial / f"{name}.log", **options)
+        return Guest(**{"name": name, "serial_log": self.serial / f"{name}.log", "kernel": self.kernel, **options})
 
     def leaks(self) -> dict[str, Leaks]:
         """Per host, what is left there; hosts that are clean are left out."""
@@ -255,6 +259,7 @@ class Lab:
             "ready": ready,
             "hosts": len(self.hosts),
             "migration_networks": len(self.networks) - 1,
+            "setting": self.setting.name,
             "owner_pid": os.getpid(),
             "created": time.time(),
         }
@@ -273,6 +278,8 @@ def take_down(lab_id: str, base: Path = STATE) -> None:
         for name in names:
             run(["ip", "netns", "del", name])
         kill_namespaces(inodes)  # Those that were on their way into a namespace when it lost its name.
+    if (path / SHARED).is_mount():
+        run(["umount", path / SHARED])
     if (path / STATE_FILE).exists() or (path.is_dir() and not any(path.iterdir())):
         shutil.rmtree(path)
     _remove_if_empty(base)

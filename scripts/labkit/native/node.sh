@@ -8,8 +8,13 @@ name=$1 node=$2 state=$3
 shift 3
 
 hostname "$name"
+umount -R /sys
 mount -t sysfs sysfs /sys
 mount --bind "$state/hosts" /etc/hosts
+# As udev makes it on a host. A QEMU user who may not open /dev/kvm would have libvirt probe QEMU again at each start.
+if [ -c /dev/kvm ] && [ -e "$node/kvm" ]; then
+    mount --bind "$node/kvm" /dev/kvm
+fi
 for folder in etc/libvirt var/lib/libvirt var/log/libvirt var/cache/libvirt; do
     mount --bind "$node/$folder" "/$folder"
 done
@@ -18,7 +23,7 @@ done
 case $state in
 /run/*)
     mkdir -p "$node/run/${state#/run/}"
-    mount --bind "$state" "$node/run/${state#/run/}"
+    mount --rbind "$state" "$node/run/${state#/run/}"
     mount --rbind "$node/run" /run
     ;;
 *) mount --bind "$node/run" /run ;;
