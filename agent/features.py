@@ -12,6 +12,7 @@ from agent.hypervisor.base import (
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
+    InvalidDocument,
     Requirements,
     Support,
     TransferFailed,
@@ -30,6 +31,7 @@ _WHERE_ALL_CAN: Final[tuple[Literal["post_copy"], ...]] = ("post_copy",)
 _REASONS: Mapping[type[HypervisorError], Reason] = {
     DomainNotFound: Reason.DOMAIN_NOT_FOUND,
     DomainBusy: Reason.DOMAIN_BUSY,
+    InvalidDocument: Reason.INVALID_FIELD,
     Incompatible: Reason.INCOMPATIBLE_GUEST,
     TransferFailed: Reason.TRANSFER_FAILED,
     HypervisorUnavailable: Reason.HYPERVISOR_UNAVAILABLE,

@@ -9,7 +9,7 @@ import msgspec
 import structlog
 
 from agent.admission.slots import Slots
-from agent.errors import DroverError, Reason
+from agent.errors import DroverError, Reason, invalid_field
 from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto, settled
 from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
@@ -163,6 +163,10 @@ class DestinationSide:
         if attempt.record.state != _S.RESERVED:
             return {}
         self._check_lease(attempt, request.slot_epoch)
+        try:
+            self._host.hypervisor.check_document(attempt.record.domain_uuid, request.domain_xml)
+        except HypervisorError as error:
+            raise invalid_field("domain_xml", str(error)) from None
         listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
         return changes | {
             "domain_xml": request.domain_xml,

@@ -11,6 +11,7 @@ Errors (every driver method raises only these, and `asyncio.CancelledError`)::
     HypervisorError              the call failed; the facts on the host say what is true now
      ├── DomainNotFound          no such domain here
      ├── DomainBusy              another job holds the domain
+     ├── InvalidDocument         a peer's domain document is none that a source of ours would send
      ├── Incompatible            this host cannot run or move that guest (CPU, machine type, disk, option)
      ├── TransferFailed          the transfer ended without success: the source never stopped, or is paused
      └── HypervisorUnavailable   the hypervisor did not answer, so nothing is known: ask again
@@ -41,6 +42,10 @@ class DomainNotFound(HypervisorError):  # noqa: N818 - reads as the fact that it
 
 class DomainBusy(HypervisorError):  # noqa: N818
     """Another job (a migration, a save, a snapshot) holds the domain."""
+
+
+class InvalidDocument(HypervisorError):  # noqa: N818
+    """The domain document cannot be used: a caller's mistake."""
 
 
 class Incompatible(HypervisorError):  # noqa: N818
@@ -382,6 +387,13 @@ class Hypervisor(Protocol):
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         """Why this host cannot run that guest: plain sentences, empty when it can."""
+        ...
+
+    def check_document(self, uuid: str, domain_xml: str) -> None:
+        """Refuse a domain document that cannot be read, is not of that guest, or names a guest as no host may.
+
+        Called for whatever a peer sends, before the driver's library sees it. Raises `InvalidDocument`.
+        """
         ...
 
     async def disown(self, uuid: str) -> None:

@@ -1,9 +1,9 @@
 """One walker that checks a request against the bounds that stand in the protos, before anything uses it; of an answer, its sizes.
 
-It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later) and the rules that hold for the whole wire:
+It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, guest_name) and the rules of the whole wire:
 
 - no integer and no duration is negative;
-- ``migration_id`` is a UUID in its canonical form (lower case), so that one migration has one name;
+- ``migration_id`` and ``uuid`` are UUIDs in their canonical form (lower case), so that one thing has one name;
 - a string that may have at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals
   and XML); only longer ones, such as the XML, may have several lines;
 - an order holds nothing that is not understood: `Options` and `MigrationSpec` no unknown field, they and the requests
@@ -26,6 +26,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from agent.errors import DroverError, Reason, invalid_field
+from agent.hypervisor.names import name_problem
 from drover.agent.v1 import bounds_pb2, migration_pb2, options_pb2
 
 MAX_STRING = 253
@@ -41,6 +42,8 @@ MAX_DURATION_SECONDS = 315_576_000_000
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+_UUID_FIELDS = {"migration_id", "uuid"}
 
 # Orders: what is not understood here must be refused, not skipped.
 _CLOSED = {options_pb2.Options.DESCRIPTOR.full_name, migration_pb2.MigrationSpec.DESCRIPTOR.full_name}
@@ -150,7 +153,9 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
     if field.enum_type is not None:
         return _enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None
     if field.type == FieldDescriptor.TYPE_STRING:
-        return _uuid if field.name == "migration_id" else _string_check(max_bytes or MAX_STRING)
+        if _option(field, bounds_pb2.guest_name):
+            return _guest_name
+        return _uuid if field.name in _UUID_FIELDS else _string_check(max_bytes or MAX_STRING)
     if field.type == FieldDescriptor.TYPE_BYTES:
         return _bytes_check(max_bytes or MAX_BYTES)
     if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
@@ -258,6 +263,12 @@ def _uuid(value: str, path: str) -> None:
     _check_size(len(value), 36, path)
     if _UUID.fullmatch(value) is None:
         raise invalid_field(path, "is no UUID such as 0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11 (lower case, with dashes)")
+
+
+def _guest_name(value: str, path: str) -> None:
+    _check_size(_size(value), MAX_STRING, path)
+    if problem := name_problem(value):
+        raise invalid_field(path, f"{problem}; no host takes a guest of that name")
 
 
 def _not_negative(value: int, path: str) -> None:

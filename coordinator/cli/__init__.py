@@ -9,6 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from coordinator.cli.exit_codes import EPILOG, ExitCode
+from coordinator.cli.text import printable
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "migrate": ("coordinator.cli.migrate:migrate", "Move a running guest to another host, and watch it."),
@@ -40,6 +41,9 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            # It may quote what a server, or a guest's owner, has named.
+            raise click.UsageError(printable(error.format_message()), error.ctx) from None
         except BrokenPipeError:
             # Whoever read the output has gone, as in "| head". To /dev/null, as Python flushes stdout once more when it exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,7 +9,8 @@ import click
 
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
-from coordinator.cli.show import Stage, print_json, print_pairs, print_table, printable, runs_nowhere, runs_on, to_json, to_type
+from coordinator.cli.show import Stage, print_json, print_pairs, print_table, runs_nowhere, runs_on, to_json, to_type
+from coordinator.cli.text import printable
 from coordinator.cli.units import age, eta, rate, seconds, size
 from coordinator.client import (
     UNKNOWN_PATIENCE,

@@ -3,7 +3,8 @@
 import click
 
 from coordinator.cli.session import Session, run
-from coordinator.cli.show import output_option, print_json, print_pairs, print_table, printable, to_json
+from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
+from coordinator.cli.text import printable
 from coordinator.cli.units import age, rate, size
 from coordinator.client import Host, HostState
 

@@ -14,13 +14,13 @@ from coordinator.cli.show import (
     print_json,
     print_pairs,
     print_table,
-    printable,
     report_json,
     runs_nowhere,
     runs_on,
     to_json,
     to_type,
 )
+from coordinator.cli.text import printable
 from coordinator.cli.units import age, seconds
 from coordinator.client import (
     DeadlineExceeded,
@@ -199,7 +199,7 @@ def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: s
 
 def _confirmed(question: str) -> bool:
     try:
-        return click.confirm(question, err=True)
+        return click.confirm(printable(question), err=True)
     except click.Abort:  # Ctrl-C, or the end of the input
         click.echo(err=True)
         return False

@@ -1,6 +1,5 @@
 """Output: aligned text for people, proto JSON for programs. Errors go to stderr in the same form."""
 
-import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from coordinator.cli.exit_codes import ExitCode
+from coordinator.cli.text import dump_json, printable
 from coordinator.cli.units import seconds
 from coordinator.client import (
     Busy,
@@ -51,7 +51,7 @@ def to_json(message: Message) -> dict[str, Any]:
 
 
 def print_json(document: Any, *, line: bool = False) -> None:
-    click.echo(json.dumps(document, indent=None if line else 2, ensure_ascii=False))
+    click.echo(dump_json(document, indent=None if line else 2))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -80,11 +80,6 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     for name, value in pairs:
         if value:
             click.echo(f"{name.ljust(width)}  {printable(value)}")
-
-
-def printable(text: str) -> str:
-    """Without what could drive a terminal: names and messages come from other hosts."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 _COMMAND = re.compile(r"\bdrover (?=(migrate|migration|host|domain)\b)")
@@ -148,7 +143,7 @@ def report_json(
         "runs_on": migration.runs_on if migration else "",
         "exit_code": int(code),
     }
-    click.echo(json.dumps({"error": document}, ensure_ascii=False), err=True)
+    click.echo(dump_json({"error": document}), err=True)
 
 
 def _where(error: DroverClientError, stage: Stage, server: str) -> str:

@@ -16,6 +16,7 @@ GUESTS = {
         GuestSpec("by-hand"),
         GuestSpec("leased"),
         GuestSpec("refused"),
+        GuestSpec("misnamed"),
         GuestSpec("stopped", running=False),
         GuestSpec("progress", memory_mib=128, dirty=500),
         GuestSpec("watched"),

@@ -135,3 +135,31 @@ async def test_oversized_cookie_and_xml_are_refused(cluster: Cluster) -> None:
         with pytest.raises(DroverError) as unknown:
             await dst.handshake.get_record(pb.GetRecordRequest(ref=ref))
         assert unknown.value.reason is Reason.RECORD_NOT_FOUND
+
+
+@pytest.mark.parametrize("name", ["../../victim", ".", "a/b"])
+async def test_6_04_a_name_that_leads_out_of_libvirts_folders_is_refused_in_each_phase(cluster: Cluster, name: str) -> None:
+    """At the destination first: it trusts neither the caller nor the document that comes from the source."""
+    guest = cluster.guests.get("misnamed") or cluster.start_guest("misnamed")
+    ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
+    async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
+        needs = (await src.call(src.hosts.GetDomain, host_pb2.GetDomainRequest(domain=guest.name))).requirements
+        request = pb.ReserveSlotRequest(ref=ref, requirements=needs, source_host="h1", destination_name=name)
+        with pytest.raises(DroverError) as reserving:
+            await dst.handshake.reserve_slot(request)
+        with pytest.raises(DroverError) as beginning:
+            await src.handshake.begin(pb.BeginRequest(ref=ref, domain=guest.name, destination_host="h2", destination_name=name))
+        slot = (await reserve(src, dst, ref, guest.name)).record.slot
+        begun = await src.handshake.begin(pb.BeginRequest(ref=ref, domain=guest.name, destination_host="h2"))
+        document = begun.domain_xml.replace(guest.name, name)
+        with pytest.raises(DroverError) as preparing:
+            await dst.handshake.prepare(
+                pb.PrepareRequest(ref=ref, slot_epoch=slot.epoch, domain_xml=document, cookie_in=begun.cookie_out)
+            )
+        assert [e.value.reason for e in (reserving, beginning, preparing)] == [Reason.INVALID_FIELD] * 3
+        assert "domain_xml" in preparing.value.message
+        await dst.handshake.abandon(pb.AbandonRequest(ref=ref))
+        await src.handshake.abort(pb.AbortRequest(ref=ref))
+    assert cluster.copies(guest.name) == {"h1": "running"}
+    guest.wait_lines(2)
+    await assert_idle(cluster)

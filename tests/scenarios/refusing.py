@@ -31,6 +31,10 @@ from tests.scenarios.conversation import MIB, Talk, assert_idle, new_id, state
         ("refused", "h2", {"destination_name": "y" * 254}, Reason.FIELD_TOO_LARGE),
         ("refused", "h2", {"bandwidth_bytes_per_second": -1}, Reason.INVALID_FIELD),
         ("", "h2", {}, Reason.INVALID_FIELD),
+        ("refused", "h2", {"destination_name": "../../victim"}, Reason.INVALID_FIELD),
+        ("refused", "h2", {"destination_name": ".."}, Reason.INVALID_FIELD),
+        ("refused", "h2", {"destination_name": "a\tb"}, Reason.INVALID_FIELD),
+        ("refused", "h2", {"destination_name": "z" * 244}, Reason.INVALID_FIELD),
     ],
 )
 async def test_refused(cluster: Cluster, domain: str, to: str, spec: dict[str, Any], reason: Reason) -> None:

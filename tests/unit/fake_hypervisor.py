@@ -159,6 +159,9 @@ class FakeHypervisor:
         await self.called("incompatibilities", requirements, quiet=True)
         return self.problems
 
+    def check_document(self, uuid: str, domain_xml: str) -> None:
+        """Documents of the fake say nothing that could be wrong."""
+
     async def disown(self, uuid: str) -> None:
         await self.called("disown")
         if (await self.get_domain(uuid)).state is DomainState.RUNNING:

@@ -93,6 +93,9 @@ class LibvirtHypervisor:
         cpu = await self._compare_cpu(known, requirements)
         return [cpu] if cpu else []
 
+    def check_document(self, uuid: str, domain_xml: str) -> None:
+        options.check_document(domain_xml, uuid)
+
     async def disown(self, uuid: str) -> None:
         await self._pool.call(lambda connection: _disown(domains.find(connection, uuid)))
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from xml.etree import ElementTree
 
 import libvirt
 
-from agent.hypervisor.base import Incompatible, Options, Support
+from agent.hypervisor.base import Incompatible, InvalidDocument, Options, Support
+from agent.hypervisor.names import name_problem
 
 MIB = 1 << 20
 
@@ -86,3 +88,16 @@ def flags_for(options: Options, domain_xml: str) -> int:
 
 def unmarked(domain_xml: str) -> str:
     return domain_xml.removeprefix(_PAUSED_MARK)
+
+
+def check_document(domain_xml: str, uuid: str) -> None:
+    """See `base.Hypervisor.check_document`."""
+    try:
+        root = ElementTree.fromstring(unmarked(domain_xml))
+    except (ElementTree.ParseError, ValueError) as error:
+        raise InvalidDocument(f"the domain XML cannot be read: {error}") from None
+    found = root.findtext("uuid", "")
+    if root.tag != "domain" or found.lower() != uuid.lower():
+        raise InvalidDocument(f"the XML describes <{root.tag}> {found or 'without a UUID'}, not the domain {uuid}")
+    if problem := name_problem(root.findtext("name", "")):
+        raise InvalidDocument(f"the name in the domain XML {problem}; no host takes a guest of that name")

@@ -11,6 +11,7 @@ from agent.hypervisor.base import (
     Requirements,
 )
 from agent.hypervisor.sim.config import SimConfig
+from agent.hypervisor.sim.guest import Definition
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.incoming import SimIncoming
 from agent.hypervisor.sim.outgoing import SimOutgoing
@@ -63,6 +64,9 @@ class SimHypervisor:
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         await self._host.gate("incompatibilities")
         return self._host.incompatibilities(requirements)
+
+    def check_document(self, uuid: str, domain_xml: str) -> None:
+        Definition.parse(domain_xml).check(uuid)
 
     async def disown(self, uuid: str) -> None:
         await self._host.gate("disown")

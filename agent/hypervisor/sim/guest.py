@@ -10,7 +10,8 @@ from typing import Literal, Self
 
 import msgspec
 
-from agent.hypervisor.base import Domain, DomainState, HypervisorError, Job, Requirements
+from agent.hypervisor.base import Domain, DomainState, InvalidDocument, Job, Requirements
+from agent.hypervisor.names import name_problem
 from agent.hypervisor.sim import serial
 from agent.hypervisor.sim.config import Base, Bytes, SimGuest, uuid_of
 from agent.hypervisor.sim.model import Load
@@ -48,13 +49,20 @@ class Definition(Base, kw_only=True, frozen=True, tag="drover-sim-domain", tag_f
 
     @classmethod
     def parse(cls, text: str) -> "Definition":
-        """Raises `HypervisorError` for anything that is not a definition."""
+        """Raises `InvalidDocument` for anything that is not a definition."""
         if len(text) > MAX_DOCUMENT:
-            raise HypervisorError(f"domain document of {len(text)} characters, at most {MAX_DOCUMENT} are taken")
+            raise InvalidDocument(f"domain document of {len(text)} characters, at most {MAX_DOCUMENT} are taken")
         try:
             return cls.of(msgspec.json.decode(text, type=Definition).guest)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise HypervisorError(f"not a domain document of the simulator: {error}") from error
+            raise InvalidDocument(f"not a domain document of the simulator: {error}") from error
+
+    def check(self, uuid: str) -> None:
+        """See `base.Hypervisor.check_document`."""
+        if self.uuid != uuid.lower():
+            raise InvalidDocument(f"the document is of domain {self.uuid}, not {uuid}")
+        if problem := name_problem(self.name):
+            raise InvalidDocument(f"the name in the domain document {problem}; no host takes a guest of that name")
 
 
 class GuestRecord(Base, kw_only=True, frozen=True):

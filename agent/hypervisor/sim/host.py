@@ -194,6 +194,7 @@ class Host:
 
     def _create(self, definition: Definition) -> None:
         it = definition.guest
+        definition.check(definition.uuid)
         if definition.uuid in self.guests or any(g.name == it.name for g in self.guests.values()):
             raise HypervisorError(f"two guests named {it.name}")
         guest = self.add(definition, definition if it.persistent or it.state == "shutoff" else None)

@@ -41,8 +41,7 @@ class SimIncoming:
 
     def _check(self, definition: Definition, cookie: Cookie, options: Options) -> None:
         self._host.check_options(options)
-        if definition.uuid != self._uuid:
-            raise HypervisorError(f"the document is of domain {definition.uuid}, not {self._uuid}")
+        definition.check(self._uuid)
         if cookie.host_uuid == self._host.config.host_uuid:
             raise HypervisorError("a guest cannot be migrated to the host on which it is")
         word = self._host.profile.word

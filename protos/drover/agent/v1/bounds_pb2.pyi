@@ -14,6 +14,7 @@ MAX_BYTES_FIELD_NUMBER: builtins.int
 MAX_ITEMS_FIELD_NUMBER: builtins.int
 RESERVED_FOR_LATER_FIELD_NUMBER: builtins.int
 REQUIRED_FIELD_NUMBER: builtins.int
+GUEST_NAME_FIELD_NUMBER: builtins.int
 max_bytes: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
 """Upper bound of a string or bytes field, in bytes of its encoded value (each item, in a repeated field)."""
 max_items: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
@@ -22,3 +23,7 @@ reserved_for_later: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.Fiel
 """Nothing honours this field yet: a request that sets it is refused with UNSUPPORTED_FIELD, never obeyed by half."""
 required: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]
 """An empty value is refused with INVALID_FIELD."""
+guest_name: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]
+"""A name that a guest shall have on a host. What no host takes is refused with INVALID_FIELD: "/", ".", "..", control
+characters, more than 243 bytes. Empty is right unless `required`.
+"""

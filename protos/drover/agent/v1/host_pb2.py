@@ -26,7 +26,7 @@ from drover.agent.v1 import bounds_pb2 as drover_dot_agent_dot_v1_dot_bounds__pb
 from drover.agent.v1 import options_pb2 as drover_dot_agent_dot_v1_dot_options__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64rover/agent/v1/host.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1d\x64rover/agent/v1/options.proto\"b\n\x07Network\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x15\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x1d\n\x15line_bytes_per_second\x18\x04 \x01(\x03\"\xfb\x02\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\thost_uuid\x18\x02 \x01(\t\x12\x0e\n\x06\x64river\x18\x03 \x01(\t\x12\x12\n\nhypervisor\x18\x04 \x01(\t\x12\x17\n\x0flibrary_version\x18\x05 \x01(\t\x12\x15\n\ragent_version\x18\x06 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x07 \x01(\x05\x12\x1c\n\x14max_protocol_version\x18\x08 \x01(\x05\x12>\n\x12migration_features\x18\t \x01(\x0b\x32\".drover.agent.v1.MigrationFeatures\x12*\n\x08networks\x18\n \x03(\x0b\x32\x18.drover.agent.v1.Network\x12\x16\n\x0eincoming_limit\x18\x0b \x01(\x05\x12\x17\n\x0fincoming_in_use\x18\x0c \x01(\x05\x12\x13\n\x0bincarnation\x18\r \x01(\t\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\"\xa7\x01\n\x06\x44omain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.drover.agent.v1.DomainState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\r\n\x05vcpus\x18\x06 \x01(\x05\x12\x12\n\npersistent\x18\x07 \x01(\x08\x12\x0b\n\x03job\x18\x08 \x01(\t\"\xab\x01\n\x11GuestRequirements\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x16\n\x04uuid\x18\x02 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05vcpus\x18\x04 \x01(\x05\x12\x0c\n\x04\x61rch\x18\x05 \x01(\t\x12\x0f\n\x07machine\x18\x06 \x01(\t\x12\x11\n\tvirt_type\x18\x07 \x01(\t\x12\x13\n\x03\x63pu\x18\x08 \x01(\tB\x06\x88\x99\x19\x80\x80\x04\"\x10\n\x0eGetHostRequest\"6\n\x0fGetHostResponse\x12#\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.Host\"\x12\n\x10WatchHostRequest\"8\n\x11WatchHostResponse\x12#\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.Host\"\x14\n\x12ListDomainsRequest\"F\n\x13ListDomainsResponse\x12/\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x17.drover.agent.v1.DomainB\x05\x90\x99\x19\x80 \"(\n\x10GetDomainRequest\x12\x14\n\x06\x64omain\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"v\n\x11GetDomainResponse\x12\'\n\x06\x64omain\x18\x01 \x01(\x0b\x32\x17.drover.agent.v1.Domain\x12\x38\n\x0crequirements\x18\x02 \x01(\x0b\x32\".drover.agent.v1.GuestRequirements*\xaa\x01\n\x0b\x44omainState\x12\x1c\n\x18\x44OMAIN_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44OMAIN_STATE_RUNNING\x10\x01\x12\x17\n\x13\x44OMAIN_STATE_PAUSED\x10\x02\x12\x18\n\x14\x44OMAIN_STATE_SHUTOFF\x10\x03\x12\x18\n\x14\x44OMAIN_STATE_CRASHED\x10\x04\x12\x16\n\x12\x44OMAIN_STATE_OTHER\x10\x05\x32\xdf\x02\n\x0bHostService\x12L\n\x07GetHost\x12\x1f.drover.agent.v1.GetHostRequest\x1a .drover.agent.v1.GetHostResponse\x12T\n\tWatchHost\x12!.drover.agent.v1.WatchHostRequest\x1a\".drover.agent.v1.WatchHostResponse0\x01\x12X\n\x0bListDomains\x12#.drover.agent.v1.ListDomainsRequest\x1a$.drover.agent.v1.ListDomainsResponse\x12R\n\tGetDomain\x12!.drover.agent.v1.GetDomainRequest\x1a\".drover.agent.v1.GetDomainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64rover/agent/v1/host.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1d\x64rover/agent/v1/options.proto\"b\n\x07Network\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x15\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x1d\n\x15line_bytes_per_second\x18\x04 \x01(\x03\"\xfb\x02\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\thost_uuid\x18\x02 \x01(\t\x12\x0e\n\x06\x64river\x18\x03 \x01(\t\x12\x12\n\nhypervisor\x18\x04 \x01(\t\x12\x17\n\x0flibrary_version\x18\x05 \x01(\t\x12\x15\n\ragent_version\x18\x06 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x07 \x01(\x05\x12\x1c\n\x14max_protocol_version\x18\x08 \x01(\x05\x12>\n\x12migration_features\x18\t \x01(\x0b\x32\".drover.agent.v1.MigrationFeatures\x12*\n\x08networks\x18\n \x03(\x0b\x32\x18.drover.agent.v1.Network\x12\x16\n\x0eincoming_limit\x18\x0b \x01(\x05\x12\x17\n\x0fincoming_in_use\x18\x0c \x01(\x05\x12\x13\n\x0bincarnation\x18\r \x01(\t\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\"\xa7\x01\n\x06\x44omain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.drover.agent.v1.DomainState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\r\n\x05vcpus\x18\x06 \x01(\x05\x12\x12\n\npersistent\x18\x07 \x01(\x08\x12\x0b\n\x03job\x18\x08 \x01(\t\"\xaf\x01\n\x11GuestRequirements\x12\x16\n\x04name\x18\x01 \x01(\tB\x08\xa0\x99\x19\x01\xa8\x99\x19\x01\x12\x16\n\x04uuid\x18\x02 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05vcpus\x18\x04 \x01(\x05\x12\x0c\n\x04\x61rch\x18\x05 \x01(\t\x12\x0f\n\x07machine\x18\x06 \x01(\t\x12\x11\n\tvirt_type\x18\x07 \x01(\t\x12\x13\n\x03\x63pu\x18\x08 \x01(\tB\x06\x88\x99\x19\x80\x80\x04\"\x10\n\x0eGetHostRequest\"6\n\x0fGetHostResponse\x12#\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.Host\"\x12\n\x10WatchHostRequest\"8\n\x11WatchHostResponse\x12#\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.Host\"\x14\n\x12ListDomainsRequest\"F\n\x13ListDomainsResponse\x12/\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x17.drover.agent.v1.DomainB\x05\x90\x99\x19\x80 \"(\n\x10GetDomainRequest\x12\x14\n\x06\x64omain\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"v\n\x11GetDomainResponse\x12\'\n\x06\x64omain\x18\x01 \x01(\x0b\x32\x17.drover.agent.v1.Domain\x12\x38\n\x0crequirements\x18\x02 \x01(\x0b\x32\".drover.agent.v1.GuestRequirements*\xaa\x01\n\x0b\x44omainState\x12\x1c\n\x18\x44OMAIN_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44OMAIN_STATE_RUNNING\x10\x01\x12\x17\n\x13\x44OMAIN_STATE_PAUSED\x10\x02\x12\x18\n\x14\x44OMAIN_STATE_SHUTOFF\x10\x03\x12\x18\n\x14\x44OMAIN_STATE_CRASHED\x10\x04\x12\x16\n\x12\x44OMAIN_STATE_OTHER\x10\x05\x32\xdf\x02\n\x0bHostService\x12L\n\x07GetHost\x12\x1f.drover.agent.v1.GetHostRequest\x1a .drover.agent.v1.GetHostResponse\x12T\n\tWatchHost\x12!.drover.agent.v1.WatchHostRequest\x1a\".drover.agent.v1.WatchHostResponse0\x01\x12X\n\x0bListDomains\x12#.drover.agent.v1.ListDomainsRequest\x1a$.drover.agent.v1.ListDomainsResponse\x12R\n\tGetDomain\x12!.drover.agent.v1.GetDomainRequest\x1a\".drover.agent.v1.GetDomainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,7 +38,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NETWORK'].fields_by_name['address']._loaded_options = None
   _globals['_NETWORK'].fields_by_name['address']._serialized_options = b'\240\231\031\001'
   _globals['_GUESTREQUIREMENTS'].fields_by_name['name']._loaded_options = None
-  _globals['_GUESTREQUIREMENTS'].fields_by_name['name']._serialized_options = b'\240\231\031\001'
+  _globals['_GUESTREQUIREMENTS'].fields_by_name['name']._serialized_options = b'\240\231\031\001\250\231\031\001'
   _globals['_GUESTREQUIREMENTS'].fields_by_name['uuid']._loaded_options = None
   _globals['_GUESTREQUIREMENTS'].fields_by_name['uuid']._serialized_options = b'\210\231\031$\240\231\031\001'
   _globals['_GUESTREQUIREMENTS'].fields_by_name['cpu']._loaded_options = None
@@ -47,8 +47,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTDOMAINSRESPONSE'].fields_by_name['domains']._serialized_options = b'\220\231\031\200 '
   _globals['_GETDOMAINREQUEST'].fields_by_name['domain']._loaded_options = None
   _globals['_GETDOMAINREQUEST'].fields_by_name['domain']._serialized_options = b'\240\231\031\001'
-  _globals['_DOMAINSTATE']._serialized_start=1343
-  _globals['_DOMAINSTATE']._serialized_end=1513
+  _globals['_DOMAINSTATE']._serialized_start=1347
+  _globals['_DOMAINSTATE']._serialized_end=1517
   _globals['_NETWORK']._serialized_start=108
   _globals['_NETWORK']._serialized_end=206
   _globals['_HOST']._serialized_start=209
@@ -56,23 +56,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOMAIN']._serialized_start=591
   _globals['_DOMAIN']._serialized_end=758
   _globals['_GUESTREQUIREMENTS']._serialized_start=761
-  _globals['_GUESTREQUIREMENTS']._serialized_end=932
-  _globals['_GETHOSTREQUEST']._serialized_start=934
-  _globals['_GETHOSTREQUEST']._serialized_end=950
-  _globals['_GETHOSTRESPONSE']._serialized_start=952
-  _globals['_GETHOSTRESPONSE']._serialized_end=1006
-  _globals['_WATCHHOSTREQUEST']._serialized_start=1008
-  _globals['_WATCHHOSTREQUEST']._serialized_end=1026
-  _globals['_WATCHHOSTRESPONSE']._serialized_start=1028
-  _globals['_WATCHHOSTRESPONSE']._serialized_end=1084
-  _globals['_LISTDOMAINSREQUEST']._serialized_start=1086
-  _globals['_LISTDOMAINSREQUEST']._serialized_end=1106
-  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1108
-  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1178
-  _globals['_GETDOMAINREQUEST']._serialized_start=1180
-  _globals['_GETDOMAINREQUEST']._serialized_end=1220
-  _globals['_GETDOMAINRESPONSE']._serialized_start=1222
-  _globals['_GETDOMAINRESPONSE']._serialized_end=1340
-  _globals['_HOSTSERVICE']._serialized_start=1516
-  _globals['_HOSTSERVICE']._serialized_end=1867
+  _globals['_GUESTREQUIREMENTS']._serialized_end=936
+  _globals['_GETHOSTREQUEST']._serialized_start=938
+  _globals['_GETHOSTREQUEST']._serialized_end=954
+  _globals['_GETHOSTRESPONSE']._serialized_start=956
+  _globals['_GETHOSTRESPONSE']._serialized_end=1010
+  _globals['_WATCHHOSTREQUEST']._serialized_start=1012
+  _globals['_WATCHHOSTREQUEST']._serialized_end=1030
+  _globals['_WATCHHOSTRESPONSE']._serialized_start=1032
+  _globals['_WATCHHOSTRESPONSE']._serialized_end=1088
+  _globals['_LISTDOMAINSREQUEST']._serialized_start=1090
+  _globals['_LISTDOMAINSREQUEST']._serialized_end=1110
+  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1112
+  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1182
+  _globals['_GETDOMAINREQUEST']._serialized_start=1184
+  _globals['_GETDOMAINREQUEST']._serialized_end=1224
+  _globals['_GETDOMAINRESPONSE']._serialized_start=1226
+  _globals['_GETDOMAINRESPONSE']._serialized_end=1344
+  _globals['_HOSTSERVICE']._serialized_start=1520
+  _globals['_HOSTSERVICE']._serialized_end=1871
 # @@protoc_insertion_point(module_scope)

@@ -1,0 +1,103 @@
+"""agent.hypervisor.names, and where it is asked."""
+
+import pytest
+
+from agent.errors import DroverError, Reason
+from agent.hypervisor.base import InvalidDocument
+from agent.hypervisor.libvirt.options import check_document, mark_paused
+from agent.hypervisor.names import MAX_NAME, name_problem
+from agent.hypervisor.sim.config import SimGuest
+from agent.hypervisor.sim.guest import Definition
+from agent.service.bounds import check_request
+from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2
+
+UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0001"
+GOOD = ["web1", "web 1", " ", "...", ".web", "-", "gästin", "客", "a\\b", "x" * MAX_NAME, "é" * (MAX_NAME // 2), "a\u202eb", UUID]
+BAD = ["../../victim", "a/b", "/", ".", "..", "a\nb", "a\tb", "a\0b", "a\x7fb", "a\x9bb", "a\u2028b"]
+TOO_LONG = ["x" * (MAX_NAME + 1), "é" * (MAX_NAME // 2 + 1)]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_6_04_a_name_that_libvirt_takes(name: str) -> None:
+    assert name_problem(name) == ""
+
+
+@pytest.mark.parametrize("name", ["", *BAD, *TOO_LONG])
+def test_6_04_a_name_that_no_host_takes(name: str) -> None:
+    assert name_problem(name)
+
+
+def test_6_04_every_file_that_is_named_after_a_guest_can_be_made() -> None:
+    for pattern in ("{}.xml.new", "{}.monitor", "{}_VARS.qcow2", ".{}.xml.drover"):
+        assert len(pattern.format("x" * MAX_NAME)) <= 255
+
+
+def refusal(request: object) -> DroverError:
+    with pytest.raises(DroverError) as caught:
+        check_request(request)  # type: ignore[arg-type]
+    return caught.value
+
+
+@pytest.mark.parametrize("name", BAD + TOO_LONG)
+def test_6_04_every_entry_refuses_it(name: str) -> None:
+    ref = handshake_pb2.AttemptRef(migration_id=UUID, attempt=1)
+    needs = host_pb2.GuestRequirements(name="web1", uuid=UUID)
+    odd = host_pb2.GuestRequirements(name=name, uuid=UUID)
+    spec = migration_pb2.MigrationSpec(domain="web1", destination_host="h2", destination_name=name)
+    for request, field in (
+        (handshake_pb2.ReserveSlotRequest(ref=ref, requirements=needs, source_host="h1", destination_name=name), "destination_name"),
+        (handshake_pb2.ReserveSlotRequest(ref=ref, requirements=odd, source_host="h1"), "requirements.name"),
+        (handshake_pb2.BeginRequest(ref=ref, domain="web1", destination_host="h2", destination_name=name), "destination_name"),
+        (migration_pb2.StartMigrationRequest(migration_id=UUID, spec=spec), "spec.destination_name"),
+    ):
+        error = refusal(request)
+        assert error.reason is Reason.INVALID_FIELD
+        assert error.violations[0].field == field
+
+
+def test_6_04_a_guest_is_named_by_its_canonical_uuid() -> None:
+    ref = handshake_pb2.AttemptRef(migration_id=UUID, attempt=1)
+    for text in ("8b2f", UUID.upper(), UUID.replace("-", ""), "../../../../../../../../../../etc/pass"):
+        needs = host_pb2.GuestRequirements(name="web1", uuid=text[:36])
+        error = refusal(handshake_pb2.ReserveSlotRequest(ref=ref, requirements=needs, source_host="h1"))
+        assert error.violations[0].field == "requirements.uuid"
+
+
+def xml(name: str, uuid: str = UUID, tag: str = "domain") -> str:
+    return f"<{tag} type='kvm'><name>{name}</name><uuid>{uuid}</uuid></{tag}>"
+
+
+def sim(name: str, uuid: str = UUID) -> str:
+    return Definition(guest=SimGuest(name=name, uuid=uuid)).text()
+
+
+def test_6_04_the_document_of_a_guest() -> None:
+    check_document(xml("web1"), UUID)
+    check_document(mark_paused(xml("web1")), UUID)
+    Definition.parse(sim("web1")).check(UUID)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        xml("../../victim"),
+        xml(".."),
+        xml(""),
+        xml("a&#9;b"),
+        xml("web1", UUID.replace("0001", "0002")),
+        xml("web1", ""),
+        xml("web1", tag="network"),
+        "<domain>",
+        "no XML",
+        '<!DOCTYPE d [<!ENTITY a "aaaa">]><domain><name>&a;/</name></domain>',
+    ],
+)
+def test_6_04_a_document_that_no_source_sends(text: str) -> None:
+    with pytest.raises(InvalidDocument):
+        check_document(text, UUID)
+
+
+@pytest.mark.parametrize("text", [sim("../../victim"), sim("."), sim("web1", UUID.replace("0001", "0002")), "{}", "no JSON"])
+def test_6_04_the_simulator_is_as_strict(text: str) -> None:
+    with pytest.raises(InvalidDocument):
+        Definition.parse(text).check(UUID)
