@@ -1,8 +1,14 @@
 """The agent's journal: what this host did and decided, durable before it is told to anyone.
 
-One row per attempt (a record of `agent.handshake.records`) and one per migration that this agent drives itself. What has ended
-is kept for questions that come late: the last `KEEP` rows of each, and the last `KEEP_COMMITS` guests that came here. Rows are
-counted in the order in which they were written, not by a clock, which may go back.
+One row per attempt (a record of `agent.handshake.records`) and one per migration that this agent drives itself. A row is deleted
+only when nobody's decision can depend on it any more:
+
+- A record that has not ended stays.
+- A record that another host may still have to read stays, however old it is (`must_stay`).
+- Of all others, which answer late questions only, the last `KEEP` of each table stay.
+
+Rows are ordered by a number that rises with every write, over restarts. No order comes from a clock, which may go back, or from
+what happens to be in memory.
 """
 
 import itertools
@@ -12,18 +18,15 @@ from typing import Final
 
 from agent.handshake.destination import DestinationState
 from agent.handshake.records import AttemptRecord, Role, decode, encode
-from agent.sqlite import Database
+from agent.handshake.source import SourceState
+from agent.sqlite import Database, Migration
 
 KEEP: Final = 1000
-"""Ended rows that are kept, of each kind."""
-KEEP_COMMITS: Final = 20_000
-"""Records that say that a guest runs here; about 1 KiB each. A source that was away for long asks for its guest's, and to have
-none means that the guest never came."""
+"""Rows of each table that are kept although nobody's decision depends on them."""
 
-_ACTIVE, _ENDED, _COMMIT = range(3)
-_KEPT: Final = {_ENDED: KEEP, _COMMIT: KEEP_COMMITS}
+_ACTIVE, _ENDED, _MUST_STAY = range(3)
 
-_SCHEMA: Final = (
+_SCHEMA: Final[tuple[Migration, ...]] = (
     """
     CREATE TABLE attempts (
         migration_id TEXT NOT NULL, attempt INTEGER NOT NULL, kind INTEGER NOT NULL, number INTEGER NOT NULL,
@@ -35,6 +38,7 @@ _SCHEMA: Final = (
     ) WITHOUT ROWID;
     CREATE INDEX migrations_kind ON migrations (kind, number);
     """,
+    lambda connection: _add_arrivals(connection),
 )
 
 _TRIM = """
@@ -49,9 +53,10 @@ class Journal:
     """Every method is one transaction and raises `JOURNAL_UNAVAILABLE` where it cannot be carried out."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._db = Database(path, _SCHEMA)
         self._numbers = itertools.count(1)
-        """Of rows, rising over restarts."""
+        """Of rows and epochs, rising over restarts."""
 
     async def open(self) -> None:
         await self._db.open()
@@ -61,13 +66,20 @@ class Journal:
     async def close(self) -> None:
         await self._db.close()
 
+    def next_epoch(self) -> int:
+        """A number greater than every epoch that was given before, in earlier lives of this agent too: the row that makes this one
+        durable gets a greater number still, and the row with the greatest number is never deleted.
+        """
+        return next(self._numbers)
+
     async def put_attempt(self, record: AttemptRecord) -> None:
         kind, number, body = _kind_of(record), next(self._numbers), encode(record)
 
         def write(connection: sqlite3.Connection) -> None:
+            _put_arrival(connection, record)
             connection.execute("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?)", (*record.key, kind, number, body))
-            if kind in _KEPT:
-                connection.execute(_TRIM.format(table="attempts"), (kind, _KEPT[kind]))
+            if kind == _ENDED:
+                connection.execute(_TRIM.format(table="attempts"), (_ENDED, KEEP))
 
         await self._db.transaction(write)
 
@@ -90,11 +102,29 @@ class Journal:
         def read(connection: sqlite3.Connection) -> list[bytes]:
             rows = connection.execute(
                 "SELECT body FROM attempts WHERE kind <= ? ORDER BY number DESC LIMIT ?",
-                (_ACTIVE if active_only else _COMMIT, -1 if limit is None else limit),
+                (_ACTIVE if active_only else _MUST_STAY, -1 if limit is None else limit),
             )
             return [row[0] for row in rows]
 
         return [decode(body) for body in await self._db.read(read)]
+
+    async def unsettled(self) -> list[AttemptRecord]:
+        """Every commit of this host whose source is not known to have ended, the oldest first."""
+
+        def read(connection: sqlite3.Connection) -> list[bytes]:
+            return [row[0] for row in connection.execute("SELECT body FROM attempts WHERE kind = ? ORDER BY number", (_MUST_STAY,))]
+
+        records = [decode(body) for body in await self._db.read(read)]
+        return [record for record in records if record.role is Role.DESTINATION]
+
+    async def brought(self, record: AttemptRecord) -> bool:
+        """Whether the guest, where it is here, is here by this attempt: no later one brought it again or took it away."""
+
+        def read(connection: sqlite3.Connection) -> bool:
+            found = connection.execute("SELECT migration_id, attempt FROM arrivals WHERE domain_uuid = ?", (record.domain_uuid,))
+            return bool(found.fetchone() == record.key)
+
+        return await self._db.read(read)
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
         """Keeps a migration that this agent drives (`agent.migrations.MigrationLog`)."""
@@ -116,7 +146,50 @@ class Journal:
         return await self._db.read(read)
 
 
+def must_stay(record: AttemptRecord) -> bool:
+    """Whether another host's decision may depend on a record that has ended.
+
+    A commit, until its source has ended: a source that was away for long asks for it, and to have none means that the guest never
+    came. A guest that its source kept by an operator's statement: the other host, once it is back, must learn that it lost it.
+    """
+    if record.role is Role.DESTINATION:
+        return record.state == DestinationState.RUNNING and not record.settled
+    return record.state == SourceState.KEPT and record.operator_word is not None
+
+
 def _kind_of(record: AttemptRecord) -> int:
     if not record.final:
         return _ACTIVE
-    return _COMMIT if record.role is Role.DESTINATION and record.state == DestinationState.RUNNING else _ENDED
+    return _MUST_STAY if must_stay(record) else _ENDED
+
+
+def _may_run(record: AttemptRecord) -> bool:
+    """A copy of the guest runs here by this attempt, or may have started although a statement gives it up."""
+    if record.state == DestinationState.RUNNING:
+        return not record.settled
+    return record.state == DestinationState.ABANDONING and record.operator_word is not None
+
+
+def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:
+    """Keep which unsettled commit each guest's presence comes from, in the transaction that writes the record."""
+    if record.role is Role.SOURCE:
+        if record.state == SourceState.REMOVED:
+            connection.execute("DELETE FROM arrivals WHERE domain_uuid = ?", (record.domain_uuid,))
+    elif _may_run(record):
+        known = connection.execute("SELECT kind FROM attempts WHERE migration_id = ? AND attempt = ?", record.key).fetchone()
+        if known is None or known[0] == _ACTIVE:  # else it is only written again, and the guest may have left since
+            connection.execute("INSERT OR REPLACE INTO arrivals VALUES (?, ?, ?)", (record.domain_uuid, *record.key))
+    elif record.final:
+        connection.execute("DELETE FROM arrivals WHERE migration_id = ? AND attempt = ?", record.key)
+
+
+def _add_arrivals(connection: sqlite3.Connection) -> None:
+    connection.execute(
+        "CREATE TABLE arrivals (domain_uuid TEXT PRIMARY KEY, migration_id TEXT NOT NULL, attempt INTEGER NOT NULL) WITHOUT ROWID"
+    )
+    for (body,) in connection.execute("SELECT body FROM attempts ORDER BY number").fetchall():
+        record = decode(body)
+        # As if it had been active just before.
+        connection.execute("UPDATE attempts SET kind = ? WHERE migration_id = ? AND attempt = ?", (_ACTIVE, *record.key))
+        _put_arrival(connection, record)
+        connection.execute("UPDATE attempts SET kind = ? WHERE migration_id = ? AND attempt = ?", (_kind_of(record), *record.key))

@@ -73,8 +73,8 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         await migrations.recover()
         server = await _serve(config, host, migrations)
         log.info("serving", host=config.name, addresses=server.addresses)
-        checking = asyncio.create_task(engine.check_disowned(), name="check disowned")
-        stack.callback(checking.cancel)
+        settling = asyncio.create_task(engine.settle(), name="settle")
+        stack.callback(settling.cancel)
         refreshing = asyncio.create_task(host.keep_current(), name="keep current")
         stack.callback(refreshing.cancel)
         if config.coordinator:

@@ -33,6 +33,9 @@ from agent.errors import DroverError, Reason
 
 T = TypeVar("T")
 
+Migration = str | Callable[[sqlite3.Connection], None]
+"""One step of a schema: a script, or a function for what SQL cannot say. It holds no BEGIN or COMMIT."""
+
 log = structlog.get_logger(__name__)
 
 TIMEOUT_SECONDS: Final = 10.0
@@ -67,13 +70,13 @@ _ADVICE: Mapping[str, str] = {
 class Database:
     """One SQLite file, used by this process alone (a lock on ``PATH.lock`` sees to that).
 
-    `schema` is a tuple of migration scripts. `PRAGMA user_version` counts those that have run; never change one that was
-    released, append another. Each runs in a transaction of its own, so it holds no BEGIN or COMMIT.
+    `schema` is a tuple of migrations. `PRAGMA user_version` counts those that have run; never change one that was
+    released, append another. Each runs in a transaction of its own.
 
     `timeout` in seconds bounds each transaction, opening and closing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], schema: Sequence[str], *, timeout: float = TIMEOUT_SECONDS) -> None:
+    def __init__(self, path: str | os.PathLike[str], schema: Sequence[Migration], *, timeout: float = TIMEOUT_SECONDS) -> None:
         self.path = Path(path)
         self._schema = tuple(schema)
         self._timeout = timeout
@@ -218,11 +221,17 @@ class Database:
                 "no",
                 "install that version again, or restore the file from a backup",
             )
-        for version, script in enumerate(self._schema[done:], start=done + 1):
+        for version, migration in enumerate(self._schema[done:], start=done + 1):
             # One transaction, so that the tables and the number that says they exist cannot disagree.
             try:
-                connection.executescript(f"BEGIN IMMEDIATE;\n{script}\n;PRAGMA user_version={version};COMMIT;")
-            except sqlite3.Error:
+                if isinstance(migration, str):
+                    connection.executescript(f"BEGIN IMMEDIATE;\n{migration}\n;")  # it leaves the transaction open
+                else:
+                    connection.execute("BEGIN IMMEDIATE")
+                    migration(connection)
+                connection.execute(f"PRAGMA user_version={version}")
+                connection.execute("COMMIT")
+            except BaseException:
                 self._roll_back(connection)
                 raise
 

@@ -9,10 +9,9 @@ from statistics import median
 from typing import Final
 
 from agent.errors import DroverError, Reason
-from agent.handshake.records import AttemptRecord
 
 _TYPICAL_SECONDS: Final = 10.0
-"""How long a migration is taken to last while none has ended on this host."""
+"""How long a migration is taken to last while none has arrived on this host."""
 
 _REMEMBERED: Final = 20
 
@@ -24,21 +23,24 @@ class Slots:
         self.limit = limit
         self._durations: list[float] = []
 
-    def ended(self, record: AttemptRecord) -> None:
-        """Learn how long a slot is typically held."""
-        self._durations = [*self._durations, record.updated - record.created][-_REMEMBERED:]
+    def arrived(self, seconds: float) -> None:
+        """Learn how long a slot is held by a migration that takes place. What is refused, given up or never began says nothing
+        about that, and anybody may give up as often as he likes."""
+        self._durations = [*self._durations, seconds][-_REMEMBERED:]
 
-    def check(self, active: Sequence[AttemptRecord], now: float) -> None:
-        """Raises BUSY, with the limit and when to try again, where `active` takes all slots."""
-        if len(active) < self.limit:
+    def check(self, held: Sequence[float]) -> None:
+        """`held`: for each slot that is taken, since how many seconds.
+
+        Raises BUSY, with the limit and when to try again, where all slots are taken.
+        """
+        if len(held) < self.limit:
             return
         typical = median(self._durations) if self._durations else _TYPICAL_SECONDS
-        oldest = min((record.created for record in active), default=now)
-        retry_after = max(1.0, typical - (now - oldest))
+        retry_after = max(1.0, typical - max(held, default=0.0))
         raise DroverError(
             Reason.BUSY,
             f"all {self.limit} incoming slots of the destination are taken. Nothing was done to the guest; "
             f"try again in about {retry_after:.0f} s, or choose another host",
-            metadata={"limit": "incoming", "limit_value": str(self.limit), "in_use": str(len(active))},
+            metadata={"limit": "incoming", "limit_value": str(self.limit), "in_use": str(len(held))},
             retry_after=retry_after,
         )

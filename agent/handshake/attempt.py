@@ -138,6 +138,11 @@ class Attempt:
             log.error("effect failed", migration=self.record.migration_id, effect=name, exc_info=error)
         self.wake()
 
+    @property
+    def busy(self) -> bool:
+        """A call or an effect is under way."""
+        return bool(self._calls or self._tasks or self.opening is not None)
+
     def running(self, *names: str) -> list[asyncio.Task[None]]:
         return [task for task, name in self._tasks.items() if name in names]
 

@@ -36,7 +36,8 @@ class Attempts:
         return attempt
 
     def _trim(self) -> None:
-        ended = [key for key, attempt in self._by_id.items() if attempt.record.final]
+        """What somebody still works with stays, or a second attempt would be made of the same record."""
+        ended = [key for key, attempt in self._by_id.items() if attempt.record.final and not attempt.busy]
         for key in ended[: max(0, len(ended) - _KEEP_ENDED)]:
             del self._by_id[key]
 
@@ -78,14 +79,10 @@ class Attempts:
         finally:
             self._claimed.discard(uuid)
 
-    def superseded(self, attempt: Attempt) -> bool:
-        """A later attempt at the same guest is known here."""
-        known = list(self._by_id.values())
-        later = known[known.index(attempt) + 1 :] if attempt in known else known
-        return any(other.record.domain_uuid == attempt.record.domain_uuid for other in later)
-
     def active(self, role: Role) -> list[Attempt]:
-        return [a for a in self._by_id.values() if a.record.role is role and not a.record.final]
+        """Those that have not ended. One that is made for a call that has no place yet is none."""
+        known = (a for a in self._by_id.values() if a.record.state or a.opening is not None)
+        return [a for a in known if a.record.role is role and not a.record.final]
 
     def all(self) -> list[Attempt]:
         return list(self._by_id.values())

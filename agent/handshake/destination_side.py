@@ -61,8 +61,8 @@ class DestinationSide:
         self._slots = slots
         self._owner = owner
         self._sessions: dict[Attempt, Incoming] = {}
-        self._epoch = 0
-        """Of the latest lease. The journal always keeps the newest records, so it is never given twice."""
+        self._held_since: dict[Attempt, float] = {}
+        """When a slot was taken, in this life of the agent, by the monotonic clock."""
 
     # ---- calls
 
@@ -81,11 +81,10 @@ class DestinationSide:
         with self._attempts.claim(request.requirements.uuid, request.requirements.name):
             with timed("reserve") as watch:
                 had_definition = await self._check(request)
-            self._epoch += 1
             await attempt.apply(
                 _E.RESERVE,
                 lambda: phase_changes(attempt, "reserve", request),
-                epoch=self._epoch,
+                epoch=self._attempts.journal.next_epoch(),
                 had_definition=had_definition,
                 expires=self._expiry(),
                 domain_name=request.destination_name or request.requirements.name,
@@ -96,14 +95,17 @@ class DestinationSide:
                 options=options_from_proto(settled(request.options, self._host.features)),
                 timings=(watch.timing,),
             )
+            if not attempt.record.final:
+                self._held_since[attempt] = time.monotonic()
         self.recover(attempt)
 
     def _expiry(self) -> float:
         return time.time() + self._host.lease_seconds
 
     def _check_room(self, newcomer: Attempt) -> None:
-        others = [a.record for a in self._attempts.active(Role.DESTINATION) if a is not newcomer]
-        self._slots.check(others, time.time())
+        now = time.monotonic()
+        others = [a for a in self._attempts.active(Role.DESTINATION) if a is not newcomer]
+        self._slots.check([now - self._held_since.get(a, now) for a in others])
 
     async def _check(self, request: pb.ReserveSlotRequest) -> bool:
         """Everything that can be refused is refused before the guest is touched. Whether a definition of the guest is here."""
@@ -228,10 +230,6 @@ class DestinationSide:
 
     # ---- the lease
 
-    def remember(self, epoch: int) -> None:
-        """An epoch of an earlier life of this agent."""
-        self._epoch = max(self._epoch, epoch)
-
     def recover(self, attempt: Attempt) -> None:
         """The lease runs from now on, and is renewed by every call. It has no say over a copy that is armed."""
         attempt.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
@@ -251,10 +249,12 @@ class DestinationSide:
             self.recover(attempt)
 
     def on_final(self, attempt: Attempt) -> None:
-        self._slots.ended(attempt.record)
+        since = self._held_since.pop(attempt, None)
+        if since is not None and attempt.record.state == _S.RUNNING:
+            self._slots.arrived(time.monotonic() - since)
         attempt.start("close", self._close(attempt))
         if attempt.record.state == _S.RUNNING:
-            self._owner.watch(attempt, after=self._host.lease_seconds)
+            self._owner.arrived()
 
     # ---- effects
 
@@ -378,8 +378,19 @@ class DestinationSide:
             with contextlib.suppress(DomainNotFound):
                 await self._host.hypervisor.disown(attempt.record.domain_uuid)
 
-        await retry(attempt, "removing the copy that an operator's word took from this host", disown)
+        if await self._brought(attempt):  # else it has left, or came again by a later attempt, which the word is not about
+            await retry(attempt, "removing the copy that an operator's word took from this host", disown)
         await attempt.report(_E.ABANDON_DONE)
+
+    async def _brought(self, attempt: Attempt) -> bool:
+        brought = True
+
+        async def ask() -> None:
+            nonlocal brought
+            brought = await self._attempts.journal.brought(attempt.record)
+
+        await retry(attempt, "reading by which attempt the guest came here", ask)
+        return brought
 
     async def _close(self, attempt: Attempt) -> None:
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)

@@ -15,16 +15,15 @@ from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
-from agent.handshake.destination import DestinationEvent, DestinationState
+from agent.handshake.destination import DestinationEvent
 from agent.handshake.destination_side import DestinationSide
-from agent.handshake.owner import OWNER_SECONDS, Owner
+from agent.handshake.owner import Owner
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role, record_to_proto
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
 from agent.handshake.transfer import Transfers
-from agent.hypervisor.base import DomainNotFound, HypervisorError
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -66,8 +65,6 @@ class Engine:
 
     async def recover(self) -> None:
         """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
-        newest = await self._journal.attempts()
-        self._destination.remember(max((record.epoch for record in newest if record.role is Role.DESTINATION), default=0))
         for record in await self._journal.attempts(active_only=True, limit=None):
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
@@ -86,28 +83,9 @@ class Engine:
         message = f"the agent of {self.host.name} was restarted while this attempt was {record.state}; the guest was not touched"
         return {"failure": Failure(Reason.RESTARTED, message)}
 
-    async def check_disowned(self) -> None:
-        """For each guest that came here last and is here still: was this host declared dead meanwhile?"""
-        latest: dict[str, AttemptRecord] = {}
-        for record in reversed(await self._journal.attempts()):
-            latest[record.domain_uuid] = record
-        arrived = [r for r in latest.values() if r.role is Role.DESTINATION and r.state == DestinationState.RUNNING]
-        await asyncio.gather(*(self._check_one(record) for record in arrived))
-
-    async def _check_one(self, record: AttemptRecord) -> None:
-        while True:
-            try:
-                await self.host.hypervisor.get_domain(record.domain_uuid)
-                attempt = await self._attempts.find(record.ref)
-            except DomainNotFound:
-                return
-            except (DroverError, HypervisorError) as error:
-                if isinstance(error, DroverError) and error.reason in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
-                    return
-                await asyncio.sleep(OWNER_SECONDS)
-            else:
-                self._owner.watch(attempt, after=0.0)
-                return
+    async def settle(self) -> None:
+        """Runs as long as the agent does: see `Owner.run`."""
+        await self._owner.run()
 
     async def close(self) -> None:
         """Let go; the hypervisor, the journal and the other side's questions remain."""
@@ -139,8 +117,18 @@ class Engine:
     # ---- questions
 
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
-        attempt = await self._attempts.find(request.ref)
+        try:
+            attempt = await self._attempts.find(request.ref)
+        except DroverError as error:
+            older = await self._older(request.ref) if error.reason is Reason.STALE_ATTEMPT else None
+            if older is None:
+                raise
+            return pb.GetRecordResponse(record=record_to_proto(older))
         return pb.GetRecordResponse(record=record_to_proto(attempt.record, attempt.progress))
+
+    async def _older(self, ref: pb.AttemptRef) -> AttemptRecord | None:
+        """A record that a later attempt has followed: it takes no call any more, but it still says what was decided."""
+        return await self._journal.get_attempt(ref.migration_id, ref.attempt)
 
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
         """Conflates: a slow reader misses readings in between, never the last word."""

@@ -1,24 +1,29 @@
 """Whose the guest is: what a destination asks its source when nobody tells it."""
 
 import asyncio
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import structlog
 
+from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.phases import LocalHost, look_up
-from agent.handshake.records import OperatorWord
+from agent.handshake.phases import LocalHost
+from agent.handshake.records import AttemptRecord, OperatorWord
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
 
 OWNER_SECONDS: Final = 5.0
 """Between two questions to a source whose record has not ended."""
+
+_ENDED: Final = (pb.RECORD_STATE_REMOVED, pb.RECORD_STATE_KEPT)
+_KEEPS: Final = (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT)
 
 
 class Owner:
@@ -28,6 +33,11 @@ class Owner:
         self._host = host
         self._attempts = attempts
         self._source_of = source_of
+        self._arrived = Bell()
+
+    def arrived(self) -> None:
+        """A guest was started here: its source is to be asked."""
+        self._arrived.ring()
 
     async def ask_kept(self, attempt: Attempt) -> None:
         """An armed copy that hears nothing: the stream may never have come. The source's word that it kept the guest ends it."""
@@ -38,36 +48,69 @@ class Owner:
         except DroverError as error:
             log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
 
-    def watch(self, attempt: Attempt, *, after: float) -> None:
-        """A guest that runs here: ask, `after` so many seconds, whether an operator's word took it from this host, until its
-        source's record has ended. So a host that was declared dead learns it, rightly or not.
+    async def run(self) -> None:
+        """Ask the source of every commit, until its record has ended, whether an operator's statement took the guest from this host.
+
+        So a host that was declared dead learns it, rightly or not, however long it was away, and the journal learns which commits
+        nobody will ask for any more. A commit that is new is left to its driver for one round.
         """
-        attempt.start("owner", self._watch(attempt, after))
-
-    async def _watch(self, attempt: Attempt, after: float) -> None:
-        await asyncio.sleep(after)
-        while attempt.record.state == DestinationState.RUNNING and not self._attempts.superseded(attempt):
-            if await look_up(self._host, attempt) is None:
-                return
+        asked: Collection[tuple[str, int]] | None = None  # after a start all of them are due
+        while True:
+            arrived = self._arrived.next
             try:
-                if await self._has_learned(attempt):
-                    return
+                unsettled = [record for record in await self._attempts.journal.unsettled() if record.peer_agent]
             except DroverError as error:
-                if error.reason in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
-                    return
-            await asyncio.sleep(OWNER_SECONDS)
+                log.warning("the journal cannot be read; trying again", error=error.message)
+                await asyncio.sleep(OWNER_SECONDS)
+                continue
+            await self._ask_all([record for record in unsettled if asked is None or record.key in asked])
+            asked = {record.key for record in unsettled}
+            if unsettled:
+                await asyncio.sleep(OWNER_SECONDS)
+            else:
+                await arrived.wait()
 
-    async def _has_learned(self, attempt: Attempt) -> bool:
-        """Whether the source's word is final."""
-        record = await self._source_record(attempt)
-        if record is None:
-            return True
-        word = self._word_in(record)
-        if word and record.state in (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT):
-            log.error("this host was declared dead; its copy is disowned", migration=attempt.record.migration_id)
+    async def _ask_all(self, records: Collection[AttemptRecord]) -> None:
+        """All sources at once; of each, one question after the other."""
+        by_source: dict[str, list[AttemptRecord]] = defaultdict(list)
+        for record in records:
+            by_source[record.peer_agent].append(record)
+        await asyncio.gather(*(self._ask_source(of_one) for of_one in by_source.values()))
+
+    async def _ask_source(self, records: Collection[AttemptRecord]) -> None:
+        for record in records:
+            try:
+                attempt = await self._attempts.find(record.ref)
+                if attempt.record.state == DestinationState.RUNNING:
+                    await self._settle(attempt)
+            except DroverError as error:
+                log.info("the arrival is not settled yet", migration=record.migration_id, error=error.message)
+                if error.reason is Reason.HOST_UNREACHABLE:
+                    return
+
+    async def _settle(self, attempt: Attempt) -> None:
+        """Learn from the source what became of its copy."""
+        try:
+            source = await self._source_record(attempt)
+        except DroverError as error:
+            if error.reason not in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
+                raise
+            await attempt.note(settled=True)  # it keeps no record that could still be decided
+            return
+        if source is None:
+            return
+        word = self._word_in(source)
+        if word and source.state in _KEEPS:
+            await self._disown(attempt, word)
+        elif source.state in _ENDED:
+            await attempt.note(settled=True)
+
+    async def _disown(self, attempt: Attempt, word: dict[str, Any]) -> None:
+        record = attempt.record
+        # A later attempt at the guest that is under way ends first.
+        with self._attempts.claim(record.domain_uuid, record.domain_name):
+            log.error("this host was declared dead; its copy is disowned", migration=record.migration_id)
             await attempt.report(DestinationEvent.DISOWNED, **word)
-            return True
-        return record.state in (pb.RECORD_STATE_REMOVED, pb.RECORD_STATE_KEPT)
 
     async def _source_record(self, attempt: Attempt) -> pb.Record | None:
         """None where the address of the source's agent was not told. Raises what keeps it from saying."""

@@ -106,6 +106,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     request_ids: dict[str, str] = {}
     failure: Failure | None = None
     operator_word: OperatorWord | None = None
+    settled: bool = False
+    """The source has ended too, so it will never ask for this record again; destination only."""
     waiting_for: str = ""
     timings: tuple[Timing, ...] = ()
     created: float = msgspec.field(default_factory=time.time)

@@ -103,7 +103,7 @@ def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
         "revision": 5,
         **uris,
     }
-    return AttemptRecord(migration_id=ID, attempt=1, role=role, state=state, **{**values, **fields})
+    return AttemptRecord(role=role, state=state, **{"migration_id": ID, "attempt": 1, **values, **fields})
 
 
 async def fails(call: Awaitable[Any], *reasons: Reason) -> DroverError:

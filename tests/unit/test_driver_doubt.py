@@ -154,8 +154,7 @@ async def test_a_host_that_was_not_dead_is_looked_at_until_it_has_learned_what_w
     await until(lambda: len(looks) > 1)  # it looks again and again
     assert all(looks)
     assert not running.done()
-    await pair.destination.restart()
-    await pair.destination.engine.check_disowned()
+    await pair.destination.restart(settling=True)
     await running
     assert pair.runs_on == ["h1"]
     assert pair.states == ("kept", "gone")

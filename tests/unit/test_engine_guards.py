@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from agent.errors import Reason
-from agent.handshake.records import OperatorWord, Role, decode
+from agent.handshake.records import OperatorWord, Role
 from agent.hypervisor.base import Domain, DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Job
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
@@ -134,7 +134,7 @@ async def test_a_finish_that_fails_in_an_unforeseen_way_is_looked_into(pair: Pai
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.are("performed", "armed")
-    await until(lambda: "RuntimeError" in decode(pair.destination.journal.rows[ID]).waiting_for)
+    await until(lambda: "RuntimeError" in pair.destination.durable.waiting_for)
     pair.destination.hypervisor.put(ARRIVED)
     await running
     assert pair.states == ("removed", "running")
@@ -160,9 +160,9 @@ async def test_two_requests_of_one_id_are_told_apart_while_the_first_is_written(
     assert reused(await raced(*(h2.reserve_slot(reserve(request_id="r", source_host=name)) for name in ("h1", "h3"))))
     assert reused(await raced(*(h1.begin(begin(request_id="r", domain=name)) for name in ("web1", "web2"))))
     assert reused(await raced(*(h2.prepare(prepare(request_id="r", domain_xml=xml)) for xml in ("<one/>", "<two/>"))))
-    assert decode(destination.journal.rows[ID]).domain_xml == destination.hypervisor.arguments["prepare"][0] == "<one/>"
+    assert destination.durable.domain_xml == destination.hypervisor.arguments["prepare"][0] == "<one/>"
     assert reused(await raced(*(h1.perform(perform(request_id="r", bandwidth_bytes_per_second=b)) for b in (1 << 20, 1 << 30))))
-    assert decode(source.journal.rows[ID]).bandwidth == 1 << 20
+    assert source.durable.bandwidth == 1 << 20
 
 
 # --- post-copy --------------------------------------------------------------------------------------------------------
@@ -226,6 +226,7 @@ async def test_a_word_must_be_about_the_other_host(pair: Pair) -> None:
 
 
 async def test_a_host_that_was_wrongly_declared_dead_learns_it_without_a_restart(brief: Pair) -> None:
+    brief.destination.settle()
     driver = brief.driver()
     running = asyncio.create_task(finished(driver))
     await brief.in_doubt(driver)

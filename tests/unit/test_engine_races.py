@@ -6,11 +6,11 @@ import pytest
 
 from agent.errors import DroverError, Reason
 from agent.handshake.records import OperatorWord, Role
-from agent.hypervisor.base import HypervisorUnavailable
+from agent.hypervisor.base import DomainState, HypervisorUnavailable
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import begin, confirm, perform, record, until, word
 from tests.unit.fake_hypervisor import guest
-from tests.unit.two_agents import Pair
+from tests.unit.two_agents import Pair, quicker
 
 AWAY = HypervisorUnavailable("libvirtd is being restarted")
 
@@ -37,8 +37,7 @@ async def declared_dead(pair: Pair) -> None:
 
 async def test_a_host_that_was_declared_dead_stops_its_copy_when_it_comes_back(pair: Pair) -> None:
     await declared_dead(pair)
-    await pair.destination.restart()
-    await pair.destination.engine.check_disowned()
+    await pair.destination.restart(settling=True)
     await until(lambda: pair.destination.journalled == "gone")
     ended = await pair.destination.record()
     assert pair.destination.effects[0] == "disown"
@@ -50,12 +49,10 @@ async def test_a_host_that_dies_while_it_stops_its_copy_goes_on_with_that(pair: 
     await declared_dead(pair)
     agent = pair.destination
     agent.hypervisor.fails_always["disown"] = AWAY
-    await agent.restart()
-    await agent.engine.check_disowned()
+    await agent.restart(settling=True)
     await until(lambda: agent.journalled == "abandoning" and "disown" in agent.effects)
     agent.hypervisor.fails_always.clear()
-    await agent.restart()
-    await agent.engine.check_disowned()
+    await agent.restart(settling=True)
     await until(lambda: pair.runs_on == [], within=0.5)
 
 
@@ -63,20 +60,78 @@ async def test_a_guest_that_nobody_took_is_left_alone(pair: Pair) -> None:
     pair.source.keep(record(Role.SOURCE, "removed"))
     pair.destination.keep(record(Role.DESTINATION, "running"))
     pair.destination.hypervisor.put(RUNS)
-    await pair.destination.restart()
-    await pair.destination.engine.check_disowned()
+    await pair.destination.restart(settling=True)
+    await until(lambda: pair.destination.durable.settled)
     assert pair.destination.effects == []
     assert pair.runs_on == ["h2"]
 
 
-async def test_a_guest_that_has_gone_on_since_is_not_asked_about(pair: Pair) -> None:
+async def test_a_guest_that_has_gone_on_since_is_not_touched(pair: Pair) -> None:
     await declared_dead(pair)
-    later = record(Role.SOURCE, "removed", updated=99.0).changed(migration_id="later")
-    pair.destination.keep(later)
-    await pair.destination.restart()
-    await pair.destination.engine.check_disowned()
-    assert not pair.to_source.count
+    pair.destination.keep(record(Role.SOURCE, "removed", migration_id="later"))
+    await pair.destination.restart(settling=True)
+    await until(lambda: pair.destination.journalled == "gone")
     assert pair.destination.effects == []
+
+
+async def test_6_6_a_guest_that_came_again_is_not_taken_for_the_one_that_was_disowned(pair: Pair) -> None:
+    await declared_dead(pair)
+    pair.destination.keep(record(Role.SOURCE, "removed", migration_id="away"))
+    pair.destination.keep(record(Role.DESTINATION, "running", migration_id="back", settled=False))
+    pair.source.keep(record(Role.SOURCE, "removed", migration_id="back"))
+    await pair.destination.restart(settling=True)
+    await until(lambda: pair.destination.journalled == "gone")
+    assert pair.destination.effects == []
+    assert pair.runs_on == ["h2"]
+
+
+@pytest.mark.parametrize("read", [True, False])
+async def test_6_6_an_older_record_that_is_read_does_not_keep_a_copy(pair: Pair, *, read: bool) -> None:
+    """Nor do any number of attempts that came to nothing since."""
+    await declared_dead(pair)
+    agent = pair.destination
+    for number in range(1001):
+        agent.keep(record(Role.DESTINATION, "gone", migration_id=f"m{number}"))
+    agent.keep(record(Role.SOURCE, "kept", migration_id="later"))
+    await agent.restart()
+    if read:
+        await agent.record(pb.AttemptRef(migration_id="later"))
+    agent.settle()
+    await until(lambda: agent.journalled == "gone")
+    assert agent.effects[0] == "disown"
+    assert pair.runs_on == []
+
+
+async def test_6_6_a_copy_that_is_about_to_leave_is_disowned_once_it_has_stayed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    quicker(monkeypatch)
+    await declared_dead(pair)
+    agent = pair.destination
+    await agent.restart()
+    leaving = pb.AttemptRef(migration_id="leaving", attempt=1)
+    await agent.engine.begin(begin(ref=leaving))
+    agent.settle()
+    await until(lambda: pair.to_source.count["get_record"] >= 2)
+    assert agent.journalled == "running"
+    await agent.engine.abort(pb.AbortRequest(ref=leaving))
+    await until(lambda: agent.journalled == "gone")
+    assert pair.runs_on == []
+
+
+async def test_6_6_what_runs_on_is_asked_about_until_its_source_has_ended(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    quicker(monkeypatch)
+    agent = pair.destination
+    agent.settle()
+    pair.source.keep(record(Role.SOURCE, "performed"))
+    pair.source.hypervisor.put(guest(state=DomainState.PAUSED, reason="migration"))
+    await pair.source.restart()
+    agent.keep(record(Role.DESTINATION, "armed"))
+    agent.hypervisor.put(RUNS)
+    await agent.restart(settling=True)
+    await until(lambda: pair.to_source.count["get_record"] >= 2)
+    assert not agent.durable.settled
+    await pair.source.engine.confirm(confirm(pb.DECISION_RUNNING))
+    await until(lambda: agent.durable.settled)
+    assert await agent.journal.unsettled() == []  # so it is not asked any more
 
 
 # --- what only one may have -------------------------------------------------------------------------------------------

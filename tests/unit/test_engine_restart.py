@@ -160,12 +160,32 @@ async def test_an_attempt_that_has_not_ended_is_found_behind_any_number_that_hav
     assert [attempt.record.migration_id for attempt in agent.engine.active()] == [ID]
 
 
-async def test_an_epoch_is_never_given_twice(pair: Pair) -> None:
+async def test_6_6_an_epoch_is_never_given_twice(pair: Pair) -> None:
+    """Nor after a restart, nor for another attempt of the same migration, whatever has happened on this host since."""
     agent = pair.destination
-    await restarted(agent, Role.DESTINATION, "gone", None, epoch=41)
-    answer = await agent.engine.reserve_slot(reserve(ref=pb.AttemptRef(migration_id=ID, attempt=2)))
-    assert answer.record.slot.epoch == 42
-    await fails(agent.engine.prepare(prepare(epoch=41, ref=pb.AttemptRef(migration_id=ID, attempt=2))), Reason.STALE_LEASE)
+    first = (await agent.engine.reserve_slot(reserve())).record.slot.epoch
+    await agent.engine.abandon(pb.AbandonRequest(ref=REF))
+    await agent.restart()
+    again = pb.AttemptRef(migration_id=ID, attempt=2)
+    second = (await agent.engine.reserve_slot(reserve(ref=again))).record.slot.epoch
+    assert second > first
+    await fails(agent.engine.prepare(prepare(epoch=first, ref=again)), Reason.STALE_LEASE)
+
+
+async def test_6_19_what_never_took_place_says_nothing_of_how_long_a_slot_is_held(pair: Pair) -> None:
+    """Tombstones, and slots that were given back at once: anybody may ask for as many as he likes."""
+    agent = pair.destination
+    for number in range(30):
+        ref = pb.AttemptRef(migration_id=f"m{number}", attempt=1)
+        if number % 2:
+            await agent.engine.reserve_slot(reserve(ref=ref))
+        await agent.engine.abandon(pb.AbandonRequest(ref=ref))
+    for number in range(agent.slots):
+        taken = reserve(ref=pb.AttemptRef(migration_id=f"taken{number}", attempt=1))
+        taken.requirements.uuid, taken.requirements.name = f"uuid{number}", f"guest{number}"
+        await agent.engine.reserve_slot(taken)
+    busy = await fails(agent.engine.reserve_slot(reserve()), Reason.BUSY)
+    assert busy.retry_after == pytest.approx(10.0, abs=1.0)
 
 
 # --- silence ----------------------------------------------------------------------------------------------------------

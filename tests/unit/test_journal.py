@@ -1,33 +1,39 @@
 """agent.journal: what is kept of what has ended, in the order of writing and not of the clock."""
 
+import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import agent.journal
-from agent.handshake.records import AttemptRecord, Role
+from agent.handshake.records import AttemptRecord, OperatorWord, Role, encode
 from agent.journal import Journal
-from tests.unit.asking import ID, record
+from tests.unit.asking import ID, record, word
 
 
 @pytest.fixture
 async def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Journal]:
-    """Of three rows of each kind, so that it is soon full."""
-    monkeypatch.setattr(agent.journal, "_KEPT", {agent.journal._ENDED: 3, agent.journal._COMMIT: 3})
+    """It keeps three rows that nobody's decision depends on, so it is soon full."""
+    monkeypatch.setattr(agent.journal, "KEEP", 3)
     journal = Journal(tmp_path / "journal.sqlite")
     await journal.open()
     yield journal
     await journal.close()
 
 
-def numbered(number: int, state: str, updated: float = 0.0) -> AttemptRecord:
-    of = record(Role.DESTINATION, state, updated=updated)
-    return AttemptRecord(
-        migration_id=str(uuid.UUID(int=number)), attempt=1, role=of.role, state=state, domain_uuid=of.domain_uuid, updated=updated
-    )
+async def reopened(journal: Journal) -> Journal:
+    await journal.close()
+    again = Journal(journal.path)
+    await again.open()
+    return again
+
+
+def numbered(number: int, state: str, **fields: Any) -> AttemptRecord:
+    return record(fields.pop("role", Role.DESTINATION), state, migration_id=str(uuid.UUID(int=number)), **fields)
 
 
 async def test_no_number_of_tombstones_pushes_a_commit_out(journal: Journal) -> None:
@@ -37,6 +43,102 @@ async def test_no_number_of_tombstones_pushes_a_commit_out(journal: Journal) -> 
     assert await journal.get_attempt(ID) is not None
     assert len(await journal.attempts()) == 4
     assert await journal.get_attempt(str(uuid.UUID(int=1))) is None
+
+
+async def test_6_6_a_commit_stays_until_its_source_has_ended(journal: Journal) -> None:
+    """A source that was away may ask for it; to hear of none, it would let the guest run again."""
+    await journal.put_attempt(record(Role.DESTINATION, "running"))
+    for number in range(10):
+        await journal.put_attempt(numbered(number, "running"))
+    assert len(await journal.unsettled()) == 11
+    for number in range(10):
+        await journal.put_attempt(numbered(number, "running", settled=True))
+    assert [each.migration_id for each in await journal.unsettled()] == [ID]
+    assert await journal.get_attempt(ID) is not None
+    assert await journal.get_attempt(str(uuid.UUID(int=1))) is None  # nobody will ask for it
+
+
+async def test_6_6_what_an_operator_stated_stays_until_the_other_host_can_learn_it(journal: Journal) -> None:
+    said = OperatorWord.of(word("h2"))
+    await journal.put_attempt(record(Role.SOURCE, "kept", operator_word=said))
+    for number in range(10):
+        await journal.put_attempt(numbered(number, "kept", role=Role.SOURCE))
+    found = await journal.get_attempt(ID)
+    assert found is not None
+    assert found.operator_word == said
+    assert await journal.unsettled() == []
+
+
+@pytest.mark.parametrize(
+    ("later", "brought"),
+    [
+        ((), True),
+        ((("kept", Role.SOURCE),), True),  # it began to leave, and stayed
+        ((("gone", Role.DESTINATION),), True),
+        ((("performed", Role.SOURCE),), True),
+        ((("removed", Role.SOURCE),), False),
+        ((("running", Role.DESTINATION),), False),
+        ((("removed", Role.SOURCE), ("kept", Role.SOURCE)), False),
+    ],
+)
+async def test_6_6_the_order_of_the_attempts_at_a_guest_is_durable(
+    journal: Journal, later: tuple[tuple[str, Role], ...], *, brought: bool
+) -> None:
+    """By which attempt a guest is here: whatever was read, written again or trimmed since, over restarts, by no clock."""
+    first = record(Role.DESTINATION, "running", created=9e9, updated=9e9)
+    await journal.put_attempt(first)
+    for number, (state, role) in enumerate(later):
+        await journal.put_attempt(numbered(number, state, role=role))
+    for number in range(10, 20):
+        await journal.put_attempt(numbered(number, "gone", domain_uuid=str(uuid.UUID(int=number))))
+    await journal.put_attempt(first.changed(waiting_for=""))
+    again = await reopened(journal)
+    try:
+        assert await again.get_attempt(ID) is not None
+        assert await again.brought(first) is brought
+    finally:
+        await again.close()
+
+
+async def test_6_6_epochs_rise_over_restarts(journal: Journal) -> None:
+    epochs = []
+    for number in range(5):
+        epochs.append(journal.next_epoch())
+        await journal.put_attempt(numbered(number, "gone", epoch=epochs[-1], updated=1000.0 - number))
+        journal = await reopened(journal)
+    await journal.close()
+    assert epochs == sorted(set(epochs))
+
+
+async def test_6_6_a_journal_of_an_earlier_drover_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    said = OperatorWord.of(word("h2"))
+    rows = [
+        (2, numbered(1, "running")),
+        (1, numbered(2, "removed", role=Role.SOURCE)),
+        (2, record(Role.DESTINATION, "running")),
+        (1, numbered(3, "kept", role=Role.SOURCE, operator_word=said)),
+        (0, numbered(4, "performing", role=Role.SOURCE)),
+    ]
+    first = agent.journal._SCHEMA[0]
+    assert isinstance(first, str)
+    connection = sqlite3.connect(path)
+    connection.executescript(first)
+    for number, (kind, each) in enumerate(rows):
+        connection.execute("INSERT INTO attempts VALUES (?, ?, ?, ?, ?)", (*each.key, kind, number, encode(each)))
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    journal = Journal(path)
+    await journal.open()
+    try:
+        assert [each.migration_id for each in await journal.unsettled()] == [numbered(1, "").migration_id, ID]
+        assert not await journal.brought(numbered(1, "running"))
+        assert await journal.brought(record(Role.DESTINATION, "running"))
+        assert [each.state for each in await journal.attempts(active_only=True)] == ["performing"]
+        assert len(await journal.attempts()) == len(rows)
+    finally:
+        await journal.close()
 
 
 async def test_a_clock_that_goes_back_costs_no_record(journal: Journal) -> None:
@@ -57,13 +159,11 @@ async def test_what_is_active_is_never_trimmed(journal: Journal) -> None:
     assert active.migration_id == ID
 
 
-async def test_the_order_goes_on_after_a_restart(journal: Journal, tmp_path: Path) -> None:
+async def test_the_order_goes_on_after_a_restart(journal: Journal) -> None:
     for number in range(3):
         await journal.put_attempt(numbered(number, "gone"))
     await journal.save("older", b"older", ended=True)
-    await journal.close()
-    again = Journal(tmp_path / "journal.sqlite")
-    await again.open()
+    again = await reopened(journal)
     try:
         await again.put_attempt(numbered(7, "gone"))
         await again.save("newer", b"newer", ended=False)

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableSequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from structlog.testing import capture_logs
@@ -16,6 +18,7 @@ import agent.handshake.driver
 import agent.handshake.owner
 import agent.handshake.phases
 import agent.handshake.source_side
+import agent.journal
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
 from agent.features import features_to_proto
@@ -24,22 +27,43 @@ from agent.handshake.driver import Driver, Plan
 from agent.handshake.engine import Engine
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
-from agent.handshake.records import AttemptRecord, decode, encode, state_from_proto
+from agent.handshake.records import AttemptRecord, decode, state_from_proto
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ADDRESSES, ID, REF, make_plan, until
 from tests.unit.fake_hypervisor import FEATURES, FakeHypervisor, Wire, guest
 
+T = TypeVar("T")
+
 JOURNAL_DOWN = DroverError(Reason.JOURNAL_UNAVAILABLE, "the disk is full")
+
+
+class MemoryDatabase:
+    """Stands for `agent.sqlite.Database`: without a file and without a thread."""
+
+    def __init__(self) -> None:
+        self._connection = sqlite3.connect(":memory:", isolation_level=None)
+        for migration in agent.journal._SCHEMA:
+            self._connection.executescript(migration) if isinstance(migration, str) else migration(self._connection)
+
+    async def transaction(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        await asyncio.sleep(0)
+        return fn(self._connection)
+
+    read = transaction
+
+    async def close(self) -> None:
+        self._connection.close()
 
 
 class FakeJournal(Journal):
     """In memory. `fails` are the errors of the next writes; `down` fails all; writes wait for `held`."""
 
     def __init__(self, calls: list[str] | None = None) -> None:
+        self._db = MemoryDatabase()  # type: ignore[assignment]
+        self._numbers = itertools.count(1)
         self.calls = calls if calls is not None else []
-        self.rows: dict[str, bytes] = {}
         self.fails: list[Exception | None] = []
         self.down: Callable[[AttemptRecord], bool] = lambda record: False
         self.refused = 0
@@ -49,9 +73,18 @@ class FakeJournal(Journal):
         self.waiting = asyncio.Event()
         """Set as soon as a write waits for `held`."""
 
-    async def open(self) -> None: ...
+    def row(self, migration_id: str = ID) -> AttemptRecord | None:
+        """What is durable."""
+        rows = self._db._connection.execute("SELECT body FROM attempts WHERE migration_id = ? ORDER BY attempt", (migration_id,))
+        bodies = [row[0] for row in rows]
+        return decode(bodies[-1]) if bodies else None
 
-    async def close(self) -> None: ...
+    def keep(self, record: AttemptRecord) -> None:
+        """Write a record as an earlier life of the agent would have."""
+        writing = super().put_attempt(record)
+        with contextlib.suppress(StopIteration):
+            while True:
+                writing.send(None)
 
     async def put_attempt(self, record: AttemptRecord) -> None:
         await asyncio.sleep(self.pause)
@@ -62,17 +95,8 @@ class FakeJournal(Journal):
         if error is not None or self.down(record):
             self.refused += 1
             raise error or JOURNAL_DOWN
+        await super().put_attempt(record)
         self.calls.append(f"journal {record.state}")
-        self.rows[record.migration_id] = encode(record)
-
-    async def get_attempt(self, migration_id: str, attempt: int = 0) -> AttemptRecord | None:
-        await asyncio.sleep(0)
-        body = self.rows.get(migration_id)
-        return decode(body) if body is not None else None
-
-    async def attempts(self, *, active_only: bool = False, limit: int | None = 1000) -> list[AttemptRecord]:
-        records = sorted((decode(body) for body in self.rows.values()), key=lambda r: r.updated, reverse=True)
-        return [record for record in records if not (active_only and record.final)][:limit]
 
 
 class Agent:
@@ -88,6 +112,7 @@ class Agent:
         self.other_side: HandshakePeer | None = None
         self.lease, self.takeover, self.slots = lease, takeover, slots
         self.engine = self._engine()
+        self._settling: asyncio.Task[None] | None = None
         self.stopped = asyncio.Event()
         """Set when this life ends; then it answers no call any more."""
 
@@ -96,19 +121,32 @@ class Agent:
         host = LocalHost(self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover)
         return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side)
 
-    async def restart(self) -> None:
-        await self.engine.close()
+    async def restart(self, *, settling: bool = False) -> None:
+        await self._close_engine()
         self.stopped.set()
         self.engine, self.stopped = self._engine(), asyncio.Event()
         await self.engine.recover()
+        if settling:
+            self.settle()
+
+    def settle(self) -> None:
+        """Ask the sources from now on, as the agent's process does."""
+        self._settling = asyncio.create_task(self.engine.settle())
+
+    async def _close_engine(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+            await asyncio.wait({self._settling})
+        await self.engine.close()
 
     async def close(self) -> None:
-        await self.engine.close()
+        await self._close_engine()
+        await self.journal.close()
         await self.hypervisor.close()
 
     def keep(self, record: AttemptRecord) -> None:
         """Write a record as an earlier life of the agent would have."""
-        self.journal.rows[record.migration_id] = encode(record)
+        self.journal.keep(record)
 
     @property
     def effects(self) -> list[str]:
@@ -116,9 +154,17 @@ class Agent:
         return [call for call in self.calls if not call.startswith("journal")]
 
     @property
+    def durable(self) -> AttemptRecord:
+        """The record that is durable."""
+        record = self.journal.row()
+        assert record is not None
+        return record
+
+    @property
     def journalled(self) -> str:
         """The state that is durable; empty when there is none."""
-        return decode(self.journal.rows[ID]).state if ID in self.journal.rows else ""
+        record = self.journal.row()
+        return record.state if record is not None else ""
 
     async def record(self, ref: pb.AttemptRef = REF) -> pb.Record:
         return (await self.engine.get_record(pb.GetRecordRequest(ref=ref))).record
