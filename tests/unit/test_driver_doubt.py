@@ -217,7 +217,7 @@ async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair:
     """Another driver has ended it while this one was cut off from both hosts, and was cancelled."""
     pair.wire.all_sent.clear()
     lonely = pair.driver()
-    running = asyncio.create_task(finished(lonely, within=0.3))
+    running = asyncio.create_task(finished(lonely, within=3))
     await pair.are("performing", "armed")
     await until(lambda: lonely.destination_state == "armed")
     pair.to_source.cut = pair.to_destination.cut = True
