@@ -108,6 +108,7 @@ class Model:
             self._two(talk, source, lambda t, a: network.at_source(world, t, a)),
             self._two(talk, destination, lambda t, a: network.at_destination(world, t, a)),
             self._two(source, destination, destination_agent.asks),
+            self._two(source, destination, source_agent.reads),
         )
         self._budget = budget
         self._spend = [self._spender(cost) for cost in Cost if cost >= 0]
@@ -117,6 +118,8 @@ class Model:
         self._cancels = talk.mask | source.mask | both.mask
         self._broken = Table(self._is_broken)
         self._misled = Table(self._is_misled)
+        self._talk = talk.mask
+        self._forgotten = Table(self._is_forgotten)
         self._settled = Table(lambda key: invariants.settled(*self.parts(key)[:3]))
         self._idle = Table(lambda key: invariants.nobody_drives(source.part(key), talk.part(key)))
         self._cancelled = Table(lambda key: invariants.cancelled(source.part(key), both.part(key), talk.part(key)))
@@ -146,7 +149,7 @@ class Model:
 
     def wrong(self, state: int) -> str | None:
         """The first invariant that a state breaks."""
-        return self._broken[state & self._hosts] or self._misled[state & self._told]
+        return self._broken[state & self._hosts] or self._misled[state & self._told] or self._forgotten[state & self._talk]
 
     def is_end(self, state: int) -> bool:
         return self._settled[state & self._hosts] and self._idle[state & self._driven]
@@ -196,3 +199,7 @@ class Model:
         _, destination, _, talk, _ = self.parts(key)
         wrong = self.world.checked(invariants.TOLD) and invariants.told_wrong(destination, talk)
         return invariants.TOLD if wrong else None
+
+    def _is_forgotten(self, key: int) -> str | None:
+        wrong = self.world.checked(invariants.FORGOTTEN) and invariants.forgotten(self._fields[3].part(key))
+        return invariants.FORGOTTEN if wrong else None

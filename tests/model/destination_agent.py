@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from agent.handshake.decision import destination_yields
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.source import SourceState
 from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, write_late
@@ -133,7 +134,15 @@ def _asking(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     yield from ()
 
 
-_UNDER_WAY = {_F.FINISH: _finishing, _F.ABANDON: _abandoning, "ask": _asking, "ask whose": _asking}
+_YIELDS = {"read": None, "read, relayed": SourceState.KEPT, "read, stated dead": None}
+"""The destination asks the source for its record; what counts in its place where that does not answer. What a driver relays is
+of a source from which nothing flows; which of those states it is makes no difference."""
+
+_UNDER_WAY = {
+    _F.FINISH: _finishing,
+    _F.ABANDON: _abandoning,
+    **dict.fromkeys(("ask", "ask whose", *_YIELDS), _asking),
+}
 _EFFECTS = {_F.PREPARE: _prepare, _F.FINISH: _finish, _F.ABANDON: _abandon, _F.LOOK: _look, _F.DISOWN: _disown}
 
 
@@ -142,7 +151,8 @@ def tidy(agent: Agent) -> Agent:
     work = agent.work
     if agent.state != _S.ARMED:
         seen = {Work(Stage.NEWS, _E.SAW_RUNNING), Work(Stage.NEWS, _E.SAW_ABSENT)}
-        work -= {Work(Stage.START, _F.LOOK), _ASKS, _SOURCE_KEPT, *seen}
+        reads = {Work(Stage.CALLED, what) for what in _YIELDS}
+        work -= {Work(Stage.START, _F.LOOK), _ASKS, _SOURCE_KEPT, *seen, *reads}
     if agent.state in _FINAL:
         work &= {FINISH_STARTS, _ASKS_OWNER, _DISOWNED}
     return agent if work == agent.work else agent._replace(work=work)
@@ -163,6 +173,13 @@ def begins_to_ask(world: World, agent: Agent) -> Agent:
 
 def asks(source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
     """The source's record, as it is when it is read; what follows from it is taken later."""
+    for work in sorted(agent.work):
+        if work.stage is Stage.CALLED and work.what in _YIELDS:
+            if source.up:
+                after = _read(agent, work, _record_of(source, agent), answered=True)
+                yield "destination: reads the source's record", source, after, Cost.FREE
+            after = _read(agent, work, _YIELDS[work.what], answered=False)
+            yield "destination: cannot reach the source", source, after, Cost.LOSE if source.up else Cost.FREE
     if not source.up:
         return
     here = source.attempt == agent.attempt
@@ -175,6 +192,24 @@ def asks(source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]
         left = agent.work - {_ASKS_OWNER}
         after = agent._replace(work=left | {_DISOWNED} if goes_on_there else left)
         yield "destination: asks whose the guest is", source, after, Cost.FREE
+
+
+def begins_to_read(agent: Agent, *, relayed: bool, word: bool) -> Agent:
+    """Somebody says that the source keeps the guest: a nudge to read the source's record."""
+    what = "read, stated dead" if word else "read, relayed" if relayed else "read"
+    return agent._replace(work=agent.work | {Work(Stage.CALLED, what)}, quiet=False)
+
+
+def _record_of(source: Agent, agent: Agent) -> SourceState | None:
+    """Of this attempt. One that a later attempt followed had ended, and can only have been KEPT."""
+    if source.attempt > agent.attempt:
+        return SourceState.KEPT
+    return SourceState(source.state) if source.attempt == agent.attempt and source.state else None
+
+
+def _read(agent: Agent, work: Work, state: SourceState | None, *, answered: bool) -> Agent:
+    yields = destination_yields(state, answered=answered, stated_dead=work.what == "read, stated dead")
+    return finish_work(agent, work, _E.ABANDON_SOURCE_KEPT if yields else None)
 
 
 def expired(world: World, agent: Agent) -> Agent:

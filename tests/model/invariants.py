@@ -89,11 +89,12 @@ RULES: dict[str, Rule] = {
 TOLD = "only a durable decision is told"
 STUCK = "an end can be reached"
 CANCEL = "a cancel can be obeyed"
+FORGOTTEN = "a cancel that was acknowledged is kept"
 
 HARM = frozenset({TWO_RUN, LOST, GOES_BACK})
 """What a user would call a disaster. The other rules are why these hold."""
 
-ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, network.DECIDE, FINAL, FENCE, ONLY_COPY})
+ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, FORGOTTEN, network.DECIDE, FINAL, FENCE, ONLY_COPY})
 
 
 def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:
@@ -114,7 +115,7 @@ def told_wrong(destination: Agent, talk: Talk) -> bool:
 
 def _told(talk: Talk) -> set[tuple[int, str]]:
     """Decisions, by attempt."""
-    views = {(d.attempt, d.dst) for d in talk.drivers if d.mode in (Mode.ON, Mode.LOOK_DESTINATION)}
+    views = {(d.attempt, d.dst) for d in talk.drivers if d.mode in (Mode.ON, Mode.LOOK_DESTINATION) and not d.foreign}
     answers = {(m.attempt, m.answer.state) for m in talk.flying if isinstance(m.answer, Answer) and m.call not in network.TO_SOURCE}
     return {(attempt, state) for attempt, state in views | answers if state in (Dst.RUNNING, Dst.GONE)}
 
@@ -135,6 +136,11 @@ def cancelled(source: Agent, hosts: Hosts, talk: Talk) -> bool:
     """A driver was told to cancel, and the guest has not left yet."""
     told = any(d.cancel and d.mode is Mode.ON and d.attempt >= source.attempt for d in talk.drivers)
     return told and hosts.guest in AT_HOME and hosts.copy in (Copy.NONE, Copy.INCOMING)
+
+
+def forgotten(talk: Talk) -> bool:
+    """A driver goes on as if its user had not been told that the cancel is taken."""
+    return any(d.mode is Mode.ON and d.told and not d.cancel for d in talk.drivers)
 
 
 def nobody_drives(source: Agent, talk: Talk) -> bool:

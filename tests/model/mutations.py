@@ -15,6 +15,7 @@ from agent.hypervisor.base import Job
 from tests.model.agents import FENCE
 from tests.model.invariants import (
     CANCEL,
+    FORGOTTEN,
     GONE_IS_GONE,
     KEPT_IS_KEPT,
     LOST,
@@ -26,7 +27,7 @@ from tests.model.invariants import (
     TWO_RUN,
 )
 from tests.model.network import DECIDE
-from tests.model.parts import budget
+from tests.model.parts import Side, budget
 from tests.model.world import World
 
 _S, _SE, _SF = SourceState, SourceEvent, SourceEffect
@@ -133,6 +134,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "Abandon answers GONE before that is durable",
         TOLD,
         TWO_RUN,
+        reads=frozenset(),
         budget=budget(cancel=1),
         answer_first=frozenset({_DE.ABANDON}),
     ),
@@ -142,6 +144,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         RESUMED_ON_GONE,
         TWO_RUN,
         takeover=True,
+        reads=frozenset(),
         budget=budget(crash_driver=1),
         decide_takeover=_resumes_unasked,
     ),
@@ -151,6 +154,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         REMOVED_ON_RUNNING,
         LOST,
         takeover=True,
+        reads=frozenset(),
         budget=budget(crash_driver=1, fail=1),
         decide_takeover=_removes_unasked,
     ),
@@ -160,8 +164,66 @@ MUTATIONS: tuple[Mutation, ...] = (
         DECIDE,
         None,
         in_flight=1,
+        durable_driver=False,
         budget=budget(host=1, word=1, crash_driver=1),
         decide=_believes_whoever_is_back,
+    ),
+    _mutation(
+        "believes_the_callers_gone",
+        "a source takes GONE from a driver whose destination is another host",
+        RESUMED_ON_GONE,
+        TWO_RUN,
+        in_flight=2,
+        foreign_driver=True,
+        checks_peer=False,
+        reads=frozenset(),
+        budget=budget(cancel=1),
+    ),
+    _mutation(
+        "believes_a_claim",
+        "a source takes a decision from anybody",
+        RESUMED_ON_GONE,
+        LOST,
+        in_flight=2,
+        reads=frozenset({Side.DESTINATION}),
+        budget=budget(by_hand=1),
+    ),
+    _mutation(
+        "believes_kept",
+        "a destination takes it from anybody that the source kept the guest",
+        LOST,
+        LOST,
+        in_flight=2,
+        reads=frozenset({Side.SOURCE}),
+        budget=budget(by_hand=1),
+    ),
+    _mutation(
+        "believes_a_word_about_the_living",
+        "an operator's statement counts although the destination answers",
+        TWO_RUN,
+        TWO_RUN,
+        in_flight=2,
+        reads=frozenset({Side.DESTINATION}),
+        wrong_word=True,
+        budget=budget(word=1),
+    ),
+    _mutation(
+        "goes_on_towards_a_third_host",
+        "a driver is not told that the record is of another destination, and never ends",
+        STUCK,
+        None,
+        in_flight=2,
+        foreign_driver=True,
+        checks_peer=False,
+    ),
+    _mutation(
+        "cancel_forgotten",
+        "a driver that has acknowledged a cancel forgets it when it dies",
+        FORGOTTEN,
+        None,
+        in_flight=1,
+        durable_driver=False,
+        budget=budget(cancel=1, crash_driver=1),
     ),
     _mutation(
         "stale_attempt_taken",

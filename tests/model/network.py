@@ -13,8 +13,9 @@ from tests.model.world import World
 Step = tuple[str, Talk, Agent, Cost]
 
 TO_SOURCE = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
-_CLAIMS = frozenset({Call.CONFIRM_RUNNING, Call.CONFIRM_GONE, Call.ABANDON_SOURCE_KEPT})
-"""Calls that say what the other side's record is; only a driver has seen it."""
+_CONFIRMS = frozenset({Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
+_NAMES_PEER = frozenset({Call.BEGIN, Call.PERFORM})
+"""Calls whose content is of one destination, so that a source refuses those of another one."""
 _NEEDS_PLAN = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE})
 
 _SOURCE_ORDER = {state: place for place, state in enumerate([None, *SourceState])}
@@ -29,7 +30,8 @@ DECIDE = "decide finds no impossible pair"
 def start(world: World) -> Talk:
     """The drivers at the beginning. The last place is the source's own, for a take-over."""
     coordinators = (Driver(Mode.ON),) * world.coordinators
-    return Talk(coordinators + ((Driver(Mode.OFF, plan=False),) if world.takeover else ()))
+    foreign = (Driver(Mode.OFF, foreign=True),) if world.foreign_driver else ()
+    return Talk(coordinators + foreign + ((Driver(Mode.OFF, plan=False),) if world.takeover else ()))
 
 
 def _with(talk: Talk, index: int, driver: Driver) -> Talk:
@@ -75,9 +77,11 @@ def _driver(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tu
             again = driver._replace(mode=Mode.LOOK_SOURCE)
             yield f"{who}: looks again", _with(talk, index, again), Cost.FREE
         if not driver.cancel:
-            yield f"{who}: is cancelled", _with(talk, index, driver._replace(cancel=True)), Cost.CANCEL
-    if driver.plan and driver.mode in (Mode.ON, Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION):
-        dead = Driver(Mode.DEAD, driver.attempt)
+            yield f"{who}: is cancelled", _with(talk, index, driver._replace(cancel=True, told=True)), Cost.CANCEL
+    if driver.plan and not driver.foreign and driver.mode in (Mode.ON, Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION):
+        dead = Driver(Mode.DEAD, driver.attempt, told=driver.told)
+        if world.durable_driver:
+            dead = dead._replace(cancel=driver.told, dead=driver.dead)
         yield f"{who}: dies", _with(talk, index, dead), Cost.CRASH_DRIVER
     if driver.mode is Mode.DEAD and world.driver_returns:
         yield f"{who}: is back", _with(talk, index, driver._replace(mode=Mode.LOOK_SOURCE)), Cost.FREE
@@ -92,10 +96,25 @@ def _send(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tupl
         if not driver.plan and (wanted in _NEEDS_PLAN or (wanted is Call.PERFORM and driver.src is SourceState.BEGUN)):
             if not driver.cancel:
                 yield f"{who}: cannot {wanted}, gives up", _with(talk, index, driver._replace(cancel=True)), Cost.FREE
+        elif driver.foreign and wanted not in TO_SOURCE:
+            seen = _settle(driver._replace(dst=_AT_THIRD_HOST[wanted]))
+            yield f"{who}: calls {wanted} at the third host", _with(talk, index, seen), Cost.FREE
         elif wanted not in outstanding and len(talk.flying) < world.in_flight:
-            word = driver.dead is Side.DESTINATION and wanted is Call.CONFIRM_GONE
-            message = Message(index, driver.attempt, wanted, word=word)
+            word = (driver.dead, wanted) in _RESTS_ON_WORD
+            message = Message(index, driver.attempt, wanted, word=word, foreign=driver.foreign)
             yield f"{who}: calls {wanted}", Talk(talk.drivers, talk.flying | {message}), Cost.FREE
+
+
+_AT_THIRD_HOST = {
+    Call.RESERVE: DestinationState.RESERVED,
+    Call.PREPARE: DestinationState.PREPARED,
+    Call.FINISH: DestinationState.ARMED,
+    Call.ABANDON: DestinationState.GONE,
+    Call.ABANDON_SOURCE_KEPT: DestinationState.GONE,
+}
+"""What comes of a call at a host to which no memory flows."""
+
+_RESTS_ON_WORD = {(Side.DESTINATION, Call.CONFIRM_GONE), (Side.SOURCE, Call.ABANDON_SOURCE_KEPT)}
 
 
 def _wants(world: World, driver: Driver) -> frozenset[Call]:
@@ -125,6 +144,8 @@ def _learn(driver: Driver, message: Message) -> Driver:
     assert isinstance(message.answer, Answer)
     if driver.dead is _side(message.call):
         driver = driver._replace(dead=None)  # it answers
+    if message.answer.exists:
+        return driver._replace(mode=Mode.ENDED, cancel=False, told=False)
     if message.attempt != driver.attempt or message.answer.stale or message.answer.state is None:
         return driver
     if message.call in TO_SOURCE:
@@ -143,7 +164,7 @@ def _side(call: Call) -> Side:
 
 def _settle(driver: Driver) -> Driver:
     """A driver that has seen both records end is done."""
-    return driver._replace(mode=Mode.ENDED, cancel=False) if ended(*states(driver)) else driver
+    return driver._replace(mode=Mode.ENDED, cancel=False, told=False) if ended(*states(driver)) else driver
 
 
 # ---- with the source's agent
@@ -154,12 +175,14 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     for message in sorted(talk.flying):
         if message.call in TO_SOURCE:
             yield from _arrives(world, talk, agent, message, Side.SOURCE)
-    if agent.dead:
+    if agent.dead or (world.wrong_word and agent.up):
         yield from _declared_dead(world, talk, agent, Side.SOURCE)
     if not agent.up:
         return
     if world.may(Cost.BY_HAND):
         yield from _by_hand(world, talk, agent, Side.SOURCE)
+    if world.foreign_driver and agent.state is not None:
+        yield from _foreign_starts(talk, agent)
     for index, driver in enumerate(talk.drivers):
         if driver.mode is Mode.LOOK_SOURCE and agent.attempt <= driver.attempt:
             seen = SourceState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
@@ -182,6 +205,13 @@ def _silence(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     yield "source: its driver is silent", talk, after, cost
 
 
+def _foreign_starts(talk: Talk, agent: Agent) -> Iterator[Step]:
+    """Somebody starts the same migration id once more, towards a third host."""
+    for index, driver in enumerate(talk.drivers):
+        if driver.foreign and driver.mode is Mode.OFF:
+            yield "somebody: starts the same id to a third host", _with(talk, index, driver._replace(mode=Mode.ON)), agent, Cost.FREE
+
+
 def _without_takeover(world: World, talk: Talk) -> Talk:
     """The driver that took over dies with the source's agent, and with it the calls that it made to its own house."""
     if not world.takeover:
@@ -199,10 +229,10 @@ def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     for message in sorted(talk.flying):
         if message.call not in TO_SOURCE:
             yield from _arrives(world, talk, agent, message, Side.DESTINATION)
-    if agent.dead:
+    if agent.dead or (world.wrong_word and agent.up):
         yield from _declared_dead(world, talk, agent, Side.DESTINATION)
-        if world.back_too_early or not _word_counts(talk):
-            yield "hosts: the destination's host is back", talk, destination_agent.back(world, agent), Cost.FREE
+    if agent.dead and (world.back_too_early or not _word_counts(talk)):
+        yield "hosts: the destination's host is back", talk, destination_agent.back(world, agent), Cost.FREE
     if not agent.up:
         return
     if world.may(Cost.BY_HAND):
@@ -227,11 +257,21 @@ _AFTER_WORD = {
     (Side.DESTINATION, Mode.ON): Mode.ON,
 }
 """What a driver does once it is told that a side is dead: it looks there no more."""
+_LOOKS_THERE = {(Side.SOURCE, Mode.LOOK_SOURCE), (Side.DESTINATION, Mode.LOOK_DESTINATION)}
 
 
 def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Step]:
     """An operator states at a coordinator, rightly, that a host is dead. It is only believed of one that does not answer."""
     for index, driver in enumerate(talk.drivers):
+        if driver.dead is side and agent.up and driver.mode is Mode.ON:
+            # The call that rests on the statement is refused, since the host answers whoever was to act on it.
+            refuted = driver._replace(dead=None)
+            yield f"driver {index}: is told that the {side} answers", _with(talk, index, refuted), agent, Cost.FREE
+        if driver.dead is side and agent.dead and (side, driver.mode) in _LOOKS_THERE:
+            told = _settle(driver._replace(mode=_AFTER_WORD[side, driver.mode]))
+            yield f"driver {index}: remembers that the {side} is dead", _with(talk, index, told), agent, Cost.FREE
+        if driver.foreign:
+            continue
         mode = _AFTER_WORD.get((side, driver.mode)) if driver.plan and driver.dead is None else None
         answers = any(message.driver == index and _side(message.call) is side for message in talk.flying)
         if mode is not None and not answers:
@@ -242,7 +282,9 @@ def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterat
 def _word_counts(talk: Talk) -> bool:
     """The word that the destination is dead has not had its effect yet, and may still have one."""
     undecided = any(
-        driver.dead is Side.DESTINATION and driver.mode is Mode.ON and driver.src not in (SourceState.REMOVING, SourceState.REMOVED)
+        driver.dead is Side.DESTINATION
+        and driver.mode not in (Mode.OFF, Mode.ENDED)
+        and driver.src not in (SourceState.REMOVING, SourceState.REMOVED)
         for driver in talk.drivers
     )
     return undecided or any(message.word for message in talk.flying)
@@ -273,18 +315,28 @@ def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: Sid
 
 
 def _by_hand(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Step]:
-    """Anybody may make any call at any moment that claims nothing."""
-    for made in sorted(set(Call) - _CLAIMS):
+    """Anybody may make any call at any moment, and claim what he likes; a record of another host he cannot relay."""
+    for made in sorted(Call):
         if _side(made) is side:
-            after, _ = _called(world, agent, Message(NOBODY, agent.attempt or 1, made), side)
+            after, _ = _called(world, agent, Message(NOBODY, agent.attempt or 1, made, foreign=made not in _NAMES_PEER), side)
             yield f"somebody: calls {made} by hand", talk, after, Cost.BY_HAND
 
 
 def _called(world: World, agent: Agent, message: Message, side: Side) -> tuple[Agent, Answer]:
+    here = agent.state is not None and agent.attempt == message.attempt
+    reads, relayed = here and side in world.reads, not message.foreign
+    if side is Side.SOURCE and here and message.foreign and message.call in _NAMES_PEER and world.checks_peer:
+        return agent, Answer(agent.state, exists=True)
+    if reads and message.call in _CONFIRMS and agent.state in source_agent.DECIDED_BY_OTHER:
+        after = source_agent.begins_to_read(agent, SourceEvent(message.call), relayed=relayed, word=message.word)
+        return after, Answer(agent.state, word=after.word, exists=message.foreign and world.checks_peer)
+    if reads and message.call is Call.ABANDON_SOURCE_KEPT and agent.state == DestinationState.ARMED:
+        return destination_agent.begins_to_read(agent, relayed=relayed, word=message.word), Answer(agent.state)
     if side is Side.SOURCE:
         after, answer = call(world, world.source, agent, message.attempt, SourceEvent(message.call))
         if message.word and after.attempt == message.attempt and after.state in (SourceState.RESUMING, SourceState.KEPT):
             after = after._replace(word=True)
-        return source_agent.tidy(after), answer._replace(word=after.word and after.attempt == message.attempt)
+        exists = message.foreign and world.checks_peer and here
+        return source_agent.tidy(after), answer._replace(word=after.word and after.attempt == message.attempt, exists=exists)
     after, answer = call(world, world.destination, agent, message.attempt, DestinationEvent(message.call))
     return destination_agent.tidy(after), answer

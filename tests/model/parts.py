@@ -127,12 +127,16 @@ class Driver(NamedTuple):
     src: Src | None = None
     dst: Dst | None = None
     cancel: bool = False
+    told: bool = False
+    """Its user was told that the cancel is taken."""
     dead: Side | None = None
     """What an operator has told it is dead, and has not answered since."""
     by_word: bool = False
     """The source's record carries an operator's word."""
     plan: bool = True
     """It can make the first phases; a driver that takes over cannot."""
+    foreign: bool = False
+    """It drives the same migration id towards a third host; `dst` is the record there."""
 
 
 class Unanswered(IntEnum):
@@ -149,6 +153,8 @@ class Answer(NamedTuple):
     """A later attempt has begun there."""
     word: bool = False
     """The record carries an operator's word."""
+    exists: bool = False
+    """The record is of another destination than the caller's (MIGRATION_EXISTS)."""
 
 
 NOBODY = -1
@@ -164,6 +170,8 @@ class Message(NamedTuple):
     answer: Answer | Unanswered = Unanswered.YET
     word: bool = False
     """It rests on an operator's word."""
+    foreign: bool = False
+    """Its driver's destination is a third host."""
 
 
 class Talk(NamedTuple):

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from agent.handshake.decision import source_obeys
+from agent.handshake.destination import DestinationState
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
 from tests.model.agents import NO_WORK, finish_work, restarted, take
 from tests.model.hosts import AT_HOME, aborted, guest_dies, source_domain
@@ -27,7 +29,11 @@ def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
 
 def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     if work.stage is Stage.NEWS:
-        yield f"source: records {work.what}", take(world, world.source, finish_work(agent, work), _E(work.what)), hosts, Cost.FREE
+        event, word = _E(work.what.removesuffix(_BY_WORD)), work.what.endswith(_BY_WORD)
+        after = take(world, world.source, finish_work(agent, work), event)
+        yield f"source: records {work.what}", after._replace(word=after.word or word), hosts, Cost.FREE
+    elif work.what in _READS:
+        return  # it waits for the destination's answer: see `reads`
     elif work.stage is Stage.CALLED:
         yield from _performing(agent, hosts, work)
     else:
@@ -86,6 +92,58 @@ def _resume(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[St
     yield "source: resumes the guest", finish_work(agent, work, _E.RESUME_DONE), resumed, Cost.FREE
 
 
+DECIDED_BY_OTHER = (_S.PERFORMED, _S.LOST)
+"""The guest is stopped here, and only the destination's record says what to do."""
+
+_BY_WORD = " by word"
+_CONFIRMS = (_E.CONFIRM_RUNNING, _E.CONFIRM_GONE)
+_READS = {
+    "read": None,
+    "read, relayed running": DestinationState.RUNNING,
+    "read, relayed gone": DestinationState.GONE,
+    "read, stated dead": None,
+}
+"""The source asks the destination for its record; what counts in its place where that does not answer."""
+
+
+def begins_to_read(agent: Agent, event: SourceEvent, *, relayed: bool, word: bool) -> Agent:
+    """A Confirm has come: a nudge to read the destination's record."""
+    if word:
+        what = "read, stated dead"
+    elif relayed:
+        what = "read, relayed running" if event is _E.CONFIRM_RUNNING else "read, relayed gone"
+    else:
+        what = "read"
+    return agent._replace(work=agent.work | {Work(Stage.CALLED, what)}, quiet=False)
+
+
+def reads(agent: Agent, destination: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
+    """The destination's record, as it is when it is read; what follows from it is taken later."""
+    for work in sorted(agent.work):
+        if work.stage is not Stage.CALLED or work.what not in _READS:
+            continue
+        if destination.up:
+            after = _read(agent, work, _record_of(agent, destination), answered=True)
+            yield "source: reads the destination's record", after, destination, Cost.FREE
+        after = _read(agent, work, _READS[work.what], answered=False)
+        cost = Cost.LOSE if destination.up else Cost.FREE
+        yield "source: cannot reach the destination", after, destination, cost
+
+
+def _record_of(agent: Agent, destination: Agent) -> DestinationState | None:
+    """Of this attempt. One that a later attempt followed had ended, and can only have been GONE."""
+    if destination.attempt > agent.attempt:
+        return DestinationState.GONE
+    return DestinationState(destination.state) if destination.attempt == agent.attempt and destination.state else None
+
+
+def _read(agent: Agent, work: Work, state: DestinationState | None, *, answered: bool) -> Agent:
+    stated = work.what == "read, stated dead"
+    event = source_obeys(state, answered=answered, stated_dead=stated)
+    by_word = _BY_WORD if stated and not answered and event is _E.CONFIRM_GONE else ""
+    return tidy(finish_work(agent, work, event and f"{event}{by_word}"))
+
+
 _EFFECTS = {
     _F.BEGIN: _begin,
     _F.PERFORM: _perform,
@@ -104,6 +162,8 @@ def tidy(agent: Agent) -> Agent:
     work = agent.work - {Work(Stage.START, _F.RELEASE)}
     if agent.state != _S.PERFORMING:
         work -= {Work(Stage.START, _F.ABORT)}
+    if agent.state not in DECIDED_BY_OTHER:
+        work = frozenset(w for w in work if w.what not in _READS and not w.what.startswith(_CONFIRMS))
     if agent.state in (_S.REMOVED, _S.KEPT):
         work = NO_WORK
     return agent if work == agent.work else agent._replace(work=work)

@@ -9,7 +9,7 @@ from agent.handshake.facts import destination_fact, source_fact
 from agent.handshake.machine import Machine
 from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import Domain
-from tests.model.parts import NO_FAULTS, Budget, Cost
+from tests.model.parts import NO_FAULTS, Budget, Cost, Side
 
 SourceMachine = Machine[SourceState, SourceEvent, SourceEffect]
 DestinationMachine = Machine[DestinationState, DestinationEvent, DestinationEffect]
@@ -55,6 +55,16 @@ class World:
     """`Incoming.abandon` looks and then destroys, as two steps, against its promise."""
     stalls: bool = True
     """A driver that sees PERFORMED and ARMED for long gives the copy up; it may be too quick. That relies on the promise."""
+    reads: frozenset[Side] = frozenset(Side)
+    """Sides that read the other one's record before they act on a decision, instead of believing the caller."""
+    foreign_driver: bool = False
+    """Another driver starts the same migration id towards a third host."""
+    checks_peer: bool = True
+    """A source tells a driver that its record is of another destination, and the driver stops."""
+    wrong_word: bool = False
+    """An operator may state of a host that lives that it is dead."""
+    durable_driver: bool = True
+    """What a driver has acknowledged to its user survives its death."""
     back_too_early: bool = False
     """A destination that was declared dead, rightly, may be back before the word has had its effect."""
     torn_end: bool = False

@@ -391,6 +391,8 @@ class Record(message.Message):
     CREATE_TIME_FIELD_NUMBER: builtins.int
     UPDATE_TIME_FIELD_NUMBER: builtins.int
     OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    HOST_FIELD_NUMBER: builtins.int
+    URI_FIELD_NUMBER: builtins.int
     state: RecordState.ValueType
     """Its state on this host."""
     domain_name: builtins.str
@@ -403,6 +405,12 @@ class Record(message.Message):
     """Rises with every change of this record."""
     waiting_for: builtins.str
     """What is waited for now, in one sentence. Empty when nothing is."""
+    host: builtins.str
+    """Name of the host whose record this is, set by that host. A record that is relayed by a driver counts only when this, the peer,
+    the guest and the attempt are those of the reader's own record.
+    """
+    uri: builtins.str
+    """Destination: the migration URI on which its copy listens, with its port. Empty before PREPARED and on the source."""
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt."""
@@ -452,10 +460,38 @@ class Record(message.Message):
         create_time: timestamp_pb2.Timestamp | None = ...,
         update_time: timestamp_pb2.Timestamp | None = ...,
         operator_word: OperatorWord | None = ...,
+        host: builtins.str = ...,
+        uri: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "operator_word", b"operator_word", "progress", b"progress", "ref", b"ref", "slot", b"slot", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "operator_word", b"operator_word", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "host", b"host", "operator_word", b"operator_word", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "uri", b"uri", "waiting_for", b"waiting_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class PathProbe(message.Message):
+    """An address at which an agent answers on a migration network, until Prepare or the end of the lease, so that the source can prove
+    that what it reaches there is this destination.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
+    address: builtins.str
+    """IP address and port, such as "10.92.0.2:49215"."""
+    nonce: builtins.bytes
+    """What the destination answers there, and nobody else can. At least 16 bytes. Never logged."""
+    def __init__(
+        self,
+        *,
+        address: builtins.str = ...,
+        nonce: builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "nonce", b"nonce"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -474,6 +510,8 @@ class ReserveSlotRequest(message.Message):
     OPTIONS_FIELD_NUMBER: builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: builtins.int
     QUEUE_WAIT_FIELD_NUMBER: builtins.int
+    NETWORK_FIELD_NUMBER: builtins.int
+    URI_IN_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller; the same one with another content is refused."""
     destination_name: builtins.str
@@ -484,6 +522,10 @@ class ReserveSlotRequest(message.Message):
     """Address at which the source's agent can be asked, such as "10.91.0.1:7400". Empty: it cannot."""
     protocol_version: builtins.int
     """Protocol version that the caller will speak. Zero: the newest that both know."""
+    network: builtins.str
+    """As in Prepare: the network of this host that will carry the memory. What cannot be listened on is refused here already."""
+    uri_in: builtins.str
+    """As in Prepare."""
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt."""
@@ -512,10 +554,12 @@ class ReserveSlotRequest(message.Message):
         options: options_pb2.Options | None = ...,
         protocol_version: builtins.int = ...,
         queue_wait: duration_pb2.Duration | None = ...,
+        network: builtins.str = ...,
+        uri_in: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options", "queue_wait", b"queue_wait", "ref", b"ref", "requirements", b"requirements"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_name", b"destination_name", "options", b"options", "protocol_version", b"protocol_version", "queue_wait", b"queue_wait", "ref", b"ref", "request_id", b"request_id", "requirements", b"requirements", "source_agent", b"source_agent", "source_host", b"source_host"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_name", b"destination_name", "network", b"network", "options", b"options", "protocol_version", b"protocol_version", "queue_wait", b"queue_wait", "ref", b"ref", "request_id", b"request_id", "requirements", b"requirements", "source_agent", b"source_agent", "source_host", b"source_host", "uri_in", b"uri_in"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,18 +570,24 @@ class ReserveSlotResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
+    PROBE_FIELD_NUMBER: builtins.int
     @builtins.property
     def record(self) -> Record:
         """The record, RESERVED."""
+
+    @builtins.property
+    def probe(self) -> PathProbe:
+        """For Begin: where this agent answers on the migration address."""
 
     def __init__(
         self,
         *,
         record: Record | None = ...,
+        probe: PathProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["record", b"record"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["probe", b"probe", "record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["probe", b"probe", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -555,6 +605,7 @@ class BeginRequest(message.Message):
     DESTINATION_AGENT_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     SLOT_EPOCH_FIELD_NUMBER: builtins.int
+    PROBE_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     domain: builtins.str
@@ -575,6 +626,12 @@ class BeginRequest(message.Message):
     def options(self) -> options_pb2.Options:
         """The user's word."""
 
+    @builtins.property
+    def probe(self) -> PathProbe:
+        """From ReserveSlot. The source connects to it before the guest is touched, and Perform takes only a URI with an address that was
+        proved so. Errors: PATH_NOT_PROVED.
+        """
+
     def __init__(
         self,
         *,
@@ -586,10 +643,11 @@ class BeginRequest(message.Message):
         destination_agent: builtins.str = ...,
         options: options_pb2.Options | None = ...,
         slot_epoch: builtins.int = ...,
+        probe: PathProbe | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options", "ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options", "probe", b"probe", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_agent", b"destination_agent", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "options", b"options", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_agent", b"destination_agent", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "options", b"options", "probe", b"probe", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -713,6 +771,7 @@ class PerformRequest(message.Message):
     URI_FIELD_NUMBER: builtins.int
     BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    DESTINATION_RECORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     cookie_in: builtins.bytes
@@ -729,6 +788,10 @@ class PerformRequest(message.Message):
     def wait(self) -> duration_pb2.Duration:
         """Answer after this long at the latest, at most 30 s. Unset: as soon as the memory flows."""
 
+    @builtins.property
+    def destination_record(self) -> Record:
+        """The destination's record as the caller saw it. Counts only where the source cannot reach the destination itself."""
+
     def __init__(
         self,
         *,
@@ -738,10 +801,11 @@ class PerformRequest(message.Message):
         uri: builtins.str = ...,
         bandwidth_bytes_per_second: builtins.int = ...,
         wait: duration_pb2.Duration | None = ...,
+        destination_record: Record | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["destination_record", b"destination_record", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "cookie_in", b"cookie_in", "ref", b"ref", "request_id", b"request_id", "uri", b"uri", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "cookie_in", b"cookie_in", "destination_record", b"destination_record", "ref", b"ref", "request_id", b"request_id", "uri", b"uri", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -835,7 +899,7 @@ class FinishResponse(message.Message):
 
 @typing.final
 class ConfirmRequest(message.Message):
-    """Brings the decision to the source."""
+    """Asks the source to obey the decision. The source reads it from the destination of its own record; the caller's word is not enough."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -845,10 +909,11 @@ class ConfirmRequest(message.Message):
     COOKIE_IN_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
     OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    DESTINATION_RECORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     decision: Decision.ValueType
-    """What the destination's record says."""
+    """What the destination's record says, as the caller saw it."""
     cookie_in: builtins.bytes
     """From Finish."""
     @builtins.property
@@ -861,7 +926,13 @@ class ConfirmRequest(message.Message):
 
     @builtins.property
     def operator_word(self) -> OperatorWord:
-        """The decision rests on this statement, not on the destination's record. Only with DECISION_GONE."""
+        """The decision rests on this statement, not on the destination's record. Only with DECISION_GONE, and only while the destination
+        does not answer the source. Errors: NOT_IN_DOUBT.
+        """
+
+    @builtins.property
+    def destination_record(self) -> Record:
+        """The destination's record as the caller saw it. Counts only where the source cannot reach the destination itself."""
 
     def __init__(
         self,
@@ -872,10 +943,11 @@ class ConfirmRequest(message.Message):
         cookie_in: builtins.bytes = ...,
         wait: duration_pb2.Duration | None = ...,
         operator_word: OperatorWord | None = ...,
+        destination_record: Record | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["destination_record", b"destination_record", "operator_word", b"operator_word", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "decision", b"decision", "operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "decision", b"decision", "destination_record", b"destination_record", "operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -959,17 +1031,34 @@ class AbandonRequest(message.Message):
     REQUEST_ID_FIELD_NUMBER: builtins.int
     SOURCE_KEPT_FIELD_NUMBER: builtins.int
     OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    SOURCE_RECORD_FIELD_NUMBER: builtins.int
+    DOMAIN_UUID_FIELD_NUMBER: builtins.int
+    SOURCE_HOST_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     source_kept: builtins.bool
-    """The source's record says KEPT: its guest runs there, and this attempt is over. Needed to give up an armed copy."""
+    """Nothing flows any more by the source's record (KEPT, LOST, or stopped with all sent): needed to give up an armed copy. The
+    destination reads that record itself; the caller's word is not enough. Errors: UNDECIDED.
+    """
+    domain_uuid: builtins.str
+    """UUID of the guest. Where this host has no record of the attempt, it asks its hypervisor that the guest is not here before it
+    records that no copy will come. Empty: not said, and the record that is made so decides nothing for a source.
+    """
+    source_host: builtins.str
+    """Name of the source host, for a record that is made so. Empty: not said."""
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt."""
 
     @builtins.property
     def operator_word(self) -> OperatorWord:
-        """`source_kept` rests on this statement that the source is dead, not on its record."""
+        """`source_kept` rests on this statement that the source is dead, not on its record. Counts only while the source does not answer
+        the destination. Errors: NOT_IN_DOUBT.
+        """
+
+    @builtins.property
+    def source_record(self) -> Record:
+        """The source's record as the caller saw it. Counts only where the destination cannot reach the source itself."""
 
     def __init__(
         self,
@@ -978,10 +1067,13 @@ class AbandonRequest(message.Message):
         request_id: builtins.str = ...,
         source_kept: builtins.bool = ...,
         operator_word: OperatorWord | None = ...,
+        source_record: Record | None = ...,
+        domain_uuid: builtins.str = ...,
+        source_host: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref", "source_record", b"source_record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "source_kept", b"source_kept"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domain_uuid", b"domain_uuid", "operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "source_host", b"source_host", "source_kept", b"source_kept", "source_record", b"source_record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

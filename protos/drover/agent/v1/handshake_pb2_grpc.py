@@ -35,7 +35,8 @@ class HandshakeServiceStub:
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
     known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
+    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     def __init__(self, channel):
@@ -121,7 +122,8 @@ class HandshakeServiceServicer:
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
     known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
+    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     def ReserveSlot(self, request, context):
@@ -165,7 +167,8 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Confirm(self, request, context):
-        """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here.
+        """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here. The source reads the
+        decision from the destination itself. Errors: UNDECIDED (there is none yet, or it cannot be read).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -309,7 +312,8 @@ class HandshakeService:
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
     known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
+    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     @staticmethod

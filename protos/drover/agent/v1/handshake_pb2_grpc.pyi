@@ -36,7 +36,8 @@ class HandshakeServiceStub:
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
     known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
+    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     @_typing.overload
@@ -64,7 +65,9 @@ class HandshakeServiceStub:
     while Perform runs. From the state ARMED on only the destination's record says where the guest runs.
     """
     Confirm: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.ConfirmRequest, _handshake_pb2.ConfirmResponse]
-    """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here."""
+    """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here. The source reads the
+    decision from the destination itself. Errors: UNDECIDED (there is none yet, or it cannot be read).
+    """
     Abort: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.AbortRequest, _handshake_pb2.AbortResponse]
     """Source: asks a Perform that is under way to stop. The record then says what came of it; too late is no error."""
     Abandon: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.AbandonRequest, _handshake_pb2.AbandonResponse]
@@ -97,7 +100,8 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
     known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
+    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -122,7 +126,9 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     while Perform runs. From the state ARMED on only the destination's record says where the guest runs.
     """
     Confirm: _aio.UnaryUnaryMultiCallable[_handshake_pb2.ConfirmRequest, _handshake_pb2.ConfirmResponse]  # type: ignore[assignment]
-    """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here."""
+    """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here. The source reads the
+    decision from the destination itself. Errors: UNDECIDED (there is none yet, or it cannot be read).
+    """
     Abort: _aio.UnaryUnaryMultiCallable[_handshake_pb2.AbortRequest, _handshake_pb2.AbortResponse]  # type: ignore[assignment]
     """Source: asks a Perform that is under way to stop. The record then says what came of it; too late is no error."""
     Abandon: _aio.UnaryUnaryMultiCallable[_handshake_pb2.AbandonRequest, _handshake_pb2.AbandonResponse]  # type: ignore[assignment]
@@ -154,7 +160,8 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
     known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
+    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     @_abc_1.abstractmethod
@@ -213,7 +220,9 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.ConfirmRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.ConfirmResponse, _abc.Awaitable[_handshake_pb2.ConfirmResponse]]:
-        """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here."""
+        """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here. The source reads the
+        decision from the destination itself. Errors: UNDECIDED (there is none yet, or it cannot be read).
+        """
 
     @_abc_1.abstractmethod
     def Abort(
