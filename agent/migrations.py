@@ -16,6 +16,7 @@ from agent.bell import Bell
 from agent.errors import DroverError, Reason, invalid_field
 from agent.fencing import FencingConfig, fence
 from agent.handshake.driver import Driver, Plan
+from agent.handshake.guest_fact import fact_of_description
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.records import Failure
 from agent.planning import make_plan, resume_plan
@@ -187,7 +188,7 @@ class Migrations:
             destination_host=plan.destination_host,
             domain_name=plan.domain_name,
             domain_uuid=plan.domain_uuid,
-            runs_on=plan.source_host,
+            source_guest=fact_of_description(ends.guest.domain),
             network=plan.network,
             options=plan.options,
             warnings=warnings,
@@ -219,9 +220,7 @@ class Migrations:
         entry = self._entry(migration_id)
         if entry.final or entry.gave_up:
             return entry.migration
-        entry.cancelled = Failure(
-            Reason.CANCELLED, f"cancelled on request; the guest runs on {entry.migration.source_host} as before"
-        )
+        entry.cancelled = Failure(Reason.CANCELLED, "cancelled on request")
         if entry.driver is not None:
             entry.driver.cancel(entry.cancelled)
             self._tell(entry)

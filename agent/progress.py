@@ -10,6 +10,7 @@ from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.driver import Driver
 from agent.handshake.records import Failure, duration, failure_to_proto
 from agent.handshake.source import SourceState as Src
+from agent.whereabouts import loss, whereabouts
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -22,8 +23,6 @@ _PHASE_OF_SOURCE: Final = {
     Src.RESUMING: "confirm",
 }
 _PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
-_STOPPED: Final = frozenset({Reason.GUEST_CRASHED, Reason.DOMAIN_NOT_RUNNING, Reason.DOMAIN_NOT_FOUND})
-"""Failures that say that the guest runs nowhere any more."""
 
 
 def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -> pb.Migration:
@@ -44,10 +43,9 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failure = _root_cause(driver)
     migration.state = _state(migration.state, driver, failure, ended=ended)
-    stopped = failure is not None and failure.reason in _STOPPED
-    runs_on = migration.source_host if driver.disputed else _runs_on(migration, src, dst)
-    dead = {word.dead_host for word in driver.words.values()}
-    migration.runs_on = "" if stopped or runs_on in dead else runs_on
+    if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := loss(migration)) is not None:
+        migration.state, failure = pb.MIGRATION_STATE_FAILED, lost
+    migration.runs_on = whereabouts(migration).runs_on
     migration.ClearField("failure")
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         failure = _unknown(migration, driver)
@@ -88,14 +86,6 @@ def phase(src: Src | None, dst: Dst | None) -> str:
     if src is Src.BEGUN and dst is Dst.RESERVED:
         return "prepare"
     return _PHASE_OF_DESTINATION.get(dst, "perform")
-
-
-def _runs_on(migration: pb.Migration, src: Src | None, dst: Dst | None) -> str:
-    if dst is Dst.RUNNING:
-        return migration.destination_host
-    if src in (Src.PERFORMED, Src.LOST, Src.RESUMING):
-        return ""
-    return migration.source_host
 
 
 def _state(
@@ -165,6 +155,11 @@ def _copy_records(migration: pb.Migration, driver: Driver) -> None:
     if timings:
         del migration.timings[:]
         migration.timings.extend(timings)
+    for fact, record in ((migration.source_guest, driver.source_record), (migration.destination_guest, driver.destination_record)):
+        if record is not None and record.HasField("guest"):
+            fact.CopyFrom(record.guest)
+        elif record is not None and record.state == handshake_pb2.RECORD_STATE_RUNNING:  # an older agent gives no facts
+            fact.CopyFrom(handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, see_time=record.update_time))
     if driver.source_record is not None and driver.source_record.HasField("progress"):
         progress = driver.source_record.progress
         migration.progress.CopyFrom(with_eta(progress) if driver.source_state is Src.PERFORMING else progress)

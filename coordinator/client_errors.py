@@ -9,7 +9,7 @@
      │    └── Busy                   no slot is free now: try again after `retry_after` seconds
      ├── Unreachable                 the server, or a host that is needed, does not answer
      │    └── DeadlineExceeded       it answers too late; the call may have had its effect
-     ├── MigrationFailed             it was under way, and ended; the guest runs at the source as before
+     ├── MigrationFailed             it was under way, and ended; `migration.whereabouts` says where the guest is
      │    └── MigrationCancelled     because somebody asked for that
      ├── OutcomeUnknown              it cannot be said now where the guest runs; the hosts go on asking
      └── ServerFailed                the server failed in a way that says nothing of what was done: ask again
@@ -73,11 +73,11 @@ class DeadlineExceeded(Unreachable):
 
 
 class MigrationFailed(DroverClientError):  # noqa: N818
-    """The migration ended without success; the guest runs at the source as before, or nowhere where `migration.runs_on` is empty."""
+    """The migration ended without success; `migration.whereabouts` says where the guest is."""
 
 
 class MigrationCancelled(MigrationFailed):
-    """The migration was cancelled; the guest runs at the source as before."""
+    """As `MigrationFailed`, because somebody asked for that."""
 
 
 class OutcomeUnknown(DroverClientError):  # noqa: N818
@@ -124,10 +124,7 @@ def raise_unless_succeeded(migration: Migration) -> Migration:
     if migration.state is MigrationState.OUTCOME_UNKNOWN:
         raise outcome_unknown(migration)
     kind = MigrationCancelled if migration.state is MigrationState.CANCELLED else MigrationFailed
-    where = (
-        f'"{migration.domain}" runs on {migration.runs_on} as before' if migration.runs_on else f'"{migration.domain}" runs nowhere'
-    )
-    raise _of_migration(kind, migration, f"migration {migration.id} {migration.state.value}; {where}")
+    raise _of_migration(kind, migration, f"migration {migration.id} {migration.state.value}")
 
 
 def no_such_host(name: str, host: str, address: str) -> NotFound:
@@ -138,15 +135,16 @@ def no_such_host(name: str, host: str, address: str) -> NotFound:
 
 def outcome_unknown(migration: Migration) -> DroverClientError:
     """The `OutcomeUnknown` of a migration."""
-    text = f'it cannot be said now where "{migration.domain}" runs; migration {migration.id} goes on asking'
+    text = f"the outcome of migration {migration.id} is not known yet; it goes on asking"
     return _of_migration(OutcomeUnknown, migration, text)
 
 
 def _of_migration(kind: type[DroverClientError], migration: Migration, otherwise: str) -> DroverClientError:
     failure = migration.failure
     default = Reason.CANCELLED if kind is MigrationCancelled else Reason.OUTCOME_UNKNOWN
+    happened = failure.message if failure and failure.message else otherwise
     return kind(
-        failure.message if failure and failure.message else otherwise,
+        f"{happened}; {migration.whereabouts.sentence}",
         reason=failure.reason if failure else default,
         metadata=failure.metadata if failure else {},
         migration=migration,

@@ -11,6 +11,7 @@ from enum import StrEnum
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from agent.whereabouts import Whereabouts, whereabouts
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 
@@ -136,7 +137,7 @@ class Migration:
     source: str
     destination: str
     runs_on: str
-    """Host on which the guest runs, as far as known. Empty: cannot be said now."""
+    """Host on which the guest runs, as its hypervisor said last. Empty: see `whereabouts`."""
     network: str
     """Network that carries the memory."""
     uri: str
@@ -157,6 +158,11 @@ class Migration:
     """Who drives it: name of the coordinator, or of the source's agent."""
     revision: int
     proto: migration_pb2.Migration = field(repr=False, compare=False)
+
+    @property
+    def whereabouts(self) -> Whereabouts:
+        """Where the guest is, from what the hypervisors of both hosts said last."""
+        return whereabouts(self.proto)
 
     @property
     def overhead(self) -> float:

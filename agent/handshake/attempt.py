@@ -5,14 +5,17 @@ The work belongs to the attempt, not to whoever asked: a caller that goes away c
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 import structlog
 
 from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
+from agent.handshake.guest_fact import GuestFact
 from agent.handshake.machine import Refused
 from agent.handshake.records import MACHINES, AttemptRecord
 from agent.journal import Journal
@@ -24,6 +27,12 @@ log = structlog.get_logger()
 EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 """Carries out one effect and reports what came of it with `Attempt.apply`."""
 
+Look = Callable[["Attempt"], Awaitable[None]]
+"""Asks the hypervisor what is true of the guest, within a deadline, and hands the answer to `Attempt.saw`. Raises nothing."""
+
+FRESH_SECONDS: Final = 0.1
+"""A record that ends says what the hypervisor said of the guest at most so long ago."""
+
 Told = Callable[[], Mapping[str, Any]]
 """What a request adds to the record, looked up when nothing else changes it; raises what is wrong with the request."""
 
@@ -32,7 +41,12 @@ class Attempt:
     """One attempt on this host. `record` is what is durable; `changed` wakes whoever waits for more."""
 
     def __init__(
-        self, record: AttemptRecord, journal: Journal, run_effect: EffectRunner, on_final: Callable[["Attempt"], None]
+        self,
+        record: AttemptRecord,
+        journal: Journal,
+        run_effect: EffectRunner,
+        look: Look,
+        on_final: Callable[["Attempt"], None],
     ) -> None:
         self.record = record
         self.progress: pb.Progress | None = None
@@ -41,6 +55,8 @@ class Attempt:
         """What makes this attempt known, while that is under way."""
         self._journal = journal
         self._run_effect = run_effect
+        self._look = look
+        self._seen_at = float("-inf")
         self._on_final = on_final
         self._machine = MACHINES[record.role]
         self._lock = asyncio.Lock()
@@ -75,12 +91,33 @@ class Attempt:
             log.debug("stale news", migration=self.record.migration_id, state=state, event_name=event)
             return
         changes = {**changes, **told()}
+        if transition.state in self._machine.final and transition.state != state:
+            await self._see_the_end()
         if transition.state != state or changes:
             failpoint(self.record.role, event, "journal.before")
             await self._put(self.record.changed(state=transition.state, **changes))
             failpoint(self.record.role, event, "journal.after")
         for effect in transition.effects:
             self.start(effect, self._carry_out(effect))
+
+    def saw(self, fact: GuestFact | None, *, look_again: bool = False) -> None:
+        """Remember what the hypervisor has said of the guest. `look_again`: it said so only by the success of a phase, and a record
+        that ends with it asks once more.
+        """
+        changed = self._says(fact) != self._says(self.record.seen)
+        self.record = msgspec.structs.replace(self.record, seen=fact)
+        self._seen_at = float("-inf") if look_again else time.monotonic()
+        if changed:
+            self.wake()
+
+    @staticmethod
+    def _says(fact: GuestFact | None) -> tuple[str, ...]:
+        return (fact.state, fact.reason, fact.silence) if fact is not None else ()
+
+    async def _see_the_end(self) -> None:
+        """What this record says last of the guest stays said: ask once more, unless the answer is as young as can be."""
+        if self.record.domain_uuid and time.monotonic() - self._seen_at > FRESH_SECONDS:
+            await self._look(self)
 
     async def _carry_out(self, effect: str) -> None:
         """The effect itself is told from what came of it: `report` stands between them."""
@@ -112,6 +149,7 @@ class Attempt:
 
     async def _put(self, record: AttemptRecord) -> None:
         await self._journal.put_attempt(record)
+        record = msgspec.structs.replace(record, seen=self.record.seen)  # it may have been asked meanwhile
         log.info("record", migration=record.migration_id, role=record.role.value, state=record.state, was=self.record.state)
         ends, self.record = record.final and not self.record.final, record
         if ends:

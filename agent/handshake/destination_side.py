@@ -15,6 +15,7 @@ from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.facts import destination_fact
+from agent.handshake.guest_fact import GuestFact, GuestState
 from agent.handshake.owner import Owner
 from agent.handshake.phases import (
     MAX_WAIT,
@@ -287,6 +288,7 @@ class DestinationSide:
         except Exception as error:
             await attempt.report(_E.PREPARE_FAILED, failure=failure_of(error))
             return
+        attempt.saw(GuestFact(GuestState.WAITING, "migration", time.time()))
         await attempt.report(
             _E.PREPARE_DONE,
             uri=prepared.uri,
@@ -312,6 +314,8 @@ class DestinationSide:
         except Exception as error:
             await attempt.report(_E.FINISH_UNKNOWN, waiting_for=f"Finish gave no answer: {failure_of(error).message}"[:500])
         else:
+            if attempt.record.state == _S.ARMED:
+                attempt.saw(GuestFact(GuestState.RUNNING, "migrated", time.time()), look_again=True)  # or it arrived paused
             await attempt.report(
                 _E.FINISH_DONE,
                 cookies={**attempt.record.cookies, "finish": finished.cookie},

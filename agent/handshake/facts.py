@@ -2,6 +2,8 @@
 
 from agent.errors import DroverError, Reason
 from agent.handshake.destination import DestinationEvent
+from agent.handshake.guest_fact import NO_PROCESS, GuestFact, GuestState
+from agent.handshake.records import Failure
 from agent.handshake.source import SourceEvent
 from agent.hypervisor.base import Domain, DomainState, Job
 
@@ -27,6 +29,26 @@ def destination_fact(domain: Domain | None) -> DestinationEvent | None:
         # A copy that never ran can be seen as failed, destroyed, crashed or (after libvirtd's restart) unknown.
         return DestinationEvent.SAW_RUNNING if domain.has_run else DestinationEvent.SAW_ABSENT
     return None if domain.unstarted else DestinationEvent.SAW_RUNNING
+
+
+_BY_SOMEBODY = frozenset({"destroyed", "shutdown", "saved"})
+"""Reasons for being shut off that say that somebody wanted it."""
+
+
+def loss_of(domain: str, host: str, fact: GuestFact) -> Failure:
+    """That a guest has no process on its host any more, by how it ended."""
+    metadata = {"host": host}
+    if fact.state not in NO_PROCESS:
+        text = f"guest {domain} is {fact.state} ({fact.reason}) on {host}, and the rest of its memory is lost with the other copy"
+        return Failure(Reason.GUEST_CRASHED, f"{text}; start the guest again", metadata)
+    if fact.state is GuestState.ABSENT and not fact.reason:
+        text = f"guest {domain} is not on {host} any more: it has ended, and no definition of it is stored there"
+        return Failure(Reason.DOMAIN_NOT_FOUND, text, metadata)
+    if fact.reason in _BY_SOMEBODY:
+        text = f"guest {domain} does not run on {host} any more: somebody stopped it ({fact.reason})"
+        return Failure(Reason.DOMAIN_NOT_RUNNING, text, metadata)
+    text = f"guest {domain} does not run on {host} any more: its hypervisor process died ({fact.reason}); start the guest again"
+    return Failure(Reason.GUEST_CRASHED, text, metadata)
 
 
 def check_movable(domain: Domain, host: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -16,7 +17,9 @@ from agent.address import parse_address
 from agent.errors import DroverError, Reason, invalid_field
 from agent.features import from_hypervisor
 from agent.handshake.attempt import Attempt, waits_for
-from agent.handshake.records import Failure, Timing
+from agent.handshake.destination import DestinationState
+from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, silent
+from agent.handshake.records import Failure, Role, Timing
 from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
@@ -25,6 +28,9 @@ log = structlog.get_logger()
 
 MAX_WAIT: Final = 30.0
 """Longest time in seconds for which a call waits; whoever wants to wait longer calls again."""
+
+SEE_SECONDS: Final = 1.0
+"""A record that ends waits so long for its hypervisor's last word on the guest."""
 
 
 @dataclass
@@ -104,20 +110,45 @@ def failure_of(error: Exception) -> Failure:
 
 async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
     """The attempt's guest as it is now, None where there is none. Asks until the hypervisor answers."""
-    silent = False
+    unanswered = False
     while True:
         try:
-            domain = await host.hypervisor.get_domain(attempt.record.domain_uuid)
-        except DomainNotFound:
-            domain = None
+            domain = await _ask(host, attempt)
         except Exception as error:
-            silent = True
+            unanswered = True
             await waits_for(attempt, f"the hypervisor of {host.name} does not answer: {error}")
             await asyncio.sleep(0.5)
             continue
-        if silent:
+        if unanswered:
             await waits_for(attempt, "")
         return domain
+
+
+async def see(host: LocalHost, attempt: Attempt) -> None:
+    """Ask once what is true of the attempt's guest; the record then has the answer, or says that there was none."""
+    with contextlib.suppress(HypervisorError, TimeoutError):
+        async with asyncio.timeout(SEE_SECONDS):
+            await _ask(host, attempt)
+
+
+async def _ask(host: LocalHost, attempt: Attempt) -> Domain | None:
+    record = attempt.record
+    try:
+        domain = await host.hypervisor.get_domain(record.domain_uuid)
+    except DomainNotFound:
+        domain = None
+    except asyncio.CancelledError:
+        attempt.saw(silent(record.seen, TimeoutError("no answer yet")))
+        raise
+    except Exception as error:
+        attempt.saw(silent(record.seen, error))
+        raise
+    if domain is None and record.seen is not None and record.seen.state in NO_PROCESS:
+        attempt.saw(msgspec.structs.replace(record.seen, state=GuestState.ABSENT))  # the reason tells how it ended
+        return None
+    arriving = record.role is Role.DESTINATION and record.state != DestinationState.RUNNING
+    attempt.saw(fact_of(domain, arriving=arriving))
+    return domain
 
 
 def _digest(request: Message) -> str:

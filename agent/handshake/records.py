@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.errors import DroverError, Reason
 from agent.handshake.destination import DESTINATION, DestinationState
+from agent.handshake.guest_fact import GuestFact, fact_to_proto
 from agent.handshake.source import SOURCE, SourceState
 from agent.hypervisor.base import Options, Progress
 from drover.agent.v1 import handshake_pb2 as pb
@@ -110,6 +111,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The source has ended too, so it will never ask for this record again; destination only."""
     waiting_for: str = ""
     timings: tuple[Timing, ...] = ()
+    seen: GuestFact | None = None
+    """What the hypervisor said last of the guest. Journalled along with the next change: no decision rests on it."""
     created: float = msgspec.field(default_factory=time.time)
     updated: float = 0.0
     revision: int = 0
@@ -232,6 +235,8 @@ def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) 
         message.failure.CopyFrom(failure_to_proto(record.failure))
     if record.operator_word is not None:
         message.operator_word.CopyFrom(record.operator_word.to_proto())
+    if record.seen is not None:
+        message.guest.CopyFrom(fact_to_proto(record.seen))
     if record.role is Role.DESTINATION:
         message.slot.CopyFrom(pb.Slot(epoch=record.epoch, expire_time=timestamp(record.expires)))
     if progress is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -12,7 +13,8 @@ from agent.errors import DroverError, Reason
 from agent.features import check_bandwidth, check_options, from_hypervisor, settled
 from agent.handshake.attempt import Attempt, Told, retry, waits_for
 from agent.handshake.attempts import Attempts
-from agent.handshake.facts import check_movable, source_fact
+from agent.handshake.facts import check_movable, loss_of, source_fact
+from agent.handshake.guest_fact import GuestFact, GuestState, fact_of
 from agent.handshake.phases import (
     MAX_WAIT,
     LocalHost,
@@ -83,6 +85,7 @@ class SourceSide:
     async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
         domain = await self._check(request)
         with self._attempts.claim(domain.uuid, domain.name):
+            attempt.saw(fact_of(domain))
             await attempt.apply(
                 _E.BEGIN,
                 lambda: phase_changes(attempt, "begin", request),
@@ -238,14 +241,10 @@ class SourceSide:
             domain = None
         except HypervisorError:
             return None
-        return self._crashed(attempt) if source_fact(domain) is _E.SAW_DEAD else None
+        return self._lost(attempt, domain) if source_fact(domain) is _E.SAW_DEAD else None
 
-    def _crashed(self, attempt: Attempt) -> Failure:
-        return Failure(
-            Reason.GUEST_CRASHED,
-            f"guest {attempt.record.domain_name} is not running on {self._host.name} any more, and the destination has no copy: its "
-            "hypervisor process died. That was no error of the migration; start the guest again",
-        )
+    def _lost(self, attempt: Attempt, domain: Domain | None) -> Failure:
+        return loss_of(attempt.record.domain_name, self._host.name, fact_of(domain))
 
     async def _perform(self, attempt: Attempt) -> None:
         record = attempt.record
@@ -266,6 +265,7 @@ class SourceSide:
             await attempt.report(_E.PERFORM_FAILED, **changes)
             return
         attempt.progress = progress_to_proto(performed.final)
+        attempt.saw(GuestFact(GuestState.PAUSED, "migration", time.time()))  # that is what its end says
         await attempt.report(
             _E.PERFORM_DONE,
             cookies={**attempt.record.cookies, "perform": performed.cookie},
@@ -332,6 +332,7 @@ class SourceSide:
 
         async def remove() -> None:
             await self.session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
+            attempt.saw(GuestFact(GuestState.ABSENT, "migrated", time.time()))  # no copy runs or waits here, says its success
 
         with timed("confirm") as watch:
             await retry(attempt, "removing the copy at the source", remove)
@@ -348,7 +349,7 @@ class SourceSide:
                     await self.session(attempt).resume()
                 domain = await look_up(self._host, attempt)
             if domain is None or domain.postcopy or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
-                changes["failure"] = self._crashed(attempt)
+                changes["failure"] = self._lost(attempt, domain)
 
         with timed("confirm") as watch:
             await retry(attempt, "letting the guest run on at the source", resume)

@@ -9,7 +9,7 @@ import click
 
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
-from coordinator.cli.show import Stage, print_json, print_pairs, print_table, runs_nowhere, runs_on, to_json, to_type
+from coordinator.cli.show import Stage, lost_or_stuck, print_json, print_pairs, print_table, to_json, to_type
 from coordinator.cli.text import printable
 from coordinator.cli.units import age, eta, rate, seconds, size
 from coordinator.client import (
@@ -32,7 +32,7 @@ DESTINATION_PHASES = frozenset({"reserve", "prepare", "finish", "abandon"})
 async def follow(session: Session, migration_id: str, *, each_as_json: bool = False) -> int:
     """`show_to_the_end`. Raises what says that it did not succeed."""
     last = raise_unless_succeeded(await show_to_the_end(session, migration_id, each_as_json=each_as_json))
-    return ExitCode.UNKNOWN if runs_nowhere(last) else ExitCode.DONE
+    return ExitCode.UNKNOWN if lost_or_stuck(last) else ExitCode.DONE
 
 
 async def show_to_the_end(session: Session, migration_id: str, *, each_as_json: bool = False) -> Migration:
@@ -157,9 +157,9 @@ def _elapsed(migration: Migration) -> str:
 
 
 def _verdict(migration: Migration) -> str:
-    if migration.state is MigrationState.SUCCEEDED and not runs_nowhere(migration):
+    if migration.state is MigrationState.SUCCEEDED and not lost_or_stuck(migration):
         return f'"{migration.domain}" moved from {migration.source} to {migration.destination}'
-    return f"{migration.state.value.replace('_', ' ')}: {runs_on(migration)}; migration {migration.id}"
+    return f"{migration.state.value.replace('_', ' ')}: {migration.whereabouts.sentence}; migration {migration.id}"
 
 
 def print_timings(migration: Migration) -> None:

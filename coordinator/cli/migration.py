@@ -10,13 +10,12 @@ from coordinator.cli.exit_codes import EPILOG, ExitCode
 from coordinator.cli.follow import describe, follow, print_timings, show_to_the_end, transfer_pairs
 from coordinator.cli.session import Session, ask, run
 from coordinator.cli.show import (
+    lost_or_stuck,
     output_option,
     print_json,
     print_pairs,
     print_table,
     report_json,
-    runs_nowhere,
-    runs_on,
     to_json,
     to_type,
 )
@@ -112,8 +111,7 @@ def _print_migration(migration: Migration) -> None:
 
 
 def _place(migration: Migration) -> str:
-    known = migration.state is not MigrationState.OUTCOME_UNKNOWN and not runs_nowhere(migration)
-    return migration.runs_on if known else runs_on(migration)
+    return migration.runs_on or migration.whereabouts.sentence
 
 
 @migration.command(epilog=EPILOG)
@@ -146,8 +144,8 @@ def cancel(migration_id: str, detach: bool, output: str) -> None:
         if output == "json":
             print_json(to_json(migration.proto))
         else:
-            click.echo(printable(f"{migration.state.value}: {runs_on(migration)}"))
-        if runs_nowhere(migration):
+            click.echo(printable(f"{migration.state.value}: {migration.whereabouts.sentence}"))
+        if lost_or_stuck(migration):
             raise_unless_succeeded(migration)
         if migration.state is MigrationState.SUCCEEDED:
             raise Refused("it was too late to cancel", reason="WRONG_PHASE", migration=migration)
@@ -177,11 +175,11 @@ def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: s
     async def say(session: Session) -> int:
         await session.client.resolve_migration(found.id, dead_host=dead_host, reason=reason, said_by=_whoami())
         last = await show_to_the_end(session, found.id)
-        if not last.state.ended or runs_nowhere(last):
+        if not last.state.ended or lost_or_stuck(last):
             raise_unless_succeeded(last)
         if output != "json":
             _print_resolved(last, dead_host)
-        return ExitCode.UNKNOWN if runs_nowhere(last) else ExitCode.DONE
+        return ExitCode.UNKNOWN if lost_or_stuck(last) else ExitCode.DONE
 
     found = ask(look, output)
     if output != "json":
@@ -207,7 +205,7 @@ def _confirmed(question: str) -> bool:
 
 def _print_resolved(migration: Migration, dead_host: str) -> None:
     """Where the guest runs now, and what becomes of the copy on the dead host."""
-    click.echo(printable(f"{runs_on(migration)}; {dead_host} was declared dead"))
+    click.echo(printable(f"{migration.whereabouts.sentence}; {dead_host} was declared dead"))
     click.echo(
         printable(
             f'Should {dead_host} come back, its agent pauses or removes its copy of "{migration.domain}": '

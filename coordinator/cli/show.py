@@ -20,7 +20,6 @@ from coordinator.client import (
     InvalidRequest,
     Migration,
     MigrationFailed,
-    MigrationState,
     NotFound,
     OutcomeUnknown,
     Refused,
@@ -104,7 +103,7 @@ _EXIT: tuple[tuple[type[DroverClientError], ExitCode], ...] = (
 
 
 def exit_code(error: DroverClientError) -> ExitCode:
-    if error.migration is not None and runs_nowhere(error.migration):
+    if error.migration is not None and lost_or_stuck(error.migration):
         return ExitCode.UNKNOWN
     return next((code for kind, code in _EXIT if isinstance(error, kind)), ExitCode.UNKNOWN)
 
@@ -123,7 +122,9 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
     if output == "json":
         report_json(code, error.message, migration_id, reason=error.reason, error=error)
         return
-    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(to_type(error.message))}", err=True)
+    failure = error.migration.failure if error.migration else None  # where the guest is has a line of its own
+    happened = failure.message if failure and failure.message in error.message else error.message
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(to_type(happened))}", err=True)
     for name, value in (("guest", _where(error, stage, server)), ("next", _next(error, migration_id, stage, server))):
         if value:
             click.echo(f"  {name}: {printable(to_type(value))}", err=True)
@@ -141,6 +142,7 @@ def report_json(
         "retry_after_seconds": error.retry_after if error else None,
         "migration_id": migration.id if migration else migration_id,
         "runs_on": migration.runs_on if migration else "",
+        "guest": migration.whereabouts.sentence if migration else "",
         "exit_code": int(code),
     }
     click.echo(dump_json({"error": document}), err=True)
@@ -151,29 +153,12 @@ def _where(error: DroverClientError, stage: Stage, server: str) -> str:
     if migration is None:
         untouched = stage is Stage.STARTING and (exit_code(error) is ExitCode.REFUSED or _is_of_a_host(error, server))
         return "untouched" if untouched else ""
-    return runs_on(migration)
+    return migration.whereabouts.sentence
 
 
-def runs_on(migration: Migration) -> str:
-    """Where the guest runs, as far as known."""
-    if runs_nowhere(migration):
-        return f'"{migration.domain}" runs nowhere: {_why_nowhere(migration)}'
-    if migration.state is MigrationState.OUTCOME_UNKNOWN or not migration.runs_on:
-        return f'"{migration.domain}" is on {migration.source} or on {migration.destination}; which cannot be said now'
-    return f'"{migration.domain}" runs on {migration.runs_on}'
-
-
-def runs_nowhere(migration: Migration) -> bool:
-    """It is over for the guest, too; one that is still under way may only be between its hosts."""
-    return migration.state.ended and not migration.runs_on
-
-
-def _why_nowhere(migration: Migration) -> str:
-    if dead := migration.proto.operator_word.dead_host:
-        return f"{dead}, where it was, is dead by an operator's word; start it again on another host"
-    if migration.failure is not None and migration.failure.reason == "GUEST_CRASHED":
-        return "its QEMU died; start it again"
-    return "it was shut down, or removed, meanwhile; start it again if it is to run"
+def lost_or_stuck(migration: Migration) -> bool:
+    """It has ended, and the guest runs nowhere, or stands still though nobody wanted that."""
+    return migration.state.ended and not migration.whereabouts.usual
 
 
 def _is_of_a_host(error: DroverClientError, server: str) -> bool:

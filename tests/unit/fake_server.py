@@ -63,6 +63,7 @@ SCRIPTS: dict[str, list[dict[str, object]]] = {
         {
             "state": S.MIGRATION_STATE_FAILED,
             "runs_on": "",
+            "source_guest": handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_CRASHED, reason="crashed"),
             "failure": handshake_pb2.Failure(reason="GUEST_CRASHED", message="the guest's QEMU died"),
         },
     ],

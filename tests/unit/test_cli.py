@@ -87,7 +87,7 @@ def test_detach(drover: Drover) -> None:
         ("late", 3, ["h2 did not answer in time", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
         ("fails", 1, ["the stream broke", 'guest: "fails" runs on a', "next: drover migration show "]),
         ("lost", 5, ["host b does not answer", 'guest: "lost" is on a or on b', "do not start the guest by hand"]),
-        ("crash", 5, ["the guest's QEMU died", 'guest: "crash" runs nowhere: its QEMU died; start it again', "next: drover"]),
+        ("crash", 5, ["the guest's QEMU died", 'guest: "crash" runs nowhere: its QEMU on a died; start it again', "next: drover"]),
         ("bug", 5, ["nobody foresaw", "next: it may have been started; ask: drover migration show"]),
         ("x" * 300, 4, ["spec.domain: has 300 bytes; at most 253 are allowed", "untouched"]),
     ],
@@ -245,7 +245,7 @@ def test_cancelling_what_is_done_is_refused(drover: Drover) -> None:
 def test_a_guest_that_runs_nowhere(drover: Drover) -> None:
     migration_id = start(drover, "crash")
     drover("migration", "watch", migration_id, code=5)
-    assert re.search(r'runs on +"crash" runs nowhere: its QEMU died; start', drover("migration", "show", migration_id).stdout)
+    assert re.search(r'runs on +"crash" runs nowhere: its QEMU on a died; start', drover("migration", "show", migration_id).stdout)
     assert "runs nowhere" in drover("migration", "cancel", migration_id, code=5).stderr
 
 

@@ -240,7 +240,7 @@ def test_every_reason_has_its_exception(reason: Reason) -> None:
     assert (error.reason, error.message, error.metadata) == (reason, "so", {"a": "b"})
 
 
-@pytest.mark.parametrize(("runs_on", "says"), [("h1", '"vm1" runs on h1 as before'), ("", '"vm1" runs nowhere')])
+@pytest.mark.parametrize(("runs_on", "says"), [("h1", '"vm1" runs on h1'), ("", '"vm1" runs nowhere')])
 def test_a_failed_migration_says_where_the_guest_runs(runs_on: str, says: str) -> None:
     ended = pb.Migration(migration_id=UUID, domain_name="vm1", source_host="h1", runs_on=runs_on, state=pb.MIGRATION_STATE_FAILED)
     with pytest.raises(MigrationFailed, match=says):

@@ -111,8 +111,17 @@ async def test_a_phase_that_fails_in_an_unforeseen_way_is_rolled_back(pair: Pair
     pair.stayed()
 
 
-@pytest.mark.parametrize("left", [None, guest(state=DomainState.SHUTOFF, reason="crashed")])
-async def test_a_guest_that_dies_as_it_is_begun_is_reported_as_crashed(pair: Pair, left: Domain | None) -> None:
+@pytest.mark.parametrize(
+    ("left", "reason"),
+    [
+        (None, Reason.DOMAIN_NOT_FOUND),
+        (guest(state=DomainState.SHUTOFF, reason="crashed"), Reason.GUEST_CRASHED),
+        (guest(state=DomainState.SHUTOFF, reason="destroyed"), Reason.DOMAIN_NOT_RUNNING),
+    ],
+)
+async def test_6_13_a_guest_that_ends_as_it_is_begun_is_reported_by_how_it_ended(
+    pair: Pair, left: Domain | None, reason: Reason
+) -> None:
     hypervisor = pair.source.hypervisor
     hypervisor.held["begin"] = asyncio.Event()
     hypervisor.fails["begin"] = [HypervisorError("domain is not running")]
@@ -125,7 +134,8 @@ async def test_a_guest_that_dies_as_it_is_begun_is_reported_as_crashed(pair: Pai
     hypervisor.held["begin"].set()
     await running
     assert driver.failure is not None
-    assert driver.failure.reason is Reason.GUEST_CRASHED
+    assert driver.failure.reason is reason
+    assert driver.failure.metadata["host"] == "h1"
     assert pair.states == ("kept", "gone")
 
 

@@ -78,7 +78,8 @@ async def test_a_source_whose_guest_died_and_that_has_no_copy_says_so(pair: Pair
     agent = pair.source
     await restarted(agent, Role.SOURCE, "resuming", None)
     ended = await agent.reaches("kept")
-    assert ended.failure.reason == Reason.GUEST_CRASHED
+    assert ended.failure.reason == Reason.DOMAIN_NOT_FOUND
+    assert ended.guest.state == pb.GUEST_STATE_ABSENT
 
 
 @pytest.mark.parametrize(

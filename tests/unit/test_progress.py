@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from agent.errors import Reason
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.driver import Driver
+from agent.handshake.guest_fact import GuestFact, GuestState, fact_to_proto
 from agent.handshake.records import Failure, duration, failure_to_proto, timestamp
 from agent.handshake.source import SourceState as Src
 from agent.progress import describe, hypervisor_seconds, impossible, phase, with_eta
@@ -21,6 +22,7 @@ BEFORE = pb.Migration(
     source_host="h1",
     destination_host="h2",
     runs_on="h1",
+    source_guest=handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING),
     state=pb.MIGRATION_STATE_PENDING,
     create_time=timestamp(1000.0),
 )
@@ -48,7 +50,7 @@ def seen(driver: Driver, before: pb.Migration = BEFORE, *, ended: bool = False) 
 
 
 def test_what_to_do_about_a_host_that_was_not_dead() -> None:
-    driver = knows(Src.KEPT, Dst.RUNNING)
+    driver = says(knows(Src.KEPT, Dst.RUNNING), _RUNS, _RUNS)
     assert driver.source_record is not None
     driver.source_record.operator_word.CopyFrom(word("h2"))
     told = seen(driver)
@@ -89,34 +91,56 @@ def test_every_pair_has_a_phase_and_a_state() -> None:
             assert seen(knows(src, dst)).state in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_ACTIVE)
 
 
+def says(driver: Driver, source: GuestFact | None = None, destination: GuestFact | None = None) -> Driver:
+    """With what the hypervisors of both hosts said last."""
+    for record, fact in ((driver.source_record, source), (driver.destination_record, destination)):
+        if record is not None and fact is not None:
+            record.guest.CopyFrom(fact_to_proto(fact))
+    return driver
+
+
+_RUNS, _WAITS, _CRASHED = GuestFact(GuestState.RUNNING), GuestFact(GuestState.WAITING), GuestFact(GuestState.CRASHED, "crashed")
+_LEFT = GuestFact(GuestState.PAUSED, "migration")
+
+
 @pytest.mark.parametrize(
-    ("src", "dst", "host"),
+    ("src", "dst", "here", "there", "host"),
     [
-        (None, Dst.RESERVED, "h1"),
-        (Src.PERFORMING, Dst.ARMED, "h1"),
-        (Src.PERFORMED, Dst.ARMED, ""),
-        (Src.LOST, Dst.ARMED, ""),
-        (Src.RESUMING, Dst.GONE, ""),
-        (Src.KEPT, Dst.GONE, "h1"),
-        (Src.PERFORMING, Dst.RUNNING, "h2"),
-        (Src.REMOVED, Dst.RUNNING, "h2"),
+        (None, Dst.RESERVED, None, None, "h1"),
+        (Src.PERFORMING, Dst.ARMED, _RUNS, _WAITS, "h1"),
+        (Src.PERFORMED, Dst.ARMED, _LEFT, _WAITS, ""),
+        (Src.LOST, Dst.ARMED, _CRASHED, _WAITS, ""),
+        (Src.RESUMING, Dst.GONE, _LEFT, GuestFact(GuestState.ABSENT), ""),
+        (Src.KEPT, Dst.GONE, _RUNS, GuestFact(GuestState.ABSENT), "h1"),
+        (Src.PERFORMING, Dst.RUNNING, _RUNS, _RUNS, "h2"),
+        (Src.REMOVED, Dst.RUNNING, GuestFact(GuestState.ABSENT), _RUNS, "h2"),
+        (Src.PERFORMING, Dst.RUNNING, _RUNS, None, "h2"),
     ],
 )
-def test_where_the_guest_runs(src: Src, dst: Dst, host: str) -> None:
-    assert seen(knows(src, dst)).runs_on == host
+def test_where_the_guest_runs(src: Src, dst: Dst, here: GuestFact | None, there: GuestFact | None, host: str) -> None:
+    assert seen(says(knows(src, dst), here, there)).runs_on == host
 
 
 def test_a_guest_does_not_run_on_a_host_that_is_dead() -> None:
-    driver = knows(Src.PERFORMING, Dst.GONE, "source")
+    driver = says(knows(Src.PERFORMING, Dst.GONE, "source"), _RUNS, GuestFact(GuestState.ABSENT))
     driver.declare_dead("source", word("h1"))
     assert seen(driver, ended=True).runs_on == ""
 
 
-@pytest.mark.parametrize("reason", [Reason.GUEST_CRASHED, Reason.DOMAIN_NOT_RUNNING, Reason.DOMAIN_NOT_FOUND])
-def test_a_guest_that_stopped_runs_nowhere(reason: Reason) -> None:
-    stopped = failure_to_proto(Failure(reason, "its process died"))
-    ended = seen(knows(Src.KEPT, Dst.GONE, failure=stopped), ended=True)
-    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "")
+@pytest.mark.parametrize(
+    ("fact", "reason"),
+    [
+        (_CRASHED, Reason.GUEST_CRASHED),
+        (GuestFact(GuestState.SHUTOFF, "destroyed"), Reason.DOMAIN_NOT_RUNNING),
+        (GuestFact(GuestState.ABSENT), Reason.DOMAIN_NOT_FOUND),
+    ],
+)
+def test_6_13_a_cancel_that_ends_with_the_guest_dead_says_that_it_is_dead(fact: GuestFact, reason: Reason) -> None:
+    """Chaos seed 90210, round 29: the source's QEMU is killed while a cancel is under way."""
+    driver = says(knows(Src.KEPT, Dst.GONE, failure=failure_to_proto(CANCELLED)), fact, GuestFact(GuestState.ABSENT))
+    driver.cancel(CANCELLED)
+    ended = seen(driver, ended=True)
+    assert (ended.state, ended.runs_on, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, "", reason)
 
 
 def test_cancelling_until_it_has_ended() -> None:

@@ -125,6 +125,49 @@ DECISION_RUNNING: Decision.ValueType  # 1
 DECISION_GONE: Decision.ValueType  # 2
 """There is no copy at the destination and none will come of this attempt."""
 
+class _GuestState:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GuestStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_GuestState.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    GUEST_STATE_UNSPECIFIED: _GuestState.ValueType  # 0
+    """Not said yet."""
+    GUEST_STATE_RUNNING: _GuestState.ValueType  # 1
+    """Its CPUs run."""
+    GUEST_STATE_PAUSED: _GuestState.ValueType  # 2
+    """It exists and does not run; see reason."""
+    GUEST_STATE_WAITING: _GuestState.ValueType  # 3
+    """A copy that waits for its incoming stream and has never run."""
+    GUEST_STATE_SHUTOFF: _GuestState.ValueType  # 4
+    """Defined, with no process."""
+    GUEST_STATE_CRASHED: _GuestState.ValueType  # 5
+    """Its process died."""
+    GUEST_STATE_ABSENT: _GuestState.ValueType  # 6
+    """The host has no such guest."""
+    GUEST_STATE_OTHER: _GuestState.ValueType  # 7
+    """Another state; see reason."""
+
+class GuestState(_GuestState, metaclass=_GuestStateEnumTypeWrapper):
+    """What a hypervisor said last of a guest on its host."""
+
+GUEST_STATE_UNSPECIFIED: GuestState.ValueType  # 0
+"""Not said yet."""
+GUEST_STATE_RUNNING: GuestState.ValueType  # 1
+"""Its CPUs run."""
+GUEST_STATE_PAUSED: GuestState.ValueType  # 2
+"""It exists and does not run; see reason."""
+GUEST_STATE_WAITING: GuestState.ValueType  # 3
+"""A copy that waits for its incoming stream and has never run."""
+GUEST_STATE_SHUTOFF: GuestState.ValueType  # 4
+"""Defined, with no process."""
+GUEST_STATE_CRASHED: GuestState.ValueType  # 5
+"""Its process died."""
+GUEST_STATE_ABSENT: GuestState.ValueType  # 6
+"""The host has no such guest."""
+GUEST_STATE_OTHER: GuestState.ValueType  # 7
+"""Another state; see reason."""
+
 @typing.final
 class AttemptRef(message.Message):
     """Names one attempt of one migration."""
@@ -310,6 +353,40 @@ class Failure(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class GuestFact(message.Message):
+    """The last fact that a host's hypervisor gave of a guest."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    SEE_TIME_FIELD_NUMBER: builtins.int
+    SILENCE_FIELD_NUMBER: builtins.int
+    state: GuestState.ValueType
+    """State of the guest when the hypervisor last answered."""
+    reason: builtins.str
+    """The hypervisor's reason for the state, such as "user" or "migration". Empty: none."""
+    silence: builtins.str
+    """Why the hypervisor does not answer now; `state` is then what it said before. Empty: it answered."""
+    @builtins.property
+    def see_time(self) -> timestamp_pb2.Timestamp:
+        """When the hypervisor said it, by that host's clock."""
+
+    def __init__(
+        self,
+        *,
+        state: GuestState.ValueType = ...,
+        reason: builtins.str = ...,
+        see_time: timestamp_pb2.Timestamp | None = ...,
+        silence: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["see_time", b"see_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["reason", b"reason", "see_time", b"see_time", "silence", b"silence", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class Slot(message.Message):
     """One of the destination's incoming slots."""
 
@@ -479,19 +556,25 @@ class PathProbe(message.Message):
 
     ADDRESS_FIELD_NUMBER: builtins.int
     NONCE_FIELD_NUMBER: builtins.int
+    GUEST_FIELD_NUMBER: builtins.int
     address: builtins.str
     """IP address and port, such as "10.92.0.2:49215"."""
     nonce: builtins.bytes
     """What the destination answers there, and nobody else can. At least 16 bytes. Never logged."""
+    @builtins.property
+    def guest(self) -> GuestFact:
+        """What this host's hypervisor said last of the guest. Set by this host's agent; unset until it was first asked."""
+
     def __init__(
         self,
         *,
         address: builtins.str = ...,
         nonce: builtins.bytes = ...,
+        guest: GuestFact | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["guest", b"guest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "guest", b"guest", "nonce", b"nonce"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

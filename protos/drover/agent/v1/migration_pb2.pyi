@@ -94,7 +94,7 @@ class _MigrationStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Migrati
     MIGRATION_STATE_SUCCEEDED: _MigrationState.ValueType  # 4
     """The guest runs at the destination, and nothing is left at the source. Final."""
     MIGRATION_STATE_FAILED: _MigrationState.ValueType  # 5
-    """The guest runs at the source as before. Final."""
+    """The guest did not move; runs_on says whether it runs at the source. Final."""
     MIGRATION_STATE_CANCELLED: _MigrationState.ValueType  # 6
     """As FAILED, because it was asked for. Final."""
     MIGRATION_STATE_OUTCOME_UNKNOWN: _MigrationState.ValueType  # 7
@@ -114,7 +114,7 @@ MIGRATION_STATE_CANCELLING: MigrationState.ValueType  # 3
 MIGRATION_STATE_SUCCEEDED: MigrationState.ValueType  # 4
 """The guest runs at the destination, and nothing is left at the source. Final."""
 MIGRATION_STATE_FAILED: MigrationState.ValueType  # 5
-"""The guest runs at the source as before. Final."""
+"""The guest did not move; runs_on says whether it runs at the source. Final."""
 MIGRATION_STATE_CANCELLED: MigrationState.ValueType  # 6
 """As FAILED, because it was asked for. Final."""
 MIGRATION_STATE_OUTCOME_UNKNOWN: MigrationState.ValueType  # 7
@@ -227,6 +227,8 @@ class Migration(message.Message):
     OPERATOR_WORD_FIELD_NUMBER: builtins.int
     SILENT_HOSTS_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
+    SOURCE_GUEST_FIELD_NUMBER: builtins.int
+    DESTINATION_GUEST_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chose."""
     state: MigrationState.ValueType
@@ -244,7 +246,9 @@ class Migration(message.Message):
     domain_uuid: builtins.str
     """UUID of the guest."""
     runs_on: builtins.str
-    """Host on which the guest runs, as far as known. Empty: cannot be said now."""
+    """Host on which the guest runs, as its hypervisor said last. Empty: it is paused, runs nowhere, or that cannot be said now; see
+    source_guest and destination_guest.
+    """
     network: builtins.str
     """Network that carries the memory."""
     uri: builtins.str
@@ -309,6 +313,14 @@ class Migration(message.Message):
         the driver when it plans; unset for a migration that was taken over.
         """
 
+    @builtins.property
+    def source_guest(self) -> handshake_pb2.GuestFact:
+        """What the source's hypervisor said last of the guest. Set by the driver from the source's record; unset: nothing was said yet."""
+
+    @builtins.property
+    def destination_guest(self) -> handshake_pb2.GuestFact:
+        """What the destination's hypervisor said last of the guest. As source_guest."""
+
     def __init__(
         self,
         *,
@@ -339,10 +351,12 @@ class Migration(message.Message):
         operator_word: handshake_pb2.OperatorWord | None = ...,
         silent_hosts: abc.Iterable[builtins.str] | None = ...,
         options: options_pb2.Options | None = ...,
+        source_guest: handshake_pb2.GuestFact | None = ...,
+        destination_guest: handshake_pb2.GuestFact | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

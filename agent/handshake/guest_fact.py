@@ -1,0 +1,89 @@
+"""What a hypervisor said last of a guest: the only ground for a sentence about where a guest runs."""
+
+import time
+from enum import StrEnum
+
+import msgspec
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.hypervisor.base import Domain, DomainState
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
+
+_SILENCE_CHARACTERS = 120
+
+
+class GuestState(StrEnum):
+    """As `GuestState` on the wire."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    WAITING = "waiting"
+    """A copy that waits for its stream and has never run."""
+    SHUTOFF = "shutoff"
+    CRASHED = "crashed"
+    ABSENT = "absent"
+    OTHER = "other"
+
+
+_STATES = {
+    DomainState.RUNNING: GuestState.RUNNING,
+    DomainState.PAUSED: GuestState.PAUSED,
+    DomainState.SHUTOFF: GuestState.SHUTOFF,
+    DomainState.CRASHED: GuestState.CRASHED,
+}
+
+NO_PROCESS = frozenset({GuestState.SHUTOFF, GuestState.CRASHED, GuestState.ABSENT})
+"""States in which the guest has no process on the host."""
+
+
+class GuestFact(msgspec.Struct, frozen=True):
+    """One answer of a hypervisor, or its silence after the last one."""
+
+    state: GuestState
+    reason: str = ""
+    time: float = 0.0
+    """When the hypervisor said it, by this host's wall clock."""
+    silence: str = ""
+    """Why the hypervisor does not answer now; `state` is what it said before. Empty: it answered."""
+
+
+def fact_of(domain: Domain | None, *, arriving: bool = False) -> GuestFact:
+    """The fact in a hypervisor's answer; None for a guest that the host does not have. `arriving`: for a destination's copy."""
+    now = time.time()
+    if domain is None:
+        return GuestFact(GuestState.ABSENT, "", now)
+    if domain.incoming or (arriving and domain.unstarted):
+        return GuestFact(GuestState.WAITING, domain.reason, now)
+    if domain.state is DomainState.SHUTOFF and domain.reason == "crashed":
+        return GuestFact(GuestState.CRASHED, domain.reason, now)
+    return GuestFact(_STATES.get(domain.state, GuestState.OTHER), domain.reason, now)
+
+
+def silent(before: GuestFact | None, error: Exception) -> GuestFact | None:
+    """What is known once a question got no answer; None where nothing was known before."""
+    if before is None:
+        return None
+    return msgspec.structs.replace(before, silence=str(error)[:_SILENCE_CHARACTERS] or type(error).__name__)
+
+
+def fact_to_proto(fact: GuestFact) -> pb.GuestFact:
+    seen = Timestamp()
+    seen.FromNanoseconds(int(fact.time * 1e9))
+    state = pb.GuestState.Value(f"GUEST_STATE_{fact.state.upper()}")
+    return pb.GuestFact(state=state, reason=fact.reason[:60], see_time=seen, silence=fact.silence)
+
+
+_OF_DOMAIN = {
+    host_pb2.DOMAIN_STATE_RUNNING: pb.GUEST_STATE_RUNNING,
+    host_pb2.DOMAIN_STATE_PAUSED: pb.GUEST_STATE_PAUSED,
+    host_pb2.DOMAIN_STATE_SHUTOFF: pb.GUEST_STATE_SHUTOFF,
+    host_pb2.DOMAIN_STATE_CRASHED: pb.GUEST_STATE_CRASHED,
+}
+
+
+def fact_of_description(domain: host_pb2.Domain) -> pb.GuestFact:
+    """The fact in an agent's description of a guest, which its hypervisor has just given."""
+    fact = pb.GuestFact(state=_OF_DOMAIN.get(domain.state, pb.GUEST_STATE_OTHER), reason=domain.reason[:60])
+    fact.see_time.GetCurrentTime()
+    return fact

@@ -1,0 +1,130 @@
+"""Where a guest is, from what the hypervisors of both hosts said last. Pure.
+
+Everything that says where a guest runs (the migration resource, errors of the client, the command line and its exit codes)
+takes it from `whereabouts`. No state of a migration and no plan says it.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agent.handshake.facts import loss_of
+from agent.handshake.guest_fact import GuestFact, GuestState
+from agent.handshake.records import Failure
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+_RUNS = handshake_pb2.GUEST_STATE_RUNNING
+_STANDS = (handshake_pb2.GUEST_STATE_PAUSED, handshake_pb2.GUEST_STATE_OTHER)
+_NO_PROCESS = (handshake_pb2.GUEST_STATE_SHUTOFF, handshake_pb2.GUEST_STATE_CRASHED, handshake_pb2.GUEST_STATE_ABSENT)
+_ENDED = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED)
+_BY_MIGRATION = ("migration", "post-copy", "unknown")
+"""Reasons of a pause at the source that a migration made; ``unknown`` is the one by which it is held until it is decided."""
+_BROKEN = "post-copy failed"
+_STATE_WORDS = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
+
+
+class Place(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+    NOWHERE = "nowhere"
+    """It has no process on either host."""
+    UNKNOWN = "unknown"
+    """That cannot be said now."""
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a guest is, as last seen."""
+
+    place: Place
+    runs_on: str
+    """The host on which it runs. Empty: it does not run, or that cannot be said."""
+    sentence: str
+    """For a person, beginning with the guest's name in quotes."""
+    usual: bool = True
+    """It runs, or is paused by its user's wish."""
+
+
+def whereabouts(migration: pb.Migration) -> Whereabouts:
+    """From the facts of both hosts. The destination's comes first: it runs there only once that was decided. The word of a host that
+    an operator declared dead does not count.
+    """
+    name = f'"{migration.domain_name or migration.spec.domain}"'
+    here, there = migration.source_host or migration.spec.source_host, migration.destination_host or migration.spec.destination_host
+    dead = migration.operator_word.dead_host
+    src, dst = migration.source_guest, migration.destination_guest
+    if not (migration.HasField("source_guest") or migration.HasField("destination_guest")):
+        return _as_told(migration, name, here, there)
+    if src.reason == _BROKEN and dst.state in _NO_PROCESS:
+        words = f"{name} runs nowhere: {there} had a part of its memory, and its copy is gone; start it again"
+        return Whereabouts(Place.NOWHERE, "", words, usual=False)
+    if _BROKEN in (src.reason, dst.reason):
+        words = f"{name} has its memory in two parts, on {here} and on {there}, since its stream broke after the switch to post-copy"
+        return Whereabouts(Place.UNKNOWN, "", f"{words}; destroy neither copy", usual=False)
+    unknown = Whereabouts(Place.UNKNOWN, "", _cannot_be_said(name, (here, src), (there, dst)), usual=False)
+    if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
+        return unknown
+    if dst.state in (_RUNS, *_STANDS) and dead != there:
+        return _is_on(Place.DESTINATION, name, there, dst, migration)
+    if dead == here:
+        words = f"{name} runs nowhere: {here}, where it was, is dead by an operator's word; start it again on another host"
+        return Whereabouts(Place.NOWHERE, "", words, usual=False)
+    ended = migration.state in _ENDED
+    if src.state == _RUNS or (src.state in _STANDS and (ended or src.reason not in _BY_MIGRATION)):
+        return _is_on(Place.SOURCE, name, here, src, migration)
+    waits = dst.state == handshake_pb2.GUEST_STATE_WAITING and not ended and dead != there
+    if src.state in _NO_PROCESS and not waits:
+        host, fact = (there, dst) if migration.state == pb.MIGRATION_STATE_SUCCEEDED and dst.state else (here, src)
+        return Whereabouts(Place.NOWHERE, "", f"{name} runs nowhere: {_why_nowhere(host, fact)}", usual=False)
+    return unknown
+
+
+def _is_on(place: Place, name: str, host: str, fact: handshake_pb2.GuestFact, migration: pb.Migration) -> Whereabouts:
+    silence = f"{fact.silence}" or (f"{host} does not answer" if host in migration.silent_hosts else "")
+    when = f" when its hypervisor last answered, at {_clock(fact)} ({silence})" if silence else ""
+    if fact.state == _RUNS:
+        return Whereabouts(place, host, f"{name} {'ran' if when else 'runs'} on {host}{when}")
+    wanted = fact.reason == "user"
+    words = f"{name} {'was' if when else 'is'} {_state(fact)} on {host}{when}"
+    advice = "" if wanted else f"; to let it run: `virsh resume` on {host}"
+    return Whereabouts(place, "", words + advice, usual=wanted)
+
+
+def _cannot_be_said(name: str, *hosts: tuple[str, handshake_pb2.GuestFact]) -> str:
+    said = ", ".join(f"{host} last said {_state(fact)} at {_clock(fact)}" for host, fact in hosts if fact.state)
+    return f"{name} is on {hosts[0][0]} or on {hosts[1][0]}; which cannot be said now{f' ({said})' if said else ''}"
+
+
+def _state(fact: handshake_pb2.GuestFact) -> str:
+    word = _STATE_WORDS.get(fact.state, "in a state that this version does not know")
+    return f"{word} ({fact.reason})" if fact.reason else word
+
+
+def _clock(fact: handshake_pb2.GuestFact) -> str:
+    return f"{fact.see_time.ToDatetime():%H:%M:%S} UTC"
+
+
+def _why_nowhere(host: str, fact: handshake_pb2.GuestFact) -> str:
+    if fact.state == handshake_pb2.GUEST_STATE_CRASHED:
+        return f"its QEMU on {host} died; start it again"
+    if fact.state == handshake_pb2.GUEST_STATE_ABSENT:
+        return f"{host} has no such guest any more; define and start it again if it is to run"
+    return f"it is {_state(fact)} on {host}; start it again if it is to run"
+
+
+def loss(migration: pb.Migration) -> Failure | None:
+    """The failure of a migration whose guest had its end at the source meanwhile; None for one that has not."""
+    fact = migration.source_guest
+    if whereabouts(migration).place is not Place.NOWHERE or fact.state not in _STATE_WORDS:
+        return None
+    return loss_of(migration.domain_name, migration.source_host, GuestFact(_STATE_WORDS[fact.state], fact.reason))
+
+
+def _as_told(migration: pb.Migration, name: str, here: str, there: str) -> Whereabouts:
+    """Of a migration whose agents give no facts (they are older): as its driver told it."""
+    if migration.runs_on and migration.state != pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
+        place = Place.DESTINATION if migration.runs_on == there else Place.SOURCE
+        return Whereabouts(place, migration.runs_on, f"{name} runs on {migration.runs_on}")
+    if migration.state in _ENDED:
+        return Whereabouts(Place.NOWHERE, "", f"{name} runs nowhere; start it again if it is to run", usual=False)
+    return Whereabouts(Place.UNKNOWN, "", f"{name} is on {here} or on {there}; which cannot be said now", usual=False)
