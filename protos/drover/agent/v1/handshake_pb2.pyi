@@ -470,6 +470,7 @@ class Record(message.Message):
     OPERATOR_WORD_FIELD_NUMBER: builtins.int
     HOST_FIELD_NUMBER: builtins.int
     URI_FIELD_NUMBER: builtins.int
+    GUEST_FIELD_NUMBER: builtins.int
     state: RecordState.ValueType
     """Its state on this host."""
     domain_name: builtins.str
@@ -520,6 +521,10 @@ class Record(message.Message):
     def operator_word(self) -> OperatorWord:
         """The statement on which this record was ended, in place of the other host's word. Unset otherwise."""
 
+    @builtins.property
+    def guest(self) -> GuestFact:
+        """What this host's hypervisor said last of the guest. Set by this host's agent; unset until it was first asked."""
+
     def __init__(
         self,
         *,
@@ -539,10 +544,11 @@ class Record(message.Message):
         operator_word: OperatorWord | None = ...,
         host: builtins.str = ...,
         uri: builtins.str = ...,
+        guest: GuestFact | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "operator_word", b"operator_word", "progress", b"progress", "ref", b"ref", "slot", b"slot", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "guest", b"guest", "operator_word", b"operator_word", "progress", b"progress", "ref", b"ref", "slot", b"slot", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "host", b"host", "operator_word", b"operator_word", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "uri", b"uri", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "guest", b"guest", "host", b"host", "operator_word", b"operator_word", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "uri", b"uri", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -556,25 +562,19 @@ class PathProbe(message.Message):
 
     ADDRESS_FIELD_NUMBER: builtins.int
     NONCE_FIELD_NUMBER: builtins.int
-    GUEST_FIELD_NUMBER: builtins.int
     address: builtins.str
     """IP address and port, such as "10.92.0.2:49215"."""
     nonce: builtins.bytes
     """What the destination answers there, and nobody else can. At least 16 bytes. Never logged."""
-    @builtins.property
-    def guest(self) -> GuestFact:
-        """What this host's hypervisor said last of the guest. Set by this host's agent; unset until it was first asked."""
-
     def __init__(
         self,
         *,
         address: builtins.str = ...,
         nonce: builtins.bytes = ...,
-        guest: GuestFact | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["guest", b"guest"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "guest", b"guest", "nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "nonce", b"nonce"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
