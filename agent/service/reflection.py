@@ -69,7 +69,7 @@ class _Pool:
     """What `ReflectionServicer` asks a descriptor pool for. Raises `KeyError` for what is unknown."""
 
     def __init__(self) -> None:
-        self._pools = (descriptor_pool.Default(), _pool_of_v1())  # type: ignore[no-untyped-call]
+        self._pools = (descriptor_pool.Default(), _pool_of_v1())
 
     def FindFileByName(self, name: str) -> _File:  # noqa: N802 - protobuf's names
         return _File(self._first("FindFileByName", name))
@@ -113,6 +113,6 @@ def _pool_of_v1() -> descriptor_pool.DescriptorPool:
     for method in file.service[0].method:
         method.input_type = method.input_type.replace(f".{V1ALPHA}.", f".{V1}.")
         method.output_type = method.output_type.replace(f".{V1ALPHA}.", f".{V1}.")
-    pool = descriptor_pool.DescriptorPool()  # type: ignore[no-untyped-call]
-    pool.AddSerializedFile(file.SerializeToString())  # type: ignore[no-untyped-call]
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
     return pool
