@@ -6,6 +6,7 @@ from typing import Final, Literal
 from agent.errors import DroverError, Reason
 from agent.handshake.records import options_from_proto
 from agent.hypervisor.base import (
+    DomainAmbiguous,
     DomainBusy,
     DomainNotFound,
     Features,
@@ -30,6 +31,7 @@ _WHERE_ALL_CAN: Final[tuple[Literal["post_copy"], ...]] = ("post_copy",)
 
 _REASONS: Mapping[type[HypervisorError], Reason] = {
     DomainNotFound: Reason.DOMAIN_NOT_FOUND,
+    DomainAmbiguous: Reason.DOMAIN_AMBIGUOUS,
     DomainBusy: Reason.DOMAIN_BUSY,
     InvalidDocument: Reason.INVALID_FIELD,
     Incompatible: Reason.INCOMPATIBLE_GUEST,

@@ -8,6 +8,7 @@ import grpc.aio
 
 from agent.errors import DroverError, Reason
 from agent.hypervisor.base import Job
+from agent.hypervisor.names import ambiguity
 from agent.migrations import Ends, Side
 from agent.peers import ask_host
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
@@ -46,6 +47,9 @@ class ClusterDirectory:
     async def _find_guest(self, domain: str) -> tuple[str, host_pb2.GetDomainResponse]:
         """Where the guest runs. Neither a definition that is shut off elsewhere counts, nor a copy that waits for its memory."""
         found, silent = await self._registry.find_domain(domain)
+        if text := ambiguity(domain, [(guest.domain.name, guest.domain.uuid) for _, guest in found]):
+            where = ",".join(host for host, _ in found)
+            raise DroverError(Reason.DOMAIN_AMBIGUOUS, text, metadata={"domain": domain, "hosts": where})
         candidates = _alive(found)
         if not candidates and silent:
             raise DroverError(

@@ -126,8 +126,10 @@ class HostLink:
 
 
 async def answer_of(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:
-    """None if there is no answer."""
+    """None if there is no answer. Raises DOMAIN_AMBIGUOUS: that answer is one for all hosts."""
     try:
         return await question
-    except DroverError:
+    except DroverError as error:
+        if error.reason is Reason.DOMAIN_AMBIGUOUS:
+            raise
         return None

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Awaitable
 from typing import Final
 
 import msgspec
@@ -32,6 +33,7 @@ from agent.handshake.phases import (
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
 from agent.hypervisor.base import (
     RESUMED,
+    Domain,
     DomainBusy,
     DomainNotFound,
     DomainState,
@@ -121,8 +123,8 @@ class DestinationSide:
         try:
             problems, by_uuid, by_name = await asyncio.gather(
                 self._host.hypervisor.incompatibilities(wanted),
-                self._check_absent(wanted.uuid, wanted.uuid),
-                self._check_absent(name, wanted.uuid),
+                self._check_absent(self._host.hypervisor.get_domain(wanted.uuid), wanted.uuid),
+                self._check_absent(self._host.hypervisor.get_named(name), wanted.uuid),
             )
         except HypervisorError as error:
             raise from_hypervisor(error) from None
@@ -135,10 +137,10 @@ class DestinationSide:
 
         return by_uuid or by_name
 
-    async def _check_absent(self, reference: str, uuid: str) -> bool:
+    async def _check_absent(self, found: Awaitable[Domain], uuid: str) -> bool:
         """No copy may run here, and no other guest may have the name. A stored definition of the same guest may stay (True)."""
         try:
-            domain = await self._host.hypervisor.get_domain(reference)
+            domain = await found
         except DomainNotFound:
             return False
         if domain.uuid == uuid and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):

@@ -293,7 +293,8 @@ class Driver(Knowledge):
             pb.BeginRequest(
                 ref=self.ref,
                 request_id=self._request_id(),
-                domain=plan.domain_uuid,
+                domain=plan.domain_name,
+                domain_uuid=plan.domain_uuid,
                 destination_name=plan.destination_name,
                 destination_host=plan.destination_host,
                 destination_agent=plan.destination_agent,

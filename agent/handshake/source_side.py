@@ -105,7 +105,12 @@ class SourceSide:
         check_address(request.destination_agent, "destination_agent")
         check_options(request.options, self._host.features, f"the source {self._host.name}")
         try:
-            domain = await self._host.hypervisor.get_domain(request.domain)
+            hypervisor = self._host.hypervisor
+            domain = (
+                await hypervisor.get_domain(request.domain_uuid)
+                if request.domain_uuid
+                else (await hypervisor.describe(request.domain))[0]
+            )
         except HypervisorError as error:
             raise from_hypervisor(error) from None
         check_movable(domain, self._host.name)

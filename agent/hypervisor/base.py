@@ -10,6 +10,7 @@ Errors (every driver method raises only these, and `asyncio.CancelledError`)::
 
     HypervisorError              the call failed; the facts on the host say what is true now
      ├── DomainNotFound          no such domain here
+     ├── DomainAmbiguous         a name or UUID does not say which domain is meant
      ├── DomainBusy              another job holds the domain
      ├── InvalidDocument         a peer's domain document is none that a source of ours would send
      ├── Incompatible            this host cannot run or move that guest (CPU, machine type, disk, option)
@@ -38,6 +39,10 @@ class HypervisorError(Exception):
 
 class DomainNotFound(HypervisorError):  # noqa: N818 - reads as the fact that it states
     """No domain of that name or UUID on this host."""
+
+
+class DomainAmbiguous(HypervisorError):  # noqa: N818
+    """The name of one domain and the UUID of another."""
 
 
 class DomainBusy(HypervisorError):  # noqa: N818
@@ -377,12 +382,19 @@ class Hypervisor(Protocol):
         """Every domain, running or not, by name."""
         ...
 
-    async def get_domain(self, name_or_uuid: str) -> Domain:
-        """Raises `DomainNotFound`, `HypervisorUnavailable`."""
+    async def get_domain(self, uuid: str) -> Domain:
+        """The guest with that UUID, whatever others are named. Raises `DomainNotFound`, `HypervisorUnavailable`."""
         ...
 
-    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
-        """A guest, running or not, and what it needs of a host. Raises `DomainNotFound`, `HypervisorUnavailable`."""
+    async def get_named(self, name: str) -> Domain:
+        """The guest with exactly that name, whatever it looks like. Raises `DomainNotFound`, `HypervisorUnavailable`."""
+        ...
+
+    async def describe(self, reference: str) -> tuple[Domain, Requirements]:
+        """The guest that a user means by a name or a UUID, running or not, and what it needs of a host.
+
+        Raises `DomainNotFound`, `DomainAmbiguous`, `HypervisorUnavailable`.
+        """
         ...
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:

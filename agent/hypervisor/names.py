@@ -1,7 +1,11 @@
-"""Names of guests. Pure, and the same for every driver."""
+"""What a guest may be called, and which guest a name or UUID means. Pure, and the same for every driver."""
 
+import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Final
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 _LONGEST_FILE_NAME: Final = 255
 """NAME_MAX of Linux file systems, in bytes."""
@@ -29,3 +33,23 @@ def name_problem(name: str) -> str:
         if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
             return f"contains the control character U+{ord(character):04X}"
     return f"has {size} bytes; at most {MAX_NAME} are allowed" if size > MAX_NAME else ""
+
+
+def is_uuid(text: str) -> bool:
+    """Whether it is a UUID as libvirt prints it, in either case. Anything else (braces, no dashes, ``urn:uuid:``) is a name."""
+    return _UUID.fullmatch(text) is not None
+
+
+def ambiguity(reference: str, guests: Iterable[tuple[str, str]]) -> str:
+    """Why a reference does not say which of these guests (name, UUID) is meant: it is the name of one and the UUID of another.
+    Empty where it says so.
+    """
+    known = set(guests)
+    owners = sorted(name for name, uuid in known if uuid == reference.lower())
+    namesakes = sorted(uuid for name, uuid in known if name == reference and uuid != reference.lower())
+    if not owners or not namesakes:
+        return ""
+    return (
+        f'"{reference}" is the UUID of guest "{owners[0]}" and the name of guest {namesakes[0]}; '
+        f'say "{owners[0]}" for the first, {namesakes[0]} for the second'
+    )

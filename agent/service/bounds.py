@@ -3,7 +3,7 @@
 It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, guest_name) and the rules of the whole wire:
 
 - no integer and no duration is negative;
-- ``migration_id`` and ``uuid`` are UUIDs in their canonical form (lower case), so that one thing has one name;
+- ``migration_id`` and the UUID of a guest are in their canonical form (lower case), so that one thing has one name;
 - a string that may have at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals
   and XML); only longer ones, such as the XML, may have several lines;
 - an order holds nothing that is not understood: `Options` and `MigrationSpec` no unknown field, they and the requests
@@ -43,7 +43,7 @@ MAX_DURATION_SECONDS = 315_576_000_000
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
-_UUID_FIELDS = {"migration_id", "uuid"}
+_UUID_FIELDS = {"migration_id", "uuid", "domain_uuid"}
 
 # Orders: what is not understood here must be refused, not skipped.
 _CLOSED = {options_pb2.Options.DESCRIPTOR.full_name, migration_pb2.MigrationSpec.DESCRIPTOR.full_name}

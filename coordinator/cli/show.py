@@ -170,7 +170,7 @@ _NEXT_BY_REASON = {
     "DOMAIN_NOT_FOUND": "drover domain list",
     "DOMAIN_NOT_RUNNING": "drover domain list",
     "DOMAIN_EXISTS": "drover domain list, or --name NEW for another name at the destination",
-    "DOMAIN_AMBIGUOUS": "say which one with --from HOST",
+    "DOMAIN_AMBIGUOUS": "drover domain list",
     "HOST_NOT_FOUND": "drover host list",
     "SAME_HOST": "drover host list",
     "MIGRATION_NOT_FOUND": "drover migration list",

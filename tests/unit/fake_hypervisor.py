@@ -144,15 +144,18 @@ class FakeHypervisor:
     async def list_domains(self) -> list[Domain]:
         return sorted(self.domains.values(), key=lambda domain: domain.name)
 
-    async def get_domain(self, name_or_uuid: str) -> Domain:
-        await self.called("get_domain", name_or_uuid, quiet=True)
-        for domain in self.domains.values():
-            if name_or_uuid in (domain.uuid, domain.name):
-                return domain
-        raise DomainNotFound(f"no domain {name_or_uuid}")
+    async def get_domain(self, uuid: str) -> Domain:
+        await self.called("get_domain", uuid, quiet=True)
+        if uuid not in self.domains:
+            raise DomainNotFound(f"no domain {uuid}")
+        return self.domains[uuid]
 
-    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
-        domain = await self.get_domain(name_or_uuid)
+    async def get_named(self, name: str) -> Domain:
+        await self.called("get_domain", name, quiet=True)
+        return await self.get_domain(next((uuid for uuid, domain in self.domains.items() if domain.name == name), name))
+
+    async def describe(self, reference: str) -> tuple[Domain, Requirements]:
+        domain = await self.get_named(reference)
         return domain, Requirements(domain.name, domain.uuid, domain.memory_bytes, domain.vcpus, "x86_64", "pc", "kvm", "")
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:

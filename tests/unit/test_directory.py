@@ -95,6 +95,18 @@ class Asked:
         return self.answer
 
 
+async def test_6_03_the_name_of_one_guest_and_the_uuid_of_another() -> None:
+    """Whichever of them runs: a user may mean either."""
+    uuid = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0001"
+    named = "SHUTOFF", host_pb2.Domain(name=uuid, uuid="u2")
+    for state, domain in (named, ("RUNNING", named[1])):
+        found_copy = copy("h2", state)
+        found_copy[1].domain.MergeFrom(domain)
+        registry: HostRegistry = Asked(copy("h1", "RUNNING", uuid=uuid), found_copy, silent=[])  # type: ignore[assignment]
+        error = await fails(ClusterDirectory(registry)._find_guest(uuid), Reason.DOMAIN_AMBIGUOUS)
+        assert "web1" in error.message
+
+
 async def found(*copies: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> str:
     registry: HostRegistry = Asked(*copies, silent=silent)  # type: ignore[assignment]
     return (await ClusterDirectory(registry)._find_guest("web1"))[0]

@@ -5,7 +5,7 @@ import pytest
 from agent.errors import DroverError, Reason
 from agent.hypervisor.base import InvalidDocument
 from agent.hypervisor.libvirt.options import check_document, mark_paused
-from agent.hypervisor.names import MAX_NAME, name_problem
+from agent.hypervisor.names import MAX_NAME, ambiguity, is_uuid, name_problem
 from agent.hypervisor.sim.config import SimGuest
 from agent.hypervisor.sim.guest import Definition
 from agent.service.bounds import check_request
@@ -101,3 +101,30 @@ def test_6_04_a_document_that_no_source_sends(text: str) -> None:
 def test_6_04_the_simulator_is_as_strict(text: str) -> None:
     with pytest.raises(InvalidDocument):
         Definition.parse(text).check(UUID)
+
+
+@pytest.mark.parametrize("text", [UUID, UUID.upper()])
+def test_6_03_a_uuid_is_what_libvirt_prints(text: str) -> None:
+    assert is_uuid(text)
+
+
+@pytest.mark.parametrize(
+    "text", [UUID.replace("-", ""), f"{{{UUID}}}", f"urn:uuid:{UUID}", UUID + "\n", f" {UUID}", UUID[:-1], "", "web1"]
+)
+def test_6_03_what_only_python_takes_for_one_is_a_name(text: str) -> None:
+    assert not is_uuid(text)
+
+
+def test_6_03_the_name_of_one_and_the_uuid_of_another() -> None:
+    other = UUID.replace("0001", "0002")
+    both = [("web1", UUID), (UUID, other)]
+    text = ambiguity(UUID, both)
+    assert "web1" in text
+    assert other in text
+    assert ambiguity("web1", both) == ""
+    assert ambiguity(other, both) == ""
+    assert ambiguity(UUID, both[:1]) == ""
+    assert ambiguity(UUID, both[1:]) == ""
+    assert ambiguity(UUID, [(UUID, UUID)]) == "", "a guest may bear its own UUID"
+    assert ambiguity("web1", [("web1", UUID), ("web1", other)]) == "", "a name on two hosts is another question"
+    assert ambiguity(UUID.upper(), [("web1", UUID), (UUID.upper(), other)])

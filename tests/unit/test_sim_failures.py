@@ -301,7 +301,7 @@ async def test_a_stranger_who_talks_nonsense_does_no_harm(hosts: Hosts) -> None:
 
 async def test_ports_run_out_and_come_back(hosts: Hosts) -> None:
     a, b = await hosts(web(), web(name="db"), ports=(49_152, 49_152))
-    first, second = Move(a, b), Move(a, b, uuid=(await a.get_domain("db")).uuid)
+    first, second = Move(a, b), Move(a, b, uuid=(await a.get_named("db")).uuid)
     second.address = first.address
     await first.prepare()
     with pytest.raises(HypervisorError, match="no free port"):

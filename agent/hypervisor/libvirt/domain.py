@@ -1,14 +1,13 @@
 """What libvirt's answers about a domain mean: its state, its job, its progress. Blocking reads and pure translations."""
 
-import contextlib
-import uuid as uuids
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import libvirt
 
-from agent.hypervisor.base import Domain, DomainState, Job, Progress
+from agent.hypervisor.base import Domain, DomainAmbiguous, DomainState, Job, Progress
 from agent.hypervisor.libvirt.events import words
+from agent.hypervisor.names import ambiguity, is_uuid
 
 _STATES: Mapping[int, DomainState] = {
     libvirt.VIR_DOMAIN_RUNNING: DomainState.RUNNING,
@@ -52,16 +51,36 @@ _JOBS: Mapping[int, Job] = {
 }
 
 
-def find(connection: Any, name_or_uuid: str) -> Any:
+def by_uuid(connection: Any, uuid: str) -> Any:
     """libvirt's domain. Raises libvirt's NO_DOMAIN."""
-    with contextlib.suppress(ValueError):
-        return connection.lookupByUUIDString(str(uuids.UUID(name_or_uuid)))
-    return connection.lookupByName(name_or_uuid)
+    return connection.lookupByUUIDString(uuid)
 
 
-def read_one(connection: Any, name_or_uuid: str) -> Domain:
+def by_name(connection: Any, name: str) -> Any:
+    """libvirt's domain. Raises libvirt's NO_DOMAIN."""
+    return connection.lookupByName(name)
+
+
+def find(connection: Any, reference: str) -> Any:
+    """libvirt's domain that a user means by a name or a UUID. Raises libvirt's NO_DOMAIN, `DomainAmbiguous`."""
+    found = []
+    for look_up in (by_name, by_uuid) if is_uuid(reference) else (by_name,):
+        try:
+            found.append(look_up(connection, reference))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                raise
+            missing = error
+    if not found:
+        raise missing
+    if text := ambiguity(reference, [(domain.name(), domain.UUIDString()) for domain in found]):
+        raise DomainAmbiguous(text)
+    return found[0]
+
+
+def read_one(connection: Any, uuid: str) -> Domain:
     """What is true of one domain now."""
-    return read(find(connection, name_or_uuid))
+    return read(by_uuid(connection, uuid))
 
 
 def read_all(connection: Any) -> list[Domain]:

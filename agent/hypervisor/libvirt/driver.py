@@ -79,11 +79,14 @@ class LibvirtHypervisor:
     async def list_domains(self) -> list[Domain]:
         return await self._pool.call(domains.read_all)
 
-    async def get_domain(self, name_or_uuid: str) -> Domain:
-        return await self._pool.call(lambda connection: domains.read_one(connection, name_or_uuid))
+    async def get_domain(self, uuid: str) -> Domain:
+        return await self._pool.call(lambda connection: domains.read_one(connection, uuid))
 
-    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
-        return await self._pool.call(lambda connection: _describe(domains.find(connection, name_or_uuid)))
+    async def get_named(self, name: str) -> Domain:
+        return await self._pool.call(lambda connection: domains.read(domains.by_name(connection, name)))
+
+    async def describe(self, reference: str) -> tuple[Domain, Requirements]:
+        return await self._pool.call(lambda connection: _describe(domains.find(connection, reference)))
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         known = await self._capabilities()
@@ -97,7 +100,7 @@ class LibvirtHypervisor:
         options.check_document(domain_xml, uuid)
 
     async def disown(self, uuid: str) -> None:
-        await self._pool.call(lambda connection: _disown(domains.find(connection, uuid)))
+        await self._pool.call(lambda connection: _disown(domains.by_uuid(connection, uuid)))
 
     def outgoing(self, uuid: str) -> LibvirtOutgoing:
         return LibvirtOutgoing(uuid, Session(self._pool), self._pool, Guard(self._uri, uuid), self._fanout.stream)

@@ -150,7 +150,7 @@ class LibvirtIncoming:
             connection.defineXML(self._before)
         else:
             try:
-                domains.find(connection, self._uuid).undefineFlags(domains.UNDEFINE)
+                domains.by_uuid(connection, self._uuid).undefineFlags(domains.UNDEFINE)
             except libvirt.libvirtError as error:  # `finish` and `abandon` both see to it, and may meet here
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                     raise
@@ -159,7 +159,7 @@ class LibvirtIncoming:
 def _definition(connection: Any, uuid: str) -> str | None:
     """The stored definition; None where there is none."""
     try:
-        domain = domains.find(connection, uuid)
+        domain = domains.by_uuid(connection, uuid)
         if not domain.isPersistent():
             return None
         xml: str = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)

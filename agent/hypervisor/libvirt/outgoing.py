@@ -77,7 +77,7 @@ class LibvirtOutgoing:
         params = _params(destination_name)
 
         def begin(connection: Any) -> tuple[str, bytes]:
-            domain = domains.find(connection, self._uuid)
+            domain = domains.by_uuid(connection, self._uuid)
             self._name = domain.name()
             paused = domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
             xml, cookie = phases.begin(domain, params, words.flags(words.settled(options, paused)))
@@ -103,7 +103,7 @@ class LibvirtOutgoing:
                 params[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY] = limit
 
         def perform(connection: Any) -> tuple[bytes, Progress]:
-            domain = domains.find(connection, self._uuid)
+            domain = domains.by_uuid(connection, self._uuid)
             out = phases.perform(domain, params, cookie, flags)
             self._performed = True  # here and not where it is awaited: an await may be cancelled, the fact stays
             return out, _final(domain)
@@ -211,7 +211,7 @@ class LibvirtOutgoing:
 
     async def _call(self, function: Callable[[Any], T]) -> T:
         """A short call about this guest, beside its phases."""
-        return await self._pool.call(lambda connection: function(domains.find(connection, self._uuid)))
+        return await self._pool.call(lambda connection: function(domains.by_uuid(connection, self._uuid)))
 
     async def _while_starting(self, act: Callable[[Any], bool]) -> bool:
         """Do what needs a transfer under way; False where there is none.
@@ -245,7 +245,7 @@ class LibvirtOutgoing:
         params = _params(self._destination_name)
 
         def confirm(connection: Any) -> None:
-            phases.confirm(domains.find(connection, self._uuid), params, cookie, flags, cancelled)
+            phases.confirm(domains.by_uuid(connection, self._uuid), params, cookie, flags, cancelled)
             self._performed = False
 
         with contextlib.suppress(HypervisorError):

@@ -52,13 +52,17 @@ class SimHypervisor:
         await self._host.gate("list_domains")
         return sorted((guest.facts() for guest in self._host.guests.values()), key=lambda domain: domain.name)
 
-    async def get_domain(self, name_or_uuid: str) -> Domain:
+    async def get_domain(self, uuid: str) -> Domain:
         await self._host.gate("get_domain")
-        return self._host.guest(name_or_uuid).facts()
+        return self._host.guest(uuid).facts()
 
-    async def describe(self, name_or_uuid: str) -> tuple[Domain, Requirements]:
+    async def get_named(self, name: str) -> Domain:
+        await self._host.gate("get_domain")
+        return self._host.named(name).facts()
+
+    async def describe(self, reference: str) -> tuple[Domain, Requirements]:
         await self._host.gate("describe")
-        guest = self._host.guest(name_or_uuid)
+        guest = self._host.find(reference)
         return guest.facts(), guest.requirements()
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
@@ -87,17 +91,17 @@ class SimHypervisor:
 
     # --- what a guest's user does -------------------------------------------------------------------------------------
 
-    def suspend(self, name_or_uuid: str) -> None:
+    def suspend(self, reference: str) -> None:
         """The guest's user pauses it."""
-        guest = self._host.guest(name_or_uuid)
+        guest = self._host.find(reference)
         if guest.state is not DomainState.RUNNING or guest.postcopy:
             raise HypervisorError(f"domain {guest.name} is not running")
         guest.wants_run = False
         guest.stop("user")
 
-    def start(self, name_or_uuid: str) -> None:
+    def start(self, reference: str) -> None:
         """The guest's user boots it, or lets it go on."""
-        guest = self._host.guest(name_or_uuid)
+        guest = self._host.find(reference)
         if not guest.active:
             guest.boot()
         elif guest.reason == "user":

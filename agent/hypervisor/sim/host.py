@@ -3,13 +3,14 @@
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from agent.hypervisor.base import (
+    DomainAmbiguous,
     DomainBusy,
     DomainEvent,
     DomainNotFound,
@@ -21,6 +22,7 @@ from agent.hypervisor.base import (
     TransferFailed,
 )
 from agent.hypervisor.events import Fanout
+from agent.hypervisor.names import ambiguity, is_uuid
 from agent.hypervisor.sim import serial
 from agent.hypervisor.sim.config import SimConfig
 from agent.hypervisor.sim.guest import Definition, Guest, GuestRecord, requirements_of
@@ -104,11 +106,24 @@ class Host:
 
     # --- guests -------------------------------------------------------------------------------------------------------
 
-    def guest(self, name_or_uuid: str) -> Guest:
-        found = self.guests.get(name_or_uuid) or next((g for g in self.guests.values() if g.name == name_or_uuid), None)
-        if found is None:
-            raise DomainNotFound(f"no domain {name_or_uuid!r} on this host")
-        return found
+    def guest(self, uuid: str) -> Guest:
+        return self._only([self.guests[uuid]] if uuid in self.guests else [], uuid)
+
+    def named(self, name: str) -> Guest:
+        return self._only([g for g in self.guests.values() if g.name == name], name)
+
+    def find(self, reference: str) -> Guest:
+        """The guest that a user means by a name or a UUID."""
+        found = [g for g in self.guests.values() if reference == g.name or (is_uuid(reference) and reference.lower() == g.uuid)]
+        if text := ambiguity(reference, [(g.name, g.uuid) for g in found]):
+            raise DomainAmbiguous(text)
+        return self._only(found, reference)
+
+    @staticmethod
+    def _only(found: Sequence[Guest], reference: str) -> Guest:
+        if not found:
+            raise DomainNotFound(f"no domain {reference!r} on this host")
+        return found[0]
 
     def add(self, definition: Definition, stored: Definition | None) -> Guest:
         guest = Guest(definition, self.now, self.notify, stored=stored)

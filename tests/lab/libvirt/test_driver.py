@@ -108,7 +108,7 @@ async def test_renamed_on_arrival(start: Start, sides: tuple[Side, Side], guest:
 async def test_option_that_is_not_supported_is_refused(start: Start, sides: tuple[Side, Side], guest: Guest) -> None:
     with pytest.raises(Incompatible, match="rdma"):
         await start(Options(rdma=True)).prepare()
-    assert (await sides[0].driver.get_domain(guest.name)).job is Job.NONE
+    assert (await sides[0].driver.get_named(guest.name)).job is Job.NONE
 
 
 async def test_limit_that_cannot_be_enforced_is_refused(start: Start) -> None:
@@ -162,7 +162,7 @@ async def test_postcopy(start: Start, sides: tuple[Side, Side], guest: Guest) ->
     await migration.flowing()
     await migration.outgoing.start_postcopy()
     await becomes(lambda: sides[0].state(guest), ("paused", "post-copy"))
-    domain = await sides[1].driver.get_domain(guest.name)
+    domain = await sides[1].driver.get_named(guest.name)
     assert domain.postcopy
     assert domain.state is DomainState.RUNNING
     assert not domain.incoming

@@ -62,7 +62,7 @@ async def test_abandon(state: str, fresh: bool, start: Start, sides: tuple[Side,
     elif armed:
         await asyncio.sleep(0.3)
         assert not armed.done()
-    domain = await sides[1].driver.get_domain(guest.name)
+    domain = await sides[1].driver.get_named(guest.name)
     assert domain.incoming
     assert domain.job is Job.INCOMING
     handle = sides[1].driver.incoming(migration.uuid) if fresh else migration.incoming
@@ -99,9 +99,9 @@ async def test_closing_undoes(start: Start, sides: tuple[Side, Side], guest: Gue
     await migration.prepare()
     await migration.incoming.close()
     await becomes(lambda: sides[1].state(guest), ("absent", ""))
-    assert (await sides[0].driver.get_domain(guest.name)).job is Job.OUTGOING
+    assert (await sides[0].driver.get_named(guest.name)).job is Job.OUTGOING
     await migration.outgoing.close()
-    assert (await sides[0].driver.get_domain(guest.name)).job is Job.NONE
+    assert (await sides[0].driver.get_named(guest.name)).job is Job.NONE
     assert_perfect(guest)
 
 
@@ -113,7 +113,7 @@ async def test_closing_while_memory_flows_aborts(start: Start, sides: tuple[Side
     await migration.outgoing.close()
     with pytest.raises(TransferFailed):
         await performing
-    assert (await sides[0].driver.get_domain(guest.name)).job is Job.NONE
+    assert (await sides[0].driver.get_named(guest.name)).job is Job.NONE
     assert_perfect(guest)
 
 

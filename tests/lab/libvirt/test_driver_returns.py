@@ -27,7 +27,7 @@ async def test_resume_after_perform_without_finish(
     await migration.prepare()
     await migration.perform()
     assert await sides[0].state(guest) == ("paused", "migration")
-    assert not (await sides[0].driver.get_domain(guest.name)).incoming
+    assert not (await sides[0].driver.get_named(guest.name)).incoming
     await migration.incoming.abandon()
     if fresh:
         await migration.outgoing.close()  # as its agent's death would
@@ -87,7 +87,7 @@ async def test_libvirtd_killed_during_perform(start: Start, sides: tuple[Side, S
     await asyncio.to_thread(lab["h1"].start_libvirtd)
     with pytest.raises(TransferFailed):
         await armed
-    domain = await sides[0].driver.get_domain(guest.name)
+    domain = await sides[0].driver.get_named(guest.name)
     assert (domain.state, domain.job) == (DomainState.RUNNING, Job.NONE)
     assert await sides[1].state(guest) == ("absent", "")
     assert_perfect(guest)
@@ -117,11 +117,11 @@ async def test_libvirtd_that_hangs_is_unavailable_in_time(lab: Lab, guest: Guest
         began = perf_counter()
         for _ in range(2):  # on the open connection, and then on a new one
             with pytest.raises(HypervisorUnavailable, match=r"0\.5 s"):
-                await driver.get_domain(guest.name)
+                await driver.get_named(guest.name)
         assert perf_counter() - began < 2
     finally:
         lab["h1"].resume_libvirtd()
-    assert (await driver.get_domain(guest.name)).state is DomainState.RUNNING
+    assert (await driver.get_named(guest.name)).state is DomainState.RUNNING
     await driver.close()
 
 
@@ -168,11 +168,12 @@ async def test_incompatible_guests_are_named(sides: tuple[Side, Side], guest: Gu
 
 async def test_list_and_absent_domains(sides: tuple[Side, Side], guest: Guest) -> None:
     (domain,) = await sides[0].driver.list_domains()
-    assert domain == await sides[0].driver.get_domain(guest.name)
+    assert domain == await sides[0].driver.get_named(guest.name)
     assert domain == Domain(guest.name, str(guest.stable_uuid), DomainState.RUNNING, "booted", 64 << 20, 1, persistent=True)
-    for unknown in ("nobody", "00000000-0000-0000-0000-000000000001"):
-        with pytest.raises(DomainNotFound):
-            await sides[0].driver.get_domain(unknown)
+    with pytest.raises(DomainNotFound):
+        await sides[0].driver.get_named("nobody")
+    with pytest.raises(DomainNotFound):
+        await sides[0].driver.get_domain("00000000-0000-0000-0000-000000000001")
 
 
 async def test_unreachable_libvirtd_is_unavailable() -> None:

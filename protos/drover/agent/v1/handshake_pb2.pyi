@@ -689,6 +689,7 @@ class BeginRequest(message.Message):
     OPTIONS_FIELD_NUMBER: builtins.int
     SLOT_EPOCH_FIELD_NUMBER: builtins.int
     PROBE_FIELD_NUMBER: builtins.int
+    DOMAIN_UUID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     domain: builtins.str
@@ -701,6 +702,8 @@ class BeginRequest(message.Message):
     """Address at which the destination's agent can be asked. Empty: it cannot, and no take-over is possible."""
     slot_epoch: builtins.int
     """Slot epoch at the destination, for a source that ends the handshake itself. Zero: no slot yet."""
+    domain_uuid: builtins.str
+    """UUID of the guest, set by a driver, which knows it: it alone says then which guest is meant. Empty: `domain` says it."""
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt."""
@@ -727,10 +730,11 @@ class BeginRequest(message.Message):
         options: options_pb2.Options | None = ...,
         slot_epoch: builtins.int = ...,
         probe: PathProbe | None = ...,
+        domain_uuid: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options", "probe", b"probe", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_agent", b"destination_agent", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "options", b"options", "probe", b"probe", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_agent", b"destination_agent", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "domain_uuid", b"domain_uuid", "options", b"options", "probe", b"probe", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

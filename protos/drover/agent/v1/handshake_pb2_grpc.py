@@ -136,7 +136,7 @@ class HandshakeServiceServicer:
 
     def Begin(self, request, context):
         """Source: locks the guest against changes and describes it; it is untouched otherwise.
-        Errors: DOMAIN_NOT_FOUND, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
+        Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

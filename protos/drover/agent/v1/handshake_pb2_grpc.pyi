@@ -50,7 +50,7 @@ class HandshakeServiceStub:
     """
     Begin: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.BeginRequest, _handshake_pb2.BeginResponse]
     """Source: locks the guest against changes and describes it; it is untouched otherwise.
-    Errors: DOMAIN_NOT_FOUND, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
+    Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
     """
     Prepare: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.PrepareRequest, _handshake_pb2.PrepareResponse]
     """Destination: starts an empty copy that listens on the chosen address only.
@@ -111,7 +111,7 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     """
     Begin: _aio.UnaryUnaryMultiCallable[_handshake_pb2.BeginRequest, _handshake_pb2.BeginResponse]  # type: ignore[assignment]
     """Source: locks the guest against changes and describes it; it is untouched otherwise.
-    Errors: DOMAIN_NOT_FOUND, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
+    Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
     """
     Prepare: _aio.UnaryUnaryMultiCallable[_handshake_pb2.PrepareRequest, _handshake_pb2.PrepareResponse]  # type: ignore[assignment]
     """Destination: starts an empty copy that listens on the chosen address only.
@@ -181,7 +181,7 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.BeginResponse, _abc.Awaitable[_handshake_pb2.BeginResponse]]:
         """Source: locks the guest against changes and describes it; it is untouched otherwise.
-        Errors: DOMAIN_NOT_FOUND, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
+        Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
         """
 
     @_abc_1.abstractmethod

@@ -380,7 +380,7 @@ class GetDomainRequest(message.Message):
 
     DOMAIN_FIELD_NUMBER: builtins.int
     domain: builtins.str
-    """Name or UUID."""
+    """Exact name, or UUID in its canonical form (dashes, no braces)."""
     def __init__(
         self,
         *,

@@ -84,7 +84,7 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetDomain(self, request, context):
-        """One guest. Errors: DOMAIN_NOT_FOUND, HYPERVISOR_UNAVAILABLE.
+        """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

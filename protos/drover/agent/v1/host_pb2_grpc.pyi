@@ -42,7 +42,7 @@ class HostServiceStub:
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
     """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]
-    """One guest. Errors: DOMAIN_NOT_FOUND, HYPERVISOR_UNAVAILABLE."""
+    """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
@@ -58,7 +58,7 @@ class HostServiceAsyncStub(HostServiceStub):
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
     """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _aio.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]  # type: ignore[assignment]
-    """One guest. Errors: DOMAIN_NOT_FOUND, HYPERVISOR_UNAVAILABLE."""
+    """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an agent knows of its own host: its hypervisor, networks and guests. Read-only."""
@@ -95,6 +95,6 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.GetDomainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.GetDomainResponse, _abc.Awaitable[_host_pb2.GetDomainResponse]]:
-        """One guest. Errors: DOMAIN_NOT_FOUND, HYPERVISOR_UNAVAILABLE."""
+        """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
