@@ -126,6 +126,17 @@ class Journal:
 
         return await self._db.read(read)
 
+    async def page_of_attempts(self, *, active_only: bool, before: int | None, limit: int) -> list[tuple[int, AttemptRecord]]:
+        """At most `limit` records with the numbers of their rows, the newest first, all written before the row `before`."""
+
+        def read(connection: sqlite3.Connection) -> list[tuple[int, bytes]]:
+            return connection.execute(
+                "SELECT number, body FROM attempts WHERE kind <= ? AND (?2 IS NULL OR number < ?2) ORDER BY number DESC LIMIT ?",
+                (_ACTIVE if active_only else _MUST_STAY, before, limit),
+            ).fetchall()
+
+        return [(number, decode(body)) for number, body in await self._db.read(read)]
+
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
         """Keeps a migration that this agent drives (`agent.migrations.MigrationLog`)."""
         kind, number = _ENDED if ended else _ACTIVE, next(self._numbers)

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from agent.bell import Bell
-from agent.errors import DroverError, Reason, invalid_field
+from agent.errors import DroverError, Reason
 from agent.fencing import FencingConfig, fence
 from agent.handshake.driver import Driver, Plan
 from agent.handshake.guest_fact import fact_of_description
@@ -254,12 +254,9 @@ class Migrations:
         """Raises MIGRATION_NOT_FOUND."""
         return self._entry(migration_id).migration
 
-    def list(self, *, active_only: bool, limit: int) -> "list[pb.Migration]":
+    def list(self, *, active_only: bool) -> "list[pb.Migration]":
         """The newest first."""
-        if not 0 <= limit <= KEEP:
-            raise invalid_field("page_size", f"must be from 1 to {KEEP}, or 0 for 100")
-        entries = [entry for entry in self._entries.values() if not (active_only and entry.final)]
-        return [entry.migration for entry in sorted(entries, key=_created, reverse=True)[: limit or 100]]
+        return sorted((e.migration for e in self._entries.values() if not (active_only and e.final)), key=newest_first)
 
     async def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
         """The migration now, then whenever it has changed since the reader last took it, until it has ended."""
@@ -398,5 +395,5 @@ def _exists(migration_id: str) -> DroverError:
     )
 
 
-def _created(entry: _Entry) -> int:
-    return entry.migration.create_time.ToNanoseconds()
+def newest_first(migration: pb.Migration) -> tuple[int, str]:
+    return -migration.create_time.ToNanoseconds(), migration.migration_id

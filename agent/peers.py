@@ -10,6 +10,7 @@ from agent.address import parse_address
 from agent.errors import DroverError, Reason
 from agent.host import AgentHost
 from agent.migrations import Ends, Side
+from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
 from agent.service.host_service import get_domain
@@ -48,7 +49,7 @@ async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
     """What an agent says of its host. Raises HOST_UNREACHABLE."""
     with errors_of(name):
         response = await host_pb2_grpc.HostServiceStub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)
-    return response.host
+    return checked_answer(response, name).host
 
 
 class PeerDirectory:

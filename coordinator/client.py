@@ -17,7 +17,7 @@ Errors: `coordinator.client_errors` draws the tree.
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -25,7 +25,7 @@ from typing import Any, TypeVar, cast
 import grpc.aio
 
 from agent.errors import Reason
-from agent.service.channel import open_channel
+from agent.service.channel import all_pages, open_channel
 from agent.service.status import error_from_rpc
 from coordinator.client_errors import (
     Busy,
@@ -207,10 +207,14 @@ class Client:
         return Migration.from_proto(response.migration)
 
     async def list_migrations(self, *, active_only: bool = False, limit: int = 100) -> list[Migration]:
-        """The newest first, at most `limit` (1 to 1,000)."""
+        """The newest first, at most `limit`."""
         request = migration_pb2.ListMigrationsRequest(active_only=active_only, page_size=limit)
-        response = await self._call(self._migrations.ListMigrations(request, timeout=self.timeout))
-        return [Migration.from_proto(migration) for migration in response.migrations]
+        found: list[Migration] = []
+        async for page in self._pages(self._migrations.ListMigrations, request):
+            found += map(Migration.from_proto, page.migrations)
+            if len(found) >= limit:
+                break
+        return found[:limit]
 
     async def cancel_migration(self, migration_id: str) -> Migration:
         """Ask for the end of a migration: possible until the commit, and the guest runs on at the source.
@@ -302,12 +306,10 @@ class Client:
         """Every host of the cluster, by name; an agent knows one."""
         if not self._is_agent:
             try:
-                request = cluster_pb2.ListHostsRequest()
-                response = await self._call(self._cluster.ListHosts(request, timeout=self.timeout))
+                pages = self._pages(self._cluster.ListHosts, cluster_pb2.ListHostsRequest())
+                return [Host.from_proto(host) async for page in pages for host in page.hosts]
             except ServerFailed as error:
                 self._note_agent(error)
-            else:
-                return [Host.from_proto(host) for host in response.hosts]
         return [await self._agent_host()]
 
     async def get_host(self, name: str) -> Host:
@@ -320,40 +322,33 @@ class Client:
                 self._note_agent(error)
             else:
                 return Host.from_proto(response.host)
-        return self._same_host(await self._agent_host(), name)
+        return await self._agent_host(name)
 
     async def list_domains(self, host: str = "") -> DomainList:
         """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
         if not self._is_agent:
             try:
-                request = cluster_pb2.ListDomainsRequest(host=host)
-                response = await self._call(self._cluster.ListDomains(request, timeout=self.timeout))
+                pages = self._pages(self._cluster.ListDomains, cluster_pb2.ListDomainsRequest(host=host))
+                return DomainList.from_proto([page async for page in pages])
             except ServerFailed as error:
                 self._note_agent(error)
-            else:
-                return DomainList.from_proto(response)
         return await self._agent_domains(host)
 
-    def _note_agent(self, error: ServerFailed) -> None:
-        """An agent does not know the coordinator's service, and that is how it is recognized."""
+    def _note_agent(self, error: ServerFailed) -> None:  # an agent does not know the coordinator's service
         if error.reason != Reason.UNIMPLEMENTED:
             raise error
         self._is_agent = True
 
-    async def _agent_host(self) -> Host:
+    async def _agent_host(self, name: str = "") -> Host:
         response = await self._call(self._hosts.GetHost(host_pb2.GetHostRequest(), timeout=self.timeout))
+        if name not in ("", response.host.name):
+            raise no_such_host(name, response.host.name, self.address)
         return Host.of_agent(response.host, self.address)
 
-    def _same_host(self, host: Host, name: str) -> Host:
-        if name != host.name:
-            raise no_such_host(name, host.name, self.address)
-        return host
-
     async def _agent_domains(self, host: str) -> DomainList:
-        here = await self._agent_host()
-        self._same_host(here, host or here.name)
-        response = await self._call(self._hosts.ListDomains(host_pb2.ListDomainsRequest(), timeout=self.timeout))
-        return DomainList.of_agent(here.name, response.domains)
+        here = await self._agent_host(host)
+        pages = self._pages(self._hosts.ListDomains, host_pb2.ListDomainsRequest())
+        return DomainList.of_agent(here.name, [domain async for page in pages for domain in page.domains])
 
     async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> AsyncGenerator[Migration, None]:
         """One watch stream. `again`: the server was there before, so wait until it can be connected to."""
@@ -374,6 +369,9 @@ class Client:
             ) from None
         finally:
             call.cancel()
+
+    def _pages(self, method: Any, request: Any) -> AsyncIterator[Any]:
+        return all_pages(lambda page: self._call(method(page, timeout=self.timeout)), request)
 
     async def _call(self, call: Awaitable[T]) -> T:
         try:

@@ -311,8 +311,11 @@ class DomainList:
     unreachable_hosts: tuple[str, ...] = ()
 
     @classmethod
-    def from_proto(cls, message: cluster_pb2.ListDomainsResponse) -> "DomainList":
-        return cls(tuple(Domain.from_proto(domain) for domain in message.domains), tuple(message.unreachable_hosts))
+    def from_proto(cls, pages: Iterable[cluster_pb2.ListDomainsResponse]) -> "DomainList":
+        pages = list(pages)
+        domains = [Domain.from_proto(domain) for page in pages for domain in page.domains]
+        domains.sort(key=lambda domain: (domain.name, domain.host))
+        return cls(tuple(domains), tuple(host for page in pages for host in page.unreachable_hosts))
 
     @classmethod
     def of_agent(cls, host: str, domains: Iterable[host_pb2.Domain]) -> "DomainList":

@@ -11,6 +11,7 @@ from agent.hypervisor.base import Job
 from agent.hypervisor.names import ambiguity
 from agent.migrations import Ends, Side
 from agent.peers import ask_host
+from agent.service.bounds import checked_answer
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
 from agent.service.status import errors_of
 from coordinator.hosts import HostRegistry
@@ -78,7 +79,8 @@ class ClusterDirectory:
     async def _guest(self, host: str, domain: str) -> host_pb2.GetDomainResponse:
         stub = host_pb2_grpc.HostServiceStub(self._registry.channel(host))
         with errors_of(host):
-            return await stub.GetDomain(host_pb2.GetDomainRequest(domain=domain), timeout=QUESTION_SECONDS)
+            answer = await stub.GetDomain(host_pb2.GetDomainRequest(domain=domain), timeout=QUESTION_SECONDS)
+        return checked_answer(answer, host)
 
     async def _side(self, name: str) -> Side:
         """A host that is up has told its news on its watch; another one is asked, so that its error says what is wrong."""

@@ -7,14 +7,17 @@ from typing import Final, TypeVar
 
 import grpc.aio
 import structlog
+from google.protobuf.message import Message
 
 from agent.errors import DroverError, Reason
-from agent.service.channel import open_channel
+from agent.service.bounds import checked_answer
+from agent.service.channel import all_pages, open_channel
 from agent.service.status import error_from_rpc, errors_of
 from drover.agent.v1 import host_pb2 as pb
 from drover.agent.v1 import host_pb2_grpc as rpc
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 QUESTION_SECONDS: Final = 2.0
 """Deadline of a question to an agent."""
@@ -23,6 +26,8 @@ FIRST_WORD_SECONDS: Final = 3.0
 BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Pauses before a broken watch is opened again; the last one from then on."""
 CLOSE_SECONDS: Final = 5.0
+MAX_DOMAINS: Final = 16_384
+"""Guests of one host that are taken from its agent."""
 
 log = structlog.get_logger(__name__)
 
@@ -71,13 +76,18 @@ class HostLink:
             raise
 
     async def list_domains(self) -> Sequence[pb.Domain]:
-        """Every guest of this host. Raises what the agent says, HOST_UNREACHABLE, DEADLINE_EXCEEDED."""
+        """Every guest of this host. Raises what the agent says, HOST_UNREACHABLE, DEADLINE_EXCEEDED, FIELD_TOO_LARGE."""
         call = rpc.HostServiceStub(self.channel).ListDomains
-        return (await self._ask(call(pb.ListDomainsRequest(), timeout=QUESTION_SECONDS))).domains
+        domains: list[pb.Domain] = []
+        async for page in all_pages(lambda r: self._ask(call(r, timeout=QUESTION_SECONDS)), pb.ListDomainsRequest()):
+            domains += page.domains
+            if len(domains) > MAX_DOMAINS:
+                raise DroverError(Reason.FIELD_TOO_LARGE, f"{self.address} lists more than {MAX_DOMAINS} guests")
+        return domains
 
-    async def _ask(self, call: Awaitable[T]) -> T:
+    async def _ask(self, call: Awaitable[M]) -> M:
         with errors_of(self.address):
-            return await call
+            return checked_answer(await call, self.address)
 
     async def _keep_watching(self) -> None:
         failures = 0
@@ -118,7 +128,7 @@ class HostLink:
                     response = await call.read()
                 if not isinstance(response, pb.WatchHostResponse):  # the end of the stream
                     return
-                self._on_word(self, response.host)
+                self._on_word(self, checked_answer(response, self.address).host)
                 self.connected = True
                 deadline = None
         finally:

@@ -32,7 +32,6 @@ PREFIX: Final = "/hosts/"
 HEARTBEATS_MISSED: Final = 3
 """So many heartbeats without a word, and a host counts as unreachable."""
 MAX_HOSTS: Final = 4096
-"""As many as one answer of ListHosts holds."""
 LAST_SEEN_SECONDS: Final = 60.0
 """The store's `last_seen_time` of a host that is up is at most so old."""
 RETRY_SECONDS: Final = 1.0
@@ -141,10 +140,13 @@ class HostRegistry:
         self._sweep()
         return deepcopy(self._find(name).known)
 
-    async def list_hosts(self) -> list[pb.ClusterHost]:
-        """Every host, by name."""
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    async def list_hosts(self, among: Sequence[str] | None = None) -> list[pb.ClusterHost]:
+        """Those `among`, or every one by name."""
         self._sweep()
-        return [deepcopy(self._entries[name].known) for name in sorted(self._entries)]
+        return [deepcopy(self._entries[name].known) for name in (self.names() if among is None else among)]
 
     def has(self, name: str, host_uuid: str) -> bool:
         """Whether that host has the name now."""
@@ -161,13 +163,13 @@ class HostRegistry:
         unreachable are not asked). Both by name."""
         return await self._ask_all(lambda link: link.get_domain(name_or_uuid))
 
-    async def list_domains(self, host: str = "") -> Answers[agent_pb.Domain]:
-        """Every guest of that host, or of all of them; and the hosts that did not answer within 2 s.
+    async def list_domains(self, host: str = "", among: Sequence[str] | None = None) -> Answers[agent_pb.Domain]:
+        """Every guest of that host, or of those `among` (None: all); and the hosts that did not answer within 2 s.
 
         Errors, if one host is asked for: HOST_NOT_FOUND, HOST_UNREACHABLE, and what its agent says.
         """
         if not host:
-            return await self._ask_all(HostLink.list_domains)
+            return await self._ask_all(HostLink.list_domains, among)
         self._sweep()
         entry = self._find(host)
         if not entry.up:
@@ -176,9 +178,9 @@ class HostRegistry:
 
     # ---- questions to agents
 
-    async def _ask_all(self, ask: Callable[[HostLink], Awaitable[Sequence[T]]]) -> Answers[T]:
+    async def _ask_all(self, ask: Callable[[HostLink], Awaitable[Sequence[T]]], among: Sequence[str] | None = None) -> Answers[T]:
         self._sweep()
-        entries = [self._entries[name] for name in sorted(self._entries)]
+        entries = [self._entries[name] for name in (self.names() if among is None else among)]
         asked = [entry for entry in entries if entry.up]
         answers = await asyncio.gather(*(answer_of(ask(entry.link)) for entry in asked))
         by_name = {entry.name: answer for entry, answer in zip(asked, answers, strict=True)}
@@ -337,20 +339,22 @@ class HostRegistry:
             await self._wake_saver.wait()
             self._wake_saver.clear()
             if not await self._save_all():
-                # Nothing to wait for but time: the disk does not say when it is well again.
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)  # the disk does not say when it is well again
                 self._wake_saver.set()
 
     async def _save_all(self) -> bool:
-        """False if something could not be saved; it stays in the set."""
+        """False if something could not be saved; it stays in the set. One host that cannot be saved stops no other."""
+        whole = True
         for name in sorted(self._unsaved):
             try:
                 async with self._claiming:
                     await self._save(name)
             except DroverError as error:
                 log.warning("host.not_saved", host=name, error=error.message)
-                return False
-        return True
+                whole = False
+                if error.reason is Reason.JOURNAL_UNAVAILABLE:
+                    break
+        return whole
 
     async def _save(self, name: str) -> None:
         key = PREFIX + name

@@ -25,6 +25,7 @@ from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
 from agent.handshake.transfer import Transfers
 from agent.journal import Journal
+from agent.paging import Paging
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
@@ -138,5 +139,8 @@ class Engine:
                 yield pb.WatchRecordResponse(record=record_to_proto(record, attempt.progress))
 
     async def list_records(self, request: pb.ListRecordsRequest) -> pb.ListRecordsResponse:
-        records = await self._journal.attempts(active_only=request.active_only)
-        return pb.ListRecordsResponse(records=[record_to_proto(record) for record in records])
+        paging = Paging(request, int)
+        before = None if paging.after is None else -int(paging.after[0])
+        found = await self._journal.page_of_attempts(active_only=request.active_only, before=before, limit=paging.size + 1)
+        page = paging.take(((-number,), record_to_proto(record)) for number, record in found)
+        return pb.ListRecordsResponse(records=page.items, next_page_token=page.token)

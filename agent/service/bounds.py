@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
@@ -48,6 +48,8 @@ _UUID_FIELDS = {"migration_id", "uuid", "domain_uuid"}
 # Orders: what is not understood here must be refused, not skipped.
 _CLOSED = {options_pb2.Options.DESCRIPTOR.full_name, migration_pb2.MigrationSpec.DESCRIPTOR.full_name}
 
+_M = TypeVar("_M", bound=Message)
+
 _Check = Callable[[Any, str], None]
 """Checks one value; the path of its field is for the error. Raises `DroverError`."""
 
@@ -59,6 +61,19 @@ def check_request(message: Message) -> None:
     ``spec.options.live``.
     """
     _walk(message, "")
+
+
+def checked_answer(answer: _M, peer: str) -> _M:
+    """The answer of that peer, if nothing in it is too large: it goes to the hypervisor, into the store, or to whoever watches.
+
+    Raises FIELD_TOO_LARGE.
+    """
+    try:
+        check_answer(answer)
+    except DroverError as error:
+        text = f"the answer of {peer} is not taken: {error.message}"
+        raise DroverError(error.reason, text, metadata={**error.metadata, "peer": peer}) from None
+    return answer
 
 
 def check_answer(message: Message) -> None:
@@ -149,7 +164,9 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
     if kind is _Kind.ANSWER:
         return _size_check(field, max_bytes)
     if field.message_type is not None:
-        return _duration if field.message_type.full_name == Duration.DESCRIPTOR.full_name else _message
+        if field.message_type.full_name == Duration.DESCRIPTOR.full_name:
+            return _duration
+        return _message if max_bytes is None else _message_check(max_bytes, _message)
     if field.enum_type is not None:
         return _enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None
     if field.type == FieldDescriptor.TYPE_STRING:
@@ -165,7 +182,7 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
 
 def _size_check(field: FieldDescriptor, max_bytes: int | None) -> _Check | None:
     if field.message_type is not None:
-        return _answer
+        return _answer if max_bytes is None else _message_check(max_bytes, _answer)
     if field.type == FieldDescriptor.TYPE_STRING:
         return lambda value, path: _check_size(_size(value), max_bytes or MAX_STRING, path)
     return _bytes_check(max_bytes or MAX_BYTES) if field.type == FieldDescriptor.TYPE_BYTES else None
@@ -281,6 +298,14 @@ def _duration(value: Duration, path: str) -> None:
         raise invalid_field(path, "is negative; a duration cannot be")
     if value.seconds > MAX_DURATION_SECONDS or value.nanos >= 1_000_000_000:
         raise invalid_field(path, "is no valid duration")
+
+
+def _message_check(max_bytes: int, check_fields: _Check) -> _Check:
+    def check(value: Message, path: str) -> None:
+        _check_size(value.ByteSize(), max_bytes, path)
+        check_fields(value, path)
+
+    return check
 
 
 def _unsupported(_value: Any, path: str) -> None:

@@ -1,6 +1,8 @@
 """Channels to agents and coordinators."""
 
 import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import grpc.aio
 
@@ -63,3 +65,13 @@ def open_channel(address: str) -> grpc.aio.Channel:
     """
     parsed = parse_address(address)
     return grpc.aio.insecure_channel(str(parsed), options=_CHANNEL_OPTIONS)
+
+
+async def all_pages(ask: Callable[[Any], Awaitable[Any]], request: Any) -> AsyncIterator[Any]:
+    """Every answer of a list call (`agent.paging`), as `ask` gets them. Changes `request`."""
+    while True:
+        response = await ask(request)
+        yield response
+        if not response.next_page_token:
+            return
+        request.page_token = response.next_page_token

@@ -5,15 +5,13 @@ that leaves the other side's `wait` room.
 """
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc.aio
-from google.protobuf.message import Message
 
-from agent.errors import DroverError
 from agent.handshake.engine import Engine
 from agent.handshake.phases import MAX_WAIT, wait_of
-from agent.service.bounds import check_answer
+from agent.service.bounds import checked_answer
 from agent.service.status import errors_of
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
@@ -27,7 +25,6 @@ QUESTION_SECONDS = 5.0
 SERVICE = pb.DESCRIPTOR.services_by_name["HandshakeService"].full_name
 
 _Context = grpc.aio.ServicerContext[Any, Any]
-_Answer = TypeVar("_Answer", bound=Message)
 
 
 class HandshakeServicer(rpc.HandshakeServiceServicer):
@@ -92,16 +89,7 @@ class RemotePeer:
         if "wait" in request.DESCRIPTOR.fields_by_name:
             timeout = wait_of(request.wait, unset=0.0) + QUESTION_SECONDS
         with errors_of(self._name):
-            return self._bounded(await getattr(self._stub(), method)(request, timeout=timeout))
-
-    def _bounded(self, answer: _Answer) -> _Answer:
-        """Cookies, XML and URIs of an answer go to the hypervisor on the other side, and records to whoever watches."""
-        try:
-            check_answer(answer)
-        except DroverError as error:
-            text = f"the answer of {self._name} is not taken: {error.message}"
-            raise DroverError(error.reason, text, metadata={**error.metadata, "peer": self._name}) from None
-        return answer
+            return checked_answer(await getattr(self._stub(), method)(request, timeout=timeout), self._name)
 
     def _stub(self) -> "rpc.HandshakeServiceAsyncStub":
         return rpc.HandshakeServiceStub(self._channel())
@@ -138,6 +126,6 @@ class RemotePeer:
             call = self._stub().WatchRecord(request)
             try:
                 async for response in call:
-                    yield self._bounded(response)
+                    yield checked_answer(response, self._name)
             finally:
                 call.cancel()  # leaving the loop early leaks the call otherwise

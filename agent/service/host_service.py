@@ -8,6 +8,7 @@ import grpc.aio
 from agent.features import from_hypervisor
 from agent.host import AgentHost
 from agent.hypervisor.base import Domain, DomainState, HypervisorError, Requirements
+from agent.paging import Paging
 from drover.agent.v1 import host_pb2 as pb
 from drover.agent.v1 import host_pb2_grpc as rpc
 
@@ -34,10 +35,16 @@ class HostServicer(rpc.HostServiceServicer):
             domains = await self._host.hypervisor.list_domains()
         except HypervisorError as error:
             raise from_hypervisor(error) from None
-        return pb.ListDomainsResponse(domains=[domain_to_proto(domain) for domain in domains])
+        found = sorted((domain_to_proto(domain) for domain in domains), key=_identity)
+        page = Paging(request, str, str).take((_identity(domain), domain) for domain in found)
+        return pb.ListDomainsResponse(domains=page.items, next_page_token=page.token)
 
     async def GetDomain(self, request: pb.GetDomainRequest, context: _Context) -> pb.GetDomainResponse:  # noqa: N802
         return await get_domain(self._host, request.domain)
+
+
+def _identity(domain: pb.Domain) -> tuple[str, str]:
+    return domain.name, domain.uuid
 
 
 async def get_domain(host: AgentHost, name_or_uuid: str) -> pb.GetDomainResponse:

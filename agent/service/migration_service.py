@@ -5,7 +5,8 @@ from typing import Any
 
 import grpc.aio
 
-from agent.migrations import Migrations
+from agent.migrations import Migrations, newest_first
+from agent.paging import Paging
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
 
@@ -27,7 +28,10 @@ class MigrationServicer(rpc.MigrationServiceServicer):
         return pb.GetMigrationResponse(migration=self._migrations.get(request.migration_id))
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: _Context) -> pb.ListMigrationsResponse:  # noqa: N802
-        return pb.ListMigrationsResponse(migrations=self._migrations.list(active_only=request.active_only, limit=request.page_size))
+        paging = Paging(request, int, str, default=100)
+        listed = self._migrations.list(active_only=request.active_only)
+        page = paging.take((newest_first(migration), migration) for migration in listed)
+        return pb.ListMigrationsResponse(migrations=page.items, next_page_token=page.token)
 
     async def WatchMigration(  # noqa: N802
         self, request: pb.WatchMigrationRequest, context: _Context

@@ -101,7 +101,7 @@ async def test_a_caller_that_goes_away_does_not_stop_the_start(driving: Driving)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     driving.directory.held.set()
-    await until(lambda: driving.migrations.list(active_only=False, limit=0))
+    await until(lambda: driving.migrations.list(active_only=False))
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
 
 
@@ -143,7 +143,7 @@ def stopping(driving: Driving) -> None:
 async def test_a_refusal_leaves_nothing(driving: Driving, prepare: Callable[[Driving], None], reason: Reason) -> None:
     prepare(driving)
     await fails(driving.migrations.start(ID, SPEC), reason)
-    assert driving.migrations.list(active_only=False, limit=0) == []
+    assert driving.migrations.list(active_only=False) == []
     assert driving.log.rows == {}
     assert driving.pair.source.calls == driving.pair.destination.calls == []
     assert driving.pair.destination.engine.active() == []
@@ -279,15 +279,11 @@ async def test_list_has_the_newest_first_and_bounds(driving: Driving) -> None:
         migration.create_time.FromSeconds(number + 1)
         await driving.log.save(migration.migration_id, migration.SerializeToString(), ended=True)
     await driving.restart()
-    listed = [migration.migration_id for migration in driving.migrations.list(active_only=False, limit=0)]
-    assert listed == [f"m{number}" for number in range(KEEP + 4, KEEP - 96, -1)]
-    assert len(driving.migrations.list(active_only=False, limit=3)) == 3
-    assert driving.migrations.list(active_only=True, limit=0) == []
-    for limit in (-1, KEEP + 1):
-        with pytest.raises(DroverError, match="page_size"):
-            driving.migrations.list(active_only=False, limit=limit)
+    listed = [migration.migration_id for migration in driving.migrations.list(active_only=False)]
+    assert listed == [f"m{number}" for number in range(KEEP + 4, -1, -1)]
+    assert driving.migrations.list(active_only=True) == []
     await driving.migrations.start(ID, SPEC)
-    kept = driving.migrations.list(active_only=False, limit=KEEP)
+    kept = driving.migrations.list(active_only=False)
     assert len(kept) == KEEP
     assert kept[0].migration_id == ID
     assert "m0" not in {migration.migration_id for migration in kept}

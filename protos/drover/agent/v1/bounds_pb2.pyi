@@ -16,7 +16,9 @@ RESERVED_FOR_LATER_FIELD_NUMBER: builtins.int
 REQUIRED_FIELD_NUMBER: builtins.int
 GUEST_NAME_FIELD_NUMBER: builtins.int
 max_bytes: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
-"""Upper bound of a string or bytes field, in bytes of its encoded value (each item, in a repeated field)."""
+"""Upper bound of a field, in bytes of its encoded value (each item, in a repeated field). A message without it is bounded by its
+fields, but for those that the receiver does not know.
+"""
 max_items: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
 """Upper bound of the number of items of a repeated field or map."""
 reserved_for_later: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]

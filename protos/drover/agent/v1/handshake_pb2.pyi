@@ -1385,16 +1385,24 @@ class ListRecordsRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     ACTIVE_ONLY_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
     active_only: builtins.bool
     """Only those that have not ended."""
+    page_size: builtins.int
+    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    page_token: builtins.str
+    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
     def __init__(
         self,
         *,
         active_only: builtins.bool = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["active_only", b"active_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["active_only", b"active_only", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1405,17 +1413,21 @@ class ListRecordsResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     RECORDS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """For `page_token` of the next call. Empty: there is no more."""
     @builtins.property
     def records(self) -> containers.RepeatedCompositeFieldContainer[Record]:
-        """The newest first."""
+        """The one that changed last first. One that changes between two pages may be missing in both."""
 
     def __init__(
         self,
         *,
         records: abc.Iterable[Record] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["next_page_token", b"next_page_token", "records", b"records"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -220,7 +220,7 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRecords(self, request, context):
-        """Records on this host, the newest first; those that have ended are kept for a time (at most 1,000).
+        """Records on this host, in pages; those that have ended are kept for a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -87,7 +87,7 @@ class HandshakeServiceStub:
     the last word.
     """
     ListRecords: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.ListRecordsRequest, _handshake_pb2.ListRecordsResponse]
-    """Records on this host, the newest first; those that have ended are kept for a time (at most 1,000)."""
+    """Records on this host, in pages; those that have ended are kept for a time."""
 
 @_typing.type_check_only
 class HandshakeServiceAsyncStub(HandshakeServiceStub):
@@ -148,7 +148,7 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     the last word.
     """
     ListRecords: _aio.UnaryUnaryMultiCallable[_handshake_pb2.ListRecordsRequest, _handshake_pb2.ListRecordsResponse]  # type: ignore[assignment]
-    """Records on this host, the newest first; those that have ended are kept for a time (at most 1,000)."""
+    """Records on this host, in pages; those that have ended are kept for a time."""
 
 class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
     """One host's side of the handshake: ReserveSlot, Prepare, Finish and Abandon on the destination; Begin, Perform, Confirm,
@@ -284,6 +284,6 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.ListRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.ListRecordsResponse, _abc.Awaitable[_handshake_pb2.ListRecordsResponse]]:
-        """Records on this host, the newest first; those that have ended are kept for a time (at most 1,000)."""
+        """Records on this host, in pages; those that have ended are kept for a time."""
 
 def add_HandshakeServiceServicer_to_server(servicer: HandshakeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

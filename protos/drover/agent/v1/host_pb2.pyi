@@ -341,22 +341,34 @@ class ListDomainsRequest(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    page_token: builtins.str
+    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
     def __init__(
         self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class ListDomainsResponse(message.Message):
-    """Every guest of this host."""
+    """Guests of this host."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     DOMAINS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """For `page_token` of the next call. Empty: there is no more."""
     @builtins.property
     def domains(self) -> containers.RepeatedCompositeFieldContainer[Domain]:
         """Guests by name."""
@@ -365,10 +377,11 @@ class ListDomainsResponse(message.Message):
         self,
         *,
         domains: abc.Iterable[Domain] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["domains", b"domains"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domains", b"domains", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -77,7 +77,7 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListDomains(self, request, context):
-        """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE.
+        """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

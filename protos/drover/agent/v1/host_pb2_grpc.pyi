@@ -40,7 +40,7 @@ class HostServiceStub:
     A reader that is slow misses what was in between, never the latest.
     """
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
-    """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE."""
+    """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]
     """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
 
@@ -56,7 +56,7 @@ class HostServiceAsyncStub(HostServiceStub):
     A reader that is slow misses what was in between, never the latest.
     """
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
-    """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE."""
+    """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _aio.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]  # type: ignore[assignment]
     """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
 
@@ -87,7 +87,7 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.ListDomainsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.ListDomainsResponse, _abc.Awaitable[_host_pb2.ListDomainsResponse]]:
-        """Every guest of this host, running or not. Errors: HYPERVISOR_UNAVAILABLE."""
+        """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE."""
 
     @_abc_1.abstractmethod
     def GetDomain(

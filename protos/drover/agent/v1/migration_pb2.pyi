@@ -462,19 +462,23 @@ class ListMigrationsRequest(message.Message):
 
     ACTIVE_ONLY_FIELD_NUMBER: builtins.int
     PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
     active_only: builtins.bool
     """Only those that have not ended."""
     page_size: builtins.int
-    """At most so many, from 1 to 1,000. Zero: 100."""
+    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 100."""
+    page_token: builtins.str
+    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
     def __init__(
         self,
         *,
         active_only: builtins.bool = ...,
         page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["active_only", b"active_only", "page_size", b"page_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["active_only", b"active_only", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -485,6 +489,9 @@ class ListMigrationsResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATIONS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """For `page_token` of the next call. Empty: there is no more."""
     @builtins.property
     def migrations(self) -> containers.RepeatedCompositeFieldContainer[Migration]:
         """The newest first."""
@@ -493,10 +500,11 @@ class ListMigrationsResponse(message.Message):
         self,
         *,
         migrations: abc.Iterable[Migration] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["migrations", b"migrations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migrations", b"migrations", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

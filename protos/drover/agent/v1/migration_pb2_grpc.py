@@ -96,7 +96,7 @@ class MigrationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMigrations(self, request, context):
-        """Migrations, the newest first.
+        """Migrations, the newest first, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,7 @@ class MigrationServiceStub:
     GetMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]
     """One migration."""
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]
-    """Migrations, the newest first."""
+    """Migrations, the newest first, in pages."""
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]
     """One migration as it is now, then at every change, until it has ended.
     A reader that is slow misses what was in between, never the latest.
@@ -80,7 +80,7 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     GetMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]  # type: ignore[assignment]
     """One migration."""
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]  # type: ignore[assignment]
-    """Migrations, the newest first."""
+    """Migrations, the newest first, in pages."""
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]  # type: ignore[assignment]
     """One migration as it is now, then at every change, until it has ended.
     A reader that is slow misses what was in between, never the latest.
@@ -128,7 +128,7 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.ListMigrationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.ListMigrationsResponse, _abc.Awaitable[_migration_pb2.ListMigrationsResponse]]:
-        """Migrations, the newest first."""
+        """Migrations, the newest first, in pages."""
 
     @_abc_1.abstractmethod
     def WatchMigration(

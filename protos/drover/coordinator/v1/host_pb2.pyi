@@ -177,12 +177,21 @@ class ListHostsRequest(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    page_size: builtins.int
+    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    page_token: builtins.str
+    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
     def __init__(
         self,
+        *,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,6 +202,9 @@ class ListHostsResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     HOSTS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """For `page_token` of the next call. Empty: there is no more."""
     @builtins.property
     def hosts(self) -> containers.RepeatedCompositeFieldContainer[ClusterHost]:
         """By name."""
@@ -201,10 +213,11 @@ class ListHostsResponse(message.Message):
         self,
         *,
         hosts: abc.Iterable[ClusterHost] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["hosts", b"hosts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["hosts", b"hosts", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -215,16 +228,24 @@ class ListDomainsRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
     host: builtins.str
     """Only those of this host. Empty: all."""
+    page_size: builtins.int
+    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    page_token: builtins.str
+    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
     def __init__(
         self,
         *,
         host: builtins.str = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["host", b"host"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["host", b"host", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -236,23 +257,27 @@ class ListDomainsResponse(message.Message):
 
     DOMAINS_FIELD_NUMBER: builtins.int
     UNREACHABLE_HOSTS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """For `page_token` of the next call. Empty: there is no more."""
     @builtins.property
     def domains(self) -> containers.RepeatedCompositeFieldContainer[PlacedDomain]:
-        """By name."""
+        """By host, then by name."""
 
     @builtins.property
     def unreachable_hosts(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Hosts that did not answer; their guests are missing here."""
+        """Hosts of this page that did not answer; their guests are missing here."""
 
     def __init__(
         self,
         *,
         domains: abc.Iterable[PlacedDomain] | None = ...,
         unreachable_hosts: abc.Iterable[builtins.str] | None = ...,
+        next_page_token: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["domains", b"domains", "unreachable_hosts", b"unreachable_hosts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domains", b"domains", "next_page_token", b"next_page_token", "unreachable_hosts", b"unreachable_hosts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -77,14 +77,14 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListHosts(self, request, context):
-        """Every host, by name.
+        """Every host, by name, in pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListDomains(self, request, context):
-        """Every guest of the cluster or of one host. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for).
+        """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

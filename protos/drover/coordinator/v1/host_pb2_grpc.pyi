@@ -40,9 +40,9 @@ class HostServiceStub:
     GetHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]
     """One host. Errors: HOST_NOT_FOUND."""
     ListHosts: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListHostsRequest, _host_pb2.ListHostsResponse]
-    """Every host, by name."""
+    """Every host, by name, in pages."""
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
-    """Every guest of the cluster or of one host. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
+    """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
@@ -56,9 +56,9 @@ class HostServiceAsyncStub(HostServiceStub):
     GetHost: _aio.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]  # type: ignore[assignment]
     """One host. Errors: HOST_NOT_FOUND."""
     ListHosts: _aio.UnaryUnaryMultiCallable[_host_pb2.ListHostsRequest, _host_pb2.ListHostsResponse]  # type: ignore[assignment]
-    """Every host, by name."""
+    """Every host, by name, in pages."""
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
-    """Every guest of the cluster or of one host. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
+    """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     """The hosts of the cluster. Migrations of the cluster are started with drover.agent.v1.MigrationService at the same address."""
@@ -87,7 +87,7 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.ListHostsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.ListHostsResponse, _abc.Awaitable[_host_pb2.ListHostsResponse]]:
-        """Every host, by name."""
+        """Every host, by name, in pages."""
 
     @_abc_1.abstractmethod
     def ListDomains(
@@ -95,6 +95,6 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.ListDomainsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.ListDomainsResponse, _abc.Awaitable[_host_pb2.ListDomainsResponse]]:
-        """Every guest of the cluster or of one host. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
+        """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,35 @@
+"""Issue 6, line 25: what one host says is bounded, and never keeps others out of the store."""
+
+from typing import Any
+
+from agent.errors import DroverError, Reason
+from coordinator.hosts import PREFIX, HostRegistry
+from coordinator.store import MemoryStore
+from tests.unit.test_hosts import UNREACHABLE, agents, clock, register, registry, store, until
+
+__all__ = ["agents", "clock", "registry", "store"]  # fixtures
+
+
+async def test_6_25_a_host_that_cannot_be_saved_stops_no_other(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
+    first, second = await agents("a"), await agents("b")
+    await register(registry, first)
+    await register(registry, second)
+    saved = store.txn
+
+    async def txn(compares: Any, operations: Any) -> Any:
+        if operations[0].key == PREFIX + "a":
+            raise DroverError(Reason.FIELD_TOO_LARGE, "too large")
+        return await saved(compares, operations)
+
+    store.txn = txn  # type: ignore[method-assign]
+    first.change(incoming_in_use=1)
+    second.change(incoming_in_use=1)
+    await until(store, "b", lambda known: known.host.incoming_in_use == 1)
+
+
+async def test_6_25_an_agent_whose_word_is_too_large_is_not_heard(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
+    agent = await agents("alpha")
+    await register(registry, agent)
+    agent.change(hypervisor="x" * 200_000)
+    await until(store, "alpha", lambda known: known.state == UNREACHABLE)
+    assert len((await registry.get("alpha")).host.hypervisor) < 300
