@@ -164,6 +164,22 @@ class DroverError(Exception):
         return CODES[self.reason]
 
 
+def said_by_peer(
+    word: str,
+    message: str,
+    metadata: Mapping[str, str],
+    *,
+    retry_after: float | None = None,
+    violations: tuple[FieldViolation, ...] = (),
+) -> DroverError:
+    """The error that a peer tells of. Of a newer one's reason, the word is kept in message and metadata."""
+    try:
+        reason = Reason(word)
+    except ValueError:
+        reason, message, metadata = Reason.INTERNAL, f"{word}: {message}", {**metadata, "reason": metadata.get("reason", word)}
+    return DroverError(reason, message, metadata=metadata, retry_after=retry_after, violations=violations)
+
+
 def invalid_field(field: str, description: str, reason: Reason = Reason.INVALID_FIELD) -> DroverError:
     """A request's field that cannot be used; nothing was changed."""
     return DroverError(

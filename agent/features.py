@@ -9,6 +9,7 @@ from agent.hypervisor.base import (
     DomainAmbiguous,
     DomainBusy,
     DomainNotFound,
+    Exhausted,
     Features,
     HypervisorError,
     HypervisorUnavailable,
@@ -35,6 +36,7 @@ _REASONS: Mapping[type[HypervisorError], Reason] = {
     DomainBusy: Reason.DOMAIN_BUSY,
     InvalidDocument: Reason.INVALID_FIELD,
     Incompatible: Reason.INCOMPATIBLE_GUEST,
+    Exhausted: Reason.BUSY,
     TransferFailed: Reason.TRANSFER_FAILED,
     HypervisorUnavailable: Reason.HYPERVISOR_UNAVAILABLE,
 }

@@ -52,6 +52,12 @@ async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
     return checked_answer(response, name).host
 
 
+def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
+    """Asks a source for the guest of this migration, and whether it could leave so."""
+    leaving = host_pb2.Leaving(options=spec.options, destination_name=spec.destination_name)
+    return host_pb2.GetDomainRequest(domain=spec.domain, leaving=leaving)
+
+
 class PeerDirectory:
     """The source is this host; the destination is a peer."""
 
@@ -74,7 +80,7 @@ class PeerDirectory:
         address = self.address_of(spec.destination_host)
         asking = asyncio.ensure_future(ask_host(self._channels.get(address), spec.destination_host))
         try:
-            guest = await get_domain(self._host, spec.domain)  # what is wrong with the source is told first
+            guest = await get_domain(self._host, leaving_request(spec))  # what is wrong with the source is told first
             host = await asking
         finally:
             asking.cancel()

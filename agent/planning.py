@@ -5,7 +5,7 @@ Everything that can be refused by looking is refused here, before any host has d
 
 from typing import Protocol
 
-from agent.errors import DroverError, Reason
+from agent.errors import DroverError, Reason, said_by_peer
 from agent.features import check_bandwidth, check_options, check_protocol, settled
 from agent.handshake.driver import Plan
 from agent.networks import MIGRATION_ROLE, common_network, listen_on
@@ -33,7 +33,8 @@ def make_plan(
 
     Raises:
         DroverError: SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH,
-            SPLIT_PHASES_MISSING, NETWORK_NOT_FOUND, URI_NOT_ALLOWED.
+            SPLIT_PHASES_MISSING, NETWORK_NOT_FOUND, URI_NOT_ALLOWED; what keeps the guest from leaving (DOMAIN_BUSY,
+            INCOMPATIBLE_GUEST, …).
     """
     _check_hosts(source, destination)
     _check_guest(guest, source)
@@ -43,6 +44,8 @@ def make_plan(
         check_options(spec.options, host.migration_features, end)
         check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
     network, warnings = _choose_network(spec, source, destination)
+    if guest.HasField("obstacle"):  # last: what is wrong with the request is told first
+        raise said_by_peer(guest.obstacle.reason, guest.obstacle.message, guest.obstacle.metadata)
     return (
         Plan(
             domain_name=guest.domain.name,

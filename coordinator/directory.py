@@ -10,7 +10,7 @@ from agent.errors import DroverError, Reason
 from agent.hypervisor.base import Job
 from agent.hypervisor.names import ambiguity
 from agent.migrations import Ends, Side
-from agent.peers import ask_host
+from agent.peers import ask_host, leaving_request
 from agent.service.bounds import checked_answer
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
 from agent.service.status import errors_of
@@ -41,11 +41,11 @@ class ClusterDirectory:
 
     async def _source(self, spec: pb.MigrationSpec) -> tuple[Side, host_pb2.GetDomainResponse]:
         if spec.source_host:
-            return await asyncio.gather(self._side(spec.source_host), self._guest(spec.source_host, spec.domain))
-        name, guest = await self._find_guest(spec.domain)
-        return await self._known(name), guest  # it has just answered, so what it said of itself is news enough
+            return await asyncio.gather(self._side(spec.source_host), self._guest(spec.source_host, spec))
+        name = await self._find_guest(spec.domain)
+        return await self._known(name), await self._guest(name, spec)  # it has just answered: what it said of itself is news enough
 
-    async def _find_guest(self, domain: str) -> tuple[str, host_pb2.GetDomainResponse]:
+    async def _find_guest(self, domain: str) -> str:
         """Where the guest runs. Neither a definition that is shut off elsewhere counts, nor a copy that waits for its memory."""
         found, silent = await self._registry.find_domain(domain)
         if text := ambiguity(domain, [(guest.domain.name, guest.domain.uuid) for _, guest in found]):
@@ -61,7 +61,7 @@ class ClusterDirectory:
             )
         candidates = candidates or found
         if len(candidates) == 1:
-            return candidates[0]
+            return candidates[0][0]
         hosts = [host for host, _ in candidates]
         if not candidates:
             raise DroverError(
@@ -76,10 +76,11 @@ class ClusterDirectory:
             metadata={"domain": domain, "hosts": ",".join(hosts)},
         )
 
-    async def _guest(self, host: str, domain: str) -> host_pb2.GetDomainResponse:
+    async def _guest(self, host: str, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
+        """The guest, and what keeps it from leaving as it shall."""
         stub = host_pb2_grpc.HostServiceStub(self._registry.channel(host))
         with errors_of(host):
-            answer = await stub.GetDomain(host_pb2.GetDomainRequest(domain=domain), timeout=QUESTION_SECONDS)
+            answer = await stub.GetDomain(leaving_request(spec), timeout=QUESTION_SECONDS)
         return checked_answer(answer, host)
 
     async def _side(self, name: str) -> Side:

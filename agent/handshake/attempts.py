@@ -69,16 +69,20 @@ class Attempts:
         Raises:
             DroverError: DOMAIN_BUSY.
         """
-        here = [attempt for attempt in self._by_id.values() if attempt.record.domain_uuid == uuid]
-        # An abort that is still on its way to the hypervisor would end the next transfer.
-        others = [a.record.migration_id for a in here if not a.record.final or a.running("abort")]
-        if others or uuid in self._claimed:
-            raise _busy(name, others[0] if others else "")
+        self.check_free(uuid, name)
         self._claimed.add(uuid)
         try:
             yield
         finally:
             self._claimed.discard(uuid)
+
+    def check_free(self, uuid: str, name: str) -> None:
+        """Raises DOMAIN_BUSY where an attempt at this guest is under way here, with its migration's id."""
+        here = [attempt for attempt in self._by_id.values() if attempt.record.domain_uuid == uuid]
+        # An abort that is still on its way to the hypervisor would end the next transfer.
+        others = [a.record.migration_id for a in here if not a.record.final or a.running("abort")]
+        if others or uuid in self._claimed:
+            raise _busy(name, others[0] if others else "")
 
     def active(self, role: Role) -> list[Attempt]:
         """Those that have not ended. One that is made for a call that has no place yet is none."""

@@ -15,7 +15,7 @@ from agent.features import check_options, check_protocol, from_hypervisor, requi
 from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
-from agent.handshake.facts import destination_fact
+from agent.handshake.facts import check_place_is_free, destination_fact
 from agent.handshake.guest_fact import GuestFact, GuestState
 from agent.handshake.owner import Owner
 from agent.handshake.phases import (
@@ -23,6 +23,7 @@ from agent.handshake.phases import (
     LocalHost,
     Stopwatch,
     check_address,
+    check_ports,
     check_word,
     failure_of,
     look_up,
@@ -118,13 +119,14 @@ class DestinationSide:
         if request.protocol_version:
             check_protocol(request.protocol_version, request.protocol_version, "the caller")
         check_options(request.options, self._host.features, here)
+        check_ports(self._host)
         wanted = requirements_from_proto(request.requirements)
         name = request.destination_name or wanted.name
         try:
             problems, by_uuid, by_name = await asyncio.gather(
                 self._host.hypervisor.incompatibilities(wanted),
-                self._check_absent(self._host.hypervisor.get_domain(wanted.uuid), wanted.uuid),
-                self._check_absent(self._host.hypervisor.get_named(name), wanted.uuid),
+                self._has_definition(self._host.hypervisor.get_domain(wanted.uuid), wanted.uuid, name),
+                self._has_definition(self._host.hypervisor.get_named(name), wanted.uuid, name),
             )
         except HypervisorError as error:
             raise from_hypervisor(error) from None
@@ -137,20 +139,13 @@ class DestinationSide:
 
         return by_uuid or by_name
 
-    async def _check_absent(self, found: Awaitable[Domain], uuid: str) -> bool:
-        """No copy may run here, and no other guest may have the name. A stored definition of the same guest may stay (True)."""
+    async def _has_definition(self, found: Awaitable[Domain], uuid: str, name: str) -> bool:
         try:
             domain = await found
         except DomainNotFound:
             return False
-        if domain.uuid == uuid and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
-            return True
-        raise DroverError(
-            Reason.DOMAIN_EXISTS,
-            f"{self._host.name} already has a guest {domain.name} ({domain.uuid}), {domain.state}. Nothing was done to the guest; "
-            "choose another host, or another name with destination_name where it is another guest",
-            metadata={"host": self._host.name, "domain": domain.name, "state": domain.state},
-        )
+        check_place_is_free(domain, uuid, name, self._host.name)
+        return True
 
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)

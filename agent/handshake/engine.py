@@ -61,6 +61,7 @@ class Engine:
         self.perform = self._source.perform
         self.abort = self._source.abort
         self.confirm = self._source.confirm
+        self.check_leaving = self._source.check_leaving
         self.start_post_copy = transfers.start_post_copy
         self.set_bandwidth = transfers.set_bandwidth
 

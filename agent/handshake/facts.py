@@ -51,6 +51,28 @@ def loss_of(domain: str, host: str, fact: GuestFact) -> Failure:
     return Failure(Reason.GUEST_CRASHED, text, metadata)
 
 
+def check_place_is_free(found: Domain, uuid: str, name: str, host: str) -> None:
+    """Of what a destination has under the guest's UUID or name, only a stored definition of that guest, under that name, may stay.
+
+    Raises:
+        DroverError: DOMAIN_EXISTS.
+    """
+    stored = found.state in (DomainState.SHUTOFF, DomainState.CRASHED)
+    if found.uuid == uuid and found.name == name and stored:
+        return
+    if found.uuid == uuid and stored:
+        advice = f"undefine it there (virsh undefine {found.name}), or let the guest arrive under that name with --name {found.name}"
+    elif found.uuid == uuid:
+        advice = "it is this guest, or has its UUID: look at both before anything else"
+    else:
+        advice = "it is another guest: choose another host, or another name with --name"
+    raise DroverError(
+        Reason.DOMAIN_EXISTS,
+        f"{host} already has a guest {found.name} ({found.uuid}), {found.state}; {advice}. Nothing was done to the guest",
+        metadata={"host": host, "domain": found.name, "state": found.state},
+    )
+
+
 def check_movable(domain: Domain, host: str) -> None:
     """A guest that runs, or that its user paused, and that no other job holds.
 

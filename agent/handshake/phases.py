@@ -21,6 +21,7 @@ from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, silent
 from agent.handshake.records import Failure, Role, Timing
 from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError
+from agent.ports import any_is_free
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 
@@ -82,6 +83,19 @@ def phase_changes(attempt: Attempt, phase: str, request: Message) -> dict[str, A
             metadata={"request_id": request_id},
         )
     return {}
+
+
+def check_ports(host: LocalHost) -> None:
+    """A port for the stream must be free. Raises BUSY."""
+    first, last = host.features.first_port, host.features.last_port
+    if not any_is_free(first, last):
+        raise DroverError(
+            Reason.BUSY,
+            f"all ports from {first} to {last} on which {host.name} takes migrations are in use; try again when one has ended, "
+            "or widen the range (migration_port_min and _max in its qemu.conf, first_port and last_port of its agent)",
+            metadata={"host": host.name, "limit": "ports"},
+            retry_after=5.0,
+        )
 
 
 def check_address(address: str, field: str) -> None:

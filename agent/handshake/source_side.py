@@ -34,10 +34,12 @@ from agent.hypervisor.base import (
     DomainNotFound,
     DomainState,
     HypervisorError,
+    Options,
     Outgoing,
 )
 from agent.networks import split_uri
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
 
 log = structlog.get_logger()
 
@@ -113,8 +115,23 @@ class SourceSide:
             )
         except HypervisorError as error:
             raise from_hypervisor(error) from None
-        check_movable(domain, self._host.name)
+        self._check_movable(domain)
         return domain
+
+    def _check_movable(self, domain: Domain) -> None:
+        self._attempts.check_free(domain.uuid, domain.name)  # before the job that it holds in the hypervisor is told
+        check_movable(domain, self._host.name)
+
+    async def check_leaving(self, domain: Domain, leaving: host_pb2.Leaving) -> None:
+        """Whether Begin would be taken now, as far as that can be known. Changes nothing. Raises `DroverError`."""
+        self._check_movable(domain)
+        options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
+        try:
+            await self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
+        except HypervisorError as error:
+            why = from_hypervisor(error)
+            text = f"guest {domain.name} cannot leave {self._host.name}: {why.message}. Nothing was done to the guest"
+            raise DroverError(why.reason, text, metadata={**why.metadata, "host": self._host.name}) from None
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)

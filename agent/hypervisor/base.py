@@ -14,6 +14,7 @@ Errors (every driver method raises only these, and `asyncio.CancelledError`)::
      ├── DomainBusy              another job holds the domain
      ├── InvalidDocument         a peer's domain document is none that a source of ours would send
      ├── Incompatible            this host cannot run or move that guest (CPU, machine type, disk, option)
+     ├── Exhausted               this host has no room for another migration now (ports)
      ├── TransferFailed          the transfer ended without success: the source never stopped, or is paused
      └── HypervisorUnavailable   the hypervisor did not answer, so nothing is known: ask again
 
@@ -55,6 +56,10 @@ class InvalidDocument(HypervisorError):  # noqa: N818
 
 class Incompatible(HypervisorError):  # noqa: N818
     """This host cannot run or move that guest."""
+
+
+class Exhausted(HypervisorError):  # noqa: N818
+    """This host lacks for now what a migration needs of it; later it may have it."""
 
 
 class TransferFailed(HypervisorError):  # noqa: N818
@@ -140,6 +145,10 @@ class HypervisorInfo:
     host_uuid: str
     """The hypervisor's identity of this host; two agents with the same one are the same host."""
     features: Features
+
+
+MAX_DOMAIN_XML: Final = 512 * 1024
+"""Bytes of a domain XML that can travel: the bound of the wire (`PrepareRequest.domain_xml`)."""
 
 
 class DomainState(StrEnum):
@@ -395,6 +404,10 @@ class Hypervisor(Protocol):
 
         Raises `DomainNotFound`, `DomainAmbiguous`, `HypervisorUnavailable`.
         """
+        ...
+
+    async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
+        """Whether `Outgoing.begin` with these would succeed: raises what it would raise. The guest is left as it is."""
         ...
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:

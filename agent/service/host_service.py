@@ -5,7 +5,9 @@ from typing import Any
 
 import grpc.aio
 
+from agent.errors import DroverError
 from agent.features import from_hypervisor
+from agent.handshake.records import cut
 from agent.host import AgentHost
 from agent.hypervisor.base import Domain, DomainState, HypervisorError, Requirements
 from agent.paging import Paging
@@ -40,21 +42,33 @@ class HostServicer(rpc.HostServiceServicer):
         return pb.ListDomainsResponse(domains=page.items, next_page_token=page.token)
 
     async def GetDomain(self, request: pb.GetDomainRequest, context: _Context) -> pb.GetDomainResponse:  # noqa: N802
-        return await get_domain(self._host, request.domain)
+        return await get_domain(self._host, request)
 
 
 def _identity(domain: pb.Domain) -> tuple[str, str]:
     return domain.name, domain.uuid
 
 
-async def get_domain(host: AgentHost, name_or_uuid: str) -> pb.GetDomainResponse:
-    """The guest and, when it runs, what it needs."""
+async def get_domain(host: AgentHost, request: pb.GetDomainRequest) -> pb.GetDomainResponse:
+    """The guest and, when it runs, what it needs, and what keeps it from leaving if that is asked."""
     try:
-        domain, needs = await host.hypervisor.describe(name_or_uuid)
+        domain, needs = await host.hypervisor.describe(request.domain)
     except HypervisorError as error:
         raise from_hypervisor(error) from None
-    runs = domain.state in (DomainState.RUNNING, DomainState.PAUSED)
-    return pb.GetDomainResponse(domain=domain_to_proto(domain), requirements=requirements_to_proto(needs) if runs else None)
+    response = pb.GetDomainResponse(domain=domain_to_proto(domain))
+    if domain.state in (DomainState.RUNNING, DomainState.PAUSED):
+        response.requirements.CopyFrom(requirements_to_proto(needs))
+        if request.HasField("leaving"):
+            try:
+                await host.engine.check_leaving(domain, request.leaving)
+            except DroverError as error:
+                response.obstacle.CopyFrom(obstacle_to_proto(error))
+    return response
+
+
+def obstacle_to_proto(error: DroverError) -> pb.Obstacle:
+    metadata = {key: cut(value, 1024) for key, value in error.metadata.items()}
+    return pb.Obstacle(reason=error.reason, message=cut(error.message, 4096), metadata=metadata)
 
 
 def domain_to_proto(domain: Domain) -> pb.Domain:

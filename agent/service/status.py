@@ -20,7 +20,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
 
-from agent.errors import DOMAIN, DroverError, FieldViolation, Reason
+from agent.errors import DOMAIN, DroverError, FieldViolation, Reason, said_by_peer
 
 MAX_MESSAGE = 1536
 """Bytes of the message, percent encoded as ``grpc-message`` is."""
@@ -197,24 +197,13 @@ def _error_info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None
 def _from_status(status: status_pb2.Status, info: error_details_pb2.ErrorInfo) -> DroverError:
     retry = _detail(status, error_details_pb2.RetryInfo)
     bad = _detail(status, error_details_pb2.BadRequest)
-    reason, message, metadata = _known_reason(info), status.message, dict(info.metadata)
-    if reason is None:  # a newer peer's reason: keep its word
-        reason, message = Reason.INTERNAL, f"{info.reason}: {message}"
-        metadata.setdefault("reason", info.reason)
-    return DroverError(
-        reason,
-        message,
-        metadata=metadata,
+    return said_by_peer(
+        info.reason,
+        status.message,
+        info.metadata,
         retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None,
         violations=tuple(FieldViolation(v.field, v.description) for v in bad.field_violations) if bad is not None else (),
     )
-
-
-def _known_reason(info: error_details_pb2.ErrorInfo) -> Reason | None:
-    try:
-        return Reason(info.reason)
-    except ValueError:
-        return None
 
 
 _BARE: Mapping[grpc.StatusCode, tuple[Reason, str]] = {

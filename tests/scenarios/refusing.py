@@ -88,6 +88,20 @@ async def test_full_destination(cluster: Cluster) -> None:
     assert second.judge().problems() == []
 
 
+async def test_6_15_a_guest_under_way_is_held_by_the_migration_that_is_named(cluster: Cluster) -> None:
+    """Neither the hypervisor's job nor a destination's full slots are the cause to tell."""
+    guest = cluster.start_guest("wanted-twice")
+    async with Talk(cluster.server) as talk:
+        running = await talk.start(guest.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+        await talk.watch(running.migration_id, lambda m: m.phase == "perform")
+        with pytest.raises(DroverError) as busy:
+            await talk.start(guest.name, "h2")
+        assert busy.value.reason is Reason.DOMAIN_BUSY, busy.value.message
+        assert busy.value.metadata["migration_id"] == running.migration_id
+        assert running.migration_id in busy.value.message
+        assert state(await talk.end(running.migration_id)) == "succeeded"
+
+
 async def test_guest_already_there(cluster: Cluster) -> None:
     guest = cluster.guests.get("refused") or cluster.start_guest("refused")
     async with Talk(cluster.server) as talk:

@@ -7,6 +7,7 @@ from agent.fencing import FencingConfig
 from agent.host import AgentHost
 from agent.hypervisor.base import HypervisorInfo
 from agent.migrations import Ends, Migrations, Side
+from agent.peers import leaving_request
 from agent.service.host_service import get_domain
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -32,7 +33,7 @@ class FakeDirectory:
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         await self._wait()
-        guest = await get_domain(_host(self.pair.source), spec.domain)
+        guest = await get_domain(_host(self.pair.source), leaving_request(spec))
         return Ends(*self._sides(), guest)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:

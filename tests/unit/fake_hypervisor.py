@@ -158,6 +158,9 @@ class FakeHypervisor:
         domain = await self.get_named(reference)
         return domain, Requirements(domain.name, domain.uuid, domain.memory_bytes, domain.vcpus, "x86_64", "pc", "kvm", "")
 
+    async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
+        await self.called("check_leaving", uuid, options, destination_name, quiet=True)
+
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         await self.called("incompatibilities", requirements, quiet=True)
         return self.problems

@@ -109,7 +109,7 @@ async def test_6_03_the_name_of_one_guest_and_the_uuid_of_another() -> None:
 
 async def found(*copies: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> str:
     registry: HostRegistry = Asked(*copies, silent=silent)  # type: ignore[assignment]
-    return (await ClusterDirectory(registry)._find_guest("web1"))[0]
+    return await ClusterDirectory(registry)._find_guest("web1")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ libvirt = pytest.importorskip("libvirt", reason="libvirt-python is not installed
 from agent.hypervisor.base import (  # noqa: E402 - after the skip
     DomainBusy,
     DomainNotFound,
+    Exhausted,
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
@@ -92,7 +93,24 @@ def test_limits_that_cannot_be_enforced(said: int) -> None:
     ],
 )
 def test_error_classes(code: int, domain: int, message: str, wanted: type[HypervisorError]) -> None:
-    assert errors.class_of(code, domain, message) is wanted
+    assert errors.class_of(code, domain, message, alive=False) is wanted
+
+
+@pytest.mark.parametrize(
+    ("code", "domain", "message", "wanted"),
+    [
+        (libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_FROM_RPC, "unable to connect to server at '10.92.0.2:49152'", HypervisorError),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_QEMU, "Unable to find an unused port in range 'migration'", Exhausted),
+        (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_FROM_QEMU, "domain has active block job", DomainBusy),
+    ],
+)
+def test_6_15_error_classes_while_libvirtd_is_there(code: int, domain: int, message: str, wanted: type[HypervisorError]) -> None:
+    assert errors.class_of(code, domain, message, alive=True) is wanted
+
+
+def test_6_15_a_refusal_says_what_would_help() -> None:
+    assert "--option unsafe=on" in errors.advised("Unsafe migration: Migration without shared storage is unsafe")
+    assert errors.advised("something else") == "something else"
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Link:
         try:
             return function(self._connection)
         except libvirt.libvirtError as error:
-            return translate(error)
+            return translate(error, alive=bool(self._connection.isAlive()))
         except HypervisorError as error:
             return error.with_traceback(None)
         finally:

@@ -12,12 +12,14 @@ from agent.hypervisor.base import (
     DomainEvent,
     Features,
     HypervisorInfo,
+    Options,
     Requirements,
     Support,
 )
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import host, options, phases, postcopy
+from agent.hypervisor.libvirt import host, leaving, phases, postcopy
+from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
@@ -67,7 +69,7 @@ class LibvirtHypervisor:
             library_version=known.library,
             host_uuid=known.capabilities.host_uuid,
             features=Features(
-                options={**options.SUPPORT, **dict.fromkeys(reasons, Support.UNSUPPORTED)},
+                options={**words.SUPPORT, **dict.fromkeys(reasons, Support.UNSUPPORTED)},
                 reasons=reasons,
                 uri_transports=known.capabilities.uri_transports,
                 ports=self._ports,
@@ -88,6 +90,10 @@ class LibvirtHypervisor:
     async def describe(self, reference: str) -> tuple[Domain, Requirements]:
         return await self._pool.call(lambda connection: _describe(domains.find(connection, reference)))
 
+    async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
+        with leaving.refusals():
+            await self._pool.call(lambda connection: leaving.check(domains.find(connection, uuid), options, destination_name))
+
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         known = await self._capabilities()
         found = host.misfits(known.capabilities, requirements, known.hypervisor)
@@ -97,7 +103,7 @@ class LibvirtHypervisor:
         return [cpu] if cpu else []
 
     def check_document(self, uuid: str, domain_xml: str) -> None:
-        options.check_document(domain_xml, uuid)
+        words.check_document(domain_xml, uuid)
 
     async def disown(self, uuid: str) -> None:
         await self._pool.call(lambda connection: _disown(domains.by_uuid(connection, uuid)))

@@ -32,8 +32,8 @@ from agent.hypervisor.base import (
     TransferFailed,
 )
 from agent.hypervisor.libvirt import domain as domains
+from agent.hypervisor.libvirt import leaving, phases
 from agent.hypervisor.libvirt import options as words
-from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle
 
@@ -74,17 +74,15 @@ class LibvirtOutgoing:
 
     async def begin(self, options: Options, destination_name: str) -> Begun:
         words.flags(options)  # refuses what is not supported before anything is asked
-        params = _params(destination_name)
 
         def begin(connection: Any) -> tuple[str, bytes]:
             domain = domains.by_uuid(connection, self._uuid)
             self._name = domain.name()
-            paused = domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
-            xml, cookie = phases.begin(domain, params, words.flags(words.settled(options, paused)))
-            return (words.mark_paused(xml) if paused else xml), cookie
+            return leaving.begin(domain, options, destination_name)
 
         link = self._begun = await self._session.open()
-        xml, cookie = await self._session.call(begin, on=link)
+        with leaving.refusals():
+            xml, cookie = await self._session.call(begin, on=link)
         self._remember(xml, options, destination_name)
         return Begun(xml, cookie)
 
@@ -93,7 +91,7 @@ class LibvirtOutgoing:
     ) -> Performed:
         flags = words.flags_for(options, domain_xml)
         limit = words.mebibytes(bandwidth)
-        params = _params(destination_name) | {
+        params = {**leaving.params(destination_name)} | {
             libvirt.VIR_MIGRATE_PARAM_URI: uri,
             libvirt.VIR_MIGRATE_PARAM_DEST_XML: words.unmarked(domain_xml),
         }
@@ -242,7 +240,7 @@ class LibvirtOutgoing:
         if not self._performed or link is None or not link.alive:
             return
         flags = words.flags_for(options, self._domain_xml)
-        params = _params(self._destination_name)
+        params = leaving.params(self._destination_name)
 
         def confirm(connection: Any) -> None:
             phases.confirm(domains.by_uuid(connection, self._uuid), params, cookie, flags, cancelled)
@@ -250,10 +248,6 @@ class LibvirtOutgoing:
 
         with contextlib.suppress(HypervisorError):
             await self._session.call(confirm, on=link)
-
-
-def _params(destination_name: str) -> dict[str, str | int]:
-    return {libvirt.VIR_MIGRATE_PARAM_DEST_NAME: destination_name} if destination_name else {}
 
 
 # What follows blocks: it runs in a thread, on libvirt's domain.

@@ -39,6 +39,12 @@ class SimGuest(Base, kw_only=True, frozen=True):
     persistent: bool = True
     log: Annotated[str, Meta(max_length=4096)] = ""
     """Path of its serial log, beneath the `log_root` of each host that it visits; empty: none."""
+    obstacle: Annotated[str, Meta(max_length=1024)] = ""
+    """Why the hypervisor refuses to let it go, as libvirt does of a guest with snapshots; empty: it does not."""
+    unsafe: bool = False
+    """It has a disk that is not known to be shared: it leaves with the option `unsafe` only."""
+    metadata: Annotated[str, Meta(max_length=1 << 20)] = ""
+    """Kept, and not looked at."""
     arch: Word = "x86_64"
     machine: Word = "pc-q35-7.2"
     virt_type: Word = "kvm"

@@ -8,6 +8,7 @@ from agent.hypervisor.base import (
     DomainState,
     HypervisorError,
     HypervisorInfo,
+    Options,
     Requirements,
 )
 from agent.hypervisor.sim.config import SimConfig
@@ -64,6 +65,10 @@ class SimHypervisor:
         await self._host.gate("describe")
         guest = self._host.find(reference)
         return guest.facts(), guest.requirements()
+
+    async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
+        await self._host.gate("check_leaving")
+        SimOutgoing(self._host, uuid).check(options)
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         await self._host.gate("incompatibilities")

@@ -176,9 +176,9 @@ class Host:
         log = definition.guest.log
         if log and not serial.within(log, self.config.log_root):
             raise Incompatible(f"serial log {log} is not beneath this host's log_root")
-        twin = next((g for g in self.guests.values() if g.name == definition.name and g.uuid != definition.uuid), None)
+        twin = next((g for g in self.guests.values() if (g.name == definition.name) != (g.uuid == definition.uuid)), None)
         if twin is not None:
-            raise HypervisorError(f"domain {definition.name} already exists here with UUID {twin.uuid}")
+            raise HypervisorError(f"domain {twin.name} is already defined here with UUID {twin.uuid}")
 
     # --- serial logs: one task for all of them, and none while no guest has one ---------------------------------------
 

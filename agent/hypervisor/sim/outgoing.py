@@ -4,6 +4,7 @@ import asyncio
 import json
 
 from agent.hypervisor.base import (
+    MAX_DOMAIN_XML,
     Begun,
     DomainBusy,
     DomainState,
@@ -33,15 +34,29 @@ class SimOutgoing:
         return await self._host.call("begin", lambda: self._begin(options))
 
     async def _begin(self, options: Options) -> Begun:
-        guest = self._host.guest(self._uuid)
-        self._host.check_options(options)
-        self._host.refuse_busy(guest, self)
-        self._check_movable(guest, offline=self._word(options, "offline"))
+        guest = self.check(options)
         if self._word(options, "change_protection") and not self._closed:
             self._host.holders[self._uuid] = self
             guest.job = Job.OUTGOING
         await asyncio.sleep(self._host.config.latencies.begin)
         return Begun(guest.definition.text(), Cookie(host_uuid=self._host.config.host_uuid, uuid=self._uuid).encode())
+
+    def check(self, options: Options) -> Guest:
+        """The guest, if `begin` would be taken."""
+        guest = self._host.guest(self._uuid)
+        self._host.check_options(options)
+        self._host.refuse_busy(guest, self)
+        self._check_movable(guest, offline=self._word(options, "offline"))
+        it = guest.definition.guest
+        if it.obstacle:
+            raise Incompatible(it.obstacle)
+        if it.unsafe and not self._word(options, "unsafe"):
+            raise Incompatible("Unsafe migration: a disk is not known to be shared; say --option unsafe=on where it is")
+        if (size := len(guest.definition.text().encode())) > MAX_DOMAIN_XML:
+            raise Incompatible(
+                f"its domain document has {size} bytes, and at most {MAX_DOMAIN_XML} can travel: shorten its metadata"
+            )
+        return guest
 
     @staticmethod
     def _check_movable(guest: Guest, *, offline: bool) -> None:

@@ -386,22 +386,104 @@ class ListDomainsResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class Leaving(message.Message):
+    """How a guest is to leave its host."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: builtins.int
+    DESTINATION_NAME_FIELD_NUMBER: builtins.int
+    destination_name: builtins.str
+    """Name of the guest at the destination. Empty: unchanged."""
+    @builtins.property
+    def options(self) -> options_pb2.Options:
+        """The user's word on each option."""
+
+    def __init__(
+        self,
+        *,
+        options: options_pb2.Options | None = ...,
+        destination_name: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_name", b"destination_name", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Obstacle(message.Message):
+    """What keeps a guest from leaving its host."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    @typing.final
+    class MetadataEntry(message.Message):
+        DESCRIPTOR: descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    METADATA_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    """As in google.rpc.ErrorInfo.reason: "DOMAIN_BUSY", "INCOMPATIBLE_GUEST", …"""
+    message: builtins.str
+    """For a person: what it is, and what would help."""
+    @builtins.property
+    def metadata(self) -> containers.ScalarMap[builtins.str, builtins.str]:
+        """As in google.rpc.ErrorInfo.metadata."""
+
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+        message: builtins.str = ...,
+        metadata: abc.Mapping[builtins.str, builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["message", b"message", "metadata", b"metadata", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class GetDomainRequest(message.Message):
     """Asks for one guest."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     DOMAIN_FIELD_NUMBER: builtins.int
+    LEAVING_FIELD_NUMBER: builtins.int
     domain: builtins.str
     """Exact name, or UUID in its canonical form (dashes, no braces)."""
+    @builtins.property
+    def leaving(self) -> Leaving:
+        """Asks the hypervisor as well whether the guest could leave in this way; the guest is left as it is. Unset: it is not asked."""
+
     def __init__(
         self,
         *,
         domain: builtins.str = ...,
+        leaving: Leaving | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["leaving", b"leaving"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "leaving", b"leaving"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -413,6 +495,7 @@ class GetDomainResponse(message.Message):
 
     DOMAIN_FIELD_NUMBER: builtins.int
     REQUIREMENTS_FIELD_NUMBER: builtins.int
+    OBSTACLE_FIELD_NUMBER: builtins.int
     @builtins.property
     def domain(self) -> Domain:
         """The guest."""
@@ -421,14 +504,19 @@ class GetDomainResponse(message.Message):
     def requirements(self) -> GuestRequirements:
         """What it needs of a destination. Unset for a guest that does not run."""
 
+    @builtins.property
+    def obstacle(self) -> Obstacle:
+        """What keeps it from leaving in the way that was asked about; from the hypervisor itself. Unset: nothing, or not asked."""
+
     def __init__(
         self,
         *,
         domain: Domain | None = ...,
         requirements: GuestRequirements | None = ...,
+        obstacle: Obstacle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "requirements", b"requirements"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "requirements", b"requirements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

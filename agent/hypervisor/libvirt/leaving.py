@@ -1,0 +1,47 @@
+"""Begin, the first phase, on the source; and whether libvirt would take it. What blocks runs in threads."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import libvirt
+
+from agent.hypervisor.base import MAX_DOMAIN_XML, HypervisorError, Incompatible, Options
+from agent.hypervisor.libvirt import options as words
+from agent.hypervisor.libvirt import phases
+
+
+def begin(domain: Any, options: Options, destination_name: str) -> tuple[str, bytes]:
+    """Call Begin: the domain XML, marked where the guest's user had paused it, and the cookie. Blocks."""
+    paused = domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
+    xml, cookie = phases.begin(domain, params(destination_name), words.flags(words.settled(options, paused)))
+    if paused:
+        xml = words.mark_paused(xml)
+    if (size := len(xml.encode())) > MAX_DOMAIN_XML:
+        raise Incompatible(f"its domain XML has {size} bytes, and at most {MAX_DOMAIN_XML} can travel: shorten its metadata")
+    return xml, cookie
+
+
+def check(domain: Any, options: Options, destination_name: str) -> None:
+    """Whether libvirt would take `begin`, in its own words. Blocks.
+
+    Without CHANGE_PROTECTION, Begin takes no migration job: libvirt checks the guest, describes it, and keeps nothing.
+    """
+    begin(domain, replace(options, change_protection=False), destination_name)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Around either: libvirt has one code (OPERATION_INVALID) for whatever keeps a guest from leaving, a snapshot or a device."""
+    try:
+        yield
+    except HypervisorError as error:
+        if type(error) is not HypervisorError:
+            raise
+        raise Incompatible(str(error), error.native) from None
+
+
+def params(destination_name: str) -> Mapping[str, str | int]:
+    """libvirt's parameters of every phase on the source."""
+    return {libvirt.VIR_MIGRATE_PARAM_DEST_NAME: destination_name} if destination_name else {}

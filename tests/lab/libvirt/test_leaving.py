@@ -1,0 +1,108 @@
+"""Guests that libvirt keeps from leaving: it is asked, and nothing is changed by the question."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, Incompatible, Job, Options
+from labkit import Guest, Lab
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("libvirt", reason="libvirt-python is not installed")
+
+from tests.lab.libvirt.sides import Side
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+UNSAFE = Options(unsafe=True)
+
+
+@dataclass(frozen=True)
+class Equipped(Guest):
+    """A guest with more devices."""
+
+    devices: str = ""
+
+    def xml(self) -> str:
+        return super().xml().replace("</devices>", f"{self.devices}</devices>")
+
+
+def disk(image: Path, inside: str = "") -> str:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "16M"], check=True, timeout=20)
+    image.chmod(0o666)
+    return (
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>"
+        f"<target dev='vda' bus='virtio'/>{inside}</disk>"
+    )
+
+
+def started(lab: Lab, name: str, **changes: str) -> Equipped:
+    plain = lab.guest(name, memory_mib=32)
+    made = Equipped(**{**vars(plain), **changes})
+    lab["h1"].start(made)
+    return made
+
+
+async def refusal(side: Side, guest: Guest, options: Options, kind: type[HypervisorError] = Incompatible) -> str:
+    """What both the question and Begin itself say; the guest runs on, held by no job."""
+    uuid = str(guest.stable_uuid)
+    with pytest.raises(kind) as asked:
+        await side.driver.check_leaving(uuid, options, guest.name)
+    assert type(asked.value) is kind
+    outgoing = side.driver.outgoing(uuid)
+    with pytest.raises(kind) as begun:
+        await outgoing.begin(options, guest.name)
+    await outgoing.close()
+    assert str(asked.value) == str(begun.value)
+    domain = await side.driver.get_domain(uuid)
+    assert (domain.state, domain.job) == (DomainState.RUNNING, Job.NONE)
+    return str(asked.value)
+
+
+async def test_6_15_a_disk_that_is_not_shared(lab: Lab, sides: tuple[Side, Side]) -> None:
+    guest = started(lab, "unsafe", devices=disk(lab.path / "unsafe.qcow2"))
+    assert "--option unsafe=on" in await refusal(sides[0], guest, Options())
+    await sides[0].driver.check_leaving(str(guest.stable_uuid), UNSAFE, guest.name)
+
+
+async def test_6_15_a_transient_disk(lab: Lab, sides: tuple[Side, Side]) -> None:
+    guest = started(lab, "transient", devices=disk(lab.path / "transient.qcow2", "<transient/>"))
+    assert "without the transient disk" in await refusal(sides[0], guest, UNSAFE)
+
+
+async def test_6_15_shared_memory(lab: Lab, sides: tuple[Side, Side]) -> None:
+    device = "<shmem name='re-shmem'><model type='ivshmem-plain'/><size unit='M'>1</size></shmem>"
+    guest = started(lab, "shmem", devices=device)
+    assert "detach the shared memory" in await refusal(sides[0], guest, UNSAFE)
+
+
+async def test_6_15_a_snapshot(lab: Lab, sides: tuple[Side, Side]) -> None:
+    guest = started(lab, "snapshot", devices=disk(lab.path / "snapshot.qcow2"))
+    overlay = f"vda,file={lab.path}/snapshot.overlay"
+    await asyncio.to_thread(lab["h1"].virsh, "snapshot-create-as", guest.name, "s1", "--disk-only", "--diskspec", overlay)
+    assert "virsh snapshot-list" in await refusal(sides[0], guest, UNSAFE)
+
+
+async def test_6_15_a_definition_that_is_too_large(lab: Lab, sides: tuple[Side, Side]) -> None:
+    guest = started(lab, "large", metadata=f"<x:n xmlns:x='urn:x'>{'y' * (600 << 10)}</x:n>")
+    assert "shorten its metadata" in await refusal(sides[0], guest, Options())
+
+
+async def test_6_15_a_guest_that_may_leave_is_left_as_it_is(lab: Lab, sides: tuple[Side, Side]) -> None:
+    guest = started(lab, "free")
+    uuid = str(guest.stable_uuid)
+    before = await sides[0].driver.get_domain(uuid)
+    await sides[0].driver.check_leaving(uuid, Options(), guest.name)
+    assert await sides[0].driver.get_domain(uuid) == before
+    outgoing = sides[0].driver.outgoing(uuid)
+    await outgoing.begin(Options(), guest.name)
+    with pytest.raises(DomainBusy):  # after libvirt's own wait for its job lock, were it not asked of the job first
+        await sides[0].driver.check_leaving(uuid, Options(), guest.name)
+    await outgoing.close()
