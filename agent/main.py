@@ -17,7 +17,7 @@ from agent.handshake.phases import LocalHost
 from agent.host import AgentHost
 from agent.hypervisor.base import Hypervisor, HypervisorUnavailable
 from agent.journal import Journal
-from agent.log import set_up_logging
+from agent.log import logging_to_stderr
 from agent.migrations import Migrations
 from agent.peers import Channels, PeerDirectory
 from agent.registration import keep_registered
@@ -36,8 +36,8 @@ STOP_SECONDS: Final = 10.0
 def run(config_path: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`, JOURNAL_UNAVAILABLE."""
     config = load(config_path, AgentConfig)
-    set_up_logging(config.log_level)
-    run_until_stopped(lambda stop: agent(config, stop))
+    with logging_to_stderr(config.log_level):
+        run_until_stopped(lambda stop: agent(config, stop))
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,7 @@ import structlog
 
 from agent.config import make_state_dir
 from agent.daemon import run_until_stopped
-from agent.log import set_up_logging
+from agent.log import logging_to_stderr
 from agent.migrations import Migrations
 from agent.service import migration_service
 from agent.service.server import Server, start_server
@@ -31,8 +31,8 @@ STOP_SECONDS: Final = 5.0
 def run(config_path: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`."""
     config = load(config_path, CoordinatorConfig)
-    set_up_logging(config.log_level)
-    run_until_stopped(lambda _: coordinator(config))
+    with logging_to_stderr(config.log_level):
+        run_until_stopped(lambda _: coordinator(config))
 
 
 @contextlib.asynccontextmanager

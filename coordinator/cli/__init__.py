@@ -22,6 +22,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Name of each command, where it is, and what it does in one line."""
 
+# gRPC's core reads it as it is loaded. At its default level it writes what a peer says in a GOAWAY on stderr, raw.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 DEFAULT_SERVER = "unix:/run/drover/coordinator.sock"
 
 
