@@ -120,7 +120,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         `listening` are the server's real addresses, where a port 0 has become a number.
         """
         addresses = tuple(listening) or self.listen
-        return self.advertise or next((a for a in addresses if not a.startswith("unix:")), addresses[0])
+        return str(parse_address(self.advertise or next((a for a in addresses if not a.startswith("unix:")), addresses[0])))
 
 
 def _addresses(config: AgentConfig) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from ipaddress import ip_address
 from typing import Final
 
 import grpc.aio
@@ -106,7 +107,10 @@ def make_hypervisor(config: AgentConfig) -> Hypervisor:
 
 def _network(config: NetworkConfig) -> host_pb2.Network:
     return host_pb2.Network(
-        name=config.name, address=config.address, roles=config.roles, line_bytes_per_second=config.line_bytes_per_second
+        name=config.name,
+        address=str(ip_address(config.address)),
+        roles=config.roles,
+        line_bytes_per_second=config.line_bytes_per_second,
     )
 
 

@@ -7,9 +7,9 @@ must be one that the destination declared, a host one of its own addresses, a po
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
-from agent.errors import DroverError, Reason, invalid_field
+from agent.errors import DroverError, Reason
+from agent.uri import MigrationUri, same_address
 from drover.agent.v1 import host_pb2, options_pb2
 
 MIGRATION_ROLE = "migration"
@@ -22,7 +22,7 @@ class Listen:
     network: str
     address: str
     uri: str
-    """With a port where one was asked for, else without."""
+    """In its normal form, with a port where one was asked for, else without."""
 
 
 def common_network(source: Sequence[host_pb2.Network], destination: Sequence[host_pb2.Network], named: str) -> host_pb2.Network:
@@ -63,56 +63,46 @@ def listen_on(networks: Sequence[host_pb2.Network], features: options_pb2.Migrat
     """Where to listen for one migration, from the network's name or the URI that was asked for.
 
     Raises:
-        DroverError: URI_NOT_ALLOWED, NETWORK_NOT_FOUND, INVALID_FIELD.
+        DroverError: URI_NOT_ALLOWED, NETWORK_NOT_FOUND.
     """
     if not uri:
         network = own_network(networks, named)
-        return Listen(network.name, network.address, f"{features.uri_transports[0]}://{_bracketed(network.address)}")
-    host, port = split_uri(uri, features.uri_transports, "uri_in")
-    network = _network_of(networks, host, uri)
+        own = ipaddress.ip_address(network.address)
+        return Listen(network.name, str(own), str(MigrationUri(features.uri_transports[0], own)))
+    asked = read_uri(uri, features.uri_transports)
+    network = _network_of(networks, asked)
     if named and network.name != named:
         raise _refused(uri, f"its host is on network {network.name}, and network {named} was asked for")
-    if port is not None and not features.first_port <= port <= features.last_port:
-        raise _refused(uri, f"port {port} is outside this host's range {features.first_port}-{features.last_port}")
-    return Listen(network.name, network.address, uri)
+    if asked.port and not features.first_port <= asked.port <= features.last_port:
+        raise _refused(uri, f"port {asked.port} is outside this host's range {features.first_port}-{features.last_port}")
+    return Listen(network.name, str(asked.host), str(asked))
 
 
-def split_uri(uri: str, transports: Sequence[str], field: str) -> tuple[str, int | None]:
-    """Host and port of a migration URI with nothing else in it, and a declared scheme."""
+def read_uri(uri: str, transports: Sequence[str]) -> MigrationUri:
+    """A migration URI with nothing else in it, and a declared scheme. Raises URI_NOT_ALLOWED."""
     try:
-        parts = urlsplit(uri)
-        port = parts.port
+        read = MigrationUri.parse(uri)
     except ValueError as error:
-        raise invalid_field(field, f"not a URI: {error}") from None
-    if parts.scheme not in transports:
-        raise _refused(uri, f'scheme "{parts.scheme}" is not one that this host declared: {", ".join(transports) or "none"}')
-    # The hypervisor is handed the text itself, so the parser must not have left anything of it out.
-    if not parts.hostname or "@" in parts.netloc or uri.removesuffix("/") != f"{parts.scheme}://{parts.netloc}":
-        raise _refused(uri, "only SCHEME://ADDRESS[:PORT] is taken")
-    return parts.hostname, port
+        raise _refused(uri, str(error)) from None
+    if read.scheme not in transports:
+        raise _refused(uri, f'scheme "{read.scheme}" is not one that this host declared: {", ".join(transports) or "none"}')
+    return read
 
 
-def check_destination_uri(uri: str, networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures) -> None:
-    """What a destination answered as `uri_out` must be one of its own addresses; checked before the source connects."""
-    host, port = split_uri(uri, features.uri_transports, "uri_out")
-    _network_of(networks, host, uri)
-    if port is None or not features.first_port <= port <= features.last_port:
+def check_destination_uri(uri: str, networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures) -> str:
+    """The normal form of what a destination answered as `uri_out`: one of its own addresses, or URI_NOT_ALLOWED is raised."""
+    read = read_uri(uri, features.uri_transports)
+    _network_of(networks, read)
+    if not features.first_port <= read.port <= features.last_port:
         raise _refused(uri, f"its port is outside the destination's range {features.first_port}-{features.last_port}")
+    return str(read)
 
 
-def _network_of(networks: Sequence[host_pb2.Network], host: str, uri: str) -> host_pb2.Network:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        raise _refused(uri, "its host must be an IP address") from None
+def _network_of(networks: Sequence[host_pb2.Network], uri: MigrationUri) -> host_pb2.Network:
     for network in networks:
-        if ipaddress.ip_address(network.address) == address:
+        if same_address(network.address, uri.host):
             return network
-    raise _refused(uri, "its host is not an address of the destination: it has " + ", ".join(n.address for n in networks))
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
+    raise _refused(str(uri), "its host is not an address of the destination: it has " + ", ".join(n.address for n in networks))
 
 
 def _refused(uri: str, why: str) -> DroverError:

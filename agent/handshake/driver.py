@@ -325,7 +325,7 @@ class Driver(Knowledge):
         if prepared.record.state not in _LISTENS:
             self.saw_destination(prepared.record)
             return
-        check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)
+        prepared.uri_out = check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)
         self._prepared = prepared
         self.uri = prepared.uri_out
         self.saw_destination(prepared.record)

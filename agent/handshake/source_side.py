@@ -37,7 +37,7 @@ from agent.hypervisor.base import (
     Options,
     Outgoing,
 )
-from agent.networks import split_uri
+from agent.networks import read_uri
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -147,10 +147,10 @@ class SourceSide:
         changes = phase_changes(attempt, "perform", request)
         if attempt.record.state != _S.BEGUN:
             return {}
-        split_uri(request.uri, self._host.features.uri_transports, "uri")
+        uri = read_uri(request.uri, self._host.features.uri_transports)
         check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
         return changes | {
-            "uri": request.uri,
+            "uri": str(uri),
             "bandwidth": request.bandwidth_bytes_per_second,
             "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
         }

@@ -22,6 +22,7 @@ GUESTS = {
         GuestSpec("meant"),
         GuestSpec("hex-1"),
         GuestSpec("hex-2"),
+        GuestSpec("to-a-uri"),
         GuestSpec("stopped", running=False),
         GuestSpec("progress", memory_mib=128, dirty=500),
         GuestSpec("watched"),

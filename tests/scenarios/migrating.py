@@ -157,3 +157,21 @@ async def test_a_driver_that_dies_is_not_missed(cluster: Cluster) -> None:
     assert guest.judge().problems() == []
     assert cluster.copies(guest.name) == {"h2": "running"}
     await assert_idle(cluster)
+
+
+@pytest.mark.parametrize("spelling", ["tcp://{address}", "tcp://{address}/", "tcp://{address}:49160", "TCP://{address}:49161/"])
+async def test_6_18_a_uri_however_it_is_spelled(cluster: Cluster, spelling: str) -> None:
+    """With a port, libvirt itself answers none at Prepare."""
+    guest = cluster.guests.get("to-a-uri") or cluster.start_guest("to-a-uri")
+    (here,) = cluster.copies(guest.name)
+    there = "h2" if here == "h1" else "h1"
+    async with Talk(cluster.agents[there].address) as talk:
+        address = next(network.address for network in (await talk.host()).networks if network.name == "mig1")
+    async with Talk(cluster.server) as talk:
+        migration = await talk.migrate(guest.name, there, uri=spelling.format(address=address))
+    assert state(migration) == "succeeded", migration.failure.message
+    assert migration.uri.startswith(f"tcp://{address}:491")
+    assert not migration.uri.endswith("/")
+    assert cluster.copies(guest.name) == {there: "running"}
+    guest.wait_lines(5)
+    assert guest.judge().problems() == []

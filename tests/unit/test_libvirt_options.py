@@ -120,10 +120,12 @@ def test_6_15_a_refusal_says_what_would_help() -> None:
         ("", "fd00::1", "tcp://[fd00::1]"),
         ("tcp://10.0.0.1:49152", "10.0.0.1", "tcp://10.0.0.1:49152"),
         ("tcp://[fd00::1]:49153", "fd00::1", "tcp://[fd00::1]:49153"),
+        ("tcp://[FD00:0::1]/", "fd00::1", "tcp://[fd00::1]"),
+        ("tcp://10.0.0.1", "10.0.0.1", "tcp://10.0.0.1"),
     ],
 )
 def test_migration_uri(uri: str, address: str, wanted: str) -> None:
-    assert migration_uri(uri, address, (49152, 49215)) == wanted
+    assert str(migration_uri(uri, address, (49152, 49215))) == wanted
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import DroverError, Reason
-from agent.networks import Listen, check_destination_uri, common_network, listen_on, own_network, split_uri
+from agent.networks import Listen, check_destination_uri, common_network, listen_on, own_network, read_uri
 from drover.agent.v1 import host_pb2, options_pb2
 
 ADDRESSES = ("10.92.0.2", "192.168.7.2", "fd00:92::2")
@@ -136,7 +136,28 @@ def test_a_uri_on_one_of_its_own_addresses(uri: str) -> None:
     listen = listen_on(NETWORKS, FEATURES, "", uri)
     assert listen.uri == uri
     assert listen.address in uri
-    check_destination_uri(uri, NETWORKS, FEATURES)
+    assert check_destination_uri(uri, NETWORKS, FEATURES) == uri
+
+
+@pytest.mark.parametrize(
+    ("uri", "normal"),
+    [
+        ("tcp://[FD00:92::2]:49160", "tcp://[fd00:92::2]:49160"),
+        ("tcp://[fd00:92:0:0::2]:49160/", "tcp://[fd00:92::2]:49160"),
+        ("tcp://10.92.0.2:49160/", "tcp://10.92.0.2:49160"),
+        ("TCP://10.92.0.2:49160", "tcp://10.92.0.2:49160"),
+    ],
+)
+def test_6_18_spellings_of_one_address_are_equal(uri: str, normal: str) -> None:
+    assert listen_on(NETWORKS, FEATURES, "", uri).uri == normal
+    assert check_destination_uri(uri, NETWORKS, FEATURES) == normal
+    spelled = [host_pb2.Network(name="odd", address="FD00:92:0::0:2"), host_pb2.Network(name="mig", address="10.92.0.2")]
+    assert listen_on(spelled, FEATURES, "", uri).uri == normal
+
+
+def test_6_18_a_network_is_listened_on_in_the_normal_form() -> None:
+    spelled = [host_pb2.Network(name="odd", address="FD00:92:0::0:2", roles=["migration"])]
+    assert listen_on(spelled, FEATURES, "", "") == Listen("odd", "fd00:92::2", "tcp://[fd00:92::2]")
 
 
 @pytest.mark.parametrize("uri", NOT_OURS + NOT_A_URI)
@@ -172,7 +193,7 @@ def test_a_uri_on_another_network_than_was_asked_for() -> None:
 
 def test_a_host_that_declares_no_transport_takes_no_uri() -> None:
     with pytest.raises(DroverError, match="declared: none"):
-        split_uri("tcp://10.92.0.2", (), "uri")
+        read_uri("tcp://10.92.0.2", ())
 
 
 _hosts = st.one_of(
@@ -191,10 +212,10 @@ _uris = st.builds(
 )
 
 
-def taken(check: Callable[[], Listen | None]) -> Listen | bool:
-    """What the check gave, True where it gave nothing; False where it refused for a reason that is one of a URI."""
+def taken(check: Callable[[], Listen | str]) -> Listen | str | bool:
+    """What the check gave; False where it refused for a reason that is one of a URI."""
     try:
-        return check() or True
+        return check()
     except DroverError as error:
         if error.reason not in (*REFUSED, Reason.NETWORK_NOT_FOUND):
             raise

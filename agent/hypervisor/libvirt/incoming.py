@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from ipaddress import ip_address
 from typing import Any
 
 import libvirt
@@ -24,6 +25,7 @@ from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
+from agent.uri import MigrationUri
 
 NEVER_RAN = frozenset({"failed", "daemon"})
 """libvirt's reasons for being shut off of a copy whose incoming migration failed, or was undone by a libvirtd that started anew."""
@@ -63,8 +65,9 @@ class LibvirtIncoming:
         self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
     ) -> Prepared:
         flags = words.flags_for(options, domain_xml)
+        asked = migration_uri(uri, listen_address, self._ports)
         params = _params(domain_xml, destination_name) | {
-            libvirt.VIR_MIGRATE_PARAM_URI: migration_uri(uri, listen_address, self._ports),
+            libvirt.VIR_MIGRATE_PARAM_URI: str(asked),
             libvirt.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: listen_address,
         }
 
@@ -76,7 +79,7 @@ class LibvirtIncoming:
 
         link = self._prepared = await self._session.open()
         uri_out, out = await self._session.call(prepare, on=link)
-        return Prepared(uri_out, out)
+        return Prepared(uri_out or str(asked), out)  # libvirt says nothing where the port was given
 
     async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
         flags = words.flags_for(options, domain_xml)
@@ -183,25 +186,23 @@ def _cancel(connection: Any, name: str) -> None:
             raise
 
 
-def migration_uri(uri: str, listen_address: str, ports: tuple[int, int]) -> str:
+def migration_uri(uri: str, listen_address: str, ports: tuple[int, int]) -> MigrationUri:
     """The URI for Prepare: the given one, or one without a port, for which libvirt picks a free one.
 
     Raises `Incompatible` for a scheme, host or port that this host would not serve.
     """
-    if not listen_address:
-        raise Incompatible("a migration needs the address to listen on")
-    host = f"[{listen_address}]" if ":" in listen_address else listen_address
-    if not uri:
-        return f"tcp://{host}"
-    scheme, _, rest = uri.partition("://")
-    if scheme not in TRANSPORTS:
+    try:
+        own = ip_address(listen_address)
+        asked = MigrationUri.parse(uri) if uri else MigrationUri(TRANSPORTS[0], own)
+    except ValueError as error:
+        raise Incompatible(f"the migration URI {uri!r} at {listen_address!r} cannot be used: {error}") from None
+    if asked.scheme not in TRANSPORTS:
         raise Incompatible(f"the migration URI {uri} has a scheme other than {', '.join(TRANSPORTS)}")
-    port = rest.removeprefix(host).removeprefix(":")
-    if rest not in (host, f"{host}:{port}"):
+    if asked.host != own:
         raise Incompatible(f"the migration URI {uri} names something else than the address {listen_address}")
-    if rest != host and not (port.isascii() and port.isdigit() and ports[0] <= int(port) <= ports[1]):
+    if asked.port and not ports[0] <= asked.port <= ports[1]:
         raise Incompatible(f"the migration URI {uri} has a port outside {ports[0]} to {ports[1]}")
-    return uri
+    return asked
 
 
 def _params(domain_xml: str, destination_name: str) -> dict[str, str | int]:

@@ -1,6 +1,7 @@
 """`base.Incoming` of the simulator: one migration on its destination."""
 
 import asyncio
+from dataclasses import replace
 from ipaddress import ip_address
 
 from agent.hypervisor.base import (
@@ -14,11 +15,11 @@ from agent.hypervisor.base import (
     Prepared,
     TransferFailed,
 )
-from agent.hypervisor.sim.address import Address
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.receiver import Receiver
+from agent.uri import MigrationUri
 
 
 class SimIncoming:
@@ -64,7 +65,7 @@ class SimIncoming:
         if self._closed or receiver.gone:
             receiver.close("the connection that prepared it was closed")
             raise TransferFailed("the connection that prepared the copy was closed")
-        out = Address(ask.scheme, ask.host, port)
+        out = replace(ask, port=port)
         return Prepared(str(out), Cookie(host_uuid=self._host.config.host_uuid, token=receiver.token).encode())
 
     def _copy(self, definition: Definition) -> Guest:
@@ -82,24 +83,24 @@ class SimIncoming:
         copy.stop("migration", "started")
         return copy
 
-    def _asked(self, listen_address: str, uri: str) -> Address:
+    def _asked(self, listen_address: str, uri: str) -> MigrationUri:
         """Where the source shall connect: the URI, which may only be this host's address, else the listen address."""
         schemes = self._host.profile.uri_transports
         try:
             listening = ip_address(listen_address)
+            asked = MigrationUri.parse(uri) if uri else MigrationUri(schemes[0], listening)
         except ValueError as error:
-            raise HypervisorError(f"listen address {listen_address!r}: {error}") from error
-        if not uri:
-            return Address(schemes[0], str(listening), 0)
-        asked = Address.parse(uri, schemes)
-        if not listening.is_unspecified and asked.host != str(listening):
-            raise HypervisorError(f"migration URI {uri!r}: not the listen address {listen_address}")
+            raise Incompatible(f"the migration URI {uri!r} at {listen_address!r} cannot be used: {error}") from None
+        if asked.scheme not in schemes:
+            raise Incompatible(f"migration URI {uri}: only {', '.join(schemes)} are supported")
+        if asked.host != listening and not listening.is_unspecified:
+            raise Incompatible(f"migration URI {uri}: not the listen address {listen_address}")
         return asked
 
     def _ports(self, port: int) -> range:
         first, last = self._host.config.ports
         if port and not first <= port <= last:
-            raise HypervisorError(f"port {port} is outside {first} to {last}")
+            raise Incompatible(f"port {port} is outside {first} to {last}")
         return range(port, port + 1) if port else range(first, last + 1)
 
     async def _prepare_offline(self, definition: Definition) -> Prepared:

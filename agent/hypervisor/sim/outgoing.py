@@ -15,11 +15,11 @@ from agent.hypervisor.base import (
     Performed,
     Progress,
 )
-from agent.hypervisor.sim.address import Address
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.sender import Assignment, Sender
+from agent.uri import MigrationUri
 
 
 class SimOutgoing:
@@ -92,9 +92,7 @@ class SimOutgoing:
             self._let_go()
 
     def _assignment(self, uri: str, cookie: bytes, options: Options, bandwidth: int) -> Assignment:
-        address = Address.parse(uri, self._host.profile.uri_transports)
-        if not address.port:
-            raise HypervisorError(f"migration URI {uri!r} has no port")
+        address = self._address(uri)
         if bandwidth < 0:
             raise HypervisorError("bandwidth below zero")
         return Assignment(
@@ -105,6 +103,15 @@ class SimOutgoing:
             auto_converge=self._word(options, "auto_converge"),
             bandwidth=bandwidth,
         )
+
+    def _address(self, uri: str) -> MigrationUri:
+        try:
+            address = MigrationUri.parse(uri)
+        except ValueError as error:
+            raise HypervisorError(f"migration URI {uri!r}: {error}") from error
+        if address.scheme not in self._host.profile.uri_transports or not address.port:
+            raise HypervisorError(f"migration URI {uri!r} has no port, or a scheme that is not supported")
+        return address
 
     def _word(self, options: Options, name: str) -> bool:
         return self._host.profile.word(options, name)

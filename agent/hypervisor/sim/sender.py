@@ -19,7 +19,6 @@ from math import ceil
 
 from agent.hypervisor.base import HypervisorError, Progress, TransferFailed
 from agent.hypervisor.sim import model
-from agent.hypervisor.sim.address import Address
 from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.link import Share
@@ -43,6 +42,7 @@ from agent.hypervisor.sim.stream import (
     Welcome,
     connect,
 )
+from agent.uri import MigrationUri
 
 LEAST_STEP = 0.0005
 """Seconds: no waiting for less, so that a pass over nothing never spins."""
@@ -52,7 +52,7 @@ LEAST_STEP = 0.0005
 class Assignment:
     """What Perform was told."""
 
-    address: Address
+    address: MigrationUri
     token: bytes
     live: bool
     post_copy: bool
@@ -172,11 +172,11 @@ class Sender:
                 self._stream.cut()
         await self._stream.close()
 
-    async def _connect(self, address: Address) -> Stream:
+    async def _connect(self, address: MigrationUri) -> Stream:
         config = self._host.config
         if self._ended:
             raise StreamBroken(self._ended)
-        return await connect(address.host, address.port, config.connect_timeout, config.peer_timeout)
+        return await connect(str(address.host), address.port, config.connect_timeout, config.peer_timeout)
 
     async def _greet(self, stream: Stream) -> None:
         guest = self._guest
