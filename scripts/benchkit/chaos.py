@@ -3,8 +3,9 @@
 import contextlib
 import heapq
 import itertools
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,23 +17,10 @@ from agent.handshake.records import Role
 from agent.handshake.source import SourceState
 from benchkit import chaos_talk as talk
 from benchkit.chaos_arena import Arena
-from benchkit.chaos_faults import (
-    ARMED_DAEMONS,
-    TARGETS,
-    DaemonTarget,
-    QemuTarget,
-    Roles,
-    Target,
-    arm,
-    disarm,
-    inflict,
-    mend,
-    phase_of,
-    states,
-    stopped,
-)
-from benchkit.chaos_judge import Case, Judgement, judge
-from benchkit.chaos_plan import Fault, Plan
+from benchkit.chaos_faults import ARMED_DAEMONS, arm, disarm, inflict, mend, phase_of, states, stopped
+from benchkit.chaos_judge import Asked, Case, Judgement, judge
+from benchkit.chaos_plan import HOSTS, Fault, Plan, Rival
+from benchkit.chaos_targets import TARGETS, ClockTarget, DaemonTarget, QemuTarget, Roles, Target
 from benchkit.output import say
 from clusterkit import ClusterGuest, Daemon, GuestSpec
 from clusterkit.platforms import LabCluster
@@ -44,6 +32,9 @@ DEADLINE: Final = 45.0
 """Seconds from the mending of the last fault to the end. Long: how long it takes is measured, not required."""
 REACH_SECONDS: Final = 3.0
 """A failpoint that was not reached for so long: the fault strikes then."""
+
+DISK_MIB: Final = 16
+"""Of each small disk: a journal with its write-ahead log fits four times."""
 
 
 @dataclass(frozen=True)
@@ -86,24 +77,50 @@ class Result:
         return "\n".join([*lines, f"refused: {self.refused}"] if self.refused else lines)
 
 
-def run(arena: Arena, plans: Iterator[Plan], keep: Callable[[Plan], Path], tell: Callable[[Result], None]) -> list[Result]:
-    """One round after the other; after a bad one on a fresh cluster. `keep` says where a bad round's evidence goes."""
-    results = []
-    for plan in plans:
-        began = time.monotonic()
-        spec = GuestSpec(f"chaos{plan.number}", memory_mib=64, mem_mib=24, dirty=plan.dirty)
-        with arena.guest(spec, plan.source) as guest:
-            result = _Round(arena.made, plan, guest).run()
-            result.judgement.problems += arena.complaints()
-            if not result.good:
-                arena.keep_evidence(keep(plan), guest, result.report())
-        result.seconds = time.monotonic() - began
-        results.append(result)
-        tell(result)
+Keep = Callable[[Plan], Path]
+"""Where a bad round's evidence goes."""
+Tell = Callable[[Result], None]
+
+
+def run(arenas: Sequence[Arena], plans: Iterable[Plan], keep: Keep, tell: Tell) -> list[Result]:
+    """All rounds, in each arena one after the other. In the order of their numbers."""
+    waiting = iter(plans)
+    lock = threading.Lock()
+
+    def work(arena: Arena) -> list[Result]:
+        done: list[Result] = []
+        while True:
+            with lock:
+                plan = next(waiting, None)
+            if plan is None:
+                return done
+            done.append(_round(arena, plan, keep, tell))
+
+    with ThreadPoolExecutor(len(arenas)) as pool:
+        results = itertools.chain.from_iterable(pool.map(work, arenas))
+        return sorted(results, key=lambda result: result.plan.number)
+
+
+def new_arena(lab_id: str) -> Arena:
+    """With a third host, and with disks small enough to be filled."""
+    return Arena(lab_id, hosts=len(HOSTS), disk_mib=DISK_MIB)
+
+
+def _round(arena: Arena, plan: Plan, keep: Keep, tell: Tell) -> Result:
+    """One round; after a bad one the arena gets a fresh cluster."""
+    began = time.monotonic()
+    spec = GuestSpec(f"chaos{plan.number}", memory_mib=64, mem_mib=24, dirty=plan.dirty)
+    with arena.guest(spec, plan.source) as guest:
+        result = _Round(arena.made, plan, guest).run()
+        result.judgement.problems += arena.complaints()
         if not result.good:
-            say(result.report())
-            arena.discard()
-    return results
+            arena.keep_evidence(keep(plan), guest, result.report())
+    result.seconds = time.monotonic() - began
+    tell(result)
+    if not result.good:
+        say(result.report())
+        arena.discard()
+    return result
 
 
 class _Round:
@@ -113,9 +130,11 @@ class _Round:
         self._made = made
         self._plan = plan
         self._guest = guest
-        self._roles = Roles(made, guest.name, plan.source, next(name for name in made.hosts if name != plan.source))
-        self._driver = made.coordinator if plan.mode == "managed" else made.agents[plan.source]
+        self._roles = Roles(made, guest.name, plan.source, plan.destination)
+        drivers = [made.coordinator, made.agents[plan.source]]
+        self._driver, self._other_driver = drivers if plan.mode == "managed" else drivers[::-1]
         self._migration_id = talk.new_id()
+        self._rivals = (self._rival(plan.rival),) if plan.rival else ()
         self._targets: list[Target] = []
         self._timeline: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
@@ -130,9 +149,11 @@ class _Round:
 
     def _run(self) -> None:
         held = self._arm()
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(3) as pool:
             self._began = time.monotonic()
             asked = pool.submit(self._ask)
+            if self._plan.rival is not None:
+                self._at(self._began + self._plan.rival.at, lambda: pool.submit(self._ask_rivals))
             if self._plan.cancel is not None:
                 self._at(self._began + self._plan.cancel, lambda: pool.submit(self._cancel))
             first, *others = self._plan.faults
@@ -150,11 +171,10 @@ class _Round:
     def _case(self) -> Case:
         killed = [strike for strike, target in self._struck() if isinstance(target, QemuTarget) and target.hit]
         return Case(
-            self._migration_id,
+            Asked(self._migration_id, self._driver, self._roles.destination),
             self._guest,
             self._roles.source,
-            self._roles.destination,
-            self._driver,
+            self._rivals,
             killed_qemu=frozenset(self._roles.host(strike.fault.target.split()[0]) for strike in killed),
             in_transfer=any(strike.sending for strike in killed),
             cancelled=self._plan.cancel is not None,
@@ -168,6 +188,10 @@ class _Round:
 
     def _arm(self) -> Daemon | None:
         """The process that will be held at the first fault's failpoint, if it has one."""
+        for fault in self._plan.faults:
+            target = TARGETS[fault.target](self._roles)
+            if isinstance(target, ClockTarget):
+                arm(target.daemon, clock=True)
         point = self._plan.faults[0].point
         daemon = ARMED_DAEMONS[point.partition(".")[0]](self._roles, self._plan.mode == "managed") if point else None
         if daemon is not None:
@@ -177,12 +201,25 @@ class _Round:
 
     def _ask(self) -> str:
         """Once, as most programs do; while nothing is broken yet, until the hosts know each other again after `_arm`."""
-        spec = pb.MigrationSpec(
-            domain=self._guest.name,
-            destination_host=self._roles.destination,
-            bandwidth_bytes_per_second=self._plan.bandwidth,
-        )
+        spec = self._spec(self._roles.destination)
         return talk.start_until_accepted(self._driver, self._migration_id, spec, lambda: bool(self._result.strikes))
+
+    def _spec(self, destination: str) -> pb.MigrationSpec:
+        return pb.MigrationSpec(
+            domain=self._guest.name, destination_host=destination, bandwidth_bytes_per_second=self._plan.bandwidth
+        )
+
+    def _rival(self, rival: Rival) -> Asked:
+        destination = self._roles.third if rival.third else self._roles.destination
+        if rival.same_id:
+            return Asked(self._migration_id, self._other_driver, destination)
+        return Asked(talk.new_id(), self._driver, destination)
+
+    def _ask_rivals(self) -> None:
+        """Once, whatever the answer is: it may be refused, and rightly."""
+        for rival in self._rivals:
+            with contextlib.suppress(talk.SilentError):
+                talk.start(rival.driver, rival.migration_id, self._spec(rival.destination))
 
     def _cancel(self) -> None:
         with contextlib.suppress(talk.SilentError):

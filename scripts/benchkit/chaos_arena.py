@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -24,9 +25,9 @@ BROKEN: Final = frozenset({"effect failed", "the take-over failed", "the driver 
 class Arena:
     """Makes the cluster when it is first used, and again after `discard`."""
 
-    def __init__(self, lab_id: str, settings: Mapping[str, Any] = QUICK) -> None:
-        self._lab_id = lab_id
-        self._settings = settings
+    def __init__(self, lab_id: str, settings: Mapping[str, Any] = QUICK, *, hosts: int = 2, disk_mib: int = 0) -> None:
+        """`disk_mib`: the nodes' disks can be filled, and have that size; 0: they are the machine's."""
+        self._make = partial(cluster, "libvirt", lab_id=lab_id, settings=settings, hosts=hosts, lab={"disk_mib": disk_mib})
         self._stack = contextlib.ExitStack()
         self._made: LabCluster | None = None
         self._marks: dict[str, int] = {}
@@ -46,7 +47,7 @@ class Arena:
     def made(self) -> LabCluster:
         """The cluster, all of it well."""
         if self._made is None:
-            made = self._stack.enter_context(cluster("libvirt", lab_id=self._lab_id, settings=self._settings))
+            made = self._stack.enter_context(self._make())
             assert isinstance(made, LabCluster), "asked for real hosts"
             for host in made.lab.hosts:
                 switchover.install(host.path / "etc/libvirt")  # as docs/operations.md tells every operator to

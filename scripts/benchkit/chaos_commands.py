@@ -1,7 +1,9 @@
 """`scripts/bench failpoints` and `scripts/bench chaos`."""
 
 import json
+import secrets
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from shlex import quote
 
@@ -60,18 +62,30 @@ def failpoints_command(
 
 @click.command("chaos")
 @click.option("--rounds", type=click.IntRange(1), default=25, show_default=True, help="How many.")
-@click.option("--seed", type=int, default=1, show_default=True, help="The same seed means the same rounds.")
+@click.option("--seed", type=int, help="The same seed means the same rounds. Without it one is drawn, and told.")
 @click.option("--round", "one", type=click.IntRange(1), help="This round only.")
 @click.option("--each-phase", is_flag=True, help="Instead: libvirtd and QEMU killed on either side in each phase, once each.")
 @click.option("--only", default="*", help='A pattern of faults, such as "kill source *" or "*libvirtd".')
-@click.option("--lab-id", default="ch", show_default=True, help="Of the test hosts: 1-10 of a-z and 0-9.")
+@click.option("--jobs", type=click.IntRange(1, 8), default=1, show_default=True, help="Rounds at a time, each on hosts of its own.")
+@click.option("--lab-id", default="ch", show_default=True, help="Of the test hosts: 1-9 of a-z and 0-9; each job adds a digit.")
 @_evidence
 @_output
 def chaos_command(
-    rounds: int, seed: int, one: int | None, each_phase: bool, only: str, lab_id: str, evidence: Path, output: str
+    rounds: int,
+    seed: int | None,
+    one: int | None,
+    each_phase: bool,
+    only: str,
+    jobs: int,
+    lab_id: str,
+    evidence: Path,
+    output: str,
 ) -> None:
     """Migrate real guests while something dies, hangs or is cut off; at the end exactly one copy runs, and nothing is left."""
     _needs_real_hosts()
+    if seed is None:
+        seed = secrets.randbelow(1_000_000)
+    say(f"seed {seed}")
 
     def keep(plan: chaos_plan.Plan) -> Path:
         folder = evidence / f"seed-{seed}-round-{plan.number}"
@@ -81,10 +95,12 @@ def chaos_command(
 
     numbers = [one] if one is not None else range(1, rounds + 1)
     plans = chaos_plan.each_phase() if each_phase else (chaos_plan.plan(seed, number, only) for number in numbers)
-    with Arena(lab_id) as arena:
-        results = chaos.run(arena, plans, keep, chaos_report.tell_round)
+    with ExitStack() as stack:
+        arenas = [stack.enter_context(chaos.new_arena(f"{lab_id}{job}")) for job in range(1, jobs + 1)]
+        results = chaos.run(arenas, plans, keep, chaos_report.tell_round)
     if output == "json":
-        click.echo(json.dumps(chaos_report.to_json(results), indent=2))
+        click.echo(json.dumps({"seed": seed, "rounds": chaos_report.to_json(results)}, indent=2))
     else:
+        click.echo(f"seed {seed}")
         chaos_report.tell(results)
     sys.exit(0 if all(result.good for result in results) else 1)

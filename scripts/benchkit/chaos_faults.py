@@ -1,174 +1,22 @@
-"""What can be broken in a cluster, how, and how it is mended: tables rather than branches."""
+"""Breaking a cluster in the middle of a migration: when (failpoints), what was under way then (journals), and mending it all."""
 
 import contextlib
-import signal
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from agent.failpoints import VARIABLE
 from agent.handshake.destination import DESTINATION, DestinationState
 from agent.handshake.records import AttemptRecord, Role, decode
 from agent.handshake.source import SOURCE, SourceState
 from agent.progress import phase
+from benchkit.chaos_targets import DaemonTarget, DiskTarget, Roles, Target, clock_environment
 from benchkit.processes import journal_of
 from clusterkit import Daemon
 from clusterkit.platforms import LabCluster
 from labkit.errors import LabError
-from labkit.hosts import Host, Node
-
-MIGRATION_LINK: Final = "mig1"
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Who is who in one migration."""
-
-    made: LabCluster
-    guest: str
-    source: str
-    destination: str
-
-    def host(self, side: str) -> str:
-        """The name of the host that is "source" or "destination"."""
-        return {"source": self.source, "destination": self.destination}[side]
-
-
-class Target(Protocol):
-    """Something that can be broken. `restore` mends whatever was done to it, and does nothing to what is well."""
-
-    def restore(self) -> None: ...
-
-
-class DaemonTarget:
-    """An agent or the coordinator."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self.daemon = daemon
-
-    def kill(self) -> None:
-        self.daemon.kill()
-
-    def stop(self) -> None:
-        self.daemon.signal(signal.SIGSTOP)
-
-    def restore(self) -> None:
-        """Does not wait until it serves: it may need a libvirtd that is still dead."""
-        if self.daemon.running().poll() is None:
-            self.daemon.signal(signal.SIGCONT)
-        else:
-            self.daemon.environment.pop(VARIABLE, None)
-            self.daemon.start(wait=False)
-
-
-class LibvirtdTarget:
-    """A libvirtd; guests go on without it."""
-
-    def __init__(self, host: Host) -> None:
-        self._host = host
-
-    def kill(self) -> None:
-        self._host.kill_libvirtd()
-
-    def stop(self) -> None:
-        self._host.pause_libvirtd()
-
-    def restore(self) -> None:
-        if self._host.libvirtd_pid is None:
-            self._host.start_libvirtd()
-        else:
-            self._host.resume_libvirtd()
-
-
-class QemuTarget:
-    """The QEMU of one guest on one host, if there is one."""
-
-    def __init__(self, host: Host, guest: str) -> None:
-        self._host = host
-        self._guest = guest
-        self.hit = False
-        """There was one to be killed."""
-
-    def kill(self) -> None:
-        self.hit = any(qemu.guest == self._guest for qemu in self._host.qemu())
-        self._host.signal_qemu(self._guest, signal.SIGKILL)
-
-    def stop(self) -> None:
-        self._host.signal_qemu(self._guest, signal.SIGSTOP)
-
-    def restore(self) -> None:
-        self._host.signal_qemu(self._guest, signal.SIGCONT)
-
-
-class LinkTarget:
-    """A node's connection to one network."""
-
-    def __init__(self, node: Node, network: str) -> None:
-        self._node = node
-        self._network = network
-
-    def cut_in(self) -> None:
-        self._node.cut_link(self._network, "in")
-
-    def cut_out(self) -> None:
-        self._node.cut_link(self._network, "out")
-
-    def cut(self) -> None:
-        self._node.cut_link(self._network, "both")
-
-    def reset(self) -> None:
-        self._node.reset_link(self._network)
-
-    def restore(self) -> None:
-        self._node.restore_link(self._network)
-
-
-def _agent(side: str, roles: Roles) -> Target:
-    return DaemonTarget(roles.made.agents[roles.host(side)])
-
-
-def _libvirtd(side: str, roles: Roles) -> Target:
-    return LibvirtdTarget(roles.made.lab[roles.host(side)])
-
-
-def _qemu(side: str, roles: Roles) -> Target:
-    return QemuTarget(roles.made.lab[roles.host(side)], roles.guest)
-
-
-def _management(side: str, roles: Roles) -> Target:
-    return LinkTarget(roles.made.lab[roles.host(side)], "mgmt")
-
-
-def _migration(side: str, roles: Roles) -> Target:
-    return LinkTarget(roles.made.lab[roles.host(side)], MIGRATION_LINK)
-
-
-_OF_A_HOST: Final[Mapping[str, Callable[[str, Roles], Target]]] = {
-    "agent": _agent,
-    "libvirtd": _libvirtd,
-    "qemu": _qemu,
-    "management link": _management,
-    "migration link": _migration,
-}
-
-TARGETS: Final[Mapping[str, Callable[[Roles], Target]]] = {
-    "coordinator": lambda roles: DaemonTarget(roles.made.coordinator),
-    "coordinator management link": lambda roles: LinkTarget(roles.made.lab.coordinator, "mgmt"),
-    **{f"{side} {what}": partial(make, side) for side in ("source", "destination") for what, make in _OF_A_HOST.items()},
-}
-"""By name, what it is in one migration."""
-
-_LINK_ACTIONS: Final = ("cut", "cut in", "cut out", "reset")
-_PROCESS_ACTIONS: Final = ("kill", "stop")
-
-FAULTS: Final[tuple[tuple[str, str], ...]] = tuple(
-    (action, target) for target in TARGETS for action in (_LINK_ACTIONS if target.endswith("link") else _PROCESS_ACTIONS)
-)
-"""Every (action, target)."""
 
 ARMED_DAEMONS: Final[Mapping[str, Callable[[Roles, bool], Daemon]]] = {
     "source": lambda roles, managed: roles.made.agents[roles.source],
@@ -187,16 +35,21 @@ def inflict(target: Target, action: str) -> None:
 # ---- failpoints
 
 
-def arm(daemon: Daemon, points: str) -> None:
-    """Start the daemon anew with failpoints switched on, such as "source.begin.reply=kill"."""
+def arm(daemon: Daemon, points: str = "", *, clock: bool = False) -> None:
+    """Start the daemon anew with failpoints switched on, such as "source.begin.reply=kill", or with a clock that can be stepped."""
     daemon.kill()
-    daemon.environment[VARIABLE] = points
+    if points:
+        daemon.environment[VARIABLE] = points
+    if clock:
+        daemon.environment.update(clock_environment(daemon))
     daemon.start()
 
 
 def disarm(daemon: Daemon) -> None:
-    """Start it anew without any, where one is still waiting to fire."""
-    if daemon.environment.pop(VARIABLE, None) is not None and daemon.running().poll() is None:
+    """Start it anew without any of that, where it still has some."""
+    armed = bool(daemon.environment)
+    daemon.environment.clear()
+    if armed and daemon.running().poll() is None:
         daemon.kill()
         daemon.start()
 
@@ -242,6 +95,9 @@ def mend(made: LabCluster, targets: list[Target]) -> float:
     """Restore all, then wait until everything serves. The time (`time.monotonic`) at which the last thing was restored."""
     for target in sorted(targets, key=lambda target: isinstance(target, DaemonTarget)):
         target.restore()
+    if any(isinstance(target, DiskTarget) for target in targets):  # a daemon that is started on a full disk ends, and says why
+        for daemon in made.daemons():
+            DaemonTarget(daemon).restore()
     restored = time.monotonic()
     for daemon in made.daemons():
         daemon.wait_serving()

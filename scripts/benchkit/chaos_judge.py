@@ -2,7 +2,8 @@
 
 What must be true at the end, whatever died (the one rule of the design, requirements R1 to R6):
 
-- exactly one host's libvirt says that the guest runs, and no host has another copy, half defined or half arrived;
+- exactly one host's libvirt says that the guest runs, the one that the records and every driver name, and no host has another
+  copy, half defined or half arrived;
 - the guest's serial log is perfect: no number twice, none lower, none missing, no page lost;
 - the records of both agents are final and agree, and so does the migration where its driver knows it;
 - no slot is taken, no QEMU process is too many, no port of a migration listens;
@@ -13,7 +14,7 @@ say so (GUEST_CRASHED) instead of calling it an error of its own.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent.errors import Reason
@@ -32,23 +33,29 @@ CLEAN_UP_SECONDS = 10.0
 LINES = 5
 """So many lines more prove that the guest runs on."""
 
-AGREED = {("removed", "running"): "done", ("kept", "gone"): "rolled back"}
-"""Final records that agree, and what they mean."""
-NOT_BEGUN = frozenset({("none", "none"), ("none", "gone"), ("kept", "none")})
-"""One side or both never heard of it, and the other has given up: rolled back as well."""
 LOST = "guest lost with its QEMU"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A migration that somebody asked for. One id may be asked for twice: of two drivers."""
+
+    migration_id: str
+    driver: Daemon
+    """Who was asked: the coordinator, or the source's agent."""
+    destination: str
 
 
 @dataclass(frozen=True)
 class Case:
     """What is judged."""
 
-    migration_id: str
+    asked: Asked
     guest: ClusterGuest
     source: str
-    destination: str
-    driver: Daemon
-    """Who was asked for the migration: the coordinator, or the source's agent."""
+    """The host on which the guest was started."""
+    rivals: tuple[Asked, ...] = ()
+    """Others who want to move the same guest at the same time."""
     killed_qemu: frozenset[str] = frozenset()
     """The hosts whose QEMU of this guest was killed; the guest may be lost then."""
     in_transfer: bool = True
@@ -57,6 +64,10 @@ class Case:
     """Somebody asked for an end."""
     goes_back: bool = False
     """An operator's word had an older state of the guest go on, so its log cannot be perfect."""
+
+    @property
+    def all_asked(self) -> tuple[Asked, ...]:
+        return (self.asked, *self.rivals)
 
 
 @dataclass
@@ -123,49 +134,91 @@ def _judge_log(case: Case, judgement: Judgement) -> None:
 def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[str]:
     """Everything that is not as it must be, as sentences; asks the hosts only once the records have ended."""
     try:
-        source, destination = (talk.record(made.agents[name], case.migration_id) for name in (case.source, case.destination))
-        judgement.records = talk.record_state(source), talk.record_state(destination)
-        if judgement.records not in AGREED and judgement.records not in NOT_BEGUN:
-            yield f"the records are {' / '.join(judgement.records)}{_waiting_for(source, destination)}"
+        records = {asked.migration_id: records_of(made, asked.migration_id) for asked in case.all_asked}
+        own = records[case.asked.migration_id]
+        judgement.records = talk.record_state(own.get(case.source)), talk.record_state(own.get(case.asked.destination))
+        open_records = [sentence for each in records.values() for sentence in _open(each)]
+        yield from open_records
+        if open_records:
             return
-        judgement.outcome = AGREED.get(judgement.records, "rolled back")
-        if case.killed_qemu and _may_be_lost(case, judgement.records) and not made.running_on(case.guest.name):
-            judgement.outcome = LOST
-        yield from _told(case, judgement, source)
+        moves = {migration_id: move for migration_id, each in records.items() if (move := moved(each)) is not None}
+        way = way_of(case.source, list(moves.values()))
+        lost = way[-1] in case.killed_qemu and not made.running_on(case.guest.name)
+        judgement.outcome = LOST if lost else "done" if moves else "rolled back"
+        yield from _told(case, judgement, own.get(case.source), moves, way)
         for name, agent in made.agents.items():
             if taken := talk.slots_in_use(agent):
                 yield f"{name} has {taken} slots taken"
-        yield from _hosts(made, case, judgement.outcome)
+        yield from _hosts(made, case, None if lost else way[-1])
     except (talk.SilentError, LabError) as error:
         yield str(error)
 
 
-def _waiting_for(*records: handshake_pb2.Record | None) -> str:
-    words = [record.waiting_for for record in records if record is not None and record.waiting_for]
-    return f" ({'; '.join(words)})" if words else ""
+Records = Mapping[str, handshake_pb2.Record]
+"""Of one migration, by host; hosts that have none are left out."""
 
 
-def _may_be_lost(case: Case, records: tuple[str, str]) -> bool:
-    """Only the QEMU that had the guest takes it along: an empty copy that is killed harms nobody."""
-    ran_on = case.destination if records[1] == "running" else case.source
-    return ran_on in case.killed_qemu
+def records_of(made: LabCluster, migration_id: str) -> Records:
+    """Raises `SilentError`."""
+    found = {name: talk.record(agent, migration_id) for name, agent in made.agents.items()}
+    return {name: record for name, record in found.items() if record is not None}
 
 
-def _told(case: Case, judgement: Judgement, source: handshake_pb2.Record | None) -> Iterator[str]:
-    """What the driver tells must fit. It may not know the migration: a driver killed before it wrote it down."""
-    found = talk.migration(case.driver, case.migration_id)
-    judgement.reported = "unknown to the driver" if found is None else _words(found)
-    if found is not None and found.state not in talk.FINAL:
-        yield f"the migration is {judgement.reported} for {case.driver.name}: {found.failure.message or found.waiting_for}"
+def _open(records: Records) -> Iterator[str]:
+    """Records that have not ended, or that do not agree, as sentences."""
+    states = {name: talk.record_state(record) for name, record in records.items()}
+    removed, running = ([name for name, state in states.items() if state == wanted] for wanted in ("removed", "running"))
+    agree = len(removed) == len(running) <= 1 and all(records[name].peer_host == running[0] for name in removed)
+    if agree and all(state in talk.RECORD_FINAL for state in states.values()):
         return
-    lost = judgement.outcome == LOST
-    if found is not None and not lost:
-        expected = case.destination if judgement.outcome == "done" else case.source
-        done = found.state == pb.MIGRATION_STATE_SUCCEEDED
-        if found.runs_on != expected or done != (judgement.outcome == "done"):
-            yield f"the migration is {judgement.reported} and runs on {found.runs_on}, but it was {judgement.outcome}"
+    words = [f"{name} {states[name]}" + (f" ({record.waiting_for})" * bool(record.waiting_for)) for name, record in records.items()]
+    yield f"the records are {', '.join(words)}"
+
+
+def moved(records: Records) -> tuple[str, str] | None:
+    """From where to where ended records say that the guest went; None where it stayed."""
+    arrived = [name for name, record in records.items() if talk.record_state(record) == "running"]
+    left = [name for name, record in records.items() if talk.record_state(record) == "removed"]
+    return (left[0], arrived[0]) if left and arrived else None
+
+
+def way_of(start: str, moves: Sequence[tuple[str, str]]) -> list[str]:
+    """The hosts on which the guest was, one after the other; each move is made once. A move that does not fit is left out, and
+    then the hosts show another end of the way than this.
+    """
+    way, left = [start], list(moves)
+    while step := next((move for move in left if move[0] == way[-1]), None):
+        left.remove(step)
+        way.append(step[1])
+    return way
+
+
+def _told(
+    case: Case,
+    judgement: Judgement,
+    source: handshake_pb2.Record | None,
+    moves: Mapping[str, tuple[str, str]],
+    way: Sequence[str],
+) -> Iterator[str]:
+    """What each driver tells must fit. One may not know the migration: it refused it, or was killed before it wrote it down."""
+    for asked in reversed(case.all_asked):
+        found = talk.migration(asked.driver, asked.migration_id)
+        judgement.reported = "unknown to the driver" if found is None else _words(found)
+        if found is None:
+            continue
+        if found.state not in talk.FINAL:
+            yield f"the migration is {judgement.reported} for {asked.driver.name}: {found.failure.message or found.waiting_for}"
+            return
+        there = moves.get(asked.migration_id, ("", ""))[1]
+        done = there == asked.destination
+        places = {there, way[-1]} if done else set(way)
+        if judgement.outcome != LOST and (found.runs_on not in places or (found.state == pb.MIGRATION_STATE_SUCCEEDED) != done):
+            yield (
+                f"for {asked.driver.name} the migration to {asked.destination} is {judgement.reported} and the guest runs on "
+                f"{found.runs_on or 'no host'}, but it went {' → '.join(way)}"
+            )
     judgement.told = judgement.told or time.monotonic()
-    if lost and case.in_transfer and judgement.records[1] != "running":
+    if judgement.outcome == LOST and case.in_transfer and judgement.records[1] != "running":
         reasons = {found.failure.reason if found else "", source.failure.reason if source else ""} - {""}
         if reasons != {Reason.GUEST_CRASHED.value}:
             yield f"the guest's QEMU was killed, and the migration says {', '.join(sorted(reasons)) or 'nothing'} of it"
@@ -175,10 +228,9 @@ def _words(found: pb.Migration) -> str:
     return talk.state_of(found) + (f" ({found.failure.reason})" if found.HasField("failure") else "")
 
 
-def _hosts(made: LabCluster, case: Case, outcome: str) -> Iterator[str]:
-    """What libvirt and the kernel of each host say."""
+def _hosts(made: LabCluster, case: Case, where: str | None) -> Iterator[str]:
+    """What libvirt and the kernel of each host say; the guest should run on `where`, or was lost."""
     name = case.guest.name
-    where = {"done": case.destination, "rolled back": case.source}.get(outcome)
     copies = made.copies(name)
     if where is not None and copies != {where: "running"}:
         yield f"the copies of the guest are {copies}, it should run on {where} only"
@@ -208,8 +260,9 @@ def _migrates_again(made: LabCluster, case: Case) -> Iterator[str]:
 
 def _move(made: LabCluster, case: Case) -> Iterator[str]:
     here = made.running_on(case.guest.name)[0]
-    there = next(name for name in made.hosts if name != here)
-    driver = made.coordinator if case.driver is made.coordinator else made.agents[here]
+    others = [name for name in made.hosts if name != here]
+    there = next((name for name in others if name not in (case.source, case.asked.destination)), others[0])
+    driver = made.coordinator if case.asked.driver is made.coordinator else made.agents[here]
     migration_id = talk.new_id()
     spec = pb.MigrationSpec(domain=case.guest.name, destination_host=there)
     if refused := talk.start_until_accepted(driver, migration_id, spec, lambda: False):

@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from random import Random
 from typing import Final
 
-from benchkit.chaos_faults import FAULTS
+from benchkit.chaos_targets import FAULTS
 
 MIB: Final = 1 << 20
 
@@ -16,6 +17,11 @@ LIMIT: Final = 16 * MIB
 
 MAX_DOWN: Final = 3.0
 """Seconds after which what was broken is mended, at most."""
+
+LATEST: Final = 2.2
+"""Seconds after the request at which a cancel or a rival comes, at most."""
+
+HOSTS: Final = ("h1", "h2", "h3")
 
 POINTS: Final[Mapping[str, Sequence[str]]] = {
     "source": (
@@ -76,6 +82,22 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Rival:
+    """Somebody else who asks for a migration of the same guest meanwhile."""
+
+    same_id: bool
+    """Under the migration's own id, of another driver: the source's agent of a managed one, the coordinator of one peer to peer."""
+    third: bool
+    """To a host that has no part in the migration."""
+    at: float
+    """Seconds after the migration was asked for."""
+
+    def __str__(self) -> str:
+        who = "another driver with the same id" if self.same_id else "a second migration"
+        return f"{who} to {'a third host' if self.third else 'the same host'} after {self.at:.2f} s"
+
+
+@dataclass(frozen=True)
 class Plan:
     """One round."""
 
@@ -83,6 +105,7 @@ class Plan:
     mode: str
     """"managed" or "p2p"."""
     source: str
+    destination: str
     dirty: int
     """Pages per second."""
     bandwidth: int
@@ -90,12 +113,15 @@ class Plan:
     cancel: float | None
     """Seconds after the request."""
     faults: tuple[Fault, ...]
+    rival: Rival | None = None
 
     def __str__(self) -> str:
         limit = f"{self.bandwidth // MIB} MiB/s" if self.bandwidth else "no limit"
         cancelled = "" if self.cancel is None else f", cancelled after {self.cancel:.2f} s"
+        cancelled += "" if self.rival is None else f", {self.rival}"
         return (
-            f"round {self.number}: {self.mode} from {self.source}, {self.dirty} pages/s dirtied, {limit}{cancelled}; "
+            f"round {self.number}: {self.mode} from {self.source} to {self.destination}, "
+            f"{self.dirty} pages/s dirtied, {limit}{cancelled}; "
             f"{'; then '.join(map(str, self.faults))}"
         )
 
@@ -105,16 +131,27 @@ def plan(seed: int, number: int, only: str = "*") -> Plan:
     random = Random(f"drover/{seed}/{number}")
     mode = random.choices(("managed", "p2p"), (3, 2))[0]
     bandwidth = random.choice((0, LIMIT, LIMIT))
-    cancel = random.uniform(0, 2.0) if random.random() < 0.2 else None
+    cancel = random.uniform(0, LATEST) if random.random() < 0.3 else None
+    source, destination = random.sample(HOSTS, 2)
     return Plan(
         number=number,
         mode=mode,
-        source=random.choice(("h1", "h2")),
+        source=source,
+        destination=destination,
         dirty=random.choice((0, 500)),
         bandwidth=bandwidth,
         cancel=cancel,
         faults=tuple(_faults(random, mode, bandwidth, only)),
+        rival=random.choice(RIVALS)(random.uniform(0, LATEST)) if random.random() < 0.25 else None,
     )
+
+
+RIVALS: Final = (
+    partial(Rival, True, False),
+    partial(Rival, True, True),
+    partial(Rival, False, False),
+    partial(Rival, False, True),
+)
 
 
 PHASES: Final[Mapping[str, str]] = {
@@ -135,7 +172,8 @@ def each_phase() -> Iterator[Plan]:
     cases = itertools.product(("managed", "p2p"), HYPERVISORS, PHASES.values())
     for number, (mode, target, point) in enumerate(cases, start=1):
         fault = Fault("kill", target, at=0.8, down=0.5, point=point)
-        yield Plan(number, mode, ("h1", "h2")[number % 2], dirty=100, bandwidth=LIMIT, cancel=None, faults=(fault,))
+        source, destination = (HOSTS[(number + step) % len(HOSTS)] for step in (0, 1))
+        yield Plan(number, mode, source, destination, dirty=100, bandwidth=LIMIT, cancel=None, faults=(fault,))
 
 
 def _faults(random: Random, mode: str, bandwidth: int, only: str) -> list[Fault]:

@@ -17,6 +17,7 @@ HEAD = ("rounds", *OUTCOMES, "median s", "worst s")
 def tell_round(result: Result) -> None:
     """One line while it goes on."""
     struck = ", ".join(f"{strike.fault.name} in {strike.phase}" for strike in result.strikes)
+    struck += "".join(f", {extra}" for extra in (result.plan.rival, "cancelled" * (result.plan.cancel is not None)) if extra)
     say(
         f"round {result.plan.number}: {result.plan.mode}, {struck or 'nothing struck'}: {result.outcome} "
         f"{result.judgement.seconds:.1f} s after the restart (round {result.seconds:.1f} s)"

@@ -19,19 +19,9 @@ from agent.failpoints import VARIABLE
 from agent.handshake.records import Role
 from benchkit import chaos_talk as talk
 from benchkit.chaos_arena import Arena
-from benchkit.chaos_faults import (
-    ARMED_DAEMONS,
-    DaemonTarget,
-    LibvirtdTarget,
-    QemuTarget,
-    Roles,
-    Target,
-    arm,
-    disarm,
-    states,
-    stopped,
-)
-from benchkit.chaos_judge import Case, Judgement, judge
+from benchkit.chaos_faults import ARMED_DAEMONS, arm, disarm, states, stopped
+from benchkit.chaos_judge import Asked, Case, Judgement, judge
+from benchkit.chaos_targets import DaemonTarget, LibvirtdTarget, QemuTarget, Roles, Target
 from benchkit.failpoints_cases import P2P, FailpointCase, First
 from benchkit.output import say
 from clusterkit import ClusterGuest, Daemon, GuestSpec
@@ -130,11 +120,9 @@ class _Trial:
             reached = self._wait_for_subject(asked)
         restarted = self._all_well()
         case = Case(
-            self._migration_id,
+            Asked(self._migration_id, self._driver, self._roles.destination),
             self._guest,
             self._roles.source,
-            self._roles.destination,
-            self._driver,
             killed_qemu=self._killed_qemu,
             cancelled=self._case.scenario.cancel,
             goes_back=self._case.scenario.goes_back,

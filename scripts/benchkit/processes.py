@@ -94,4 +94,4 @@ def read_all(made: Cluster) -> dict[str, Reading]:
 
 def journal_of(made: Cluster, name: str) -> Path:
     """The SQLite file of an agent, or of the coordinator ("co")."""
-    return made.path / name / "state" / ("store.sqlite" if name == "co" else "journal.sqlite")
+    return made.state_dir(name) / ("store.sqlite" if name == "co" else "journal.sqlite")

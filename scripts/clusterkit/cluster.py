@@ -122,11 +122,15 @@ class Cluster(ABC):
         """The command line of the operator's command."""
         return [str(DROVER), "--server", server or self.server, *arguments]
 
+    def state_dir(self, name: str) -> Path:
+        """The folder in which the daemon of that host (or "co") keeps its journal."""
+        return self.path / name / "state"
+
     def agent_config(self, name: str) -> dict[str, Any]:
         """What all agents have in common."""
         return {
             "name": name,
-            "state_dir": str(self.path / name / "state"),
+            "state_dir": str(self.state_dir(name)),
             "hypervisor": self.kind,
             "log_level": "info",
             **self.settings.get("agent", {}),
@@ -135,7 +139,7 @@ class Cluster(ABC):
     def coordinator_config(self) -> dict[str, Any]:
         return {
             "name": "co",
-            "state_dir": str(self.path / "co" / "state"),
+            "state_dir": str(self.state_dir("co")),
             "heartbeat_seconds": 1,
             **self.settings.get("coordinator", {}),
         }
@@ -143,4 +147,4 @@ class Cluster(ABC):
     def wipe_state(self) -> None:
         """Forget every journal and store; for daemons that do not run."""
         for name in (*self.hosts, "co"):
-            shutil.rmtree(self.path / name / "state", ignore_errors=True)
+            shutil.rmtree(self.state_dir(name), ignore_errors=True)

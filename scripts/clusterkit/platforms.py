@@ -34,10 +34,12 @@ def cluster(
     networks: int = 1,
     lab_id: str = "drover",
     settings: Mapping[str, Any] | None = None,
+    lab: Mapping[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """A running cluster. `settings` has tables ``agent``, ``coordinator`` (configuration keys) and ``sim``."""
-    make = {"libvirt": _lab_cluster, "sim": _sim_cluster}[kind]
-    with make(tuple(guests), hosts, networks, lab_id, settings or {}) as made:
+    """A running cluster. `settings` has tables ``agent``, ``coordinator`` (configuration keys) and ``sim``; `lab` has further
+    arguments of `Lab.up`, for real hosts."""
+    common = (tuple(guests), hosts, networks, lab_id, settings or {})
+    with _lab_cluster(*common, lab or {}) if kind == "libvirt" else _sim_cluster(*common) as made:
         try:
             made.start()
             yield made
@@ -47,9 +49,14 @@ def cluster(
 
 @contextlib.contextmanager
 def _lab_cluster(
-    guests: tuple[GuestSpec, ...], hosts: int, networks: int, lab_id: str, settings: Mapping[str, Any]
+    guests: tuple[GuestSpec, ...],
+    hosts: int,
+    networks: int,
+    lab_id: str,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Iterator[Cluster]:
-    with Lab.up(lab_id, hosts=hosts, migration_networks=networks) as lab:
+    with Lab.up(lab_id, hosts=hosts, migration_networks=networks, **options) as lab:
         yield LabCluster(lab, guests, settings)
 
 
@@ -67,8 +74,8 @@ class LabCluster(Cluster):
     kind = "libvirt"
 
     def __init__(self, lab: Lab, guests: Iterable[GuestSpec], settings: Mapping[str, Any]) -> None:
-        super().__init__(lab.path / "drover", [host.name for host in lab.hosts], guests, settings)
         self.lab = lab
+        super().__init__(lab.path / "drover", [host.name for host in lab.hosts], guests, settings)
         folder = self.path / "run"
         co = lab.coordinator
         self.coordinator = Daemon(
@@ -82,6 +89,10 @@ class LabCluster(Cluster):
         addresses = {host.name: f"{host.addresses['mgmt']}:{PORT}" for host in lab.hosts}
         for host in lab.hosts:
             self.agents[host.name] = Daemon("agent", host.name, folder, self._agent(host, folder, addresses), host.popen)
+
+    def state_dir(self, name: str) -> Path:
+        """On the node's disk for journals."""
+        return self.lab.node(name).disks["journal"].folder / "state"
 
     def _agent(self, host: LabHost, folder: Path, addresses: Mapping[str, str]) -> dict[str, Any]:
         return {

@@ -1,12 +1,10 @@
 """Nodes of the lab: a `Node` has its own network, mounts and name; a `Host` has a libvirtd and guests as well."""
 
-import ipaddress
 import os
 import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.build import HERE, helper
+from labkit.disks import Disk
 from labkit.domain import Guest
 from labkit.errors import LabError, LabTimeoutError
 from labkit.links import Direction, Link, Network
@@ -29,10 +28,9 @@ from labkit.processes import (
     send_signal,
     wait_until,
 )
+from labkit.sockets import listening
 
 LIBVIRT_FOLDERS = ("etc/libvirt/pki", "var/lib/libvirt/images", "var/log/libvirt", "var/cache/libvirt/qemu")
-TCP_LISTEN = "0A"
-"""The state LISTEN in /proc/net/tcp (include/net/tcp_states.h)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ class Node:
         """The node's files. `path / "run"` is its /run."""
         self.addresses: Mapping[str, str] = {net.name: net.address(index) for net in nets}
         """By network name: "mgmt", "mig1", …"""
+        self.disks: Mapping[str, Disk] = {"journal": Disk(self.path / "disk")}
+        """By what is kept there; mounted only in a lab with small disks."""
         self._children: list[subprocess.Popen[Any]] = []
 
     # --- life
@@ -225,23 +225,17 @@ class Node:
     def listening(self) -> tuple[tuple[str, int], ...]:
         """Listening TCP sockets: (address, port)."""
         pid = self.init_pid
-        if pid is None:
-            return ()
-        found = []
-        for table in ("tcp", "tcp6"):
-            path = Path(f"/proc/{pid}/net/{table}")
-            for line in path.read_text().splitlines()[1:] if path.exists() else ():
-                local, _, state = line.split()[1:4]
-                if state == TCP_LISTEN:
-                    address, _, port = local.rpartition(":")
-                    found.append((_address(address), int(port, 16)))
-        return tuple(sorted(found))
+        return () if pid is None else listening(pid)
 
 
 class Host(Node):
     """A test host: a node with its own libvirtd, reachable from everywhere on this machine by a unix socket."""
 
     service = ("libvirtd",)
+
+    def __init__(self, name: str, index: int, lab_id: str, state: Path, nets: tuple[Network, ...]) -> None:
+        super().__init__(name, index, lab_id, state, nets)
+        self.disks = {**self.disks, "libvirt": Disk(self.path / "var/lib/libvirt")}
 
     @property
     def libvirt_socket(self) -> Path:
@@ -385,13 +379,10 @@ class Host(Node):
             if qemu.guest == guest:
                 send_signal(qemu.pid, self._inode, number, 5.0 if number == signal.SIGKILL else None)
 
+    def kill_qemu(self, qemu: Qemu) -> bool:
+        """Kills this very process and waits until it is gone. False when it was gone before."""
+        return send_signal(qemu.pid, self._inode, signal.SIGKILL, 5.0)
+
     def leaks(self) -> Leaks:
         """What is still here that a test may have left behind."""
         return Leaks(tuple(self.qemu()), self.listening(), self.domains())
-
-
-def _address(kernels: str) -> str:
-    """An address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
-    words = [bytes.fromhex(kernels[at : at + 8]) for at in range(0, len(kernels), 8)]
-    swapped = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
-    return str(ipaddress.ip_address(swapped))

@@ -18,6 +18,7 @@ from uuid import UUID, uuid5
 
 import labkit.build
 from labkit.build import helper
+from labkit.disks import unmount_below
 from labkit.domain import Guest
 from labkit.errors import LabError
 from labkit.hosts import Host, Leaks, Node
@@ -29,7 +30,6 @@ from labkit.settings import find as find_setting
 STATE = Path("/run/drover-lab")
 """Where labs keep their files unless told otherwise: one folder per lab id."""
 STATE_FILE = "lab.json"
-SHARED = "shared"
 PROGRAMS = ("libvirtd", "virsh", "qemu-system-x86_64", "ip", "tc", "nft", "ss", "nsenter", "unshare", "setsid", "setpriv", "gcc")
 MAX_HOSTS = 64
 SOCKET_PATH_LIMIT = 107
@@ -108,10 +108,12 @@ class Lab:
         migration_networks: int = 1,
         base: Path = STATE,
         setting: str | None = None,
+        disk_mib: int = 0,
     ) -> "Lab":
         """Brings a lab up; returns when every libvirtd answers. When that fails, nothing is left behind.
 
-        `setting` is a name in `labkit.settings.SETTINGS`; None: see `labkit.settings.find`.
+        `setting` is a name in `labkit.settings.SETTINGS`; None: see `labkit.settings.find`. With `disk_mib` the nodes'
+        disks are small ones of that size, which can be filled; without, they are folders on the machine's disk.
         """
         if missing := missing_requirement():
             raise LabError(missing)
@@ -120,13 +122,13 @@ class Lab:
             raise LabError(f"lab {lab_id!r} is up or was not taken down ({lab.path}, {left}); first: lab down --id {lab_id}")
         run(["ip", "netns", "add", lab.switch])  # This fails if another `up` of the same id was quicker: then nothing is ours.
         try:
-            lab._build()
+            lab._build(disk_mib)
         except BaseException:
             take_down(lab_id, base)
             raise
         return lab
 
-    def _build(self) -> None:
+    def _build(self, disk_mib: int) -> None:
         self.path.mkdir(parents=True)
         self._write_state(ready=False)
         self.shared.mkdir()
@@ -142,6 +144,8 @@ class Lab:
         run(["setpriv", "--pdeathsig", "KILL", "ip", "-batch", "-"], stdin=add)
         make_switch(self.switch, self.networks)
         self._start_stamper(tools[1])
+        for disk in (disk for node in self.nodes if disk_mib for disk in node.disks.values()):
+            disk.mount(disk_mib)
         _each(self._start_node, self.nodes)
         self._fill_capabilities_cache()
         self._write_state(ready=True)
@@ -225,7 +229,7 @@ class Lab:
     @property
     def shared(self) -> Path:
         """A folder that every node sees at the same path (as they see all of the machine's disk but /run and libvirt's)."""
-        return self.path / SHARED
+        return self.path / "shared"
 
     @property
     def kernel(self) -> Path:
@@ -278,8 +282,7 @@ def take_down(lab_id: str, base: Path = STATE) -> None:
         for name in names:
             run(["ip", "netns", "del", name])
         kill_namespaces(inodes)  # Those that were on their way into a namespace when it lost its name.
-    if (path / SHARED).is_mount():
-        run(["umount", path / SHARED])
+    unmount_below(path)
     if (path / STATE_FILE).exists() or (path.is_dir() and not any(path.iterdir())):
         shutil.rmtree(path)
     _remove_if_empty(base)

@@ -4,12 +4,16 @@ import os
 import pwd
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from labkit.errors import LabError
 
 VARIABLE: Final = "DROVER_LAB_SETTING"
 """Environment variable: the setting of every lab for which none is given."""
+
+
+USERFAULTFD: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,11 @@ class Setting:
     """As whom QEMU runs; the setting needs this user on the machine."""
     qemu_conf: str
     libvirtd_conf: str
+
+    @property
+    def has_post_copy(self) -> bool:
+        """Whether the kernel lets this setting's QEMU use userfaultfd for the faults that post-copy needs."""
+        return self.qemu_user == "root" or USERFAULTFD.read_text().strip() == "1"
 
 
 _LAB_QEMU_CONF: Final = """\

@@ -1,5 +1,6 @@
 """A fixed 25 rounds of `scripts/bench chaos`: whatever dies, exactly one copy runs at the end, and nothing is left behind."""
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,11 +12,10 @@ from agent.failpoints import all_points
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from benchkit.chaos import Result, run
-from benchkit.chaos_arena import Arena
-from benchkit.chaos_faults import FAULTS
-from benchkit.chaos_plan import PHASES, POINTS, each_phase, plan
+from benchkit.chaos import Result, new_arena, run
+from benchkit.chaos_plan import HOSTS, PHASES, POINTS, each_phase, plan
 from benchkit.chaos_report import tell, tell_round
+from benchkit.chaos_targets import FAULTS
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -25,9 +25,9 @@ ROUNDS = 25
 
 @pytest.mark.usefixtures("_real_hosts")
 def test_whatever_dies_exactly_one_copy_runs(tmp_path: Path) -> None:
-    with Arena(f"ch{os.getpid()}") as arena:
+    with new_arena(f"ch{os.getpid()}") as arena:
         plans = (plan(SEED, number) for number in range(1, ROUNDS + 1))
-        results = run(arena, plans, lambda bad: tmp_path / f"round-{bad.number}", tell_round)
+        results = run([arena], plans, lambda bad: tmp_path / f"round-{bad.number}", tell_round)
     tell(results)
     bad = [
         f"scripts/bench chaos --seed {SEED} --round {result.plan.number}: {result.report()}" for result in results if not result.good
@@ -49,6 +49,16 @@ def test_a_round_is_the_same_whenever_it_is_planned() -> None:
 def test_rounds_have_every_kind_of_fault() -> None:
     planned = {(fault.action, fault.target) for number in range(1, 600) for fault in plan(SEED, number).faults}
     assert planned == set(FAULTS)
+
+
+def test_6_35_every_kind_of_fault_meets_a_cancel_and_a_rival() -> None:
+    plans = [plan(SEED, number) for number in range(1, 1500)]
+    every = {fault.name for each in plans for fault in each.faults}
+    assert {fault.name for each in plans if each.cancel is not None for fault in each.faults} == every
+    assert {(each.rival.same_id, each.rival.third) for each in plans if each.rival} == set(
+        itertools.product((True, False), repeat=2)
+    )
+    assert {(each.source, each.destination) for each in plans} == set(itertools.permutations(HOSTS, 2))
 
 
 def test_the_failpoints_of_the_rounds_are_failpoints() -> None:

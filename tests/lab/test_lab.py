@@ -156,13 +156,17 @@ def guest_memory(pid: int, mib: int) -> int:
     raise AssertionError("no mapping of the size of the guest's memory")
 
 
-def test_post_copy_leaves_a_perfect_log(lab: Lab, guest: Guest) -> None:
-    address = lab["h2"].addresses["mig1"]
-    postcopy = ["--live", "--postcopy", "--postcopy-after-precopy", guest.name, lab["h2"].destination_uri]
-    lab["h1"].virsh("migrate", *postcopy, "--migrateuri", f"tcp://{address}")
-    guest.wait_lines(250)
-    verdict = judge_file(guest.serial_log)
-    assert verdict.perfect, verdict.problems()
+def test_post_copy_leaves_a_perfect_log() -> None:
+    with Lab.up(f"{LAB_ID}p", setting="root") as lab:
+        guest = lab.guest("post-copy", memory_mib=32, dirty=200)
+        lab["h1"].start(guest)
+        guest.wait_lines(5)
+        address = lab["h2"].addresses["mig1"]
+        postcopy = ["--live", "--postcopy", "--postcopy-after-precopy", guest.name, lab["h2"].destination_uri]
+        lab["h1"].virsh("migrate", *postcopy, "--migrateuri", f"tcp://{address}")
+        guest.wait_lines(250)
+        verdict = judge_file(guest.serial_log)
+        assert verdict.perfect, verdict.problems()
 
 
 def test_libvirtd_can_be_killed_paused_and_started_under_a_running_guest(lab: Lab, guest: Guest) -> None:

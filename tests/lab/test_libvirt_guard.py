@@ -34,7 +34,8 @@ if os.environ.get("CI") != "true":
 
 from agent.hypervisor.libvirt import LibvirtHypervisor, switchover
 
-OPTIONS = Options()
+OPTIONS = Options(post_copy=False)
+"""An unprivileged QEMU may not use post-copy, and no round switches to it."""
 SLOW = 8 << 20
 DECIDED_SECONDS = 10.0
 """A destination that says nothing for so long never will."""

@@ -45,5 +45,5 @@ async def test_back_and_forth(cluster: Cluster) -> None:
     guest.wait_lines(20)
     assert guest.judge().problems() == []
     assert len([q for host in cluster.lab.hosts for q in host.qemu() if q.guest == guest.name]) == 1
-    assert os.path.getsize(cluster.path / "h1" / "state" / "journal.sqlite") < 4 << 20
+    assert os.path.getsize(cluster.state_dir("h1") / "journal.sqlite") < 4 << 20
     await assert_idle(cluster)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -55,7 +56,7 @@ def guest(lab: Lab, sides: tuple[Side, Side], request: pytest.FixtureRequest) ->
 
 
 @pytest.fixture
-async def start(sides: tuple[Side, Side], guest: Guest) -> AsyncIterator[Start]:
+async def start(lab: Lab, sides: tuple[Side, Side], guest: Guest) -> AsyncIterator[Start]:
     """Makes migrations of the guest from h1 to h2, and ends them."""
     from tests.lab.libvirt.sides import Migration  # noqa: PLC0415
 
@@ -63,7 +64,10 @@ async def start(sides: tuple[Side, Side], guest: Guest) -> AsyncIterator[Start]:
 
     def make(options: Options | None = None, bandwidth: int = 0, back: bool = False, name: str = "") -> Migration:
         source, destination = sides[::-1] if back else sides
-        made.append(Migration(source, destination, guest, options or Options(), bandwidth, name))
+        options = options or Options()
+        if options.post_copy is None:  # as planning does, which the driver trusts
+            options = replace(options, post_copy=lab.setting.has_post_copy)
+        made.append(Migration(source, destination, guest, options, bandwidth, name))
         return made[-1]
 
     yield make

@@ -6,13 +6,13 @@ from time import perf_counter
 
 import pytest
 
-from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, Incompatible, Job, Options
+from agent.hypervisor.base import DomainState, HypervisorError, Incompatible, Job, Options
 from labkit import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from tests.lab.libvirt.sides import SLOW, Side, Start, assert_perfect, becomes
+from tests.lab.libvirt.sides import SLOW, Side, Start, assert_perfect
 
 # --- the whole way
 
@@ -153,33 +153,3 @@ async def test_bandwidth_without_a_transfer_is_an_error(start: Start) -> None:
     await migration.prepare()
     with pytest.raises(HypervisorError, match="no transfer"):
         await migration.outgoing.set_bandwidth(SLOW)
-
-
-async def test_postcopy(start: Start, sides: tuple[Side, Side], guest: Guest) -> None:
-    migration = start(bandwidth=SLOW)
-    await migration.prepare()
-    armed, performing = migration.arm(), migration.perform()
-    await migration.flowing()
-    await migration.outgoing.start_postcopy()
-    await becomes(lambda: sides[0].state(guest), ("paused", "post-copy"))
-    domain = await sides[1].driver.get_named(guest.name)
-    assert domain.postcopy
-    assert domain.state is DomainState.RUNNING
-    assert not domain.incoming
-    reading = await migration.outgoing.progress()
-    assert reading is not None
-    assert reading.postcopy
-    with pytest.raises(HypervisorError):
-        await migration.outgoing.abort()
-    with pytest.raises(DomainBusy):
-        await sides[1].driver.incoming(str(guest.stable_uuid)).abandon()
-    for handle in (migration.outgoing, sides[0].driver.outgoing(migration.uuid)):
-        with pytest.raises(DomainBusy):
-            await handle.remove(b"", Options())
-        with pytest.raises(DomainBusy):
-            await handle.resume()
-    await migration.outgoing.set_bandwidth(0)
-    await performing
-    await migration.outgoing.remove((await armed).cookie, Options())
-    assert await sides[0].state(guest) == ("absent", "")
-    assert_perfect(guest)

@@ -19,9 +19,10 @@ async def test_6_30_post_copy_by_the_user_of_qemu(lab: Lab, sides: tuple[Side, S
     host, driver = lab["h2"], sides[1].driver
     conf = host.path / "etc/libvirt/qemu.conf"
     before = conf.read_text()
+    others = "".join(line for line in before.splitlines(keepends=True) if not line.startswith("user "))
     try:
         for user, forbidden in (("root", False), ("nobody", postcopy.read_sysctl() != "1")):
-            conf.write_text(before.replace('user = "root"', f'user = "{user}"'))
+            conf.write_text(f'user = "{user}"\n{others}')
             await asyncio.to_thread(host.restart_libvirtd)
             features = (await driver.info()).features
             assert features.options["post_copy"] is (Support.UNSUPPORTED if forbidden else Support.SUPPORTED)
