@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from agent.hypervisor.libvirt import guard, switchover
+from agent.hypervisor.libvirt import switchover
 from agent.hypervisor.libvirt.switchover import Outcome
 
 UUID = "0b8c1f3e-54f1-5d0e-8f5e-d70000000001"
@@ -229,26 +229,12 @@ def test_libvirtd_is_gone_when_nobody_holds_its_lock(run: Path, write: Write) ->
 
 
 def test_the_hook_stands_alone(tmp_path: Path) -> None:
-    assert not switchover.is_installed(tmp_path / "libvirt")
+    assert not switchover.is_installed(tmp_path / "libvirt" / switchover.HOOK)
     hook = switchover.install(tmp_path / "libvirt")
-    assert switchover.is_installed(tmp_path / "libvirt")
+    assert switchover.is_installed(hook)
     assert switchover.install(tmp_path / "libvirt") == hook
     for words in (["-", "start", "-", "start"], ["-", "shutdown", "-", "shutdown"]):
         done = subprocess.run([hook, *words], capture_output=True, text=True, check=True, env={}, cwd="/", timeout=10)
         assert done.stdout + done.stderr == ""
     hook.write_text(hook.read_text() + "# of an older Drover")
-    assert not switchover.is_installed(tmp_path / "libvirt")
-
-
-@pytest.mark.parametrize(
-    ("uri", "folder"),
-    [
-        ("qemu:///system", "/run/libvirt"),
-        ("qemu:///system?socket=/x/run/libvirt/libvirt-sock", "/x/run/libvirt"),
-        ("qemu:///session", None),
-        ("qemu+ssh://host/system", None),
-        ("test:///default", None),
-    ],
-)
-def test_run_folder(uri: str, folder: str | None) -> None:
-    assert guard.run_folder(uri) == (Path(folder) if folder else None)
+    assert not switchover.is_installed(hook)

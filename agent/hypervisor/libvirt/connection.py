@@ -26,6 +26,7 @@ import libvirt
 from agent.hypervisor.base import HypervisorError, HypervisorUnavailable
 from agent.hypervisor.libvirt import events, threads
 from agent.hypervisor.libvirt.errors import translate
+from agent.hypervisor.libvirt.service import behind
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ class Link:
         traceback would keep the frames of this thread, and with them the connection, alive.
         """
         if not self._enter():
-            return HypervisorUnavailable("the connection to libvirtd was closed")
+            return HypervisorUnavailable("the connection to libvirt was closed")
         try:
             return function(self._connection)
         except libvirt.libvirtError as error:
@@ -153,7 +154,7 @@ class Session:
         except TimeoutError:
             if link is self._link:
                 self._leave_behind()
-            raise _no_answer(self._call_timeout) from None
+            raise _no_answer(self._pool.uri, self._call_timeout) from None
 
     async def close(self) -> None:
         """Let go of the connection: it closes now, or when the last call on it returns."""
@@ -175,7 +176,7 @@ class Pool:
     """Connections for short calls of all kinds: each call has one to itself."""
 
     def __init__(self, uri: str, call_timeout: float) -> None:
-        self._uri = uri
+        self.uri = uri
         self.call_timeout = call_timeout
         self._idle: list[Link] = []
         self._keep = IDLE_CONNECTIONS
@@ -188,7 +189,7 @@ class Pool:
             async with asyncio.timeout(self.call_timeout):
                 await self._slots.acquire()
         except TimeoutError:
-            raise _no_answer(self.call_timeout) from None
+            raise _no_answer(self.uri, self.call_timeout) from None
         try:
             link = await self.give_away()
         except BaseException:
@@ -199,7 +200,7 @@ class Pool:
         try:
             return await _result(running, self.call_timeout)
         except TimeoutError:
-            raise _no_answer(self.call_timeout) from None
+            raise _no_answer(self.uri, self.call_timeout) from None
 
     async def give_away(self) -> Link:
         """A connection that lives and belongs to the caller from now on: an idle one, or a new one."""
@@ -215,7 +216,7 @@ class Pool:
         try:
             async with asyncio.timeout(self.call_timeout):
                 await self._openings.acquire()
-                opening = _in_thread(lambda: connect(self._uri))
+                opening = _in_thread(lambda: connect(self.uri))
                 opening.add_done_callback(lambda _: self._openings.release())
                 try:
                     return await asyncio.shield(opening)
@@ -223,7 +224,7 @@ class Pool:
                     opening.add_done_callback(_release_late)
                     raise
         except TimeoutError:
-            raise _no_answer(self.call_timeout) from None
+            raise _no_answer(self.uri, self.call_timeout) from None
 
     def _take(self) -> Link | None:
         while self._idle:
@@ -249,8 +250,8 @@ async def _result(running: "asyncio.Future[T | HypervisorError]", timeout: float
     return result
 
 
-def _no_answer(timeout: float) -> HypervisorUnavailable:
-    return HypervisorUnavailable(f"libvirtd did not answer within {timeout} s")
+def _no_answer(uri: str, timeout: float) -> HypervisorUnavailable:
+    return HypervisorUnavailable(f"{behind(uri).name} did not answer within {timeout} s")
 
 
 def _in_thread(function: Callable[[], T]) -> "asyncio.Future[T]":

@@ -24,7 +24,8 @@ from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing
-from agent.hypervisor.libvirt.switchover import ETC, HOOK, is_installed
+from agent.hypervisor.libvirt.service import behind
+from agent.hypervisor.libvirt.switchover import is_installed
 from agent.hypervisor.libvirt.watch import Watch
 
 log = structlog.get_logger()
@@ -49,8 +50,9 @@ class LibvirtHypervisor:
         self._reading = asyncio.Lock()
 
     async def open(self) -> None:
-        if not is_installed(ETC):
-            log.warning("libvirt's hook is not installed, or is another Drover's: see docs/operations.md", hook=str(ETC / HOOK))
+        hook = behind(self._uri).hook
+        if hook is not None and not is_installed(hook):
+            log.warning("libvirt's hook is not installed, or is another Drover's: see docs/operations.md", hook=str(hook))
         await self._watch.start()
         await self._capabilities()  # read ahead: they take long the first time, and each migration needs them
 

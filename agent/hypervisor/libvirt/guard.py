@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, urlsplit
 
 import libvirt_qemu
 import structlog
@@ -14,6 +13,7 @@ import structlog
 from agent.hypervisor.base import DomainState, HypervisorUnavailable
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import switchover, threads
+from agent.hypervisor.libvirt.service import behind
 
 T = TypeVar("T")
 
@@ -26,15 +26,6 @@ HELD = "unknown"
 """libvirt's reason for the pause that `hold` makes. No user's pause has it, so that `Outgoing.resume` may end it."""
 
 
-def run_folder(uri: str) -> Path | None:
-    """libvirt's run folder behind a local connection to the system's libvirtd; None where we cannot tell."""
-    parts = urlsplit(uri)
-    if parts.scheme != "qemu" or parts.netloc or parts.path != "/system":
-        return None
-    sockets = parse_qs(parts.query).get("socket")
-    return Path(sockets[0]).parent if sockets else switchover.RUN
-
-
 SETTLE_SECONDS = 0.02
 """Between two questions to QEMU."""
 
@@ -45,7 +36,7 @@ class Guard:
     """One guest that leaves. All calls are harmless where there is nothing to guard."""
 
     def __init__(self, uri: str, uuid: str) -> None:
-        self._run = run_folder(uri)
+        self._service = behind(uri)
         self._uuid = uuid
         self._name = ""
 
@@ -57,7 +48,9 @@ class Guard:
     async def mend(self) -> None:
         """libvirtd was lost in Perform. If it is dead, see to it that its next life does not resume a guest that has left."""
         found = await self._do(lambda run: switchover.mend_after_death(run, self._uuid, self._name))
-        log.warning("libvirtd was lost during Perform", domain=self._name, outcome=found.value if found else "not known")
+        log.warning(
+            f"{self._service.name} was lost during Perform", domain=self._name, outcome=found.value if found else "not known"
+        )
 
     async def forget(self) -> None:
         """The migration has ended on this side."""
@@ -65,7 +58,7 @@ class Guard:
 
     async def _do(self, function: Callable[[Path], T]) -> T | None:
         """In a thread. What goes wrong with files, or for want of a thread, is logged and no more: `settle` remains."""
-        run = self._run
+        run = self._service.run
         if run is None:
             return None
         try:

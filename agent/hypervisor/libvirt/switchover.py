@@ -315,10 +315,10 @@ def install(etc: Path) -> Path:
     return hook
 
 
-def is_installed(etc: Path) -> bool:
+def is_installed(hook: Path) -> bool:
     """Whether the hook is there, and is that of this very Drover."""
     try:
-        return (etc / HOOK).read_text().endswith(Path(__file__).read_text())
+        return hook.read_text().endswith(Path(__file__).read_text())
     except OSError:
         return False
 
