@@ -1,11 +1,13 @@
 """What the hypervisor's word on a guest means for either side of a migration. Pure."""
 
+from collections.abc import Mapping
+
 from agent.errors import DroverError, Reason
 from agent.handshake.destination import DestinationEvent
 from agent.handshake.guest_fact import NO_PROCESS, GuestFact, GuestState
 from agent.handshake.records import Failure
 from agent.handshake.source import SourceEvent
-from agent.hypervisor.base import Domain, DomainState, Job
+from agent.hypervisor.base import PAUSED_BY_USER, Domain, DomainState, Job
 
 
 def source_fact(domain: Domain | None) -> SourceEvent | None:
@@ -73,6 +75,20 @@ def check_place_is_free(found: Domain, uuid: str, name: str, host: str) -> None:
     )
 
 
+_PAUSES: Mapping[str, str] = {
+    "ioerror": "mend its disk, then `virsh resume {name}`",
+    "watchdog": "its watchdog has fired: look at the guest, then `virsh reset {name}` and `virsh resume {name}`",
+    "migration": "a migration has left it so: make sure that it runs on no other host, then `virsh resume {name}`",
+    "unknown": "a program has stopped it behind libvirt's back, or a migration has left it so: make sure that it runs on no other "
+    "host, then `virsh resume {name}`",
+    "save": "its state is being saved: wait for that",
+    "dump": "its memory is being dumped: wait for that",
+    "snapshot": "a snapshot is being taken: wait for that",
+    "post-copy failed": "its post-copy has failed: destroy neither copy, and resume the transfer with libvirt's own tools",
+}
+"""What would help a guest that is paused for one of libvirt's reasons."""
+
+
 def check_movable(domain: Domain, host: str) -> None:
     """A guest that runs, or that its user paused, and that no other job holds.
 
@@ -82,8 +98,7 @@ def check_movable(domain: Domain, host: str) -> None:
     if domain.reason == "crashed":
         raise DroverError(
             Reason.GUEST_CRASHED,
-            f"the hypervisor process of guest {domain.name} on {host} has died. That was no error of a migration; "
-            "start the guest again",
+            f"the hypervisor process of guest {domain.name} on {host} has died; start the guest again",
         )
     if domain.state not in (DomainState.RUNNING, DomainState.PAUSED):
         raise DroverError(
@@ -95,4 +110,12 @@ def check_movable(domain: Domain, host: str) -> None:
         raise DroverError(
             Reason.DOMAIN_BUSY,
             f"guest {domain.name} on {host} is held by another migration job ({domain.job}) that is not Drover's; wait for its end",
+        )
+    if domain.state is DomainState.PAUSED and domain.reason != PAUSED_BY_USER:
+        advice = _PAUSES.get(domain.reason, "see to that, then `virsh resume {name}`").format(name=domain.name)
+        raise DroverError(
+            Reason.DOMAIN_NOT_RUNNING,
+            f"guest {domain.name} on {host} is paused ({domain.reason}), and not by its user, so it would arrive running: {advice}. "
+            "Nothing was done to the guest: it is paused as before",
+            metadata={"host": host, "state": domain.state, "reason": domain.reason},
         )

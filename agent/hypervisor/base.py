@@ -167,6 +167,8 @@ class Job(StrEnum):
     INCOMING = "incoming"
 
 
+PAUSED_BY_USER: Final = "user"
+"""`Domain.reason` of a guest that its user has paused: the only pause that it may travel with."""
 POSTCOPY_FAILED: Final = "post-copy failed"
 """`Domain.reason` of a half whose post-copy broke: it may yet be recovered."""
 _NEVER_RAN = frozenset({"migration", "starting up", "unknown"})

@@ -27,6 +27,8 @@ class GuestSpec:
     cpu: str = "qemu64"
     persistent: bool = True
     running: bool = True
+    halted: bool = False
+    """Stopped behind libvirt's back, by QEMU's own monitor, once it runs."""
     mem_mib: int | None = None
     """Of its memory so much is filled (the rest stays zero); None: all. Real hosts only."""
     ticks: int = 100

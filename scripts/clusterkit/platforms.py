@@ -125,6 +125,8 @@ class LabCluster(Cluster):
             started.wait_lines(10)
         else:
             self.lab[host].define(guest)
+        if spec.halted:
+            self.lab[host].virsh("qemu-monitor-command", name, "--hmp", "stop")
         return started
 
     def copies(self, guest: str) -> dict[str, str]:
@@ -174,7 +176,8 @@ class SimCluster(Cluster):
             "persistent": spec.persistent,
             "cpu": spec.cpu,
             "virt_type": "qemu",
-            "state": "running" if spec.running else "shutoff",
+            "state": "paused" if spec.halted else "running" if spec.running else "shutoff",
+            "pause_reason": "unknown",
             "log": str(self.path / f"{spec.name}.log"),
         }
         return guest | ({"machine": spec.machine} if spec.machine else {})
@@ -185,7 +188,7 @@ class SimCluster(Cluster):
             raise ValueError("a simulated guest begins on h1")
         spec = self.specs[name]
         guest = self.guests[name] = ClusterGuest(spec, uuid_of(name), self.path / f"{name}.log")
-        if spec.running:
+        if spec.running and not spec.halted:
             guest.wait_lines(10)
         return guest
 

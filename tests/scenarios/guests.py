@@ -16,6 +16,7 @@ GUESTS = {
         GuestSpec("by-hand"),
         GuestSpec("leased"),
         GuestSpec("refused"),
+        GuestSpec("halted", halted=True),
         GuestSpec("wanted-twice", memory_mib=128),
         GuestSpec("misnamed"),
         GuestSpec("oddly-named"),

@@ -102,6 +102,19 @@ async def test_6_15_a_guest_under_way_is_held_by_the_migration_that_is_named(clu
         assert state(await talk.end(running.migration_id)) == "succeeded"
 
 
+async def test_6_32_a_guest_that_is_paused_but_not_by_its_user_stays_as_it_is(cluster: Cluster) -> None:
+    guest = cluster.start_guest("halted")
+    async with Talk(cluster.server) as talk:
+        with pytest.raises(DroverError) as refusal:
+            await talk.start(guest.name, "h2")
+    assert refusal.value.reason is Reason.DOMAIN_NOT_RUNNING, refusal.value.message
+    assert refusal.value.code.name == "FAILED_PRECONDITION"
+    assert "paused (unknown)" in refusal.value.message
+    assert "runs on h1" not in refusal.value.message
+    assert cluster.copies(guest.name) == {"h1": "paused"}
+    await assert_idle(cluster)
+
+
 async def test_guest_already_there(cluster: Cluster) -> None:
     guest = cluster.guests.get("refused") or cluster.start_guest("refused")
     async with Talk(cluster.server) as talk:

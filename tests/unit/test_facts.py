@@ -1,10 +1,12 @@
 """agent.handshake.facts: what a hypervisor's word on a guest means."""
 
+from typing import Any
+
 import pytest
 
 from agent.errors import DroverError, Reason
-from agent.handshake.facts import check_place_is_free
-from agent.hypervisor.base import DomainState
+from agent.handshake.facts import check_movable, check_place_is_free
+from agent.hypervisor.base import DomainState, Job
 from tests.unit.fake_hypervisor import UUID, guest
 
 
@@ -27,3 +29,25 @@ def test_6_15_what_is_in_the_place_of_the_guest_is_told_before_a_slot_is_taken(
         check_place_is_free(guest(uuid, name, state=state), UUID, "web1", "h2")
     assert error.value.reason is Reason.DOMAIN_EXISTS
     assert "h2 already has" in error.value.message
+
+
+@pytest.mark.parametrize("reason", ["unknown", "migration", "ioerror", "watchdog", "crashing", "save", "dump", "post-copy failed"])
+def test_6_32_a_pause_that_is_not_its_users_is_named_and_kept(reason: str) -> None:
+    with pytest.raises(DroverError) as error:
+        check_movable(guest(state=DomainState.PAUSED, reason=reason), "h1")
+    assert error.value.reason is Reason.DOMAIN_NOT_RUNNING
+    assert f"paused ({reason})" in error.value.message
+    assert "paused as before" in error.value.message
+    assert "{" not in error.value.message
+
+
+def test_6_32_a_pause_of_the_user_travels_with_the_guest() -> None:
+    check_movable(guest(state=DomainState.PAUSED, reason="user"), "h1")
+    check_movable(guest(), "h1")
+
+
+@pytest.mark.parametrize("changes", [{"job": Job.OUTGOING}, {"job": Job.INCOMING, "incoming": True}])
+def test_6_15_a_job_of_somebody_else_is_told_before_the_pause_that_it_makes(changes: dict[str, Any]) -> None:
+    with pytest.raises(DroverError) as error:
+        check_movable(guest(state=DomainState.PAUSED, reason="migration", **changes), "h1")
+    assert error.value.reason is Reason.DOMAIN_BUSY

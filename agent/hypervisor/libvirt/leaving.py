@@ -10,11 +10,15 @@ import libvirt
 from agent.hypervisor.base import MAX_DOMAIN_XML, HypervisorError, Incompatible, Options
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases
+from agent.hypervisor.libvirt.domain import reason_words
 
 
 def begin(domain: Any, options: Options, destination_name: str) -> tuple[str, bytes]:
     """Call Begin: the domain XML, marked where the guest's user had paused it, and the cookie. Blocks."""
-    paused = domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
+    state, reason = domain.state()
+    paused = state == libvirt.VIR_DOMAIN_PAUSED
+    if paused and reason != libvirt.VIR_DOMAIN_PAUSED_USER:  # libvirt would let it go, and run it there
+        raise Incompatible(f"it is paused ({reason_words(state, reason)}), and not by its user: it would arrive running")
     xml, cookie = phases.begin(domain, params(destination_name), words.flags(words.settled(options, paused)))
     if paused:
         xml = words.mark_paused(xml)

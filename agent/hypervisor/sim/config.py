@@ -36,6 +36,8 @@ class SimGuest(Base, kw_only=True, frozen=True):
     working_set: Bytes | None = None
     """Bytes that it writes round and round; None: all of its memory."""
     state: Literal["running", "paused", "shutoff"] = "running"
+    pause_reason: Word = "user"
+    """Why it is paused, where `state` says so."""
     persistent: bool = True
     log: Annotated[str, Meta(max_length=4096)] = ""
     """Path of its serial log, beneath the `log_root` of each host that it visits; empty: none."""

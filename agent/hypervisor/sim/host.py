@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from agent.hypervisor.base import (
+    PAUSED_BY_USER,
     DomainAmbiguous,
     DomainBusy,
     DomainEvent,
@@ -216,8 +217,8 @@ class Host:
         if it.state != "shutoff":
             guest.boot()
         if it.state == "paused":
-            guest.wants_run = False
-            guest.stop("user")
+            guest.wants_run = it.pause_reason != PAUSED_BY_USER
+            guest.stop(it.pause_reason)
 
     def _revive(self, record: GuestRecord) -> None:
         definition = record.running or record.stored

@@ -5,6 +5,7 @@ import json
 
 from agent.hypervisor.base import (
     MAX_DOMAIN_XML,
+    PAUSED_BY_USER,
     Begun,
     DomainBusy,
     DomainState,
@@ -47,6 +48,8 @@ class SimOutgoing:
         self._host.check_options(options)
         self._host.refuse_busy(guest, self)
         self._check_movable(guest, offline=self._word(options, "offline"))
+        if guest.state is DomainState.PAUSED and guest.reason != PAUSED_BY_USER and not guest.left:
+            raise Incompatible(f"it is paused ({guest.reason}), and not by its user: it would arrive running")
         it = guest.definition.guest
         if it.obstacle:
             raise Incompatible(it.obstacle)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, Incompatible, Job, Options
+from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, Incompatible, Job, Options, TransferFailed
 from labkit import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from tests.lab.libvirt.sides import Side
+from tests.lab.libvirt.sides import Side, Start, becomes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,8 +61,12 @@ async def refusal(side: Side, guest: Guest, options: Options, kind: type[Hypervi
         await outgoing.begin(options, guest.name)
     await outgoing.close()
     assert str(asked.value) == str(begun.value)
-    domain = await side.driver.get_domain(uuid)
-    assert (domain.state, domain.job) == (DomainState.RUNNING, Job.NONE)
+
+    async def free() -> bool:  # libvirtd notices a closed connection in its own time
+        domain = await side.driver.get_domain(uuid)
+        return (domain.state, domain.job) == (DomainState.RUNNING, Job.NONE)
+
+    await becomes(free, True)
     return str(asked.value)
 
 
@@ -106,3 +110,23 @@ async def test_6_15_a_guest_that_may_leave_is_left_as_it_is(lab: Lab, sides: tup
     with pytest.raises(DomainBusy):  # after libvirt's own wait for its job lock, were it not asked of the job first
         await sides[0].driver.check_leaving(uuid, Options(), guest.name)
     await outgoing.close()
+
+
+async def test_6_15_a_refused_connection_is_no_lost_libvirtd(lab: Lab, guest: Guest, start: Start) -> None:
+    migration = start()
+    await migration.prepare()
+    lab["h2"].reset_link("mig1")
+    try:
+        with pytest.raises(TransferFailed, match="firewall"):
+            await migration.perform()
+    finally:
+        lab["h2"].restore_link("mig1")
+    assert await migration.source.state(guest) == ("running", "booted")
+
+
+async def test_6_32_a_guest_that_was_stopped_behind_libvirts_back(lab: Lab, sides: tuple[Side, Side], guest: Guest) -> None:
+    uuid = str(guest.stable_uuid)
+    await asyncio.to_thread(lab["h1"].virsh, "qemu-monitor-command", guest.name, "--hmp", "stop")
+    with pytest.raises(Incompatible, match=r"paused \(unknown\)"):
+        await sides[0].driver.check_leaving(uuid, Options(), guest.name)
+    assert (await sides[0].driver.get_domain(uuid)).state is DomainState.PAUSED

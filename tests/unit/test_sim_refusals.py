@@ -1,0 +1,66 @@
+"""The simulated hypervisor keeps guests from leaving, and from arriving, as libvirt does."""
+
+import msgspec
+import pytest
+
+from agent.hypervisor.base import DomainBusy, HypervisorError, Incompatible, Options
+from agent.hypervisor.sim import SimHypervisor
+from tests.unit.test_sim_migration import UUID, Move, facts, host, web
+
+
+async def refusal(a: SimHypervisor, options: Options = Options(), kind: type[HypervisorError] = Incompatible) -> str:  # noqa: B008
+    """What the question and Begin both say, and leave the guest as it is."""
+    before = await facts(a)
+    with pytest.raises(kind) as asked:
+        await a.check_leaving(UUID, options, "")
+    with pytest.raises(kind) as begun:
+        await a.outgoing(UUID).begin(options, "")
+    assert str(asked.value) == str(begun.value)
+    assert await facts(a) == before
+    return str(asked.value)
+
+
+async def test_6_15_what_keeps_a_guest_from_leaving_is_told_by_the_question() -> None:
+    async with host("a", web(obstacle="cannot migrate domain with 1 snapshots")) as a:
+        assert "snapshots" in await refusal(a, Options(unsafe=True))
+    async with host("a", web(metadata="y" * (600 << 10))) as a:
+        assert "shorten its metadata" in await refusal(a)
+    async with host("a", web(unsafe=True)) as a:
+        assert "unsafe=on" in await refusal(a)
+        await a.check_leaving(UUID, Options(unsafe=True), "")
+
+
+async def test_6_32_a_pause_that_is_not_its_users_keeps_it() -> None:
+    async with host("a", web(state="paused", pause_reason="ioerror")) as a:
+        assert "paused (ioerror)" in await refusal(a)
+    async with host("a", web(state="paused")) as a:
+        await a.check_leaving(UUID, Options(), "")
+
+
+async def test_6_15_the_question_takes_nothing() -> None:
+    async with host("a", web()) as a:
+        before = await facts(a)
+        await a.check_leaving(UUID, Options(), "")
+        assert await facts(a) == before
+        outgoing = a.outgoing(UUID)
+        await outgoing.begin(Options(), "")
+        with pytest.raises(DomainBusy):
+            await a.check_leaving(UUID, Options(), "")
+        await outgoing.close()
+
+
+async def test_6_15_the_same_guest_under_another_name_at_the_destination() -> None:
+    guest = web()
+    other = msgspec.structs.replace(guest, name="web1-old", uuid=UUID, state="shutoff")
+    async with host("a", guest) as a, host("b", other) as b:
+        with pytest.raises(HypervisorError, match="already defined here"):
+            await Move(a, b).prepare()
+
+
+async def test_6_30_what_a_host_forbids_fails_in_prepare_where_nobody_asked() -> None:
+    async with host("a", web()) as a, host("b", forbidden={"post_copy": "the sysctl is 0"}) as b:
+        refused = Move(a, b)
+        with pytest.raises(HypervisorError, match="post_copy is not supported: the sysctl is 0"):
+            await refused.prepare()
+        await refused.out.close()
+        await Move(a, b, Options(post_copy=False)).whole()
