@@ -42,9 +42,10 @@ _REASONS: Mapping[type[HypervisorError], Reason] = {
 }
 
 
-def from_hypervisor(error: HypervisorError) -> DroverError:
-    """The hypervisor's error under Drover's own reason, its code and message kept as metadata."""
-    return DroverError(_REASONS.get(type(error), Reason.HYPERVISOR_FAILED), str(error), metadata=error.native)
+def from_hypervisor(error: HypervisorError, host: str) -> DroverError:
+    """The error of a host's hypervisor under Drover's own reason: it names the host, and keeps code and message as metadata."""
+    reason = _REASONS.get(type(error), Reason.HYPERVISOR_FAILED)
+    return DroverError(reason, f"{host}: {error}", metadata={**error.native, "host": host})
 
 
 def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:

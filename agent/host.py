@@ -30,6 +30,10 @@ class AgentHost:
         self._incarnation = str(uuid.uuid4())
         self._version = version("drover")
 
+    @property
+    def name(self) -> str:
+        return self.engine.host.name
+
     def describe(self) -> pb.Host:
         local = self.engine.host
         return pb.Host(

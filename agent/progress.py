@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from agent.errors import Reason
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.driver import Driver
-from agent.handshake.records import Failure, duration, failure_to_proto
+from agent.handshake.records import Failure, causes_first, duration, failure_to_proto
 from agent.handshake.source import SourceState as Src
 from agent.whereabouts import loss, whereabouts
 from drover.agent.v1 import handshake_pb2
@@ -41,7 +41,8 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     _copy_records(migration, driver)
     if dst is Dst.RUNNING and not driver.disputed and not before.HasField("commit_time"):
         migration.commit_time.FromNanoseconds(int(now * 1e9))
-    failure = _root_cause(driver)
+    failures = causes_first((driver.failure, _failure_of(driver.source_record), _failure_of(driver.destination_record)))
+    failure = failures[0] if failures else None
     migration.state = _state(migration.state, driver, failure, ended=ended)
     if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := loss(migration)) is not None:
         migration.state, failure = pb.MIGRATION_STATE_FAILED, lost
@@ -49,8 +50,10 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     migration.ClearField("failure")
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         failure = _unknown(migration, driver)
+    del migration.other_failures[:]
     if failure is not None and migration.state != pb.MIGRATION_STATE_SUCCEEDED:
         migration.failure.CopyFrom(failure_to_proto(failure))
+        migration.other_failures.extend(failure_to_proto(other) for other in failures if _adds(other, failure))
     if ended:
         migration.end_time.FromNanoseconds(int(now * 1e9))
         migration.duration.CopyFrom(duration(now - before.create_time.ToNanoseconds() / 1e9))
@@ -109,10 +112,9 @@ def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
     return Failure(Reason(record.failure.reason), record.failure.message, dict(record.failure.metadata))
 
 
-def _root_cause(driver: Driver) -> Failure | None:
-    """The first reason that anybody had; that one side gave up because the other did is told only where nothing else is."""
-    failures = [f for f in (driver.failure, _failure_of(driver.source_record), _failure_of(driver.destination_record)) if f]
-    return next((f for f in failures if f.reason is not Reason.GIVEN_UP), failures[0] if failures else None)
+def _adds(other: Failure, failure: Failure) -> bool:
+    """Whether it says anything that the failure does not: an agent was told only that its attempt was cancelled, or given up."""
+    return other.message != failure.message and other.reason not in (Reason.GIVEN_UP, Reason.CANCELLED)
 
 
 def _unknown(migration: pb.Migration, driver: Driver) -> Failure:

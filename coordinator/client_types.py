@@ -121,6 +121,10 @@ class Failure:
     """What happened, where the guest runs now, what to do next."""
     metadata: dict[str, str]
 
+    @classmethod
+    def from_proto(cls, message: handshake_pb2.Failure) -> "Failure":
+        return cls(message.reason, message.message, dict(message.metadata))
+
 
 @dataclass(frozen=True)
 class Migration:
@@ -144,6 +148,9 @@ class Migration:
     progress: Progress | None
     timings: tuple[PhaseTiming, ...]
     failure: Failure | None
+    """The cause, with the host that has it."""
+    other_failures: tuple[Failure, ...]
+    """What else was said of it, such as its echo at the other host."""
     waiting_for: str
     warnings: tuple[str, ...]
     created: datetime | None
@@ -186,7 +193,8 @@ class Migration:
             uri=message.uri,
             progress=Progress.from_proto(message.progress) if message.HasField("progress") else None,
             timings=tuple(PhaseTiming.from_proto(timing) for timing in message.timings),
-            failure=Failure(failure.reason, failure.message, dict(failure.metadata)) if message.HasField("failure") else None,
+            failure=Failure.from_proto(failure) if message.HasField("failure") else None,
+            other_failures=tuple(Failure.from_proto(other) for other in message.other_failures),
             waiting_for=message.waiting_for,
             warnings=tuple(message.warnings),
             created=_time(message.create_time) if message.HasField("create_time") else None,

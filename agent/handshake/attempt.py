@@ -184,6 +184,11 @@ class Attempt:
     def running(self, *names: str) -> list[asyncio.Task[None]]:
         return [task for task, name in self._tasks.items() if name in names]
 
+    def stop(self, name: str) -> None:
+        """Cancel an effect that only looks on."""
+        for task in self.running(name):
+            task.cancel()
+
     async def ended(self, *names: str) -> None:
         """Wait until none of these effects is under way; an effect never waits for itself."""
         current = asyncio.current_task()

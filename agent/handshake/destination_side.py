@@ -25,13 +25,15 @@ from agent.handshake.phases import (
     check_address,
     check_ports,
     check_word,
+    failed,
     failure_of,
+    follow_guest,
     look_up,
     phase_changes,
     timed,
     wait_of,
 )
-from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
+from agent.handshake.records import Failure, OperatorWord, Role, causes_first, options_from_proto, record_to_proto
 from agent.hypervisor.base import (
     RESUMED,
     Domain,
@@ -129,7 +131,7 @@ class DestinationSide:
                 self._has_definition(self._host.hypervisor.get_named(name), wanted.uuid, name),
             )
         except HypervisorError as error:
-            raise from_hypervisor(error) from None
+            raise from_hypervisor(error, self._host.name) from None
         if problems:
             raise DroverError(
                 Reason.INCOMPATIBLE_GUEST,
@@ -283,15 +285,32 @@ class DestinationSide:
                     record.uri,
                 )
         except Exception as error:
-            await attempt.report(_E.PREPARE_FAILED, failure=failure_of(error))
+            await attempt.report(_E.PREPARE_FAILED, failure=failure_of(error, self._host.name))
             return
         attempt.saw(GuestFact(GuestState.WAITING, "migration", time.time()))
+        self._watch(attempt)
         await attempt.report(
             _E.PREPARE_DONE,
             uri=prepared.uri,
             cookies={**attempt.record.cookies, "prepare": prepared.cookie},
             timings=(*attempt.record.timings, watch.timing),
         )
+
+    def _watch(self, attempt: Attempt) -> None:
+        if not attempt.running("guest"):
+            attempt.start("guest", follow_guest(self._host, attempt, lambda: self._ended(attempt)))
+
+    async def _ended(self, attempt: Attempt) -> None:
+        """Finish may not be under way to tell it, and what the source sees is only that its stream broke."""
+        if attempt.record.state in (_S.PREPARED, _S.ARMED) and (cause := await self._cause(attempt)) is not None:
+            with contextlib.suppress(DroverError):  # the journal: then Finish tells it
+                await attempt.note(**failed(attempt, cause))
+
+    async def _cause(self, attempt: Attempt, error: HypervisorError | None = None) -> Failure | None:
+        """Why the copy here came to nothing: how its process died, where it did, is nearer to the cause than Finish's own error."""
+        death = await self._host.hypervisor.death(attempt.record.destination_name)
+        failures = causes_first(failure_of(one, self._host.name) for one in (death, error) if one is not None)
+        return failures[0] if failures else None
 
     async def _finish(self, attempt: Attempt) -> None:
         record = attempt.record
@@ -306,10 +325,12 @@ class DestinationSide:
                 finally:
                     arrival.cancel()  # Finish tells it all now
         except TransferFailed as error:
-            changes = {} if attempt.record.failure else {"failure": failure_of(error)}
-            await attempt.report(_E.FINISH_FAILED, **changes)
+            cause = await self._cause(attempt, error)
+            await attempt.report(_E.FINISH_FAILED, **(failed(attempt, cause) if cause else {}))
         except Exception as error:
-            await attempt.report(_E.FINISH_UNKNOWN, waiting_for=f"Finish gave no answer: {failure_of(error).message}"[:500])
+            await attempt.report(
+                _E.FINISH_UNKNOWN, waiting_for=f"Finish gave no answer: {failure_of(error, self._host.name).message}"[:500]
+            )
         else:
             if attempt.record.state == _S.ARMED:
                 attempt.saw(GuestFact(GuestState.RUNNING, "migrated", time.time()), look_again=True)  # or it arrived paused
@@ -332,6 +353,7 @@ class DestinationSide:
 
     async def _look(self, attempt: Attempt) -> None:
         """Ask until the copy runs or is absent. One that waits for its stream is waited for: libvirtd may still start it."""
+        self._watch(attempt)
         fact: DestinationEvent | None = None
         while fact is None and attempt.record.state == _S.ARMED:
             fact = destination_fact(await look_up(self._host, attempt))
@@ -394,6 +416,7 @@ class DestinationSide:
         return brought
 
     async def _close(self, attempt: Attempt) -> None:
+        attempt.stop("guest")
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
         if session := self._sessions.pop(attempt, None):
             await session.close()

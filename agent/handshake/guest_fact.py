@@ -6,7 +6,7 @@ from enum import StrEnum
 import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.hypervisor.base import Domain, DomainState
+from agent.hypervisor.base import RESUMED, Domain, DomainEvent, DomainState
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -58,6 +58,25 @@ def fact_of(domain: Domain | None, *, arriving: bool = False) -> GuestFact:
     if domain.state is DomainState.SHUTOFF and domain.reason == "crashed":
         return GuestFact(GuestState.CRASHED, domain.reason, now)
     return GuestFact(_STATES.get(domain.state, GuestState.OTHER), domain.reason, now)
+
+
+_REASONS = {"migrated": "migration", "paused": "user"}
+"""Details of libvirt's events whose state has another word for its reason."""
+
+
+def fact_of_event(event: DomainEvent) -> GuestFact | None:
+    """The fact in an event of the hypervisor; None for one that says nothing of the guest's state."""
+    reason, now = _REASONS.get(event.detail, event.detail), time.time()
+    match event.kind:
+        case "stopped":
+            died = event.detail in ("crashed", "failed")  # libvirt's event says "failed" of a process that died
+            return GuestFact(GuestState.CRASHED, "crashed", now) if died else GuestFact(GuestState.SHUTOFF, event.detail, now)
+        case "suspended":
+            return GuestFact(GuestState.PAUSED, reason, now)
+        case kind if kind == RESUMED:
+            return GuestFact(GuestState.RUNNING, reason, now)
+        case _:
+            return None
 
 
 def silent(before: GuestFact | None, error: Exception) -> GuestFact | None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from agent.errors import DroverError, Reason, invalid_field
 from agent.features import from_hypervisor
 from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
-from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, silent
+from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import Failure, Role, Timing
 from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError
 from agent.ports import any_is_free
@@ -114,12 +114,19 @@ def check_word(attempt: Attempt, word: pb.OperatorWord) -> None:
         raise invalid_field("operator_word.dead_host", f"must be {peer}, the other host of this migration, not {word.dead_host}")
 
 
-def failure_of(error: Exception) -> Failure:
-    """Of an effect. What is no error of the hypervisor is a flaw of ours, and ends the phase all the same."""
+def failure_of(error: Exception, host: str) -> Failure:
+    """Of an effect on that host. What is no error of the hypervisor is a flaw of ours, and ends the phase all the same."""
     if isinstance(error, HypervisorError):
-        return Failure.of(from_hypervisor(error))
-    log.error("unforeseen error of the hypervisor's driver", exc_info=error)
-    return Failure(Reason.INTERNAL, f"the hypervisor's driver failed in a way that nobody foresaw: {type(error).__name__}")
+        return Failure.of(from_hypervisor(error, host))
+    log.error("unexpected error of the hypervisor's driver", exc_info=error)
+    text = f"{host}: unexpected error (bug) of the hypervisor's driver, {type(error).__name__}; see the agent's log there"
+    return Failure(Reason.INTERNAL, text, {"host": host})
+
+
+def failed(attempt: Attempt, failure: Failure) -> dict[str, Any]:
+    """What a failure changes in the record: one that is nearer to the cause than the one it has replaces that."""
+    known = attempt.record.failure
+    return {"failure": failure} if known is None or failure.distance < known.distance else {}
 
 
 async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
@@ -163,6 +170,19 @@ async def _ask(host: LocalHost, attempt: Attempt) -> Domain | None:
     arriving = record.role is Role.DESTINATION and record.state != DestinationState.RUNNING
     attempt.saw(fact_of(domain, arriving=arriving))
     return domain
+
+
+async def follow_guest(host: LocalHost, attempt: Attempt, on_end: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Take what the hypervisor says of the guest as it happens, until this task is cancelled. `on_end` is called when its process
+    has died, or a copy that waited for its stream was ended.
+    """
+    async for event in host.hypervisor.events():
+        if event.uuid == attempt.record.domain_uuid and (fact := fact_of_event(event)) is not None:
+            waits = attempt.record.seen is not None and attempt.record.seen.state is GuestState.WAITING
+            if not waits or fact.state is GuestState.RUNNING:  # an empty copy is no guest that was paused, or died
+                attempt.saw(fact, look_again=True)
+            if fact.state is GuestState.CRASHED and on_end is not None:
+                await on_end()
 
 
 def _digest(request: Message) -> str:

@@ -4,7 +4,7 @@ An `AttemptRecord` is a value: every change makes a new one, which is in the jou
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +16,7 @@ from agent.errors import DroverError, Reason
 from agent.handshake.destination import DESTINATION, DestinationState
 from agent.handshake.guest_fact import GuestFact, fact_to_proto
 from agent.handshake.source import SOURCE, SourceState
-from agent.hypervisor.base import Options, Progress
+from agent.hypervisor.base import ECHO, Options, Progress
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import options_pb2
 
@@ -43,6 +43,20 @@ class Failure(msgspec.Struct, frozen=True):
 
     def error(self) -> DroverError:
         return DroverError(self.reason, self.message, metadata=self.metadata)
+
+    @property
+    def distance(self) -> int:
+        """How far it is from the cause: 0 a cause, 1 an echo of what happened on the other host, 2 the giving up that follows."""
+        return 2 if self.reason is Reason.GIVEN_UP else int(ECHO in self.metadata)
+
+
+def causes_first(failures: Iterable[Failure | None]) -> list[Failure]:
+    """Each failure once: causes in the order in which they are given, then their echoes, then what was only given up."""
+    found: dict[tuple[str, str], Failure] = {}
+    for failure in failures:
+        if failure is not None:
+            found.setdefault((failure.reason, failure.message), failure)
+    return sorted(found.values(), key=lambda failure: failure.distance)
 
 
 class OperatorWord(msgspec.Struct, frozen=True):

@@ -20,7 +20,9 @@ from agent.handshake.phases import (
     LocalHost,
     check_address,
     check_word,
+    failed,
     failure_of,
+    follow_guest,
     look_up,
     phase_changes,
     timed,
@@ -114,7 +116,7 @@ class SourceSide:
                 else (await hypervisor.describe(request.domain))[0]
             )
         except HypervisorError as error:
-            raise from_hypervisor(error) from None
+            raise from_hypervisor(error, self._host.name) from None
         self._check_movable(domain)
         return domain
 
@@ -129,9 +131,9 @@ class SourceSide:
         try:
             await self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
         except HypervisorError as error:
-            why = from_hypervisor(error)
-            text = f"guest {domain.name} cannot leave {self._host.name}: {why.message}. Nothing was done to the guest"
-            raise DroverError(why.reason, text, metadata={**why.metadata, "host": self._host.name}) from None
+            why = from_hypervisor(error, self._host.name)
+            text = f"guest {domain.name} cannot leave {self._host.name}: {error}. Nothing was done to the guest"
+            raise DroverError(why.reason, text, metadata=why.metadata) from None
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
@@ -246,7 +248,7 @@ class SourceSide:
             with timed("begin") as watch:
                 begun = await self.session(attempt).begin(record.user_options, record.destination_name)
         except Exception as error:
-            await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error))
+            await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error, self._host.name))
             return
         await attempt.report(
             _E.BEGIN_DONE,
@@ -271,7 +273,7 @@ class SourceSide:
     async def _perform(self, attempt: Attempt) -> None:
         record = attempt.record
         session = self.session(attempt)
-        attempt.start("progress", self._follow(attempt, session))
+        self._watch(attempt)
         try:
             with timed("perform") as watch:
                 performed = await session.perform(
@@ -283,8 +285,7 @@ class SourceSide:
                     record.bandwidth,
                 )
         except Exception as error:
-            changes = {} if attempt.record.failure else {"failure": failure_of(error)}
-            await attempt.report(_E.PERFORM_FAILED, **changes)
+            await attempt.report(_E.PERFORM_FAILED, **failed(attempt, failure_of(error, self._host.name)))
             return
         attempt.progress = progress_to_proto(performed.final)
         attempt.saw(GuestFact(GuestState.PAUSED, "migration", time.time()))  # that is what its end says
@@ -293,6 +294,13 @@ class SourceSide:
             cookies={**attempt.record.cookies, "perform": performed.cookie},
             timings=(*attempt.record.timings, watch.timing),
         )
+
+    def _watch(self, attempt: Attempt) -> None:
+        """Follow the transfer and the guest while it lasts."""
+        if not attempt.running("progress"):
+            attempt.start("progress", self._follow(attempt, self.session(attempt)))
+        if not attempt.running("guest"):
+            attempt.start("guest", follow_guest(self._host, attempt))
 
     async def _follow(self, attempt: Attempt, session: Outgoing) -> None:
         """Read the progress while the transfer runs."""
@@ -321,8 +329,7 @@ class SourceSide:
 
     async def _look(self, attempt: Attempt) -> None:
         """Ask until no job holds the guest. A job that goes on without us (after a restart) is followed to its end."""
-        if not attempt.running("progress"):
-            attempt.start("progress", self._follow(attempt, self.session(attempt)))
+        self._watch(attempt)
         await self._fact(attempt)
         # A hypervisor that came back from the dead may have let the guest run by mistake: only now can it be believed.
         await retry(attempt, "settling what the hypervisor left of the transfer", self.session(attempt).settle)
@@ -382,6 +389,7 @@ class SourceSide:
         await self._close(attempt)
 
     async def _close(self, attempt: Attempt) -> None:
+        attempt.stop("guest")
         if session := self._sessions.pop(attempt, None):
             await session.close()
 

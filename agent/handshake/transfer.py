@@ -68,12 +68,11 @@ class Transfers:
             )
         return attempt
 
-    @staticmethod
-    async def _hypervisor(call: Awaitable[None]) -> None:
+    async def _hypervisor(self, call: Awaitable[None]) -> None:
         try:
             await call
         except HypervisorError as error:
-            raise from_hypervisor(error) from None
+            raise from_hypervisor(error, self._host.name) from None
 
 
 def _not_armed(why: str) -> DroverError:

@@ -29,6 +29,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
+ECHO: Final = "echo"
+"""Key in `HypervisorError.native` of an error that tells only how this end noticed that the other one, or who aborted, had ended the
+transfer, such as "Broken pipe": the cause stands elsewhere."""
+
 
 class HypervisorError(Exception):
     """A hypervisor call failed. `native` keeps the driver's own code, domain and message as strings."""
@@ -426,6 +430,11 @@ class Hypervisor(Protocol):
     async def disown(self, uuid: str) -> None:
         """Another host keeps this guest, by an operator's word: undefine a copy that does not run here, and pause one that does: its
         memory may be all that is left to look at. Raises `DomainNotFound`."""
+        ...
+
+    async def death(self, name: str) -> HypervisorError | None:
+        """How the latest process of a guest that was here died, with its last words; None where it lives, or was ended by its
+        hypervisor, or that is not known. Raises nothing."""
         ...
 
     def outgoing(self, uuid: str) -> Outgoing:

@@ -36,7 +36,7 @@ class HostServicer(rpc.HostServiceServicer):
         try:
             domains = await self._host.hypervisor.list_domains()
         except HypervisorError as error:
-            raise from_hypervisor(error) from None
+            raise from_hypervisor(error, self._host.name) from None
         found = sorted((domain_to_proto(domain) for domain in domains), key=_identity)
         page = Paging(request, str, str).take((_identity(domain), domain) for domain in found)
         return pb.ListDomainsResponse(domains=page.items, next_page_token=page.token)
@@ -54,7 +54,7 @@ async def get_domain(host: AgentHost, request: pb.GetDomainRequest) -> pb.GetDom
     try:
         domain, needs = await host.hypervisor.describe(request.domain)
     except HypervisorError as error:
-        raise from_hypervisor(error) from None
+        raise from_hypervisor(error, host.name) from None
     response = pb.GetDomainResponse(domain=domain_to_proto(domain))
     if domain.state in (DomainState.RUNNING, DomainState.PAUSED):
         response.requirements.CopyFrom(requirements_to_proto(needs))

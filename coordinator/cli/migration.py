@@ -103,6 +103,7 @@ def _print_migration(migration: Migration) -> None:
             ("started", age(migration.created)),
             ("now", "" if migration.state.ended else describe(migration)),
             ("failure", to_type(f"{failure.reason}: {failure.message}") if failure else ""),
+            *(("also", other.message) for other in migration.other_failures),
             *transfer_pairs(migration),
             *(("warning", warning) for warning in migration.warnings),
         ]

@@ -125,7 +125,8 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
     failure = error.migration.failure if error.migration else None  # where the guest is has a line of its own
     happened = failure.message if failure and failure.message in error.message else error.message
     click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(to_type(happened))}", err=True)
-    for name, value in (("guest", _where(error, stage, server)), ("next", _next(error, migration_id, stage, server))):
+    others = [("also", other.message) for other in error.migration.other_failures] if error.migration else []
+    for name, value in (*others, ("guest", _where(error, stage, server)), ("next", _next(error, migration_id, stage, server))):
         if value:
             click.echo(f"  {name}: {printable(to_type(value))}", err=True)
 
@@ -139,6 +140,7 @@ def report_json(
         "reason": reason,
         "message": message,
         "metadata": dict(error.metadata) if error else {},
+        "also": [other.message for other in migration.other_failures] if migration else [],
         "retry_after_seconds": error.retry_after if error else None,
         "migration_id": migration.id if migration else migration_id,
         "runs_on": migration.runs_on if migration else "",

@@ -19,6 +19,7 @@ from agent.hypervisor.base import (
     DomainState,
     Features,
     Finished,
+    HypervisorError,
     HypervisorInfo,
     Job,
     Options,
@@ -83,6 +84,8 @@ class FakeHypervisor:
     def __init__(self, name: str, wire: Wire | None = None, calls: list[str] | None = None) -> None:
         self.name = name
         self.domains: dict[str, Domain] = {}
+        self.deaths: dict[str, HypervisorError] = {}
+        """By guest: how its process died."""
         self.wire = wire or Wire()
         self.calls: list[str] = calls if calls is not None else []
         """Every call that does something, in order; a journal that is told to writes here too."""
@@ -113,6 +116,11 @@ class FakeHypervisor:
         self.domains[domain.uuid] = domain
         for queue in self._news:
             queue.put_nowait(DomainEvent(domain.uuid, "changed"))
+
+    def tell(self, kind: str, detail: str, uuid: str = UUID) -> None:
+        """An event of a guest."""
+        for queue in self._news:
+            queue.put_nowait(DomainEvent(uuid, kind, detail))
 
     def change(self, uuid: str, **facts: Any) -> None:
         self.put(dataclasses.replace(self.domains[uuid], **facts))
@@ -174,6 +182,9 @@ class FakeHypervisor:
             self.change(uuid, state=DomainState.PAUSED, reason="disowned")
         else:
             del self.domains[uuid]
+
+    async def death(self, name: str) -> HypervisorError | None:
+        return self.deaths.get(name)
 
     def outgoing(self, uuid: str) -> "FakeOutgoing":
         return FakeOutgoing(self, uuid)

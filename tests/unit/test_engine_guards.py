@@ -6,8 +6,17 @@ from collections.abc import AsyncIterator
 import pytest
 
 from agent.errors import Reason
-from agent.handshake.records import OperatorWord, Role
-from agent.hypervisor.base import Domain, DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Job
+from agent.handshake.records import Failure, OperatorWord, Role
+from agent.hypervisor.base import (
+    ECHO,
+    Domain,
+    DomainBusy,
+    DomainState,
+    HypervisorError,
+    HypervisorUnavailable,
+    Job,
+    TransferFailed,
+)
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
     CANCELLED,
@@ -137,6 +146,32 @@ async def test_6_13_a_guest_that_ends_as_it_is_begun_is_reported_by_how_it_ended
     assert driver.failure.reason is reason
     assert driver.failure.metadata["host"] == "h1"
     assert pair.states == ("kept", "gone")
+
+
+async def test_6_14_the_death_of_the_copy_is_told_as_the_cause(pair: Pair) -> None:
+    """Finish says little, and the source only that its stream broke."""
+    echo = TransferFailed("Unable to write to socket: Broken pipe", {ECHO: "true"})
+    pair.source.hypervisor.fails["perform"] = [echo]
+    pair.destination.hypervisor.fails["finish"] = [TransferFailed("domain is not running")]
+    pair.destination.hypervisor.deaths["web1"] = TransferFailed("the QEMU of web1 died: out of memory")
+    await finished(pair.driver())
+    source, destination = await pair.source.record(), await pair.destination.record()
+    assert destination.failure.message == "h2: the QEMU of web1 died: out of memory"
+    assert destination.failure.metadata["host"] == "h2"
+    assert source.failure.message.startswith("h1: Unable to write")
+    assert source.failure.metadata["echo"] == "true"
+
+
+async def test_6_14_a_cause_replaces_the_giving_up_that_was_recorded_before(pair: Pair) -> None:
+    pair.destination.keep(record(Role.DESTINATION, "armed", failure=Failure(Reason.GIVEN_UP, "given up")))
+    pair.destination.hypervisor.deaths["web1"] = TransferFailed("the QEMU of web1 died")
+    pair.destination.hypervisor.put(WAITS)
+    await pair.destination.restart()
+    await until(lambda: bool(pair.destination.hypervisor._news))
+    pair.destination.hypervisor.tell("stopped", "failed")
+    async for response in pair.destination.engine.watch_record(pb.WatchRecordRequest(ref=REF)):
+        if response.record.failure.message == "h2: the QEMU of web1 died":
+            return
 
 
 async def test_a_finish_that_fails_in_an_unforeseen_way_is_looked_into(pair: Pair) -> None:

@@ -124,7 +124,7 @@ def test_versions() -> None:
         (base.HypervisorError("x"), Reason.HYPERVISOR_FAILED),
     ],
 )
-def test_a_hypervisors_error_keeps_its_own_words(error: base.HypervisorError, reason: Reason) -> None:
+def test_6_14_a_hypervisors_error_names_its_host_and_keeps_its_own_words(error: base.HypervisorError, reason: Reason) -> None:
     error.native = {"code": "38"}
-    ours = from_hypervisor(error)
-    assert (ours.reason, ours.message, ours.metadata) == (reason, "x", {"code": "38"})
+    ours = from_hypervisor(error, "h2")
+    assert (ours.reason, ours.message, ours.metadata) == (reason, "h2: x", {"code": "38", "host": "h2"})

@@ -143,6 +143,25 @@ def test_6_13_a_cancel_that_ends_with_the_guest_dead_says_that_it_is_dead(fact: 
     assert (ended.state, ended.runs_on, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, "", reason)
 
 
+def test_6_14_the_cause_comes_first_and_its_echo_second() -> None:
+    """The source sees that its stream broke; why stands at the destination, whichever was heard first."""
+    driver = knows(Src.KEPT, Dst.GONE)
+    assert driver.source_record is not None
+    assert driver.destination_record is not None
+    echo = Failure(Reason.TRANSFER_FAILED, "h1: Broken pipe", {"host": "h1", "echo": "true"})
+    cause = Failure(Reason.TRANSFER_FAILED, "h2: the QEMU of vm1 died", {"host": "h2"})
+    driver.source_record.failure.CopyFrom(failure_to_proto(echo))
+    driver.destination_record.failure.CopyFrom(failure_to_proto(cause))
+    ended = seen(driver, ended=True)
+    assert ended.failure.message == cause.message
+    assert [other.message for other in ended.other_failures] == [echo.message]
+    driver.destination_record.failure.CopyFrom(failure_to_proto(Failure(Reason.GIVEN_UP, "given up")))
+    alone = seen(driver, ended=True)
+    assert (alone.failure.message, list(alone.other_failures)) == (echo.message, [])
+    driver.cancel(CANCELLED)
+    assert seen(driver, ended=True).failure.reason == Reason.CANCELLED
+
+
 def test_cancelling_until_it_has_ended() -> None:
     driver = knows(Src.PERFORMING, Dst.ARMED)
     driver.cancel(CANCELLED)

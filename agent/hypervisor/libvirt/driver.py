@@ -1,6 +1,7 @@
 """`LibvirtHypervisor`: the QEMU guests of this host's libvirtd."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from agent.hypervisor.base import (
     Domain,
     DomainEvent,
     Features,
+    HypervisorError,
     HypervisorInfo,
     Options,
     Requirements,
@@ -18,7 +20,7 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import host, leaving, phases, postcopy
+from agent.hypervisor.libvirt import host, leaving, phases, postcopy, qemu_log, threads
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
@@ -109,6 +111,11 @@ class LibvirtHypervisor:
 
     async def disown(self, uuid: str) -> None:
         await self._pool.call(lambda connection: _disown(domains.by_uuid(connection, uuid)))
+
+    async def death(self, name: str) -> HypervisorError | None:
+        with contextlib.suppress(HypervisorError):
+            return await asyncio.wrap_future(threads.submit(lambda: qemu_log.death(name)))
+        return None
 
     def outgoing(self, uuid: str) -> LibvirtOutgoing:
         return LibvirtOutgoing(uuid, Session(self._pool), self._pool, Guard(self._uri, uuid), self._fanout.stream)

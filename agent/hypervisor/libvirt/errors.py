@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import libvirt
 
-from agent.hypervisor.base import DomainBusy, DomainNotFound, Exhausted, HypervisorError, HypervisorUnavailable, Incompatible
+from agent.hypervisor.base import ECHO, DomainBusy, DomainNotFound, Exhausted, HypervisorError, HypervisorUnavailable, Incompatible
 
 _BY_CODE: Mapping[int, type[HypervisorError]] = {
     libvirt.VIR_ERR_NO_DOMAIN: DomainNotFound,
@@ -54,6 +54,20 @@ _ADVICE: tuple[tuple[str, str], ...] = (
 """What would help, by words in libvirt's message."""
 
 
+_ECHOES = (
+    "Broken pipe",
+    "Connection reset by peer",
+    "Bad file descriptor",
+    "Input/output error",
+    "Read section footer failed: -5",  # EIO
+    "canceled by client",
+    "unexpectedly failed",
+    "is not processing incoming migration",
+    "migration successfully aborted",
+)
+"""How QEMU and libvirt tell, at one end of a stream, that the other end is gone or that somebody aborted: never the cause itself."""
+
+
 def class_of(code: int, domain: int, message: str, *, alive: bool) -> type[HypervisorError]:
     """The error class for libvirt's code, its domain (which part of libvirt spoke) and its message.
 
@@ -73,7 +87,12 @@ def translate(error: libvirt.libvirtError, *, alive: bool = False) -> Hypervisor
     code, domain = error.get_error_code() or 0, error.get_error_domain() or 0
     message = error.get_error_message() or str(error)
     kind = class_of(code, domain, message, alive=alive)
-    return kind(advised(message), {"code": str(code), "domain": str(domain), "message": message})
+    return kind(advised(message), {"code": str(code), "domain": str(domain), "message": message} | echo_of(message))
+
+
+def echo_of(message: str) -> dict[str, str]:
+    """The mark of an error that is only the echo of its cause."""
+    return {ECHO: "true"} if any(words in message for words in _ECHOES) else {}
 
 
 def advised(message: str) -> str:

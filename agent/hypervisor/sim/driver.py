@@ -85,6 +85,9 @@ class SimHypervisor:
         else:
             self._host.drop(guest, "disowned")
 
+    async def death(self, name: str) -> HypervisorError | None:
+        return None  # its guests have no process of their own
+
     def outgoing(self, uuid: str) -> SimOutgoing:
         return SimOutgoing(self._host, uuid)
 

@@ -337,7 +337,9 @@ class Failure(message.Message):
     """What happened, where the guest runs now, what to do next."""
     @builtins.property
     def metadata(self) -> containers.ScalarMap[builtins.str, builtins.str]:
-        """Details by key, such as libvirt's own code."""
+        """Details by key, such as libvirt's own code; "host" is the host whose hypervisor said it. "echo" marks an error that tells only how
+        one end noticed that the other had ended the transfer: its cause stands elsewhere.
+        """
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64rover/agent/v1/migration.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1f\x64rover/agent/v1/handshake.proto\x1a\x1d\x64rover/agent/v1/options.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x03\n\rMigrationSpec\x12\x14\n\x06\x64omain\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x1e\n\x10\x64\x65stination_host\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01\x12\x13\n\x0bsource_host\x18\x03 \x01(\t\x12\x1e\n\x10\x64\x65stination_name\x18\x04 \x01(\tB\x04\xa8\x99\x19\x01\x12\x0f\n\x07network\x18\x05 \x01(\t\x12\x12\n\x03uri\x18\x06 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\"\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x07 \x01(\x03\x12)\n\x07options\x18\x08 \x01(\x0b\x32\x18.drover.agent.v1.Options\x12\x35\n\nimportance\x18\t \x01(\x0e\x32\x1b.drover.agent.v1.ImportanceB\x04\x98\x99\x19\x01\x12\x32\n\twait_mode\x18\n \x01(\x0e\x32\x19.drover.agent.v1.WaitModeB\x04\x98\x99\x19\x01\x12\x30\n\x07timeout\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\x98\x99\x19\x01\x12\x14\n\x06tenant\x18\x0c \x01(\tB\x04\x98\x99\x19\x01\x12,\n\x1emin_bandwidth_bytes_per_second\x18\r \x01(\x03\x42\x04\x98\x99\x19\x01\"\xe1\x07\n\tMigration\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.drover.agent.v1.MigrationSpec\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.drover.agent.v1.MigrationState\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\x13\n\x0bsource_host\x18\x06 \x01(\t\x12\x18\n\x10\x64\x65stination_host\x18\x07 \x01(\t\x12\x13\n\x0b\x64omain_name\x18\x08 \x01(\t\x12\x13\n\x0b\x64omain_uuid\x18\t \x01(\t\x12\x0f\n\x07runs_on\x18\n \x01(\t\x12\x0f\n\x07network\x18\x0b \x01(\t\x12\x12\n\x03uri\x18\x0c \x01(\tB\x05\x88\x99\x19\x80\x08\x12+\n\x08progress\x18\r \x01(\x0b\x32\x19.drover.agent.v1.Progress\x12-\n\x07timings\x18\x0e \x03(\x0b\x32\x1c.drover.agent.v1.PhaseTiming\x12)\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x18.drover.agent.v1.Failure\x12\x1a\n\x0bwaiting_for\x18\x10 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\x17\n\x08warnings\x18\x11 \x03(\tB\x05\x88\x99\x19\x80\x08\x12/\n\x0b\x63reate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x15 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13hypervisor_duration\x18\x16 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08revision\x18\x17 \x01(\x03\x12\x0e\n\x06\x64river\x18\x18 \x01(\t\x12\x34\n\roperator_word\x18\x19 \x01(\x0b\x32\x1d.drover.agent.v1.OperatorWord\x12\x14\n\x0csilent_hosts\x18\x1a \x03(\t\x12)\n\x07options\x18\x1b \x01(\x0b\x32\x18.drover.agent.v1.Options\x12\x30\n\x0csource_guest\x18\x1e \x01(\x0b\x32\x1a.drover.agent.v1.GuestFact\x12\x35\n\x11\x64\x65stination_guest\x18\x1f \x01(\x0b\x32\x1a.drover.agent.v1.GuestFact\"\x88\x01\n\x15StartMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.drover.agent.v1.MigrationSpecB\x04\xa0\x99\x19\x01\x12\x1b\n\rvalidate_only\x18\x03 \x01(\x08\x42\x04\x98\x99\x19\x01\"G\n\x16StartMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"5\n\x13GetMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\"E\n\x14GetMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"Z\n\x15ListMigrationsRequest\x12\x13\n\x0b\x61\x63tive_only\x18\x01 \x01(\x08\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x19\n\npage_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"o\n\x16ListMigrationsResponse\x12\x35\n\nmigrations\x18\x01 \x03(\x0b\x32\x1a.drover.agent.v1.MigrationB\x05\x90\x99\x19\xe8\x07\x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"N\n\x15WatchMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x15\n\rfrom_revision\x18\x02 \x01(\x03\"G\n\x16WatchMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"L\n\x16\x43\x61ncelMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"H\n\x17\x43\x61ncelMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"\x80\x01\n\x17ResolveMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x31\n\x04word\x18\x03 \x01(\x0b\x32\x1d.drover.agent.v1.OperatorWordB\x04\xa0\x99\x19\x01\"I\n\x18ResolveMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration*h\n\nImportance\x12\x1a\n\x16IMPORTANCE_UNSPECIFIED\x10\x00\x12\x12\n\x0eIMPORTANCE_LOW\x10\x01\x12\x15\n\x11IMPORTANCE_MEDIUM\x10\x02\x12\x13\n\x0fIMPORTANCE_HIGH\x10\x03*h\n\x08WaitMode\x12\x19\n\x15WAIT_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eWAIT_MODE_WAIT\x10\x01\x12\x17\n\x13WAIT_MODE_FAIL_FAST\x10\x02\x12\x14\n\x10WAIT_MODE_HYBRID\x10\x03*\x89\x02\n\x0eMigrationState\x12\x1f\n\x1bMIGRATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17MIGRATION_STATE_PENDING\x10\x01\x12\x1a\n\x16MIGRATION_STATE_ACTIVE\x10\x02\x12\x1e\n\x1aMIGRATION_STATE_CANCELLING\x10\x03\x12\x1d\n\x19MIGRATION_STATE_SUCCEEDED\x10\x04\x12\x1a\n\x16MIGRATION_STATE_FAILED\x10\x05\x12\x1d\n\x19MIGRATION_STATE_CANCELLED\x10\x06\x12#\n\x1fMIGRATION_STATE_OUTCOME_UNKNOWN\x10\x07\x32\xe9\x04\n\x10MigrationService\x12\x61\n\x0eStartMigration\x12&.drover.agent.v1.StartMigrationRequest\x1a\'.drover.agent.v1.StartMigrationResponse\x12[\n\x0cGetMigration\x12$.drover.agent.v1.GetMigrationRequest\x1a%.drover.agent.v1.GetMigrationResponse\x12\x61\n\x0eListMigrations\x12&.drover.agent.v1.ListMigrationsRequest\x1a\'.drover.agent.v1.ListMigrationsResponse\x12\x63\n\x0eWatchMigration\x12&.drover.agent.v1.WatchMigrationRequest\x1a\'.drover.agent.v1.WatchMigrationResponse0\x01\x12\x64\n\x0f\x43\x61ncelMigration\x12\'.drover.agent.v1.CancelMigrationRequest\x1a(.drover.agent.v1.CancelMigrationResponse\x12g\n\x10ResolveMigration\x12(.drover.agent.v1.ResolveMigrationRequest\x1a).drover.agent.v1.ResolveMigrationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64rover/agent/v1/migration.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1f\x64rover/agent/v1/handshake.proto\x1a\x1d\x64rover/agent/v1/options.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x03\n\rMigrationSpec\x12\x14\n\x06\x64omain\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x1e\n\x10\x64\x65stination_host\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01\x12\x13\n\x0bsource_host\x18\x03 \x01(\t\x12\x1e\n\x10\x64\x65stination_name\x18\x04 \x01(\tB\x04\xa8\x99\x19\x01\x12\x0f\n\x07network\x18\x05 \x01(\t\x12\x12\n\x03uri\x18\x06 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\"\n\x1a\x62\x61ndwidth_bytes_per_second\x18\x07 \x01(\x03\x12)\n\x07options\x18\x08 \x01(\x0b\x32\x18.drover.agent.v1.Options\x12\x35\n\nimportance\x18\t \x01(\x0e\x32\x1b.drover.agent.v1.ImportanceB\x04\x98\x99\x19\x01\x12\x32\n\twait_mode\x18\n \x01(\x0e\x32\x19.drover.agent.v1.WaitModeB\x04\x98\x99\x19\x01\x12\x30\n\x07timeout\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\x98\x99\x19\x01\x12\x14\n\x06tenant\x18\x0c \x01(\tB\x04\x98\x99\x19\x01\x12,\n\x1emin_bandwidth_bytes_per_second\x18\r \x01(\x03\x42\x04\x98\x99\x19\x01\"\x99\x08\n\tMigration\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.drover.agent.v1.MigrationSpec\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.drover.agent.v1.MigrationState\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\x13\n\x0bsource_host\x18\x06 \x01(\t\x12\x18\n\x10\x64\x65stination_host\x18\x07 \x01(\t\x12\x13\n\x0b\x64omain_name\x18\x08 \x01(\t\x12\x13\n\x0b\x64omain_uuid\x18\t \x01(\t\x12\x0f\n\x07runs_on\x18\n \x01(\t\x12\x0f\n\x07network\x18\x0b \x01(\t\x12\x12\n\x03uri\x18\x0c \x01(\tB\x05\x88\x99\x19\x80\x08\x12+\n\x08progress\x18\r \x01(\x0b\x32\x19.drover.agent.v1.Progress\x12-\n\x07timings\x18\x0e \x03(\x0b\x32\x1c.drover.agent.v1.PhaseTiming\x12)\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x18.drover.agent.v1.Failure\x12\x1a\n\x0bwaiting_for\x18\x10 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\x17\n\x08warnings\x18\x11 \x03(\tB\x05\x88\x99\x19\x80\x08\x12/\n\x0b\x63reate_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63ommit_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x14 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x15 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13hypervisor_duration\x18\x16 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08revision\x18\x17 \x01(\x03\x12\x0e\n\x06\x64river\x18\x18 \x01(\t\x12\x34\n\roperator_word\x18\x19 \x01(\x0b\x32\x1d.drover.agent.v1.OperatorWord\x12\x14\n\x0csilent_hosts\x18\x1a \x03(\t\x12)\n\x07options\x18\x1b \x01(\x0b\x32\x18.drover.agent.v1.Options\x12\x30\n\x0csource_guest\x18\x1e \x01(\x0b\x32\x1a.drover.agent.v1.GuestFact\x12\x35\n\x11\x64\x65stination_guest\x18\x1f \x01(\x0b\x32\x1a.drover.agent.v1.GuestFact\x12\x36\n\x0eother_failures\x18  \x03(\x0b\x32\x18.drover.agent.v1.FailureB\x04\x90\x99\x19\x04\"\x88\x01\n\x15StartMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.drover.agent.v1.MigrationSpecB\x04\xa0\x99\x19\x01\x12\x1b\n\rvalidate_only\x18\x03 \x01(\x08\x42\x04\x98\x99\x19\x01\"G\n\x16StartMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"5\n\x13GetMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\"E\n\x14GetMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"Z\n\x15ListMigrationsRequest\x12\x13\n\x0b\x61\x63tive_only\x18\x01 \x01(\x08\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x19\n\npage_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"o\n\x16ListMigrationsResponse\x12\x35\n\nmigrations\x18\x01 \x03(\x0b\x32\x1a.drover.agent.v1.MigrationB\x05\x90\x99\x19\xe8\x07\x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"N\n\x15WatchMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x15\n\rfrom_revision\x18\x02 \x01(\x03\"G\n\x16WatchMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"L\n\x16\x43\x61ncelMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"H\n\x17\x43\x61ncelMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration\"\x80\x01\n\x17ResolveMigrationRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x31\n\x04word\x18\x03 \x01(\x0b\x32\x1d.drover.agent.v1.OperatorWordB\x04\xa0\x99\x19\x01\"I\n\x18ResolveMigrationResponse\x12-\n\tmigration\x18\x01 \x01(\x0b\x32\x1a.drover.agent.v1.Migration*h\n\nImportance\x12\x1a\n\x16IMPORTANCE_UNSPECIFIED\x10\x00\x12\x12\n\x0eIMPORTANCE_LOW\x10\x01\x12\x15\n\x11IMPORTANCE_MEDIUM\x10\x02\x12\x13\n\x0fIMPORTANCE_HIGH\x10\x03*h\n\x08WaitMode\x12\x19\n\x15WAIT_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0eWAIT_MODE_WAIT\x10\x01\x12\x17\n\x13WAIT_MODE_FAIL_FAST\x10\x02\x12\x14\n\x10WAIT_MODE_HYBRID\x10\x03*\x89\x02\n\x0eMigrationState\x12\x1f\n\x1bMIGRATION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17MIGRATION_STATE_PENDING\x10\x01\x12\x1a\n\x16MIGRATION_STATE_ACTIVE\x10\x02\x12\x1e\n\x1aMIGRATION_STATE_CANCELLING\x10\x03\x12\x1d\n\x19MIGRATION_STATE_SUCCEEDED\x10\x04\x12\x1a\n\x16MIGRATION_STATE_FAILED\x10\x05\x12\x1d\n\x19MIGRATION_STATE_CANCELLED\x10\x06\x12#\n\x1fMIGRATION_STATE_OUTCOME_UNKNOWN\x10\x07\x32\xe9\x04\n\x10MigrationService\x12\x61\n\x0eStartMigration\x12&.drover.agent.v1.StartMigrationRequest\x1a\'.drover.agent.v1.StartMigrationResponse\x12[\n\x0cGetMigration\x12$.drover.agent.v1.GetMigrationRequest\x1a%.drover.agent.v1.GetMigrationResponse\x12\x61\n\x0eListMigrations\x12&.drover.agent.v1.ListMigrationsRequest\x1a\'.drover.agent.v1.ListMigrationsResponse\x12\x63\n\x0eWatchMigration\x12&.drover.agent.v1.WatchMigrationRequest\x1a\'.drover.agent.v1.WatchMigrationResponse0\x01\x12\x64\n\x0f\x43\x61ncelMigration\x12\'.drover.agent.v1.CancelMigrationRequest\x1a(.drover.agent.v1.CancelMigrationResponse\x12g\n\x10ResolveMigration\x12(.drover.agent.v1.ResolveMigrationRequest\x1a).drover.agent.v1.ResolveMigrationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,6 +60,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MIGRATION'].fields_by_name['waiting_for']._serialized_options = b'\210\231\031\200\010'
   _globals['_MIGRATION'].fields_by_name['warnings']._loaded_options = None
   _globals['_MIGRATION'].fields_by_name['warnings']._serialized_options = b'\210\231\031\200\010'
+  _globals['_MIGRATION'].fields_by_name['other_failures']._loaded_options = None
+  _globals['_MIGRATION'].fields_by_name['other_failures']._serialized_options = b'\220\231\031\004'
   _globals['_STARTMIGRATIONREQUEST'].fields_by_name['migration_id']._loaded_options = None
   _globals['_STARTMIGRATIONREQUEST'].fields_by_name['migration_id']._serialized_options = b'\210\231\031$\240\231\031\001'
   _globals['_STARTMIGRATIONREQUEST'].fields_by_name['spec']._loaded_options = None
@@ -82,40 +84,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESOLVEMIGRATIONREQUEST'].fields_by_name['migration_id']._serialized_options = b'\210\231\031$\240\231\031\001'
   _globals['_RESOLVEMIGRATIONREQUEST'].fields_by_name['word']._loaded_options = None
   _globals['_RESOLVEMIGRATIONREQUEST'].fields_by_name['word']._serialized_options = b'\240\231\031\001'
-  _globals['_IMPORTANCE']._serialized_start=2727
-  _globals['_IMPORTANCE']._serialized_end=2831
-  _globals['_WAITMODE']._serialized_start=2833
-  _globals['_WAITMODE']._serialized_end=2937
-  _globals['_MIGRATIONSTATE']._serialized_start=2940
-  _globals['_MIGRATIONSTATE']._serialized_end=3205
+  _globals['_IMPORTANCE']._serialized_start=2783
+  _globals['_IMPORTANCE']._serialized_end=2887
+  _globals['_WAITMODE']._serialized_start=2889
+  _globals['_WAITMODE']._serialized_end=2993
+  _globals['_MIGRATIONSTATE']._serialized_start=2996
+  _globals['_MIGRATIONSTATE']._serialized_end=3261
   _globals['_MIGRATIONSPEC']._serialized_start=212
   _globals['_MIGRATIONSPEC']._serialized_end=675
   _globals['_MIGRATION']._serialized_start=678
-  _globals['_MIGRATION']._serialized_end=1671
-  _globals['_STARTMIGRATIONREQUEST']._serialized_start=1674
-  _globals['_STARTMIGRATIONREQUEST']._serialized_end=1810
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=1812
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=1883
-  _globals['_GETMIGRATIONREQUEST']._serialized_start=1885
-  _globals['_GETMIGRATIONREQUEST']._serialized_end=1938
-  _globals['_GETMIGRATIONRESPONSE']._serialized_start=1940
-  _globals['_GETMIGRATIONRESPONSE']._serialized_end=2009
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=2011
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=2101
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=2103
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=2214
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=2216
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=2294
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=2296
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=2367
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=2369
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=2445
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=2447
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=2519
-  _globals['_RESOLVEMIGRATIONREQUEST']._serialized_start=2522
-  _globals['_RESOLVEMIGRATIONREQUEST']._serialized_end=2650
-  _globals['_RESOLVEMIGRATIONRESPONSE']._serialized_start=2652
-  _globals['_RESOLVEMIGRATIONRESPONSE']._serialized_end=2725
-  _globals['_MIGRATIONSERVICE']._serialized_start=3208
-  _globals['_MIGRATIONSERVICE']._serialized_end=3825
+  _globals['_MIGRATION']._serialized_end=1727
+  _globals['_STARTMIGRATIONREQUEST']._serialized_start=1730
+  _globals['_STARTMIGRATIONREQUEST']._serialized_end=1866
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=1868
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=1939
+  _globals['_GETMIGRATIONREQUEST']._serialized_start=1941
+  _globals['_GETMIGRATIONREQUEST']._serialized_end=1994
+  _globals['_GETMIGRATIONRESPONSE']._serialized_start=1996
+  _globals['_GETMIGRATIONRESPONSE']._serialized_end=2065
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=2067
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=2157
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=2159
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=2270
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=2272
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=2350
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=2352
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=2423
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=2425
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=2501
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=2503
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=2575
+  _globals['_RESOLVEMIGRATIONREQUEST']._serialized_start=2578
+  _globals['_RESOLVEMIGRATIONREQUEST']._serialized_end=2706
+  _globals['_RESOLVEMIGRATIONRESPONSE']._serialized_start=2708
+  _globals['_RESOLVEMIGRATIONRESPONSE']._serialized_end=2781
+  _globals['_MIGRATIONSERVICE']._serialized_start=3264
+  _globals['_MIGRATIONSERVICE']._serialized_end=3881
 # @@protoc_insertion_point(module_scope)

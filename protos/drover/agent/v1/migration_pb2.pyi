@@ -229,6 +229,7 @@ class Migration(message.Message):
     OPTIONS_FIELD_NUMBER: builtins.int
     SOURCE_GUEST_FIELD_NUMBER: builtins.int
     DESTINATION_GUEST_FIELD_NUMBER: builtins.int
+    OTHER_FAILURES_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chose."""
     state: MigrationState.ValueType
@@ -321,6 +322,12 @@ class Migration(message.Message):
     def destination_guest(self) -> handshake_pb2.GuestFact:
         """What the destination's hypervisor said last of the guest. As source_guest."""
 
+    @builtins.property
+    def other_failures(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.Failure]:
+        """What else was said of the failure, such as the echo of its cause at the other host, the nearest to the cause first. Set by the driver;
+        empty without a failure.
+        """
+
     def __init__(
         self,
         *,
@@ -353,10 +360,11 @@ class Migration(message.Message):
         options: options_pb2.Options | None = ...,
         source_guest: handshake_pb2.GuestFact | None = ...,
         destination_guest: handshake_pb2.GuestFact | None = ...,
+        other_failures: abc.Iterable[handshake_pb2.Failure] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,51 @@
+"""agent.hypervisor.libvirt.qemu_log: how a QEMU died, from libvirt's log of its guest."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libvirt")
+
+from agent.hypervisor.base import ECHO
+from agent.hypervisor.libvirt.qemu_log import death
+
+START = "2026-11-25 18:37:55.100+0000: starting up libvirt version: 9.0.0, qemu version: 7.2.22\nPATH=/usr/bin \\\n-S\n"
+OOM = "2026-11-25T18:37:56.1Z qemu-system-x86_64: cannot set up guest memory 'pc.ram': Cannot allocate memory\n"
+STREAM = "2026-11-25T18:37:57.1Z qemu-system-x86_64: load of migration failed: Input/output error\n"
+CRASHED = "2026-11-25 18:37:58.412+0000: shutting down, reason=crashed\n"
+DESTROYED = "2026-11-25 18:37:58.412+0000: shutting down, reason=destroyed\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "says"),
+    [
+        (START + CRASHED, "the QEMU of vm1 died, without a word in its log"),
+        (START + OOM + CRASHED, "the QEMU of vm1 died: cannot set up guest memory 'pc.ram': Cannot allocate memory"),
+        (START + OOM + DESTROYED, None),
+        (START + OOM, None),
+        (START + OOM + CRASHED + START, None),
+        (START + OOM + CRASHED + START + CRASHED, "the QEMU of vm1 died, without a word in its log"),
+        (
+            START + "x" * 40_000 + "\n" + OOM + CRASHED,
+            "the QEMU of vm1 died: cannot set up guest memory 'pc.ram': Cannot allocate memory",
+        ),
+        ("", None),
+    ],
+)
+def test_6_14_a_death_with_the_last_words(tmp_path: Path, log: str, says: str | None) -> None:
+    (tmp_path / "vm1.log").write_text(log)
+    found = death("vm1", tmp_path)
+    assert (str(found) if found else None) == says
+    assert found is None or ECHO not in found.native
+
+
+def test_6_14_a_stream_that_ended_is_an_echo_and_no_cause(tmp_path: Path) -> None:
+    (tmp_path / "vm1.log").write_text(START + STREAM + CRASHED)
+    found = death("vm1", tmp_path)
+    assert found is not None
+    assert found.native[ECHO] == "true"
+
+
+def test_6_14_a_log_that_cannot_be_read_tells_nothing(tmp_path: Path) -> None:
+    assert death("vm1", tmp_path) is None
+    assert death("\0", tmp_path) is None
