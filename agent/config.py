@@ -15,6 +15,7 @@ from agent.address import TcpAddress, parse_address
 from agent.config_errors import KeyProblem, explain
 from agent.fencing import FencingConfig
 from agent.log import LogLevel
+from agent.uri import address_problem
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -110,9 +111,17 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         check_path("state_dir", self.state_dir)
         for key, address in _addresses(self):
             check_address(key, address)
+        if self.hypervisor != "sim":
+            self._check_network_addresses()
         _check_unique("networks", [network.name for network in self.networks], "name")
         if self.name in self.peers:
             raise KeyProblem(f"peers.{self.name}", "is this host itself")
+
+    def _check_network_addresses(self) -> None:
+        for index, network in enumerate(self.networks):
+            if problem := address_problem(ipaddress.ip_address(network.address)):
+                key = f"networks[{index}].address"
+                raise KeyProblem(key, f"{network.address} {problem}; expected the one address of this host on the network")
 
     def advertised_address(self, listening: Sequence[str] = ()) -> str:
         """The address to give to others: `advertise`, else the first TCP address on which it listens, else the first.

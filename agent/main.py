@@ -17,6 +17,7 @@ from agent.handshake.engine import Engine
 from agent.handshake.phases import LocalHost
 from agent.host import AgentHost
 from agent.hypervisor.base import Hypervisor, HypervisorUnavailable
+from agent.interfaces import is_own
 from agent.journal import Journal
 from agent.log import logging_to_stderr
 from agent.migrations import Migrations
@@ -37,6 +38,7 @@ STOP_SECONDS: Final = 10.0
 def run(config_path: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`, JOURNAL_UNAVAILABLE."""
     config = load(config_path, AgentConfig)
+    check_networks(config)
     with logging_to_stderr(config.log_level):
         run_until_stopped(lambda stop: agent(config, stop))
 
@@ -62,6 +64,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             features=features_to_proto(info.features),
             lease_seconds=config.lease_seconds,
             takeover_after=config.takeover_after_seconds,
+            simulated=config.hypervisor == "sim",
         )
         engine = Engine(local, journal, Slots(config.incoming_limit), take_over, take_over.other_side)
         stack.push_async_callback(engine.close)
@@ -85,6 +88,19 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             stack.callback(registering.cancel)
         yield server
         await _stop(local, migrations, engine, server)
+
+
+def check_networks(config: AgentConfig) -> None:
+    """Each address of the configuration is this host's, by the word of its kernel: the memory of guests comes in there.
+
+    A simulated hypervisor may share the addresses of its machine with others. Raises `ConfigError`.
+    """
+    for index, network in enumerate(config.networks):
+        if config.hypervisor != "sim" and not is_own(ip_address(network.address)):
+            raise ConfigError(
+                f"networks[{index}].address: {network.address} is no address of this host now (see `ip address`); expected the one "
+                f'that it has on network "{network.name}"'
+            )
 
 
 def make_hypervisor(config: AgentConfig) -> Hypervisor:

@@ -3,12 +3,14 @@
 Everything that can be refused by looking is refused here, before any host has done anything.
 """
 
+from ipaddress import ip_address
 from typing import Protocol
 
 from agent.errors import DroverError, Reason, said_by_peer
 from agent.features import check_bandwidth, check_options, check_protocol, settled
 from agent.handshake.driver import Plan
 from agent.networks import MIGRATION_ROLE, common_network, listen_on
+from agent.uri import address_problem, same_address
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -122,6 +124,27 @@ def _choose_network(spec: pb.MigrationSpec, source: host_pb2.Host, destination: 
     if spec.uri:
         named = listen_on(destination.networks, destination.migration_features, named, spec.uri).network
     network = common_network(source.networks, destination.networks, named)
+    _check_address(network, source, destination)
     if MIGRATION_ROLE in network.roles:
         return network.name, []
     return network.name, [f"network {network.name} has no migration role; it carries the guest's memory because it was named"]
+
+
+def _check_address(network: host_pb2.Network, source: host_pb2.Host, destination: host_pb2.Host) -> None:
+    """The destination alone has the address at which it would take the guest. Simulated hosts share those of one machine."""
+    if destination.driver == "sim":
+        return
+    try:
+        address = ip_address(network.address)
+        problem = address_problem(address)
+        if any(same_address(other.address, address) for other in source.networks):
+            problem = f"is an address of the source {source.name}, too"
+    except ValueError:
+        problem = "is no IP address"
+    if problem:
+        raise DroverError(
+            Reason.NETWORK_NOT_FOUND,
+            f"on network {network.name}, {destination.name} has the address {network.address}, which {problem}. Nothing was done to "
+            f"the guest; name another network, or correct the configuration of the agent of {destination.name}",
+            metadata={"network": network.name, "host": destination.name},
+        )

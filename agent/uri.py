@@ -43,6 +43,20 @@ class MigrationUri:
         return f"{self.scheme}://{host}" + (f":{self.port}" if self.port else "")
 
 
+def address_problem(address: IPv4Address | IPv6Address) -> str:
+    """Why that address leads no other host to this one, whoever has it; empty where it may."""
+    meant = (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
+    if meant.is_unspecified:
+        return "is the wildcard"
+    if meant.is_loopback:
+        return "is loopback, which every host has"
+    if meant.is_multicast:
+        return "is multicast"
+    if meant.is_link_local and getattr(meant, "scope_id", None) is None:
+        return "is link-local without a scope"
+    return ""
+
+
 def same_address(one: str, other: IPv4Address | IPv6Address) -> bool:
     """Whether a text is that address, however it is spelled; False for what is none."""
     try:

@@ -170,6 +170,7 @@ class DestinationSide:
         except HypervisorError as error:
             raise invalid_field("domain_xml", str(error)) from None
         listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
+        self._host.check_listens_on(listen.address)
         return changes | {
             "domain_xml": request.domain_xml,
             "uri": listen.uri,

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +22,9 @@ from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import Failure, Role, Timing
 from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError
+from agent.interfaces import is_own
 from agent.ports import any_is_free
+from agent.uri import MigrationUri, address_problem
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 
@@ -44,6 +47,8 @@ class LocalHost:
     features: options_pb2.MigrationFeatures
     lease_seconds: float
     takeover_after: float
+    simulated: bool = False
+    """Its hypervisor is a simulated one, in this process: several such hosts share the addresses of one machine."""
     draining: bool = False
 
     def check_not_draining(self) -> None:
@@ -52,6 +57,28 @@ class LocalHost:
                 Reason.DRAINING,
                 f"the agent of {self.name} is stopping and takes no new migration. Nothing was done to the guest",
                 retry_after=5.0,
+            )
+
+    def check_listens_on(self, address: str) -> None:
+        """The memory of guests comes in at an address of this host, by the word of the kernel now. Raises NETWORK_NOT_FOUND."""
+        own = ip_address(address)
+        problem = address_problem(own) or ("" if is_own(own) else "is no address of this host now")
+        if problem and not self.simulated:
+            raise DroverError(
+                Reason.NETWORK_NOT_FOUND,
+                f"{address} {problem}, so {self.name} takes no guest there. Nothing was done to the guest; see `ip address` on "
+                f"{self.name}, and the networks of its agent's configuration",
+                metadata={"host": self.name, "address": address},
+            )
+
+    def check_sends_to(self, uri: MigrationUri) -> None:
+        """The memory of a guest leaves this host: at its own addresses, other guests arrive. Raises URI_NOT_ALLOWED."""
+        problem = address_problem(uri.host) or ("is an address of this host itself" if is_own(uri.host) else "")
+        if problem and not self.simulated:
+            raise DroverError(
+                Reason.URI_NOT_ALLOWED,
+                f"migration URI {uri} is refused: {uri.host} {problem}. Nothing was sent, and the guest runs on {self.name}",
+                metadata={"uri": str(uri)},
             )
 
 

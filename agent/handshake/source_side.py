@@ -150,6 +150,7 @@ class SourceSide:
         if attempt.record.state != _S.BEGUN:
             return {}
         uri = read_uri(request.uri, self._host.features.uri_transports)
+        self._host.check_sends_to(uri)
         check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
         return changes | {
             "uri": str(uri),

@@ -4,6 +4,7 @@ import pytest
 
 from agent.address import parse_address
 from agent.config import AgentConfig, ConfigError, load
+from agent.main import check_networks
 from coordinator.config import CoordinatorConfig
 
 FULL = """
@@ -141,3 +142,35 @@ def test_addresses_read_back_as_they_are_written(text: str) -> None:
 def test_what_is_no_address(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected|must|at most"):
         parse_address(text)
+
+
+NETWORK = """
+name = "a"
+hypervisor = "{hypervisor}"
+[[networks]]
+name = "mig0"
+address = "{address}"
+"""
+NOT_OF_ONE_HOST = ["127.0.0.1", "127.9.0.1", "::1", "::ffff:127.0.0.1", "224.0.0.1", "ff02::1", "fe80::1", "169.254.0.1"]
+
+
+@pytest.mark.parametrize("address", NOT_OF_ONE_HOST)
+def test_6_05_no_hypervisor_takes_guests_at_an_address_that_every_host_has(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match=r"networks\[0\]\.address: .* expected the one address of this host"):
+        load(write(tmp_path, NETWORK.format(hypervisor="libvirt", address=address)), AgentConfig)
+    load(write(tmp_path, NETWORK.format(hypervisor="sim", address=address)), AgentConfig)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::"])
+@pytest.mark.parametrize("hypervisor", ["libvirt", "sim"])
+def test_6_05_the_wildcard_is_no_address(tmp_path: Path, address: str, hypervisor: str) -> None:
+    with pytest.raises(ConfigError, match="wildcard"):
+        load(write(tmp_path, NETWORK.format(hypervisor=hypervisor, address=address)), AgentConfig)
+
+
+def test_6_05_an_agent_takes_guests_at_its_own_addresses_only(tmp_path: Path) -> None:
+    """By the word of the kernel, when the agent starts."""
+    foreign = NETWORK.format(hypervisor="libvirt", address="198.51.100.77")
+    with pytest.raises(ConfigError, match=r"198\.51\.100\.77 is no address of this host now"):
+        check_networks(load(write(tmp_path, foreign), AgentConfig))
+    check_networks(load(write(tmp_path, foreign.replace("libvirt", "sim")), AgentConfig))

@@ -209,3 +209,24 @@ def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
     assert again.requirements is None
     names = set(Plan.__dataclass_fields__) - {"requirements"}
     assert {name: getattr(again, name) for name in names} == {name: getattr(first, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1", "loopback"),
+        ("::1", "loopback"),
+        ("0.0.0.0", "wildcard"),
+        ("ff02::1", "multicast"),
+        ("fe80::1", "link-local without a scope"),
+        ("banana", "no IP address"),
+        ("10.92.0.1", "is an address of the source h1, too"),
+    ],
+)
+def test_6_05_a_destination_is_reached_at_an_address_that_it_alone_has(address: str, says: str) -> None:
+    networks = [host_pb2.Network(name="mig", address=address, roles=["migration"])]
+    with pytest.raises(DroverError, match=says) as error:
+        make_plan(SPEC, host(1), host(2, networks=networks), guest(), "a1", "a2")
+    assert error.value.reason is Reason.NETWORK_NOT_FOUND
+    if address != "banana":
+        make_plan(SPEC, host(1, driver="sim"), host(2, driver="sim", networks=networks), guest(), "a1", "a2")

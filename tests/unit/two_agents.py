@@ -118,7 +118,9 @@ class Agent:
 
     def _engine(self) -> Engine:
         networks = (host_pb2.Network(name="mig", address=ADDRESSES[self.name], roles=["migration"]),)
-        host = LocalHost(self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover)
+        host = LocalHost(
+            self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover, simulated=True
+        )
         return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side)
 
     async def restart(self, *, settling: bool = False) -> None:

@@ -1,0 +1,56 @@
+"""agent.interfaces: which addresses are this host's, by the word of the kernel."""
+
+import socket
+from ipaddress import ip_address
+
+import pytest
+
+from agent.errors import DroverError, Reason
+from agent.handshake.phases import LocalHost
+from agent.interfaces import is_own
+from agent.uri import MigrationUri
+from drover.agent.v1 import options_pb2
+from tests.unit.fake_hypervisor import FakeHypervisor
+
+FOREIGN = ["198.51.100.77", "2001:db8::77", "255.255.255.255", "224.0.0.1", "0.0.0.0", "::", "fe80::1%nosuch0"]
+
+
+def outward() -> str:
+    """An address of this machine beyond loopback; empty where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("198.51.100.77", 9))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
+def local(*, simulated: bool = False) -> LocalHost:
+    return LocalHost("h1", FakeHypervisor("h1"), (), options_pb2.MigrationFeatures(), 30, 10, simulated=simulated)
+
+
+def test_6_05_own_addresses() -> None:
+    assert is_own(ip_address("127.0.0.1"))
+    for text in FOREIGN:
+        assert not is_own(ip_address(text)), text
+    if own := outward():
+        assert is_own(ip_address(own))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "fe80::1", "198.51.100.77"])
+def test_6_05_no_copy_listens_where_others_cannot_reach_it(address: str) -> None:
+    with pytest.raises(DroverError) as error:
+        local().check_listens_on(address)
+    assert error.value.reason is Reason.NETWORK_NOT_FOUND
+    local(simulated=True).check_listens_on(address)
+
+
+def test_6_05_no_memory_is_sent_to_this_host_itself() -> None:
+    """Two guests that cross would be swapped, and both migrations would succeed."""
+    for text in filter(None, ["127.0.0.1", "127.9.0.1", "::1", "ff02::1", outward()]):
+        uri = MigrationUri("tcp", ip_address(text), 49152)
+        with pytest.raises(DroverError) as error:
+            local().check_sends_to(uri)
+        assert error.value.reason is Reason.URI_NOT_ALLOWED
+        local(simulated=True).check_sends_to(uri)
+    local().check_sends_to(MigrationUri("tcp", ip_address("198.51.100.77"), 49152))
