@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Final
 
+from agent.service.connections import raise_file_limit
+
 SWITCH_SECONDS: Final = 0.0005
 """For which a thread keeps the interpreter while another one waits for it. With Python's own 5 ms, each return from a thread
 that waited for libvirt or SQLite may take as long, and a handshake has dozens."""
@@ -16,6 +18,7 @@ that waited for libvirt or SQLite may take as long, and a handshake has dozens."
 def run_until_stopped(daemon: Callable[[asyncio.Event], AbstractAsyncContextManager[object]]) -> None:
     """Enter the daemon, and leave it on SIGTERM or SIGINT. It is handed the event that says so, for a start that takes long."""
     sys.setswitchinterval(SWITCH_SECONDS)
+    raise_file_limit()
     asyncio.run(_main(daemon))
 
 

@@ -49,6 +49,7 @@ _TRANSIENT: Final = frozenset(
         Reason.HYPERVISOR_UNAVAILABLE,
         Reason.JOURNAL_UNAVAILABLE,
         Reason.DRAINING,
+        Reason.OVERLOADED,
     }
 )
 """Errors after which the same call is made again."""

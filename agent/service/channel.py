@@ -36,12 +36,13 @@ _RETRY = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ]
 }
-"""A peer that is just being restarted is no error: every call is idempotent, so it is made again for about two seconds."""
+"""A peer that is just being restarted, or has too much to do, is no error: every call is idempotent, so it is made again for about
+two seconds. CANCELLED is what gRPC's core answers itself in both cases; a call that is cancelled on this side is not made again."""
 
 _CHANNEL_OPTIONS = (
     *KEEPALIVE_OPTIONS,

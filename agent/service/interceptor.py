@@ -1,16 +1,17 @@
 """The outermost interceptor: a request is checked before its handler sees it, and only our errors leave the process.
 
-It holds for the services of Drover (``/drover.``); health and reflection are left as they come. What it never logs: requests
+It holds for the services of Drover (``/drover.``); calls of health and reflection are only counted. What it never logs: requests
 and responses (cookies, XML), and what an unforeseen exception says after the first ``<`` or byte string.
 """
 
 from __future__ import annotations  # the stubs of grpc are generic, its classes are not
 
+import inspect
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -19,6 +20,7 @@ from google.protobuf.message import Message
 
 from agent.errors import DroverError, Reason
 from agent.service.bounds import check_request
+from agent.service.connections import Calls
 from agent.service.status import to_status, trailing_metadata
 
 _log = structlog.get_logger("drover.rpc")
@@ -35,6 +37,8 @@ _SECRET_MARKS = ("<", "b'", 'b"')
 if TYPE_CHECKING:
     _Context = grpc.aio.ServicerContext[Any, Any]
     _Handler = grpc.RpcMethodHandler[Any, Any]
+    _Unary = Callable[[Any, _Context], Awaitable[Any]]
+    _Stream = Callable[[Any, _Context], AsyncIterator[Any]]
 
 
 class _Malformed:
@@ -46,9 +50,10 @@ class _Malformed:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Put it first in the list of a server's interceptors."""
+    """Put it first in the list of a server's interceptors. `calls` are those of this server."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
         # A method's handler is the same at every call; there are as many as methods.
         self._wrapped: dict[str, _Handler] = {}
 
@@ -58,23 +63,32 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         method = handler_call_details.method
-        if not method.startswith(OUR_SERVICES):
-            return await continuation(handler_call_details)
         if method not in self._wrapped:
-            handler = await continuation(handler_call_details)
+            handler: Any = await continuation(handler_call_details)
             if handler is None:
                 return _unknown_method(method)  # not kept: a peer could fill the memory with names
-            self._wrapped[method] = _wrap(method, handler)
+            self._wrapped[method] = self._wrap(method, handler)
         return self._wrapped[method]
 
+    def _wrap(self, method: str, handler: Any) -> _Handler:
+        if not method.startswith(OUR_SERVICES):
+            return self._counted(handler)
+        coders = _tolerant(handler.request_deserializer), handler.response_serializer
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(_unary(self._calls, method, handler.unary_unary), *coders)
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(_stream(self._calls, method, handler.unary_stream), *coders)
+        raise NotImplementedError(f"{method}: the wire has no streams of requests")
 
-def _wrap(method: str, handler: Any) -> _Handler:
-    deserializer = _tolerant(handler.request_deserializer)
-    if handler.unary_unary is not None:
-        return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), deserializer, handler.response_serializer)
-    if handler.unary_stream is not None:
-        return grpc.unary_stream_rpc_method_handler(_stream(method, handler.unary_stream), deserializer, handler.response_serializer)
-    raise NotImplementedError(f"{method}: the wire has no streams of requests")
+    def _counted(self, handler: Any) -> _Handler:
+        """Health and reflection: as they are, but they count."""
+        for kind in ("unary_unary", "unary_stream", "stream_stream"):
+            behavior = getattr(handler, kind)
+            if behavior is not None:
+                counted = (_counted_stream if inspect.isasyncgenfunction(behavior) else _counted)(self._calls, behavior)
+                make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+                return cast("_Handler", make(counted, handler.request_deserializer, handler.response_serializer))
+        raise NotImplementedError("neither health nor reflection has such a call")
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -87,12 +101,13 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return deserializer
 
 
-def _unary(method: str, behavior: Callable[[Any, _Context], Awaitable[Any]]) -> Callable[[Any, _Context], Awaitable[Any]]:
+def _unary(calls: Calls, method: str, behavior: _Unary) -> _Unary:
     async def call(request: Any, context: _Context) -> Any:
         started = time.monotonic()
         try:
-            _check(method, request)
-            response = await behavior(request, context)
+            with calls.one(context.peer()):
+                _check(method, request)
+                response = await behavior(request, context)
         except Exception as error:
             await _fail(method, request, started, error, context)
         _log_call(method, request, started, "ok")
@@ -101,17 +116,42 @@ def _unary(method: str, behavior: Callable[[Any, _Context], Awaitable[Any]]) -> 
     return call
 
 
-def _stream(method: str, behavior: Callable[[Any, _Context], AsyncIterator[Any]]) -> Callable[[Any, _Context], AsyncIterator[Any]]:
+def _stream(calls: Calls, method: str, behavior: _Stream) -> _Stream:
     async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         started = time.monotonic()
         try:
-            _check(method, request)
-            # Closed at once when the caller leaves, not when the garbage collector finds it.
-            async with aclosing(_generator(behavior(request, context))) as responses:
-                async for response in responses:
-                    yield response
+            with calls.one(context.peer()):
+                _check(method, request)
+                # Closed at once when the caller leaves, not when the garbage collector finds it.
+                async with aclosing(_generator(behavior(request, context))) as responses:
+                    async for response in responses:
+                        yield response
         except Exception as error:
             await _fail(method, request, started, error, context)
+
+    return call
+
+
+def _counted(calls: Calls, behavior: _Unary) -> _Unary:
+    async def call(request: Any, context: _Context) -> Any:
+        try:
+            with calls.one(context.peer()):
+                return await behavior(request, context)
+        except DroverError as error:
+            await _abort(error, context)
+
+    return call
+
+
+def _counted_stream(calls: Calls, behavior: _Stream) -> _Stream:
+    async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
+        try:
+            with calls.one(context.peer()):
+                async with aclosing(_generator(behavior(request, context))) as responses:
+                    async for response in responses:
+                        yield response
+        except DroverError as error:
+            await _abort(error, context)
 
     return call
 
@@ -134,8 +174,12 @@ async def _fail(method: str, request: Any, started: float, error: Exception, con
         raise error  # the handler gave a status of its own
     ours = _as_drover_error(method, error)
     _log_call(method, request, started, ours.reason)
-    status = to_status(ours)
-    await context.abort(ours.code, status.message, trailing_metadata(status))
+    await _abort(ours, context)
+
+
+async def _abort(error: DroverError, context: _Context) -> NoReturn:
+    status = to_status(error)
+    await context.abort(error.code, status.message, trailing_metadata(status))
     raise AssertionError("abort() always raises")
 
 
@@ -178,7 +222,6 @@ def _migration_of(request: Any) -> str:
 def _unknown_method(method: str) -> _Handler:
     async def call(request: Any, context: _Context) -> Any:
         error = DroverError(Reason.UNIMPLEMENTED, f"{method[:200]} is not known here; ask the reflection service what is")
-        status = to_status(error)
-        await context.abort(error.code, status.message, trailing_metadata(status))
+        await _abort(error, context)
 
     return grpc.unary_unary_rpc_method_handler(call)

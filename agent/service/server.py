@@ -1,5 +1,6 @@
 """A gRPC server with all that every server of Drover has: error interceptor, reflection, health, bounds, clean sockets."""
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -12,6 +13,7 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyp
 
 from agent.address import TcpAddress, UnixAddress, parse_address
 from agent.service.channel import KEEPALIVE_OPTIONS
+from agent.service.connections import MAX_CALLS, Calls, Connections, most_connections
 from agent.service.interceptor import ErrorInterceptor
 from agent.service.reflection import add_reflection
 
@@ -25,6 +27,12 @@ _SERVER_OPTIONS = (
     # Clients ping every 10 s; the default would answer that with "too many pings" and close.
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.server_handshake_timeout_ms", 5000),
+    # So many calls wait within a connection; those of a migration are a handful.
+    ("grpc.max_concurrent_streams", 256),
+    # Beyond these, gRPC's core answers a bare CANCELLED; our own bound on calls is far below, and answers in words.
+    ("grpc.server.max_pending_requests", 16_384),
+    ("grpc.server.max_pending_requests_hard_limit", 32_768),
 )
 
 
@@ -33,11 +41,16 @@ class AddressError(Exception):
 
 
 class Server:
-    """A server that listens. Made by `start_server`."""
+    """A server that listens. Made by `start_server`.
 
-    def __init__(self, server: grpc.aio.Server, health: health_aio.HealthServicer, addresses: tuple[str, ...]) -> None:
-        self._server = server
+    The local socket and the network are served apart: calls from the network that pile up keep no local one waiting.
+    """
+
+    def __init__(self, servers: Sequence[grpc.aio.Server], health: health_aio.HealthServicer, addresses: tuple[str, ...]) -> None:
+        self._servers = servers
         self._health = health
+        ports = [address.port for address in map(parse_address, addresses) if isinstance(address, TcpAddress)]
+        self._bounding = asyncio.create_task(Connections(ports).keep_bounded(), name="bound connections") if ports else None
         self.addresses = addresses
         """The real addresses, in the order in which they were given: a port 0 is the system's choice here."""
 
@@ -46,44 +59,51 @@ class Server:
 
         Health says NOT_SERVING at once. Watches never end by themselves, so with open ones this takes all of `grace`.
         """
+        if self._bounding is not None:
+            self._bounding.cancel()
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace)
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
 
     async def wait(self) -> None:
         """Until it was stopped."""
-        await self._server.wait_for_termination()
+        await asyncio.gather(*(server.wait_for_termination() for server in self._servers))
 
 
 async def start_server(listen: Sequence[str], add: Callable[[grpc.aio.Server], None], service_names: Sequence[str]) -> Server:
     """Listen on every address of `listen` (``unix:/path`` or ``ip:port``, port 0 for any) and serve.
 
-    `add` adds the servicers; `service_names` are their full names, for reflection and health. A unix socket is for its
-    owner only (mode 0600) and its directory is made; what a dead process left there is removed.
+    `add` adds the servicers, twice where both kinds of addresses are given; `service_names` are their full names, for reflection
+    and health. A unix socket is for its owner only (mode 0600) and its directory is made; what a dead process left there is removed.
 
     Raises `AddressError`, `ValueError` for what is no address.
     """
     addresses = [parse_address(address) for address in listen]
     if not addresses:
         raise ValueError("a server needs an address to listen on")
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=_SERVER_OPTIONS)
-    health = await _add_health(server, service_names)
-    add(server)
-    add_reflection(server, (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name))
-    try:
-        bound = tuple(_bind(server, address) for address in addresses)
-        await server.start()
-    except BaseException:
-        await server.stop(None)
-        raise
-    return Server(server, health, bound)
-
-
-async def _add_health(server: grpc.aio.Server, service_names: Sequence[str]) -> health_aio.HealthServicer:
     health = health_aio.HealthServicer()
     for name in service_names:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    return health
+    servers = {kind: _make_server(kind) for kind in {type(address) for address in addresses}}
+    for server in servers.values():
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        add(server)
+        add_reflection(server, (*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name))
+    try:
+        bound = tuple(_bind(servers[type(address)], address) for address in addresses)
+        for server in servers.values():
+            await server.start()
+    except BaseException:
+        for server in servers.values():
+            await server.stop(None)
+        raise
+    return Server(tuple(servers.values()), health, bound)
+
+
+def _make_server(kind: type[UnixAddress | TcpAddress]) -> grpc.aio.Server:
+    if kind is UnixAddress:  # its peers are the host's own, and all of them one address
+        return grpc.aio.server(interceptors=[ErrorInterceptor(Calls(MAX_CALLS, MAX_CALLS))], options=_SERVER_OPTIONS)
+    options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections()))
+    return grpc.aio.server(interceptors=[ErrorInterceptor(Calls())], options=options)
 
 
 def _bind(server: grpc.aio.Server, address: UnixAddress | TcpAddress) -> str:
