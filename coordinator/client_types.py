@@ -291,7 +291,9 @@ class Domain:
     vcpus: int
     persistent: bool
     job: str
-    """A migration job that holds it: "none", "outgoing", "incoming"."""
+    """A migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
+    silent_for: float
+    """Seconds for which its process has not answered; 0 where it does."""
     proto: cluster_pb2.PlacedDomain = field(repr=False, compare=False)
 
     @classmethod
@@ -307,6 +309,7 @@ class Domain:
             vcpus=domain.vcpus,
             persistent=domain.persistent,
             job=domain.job or "none",
+            silent_for=domain.silence.ToNanoseconds() / 1e9,
             proto=message,
         )
 

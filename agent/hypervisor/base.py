@@ -169,6 +169,8 @@ class Job(StrEnum):
     NONE = "none"
     OUTGOING = "outgoing"
     INCOMING = "incoming"
+    UNKNOWN = "unknown"
+    """The guest's process does not answer, and nothing can be said without it."""
 
 
 PAUSED_BY_USER: Final = "user"
@@ -198,6 +200,8 @@ class Domain:
     """A copy that waits for (the rest of) an incoming stream; it never ran here."""
     postcopy: bool = False
     """The switch to post-copy happened: part of the memory is on the other host."""
+    silent_for: float = 0.0
+    """Seconds for which its process has owed the hypervisor an answer; 0 where it owes none."""
 
     @property
     def unstarted(self) -> bool:
@@ -394,7 +398,7 @@ class Hypervisor(Protocol):
     async def info(self) -> HypervisorInfo: ...
 
     async def list_domains(self) -> list[Domain]:
-        """Every domain, running or not, by name."""
+        """Every domain, running or not, by name. One whose process does not answer (`Domain.silent_for`) hides no other."""
         ...
 
     async def get_domain(self, uuid: str) -> Domain:

@@ -7,7 +7,7 @@ import grpc.aio
 
 from agent.errors import DroverError
 from agent.features import from_hypervisor
-from agent.handshake.records import cut
+from agent.handshake.records import cut, duration
 from agent.host import AgentHost
 from agent.hypervisor.base import Domain, DomainState, HypervisorError, Requirements
 from agent.paging import Paging
@@ -81,6 +81,7 @@ def domain_to_proto(domain: Domain) -> pb.Domain:
         vcpus=domain.vcpus,
         persistent=domain.persistent,
         job=domain.job.value,
+        silence=duration(domain.silent_for) if domain.silent_for else None,
     )
 
 

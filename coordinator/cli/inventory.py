@@ -5,8 +5,8 @@ import click
 from coordinator.cli.session import Session, run
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
 from coordinator.cli.text import printable
-from coordinator.cli.units import age, rate, size
-from coordinator.client import Host, HostState
+from coordinator.cli.units import age, rate, seconds, size
+from coordinator.client import Domain, Host, HostState
 
 
 @click.group()
@@ -80,6 +80,11 @@ def _print_host(host: Host) -> None:
     print_table(("NETWORK", "ADDRESS", "ROLES", "LINE"), rows)
 
 
+def _domain_state(domain: Domain) -> str:
+    silent = f" (no answer for {seconds(domain.silent_for)})" if domain.silent_for else ""
+    return f"{domain.state.value}{silent}"
+
+
 @click.group()
 def domain() -> None:
     """List guests."""
@@ -97,7 +102,7 @@ def list_domains(host: str, output: str) -> None:
             domains = [to_json(domain.proto) for domain in found]
             print_json({"domains": domains, "unreachable_hosts": list(found.unreachable_hosts)})
             return
-        rows = [(d.name, d.host, d.state.value, size(d.memory_bytes), str(d.vcpus), d.job, d.uuid) for d in found]
+        rows = [(d.name, d.host, _domain_state(d), size(d.memory_bytes), str(d.vcpus), d.job, d.uuid) for d in found]
         print_table(("NAME", "HOST", "STATE", "MEMORY", "CPUS", "MIGRATION", "UUID"), rows)
         if not rows:
             click.echo("no guests", err=True)

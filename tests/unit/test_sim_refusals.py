@@ -1,9 +1,11 @@
 """The simulated hypervisor keeps guests from leaving, and from arriving, as libvirt does."""
 
+import asyncio
+
 import msgspec
 import pytest
 
-from agent.hypervisor.base import DomainBusy, HypervisorError, Incompatible, Options
+from agent.hypervisor.base import DomainBusy, HypervisorError, HypervisorUnavailable, Incompatible, Job, Options
 from agent.hypervisor.sim import SimHypervisor
 from tests.unit.test_sim_migration import UUID, Move, facts, host, web
 
@@ -64,3 +66,15 @@ async def test_6_30_what_a_host_forbids_fails_in_prepare_where_nobody_asked() ->
             await refused.prepare()
         await refused.out.close()
         await Move(a, b, Options(post_copy=False)).whole()
+
+
+async def test_6_9_a_guest_that_does_not_answer_hides_no_other() -> None:
+    silent, other = web(), msgspec.structs.replace(web(), name="other", uuid=None)
+    async with host("a", silent, other, call_timeout=0.05) as a:
+        a.silence("web")
+        await asyncio.sleep(0)
+        found = {domain.name: domain for domain in await a.list_domains()}
+        assert (found["web"].job, found["other"].job) == (Job.UNKNOWN, Job.NONE)
+        assert found["web"].silent_for > 0
+        with pytest.raises(HypervisorUnavailable):
+            await a.get_domain(UUID)

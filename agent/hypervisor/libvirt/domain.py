@@ -84,26 +84,43 @@ def read_one(connection: Any, uuid: str) -> Domain:
 
 
 def read_all(connection: Any) -> list[Domain]:
-    """What is true of every domain now, by name. A domain that goes meanwhile is left out."""
+    """What is true of every domain now, by name. A domain that goes meanwhile is left out; one that is silent is not waited for."""
     return sorted(_readable(connection.listAllDomains()), key=lambda domain: domain.name)
 
 
 def _readable(found: Iterable[Any]) -> Iterator[Domain]:
     for domain in found:
         try:
-            yield read(domain)
+            yield read(domain, _silent_for(domain))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
 
 
-def read(domain: Any) -> Domain:
-    """What is true of a domain of libvirt's now."""
+SILENT_SECONDS = 0.5
+"""A QEMU that owes libvirt an answer for longer is silent; a healthy one needs milliseconds."""
+
+
+def _silent_for(domain: Any) -> float:
+    """Seconds for which QEMU has owed libvirt an answer, once that is long: then libvirt would wait with every question that needs
+    the domain's job lock, as that about its job does. Asking this needs no lock.
+    """
+    if not domain.isActive():
+        return 0.0
+    state, _, milliseconds = domain.controlInfo()
+    silent = milliseconds / 1000 if state in (libvirt.VIR_DOMAIN_CONTROL_OCCUPIED, libvirt.VIR_DOMAIN_CONTROL_JOB) else 0.0
+    return silent if silent >= SILENT_SECONDS else 0.0
+
+
+def read(domain: Any, silent_for: float = 0.0) -> Domain:
+    """What is true of a domain of libvirt's now; of one that is silent, without a question that waits for it."""
     # Five short questions, 0.7 ms: domainListGetStats takes twice that, and asks QEMU, which may hang.
     _, maximum_kib, _, vcpus, _ = domain.info()
     code, reason_code = domain.state()
     state, reason = state_of(code), reason_words(code, reason_code)
-    job = read_job(domain) if state in (DomainState.RUNNING, DomainState.PAUSED) else Job.NONE
+    job = Job.NONE
+    if state in (DomainState.RUNNING, DomainState.PAUSED):
+        job = Job.UNKNOWN if silent_for else read_job(domain)
     return Domain(
         name=domain.name(),
         uuid=domain.UUIDString(),
@@ -115,6 +132,7 @@ def read(domain: Any) -> Domain:
         job=job,
         incoming=job is Job.INCOMING and state is DomainState.PAUSED and reason == MIGRATION,
         postcopy=reason.startswith("post-copy"),
+        silent_for=silent_for,
     )
 
 

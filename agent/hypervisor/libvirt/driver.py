@@ -32,6 +32,9 @@ from agent.hypervisor.libvirt.watch import Watch
 
 log = structlog.get_logger()
 
+LIST_SECONDS = 1.0
+"""A list of guests that takes longer waits for one that does not answer."""
+
 CPU_CACHE = 64
 """CPU comparisons kept: guests of a fleet share a handful of CPU models."""
 
@@ -83,7 +86,11 @@ class LibvirtHypervisor:
         )
 
     async def list_domains(self) -> list[Domain]:
-        return await self._pool.call(domains.read_all)
+        try:
+            async with asyncio.timeout(LIST_SECONDS):
+                return await self._pool.call(domains.read_all)
+        except TimeoutError:  # one became silent while it was asked: the next time libvirt says so first
+            return await self._pool.call(domains.read_all)
 
     async def get_domain(self, uuid: str) -> Domain:
         return await self._pool.call(lambda connection: domains.read_one(connection, uuid))

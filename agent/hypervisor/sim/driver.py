@@ -1,5 +1,6 @@
 """`SimHypervisor`: the face of the simulated hypervisor, and the faults that tests put into it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from agent.hypervisor.base import (
@@ -8,11 +9,12 @@ from agent.hypervisor.base import (
     DomainState,
     HypervisorError,
     HypervisorInfo,
+    HypervisorUnavailable,
     Options,
     Requirements,
 )
 from agent.hypervisor.sim.config import SimConfig
-from agent.hypervisor.sim.guest import Definition
+from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.incoming import SimIncoming
 from agent.hypervisor.sim.outgoing import SimOutgoing
@@ -55,19 +57,27 @@ class SimHypervisor:
 
     async def get_domain(self, uuid: str) -> Domain:
         await self._host.gate("get_domain")
-        return self._host.guest(uuid).facts()
+        return (await self._answering(self._host.guest(uuid))).facts()
 
     async def get_named(self, name: str) -> Domain:
         await self._host.gate("get_domain")
-        return self._host.named(name).facts()
+        return (await self._answering(self._host.named(name))).facts()
 
     async def describe(self, reference: str) -> tuple[Domain, Requirements]:
         await self._host.gate("describe")
-        guest = self._host.find(reference)
+        guest = await self._answering(self._host.find(reference))
         return guest.facts(), guest.requirements()
+
+    async def _answering(self, guest: Guest) -> Guest:
+        """The guest, if its process answers: as libvirt, whatever is asked about one guest waits for that."""
+        if guest.silent_since is not None:
+            await asyncio.sleep(self._host.config.call_timeout)
+            raise HypervisorUnavailable(f"guest {guest.name} did not answer within {self._host.config.call_timeout} s")
+        return guest
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
         await self._host.gate("check_leaving")
+        await self._answering(self._host.guest(uuid))
         SimOutgoing(self._host, uuid).check(options)
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
@@ -125,6 +135,10 @@ class SimHypervisor:
     def freeze(self) -> None:
         """Answer nothing until `thaw`; guests and transfers go on."""
         self._host.thawed.clear()
+
+    def silence(self, reference: str) -> None:
+        """That guest's process answers nothing any more."""
+        self._host.find(reference).silent_since = self._host.now()
 
     def thaw(self) -> None:
         self._host.thawed.set()

@@ -108,6 +108,8 @@ class Guest:
         self.job = Job.NONE
         self.incoming = False
         self.postcopy = False
+        self.silent_since: float | None = None
+        """Since when its process answers nothing."""
         self.owed = 0
         """Bytes of a post-copy that the other end has not got yet, when the stream broke."""
         self._now = now
@@ -157,9 +159,10 @@ class Guest:
             memory_bytes=it.memory_bytes,
             vcpus=it.vcpus,
             persistent=self.stored is not None,
-            job=self.job,
+            job=self.job if self.silent_since is None else Job.UNKNOWN,
             incoming=self.incoming,
             postcopy=self.postcopy,
+            silent_for=0.0 if self.silent_since is None else self._now() - self.silent_since,
         )
 
     def requirements(self) -> Requirements:

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as abc
 from drover.agent.v1 import options_pb2 as options_pb2
 from google.protobuf import descriptor as descriptor
+from google.protobuf import duration_pb2 as duration_pb2
 from google.protobuf import message as message
 from google.protobuf.internal import containers as containers
 from google.protobuf.internal import enum_type_wrapper as enum_type_wrapper
@@ -179,6 +180,7 @@ class Domain(message.Message):
     VCPUS_FIELD_NUMBER: builtins.int
     PERSISTENT_FIELD_NUMBER: builtins.int
     JOB_FIELD_NUMBER: builtins.int
+    SILENCE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name on this host."""
     uuid: builtins.str
@@ -194,7 +196,11 @@ class Domain(message.Message):
     persistent: builtins.bool
     """The definition is stored."""
     job: builtins.str
-    """A migration job holds the guest: "none", "outgoing", "incoming"."""
+    """A migration job holds the guest: "none", "outgoing", "incoming"; "unknown" where its process does not answer."""
+    @builtins.property
+    def silence(self) -> duration_pb2.Duration:
+        """For how long its process has owed the hypervisor an answer. Unset: it owes none. Set by the agent when it lists guests."""
+
     def __init__(
         self,
         *,
@@ -206,10 +212,11 @@ class Domain(message.Message):
         vcpus: builtins.int = ...,
         persistent: builtins.bool = ...,
         job: builtins.str = ...,
+        silence: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["silence", b"silence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "persistent", b"persistent", "reason", b"reason", "state", b"state", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "persistent", b"persistent", "reason", b"reason", "silence", b"silence", "state", b"state", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,13 @@
+"""How hosts and guests read in tables."""
+
+from coordinator.cli.inventory import _domain_state
+from coordinator.client import Domain
+from drover.agent.v1 import host_pb2
+from drover.coordinator.v1 import host_pb2 as cluster_pb2
+
+
+def test_6_9_a_guest_that_does_not_answer_says_so() -> None:
+    said = host_pb2.Domain(name="web1", state=host_pb2.DOMAIN_STATE_RUNNING, job="unknown")
+    assert _domain_state(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "running"
+    said.silence.FromSeconds(12)
+    assert _domain_state(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "running (no answer for 12 s)"
