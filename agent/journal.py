@@ -7,6 +7,9 @@ only when nobody's decision can depend on it any more:
 - A record that another host may still have to read stays, however old it is (`must_stay`).
 - Of all others, which answer late questions only, the last `KEEP` of each table stay.
 
+Each row carries checksums (`agent.intact.seal`): `head` of what says which record it is and whether it still decides something,
+`sum` of its content. A damaged row of the last kind is emptied when the journal is opened; any other refuses the start.
+
 Rows are ordered by a number that rises with every write, over restarts. No order comes from a clock, which may go back, or from
 what happens to be in memory.
 """
@@ -16,15 +19,26 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
+import msgspec
+import structlog
+
+from agent.errors import DroverError
 from agent.handshake.destination import DestinationState
 from agent.handshake.records import AttemptRecord, Role, decode, encode
 from agent.handshake.source import SourceState
+from agent.intact import Damage, as_bytes, seal
 from agent.sqlite import Database, Migration
+from agent.sqlite_errors import unusable
+
+log = structlog.get_logger(__name__)
 
 KEEP: Final = 1000
 """Rows of each table that are kept although nobody's decision depends on them."""
 
 _ACTIVE, _ENDED, _MUST_STAY = range(3)
+
+_LEAP: Final = 1 << 32
+"""More than the rows that a journal ever loses."""
 
 _SCHEMA: Final[tuple[Migration, ...]] = (
     """
@@ -38,7 +52,7 @@ _SCHEMA: Final[tuple[Migration, ...]] = (
     ) WITHOUT ROWID;
     CREATE INDEX migrations_kind ON migrations (kind, number);
     """,
-    lambda connection: _add_arrivals(connection),
+    lambda connection: _add_arrivals_and_checksums(connection),
 )
 
 _TRIM = """
@@ -46,6 +60,22 @@ _TRIM = """
         SELECT number FROM {table} WHERE kind = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2
     )
 """
+_PUT_ATTEMPT = """
+    INSERT OR REPLACE INTO attempts (migration_id, attempt, kind, number, body, head, sum)
+    VALUES (?1, ?2, ?3, ?4, ?5, seal(?1, ?2, ?3, ?4), seal(?1, ?2, ?5))
+"""
+_PUT_MIGRATION = """
+    INSERT OR REPLACE INTO migrations (migration_id, kind, number, body, head, sum)
+    VALUES (?1, ?2, ?3, ?4, seal(?1, ?2, ?3), seal(?1, ?4))
+"""
+_PUT_ARRIVAL = "INSERT OR REPLACE INTO arrivals VALUES (?1, ?2, ?3, seal(?1, ?2, ?3))"
+
+_Row = tuple[str, int, int, bytes, int]
+_ROWS = "SELECT migration_id, attempt, number, body, sum FROM attempts"
+
+_LOST = "nothing else is; ask the other host of that migration, and both hosts' hypervisors"
+_NEWER = "install the version of Drover again that wrote it"
+
 _NEWEST = "SELECT max(number) FROM (SELECT number FROM attempts UNION ALL SELECT number FROM migrations)"
 
 
@@ -54,14 +84,15 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._db = Database(path, _SCHEMA)
+        self._db = Database(path, _SCHEMA, check=_damages)
         self._numbers = itertools.count(1)
         """Of rows and epochs, rising over restarts."""
 
     async def open(self) -> None:
         await self._db.open()
         newest = await self._db.read(lambda connection: connection.execute(_NEWEST).fetchone()[0])
-        self._numbers = itertools.count((newest or 0) + 1)
+        lost = _LEAP if self._db.lost else 0  # what was lost may have had greater ones
+        self._numbers = itertools.count((newest or 0) + 1 + lost)
 
     async def close(self) -> None:
         await self._db.close()
@@ -77,45 +108,62 @@ class Journal:
 
         def write(connection: sqlite3.Connection) -> None:
             _put_arrival(connection, record)
-            connection.execute("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?, ?, ?)", (*record.key, kind, number, body))
+            connection.execute(_PUT_ATTEMPT, (*record.key, kind, number, body))
             if kind == _ENDED:
                 connection.execute(_TRIM.format(table="attempts"), (_ENDED, KEEP))
 
         await self._db.transaction(write)
 
     async def get_attempt(self, migration_id: str, attempt: int = 0) -> AttemptRecord | None:
-        """The record; attempt 0 means the newest."""
+        """The record; attempt 0 means the newest. Raises JOURNAL_UNAVAILABLE for one that damage has taken, too."""
 
-        def read(connection: sqlite3.Connection) -> bytes | None:
-            row = connection.execute(
-                "SELECT body FROM attempts WHERE migration_id = ? AND (? = 0 OR attempt = ?) ORDER BY attempt DESC LIMIT 1",
+        def read(connection: sqlite3.Connection) -> _Row | None:
+            found: _Row | None = connection.execute(
+                f"{_ROWS} WHERE migration_id = ? AND (? = 0 OR attempt = ?) ORDER BY attempt DESC LIMIT 1",
                 (migration_id, attempt, attempt),
             ).fetchone()
-            return row[0] if row else None
+            return found
 
-        body = await self._db.read(read)
-        return decode(body) if body is not None else None
+        row = await self._db.read(read)
+        return self._record(row) if row is not None else None
 
-    async def attempts(self, *, active_only: bool = False, limit: int | None = KEEP) -> list[AttemptRecord]:
-        """The newest first, at most `limit` of them (None: all)."""
+    def _record(self, row: _Row) -> AttemptRecord:
+        migration_id, attempt, _, body, total = row
+        which = f"the record of attempt {attempt} of migration {migration_id}"
+        if not body or seal(migration_id, attempt, body) != total:
+            raise unusable(self.path, "DAMAGED_ROW", f"{which} was damaged on the disk, and is lost", "no", _LOST)
+        try:
+            return decode(body)
+        except msgspec.MsgspecError as error:
+            raise unusable(self.path, "UNREADABLE", f"{which} cannot be read: {error}", "no", _NEWER) from error
 
-        def read(connection: sqlite3.Connection) -> list[bytes]:
-            rows = connection.execute(
-                "SELECT body FROM attempts WHERE kind <= ? ORDER BY number DESC LIMIT ?",
-                (_ACTIVE if active_only else _MUST_STAY, -1 if limit is None else limit),
-            )
-            return [row[0] for row in rows]
+    def _records(self, rows: list[_Row]) -> list[tuple[int, AttemptRecord]]:
+        """With their numbers, without those that cannot be read: one of them must not hide the others."""
+        records = []
+        for row in rows:
+            try:
+                records.append((row[2], self._record(row)))
+            except DroverError as error:
+                log.error("journal.unreadable", error=error.message)
+        return records
 
-        return [decode(body) for body in await self._db.read(read)]
+    async def _read(self, rest: str, *parameters: int | None) -> list[_Row]:
+        return await self._db.read(lambda connection: connection.execute(f"{_ROWS} {rest}", parameters).fetchall())
+
+    async def active(self) -> list[AttemptRecord]:
+        """Every record that has not ended, the newest first. Raises for one that cannot be read."""
+        return [self._record(row) for row in await self._read("WHERE kind = ? ORDER BY number DESC", _ACTIVE)]
 
     async def unsettled(self) -> list[AttemptRecord]:
         """Every commit of this host whose source is not known to have ended, the oldest first."""
+        records = self._records(await self._read("WHERE kind = ? ORDER BY number", _MUST_STAY))
+        return [record for _, record in records if record.role is Role.DESTINATION]
 
-        def read(connection: sqlite3.Connection) -> list[bytes]:
-            return [row[0] for row in connection.execute("SELECT body FROM attempts WHERE kind = ? ORDER BY number", (_MUST_STAY,))]
-
-        records = [decode(body) for body in await self._db.read(read)]
-        return [record for record in records if record.role is Role.DESTINATION]
+    async def page_of_attempts(self, *, active_only: bool, before: int | None, limit: int) -> list[tuple[int, AttemptRecord]]:
+        """At most `limit` records with the numbers of their rows, the newest first, all written before the row `before`."""
+        last = _ACTIVE if active_only else _MUST_STAY
+        rest = "WHERE kind <= ? AND (?2 IS NULL OR number < ?2) ORDER BY number DESC LIMIT ?"
+        return self._records(await self._read(rest, last, before, limit))
 
     async def brought(self, record: AttemptRecord) -> bool:
         """Whether the guest, where it is here, is here by this attempt: no later one brought it again or took it away."""
@@ -126,23 +174,12 @@ class Journal:
 
         return await self._db.read(read)
 
-    async def page_of_attempts(self, *, active_only: bool, before: int | None, limit: int) -> list[tuple[int, AttemptRecord]]:
-        """At most `limit` records with the numbers of their rows, the newest first, all written before the row `before`."""
-
-        def read(connection: sqlite3.Connection) -> list[tuple[int, bytes]]:
-            return connection.execute(
-                "SELECT number, body FROM attempts WHERE kind <= ? AND (?2 IS NULL OR number < ?2) ORDER BY number DESC LIMIT ?",
-                (_ACTIVE if active_only else _MUST_STAY, before, limit),
-            ).fetchall()
-
-        return [(number, decode(body)) for number, body in await self._db.read(read)]
-
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
         """Keeps a migration that this agent drives (`agent.migrations.MigrationLog`)."""
         kind, number = _ENDED if ended else _ACTIVE, next(self._numbers)
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO migrations VALUES (?, ?, ?, ?)", (migration_id, kind, number, body))
+            connection.execute(_PUT_MIGRATION, (migration_id, kind, number, body))
             if ended:
                 connection.execute(_TRIM.format(table="migrations"), (_ENDED, KEEP))
 
@@ -152,7 +189,8 @@ class Journal:
         """Every migration that is kept, the oldest first."""
 
         def read(connection: sqlite3.Connection) -> list[bytes]:
-            return [row[0] for row in connection.execute("SELECT body FROM migrations ORDER BY number")]
+            rows = connection.execute("SELECT body FROM migrations WHERE length(body) > 0 ORDER BY number")
+            return [row[0] for row in rows]
 
         return await self._db.read(read)
 
@@ -189,18 +227,70 @@ def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:
     elif _may_run(record):
         known = connection.execute("SELECT kind FROM attempts WHERE migration_id = ? AND attempt = ?", record.key).fetchone()
         if known is None or known[0] == _ACTIVE:  # else it is only written again, and the guest may have left since
-            connection.execute("INSERT OR REPLACE INTO arrivals VALUES (?, ?, ?)", (record.domain_uuid, *record.key))
+            connection.execute(
+                "INSERT OR REPLACE INTO arrivals VALUES (?1, ?2, ?3, seal(?1, ?2, ?3))", (record.domain_uuid, *record.key)
+            )
     elif record.final:
         connection.execute("DELETE FROM arrivals WHERE migration_id = ? AND attempt = ?", record.key)
 
 
-def _add_arrivals(connection: sqlite3.Connection) -> None:
+def _add_arrivals_and_checksums(connection: sqlite3.Connection) -> None:
     connection.execute(
-        "CREATE TABLE arrivals (domain_uuid TEXT PRIMARY KEY, migration_id TEXT NOT NULL, attempt INTEGER NOT NULL) WITHOUT ROWID"
+        """
+        CREATE TABLE arrivals (
+            domain_uuid TEXT PRIMARY KEY, migration_id TEXT NOT NULL, attempt INTEGER NOT NULL, sum INTEGER NOT NULL
+        ) WITHOUT ROWID
+        """
     )
-    for (body,) in connection.execute("SELECT body FROM attempts ORDER BY number").fetchall():
-        record = decode(body)
-        # As if it had been active just before.
-        connection.execute("UPDATE attempts SET kind = ? WHERE migration_id = ? AND attempt = ?", (_ACTIVE, *record.key))
+    for table in ("attempts", "migrations"):
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN head INTEGER NOT NULL DEFAULT 0")
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN sum INTEGER NOT NULL DEFAULT 0")
+    for number, body in connection.execute("SELECT number, body FROM attempts ORDER BY number").fetchall():
+        try:
+            record = decode(body)
+        except msgspec.MsgspecError as error:
+            raise sqlite3.DatabaseError(f"a record of an earlier Drover cannot be read: {error}") from error
+        connection.execute(_PUT_ATTEMPT, (*record.key, _ACTIVE, number, body))  # as if it had been active just before
         _put_arrival(connection, record)
-        connection.execute("UPDATE attempts SET kind = ? WHERE migration_id = ? AND attempt = ?", (_kind_of(record), *record.key))
+        connection.execute(_PUT_ATTEMPT, (*record.key, _kind_of(record), number, body))
+    for row in connection.execute("SELECT migration_id, kind, number, body FROM migrations").fetchall():
+        connection.execute(_PUT_MIGRATION, row)
+
+
+# ---- damage
+
+_EMPTY: Final = {
+    "attempts": "kind = 1, body = x'', head = seal(migration_id, attempt, 1, number), sum = seal(migration_id, attempt, x'')",
+    "migrations": "kind = 1, body = x'', head = seal(migration_id, 1, number), sum = seal(migration_id, x'')",
+}
+"""Leaves only the fact that there was such a record."""
+
+
+def _damages(connection: sqlite3.Connection) -> list[Damage]:
+    """Every row whose checksums do not hold."""
+    damages = []
+    for key, attempt, kind, number, body, head, total in connection.execute(
+        "SELECT migration_id, attempt, kind, number, body, head, sum FROM attempts"
+    ):
+        which = f"the record of attempt {attempt} of migration {key}"
+        sound = seal(key, attempt, kind, number) == head
+        if not sound or seal(key, attempt, body) != total:
+            damages.append(_damage("attempts", which, (key, attempt), ended=sound and kind == _ENDED, sound=sound))
+    for key, kind, number, body, head, total in connection.execute(
+        "SELECT migration_id, kind, number, body, head, sum FROM migrations"
+    ):
+        sound = seal(key, kind, number) == head
+        if not sound or seal(key, body) != total:
+            which = f"migration {key}, which this agent drives,"
+            damages.append(_damage("migrations", which, (key,), ended=sound and kind == _ENDED, sound=sound))
+    for *columns, total in connection.execute("SELECT domain_uuid, migration_id, attempt, sum FROM arrivals"):
+        if seal(*columns) != total:
+            remove = "DELETE FROM arrivals WHERE CAST(domain_uuid AS BLOB) = ?"
+            damages.append(Damage(f"the arrival of guest {columns[0]}", True, remove, (as_bytes(columns[0]),)))
+    return damages
+
+
+def _damage(table: str, which: str, key: tuple[str, int] | tuple[str], *, ended: bool, sound: bool) -> Damage:
+    where = "WHERE CAST(migration_id AS BLOB) = ?" + (" AND attempt IS ?" if len(key) > 1 else "")
+    mend = f"UPDATE {table} SET {_EMPTY[table]} {where}" if sound else f"DELETE FROM {table} {where}"
+    return Damage(which, matters=not ended, mend=mend, parameters=(as_bytes(key[0]), *key[1:]))

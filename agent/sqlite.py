@@ -9,6 +9,9 @@ happens to the coroutine that waits (a deadline, a cancellation, the end of its 
 Durability: WAL with `synchronous=FULL`, that is one fdatasync for each transaction that wrote; when `transaction` returns,
 the data survives a loss of power. A read costs no sync. About 0.3 ms each on a disk that syncs in 0.13 ms.
 
+Wholeness: what was acknowledged and is not there any more is noticed when the file is opened (`agent.intact`), and the file is then
+refused, unless a file ``PATH.accept-loss`` says that an operator wants to go on with what is left.
+
 Errors: `JOURNAL_UNAVAILABLE` for everything that SQLite, the disk or the deadline does, with metadata `path`, `cause`
 (SQLite's name, such as ``SQLITE_FULL``) and `written`: ``no`` (certainly not, and never will be) or ``unknown`` (the
 commit had begun: the data may be there after a restart; repeat the write, so writes must be idempotent). What `fn` raises
@@ -21,7 +24,8 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +33,9 @@ from typing import Final, Self, TypeVar
 
 import structlog
 
-from agent.errors import DroverError, Reason
+from agent.errors import DroverError
+from agent.intact import Damage, Loss, Mark, add_functions, as_text, commits, count_commit, look, make_commits
+from agent.sqlite_errors import cause_of, unusable
 
 T = TypeVar("T")
 
@@ -51,20 +57,8 @@ TIDY_COMMITS: Final = 512
 TIDY_PAGES: Final = 1000
 """… at most so many at once (a few milliseconds)."""
 
-_ADVICE: Mapping[str, str] = {
-    "SQLITE_FULL": "free space on its file system; nothing needs a restart",
-    "SQLITE_READONLY": "make its file system and the file writable; nothing needs a restart after that",
-    "SQLITE_CANTOPEN": "see that its directory exists and that this user may write in it",
-    "SQLITE_PERM": "see that this user may read and write it",
-    "SQLITE_AUTH": "see that this user may read and write it",
-    "SQLITE_BUSY": "another program holds it locked; end that program",
-    "SQLITE_LOCKED": "another program holds it locked; end that program",
-    "SQLITE_IOERR": "look at the kernel's log for errors of the disk",
-    "SQLITE_CORRUPT": "stop this daemon, then restore the file with its -wal from a backup, or move both away (what they "
-    "recorded is lost then)",
-    "SQLITE_NOTADB": "stop this daemon, then restore the file from a backup, or move it away (what it recorded is lost)",
-}
-"""What a person can do, by SQLite's primary error code."""
+MARK_SECONDS: Final = 1.0
+"""The mark is synced so long after it was synced last, at the next commit."""
 
 
 class Database:
@@ -73,17 +67,29 @@ class Database:
     `schema` is a tuple of migrations. `PRAGMA user_version` counts those that have run; never change one that was
     released, append another. Each runs in a transaction of its own.
 
-    `timeout` in seconds bounds each transaction, opening and closing.
+    `check` finds the damaged rows of its tables. `timeout` in seconds bounds each transaction, opening and closing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], schema: Sequence[Migration], *, timeout: float = TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        schema: Sequence[Migration],
+        *,
+        check: Callable[[sqlite3.Connection], Sequence[Damage]] = lambda _: (),
+        timeout: float = TIMEOUT_SECONDS,
+    ) -> None:
         self.path = Path(path)
+        self.lost = False
+        """It was opened although something that mattered is missing: an operator accepted that."""
+        self._accept_loss = Path(f"{self.path}.accept-loss")
+        self._mark = Mark(Path(f"{self.path}.mark"))
+        self._mark_synced = 0.0
         self._schema = tuple(schema)
+        self._check_rows = check
         self._timeout = timeout
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"sqlite-{self.path.name}")
         self._lock_fd = -1
         self._open: sqlite3.Connection | None = None  # touched in the executor's thread only
-        self._commits = 0
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -145,7 +151,7 @@ class Database:
     async def _hop(self, job: Callable[[], T], once: threading.Lock, deadline: float) -> T:
         """Run `job` in the thread. `once` is taken by the commit or by the deadline, whichever comes first."""
         if self._closed:
-            raise DroverError(Reason.JOURNAL_UNAVAILABLE, f"{self.path} is closed", metadata=self._metadata("CLOSED", "no"))
+            raise self._error("CLOSED", "it is closed", "no")
         future = asyncio.wrap_future(self._executor.submit(job))
         try:
             # Unlike wait_for, wait leaves the future alone when the waiter is cancelled: the transaction goes on.
@@ -157,12 +163,7 @@ class Database:
             return future.result()
         future.add_done_callback(self._log_unseen)
         written = "no" if once.acquire(blocking=False) else "unknown"
-        raise DroverError(
-            Reason.JOURNAL_UNAVAILABLE,
-            f"{self.path} did not answer within {deadline:g} s (written: {written}): the disk is slow or hangs; "
-            "look at its load and at the kernel's log",
-            metadata=self._metadata("DEADLINE", written),
-        )
+        raise self._error("DEADLINE", f"it did not answer within {deadline:g} s (written: {written})", written)
 
     def _log_unseen(self, future: "asyncio.Future[T]") -> None:
         """The one who asked is gone, so a failure is told to the log."""
@@ -181,12 +182,42 @@ class Database:
     def _do_open(self) -> None:
         with self._translated("no"):
             self._take_lock()
+            faults, loss = look(self.path, self._mark)
+            if faults:
+                raise self._error("SQLITE_CORRUPT", "; ".join(faults), "no")
+            if loss is not None:
+                self._lose(loss)
             # SQLite makes the file with the umask's rights; a journal is nobody else's business.
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._open = sqlite3.connect(self.path, timeout=self._timeout / 2, isolation_level=None)
             self._configure(self._open)
-            self._check(self._open)
             self._migrate(self._open)
+            self._mend_rows(self._open)
+            self._mark.open(commits(self._open) or 0)
+            self._accept_loss.unlink(missing_ok=True)
+
+    def _mend_rows(self, connection: sqlite3.Connection) -> None:
+        """Tell of damaged rows and forget them; refuse where something may still be decided by one."""
+        connection.text_factory = as_text
+        damages = self._check_rows(connection)
+        connection.text_factory = str
+        mattering = [damage for damage in damages if damage.matters]
+        if mattering:
+            more = f" (and {len(mattering) - 1} more rows)" if len(mattering) > 1 else ""
+            self._lose(Loss("DAMAGED_ROW", f"{mattering[0].row}{more} is damaged, and something may still be decided by it"))
+        for damage in damages:
+            log.error("sqlite.damaged_row", path=str(self.path), row=damage.row, matters=damage.matters)
+        connection.execute("BEGIN IMMEDIATE")
+        for damage in damages:
+            connection.execute(damage.mend, damage.parameters)
+        connection.execute("COMMIT")
+
+    def _lose(self, loss: Loss) -> None:
+        """Something that mattered is missing: refuse, unless an operator has accepted that."""
+        if not self._accept_loss.exists():
+            raise self._error(loss.cause, loss.what, "no")
+        self.lost = True
+        log.error("sqlite.loss_accepted", path=str(self.path), cause=loss.cause, what=loss.what)
 
     def _take_lock(self) -> None:
         """Two daemons on one journal would each trust what they remember; a file of its own, because closing any other
@@ -199,6 +230,7 @@ class Database:
 
     @staticmethod
     def _configure(connection: sqlite3.Connection) -> None:
+        add_functions(connection)
         connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before WAL: it only works before the first page is written
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
@@ -206,11 +238,6 @@ class Database:
         connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         # A larger WAL (one huge transaction) is cut back to this at the next checkpoint.
         connection.execute(f"PRAGMA journal_size_limit={CHECKPOINT_PAGES * 4096}")
-
-    def _check(self, connection: sqlite3.Connection) -> None:
-        faults = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
-        if faults != ["ok"]:
-            raise self._error("SQLITE_CORRUPT", "; ".join(faults), "no")
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
         done = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -221,6 +248,7 @@ class Database:
                 "no",
                 "install that version again, or restore the file from a backup",
             )
+        make_commits(connection)
         for version, migration in enumerate(self._schema[done:], start=done + 1):
             # One transaction, so that the tables and the number that says they exist cannot disagree.
             try:
@@ -242,8 +270,11 @@ class Database:
             connection = self._connection
             self._roll_back(connection)  # nothing, unless the rollback after an error failed too
             connection.execute("BEGIN IMMEDIATE")
+            count, changes = None, connection.total_changes
             try:
                 result = fn(connection)
+                if connection.total_changes != changes:
+                    count = count_commit(connection)
                 if not commit_or_deadline.acquire(blocking=False):
                     raise self._error("DEADLINE", "the deadline passed before the commit", "no")
                 # A failed commit may have put its frames on the disk, where a restart would find them.
@@ -252,7 +283,8 @@ class Database:
             except BaseException:
                 self._roll_back(connection)
                 raise
-        self._count_commit()
+        if count is not None:
+            self._count_commit(count)
         return result
 
     def _do_read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
@@ -272,12 +304,23 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
 
-    def _count_commit(self) -> None:
-        self._commits += 1
-        if self._commits % TIDY_COMMITS == 0 and not self._closed:
-            # As a job of its own, so that no caller waits for it.
+    def _count_commit(self, count: int) -> None:
+        try:
+            self._mark.write(count)
+        except OSError as error:  # the data is safe; the mark says too little
+            log.warning("sqlite.mark_not_written", path=str(self._mark.path), error=str(error))
+        chores = [self._do_tidy] if count % TIDY_COMMITS == 0 else []
+        if time.monotonic() - self._mark_synced > MARK_SECONDS:
+            self._mark_synced = time.monotonic()
+            chores.append(self._do_sync_mark)
+        for chore in chores:
+            # A job of its own, so that no caller waits for it.
             with contextlib.suppress(RuntimeError):  # closed in this very moment
-                self._executor.submit(self._do_tidy)
+                self._executor.submit(chore)
+
+    def _do_sync_mark(self) -> None:
+        with contextlib.suppress(OSError):
+            self._mark.sync()
 
     def _do_tidy(self) -> None:
         with contextlib.suppress(sqlite3.Error):  # a chore: whoever writes next is told of a broken disk
@@ -295,6 +338,8 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 self._open.close()
             self._open = None
+            self._do_sync_mark()
+        self._mark.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -306,31 +351,7 @@ class Database:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise self._error(_cause(error), str(error), written) from error
+            raise self._error(cause_of(error), str(error), written) from error
 
     def _error(self, cause: str, what: str, written: str, advice: str = "") -> DroverError:
-        primary = "_".join(cause.split("_")[:2])  # SQLITE_IOERR_WRITE is a kind of SQLITE_IOERR
-        advice = advice or _ADVICE.get(primary, "look at the file and at its disk")
-        return DroverError(
-            Reason.JOURNAL_UNAVAILABLE,
-            f"{self.path} cannot be used: {what} ({cause}); {advice}",
-            metadata=self._metadata(cause, written),
-        )
-
-    def _metadata(self, cause: str, written: str) -> dict[str, str]:
-        return {"path": str(self.path), "cause": cause, "written": written}
-
-
-def _cause(error: sqlite3.Error | OSError) -> str:
-    """SQLite's name of the error; an error of the system counts as the one that SQLite would have made of it."""
-    if isinstance(error, OSError):
-        return _SYSTEM.get(type(error), "SQLITE_IOERR")
-    return getattr(error, "sqlite_errorname", None) or type(error).__name__
-
-
-_SYSTEM: Mapping[type[OSError], str] = {
-    FileNotFoundError: "SQLITE_CANTOPEN",
-    NotADirectoryError: "SQLITE_CANTOPEN",
-    IsADirectoryError: "SQLITE_CANTOPEN",
-    PermissionError: "SQLITE_PERM",
-}
+        return unusable(self.path, cause, what, written, advice)

@@ -17,7 +17,7 @@ from coordinator import host_service
 from coordinator.config import CoordinatorConfig, load
 from coordinator.directory import ClusterDirectory
 from coordinator.hosts import HostRegistry
-from coordinator.migration_log import StoredMigrations
+from coordinator.migration_log import ENDED, StoredMigrations
 from coordinator.store import SqliteStore
 from drover.agent.v1 import migration_pb2_grpc
 from drover.coordinator.v1 import host_pb2_grpc
@@ -39,7 +39,7 @@ def run(config_path: str) -> None:
 async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
     """A running coordinator."""
     async with contextlib.AsyncExitStack() as stack:
-        store = await SqliteStore.open(make_state_dir(config.state_dir) / "store.sqlite")
+        store = await SqliteStore.open(make_state_dir(config.state_dir) / "store.sqlite", expendable=[ENDED])
         stack.push_async_callback(store.close)
         registry = HostRegistry(store, config.heartbeat_seconds)
         await registry.open()

@@ -3,10 +3,12 @@
 from typing import Final
 
 from agent.migrations import FINAL, KEEP
-from coordinator.store import Delete, KeyValue, Operation, Put, Store
+from coordinator.store import Delete, KeyValue, Put, Store
 from drover.agent.v1 import migration_pb2 as pb
 
-_PREFIX: Final = "/migrations/"
+_OPEN: Final = "/migrations/"
+ENDED: Final = "/ended-migrations/"
+"""Nothing is decided by what is kept under it."""
 
 
 class StoredMigrations:
@@ -14,28 +16,32 @@ class StoredMigrations:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._ended: list[str] = []
+        self._ended: dict[str, None] = {}
         """Keys of migrations that have ended, the oldest first."""
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
-        operations: list[Operation] = [Put(_PREFIX + migration_id, body)]
-        if ended:
-            self._ended.append(_PREFIX + migration_id)
-            surplus = self._ended[: max(0, len(self._ended) - KEEP)]
-            operations += [Delete(key) for key in surplus]
-            del self._ended[: len(surplus)]
-        await self._store.txn([], operations)
+        if not ended:
+            await self._store.txn([], [Put(_OPEN + migration_id, body)])
+            return
+        before, key = _OPEN + migration_id, ENDED + migration_id
+        for each in (before, key):
+            self._ended.pop(each, None)
+        self._ended[key] = None
+        surplus = list(self._ended)[: max(0, len(self._ended) - KEEP)]
+        for each in surplus:
+            del self._ended[each]
+        await self._store.txn([], [Put(key, body), Delete(before), *(Delete(each) for each in surplus)])
 
     async def load(self) -> list[bytes]:
-        items = sorted(await self._all(), key=lambda item: item.mod_revision)
-        self._ended = [item.key for item in items if pb.Migration.FromString(item.value).state in FINAL]
+        items = sorted([*await self._all(_OPEN), *await self._all(ENDED)], key=lambda item: item.mod_revision)
+        self._ended = dict.fromkeys(item.key for item in items if pb.Migration.FromString(item.value).state in FINAL)
         return [item.value for item in items]
 
-    async def _all(self) -> list[KeyValue]:
+    async def _all(self, prefix: str) -> list[KeyValue]:
         items: list[KeyValue] = []
         after = ""
         while True:
-            page = await self._store.list(_PREFIX, after=after)
+            page = await self._store.list(prefix, after=after)
             items += page.items
             if not page.more:
                 return items

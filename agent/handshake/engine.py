@@ -67,7 +67,7 @@ class Engine:
 
     async def recover(self) -> None:
         """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
-        for record in await self._journal.attempts(active_only=True, limit=None):
+        for record in await self._journal.active():
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
             if record.role is Role.SOURCE:

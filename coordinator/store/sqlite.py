@@ -3,9 +3,10 @@
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Self, TypeVar
 
+from agent.intact import Damage, as_bytes, seal
 from agent.sqlite import Database
 from coordinator.store.base import KeyValue
 from coordinator.store.embedded import EmbeddedStore
@@ -25,7 +26,21 @@ _SCHEMA: Final = (
     CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO counter VALUES ('revision', {FIRST_REVISION});
     """,
+    # Checksums: `head` of what says which row it is, `sum` of its content. SQLite's own counter of lease ids has none.
+    """
+    ALTER TABLE kv ADD COLUMN head INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE kv ADD COLUMN sum INTEGER NOT NULL DEFAULT 0;
+    UPDATE kv SET head = seal(key, create_revision, mod_revision, lease_id), sum = seal(key, value);
+    ALTER TABLE lease ADD COLUMN sum INTEGER NOT NULL DEFAULT 0;
+    UPDATE lease SET sum = seal(id, ttl);
+    INSERT INTO counter VALUES ('lease', (SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'lease'));
+    ALTER TABLE counter ADD COLUMN sum INTEGER NOT NULL DEFAULT 0;
+    UPDATE counter SET sum = seal(name, value);
+    """,
 )
+
+_RAISE_COUNTER: Final = "UPDATE counter SET value = ?1, sum = seal(name, ?1) WHERE CAST(name AS BLOB) = ?2"
+"""No number must be given twice."""
 
 _COLUMNS: Final = "key, value, create_revision, mod_revision, lease_id"
 
@@ -37,10 +52,16 @@ class SqliteRows:
         self._connection = connection
 
     def revision(self) -> int:
-        return int(self._connection.execute("SELECT value FROM counter WHERE name = 'revision'").fetchone()[0])
+        return self._counter("revision")
 
     def set_revision(self, revision: int) -> None:
-        self._connection.execute("UPDATE counter SET value = ? WHERE name = 'revision'", (revision,))
+        self._set_counter("revision", revision)
+
+    def _counter(self, name: str) -> int:
+        return int(self._connection.execute("SELECT value FROM counter WHERE name = ?", (name,)).fetchone()[0])
+
+    def _set_counter(self, name: str, value: int) -> None:
+        self._connection.execute("UPDATE counter SET value = ?2, sum = seal(?1, ?2) WHERE name = ?1", (name, value))
 
     def get(self, key: str) -> KeyValue | None:
         row = self._connection.execute(f"SELECT {_COLUMNS} FROM kv WHERE key = ?", (key.encode(),)).fetchone()
@@ -56,8 +77,7 @@ class SqliteRows:
 
     def put(self, row: KeyValue) -> None:
         self._connection.execute(
-            f"INSERT INTO kv ({_COLUMNS}) VALUES (?, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value, "
-            "create_revision = excluded.create_revision, mod_revision = excluded.mod_revision, lease_id = excluded.lease_id",
+            f"INSERT OR REPLACE INTO kv ({_COLUMNS}, head, sum) VALUES (?1, ?2, ?3, ?4, ?5, seal(?1, ?3, ?4, ?5), seal(?1, ?2))",
             (row.key.encode(), row.value, row.create_revision, row.mod_revision, row.lease_id),
         )
 
@@ -65,7 +85,10 @@ class SqliteRows:
         self._connection.execute("DELETE FROM kv WHERE key = ?", (key.encode(),))
 
     def add_lease(self, ttl: int) -> int:
-        return int(self._connection.execute("INSERT INTO lease (ttl) VALUES (?)", (ttl,)).lastrowid or 0)
+        lease_id = self._counter("lease") + 1
+        self._set_counter("lease", lease_id)
+        self._connection.execute("INSERT INTO lease (id, ttl, sum) VALUES (?1, ?2, seal(?1, ?2))", (lease_id, ttl))
+        return lease_id
 
     def has_lease(self, lease_id: int) -> bool:
         return self._connection.execute("SELECT 1 FROM lease WHERE id = ?", (lease_id,)).fetchone() is not None
@@ -84,16 +107,20 @@ class SqliteRows:
 
 class SqliteStore(EmbeddedStore):
     """A `Store` in the file `path`. Data, revision and leases survive a restart; the history of the watches does not, so a
-    watch from before it is told to list again."""
+    watch from before it is told to list again. `expendable`: prefixes of keys by which nothing is decided any more; one of
+    them whose value is damaged is told of and removed when the store is opened, where any other refuses the start."""
 
-    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float]) -> None:
+    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float], expendable: Sequence[str]) -> None:
         super().__init__(clock)
-        self._database = Database(path, _SCHEMA)
+        prefixes = tuple(prefix.encode() for prefix in expendable)
+        self._database = Database(path, _SCHEMA, check=lambda connection: _damages(connection, prefixes))
 
     @classmethod
-    async def open(cls, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.monotonic) -> Self:
+    async def open(
+        cls, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.monotonic, expendable: Sequence[str] = ()
+    ) -> Self:
         """The store of that file, made if there is none. Close it when done, or use it with ``async with``."""
-        store = cls(path, clock)
+        store = cls(path, clock, expendable)
         await store._database.open()
         try:
             await store._start()
@@ -115,3 +142,21 @@ class SqliteStore(EmbeddedStore):
 
 def _key_value(row: tuple[bytes, bytes, int, int, int]) -> KeyValue:
     return KeyValue(row[0].decode(), *row[1:])
+
+
+def _damages(connection: sqlite3.Connection, expendable: tuple[bytes, ...]) -> list[Damage]:
+    """Every row whose checksums do not hold."""
+    damages = []
+    for key, value, *numbers, head, total in connection.execute(f"SELECT {_COLUMNS}, head, sum FROM kv"):
+        sound = seal(key, *numbers) == head
+        if not sound or seal(key, value) != total:
+            which = f"the key {as_bytes(key).decode(errors='replace')}"
+            matters = not sound or not key.startswith(expendable)
+            damages.append(Damage(which, matters, "DELETE FROM kv WHERE key IS ?", (key,)))
+    for lease_id, ttl, total in connection.execute("SELECT id, ttl, sum FROM lease"):
+        if seal(lease_id, ttl) != total:
+            damages.append(Damage(f"lease {lease_id}", True, "DELETE FROM lease WHERE id IS ?", (lease_id,)))
+    for name, value, total in connection.execute("SELECT name, value, sum FROM counter"):
+        if seal(name, value) != total:
+            damages.append(Damage(f"the counter {name}", True, _RAISE_COUNTER, (1 << 48, as_bytes(name))))
+    return damages

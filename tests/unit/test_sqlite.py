@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -50,6 +51,18 @@ def mode(path: Path) -> int:
 
 def wal_of(path: Path) -> Path:
     return path.with_name(path.name + "-wal")
+
+
+def mark_of(path: Path) -> Path:
+    return path.with_name(path.name + ".mark")
+
+
+def flip(path: Path, count: int, random: Random) -> None:
+    """Flip so many bits at random places."""
+    data = bytearray(path.read_bytes())
+    for _ in range(count):
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+    path.write_bytes(data)
 
 
 def cut_end(path: Path, count: int) -> None:
@@ -195,27 +208,105 @@ async def test_failed_migration_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(DroverError):
         await Database(path, (*SCHEMA, "CREATE TABLE other (id); SELECT nonsense")).open()
     async with Database(path, SCHEMA) as db:
-        assert await db.read(lambda c: [row[0] for row in c.execute("SELECT name FROM sqlite_master")]) == ["item"]
+        assert await db.read(lambda c: [row[0] for row in c.execute("SELECT name FROM sqlite_master WHERE name = 'other'")]) == []
 
 
 def crashed_copy(db: Database, target: Path) -> Path:
     """The files as a power cut would leave them, without the memory map beside them."""
     shutil.copy(db.path, target)
     shutil.copy(f"{db.path}-wal", f"{target}-wal")
+    shutil.copy(mark_of(db.path), mark_of(target))
     return target
 
 
 @pytest.mark.parametrize("cut", [1, 4096, 4100])
 async def test_wal_cut_short_loses_only_the_last_transaction(db: Database, tmp_path: Path, cut: int) -> None:
+    """Its commit had not returned when the crash came, so the mark does not count it."""
     await db.transaction(put(1))
+    before = mark_of(db.path).read_bytes()
     await db.transaction(put(2))
     copy = crashed_copy(db, tmp_path / "copy.db")
+    mark_of(copy).write_bytes(before)
     cut_end(wal_of(copy), cut)
     async with Database(copy, SCHEMA) as recovered:
         assert await recovered.read(keys) == [1]
         await recovered.transaction(put(3))
     async with Database(copy, SCHEMA) as again:
         assert await again.read(keys) == [1, 3]
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """The bytes of a database and of what belongs to it."""
+    kept = [path, wal_of(path), mark_of(path)]
+    return {each.name: each.read_bytes() for each in kept if size(each) > 0}
+
+
+@pytest.mark.parametrize("damage", ["cut", "bits", "no wal", "empty", "gone", "older copy", "mark"])
+async def test_6_27_a_journal_that_lost_what_it_promised_is_refused_until_that_is_accepted(
+    db: Database, tmp_path: Path, damage: str
+) -> None:
+    older = crashed_copy(db, tmp_path / "older.db")
+    for key in range(10):
+        await db.transaction(put(key, bytes(3000)))
+    copy = crashed_copy(db, tmp_path / "copy.db")
+    match damage:
+        case "cut":
+            cut_end(wal_of(copy), 1)
+        case "bits":
+            flip(wal_of(copy), 20, Random(1))
+        case "no wal":
+            wal_of(copy).unlink()
+        case "empty":
+            copy.write_bytes(b"")
+        case "gone":
+            copy.unlink()
+            wal_of(copy).unlink()
+        case "older copy":
+            shutil.copy(older, copy)
+            shutil.copy(wal_of(older), wal_of(copy))
+        case "mark":
+            mark_of(copy).write_bytes(b"?" * 30)
+    before = files(copy)
+    for _ in range(2):  # for ever, not only once
+        with pytest.raises(DroverError) as caught:
+            await Database(copy, SCHEMA).open()
+        unavailable(caught.value, "DAMAGED_MARK" if damage == "mark" else "LOST_WRITES", "no")
+        assert "\n" not in caught.value.message
+        assert files(copy) == before
+    accept = caught.value.message.rpartition("touch ")[2]
+    Path(accept).touch()
+    async with Database(copy, SCHEMA) as accepted:
+        assert accepted.lost
+        assert set(await accepted.read(keys)) <= set(range(10))
+        await accepted.transaction(put(20))
+    assert not Path(accept).exists()
+    async with Database(copy, SCHEMA) as again:
+        assert not again.lost
+        assert 20 in await again.read(keys)
+
+
+async def test_6_27_what_was_committed_and_not_acknowledged_is_no_loss(db: Database, tmp_path: Path) -> None:
+    """The mark was not written, or a loss of power took it back."""
+    before = mark_of(db.path).read_bytes()
+    await db.transaction(put(1))
+    copy = crashed_copy(db, tmp_path / "copy.db")
+    mark_of(copy).write_bytes(before)
+    async with Database(copy, SCHEMA) as recovered:
+        assert await recovered.read(keys) == [1]
+    mark_of(copy).unlink()
+    with pytest.raises(DroverError, match="DAMAGED_MARK"):
+        await Database(copy, SCHEMA).open()
+
+
+async def test_6_27_a_loss_that_was_accepted_for_nothing_accepts_no_later_one(tmp_path: Path) -> None:
+    path = tmp_path / "j.db"
+    (tmp_path / "j.db.accept-loss").touch()
+    async with Database(path, SCHEMA) as db:
+        assert not db.lost
+        await db.transaction(put(1))
+    path.unlink()
+    with pytest.raises(DroverError, match="LOST_WRITES"):
+        await Database(path, SCHEMA).open()
 
 
 async def test_crash_keeps_everything_committed(db: Database, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import itertools
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableSequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -28,6 +29,7 @@ from agent.handshake.engine import Engine
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import AttemptRecord, decode, state_from_proto
+from agent.intact import add_functions
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
@@ -44,6 +46,7 @@ class MemoryDatabase:
 
     def __init__(self) -> None:
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
+        add_functions(self._connection)
         for migration in agent.journal._SCHEMA:
             self._connection.executescript(migration) if isinstance(migration, str) else migration(self._connection)
 
@@ -62,6 +65,7 @@ class FakeJournal(Journal):
 
     def __init__(self, calls: list[str] | None = None) -> None:
         self._db = MemoryDatabase()  # type: ignore[assignment]
+        self.path = Path("/journal.sqlite")
         self._numbers = itertools.count(1)
         self.calls = calls if calls is not None else []
         self.fails: list[Exception | None] = []
