@@ -175,7 +175,7 @@ class Journal:
         return await self._db.read(read)
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
-        """Keeps a migration that this agent drives (`agent.migrations.MigrationLog`)."""
+        """Keeps a migration that this agent drives (`agent.migration.MigrationLog`)."""
         kind, number = _ENDED if ended else _ACTIVE, next(self._numbers)
 
         def write(connection: sqlite3.Connection) -> None:

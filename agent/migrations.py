@@ -4,24 +4,23 @@ Who serves it differs only in how names become hosts (a `Directory`) and in wher
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 
 from agent.bell import Bell
+from agent.ends import Directory, Side
 from agent.errors import DroverError, Reason
-from agent.fencing import FencingConfig, fence
+from agent.fencing import Fences, FencingConfig
 from agent.handshake.driver import Driver, Plan
 from agent.handshake.guest_fact import fact_of_description
-from agent.handshake.peer import HandshakePeer
-from agent.handshake.records import Failure
+from agent.migration import FINAL, Entry, MigrationLog
 from agent.planning import make_plan, resume_plan
 from agent.progress import describe, impossible
-from drover.agent.v1 import handshake_pb2, host_pb2
+from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -31,67 +30,6 @@ KEEP: Final = 1000
 
 TELL_SECONDS: Final = 0.01
 """After which readers are told what a driver has learned; what it learned meanwhile is told with it."""
-
-FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED})
-
-
-@dataclass(frozen=True)
-class Side:
-    """One end of a migration: its host, how to speak to it, and how others do."""
-
-    host: host_pb2.Host
-    handshake: HandshakePeer
-    agent_address: str
-
-
-@dataclass(frozen=True)
-class Ends:
-    """Both ends, and the guest as the source describes it."""
-
-    source: Side
-    destination: Side
-    guest: host_pb2.GetDomainResponse
-
-
-class Directory(Protocol):
-    """Turns the names of a spec into hosts."""
-
-    async def find(self, spec: pb.MigrationSpec) -> Ends:
-        """Raises DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, HOST_NOT_FOUND, HOST_UNREACHABLE."""
-        ...
-
-    async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
-        """Source and destination of a migration that was started before; they need not answer now."""
-        ...
-
-
-class MigrationLog(Protocol):
-    """Keeps migrations over a restart."""
-
-    async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None: ...
-
-    async def load(self) -> list[bytes]: ...
-
-
-class _Entry:
-    """One migration, its driver while it runs, and who waits for a change."""
-
-    def __init__(self, migration: pb.Migration) -> None:
-        self.migration = migration
-        self.driver: Driver | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.fencing: asyncio.Task[None] | None = None
-        self.gave_up = False
-        """Nothing is done any more, though it has not ended: its records contradict each other."""
-        self.cancelled: Failure | None = None
-        """Somebody asked for the end; every driver of this migration is told."""
-        self.telling: asyncio.TimerHandle | None = None
-        """Runs when its driver has learned something that readers were not told yet."""
-        self.changed = Bell()
-
-    @property
-    def final(self) -> bool:
-        return self.migration.state in FINAL
 
 
 @dataclass(frozen=True)
@@ -105,10 +43,10 @@ class Migrations:
 
     def __init__(self, name: str, directory: Directory, kept: MigrationLog, fencing: FencingConfig | None = None) -> None:
         self._name = name
-        self._fencing = fencing
+        self._fences = Fences(fencing) if fencing is not None else None
         self._directory = directory
         self._kept = kept
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._starting: dict[str, _Starting] = {}
         self._revision = 0
         self._ended = Bell()
@@ -121,7 +59,7 @@ class Migrations:
         for body in await self._kept.load():
             migration = pb.Migration.FromString(body)
             self._revision = max(self._revision, migration.revision)
-            entry = self._entries[migration.migration_id] = _Entry(migration)
+            entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
             if not entry.final:
                 entry.task = asyncio.create_task(self._resume(entry), name=f"resume {migration.migration_id[:8]}")
 
@@ -134,10 +72,12 @@ class Migrations:
         for entry in self._entries.values():
             if entry.telling is not None:
                 entry.telling.cancel()
-        tasks = [task for entry in self._entries.values() for task in (entry.task, entry.fencing) if task is not None]
+        tasks = [task for entry in self._entries.values() for task in (entry.task, entry.fencing, entry.saving) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._fences is not None:
+            await self._fences.close()
 
     async def idle(self, timeout: float) -> bool:
         """Wait until every migration has ended; False when one still runs after `timeout` seconds."""
@@ -152,7 +92,7 @@ class Migrations:
     # ---- calls
 
     async def start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
-        """See `MigrationService.StartMigration`. Goes on when its caller goes away."""
+        """See `MigrationService.StartMigration`. Goes on when its caller goes away; the answer is given once the log has it."""
         if known := self._entries.get(migration_id):
             if known.migration.spec != spec:
                 raise _exists(migration_id)
@@ -195,14 +135,17 @@ class Migrations:
             driver=self._name,
         )
         migration.create_time.FromNanoseconds(int(began * 1e9))
-        entry = _Entry(migration)
+        entry = Entry(migration, self._kept)
         entry.driver = self._driver(entry, ends.source, ends.destination, plan)
         await entry.driver.reserve()
+        # Durable before it is acknowledged. Where it cannot be written, the guest was not touched and the slot ends with its lease;
+        # the same request again takes up the same slot.
+        await entry.save()
         self._trim()
         self._entries[migration_id] = entry
         self._tell(entry)
         accepted = entry.migration
-        entry.task = asyncio.create_task(self._run(entry, self._save(entry)), name=f"drive {migration_id[:8]}")
+        entry.task = asyncio.create_task(self._run(entry), name=f"drive {migration_id[:8]}")
         return accepted
 
     def take_over(self, migration: pb.Migration) -> None:
@@ -211,42 +154,60 @@ class Migrations:
         if entry is not None and not entry.final:
             return
         self._trim()
-        entry = self._entries[migration.migration_id] = _Entry(migration)
+        entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
         self._publish(entry, migration)
         entry.task = asyncio.create_task(self._resume(entry), name=f"take over {migration.migration_id[:8]}")
 
     async def cancel(self, migration_id: str) -> pb.Migration:
-        """See `MigrationService.CancelMigration`."""
+        """See `MigrationService.CancelMigration`. The driver is told at once; the answer is given once the log has it.
+
+        Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver was told, but a restart now would forget it).
+        """
         entry = self._entry(migration_id)
         if entry.final or entry.gave_up:
             return entry.migration
-        entry.cancelled = Failure(Reason.CANCELLED, "cancelled on request")
-        if entry.driver is not None:
+        if entry.cancelled is None:
+            cancelled = entry.changed_to(state=pb.MIGRATION_STATE_CANCELLING)
+            cancelled.cancel_time.GetCurrentTime()
+            self._publish(entry, cancelled)
+        if entry.driver is not None and entry.cancelled is not None:
             entry.driver.cancel(entry.cancelled)
             self._tell(entry)
-        return entry.migration
+        answer = entry.migration
+        await entry.save()
+        return answer
 
-    def resolve(self, migration_id: str, word: handshake_pb2.OperatorWord) -> pb.Migration:
-        """See `MigrationService.ResolveMigration`."""
+    async def resolve(self, migration_id: str, word: handshake_pb2.OperatorWord) -> pb.Migration:
+        """See `MigrationService.ResolveMigration`. The host is asked now; only where it does not answer does the statement count,
+        once the log has it.
+
+        Raises MIGRATION_NOT_FOUND, HOST_NOT_FOUND, NOT_IN_DOUBT, JOURNAL_UNAVAILABLE; nothing changed then.
+        """
         entry = self._entry(migration_id)
-        migration = entry.migration
-        sides = {migration.source_host: "source", migration.destination_host: "destination"}
-        if word.dead_host not in sides:
+        migration, driver, side = entry.migration, entry.driver, entry.side(word.dead_host)
+        if not side:
             raise DroverError(
                 Reason.HOST_NOT_FOUND,
                 f"{word.dead_host} takes no part in migration {migration_id}, which goes from {migration.source_host} to "
                 f"{migration.destination_host}",
-            )
-        if entry.driver is None or entry.final or sides[word.dead_host] not in entry.driver.silent_since:
-            raise DroverError(
-                Reason.NOT_IN_DOUBT,
-                f"migration {migration_id} has ended" if entry.final else f"{word.dead_host} answers, so its own word counts",
                 metadata={"host": word.dead_host},
             )
+        if driver is None or entry.final:
+            raise entry.not_in_doubt(word.dead_host)
+        if await driver.answers(side) or entry.driver is not driver:
+            raise entry.not_in_doubt(word.dead_host)
         if not word.HasField("say_time"):
             word.say_time.GetCurrentTime()
+        others = [other for other in entry.migration.statements if other.dead_host != word.dead_host]
+        stated = entry.changed_to()
+        del stated.statements[:]
+        stated.statements.extend([*others, word])
+        await entry.save(stated)
+        if side not in driver.silent_since or entry.driver is not driver:  # it answered meanwhile
+            entry.forget_refuted()
+            raise entry.not_in_doubt(word.dead_host)
         log.warning("declared dead", migration=migration_id, host=word.dead_host, said_by=word.said_by, reason=word.reason)
-        entry.driver.declare_dead(sides[word.dead_host], word)
+        driver.declare_dead(side, word)
         self._tell(entry)
         return entry.migration
 
@@ -271,7 +232,7 @@ class Migrations:
             first = False
             await changed.wait()
 
-    def _entry(self, migration_id: str) -> _Entry:
+    def _entry(self, migration_id: str) -> Entry:
         entry = self._entries.get(migration_id)
         if entry is None:
             raise DroverError(
@@ -287,14 +248,16 @@ class Migrations:
 
     # ---- driving
 
-    def _driver(self, entry: _Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
+    def _driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
         ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
         driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry))
         if entry.cancelled is not None:
             driver.cancel(entry.cancelled)
+        for word in entry.migration.statements:
+            driver.declare_dead(entry.side(word.dead_host), word)
         return driver
 
-    async def _resume(self, entry: _Entry) -> None:
+    async def _resume(self, entry: Entry) -> None:
         """Go on after a restart of this process: the records say where."""
         while True:
             try:
@@ -308,17 +271,13 @@ class Migrations:
                 break
         await self._run(entry)
 
-    async def _run(self, entry: _Entry, first: Awaitable[None] | None = None) -> None:
-        """Drive to the end, make that durable, and tell.
-
-        That the migration was accepted (`first`) is written while its first phase is under way: should this process die
-        before it is, the source's agent ends what has begun, and nobody has to remember.
-        """
+    async def _run(self, entry: Entry) -> None:
+        """Drive to the end, tell, and make that durable: a next life would learn it from the records again."""
         driver = entry.driver
         if driver is None:
             return
         try:
-            await asyncio.gather(driver.run(), _kept(first, entry.migration.migration_id))
+            await driver.run()
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise
@@ -329,63 +288,61 @@ class Migrations:
         except Exception:
             log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
             entry.driver, entry.gave_up = None, True
+            self._fence_if_in_doubt(entry)
             self._publish(entry, impossible(entry.migration))
             self._ended.ring()
             return
         self._publish(entry, describe(entry.migration, driver, time.time(), ended=True))
         entry.driver = None
-        await _kept(self._save(entry), entry.migration.migration_id)
+        self._fence_if_in_doubt(entry)
+        await entry.save_if_possible()
         self._ended.ring()
 
-    def _update(self, entry: _Entry) -> None:
+    def _update(self, entry: Entry) -> None:
         """The driver learned something: let it act on that first, then tell the readers. Its end is told by `_run`."""
         if entry.telling is None:
             entry.telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell, entry)
 
-    def _tell(self, entry: _Entry) -> None:
+    def _tell(self, entry: Entry) -> None:
         entry.telling = None
         if entry.driver is not None and entry.migration.migration_id in self._entries:
             self._publish(entry, describe(entry.migration, entry.driver, time.time(), ended=False))
-            if self._fencing is not None and entry.fencing is None and entry.driver.outcome_unknown:
-                entry.fencing = asyncio.create_task(self._fence(entry, self._fencing))
+            entry.forget_refuted()
+            self._fence_if_in_doubt(entry)
 
-    async def _fence(self, entry: _Entry, config: FencingConfig) -> None:
-        """While the outcome stays unknown, make sure that the one host which does not answer is dead, and say so."""
-        while (driver := entry.driver) is not None and driver.outcome_unknown:
-            side, migration = driver.hangs_on, entry.migration
-            missing = config.after_seconds - driver.silent_for(side)
-            if missing > 0:
-                await asyncio.sleep(missing)
-                continue
-            host = migration.source_host if side == "source" else migration.destination_host
-            outcome = await fence(config, host)
-            if outcome is not None and driver.hangs_on == side:
-                word = handshake_pb2.OperatorWord(dead_host=host, reason=outcome[:1000], said_by="fencing command")
-                with contextlib.suppress(DroverError):  # it answers after all
-                    self.resolve(entry.migration.migration_id, word)
-                    break
-            await asyncio.sleep(config.after_seconds)
-        entry.fencing = None
+    def _fence_if_in_doubt(self, entry: Entry) -> None:
+        """Start, or end, the wait for the fencing of the one host on which the outcome hangs."""
+        driver = entry.driver
+        side = driver.hangs_on if driver is not None and self._fences is not None else ""
+        if side == entry.fenced_side:
+            return
+        if entry.fencing is not None:
+            entry.fencing.cancel()
+        entry.fenced_side = side
+        if side and driver is not None and self._fences is not None:
+            fencing = self._fence(entry, driver, side, self._fences)
+            entry.fencing = asyncio.create_task(fencing, name=f"fence {entry.migration.migration_id[:8]}")
 
-    def _publish(self, entry: _Entry, migration: pb.Migration) -> None:
+    async def _fence(self, entry: Entry, driver: Driver, side: str, fences: Fences) -> None:
+        """Until that host is dead for certain, and the statement about it was taken. Cancelled when it answers."""
+        host = entry.migration.source_host if side == "source" else entry.migration.destination_host
+        while True:
+            outcome = await fences.dead(host, lambda: driver.silent_for(side))
+            word = handshake_pb2.OperatorWord(dead_host=host, reason=outcome, said_by="fencing command")
+            try:
+                await self.resolve(entry.migration.migration_id, word)
+            except DroverError as error:
+                log.warning("the fencing command's word was not taken", host=host, error=error.message)
+                await asyncio.sleep(fences.after_seconds)
+            else:
+                return
+
+    def _publish(self, entry: Entry, migration: pb.Migration) -> None:
         # Rises over restarts too: what a reader knows from an earlier life is older.
         self._revision = max(self._revision + 1, time.time_ns() // 1_000_000)
         migration.revision = self._revision
         entry.migration = migration
         entry.changed.ring()
-
-    async def _save(self, entry: _Entry) -> None:
-        migration = entry.migration
-        await self._kept.save(migration.migration_id, migration.SerializeToString(), ended=entry.final)
-
-
-async def _kept(saving: Awaitable[None] | None, migration_id: str) -> None:
-    """A migration that cannot be written down goes on all the same: the agents' records are what it rests on."""
-    try:
-        if saving is not None:
-            await saving
-    except DroverError as error:
-        log.error("a migration was not written down", migration=migration_id, error=error.message)
 
 
 def _exists(migration_id: str) -> DroverError:

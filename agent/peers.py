@@ -7,9 +7,9 @@ from typing import Final
 import grpc.aio
 
 from agent.address import parse_address
+from agent.ends import Ends, Side
 from agent.errors import DroverError, Reason
 from agent.host import AgentHost
-from agent.migrations import Ends, Side
 from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer

@@ -35,6 +35,8 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     del migration.silent_hosts[:]
     migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
     migration.ClearField("operator_word")
+    del migration.statements[:]
+    migration.statements.extend(driver.words.values())
     for word in _words(driver):
         migration.operator_word.CopyFrom(word)
     migration.phase = "" if ended else phase(src, dst)

@@ -1,4 +1,4 @@
-"""Turns the names of a migration into hosts of the cluster (`agent.migrations.Directory`)."""
+"""Turns the names of a migration into hosts of the cluster (`agent.ends.Directory`)."""
 
 import asyncio
 from collections.abc import Sequence
@@ -6,10 +6,10 @@ from typing import Final
 
 import grpc.aio
 
+from agent.ends import Ends, Side
 from agent.errors import DroverError, Reason
 from agent.hypervisor.base import Job
 from agent.hypervisor.names import ambiguity
-from agent.migrations import Ends, Side
 from agent.peers import ask_host, leaving_request
 from agent.service.bounds import checked_answer
 from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer

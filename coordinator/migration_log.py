@@ -1,8 +1,9 @@
-"""Keeps the coordinator's migrations in its store (`agent.migrations.MigrationLog`)."""
+"""Keeps the coordinator's migrations in its store (`agent.migration.MigrationLog`)."""
 
 from typing import Final
 
-from agent.migrations import FINAL, KEEP
+from agent.migration import FINAL
+from agent.migrations import KEEP
 from coordinator.store import Delete, KeyValue, Put, Store
 from drover.agent.v1 import migration_pb2 as pb
 

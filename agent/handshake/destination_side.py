@@ -236,18 +236,15 @@ class DestinationSide:
         attempt.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
 
     def _expired(self, attempt: Attempt) -> None:
-        if attempt.record.state == _S.ARMED:
-            attempt.start("ask", self._ask_source(attempt))
-            return
-        failure = Failure(
-            Reason.LEASE_EXPIRED, f"nobody asked for the next phase within {self._host.lease_seconds:g} s; the slot is free again"
-        )
-        attempt.start("lease", attempt.report(_E.LEASE_EXPIRED, failure=failure))
+        attempt.start("lease", self._end_or_renew(attempt))
 
-    async def _ask_source(self, attempt: Attempt) -> None:
-        await self._owner.ask_kept(attempt)
-        if attempt.record.state == _S.ARMED:
+    async def _end_or_renew(self, attempt: Attempt) -> None:
+        """A silent driver ends no transfer: a copy whose source sends keeps its slot."""
+        if attempt.record.state in (_S.PREPARED, _S.ARMED) and await self._owner.may_come(attempt):
             self.recover(attempt)
+            return
+        text = f"nobody asked for the next phase within {self._host.lease_seconds:g} s; the slot is free again"
+        await attempt.report(_E.LEASE_EXPIRED, failure=Failure(Reason.LEASE_EXPIRED, text))
 
     def on_final(self, attempt: Attempt) -> None:
         since = self._held_since.pop(attempt, None)

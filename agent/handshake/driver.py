@@ -7,7 +7,6 @@ driver that went silent. It keeps nothing that is needed for safety: stop it any
 import asyncio
 import contextlib
 import secrets
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +17,7 @@ from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
 from agent.handshake.decide import Call, decide
 from agent.handshake.destination import DestinationState as Dst
-from agent.handshake.knowledge import Knowledge
+from agent.handshake.knowledge import Knowledge, StateUnknownError
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.records import Failure, duration
 from agent.handshake.source import SourceState as Src
@@ -32,8 +31,9 @@ LONG_POLL: Final = 5.0
 """Seconds for which a call waits before it is made again, so that a host which stands still is noticed soon."""
 
 PATIENCE: Final = 20.0
-"""Seconds for which a host may be out of reach before the guest has left; then the migration is given up. Long enough for an agent
-that is being restarted (it waits up to 10 s for what runs)."""
+"""Seconds for which a host may be out of reach before the transfer is asked for; then the migration is given up. Long enough for an
+agent that is being restarted (it waits up to 10 s for what runs). While memory may flow, silence ends nothing: a transfer needs no
+driver."""
 
 STALLED: Final = 10.0
 """Seconds after which a destination that still waits, though all was sent, has lost the last bytes (a link that was cut). More than
@@ -42,17 +42,8 @@ any link in working order needs for what was on its way."""
 FOLLOW_AFTER: Final = 0.25
 """Seconds after which a side that is waited for is watched: most phases are over by then, and a watch costs two calls."""
 
-_TRANSIENT: Final = frozenset(
-    {
-        Reason.HOST_UNREACHABLE,
-        Reason.DEADLINE_EXCEEDED,
-        Reason.HYPERVISOR_UNAVAILABLE,
-        Reason.JOURNAL_UNAVAILABLE,
-        Reason.DRAINING,
-        Reason.OVERLOADED,
-    }
-)
-"""Errors after which the same call is made again."""
+_TRANSIENT: Final = frozenset({Reason.HYPERVISOR_UNAVAILABLE, Reason.JOURNAL_UNAVAILABLE, Reason.DRAINING, Reason.OVERLOADED})
+"""Errors of a host that answers, after which the same call is made again."""
 
 _STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
 """Errors that say that the record is not what the driver believed: look again."""
@@ -60,6 +51,9 @@ _STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
 _LISTENS: Final = frozenset({pb.RECORD_STATE_PREPARED, pb.RECORD_STATE_ARMED, pb.RECORD_STATE_RUNNING})
 """States of a destination that has told where it listens. One that needs longer for its copy than a call may last says that it is
 still PREPARING, and is called again: that call waits too."""
+
+_MAY_BE_REFUSED: Final = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE, Call.PERFORM})
+"""Calls whose error ends the migration: it changes nothing, and the next would not go better."""
 
 _SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 
@@ -109,6 +103,7 @@ class Driver(Knowledge):
         self._finish_cookie = b""
         self._perform_cookie = b""
         self._epoch = 0
+        self._transfer_asked = False
 
     # ---- the loop
 
@@ -123,16 +118,23 @@ class Driver(Knowledge):
         is silent the other one goes on, so it is looked at again.
         """
         while True:
-            await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
-            if self.silent_since.keys() <= self.words.keys():
+            if all(await asyncio.gather(*(self._try_to_look(side) for side in self._sides))):
                 return
             await asyncio.sleep(0.5)
 
-    async def _try_to_look(self, side: str) -> None:
+    async def _try_to_look(self, side: str) -> bool:
+        """Whether what is known of that side is enough to go on: its record, or a statement that it is dead."""
         try:
             await self._look(side)
         except DroverError as error:
-            self.silent(side, error)
+            self.missed(side, error)
+            return side in self.silent_since and side in self.words
+        return True
+
+    async def answers(self, side: str) -> bool:
+        """Ask a side now. One that answers with an error answers."""
+        await self._try_to_look(side)
+        return side not in self.silent_since
 
     async def run(self) -> None:
         """Until both records have ended and agree. Ends earlier only by cancellation, which leaves everything as it is."""
@@ -188,18 +190,18 @@ class Driver(Knowledge):
             log.info("call failed", migration=self.ref.migration_id, call=call.value, reason=error.reason.value, error=error.message)
             await self._failed(call, side, error)
         else:
-            self.waiting_for = ""
+            if not self.silent_since:  # the other side's silence is still what is waited for
+                self.waiting_for = ""
 
     async def _failed(self, call: Call, side: str, error: DroverError) -> None:
-        if error.reason in _TRANSIENT:
-            self.silent(side, error)
-            patience_is_over = time.monotonic() - self.silent_since[side] > PATIENCE
-            if patience_is_over and self.source_state in (None, Src.BEGINNING, Src.BEGUN, Src.PERFORMING):
+        self.missed(side, error)
+        if side in self.silent_since:
+            not_begun = not self._transfer_asked and self.source_state in (None, Src.BEGINNING, Src.BEGUN)
+            if not_begun and self.silent_for(side) > PATIENCE:
                 self.cancel(Failure.of(error))
-        elif error.reason not in _STALE and call in (Call.RESERVE, Call.BEGIN, Call.PREPARE, Call.PERFORM):
+        elif call in _MAY_BE_REFUSED and error.reason not in _TRANSIENT | _STALE and not isinstance(error, StateUnknownError):
+            self.waiting_for = ""
             self.cancel(Failure.of(error))
-        else:
-            self.waiting_for = error.message
         await asyncio.sleep(0.2)  # before the same call is made again; a look at the record is one too
         with contextlib.suppress(DroverError):
             await self._look(side)
@@ -346,6 +348,7 @@ class Driver(Knowledge):
             request = pb.PerformRequest(uri="joined", wait=duration(LONG_POLL))
         request.ref.CopyFrom(self.ref)
         request.request_id = self._request_id()
+        self._transfer_asked = True
         response = await self._source.perform(request)
         self._perform_cookie = response.cookie_out
         self.saw_source(response.record)

@@ -7,7 +7,7 @@ from typing import Final
 
 import structlog
 
-from agent.errors import DroverError
+from agent.errors import DroverError, Reason
 from agent.handshake.decide import assume, disputed, ended
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.records import Failure, state_from_proto
@@ -18,6 +18,21 @@ log = structlog.get_logger()
 
 _LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
 """The guest may not run at the source any more, or not yet again."""
+
+
+_NO_ANSWER: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED})
+"""Errors that say that nobody answered."""
+
+
+class StateUnknownError(DroverError):
+    """A host answered with a record in a state that this version does not know. Nothing may be concluded from it."""
+
+    def __init__(self, side: str, record: pb.Record) -> None:
+        super().__init__(
+            Reason.PROTOCOL_MISMATCH,
+            f"the {side} says that it is in {state_from_proto(record)}, which this version does not know. Nothing is done about it "
+            "here; it is asked again. Update this side too",
+        )
 
 
 class Knowledge:
@@ -31,7 +46,7 @@ class Knowledge:
         self.cancelling = False
         self.waiting_for = ""
         self.silent_since: dict[str, float] = {}
-        """Sides that do not answer, and since when by `time.monotonic`."""
+        """Sides that do not answer at all, and since when by `time.monotonic`."""
         self.words: dict[str, pb.OperatorWord] = {}
         """Sides that were declared dead, and have not answered since."""
         self._on_change = on_change
@@ -97,7 +112,9 @@ class Knowledge:
         self._on_change()
 
     def saw_source(self, record: pb.Record) -> None:
-        """The source answered; an answer that was overtaken by a newer one changes nothing."""
+        """The source answered; an answer that was overtaken by a newer one changes nothing. Raises `StateUnknownError`."""
+        if state_from_proto(record) not in set(Src):
+            raise StateUnknownError("source", record)
         if self.source_record is None or record.revision >= self.source_record.revision:
             self.source_record = record
         self.heard("source")
@@ -105,6 +122,8 @@ class Knowledge:
 
     def saw_destination(self, record: pb.Record) -> None:
         """Likewise."""
+        if state_from_proto(record) not in set(Dst):
+            raise StateUnknownError("destination", record)
         if self.destination_record is None or record.revision >= self.destination_record.revision:
             self.destination_record = record
         self.heard("destination")
@@ -117,12 +136,16 @@ class Knowledge:
 
     def heard(self, side: str) -> None:
         """It answers, whatever it says: it is neither silent nor dead."""
-        self.silent_since.pop(side, None)
+        if self.silent_since.pop(side, None) is not None and not self.silent_since:
+            self.waiting_for = ""
         if self.words.pop(side, None) is not None:
             log.warning("a host that was declared dead answers", migration=self.ref.migration_id, side=side)
 
-    def silent(self, side: str, error: DroverError) -> None:
-        """It did not answer."""
-        self.silent_since.setdefault(side, time.monotonic())
+    def missed(self, side: str, error: DroverError) -> None:
+        """A question to it, or a call, failed: there was no answer, or the answer was an error."""
+        if error.reason in _NO_ANSWER:
+            self.silent_since.setdefault(side, time.monotonic())
+        else:
+            self.heard(side)
         self.waiting_for = f"{error.message} (trying again)"
         self._on_change()

@@ -23,6 +23,7 @@ OWNER_SECONDS: Final = 5.0
 """Between two questions to a source whose record has not ended."""
 
 _ENDED: Final = (pb.RECORD_STATE_REMOVED, pb.RECORD_STATE_KEPT)
+_SENDS: Final = (pb.RECORD_STATE_PERFORMING, pb.RECORD_STATE_PERFORMED)
 _KEEPS: Final = (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT)
 
 
@@ -39,14 +40,18 @@ class Owner:
         """A guest was started here: its source is to be asked."""
         self._arrived.ring()
 
-    async def ask_kept(self, attempt: Attempt) -> None:
-        """An armed copy that hears nothing: the stream may never have come. The source's word that it kept the guest ends it."""
+    async def may_come(self, attempt: Attempt) -> bool:
+        """Whether the memory of a copy whose driver is silent may still come. Asks the source, whose word that it kept the guest
+        ends the copy. One that is only prepared waits no longer where the source does not say that it sends.
+        """
+        record = None
         try:
             record = await self._source_record(attempt)
-            if record is not None and record.state == pb.RECORD_STATE_KEPT:
-                await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, **self._word_in(record))
         except DroverError as error:
             log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
+        if record is not None and record.state == pb.RECORD_STATE_KEPT:
+            await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, **self._word_in(record))
+        return attempt.record.state == DestinationState.ARMED or (record is not None and record.state in _SENDS)
 
     async def run(self) -> None:
         """Ask the source of every commit, until its record has ended, whether an operator's statement took the guest from this host.

@@ -182,8 +182,16 @@ def wire_state(record: AttemptRecord) -> pb.RecordState.ValueType:
 
 
 def state_from_proto(record: pb.Record) -> str:
-    """The state's word, as in `SourceState` and `DestinationState`."""
-    return pb.RecordState.Name(record.state).removeprefix("RECORD_STATE_").lower()
+    """The state's word, as in `SourceState` and `DestinationState`; ``state 99`` for one that this version does not know."""
+    return enum_word(pb.RecordState, record.state)
+
+
+def enum_word(kind: Any, value: int) -> str:
+    """The lower-case word of an enum's value, without the prefix of its enum; ``state 99`` for a value of a newer version."""
+    values = kind.DESCRIPTOR.values_by_number
+    if value not in values:
+        return f"state {value}"
+    return str(values[value].name).removeprefix(values[0].name.removesuffix("UNSPECIFIED")).lower()
 
 
 def duration(seconds: float) -> Duration:

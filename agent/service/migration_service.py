@@ -42,7 +42,7 @@ class MigrationServicer(rpc.MigrationServiceServicer):
     async def ResolveMigration(  # noqa: N802
         self, request: pb.ResolveMigrationRequest, context: _Context
     ) -> pb.ResolveMigrationResponse:
-        return pb.ResolveMigrationResponse(migration=self._migrations.resolve(request.migration_id, request.word))
+        return pb.ResolveMigrationResponse(migration=await self._migrations.resolve(request.migration_id, request.word))
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: _Context) -> pb.CancelMigrationResponse:  # noqa: N802
         return pb.CancelMigrationResponse(migration=await self._migrations.cancel(request.migration_id))

@@ -2,11 +2,12 @@
 
 import asyncio
 
+from agent.ends import Ends, Side
 from agent.errors import DroverError, Reason
 from agent.fencing import FencingConfig
 from agent.host import AgentHost
 from agent.hypervisor.base import HypervisorInfo
-from agent.migrations import Ends, Migrations, Side
+from agent.migrations import Migrations
 from agent.peers import leaving_request
 from agent.service.host_service import get_domain
 from drover.agent.v1 import host_pb2
@@ -16,7 +17,7 @@ from tests.unit.two_agents import Agent, Line, Pair
 
 
 class FakeDirectory:
-    """`agent.migrations.Directory`."""
+    """`agent.ends.Directory`."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
@@ -57,16 +58,19 @@ def _side(agent: Agent, line: Line, address: str) -> Side:
 
 
 class FakeLog:
-    """`agent.migrations.MigrationLog`."""
+    """`agent.migration.MigrationLog`."""
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[bytes, bool]] = {}
         self.fails: list[Exception] = []
         self.held: asyncio.Event | None = None
+        self.waiting = asyncio.Event()
+        """Set as soon as a write waits for `held`."""
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
         await asyncio.sleep(0)
         if self.held is not None:
+            self.waiting.set()
             await self.held.wait()
         if self.fails:
             raise self.fails.pop(0)

@@ -148,21 +148,60 @@ async def test_an_outage_is_no_busy_loop() -> None:
         pair.moved()
 
 
-@pytest.mark.parametrize("side", ["source", "destination"])
-async def test_patience_ends_before_the_guest_has_left(pair: Pair, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("side", "call"), [("source", "begin"), ("destination", "prepare")])
+async def test_patience_ends_before_the_transfer_is_asked_for(
+    pair: Pair, side: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(driver_module, "PATIENCE", 0.1)
+    driver = pair.driver()
+    line = pair.to_source if side == "source" else pair.to_destination
+    line.on_call = lambda name: setattr(line, "cut", True) if name == call else None
+    running = asyncio.create_task(finished(driver))
+    await until(lambda: driver.cancelling)
+    assert driver.failure is not None
+    assert driver.failure.reason is Reason.HOST_UNREACHABLE
+    line.on_call = lambda name: None
+    line.cut = False
+    await running
+    pair.stayed()
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_6_10_silence_cancels_nothing_while_memory_flows(pair: Pair, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_module, "PATIENCE", 0.05)
     pair.wire.all_sent.clear()
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.are("performing", "armed")
     line = pair.to_source if side == "source" else pair.to_destination
     line.cut = True
-    await until(lambda: driver.cancelling)
-    assert driver.failure is not None
-    assert driver.failure.reason is Reason.HOST_UNREACHABLE
+    await until(lambda: driver.silent_for(side) > 0.1)
+    assert not driver.cancelling
+    assert "does not answer" in driver.waiting_for
     line.cut = False
+    await until(lambda: not driver.silent_since)
+    pair.wire.all_sent.set()
     await running
-    pair.stayed()
+    pair.moved()
+
+
+async def test_6_10_a_transfer_that_may_have_begun_is_not_cancelled(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to Perform is lost with the link to the source, so the driver knows it as begun only."""
+    monkeypatch.setattr(driver_module, "PATIENCE", 0.05)
+    pair.wire.all_sent.clear()
+    driver = pair.driver()
+    line = pair.to_source
+    line.on_call = lambda name: setattr(line, "is_cut", lambda: True) if name == "perform" else None
+    running = asyncio.create_task(finished(driver))
+    await until(lambda: driver.silent_for("source") > 0.1)
+    assert driver.source_state == "begun"
+    assert pair.states[0] == "performing"
+    assert not driver.cancelling
+    line.on_call = lambda name: None
+    line.is_cut = lambda: line.cut  # type: ignore[method-assign]
+    pair.wire.all_sent.set()
+    await running
+    pair.moved()
 
 
 async def test_no_patience_ends_once_the_guest_has_left(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ import asyncio
 
 import pytest
 
+import agent.handshake.driver
 from agent.errors import Reason
 from agent.handshake.driver import Driver
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import CANCELLED, finished, make_plan, until, word
-from tests.unit.two_agents import Pair
+from tests.unit.asking import CANCELLED, REF, finished, make_plan, until, word
+from tests.unit.two_agents import Line, Pair, pair_of_agents, quicker
 
 # --- in doubt ---------------------------------------------------------------------------------------------------------
 
@@ -298,3 +299,36 @@ async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -
     async with asyncio.timeout(1):
         await resuming
     assert driver.ended
+
+
+async def test_6_10_a_lease_ends_no_transfer_though_the_driver_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finish never arrives, so the destination is only prepared; it asks its source, which sends."""
+    quicker(monkeypatch)
+    monkeypatch.setattr(agent.handshake.driver, "FOLLOW_AFTER", 1000.0)  # the watch of a link that was cut has ended
+    async with pair_of_agents(lease=0.1) as pair:
+        pair.wire.all_sent.clear()
+        line = Line(pair.destination)
+        driver = Driver(REF, pair.to_source, line, make_plan(), lambda: None)
+        line.on_call = lambda name: setattr(line, "cut", line.cut or name == "finish")
+        running = asyncio.create_task(finished(driver))
+        await pair.are("performing", "prepared")
+        asked = pair.to_source.count["get_record"]
+        await until(lambda: pair.to_source.count["get_record"] >= asked + 3)
+        assert pair.states == ("performing", "prepared")
+        line.on_call = lambda name: None
+        line.cut = False
+        pair.wire.all_sent.set()
+        await running
+        pair.moved()
+
+
+async def test_a_lease_ends_a_copy_whose_source_does_not_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicker(monkeypatch)
+    async with pair_of_agents(lease=0.1) as pair:
+        driver = pair.driver()
+        pair.to_source.hang = {"perform"}
+        running = asyncio.create_task(driver.run())
+        await pair.are("begun", "prepared")
+        running.cancel()
+        await asyncio.wait({running})
+        await pair.are("begun", "gone")

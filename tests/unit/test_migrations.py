@@ -160,11 +160,27 @@ async def test_an_option_that_cannot_be_honoured_is_refused_before_any_host_is_c
     assert not driving.pair.to_destination.count
 
 
-async def test_a_log_that_cannot_be_written_does_not_stop_a_migration(driving: Driving) -> None:
-    driving.log.fails = [JOURNAL_DOWN, JOURNAL_DOWN]
+async def test_6_6_what_cannot_be_written_down_is_not_accepted(driving: Driving) -> None:
+    """Nothing was done to the guest, and the same request again, within the lease, takes up the same slot."""
+    driving.log.fails = [JOURNAL_DOWN]
+    await fails(driving.migrations.start(ID, SPEC), Reason.JOURNAL_UNAVAILABLE)
+    assert driving.migrations.list(active_only=False) == []
+    assert driving.pair.source.calls == []
     await driving.migrations.start(ID, SPEC)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
-    driving.pair.moved()
+    assert [a.record.migration_id for a in driving.pair.destination.engine.active()] == []
+
+
+async def test_an_end_that_cannot_be_written_down_is_told_all_the_same(driving: Driving) -> None:
+    """Another life learns it from the records again."""
+    driving.pair.wire.all_sent.clear()
+    await driving.migrations.start(ID, SPEC)
+    driving.log.fails = [JOURNAL_DOWN]
+    driving.pair.wire.all_sent.set()
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+    await driving.migrations.idle(1)
+    await driving.restart()
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
 
 
 # --- cancel -----------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from agent.errors import DroverError, Reason
 from agent.fencing import FencingConfig
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, until, word
+from tests.unit.asking import ID, fails, until, word
 from tests.unit.fake_directory import Driving
-from tests.unit.two_agents import Pair, QuickAsyncio
+from tests.unit.two_agents import JOURNAL_DOWN, Pair, QuickAsyncio
 
 SPEC = pb.MigrationSpec(domain="web1", destination_host="h2")
 
@@ -57,13 +57,27 @@ async def test_a_restart_at_each_call_goes_on(driving: Driving, call: str, when:
     pair.moved()
 
 
-async def test_a_life_that_died_before_its_migration_was_written_down_forgets_it(driving: Driving) -> None:
-    """Then the source's agent ends what has begun; the slot is a lease."""
+async def test_6_6_an_answer_is_given_once_the_migration_is_written_down(driving: Driving) -> None:
     driving.log.held = asyncio.Event()
-    await flowing(driving)
+    starting = asyncio.create_task(driving.migrations.start(ID, SPEC))
+    await driving.log.waiting.wait()
+    assert not starting.done()
+    assert driving.pair.source.calls == [], "the guest is not touched before it is durable"
+    driving.log.held.set()
+    await starting
+    assert ID in driving.log.rows
+
+
+async def test_6_6_a_life_that_died_before_it_answered_leaves_a_lease_behind(driving: Driving) -> None:
+    driving.log.held = asyncio.Event()
+    starting = asyncio.create_task(driving.migrations.start(ID, SPEC))
+    await driving.log.waiting.wait()
     await driving.restart()
+    await asyncio.gather(starting, return_exceptions=True)
     with pytest.raises(DroverError, match="knows no migration"):
         driving.migrations.get(ID)
+    assert driving.pair.source.calls == []
+    assert driving.pair.states == ("", "reserved")
 
 
 async def test_what_has_ended_stays_ended_over_a_restart(driving: Driving) -> None:
@@ -106,6 +120,72 @@ async def test_after_a_restart_a_silent_host_is_in_doubt_as_before(driving: Driv
     assert sorted(again.silent_hosts) == (["h1", "h2"] if both else ["h2"])
 
 
+async def test_6_6_an_acknowledged_cancel_survives_a_restart_before_an_agent_heard_it(driving: Driving) -> None:
+    await flowing(driving)
+    driving.pair.to_source.cut = True
+    acknowledged = await driving.migrations.cancel(ID)
+    assert acknowledged.state == pb.MIGRATION_STATE_CANCELLING
+    await driving.restart()
+    driving.pair.to_source.cut = False
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason, ended.runs_on) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED, "h1")
+    driving.pair.stayed()
+
+
+async def test_6_6_a_cancel_that_cannot_be_written_down_is_carried_out_and_not_acknowledged(driving: Driving) -> None:
+    await flowing(driving)
+    driving.log.fails = [JOURNAL_DOWN]
+    await fails(driving.migrations.cancel(ID), Reason.JOURNAL_UNAVAILABLE)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
+
+
+async def test_6_6_an_acknowledged_statement_survives_a_restart_before_an_agent_heard_it(driving: Driving) -> None:
+    await in_doubt(driving)
+    driving.pair.to_source.cut = True
+    await driving.migrations.resolve(ID, word("h2"))
+    await driving.restart()
+    assert [said.dead_host for said in driving.migrations.get(ID).statements] == ["h2"]
+    driving.pair.to_source.cut = False
+    ended = await driving.ended(ID)
+    assert (ended.failure.reason, ended.runs_on) == (Reason.DECLARED_DEAD, "h1")
+    assert driving.pair.runs_on == ["h1"]
+
+
+async def test_6_6_statements_about_both_hosts_survive_a_restart(driving: Driving) -> None:
+    await in_doubt(driving)
+    driving.pair.to_source.cut = True
+    for host in ("h2", "h1"):
+        await driving.migrations.resolve(ID, word(host))
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "")
+    saved = pb.Migration.FromString(driving.log.rows[ID][0])
+    assert sorted(said.dead_host for said in saved.statements) == ["h1", "h2"]
+
+
+async def test_6_6_a_statement_that_was_refuted_does_not_count_after_a_restart(driving: Driving) -> None:
+    await in_doubt(driving)
+    driving.pair.to_source.cut = True
+    await driving.migrations.resolve(ID, word("h2"))
+    driving.pair.to_destination.cut = False
+    await driving.restart()
+    await until(lambda: not pb.Migration.FromString(driving.log.rows[ID][0]).statements)
+    driving.pair.to_destination.cut = True
+    await driving.restart()
+    await until(lambda: len(driving.migrations.get(ID).silent_hosts) == 2)
+    driving.pair.to_source.cut = False
+    await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+    assert driving.pair.runs_on == []
+
+
+async def test_6_6_a_statement_that_cannot_be_written_down_changes_nothing(driving: Driving) -> None:
+    before = await in_doubt(driving)
+    driving.log.fails = [JOURNAL_DOWN]
+    await fails(driving.migrations.resolve(ID, word("h2")), Reason.JOURNAL_UNAVAILABLE)
+    after = driving.migrations.get(ID)
+    assert (after.state, list(after.statements)) == (before.state, [])
+    assert driving.pair.runs_on == []
+
+
 async def test_a_driver_that_is_broken_off_by_nobody_goes_on(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent.migrations, "asyncio", QuickAsyncio(20))
     driving.pair.to_destination.refuse["finish"] = [asyncio.CancelledError()]  # type: ignore[list-item]
@@ -137,7 +217,7 @@ async def test_the_word_of_an_operator_ends_it_and_is_kept(driving: Driving) -> 
     await in_doubt(driving)
     said = word("h2")
     said.ClearField("say_time")
-    driving.migrations.resolve(ID, said)
+    await driving.migrations.resolve(ID, said)
     ended = await driving.ended(ID)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "h1")
     assert ended.failure.reason == Reason.DECLARED_DEAD
@@ -150,18 +230,46 @@ async def test_the_word_of_an_operator_ends_it_and_is_kept(driving: Driving) -> 
 async def test_only_a_host_that_takes_part_and_is_silent_can_be_declared_dead(driving: Driving) -> None:
     await flowing(driving)
     for host, reason in (("h3", Reason.HOST_NOT_FOUND), ("h1", Reason.NOT_IN_DOUBT), ("h2", Reason.NOT_IN_DOUBT)):
-        with pytest.raises(DroverError) as refused:
-            driving.migrations.resolve(ID, word(host))
-        assert refused.value.reason is reason
+        await fails(driving.migrations.resolve(ID, word(host)), reason)
     driving.pair.wire.all_sent.set()
     ended = await driving.ended(ID)
-    with pytest.raises(DroverError) as refused:
-        driving.migrations.resolve(ID, word("h2"))
-    assert refused.value.reason is Reason.NOT_IN_DOUBT
-    with pytest.raises(DroverError) as refused:
-        driving.migrations.resolve("another", word("h2"))
-    assert refused.value.reason is Reason.MIGRATION_NOT_FOUND
+    await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    await fails(driving.migrations.resolve("another", word("h2")), Reason.MIGRATION_NOT_FOUND)
     assert driving.migrations.get(ID) == ended
+
+
+async def test_6_19_a_host_is_asked_before_it_is_said_to_answer(driving: Driving) -> None:
+    """The driver has not noticed yet that nobody answers."""
+    await flowing(driving)
+    driving.pair.to_destination.cut = True
+    assert not driving.migrations.get(ID).silent_hosts
+    resolved = await driving.migrations.resolve(ID, word("h2"))
+    assert [said.dead_host for said in resolved.statements] == ["h2"]
+
+
+async def test_6_19_a_host_is_asked_before_it_is_taken_for_dead(driving: Driving) -> None:
+    """The driver has not noticed yet that it answers again."""
+    await in_doubt(driving)
+    driving.pair.to_destination.cut = False
+    assert list(driving.migrations.get(ID).silent_hosts) == ["h2"]
+    await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    driving.pair.wire.starts.set()
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+
+
+async def test_6_19_a_host_that_answers_with_an_error_answers(driving: Driving) -> None:
+    await in_doubt(driving)
+    driving.pair.to_destination.refuse["get_record"] = [JOURNAL_DOWN]
+    await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+
+
+async def test_6_19_a_migration_that_is_being_taken_up_again_says_so(driving: Driving) -> None:
+    await in_doubt(driving)
+    driving.directory.held = asyncio.Event()
+    await driving.restart()
+    error = await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    assert "was not asked yet" in error.message
+    driving.directory.held.set()
 
 
 async def test_records_that_contradict_each_other_stop_it_for_good(driving: Driving) -> None:

@@ -94,7 +94,7 @@ async def test_what_was_taken_over_can_be_resolved(pair: Pair, driving: Driving,
     pair.wire.all_sent.set()
     await until(lambda: driving.migrations.get(ID).state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
     said: handshake_pb2.OperatorWord = word("h2")
-    driving.migrations.resolve(ID, said)
+    await driving.migrations.resolve(ID, said)
     ended = await driving.ended(ID)
     assert (ended.runs_on, ended.operator_word.said_by) == ("h1", "root@admin1")
 

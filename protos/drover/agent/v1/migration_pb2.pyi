@@ -227,6 +227,8 @@ class Migration(message.Message):
     OPERATOR_WORD_FIELD_NUMBER: builtins.int
     SILENT_HOSTS_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
+    CANCEL_TIME_FIELD_NUMBER: builtins.int
+    STATEMENTS_FIELD_NUMBER: builtins.int
     SOURCE_GUEST_FIELD_NUMBER: builtins.int
     DESTINATION_GUEST_FIELD_NUMBER: builtins.int
     OTHER_FAILURES_FIELD_NUMBER: builtins.int
@@ -315,6 +317,16 @@ class Migration(message.Message):
         """
 
     @builtins.property
+    def cancel_time(self) -> timestamp_pb2.Timestamp:
+        """When the driver was asked to cancel it; set by the driver, durable before the request is answered. Unset: it was not."""
+
+    @builtins.property
+    def statements(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.OperatorWord]:
+        """Statements that a host is dead, one for each host at most. Each is durable before it is acknowledged and counts, over restarts
+        of the driver, until that host answers; then it is dropped.
+        """
+
+    @builtins.property
     def source_guest(self) -> handshake_pb2.GuestFact:
         """What the source's hypervisor said last of the guest. Set by the driver from the source's record; unset: nothing was said yet."""
 
@@ -358,13 +370,15 @@ class Migration(message.Message):
         operator_word: handshake_pb2.OperatorWord | None = ...,
         silent_hosts: abc.Iterable[builtins.str] | None = ...,
         options: options_pb2.Options | None = ...,
+        cancel_time: timestamp_pb2.Timestamp | None = ...,
+        statements: abc.Iterable[handshake_pb2.OperatorWord] | None = ...,
         source_guest: handshake_pb2.GuestFact | None = ...,
         destination_guest: handshake_pb2.GuestFact | None = ...,
         other_failures: abc.Iterable[handshake_pb2.Failure] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
