@@ -92,9 +92,9 @@ class Arena:
             with daemon.log.open("rb") as log:
                 log.seek(self._marks.get(daemon.name, 0))
                 (folder / daemon.log.name).write_bytes(log.read())
-        journals = [path for name in (*made.hosts, "co") for path in _with_wal(journal_of(made, name))]
-        for path in journals:
-            _copy(path, folder / f"{path.parent.parent.name}-{path.name}")
+        for name in (*made.hosts, "co"):
+            for path in _with_wal(journal_of(made, name)):
+                _copy(path, folder / f"{name}-{path.name}")
         for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
             _copy(path, folder / path.name)
         for host in made.lab.hosts:

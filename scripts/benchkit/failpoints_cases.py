@@ -62,7 +62,8 @@ class Scenario:
 
 
 PLAIN: Final = Scenario("plain")
-CANCEL: Final = Scenario("cancelled during Perform", cancel=True)
+CANCEL: Final = Scenario("cancelled during Perform", cancel=True, bandwidth=SLOWER)
+"""So slow that a busy machine cancels in time, too."""
 NEVER_ARMED: Final = Scenario(
     "all is sent, and the destination agent dies before it arms",
     bandwidth=0,

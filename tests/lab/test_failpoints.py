@@ -16,12 +16,12 @@ from benchkit.failpoints import DEADLINE, run
 from benchkit.failpoints_cases import MANAGED, P2P, TAKE_OVER, cases
 from benchkit.failpoints_report import tell_row
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 SAMPLE = (
     # Before the memory flows: rolled back, and the slot is free again.
     (MANAGED, "source.begin_done.journal.after", "rolled back"),
-    (MANAGED, "driver.prepare.after", "done"),
+    (MANAGED, "driver.prepare.after", ""),
     # The commit is under way: it is armed, it happens without us, and is recorded later.
     (MANAGED, "source.perform.reply", ""),
     (P2P, "driver.finish.after", "done"),
@@ -33,12 +33,12 @@ SAMPLE = (
     (MANAGED, "source.remove.effect.before", "done"),
     (P2P, "source.remove_done.journal.before", "done"),
     # The way back.
-    (MANAGED, "source.abort.journal.after", "rolled back"),
+    (MANAGED, "source.abort.journal.after", ""),
     (MANAGED, "destination.abandon_source_kept.journal.before", "rolled back"),
     # The coordinator is dead, and so is then the agent that took over from it.
     (TAKE_OVER, "driver.confirm_running.before", "done"),
 )
-"""Mode, failpoint, and the one outcome that is right; empty where both are."""
+"""Mode, failpoint, and the one outcome that is right. Empty where both are: a lease, or the end of the transfer, may come first."""
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ async def test_a_stale_attempt_is_refused(cluster: Cluster) -> None:
 
 
 async def test_a_lease_that_nobody_renews_expires(cluster: Cluster) -> None:
-    """The scenarios' leases live 2 s (see the conftests)."""
+    """The scenarios' leases live 8 s (see the conftests)."""
     cluster.guests.get("leased") or cluster.start_guest("leased")
     ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:

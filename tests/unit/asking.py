@@ -17,16 +17,18 @@ from tests.unit.fake_hypervisor import FEATURES, UUID
 ID = "6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01"
 REF = pb.AttemptRef(migration_id=ID, attempt=1)
 ADDRESSES = {"h1": "10.92.0.1", "h2": "10.92.0.2"}
+PATIENCE = 20.0
+"""Seconds for what ends soon, on a machine that is busy with other things too."""
 CANCELLED = Failure(Reason.CANCELLED, "cancelled on request")
 
 
-async def until(condition: Callable[[], Any], within: float = 3.0) -> None:
+async def until(condition: Callable[[], Any], within: float = PATIENCE) -> None:
     async with asyncio.timeout(within):
         while not condition():  # noqa: ASYNC110 - the facts of fakes have no event
             await asyncio.sleep(0.005)
 
 
-async def finished(driver: Driver, within: float = 4.0) -> None:
+async def finished(driver: Driver, within: float = PATIENCE) -> None:
     async with asyncio.timeout(within):
         await driver.run()
 

@@ -12,6 +12,7 @@ from agent.peers import leaving_request
 from agent.service.host_service import get_domain
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
+from tests.unit.asking import PATIENCE
 from tests.unit.fake_hypervisor import FEATURES
 from tests.unit.two_agents import Agent, Line, Pair
 
@@ -104,7 +105,7 @@ class Driving:
         for migrations in self._all:
             await migrations.close()
 
-    async def ended(self, migration_id: str, within: float = 3.0) -> pb.Migration:
+    async def ended(self, migration_id: str, within: float = PATIENCE) -> pb.Migration:
         """The last word of a watch."""
         last = self.migrations.get(migration_id)
         async with asyncio.timeout(within):
@@ -112,7 +113,7 @@ class Driving:
                 last = migration
         return last
 
-    async def reaches(self, migration_id: str, state: pb.MigrationState.ValueType, within: float = 3.0) -> pb.Migration:
+    async def reaches(self, migration_id: str, state: pb.MigrationState.ValueType, within: float = PATIENCE) -> pb.Migration:
         async with asyncio.timeout(within):
             async for migration in self.migrations.watch(migration_id, 0):
                 if migration.state == state:

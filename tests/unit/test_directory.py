@@ -15,7 +15,7 @@ from coordinator.store import MemoryStore
 from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from drover.coordinator.v1.host_pb2 import HOST_STATE_UNREACHABLE
-from tests.unit.asking import REF, fails
+from tests.unit.asking import PATIENCE, REF, fails
 from tests.unit.two_agents import Pair
 
 LOOK = handshake_pb2.GetRecordRequest(ref=REF)
@@ -69,7 +69,7 @@ async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRe
     await registers("a", "h1", "uuid-1")
     await registers("b", "h2", "uuid-2")
     _, destination = await ClusterDirectory(registry).ends(MIGRATION)
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(PATIENCE):
         while (await registry.get("h2")).state != HOST_STATE_UNREACHABLE:  # noqa: ASYNC110 - of a host that comes no watch tells
             await asyncio.sleep(0.005)
     await registers("c", "h2", "uuid-3")

@@ -130,7 +130,7 @@ async def test_every_first_call_and_every_first_answer_is_lost(pair: Pair) -> No
     for line in (pair.to_source, pair.to_destination):
         for call in (*CALLS, "get_record"):
             line.lose[call] = line.lose_answer[call] = 1
-    await finished(pair.driver(), within=10)
+    await finished(pair.driver())
     pair.moved()
 
 

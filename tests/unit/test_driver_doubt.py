@@ -8,7 +8,7 @@ import agent.handshake.driver
 from agent.errors import Reason
 from agent.handshake.driver import Driver
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import CANCELLED, REF, finished, make_plan, until, word
+from tests.unit.asking import CANCELLED, PATIENCE, REF, finished, make_plan, until, word
 from tests.unit.two_agents import Line, Pair, pair_of_agents, quicker
 
 # --- in doubt ---------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ async def test_a_host_that_answers_after_all_refutes_the_word_for_good(pair: Pai
 
 async def test_both_hosts_can_be_declared_dead(pair: Pair) -> None:
     driver = pair.driver()
-    running = asyncio.create_task(finished(driver, within=0.4))
+    running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     pair.to_source.cut = True
     driver.declare_dead("destination", word("h2"))
@@ -218,7 +218,7 @@ async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair:
     """Another driver has ended it while this one was cut off from both hosts, and was cancelled."""
     pair.wire.all_sent.clear()
     lonely = pair.driver()
-    running = asyncio.create_task(finished(lonely, within=3))
+    running = asyncio.create_task(finished(lonely))
     await pair.are("performing", "armed")
     await until(lambda: lonely.destination_state == "armed")
     pair.to_source.cut = pair.to_destination.cut = True
@@ -282,7 +282,7 @@ async def test_resume_learns_both_sides_though_one_is_silent(pair: Pair) -> None
     resuming = asyncio.create_task(driver.resume())
     await until(lambda: "source" in driver.silent_since)
     try:
-        await until(lambda: driver.destination_state == "running", within=0.2)
+        await until(lambda: driver.destination_state == "running")
     finally:
         pair.to_source.cut = False
         await resuming
@@ -296,8 +296,7 @@ async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -
     resuming = asyncio.create_task(driver.resume())
     await until(lambda: "source" in driver.silent_since)
     driver.declare_dead("source", word("h1"))
-    async with asyncio.timeout(1):
-        await resuming
+    await asyncio.wait_for(resuming, PATIENCE)
     assert driver.ended
 
 
@@ -305,7 +304,7 @@ async def test_6_10_a_lease_ends_no_transfer_though_the_driver_is_cut_off(monkey
     """Finish never arrives, so the destination is only prepared; it asks its source, which sends."""
     quicker(monkeypatch)
     monkeypatch.setattr(agent.handshake.driver, "FOLLOW_AFTER", 1000.0)  # the watch of a link that was cut has ended
-    async with pair_of_agents(lease=0.1) as pair:
+    async with pair_of_agents(lease=0.4) as pair:
         pair.wire.all_sent.clear()
         line = Line(pair.destination)
         driver = Driver(REF, pair.to_source, line, make_plan(), lambda: None)
@@ -324,7 +323,7 @@ async def test_6_10_a_lease_ends_no_transfer_though_the_driver_is_cut_off(monkey
 
 async def test_a_lease_ends_a_copy_whose_source_does_not_send(monkeypatch: pytest.MonkeyPatch) -> None:
     quicker(monkeypatch)
-    async with pair_of_agents(lease=0.1) as pair:
+    async with pair_of_agents(lease=0.4) as pair:
         driver = pair.driver()
         pair.to_source.hang = {"perform"}
         running = asyncio.create_task(driver.run())

@@ -10,7 +10,7 @@ from agent.errors import Reason
 from agent.handshake.records import state_from_proto
 from agent.hypervisor.base import HypervisorError
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import ID, REF, begin, confirm, fails, finish, perform, prepare, requirements, reserve, until
+from tests.unit.asking import ID, PATIENCE, REF, begin, confirm, fails, finish, perform, prepare, requirements, reserve, until
 from tests.unit.fake_hypervisor import guest
 from tests.unit.two_agents import JOURNAL_DOWN, Agent, Pair
 
@@ -121,7 +121,7 @@ async def test_news_for_the_source_is_kept_until_it_can_be_recorded(pair: Pair, 
     agent = pair.source
     agent.journal.down = lambda record: record.state == event and agent.journal.refused < 3
     running = asyncio.create_task(pair.driver().run())
-    await asyncio.wait_for(running, 3)
+    await asyncio.wait_for(running, PATIENCE)
     pair.moved()
     assert agent.journal.refused == 3
     assert len(agent.effects) == len(set(agent.effects)) == 3
@@ -132,7 +132,7 @@ async def test_news_for_the_destination_is_kept_until_it_can_be_recorded(pair: P
     agent = pair.destination
     agent.journal.down = lambda record: record.state == event and agent.journal.refused < 3
     running = asyncio.create_task(pair.driver().run())
-    await asyncio.wait_for(running, 3)
+    await asyncio.wait_for(running, PATIENCE)
     pair.moved()
     assert agent.journal.refused == 3
     assert agent.effects == ["prepare", "finish"]
@@ -164,7 +164,7 @@ async def test_a_journal_that_fails_between_a_retry_and_its_end(pair: Pair, effe
     )  # fmt: skip
     request = RUNNING if effect == "remove" else GONE
     ended = asyncio.create_task(agent.engine.confirm(request))
-    await agent.reaches("removed" if effect == "remove" else "kept", within=0.3)
+    await agent.reaches("removed" if effect == "remove" else "kept")
     await ended
 
 
@@ -185,7 +185,7 @@ async def test_a_caller_of_the_source_that_goes_away_cancels_nothing(pair: Pair,
     await asyncio.gather(driving, return_exceptions=True)
     held.set()
     await agent.reaches({"begin": "begun", "perform": "performed", "remove": "removed"}[effect])
-    await asyncio.wait_for(pair.driver().run(), 3)
+    await asyncio.wait_for(pair.driver().run(), PATIENCE)
     pair.moved()
 
 
@@ -199,7 +199,7 @@ async def test_a_caller_of_the_destination_that_goes_away_cancels_nothing(pair: 
     await asyncio.gather(driving, return_exceptions=True)
     held.set()
     await agent.reaches({"prepare": "prepared", "finish": "running"}[effect])
-    await asyncio.wait_for(pair.driver().run(), 3)
+    await asyncio.wait_for(pair.driver().run(), PATIENCE)
     pair.moved()
 
 
@@ -218,7 +218,7 @@ async def test_a_first_caller_that_goes_away_during_the_write(pair: Pair, call: 
     agent.journal.held.set()
     await until(lambda: agent.journalled == end)
     assert len(agent.engine.active()) == 1
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(PATIENCE):
         await getattr(agent.engine, call)(request_)
     assert state_from_proto(await agent.record()) == end
     assert agent.effects.count("begin") == (1 if call == "begin" else 0)
@@ -256,7 +256,7 @@ async def test_two_callers_reserve_one_slot(destination: Agent) -> None:
 
 
 async def test_repeating_an_ended_phase_answers_what_came_of_it(pair: Pair) -> None:
-    await asyncio.wait_for(pair.driver().run(), 3)
+    await asyncio.wait_for(pair.driver().run(), PATIENCE)
     assert (await pair.destination.engine.finish(finish())).cookie_out == b"finished"
     assert (await pair.source.engine.perform(perform(uri="joined"))).cookie_out == b"performed"
     assert state_from_proto((await pair.source.engine.confirm(RUNNING)).record) == "removed"

@@ -46,7 +46,7 @@ ARRIVED = guest(reason="migrated")
 async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     """Silence is soon noticed, and whose a guest is soon asked."""
     quicker(monkeypatch)
-    async with pair_of_agents(lease=0.2, takeover=0.2) as pair:
+    async with pair_of_agents(lease=0.6, takeover=0.6) as pair:
         yield pair
 
 

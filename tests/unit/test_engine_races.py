@@ -53,7 +53,7 @@ async def test_a_host_that_dies_while_it_stops_its_copy_goes_on_with_that(pair: 
     await until(lambda: agent.journalled == "abandoning" and "disown" in agent.effects)
     agent.hypervisor.fails_always.clear()
     await agent.restart(settling=True)
-    await until(lambda: pair.runs_on == [], within=0.5)
+    await until(lambda: pair.runs_on == [])
 
 
 async def test_a_guest_that_nobody_took_is_left_alone(pair: Pair) -> None:

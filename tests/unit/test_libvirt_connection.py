@@ -12,6 +12,7 @@ libvirt = pytest.importorskip("libvirt", reason="libvirt-python is not installed
 from agent.hypervisor.base import DomainEvent, HypervisorUnavailable  # noqa: E402 - after the skip
 from agent.hypervisor.events import BACKLOG, Fanout  # noqa: E402
 from agent.hypervisor.libvirt import connection, threads  # noqa: E402
+from tests.unit.asking import until  # noqa: E402
 
 
 class FakeConnection:
@@ -53,7 +54,7 @@ async def test_threads_never_wait_for_each_other() -> None:
 
 
 async def test_a_stuck_call_leaves_its_connection_behind(opened: list[FakeConnection]) -> None:
-    session = connection.Session(connection.Pool("", call_timeout=0.05))
+    session = connection.Session(connection.Pool("", call_timeout=0.5))
     gate = threading.Event()
     with pytest.raises(HypervisorUnavailable):
         await session.call(lambda _: gate.wait())
@@ -85,14 +86,15 @@ async def test_closing_waits_for_the_last_call(opened: list[FakeConnection]) -> 
 
 async def test_a_cancelled_await_leaves_the_call_running(opened: list[FakeConnection]) -> None:
     session = connection.Session(connection.Pool("", call_timeout=5))
-    gate, done = threading.Event(), threading.Event()
+    entered, gate, done = threading.Event(), threading.Event(), threading.Event()
 
     def perform(_: Any) -> None:
+        entered.set()
         gate.wait()
         done.set()
 
     task = asyncio.create_task(session.call(perform, bounded=False))
-    await asyncio.sleep(0.02)
+    assert await asyncio.to_thread(entered.wait, 5)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -104,8 +106,14 @@ async def test_a_cancelled_await_leaves_the_call_running(opened: list[FakeConnec
 async def test_pool_gives_each_call_a_connection_and_keeps_few(opened: list[FakeConnection]) -> None:
     pool = connection.Pool("", call_timeout=5)
     gate = threading.Event()
-    busy = [asyncio.create_task(pool.call(lambda _: gate.wait())) for _ in range(10)]
-    await asyncio.sleep(0.05)
+    entered = threading.Barrier(11)
+
+    def stay(_: Any) -> bool:
+        entered.wait(5)
+        return gate.wait()
+
+    busy = [asyncio.create_task(pool.call(stay)) for _ in range(10)]
+    await asyncio.to_thread(entered.wait, 5)
     assert await pool.call(lambda _: 1) == 1
     assert len(opened) == 11
     gate.set()
@@ -136,12 +144,13 @@ async def test_a_libvirtd_that_hangs_while_it_is_called_takes_few_threads(monkey
 
     monkeypatch.setattr(connection, "connect", connect)
     monkeypatch.setattr(connection, "OPENINGS", 3)
-    pool = connection.Pool("", call_timeout=0.02)
+    pool = connection.Pool("", call_timeout=0.1)
     for _ in range(6):
         with pytest.raises(HypervisorUnavailable):
             await pool.call(lambda _: 1)
-    assert len(under_way) == 3
+    await until(lambda: len(under_way) == 3)
     gate.set()
+    pool.call_timeout = 5
     async with asyncio.timeout(5):
         while pool._openings.locked():  # noqa: ASYNC110 - a thread has to return
             await asyncio.sleep(0.01)

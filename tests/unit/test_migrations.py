@@ -10,7 +10,7 @@ from agent.errors import DroverError, Reason
 from agent.migrations import KEEP
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import options_pb2
-from tests.unit.asking import ID, fails, until
+from tests.unit.asking import ID, PATIENCE, fails, until
 from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import UUID
 from tests.unit.two_agents import JOURNAL_DOWN
@@ -149,7 +149,7 @@ async def test_a_refusal_leaves_nothing(driving: Driving, prepare: Callable[[Dri
     assert driving.pair.destination.engine.active() == []
     with pytest.raises(DroverError, match="knows no migration"):
         driving.migrations.get(ID)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(PATIENCE):
         assert await driving.migrations.idle(0.5)
 
 
@@ -223,7 +223,7 @@ async def test_an_agent_that_is_restarted_does_not_count_as_a_cancel(driving: Dr
     await driving.pair.are("begun", "preparing")
     await (driving.pair.source if side == "source" else driving.pair.destination).restart()
     held.set()
-    ended = await driving.ended(ID, within=4)
+    ended = await driving.ended(ID)
     assert driving.pair.runs_on == ["h1"]
     assert ended.state == pb.MIGRATION_STATE_FAILED
     assert ended.failure.reason != Reason.CANCELLED
@@ -249,12 +249,12 @@ async def test_a_watch_says_at_once_how_it_is_and_ends_with_it(driving: Driving)
     watching = asyncio.create_task(read(0))
     await until(lambda: seen)
     driving.pair.wire.all_sent.set()
-    await asyncio.wait_for(watching, 3)
+    await asyncio.wait_for(watching, PATIENCE)
     revisions = [migration.revision for migration in seen]
     assert revisions == sorted(set(revisions))
     assert seen[-1].state == pb.MIGRATION_STATE_SUCCEEDED
     seen.clear()
-    await asyncio.wait_for(read(revisions[-1]), 1)  # of one that has ended: its last word, and the end
+    await asyncio.wait_for(read(revisions[-1]), PATIENCE)  # of one that has ended: its last word, and the end
     assert [migration.state for migration in seen] == [pb.MIGRATION_STATE_SUCCEEDED]
 
 
@@ -322,7 +322,6 @@ async def test_close_leaves_no_start_behind(driving: Driving) -> None:
     await until(lambda: driving.directory.asked)
     await driving.migrations.close()
     driving.directory.held.set()
-    await asyncio.wait({starting}, timeout=0.2)
-    await asyncio.sleep(0.05)
+    await asyncio.wait({starting}, timeout=PATIENCE)
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("drive")]
     assert driving.pair.source.effects == []

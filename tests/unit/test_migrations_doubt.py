@@ -107,7 +107,7 @@ async def test_a_cancel_while_it_is_being_taken_up_again_is_not_lost(driving: Dr
     await driving.restart()
     await driving.migrations.cancel(ID)
     driving.directory.held.set()
-    ended = await driving.ended(ID, within=0.4)
+    ended = await driving.ended(ID)
     assert ended.state == pb.MIGRATION_STATE_CANCELLED
 
 
@@ -354,13 +354,13 @@ async def test_a_command_that_fails_changes_nothing_and_is_run_again(pair: Pair,
 
 async def test_a_host_that_answers_in_time_is_not_fenced(pair: Pair, tmp_path: Path) -> None:
     fence = Fence(tmp_path)
-    driving = await fenced_pair(pair, fence, after=0.3)
+    driving = await fenced_pair(pair, fence, after=1.5)
     try:
         await in_doubt(driving)
         pair.to_destination.cut = False
         pair.wire.starts.set()
         assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(1.6)
     finally:
         await driving.close()
     assert fence.runs == []
@@ -386,15 +386,15 @@ async def test_nobody_is_fenced_while_both_hosts_are_silent(pair: Pair, tmp_path
 async def test_a_host_is_fenced_only_after_it_was_silent_for_the_whole_time(pair: Pair, tmp_path: Path) -> None:
     """It was silent, answered, and is silent again: the time counts from the last silence."""
     fence = Fence(tmp_path)
-    driving = await fenced_pair(pair, fence, after=0.5)
+    driving = await fenced_pair(pair, fence, after=2)
     try:
         await in_doubt(driving)
-        await asyncio.sleep(0.25)
+        await asyncio.sleep(1)
         pair.to_destination.cut = False
         await until(lambda: driving.migrations.get(ID).state != pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
         pair.to_destination.cut = True
         await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
-        await asyncio.sleep(0.35)
+        await asyncio.sleep(1.4)
         assert fence.runs == []
     finally:
         await driving.close()
@@ -402,9 +402,9 @@ async def test_a_host_is_fenced_only_after_it_was_silent_for_the_whole_time(pair
 
 async def test_nothing_is_fenced_without_the_configuration_or_once_closed(driving: Driving, pair: Pair, tmp_path: Path) -> None:
     fence = Fence(tmp_path)
-    other = await fenced_pair(pair, fence, after=0.1)
+    other = await fenced_pair(pair, fence, after=1)
     await in_doubt(other)
     await other.close()
     await driving.restart()
-    await asyncio.sleep(0.15)
+    await asyncio.sleep(1.1)
     assert fence.runs == []

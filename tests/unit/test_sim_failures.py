@@ -23,7 +23,7 @@ from agent.hypervisor.base import (
 from agent.hypervisor.sim import Latencies, SimConfig, SimGuest, SimHypervisor
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.stream import connect
-from tests.unit.test_sim_migration import UUID, Move, facts, host, said, slow, until, web
+from tests.unit.test_sim_migration import UUID, Move, facts, host, lines_of, said, slow, until, web
 
 Hosts = Callable[..., Awaitable[tuple[SimHypervisor, SimHypervisor]]]
 
@@ -140,7 +140,7 @@ async def test_a_source_that_dies_takes_the_copy_with_it(hosts: Hosts) -> None:
 
 
 async def test_a_silent_peer_is_given_up(hosts: Hosts) -> None:
-    a, b = await hosts(slow(), peer_timeout=0.05)
+    a, b = await hosts(slow(), peer_timeout=0.5)
     move = Move(a, b)
     await move.prepare()
     performing = move.perform()
@@ -195,7 +195,7 @@ async def test_a_copy_that_has_run_is_not_destroyed(hosts: Hosts) -> None:
 
 async def test_a_stream_that_dies_with_the_last_word_leaves_the_source_paused(hosts: Hosts) -> None:
     """The destination may have all of it: the source cannot know, so it does not run."""
-    a, b = await hosts(web(), peer_timeout=0.2)
+    a, b = await hosts(web(), peer_timeout=1)
     move = Move(a, b)
     await move.prepare()
     receiver = b._host.receivers[UUID]
@@ -412,7 +412,7 @@ async def test_an_injected_fault_of_finish_takes_the_copy_with_it(hosts: Hosts) 
 
 
 async def test_a_frozen_hypervisor_says_that_nothing_is_known(hosts: Hosts) -> None:
-    a, _ = await hosts(web(), call_timeout=0.02)
+    a, _ = await hosts(web(), call_timeout=0.2)
     a.freeze()
     with pytest.raises(HypervisorUnavailable):
         await a.get_domain(UUID)
@@ -420,18 +420,25 @@ async def test_a_frozen_hypervisor_says_that_nothing_is_known(hosts: Hosts) -> N
     assert said(await facts(a)) == "running (booted)"
 
 
+async def writes(log: Path, more: int) -> None:
+    """Until the guest has written so many lines more."""
+
+    before = await lines_of(log)
+    await until(lambda: lines_of(log), lambda now: now >= before + more)
+
+
 async def test_guests_outlive_the_process_by_the_state_file(tmp_path: Path) -> None:
     log, state = tmp_path / "web.log", str(tmp_path / "state")
     config = SimConfig(host_uuid="a", guests=(web(log=str(log)),), log_root=str(tmp_path), state_path=state)
     first = SimHypervisor(config)
     await first.open()
-    await asyncio.sleep(0.02)
+    await writes(log, 2)
     for task in first._host._tasks:  # as if the process were killed here: nobody says goodbye
         task.cancel()
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0)
     second = SimHypervisor(config)
     await second.open()
-    await asyncio.sleep(0.02)
+    await writes(log, 2)
     assert said(await facts(second)) == "running (booted)"
     await second.close()
     numbers = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("S ")]

@@ -385,12 +385,17 @@ async def test_what_a_host_says_of_itself(hosts: Hosts) -> None:
         await Move(a, b).prepare()
 
 
+async def lines_of(log: Path) -> int:
+    return log.read_text().count("\n") if log.exists() else 0
+
+
 async def test_a_serial_log_has_one_life(hosts: Hosts, tmp_path: Path) -> None:
     log = tmp_path / "web.log"
     a, b = await hosts(web(log=str(log)), log_root=str(tmp_path))
-    await asyncio.sleep(0.03)
+    await until(lambda: lines_of(log), lambda count: count >= 3)
     await Move(a, b).whole()
-    await asyncio.sleep(0.03)
+    before = await lines_of(log)
+    await until(lambda: lines_of(log), lambda count: count >= before + 2)
     await b.close()
     lines = log.read_text().splitlines()
     assert lines[0] == "BOOT 4 1024 100"

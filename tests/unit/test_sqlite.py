@@ -160,7 +160,7 @@ async def test_deadline_within_the_commit_means_unknown(db: Database) -> None:
         connection.set_trace_callback(lambda text: hook() and None if text == "COMMIT" else None)
 
     with pytest.raises(DroverError) as caught:
-        await db.transaction(slow_commit, timeout=0.1)
+        await db.transaction(slow_commit, timeout=1)
     unavailable(caught.value, "DEADLINE", "unknown")
     assert committing.is_set()
     go.set()

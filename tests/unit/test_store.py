@@ -437,7 +437,7 @@ async def _until(watch: AsyncIterator[Changes], revision: int) -> AsyncIterator[
     """What a watch has to tell up to now: the stores are idle, so what does not come at once is not there."""
     try:
         while True:
-            async with asyncio.timeout(0.001):
+            async with asyncio.timeout(0.02):
                 yield await anext(watch)
     except TimeoutError:
         return

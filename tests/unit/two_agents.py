@@ -33,7 +33,7 @@ from agent.intact import add_functions
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
-from tests.unit.asking import ADDRESSES, ID, REF, make_plan, until
+from tests.unit.asking import ADDRESSES, ID, PATIENCE, REF, make_plan, until
 from tests.unit.fake_hypervisor import FEATURES, FakeHypervisor, Wire, guest
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ class Agent:
     async def record(self, ref: pb.AttemptRef = REF) -> pb.Record:
         return (await self.engine.get_record(pb.GetRecordRequest(ref=ref))).record
 
-    async def reaches(self, *states: str, ref: pb.AttemptRef = REF, within: float = 3.0) -> pb.Record:
+    async def reaches(self, *states: str, ref: pb.AttemptRef = REF, within: float = PATIENCE) -> pb.Record:
         """Wait for a state of the record."""
         async with asyncio.timeout(within):
             async for response in self.engine.watch_record(pb.WatchRecordRequest(ref=ref)):

@@ -110,15 +110,15 @@ async def test_destination_libvirtd_killed_while_armed(start: Start, sides: tupl
 
 
 async def test_libvirtd_that_hangs_is_unavailable_in_time(lab: Lab, guest: Guest) -> None:
-    driver = LibvirtHypervisor(lab["h1"].libvirt_uri, call_timeout=0.5)
+    driver = LibvirtHypervisor(lab["h1"].libvirt_uri, call_timeout=2.0)
     await driver.open()
     lab["h1"].pause_libvirtd()
     try:
         began = perf_counter()
         for _ in range(2):  # on the open connection, and then on a new one
-            with pytest.raises(HypervisorUnavailable, match=r"0\.5 s"):
+            with pytest.raises(HypervisorUnavailable, match=r"2\.0 s"):
                 await driver.get_named(guest.name)
-        assert perf_counter() - began < 2
+        assert perf_counter() - began < 15
     finally:
         lab["h1"].resume_libvirtd()
     assert (await driver.get_named(guest.name)).state is DomainState.RUNNING
