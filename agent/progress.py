@@ -77,7 +77,9 @@ def _waiting_for(migration: pb.Migration, driver: Driver) -> str:
             f"too. The agent of {there} asks again within half a minute and stops that copy; "
             f"`drover migration watch {migration.migration_id}` shows it"
         )
-    return driver.waiting_for[:1000]
+    records = (driver.source_record, driver.destination_record)
+    waits = dict.fromkeys((driver.waiting_for, *(record.waiting_for for record in records if record is not None)))
+    return "; ".join(wait for wait in waits if wait)[:1000]
 
 
 def phase(src: Src | None, dst: Dst | None) -> str:
@@ -116,7 +118,8 @@ def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
 
 def _adds(other: Failure, failure: Failure) -> bool:
     """Whether it says anything that the failure does not: an agent was told only that its attempt was cancelled, or given up."""
-    return other.message != failure.message and other.reason not in (Reason.GIVEN_UP, Reason.CANCELLED)
+    echo_of_cancel = failure.reason is Reason.CANCELLED and other.distance > 0
+    return other.message != failure.message and other.reason not in (Reason.GIVEN_UP, Reason.CANCELLED) and not echo_of_cancel
 
 
 def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
@@ -175,7 +178,7 @@ def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:
     reading.CopyFrom(progress)
     rate, dirty = progress.bytes_per_second, progress.dirty_bytes_per_second
     if rate <= 0:
-        reading.reason = "no rate measured yet"
+        reading.reason = progress.reason or "no rate measured yet"
         return reading
     reading.eta_low.CopyFrom(_seconds(progress.remaining_bytes / rate))
     if dirty >= rate:

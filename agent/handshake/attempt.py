@@ -30,6 +30,12 @@ EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 Look = Callable[["Attempt"], Awaitable[None]]
 """Asks the hypervisor what is true of the guest, within a deadline, and hands the answer to `Attempt.saw`. Raises nothing."""
 
+Hindrance = Callable[["Attempt"], Awaitable[str]]
+"""Why calls about the guest may get no answer from the hypervisor; empty: not known. Raises nothing."""
+
+TELL_SECONDS: Final = 2.0
+"""A call to the hypervisor that lasts longer is told as what is waited for."""
+
 FRESH_SECONDS: Final = 0.1
 """A record that ends says what the hypervisor said of the guest at most so long ago."""
 
@@ -46,6 +52,7 @@ class Attempt:
         journal: Journal,
         run_effect: EffectRunner,
         look: Look,
+        hindrance: Hindrance,
         on_final: Callable[["Attempt"], None],
     ) -> None:
         self.record = record
@@ -56,7 +63,9 @@ class Attempt:
         self._journal = journal
         self._run_effect = run_effect
         self._look = look
+        self._hindrance = hindrance
         self._seen_at = float("-inf")
+        self._told = ""
         self._on_final = on_final
         self._machine = MACHINES[record.role]
         self._lock = asyncio.Lock()
@@ -109,6 +118,33 @@ class Attempt:
         self._seen_at = float("-inf") if look_again else time.monotonic()
         if changed:
             self.wake()
+
+    def tell(self, what: str) -> None:
+        """Say what is waited for now (empty: nothing), or let it be said no more. Not journalled: it changes every second."""
+        what = what[:500]
+        if what != self.record.waiting_for and (what or self.record.waiting_for == self._told):
+            self.record = msgspec.structs.replace(self.record, waiting_for=what)
+            self._told = what
+            self.wake()
+
+    @contextlib.asynccontextmanager
+    async def telling(self, what: str) -> AsyncIterator[None]:
+        """Around a call to the hypervisor: one that lasts long is told, with how long, and why where that is known."""
+        task = self.start("telling", self._tell_while(what))
+        try:
+            yield
+        finally:
+            task.cancel()
+            self.tell("")
+
+    async def _tell_while(self, what: str) -> None:
+        began = time.monotonic()
+        await asyncio.sleep(TELL_SECONDS)
+        while True:
+            why = await self._hindrance(self)
+            because = f": {why}" if why else ""
+            self.tell(f"{what}, asked {time.monotonic() - began:.0f} s ago{because}; asked again until it is answered")
+            await asyncio.sleep(1.0)
 
     @staticmethod
     def _says(fact: GuestFact | None) -> tuple[str, ...]:
@@ -270,7 +306,8 @@ async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]
     pause, told = 0.1, False
     while True:
         try:
-            await work()
+            async with attempt.telling(what):
+                await work()
         except Exception as error:
             log.warning("will be tried again", migration=attempt.record.migration_id, what=what, error=str(error))
             await waits_for(attempt, f"{what}: {error}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final
 
 from agent.errors import DroverError, Reason, invalid_field
-from agent.handshake.attempt import Attempt, EffectRunner, Look
+from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, Look
 from agent.handshake.records import AttemptRecord, Role
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
@@ -18,10 +18,11 @@ _KEEP_ENDED: Final = 256
 class Attempts:
     """Every attempt that has not ended, and some that have."""
 
-    def __init__(self, journal: Journal, look: Look, on_final: Callable[[Attempt], None]) -> None:
+    def __init__(self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None]) -> None:
         self.journal = journal
         self.effects: Mapping[Role, EffectRunner] = {}
         self._look = look
+        self._hindrance = hindrance
         self._on_final = on_final
         self._by_id: dict[str, Attempt] = {}
         self._claimed: set[str] = set()
@@ -30,7 +31,7 @@ class Attempts:
 
     def adopt(self, record: AttemptRecord) -> Attempt:
         """Make the attempt of a record."""
-        attempt = Attempt(record, self.journal, self.effects[record.role], self._look, self._on_final)
+        attempt = Attempt(record, self.journal, self.effects[record.role], self._look, self._hindrance, self._on_final)
         self._by_id.pop(record.migration_id, None)
         self._by_id[record.migration_id] = attempt
         self._trim()

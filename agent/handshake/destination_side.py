@@ -34,6 +34,7 @@ from agent.handshake.phases import (
     wait_of,
 )
 from agent.handshake.records import Failure, OperatorWord, Role, causes_first, options_from_proto, record_to_proto
+from agent.handshake.waits import mind
 from agent.hypervisor.base import (
     RESUMED,
     Domain,
@@ -54,6 +55,9 @@ _S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
 _AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONING}
 _FINISH_ENDS_WITHIN: Final = 5.0
 """Seconds after its copy was given up within which a waiting Finish ends."""
+
+_WAITS: Final = frozenset({_S.PREPARING, _S.PREPARED, _S.ARMED})
+"""The copy is there, or is made, and has not got its stream."""
 
 _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 
@@ -274,14 +278,15 @@ class DestinationSide:
         record = attempt.record
         try:
             with timed("prepare") as watch:
-                prepared = await self._session(attempt).prepare(
-                    record.domain_xml,
-                    record.cookies["begin"],
-                    record.user_options,
-                    record.destination_name,
-                    record.cookies["listen"].decode(),
-                    record.uri,
-                )
+                async with attempt.telling(f"the hypervisor of {self._host.name} to prepare"):
+                    prepared = await self._session(attempt).prepare(
+                        record.domain_xml,
+                        record.cookies["begin"],
+                        record.user_options,
+                        record.destination_name,
+                        record.cookies["listen"].decode(),
+                        record.uri,
+                    )
         except Exception as error:
             await attempt.report(_E.PREPARE_FAILED, failure=failure_of(error, self._host.name))
             return
@@ -297,6 +302,7 @@ class DestinationSide:
     def _watch(self, attempt: Attempt) -> None:
         if not attempt.running("guest"):
             attempt.start("guest", follow_guest(self._host, attempt, lambda: self._ended(attempt)))
+            attempt.start("mind", mind(self._host, attempt, lambda: attempt.record.state in _WAITS))
 
     async def _ended(self, attempt: Attempt) -> None:
         """Finish may not be under way to tell it, and what the source sees is only that its stream broke."""
@@ -415,6 +421,7 @@ class DestinationSide:
 
     async def _close(self, attempt: Attempt) -> None:
         attempt.stop("guest")
+        attempt.stop("mind")
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
         if session := self._sessions.pop(attempt, None):
             await session.close()

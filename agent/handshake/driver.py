@@ -226,8 +226,9 @@ class Driver(Knowledge):
     def _followed(self) -> list[str]:
         """The sides to watch now: where nothing else is called for while the other side takes its time, and where memory flows."""
         watched = {
-            "source": self.source_state in (Src.BEGUN, Src.PERFORMING),
-            "destination": self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED) or self.disputed,
+            # A source that has not answered Begin yet has a record that says what it waits for.
+            "source": self.source_state in (Src.BEGUN, Src.PERFORMING) or self.states == (None, Dst.RESERVED),
+            "destination": self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED, Dst.ABANDONING) or self.disputed,
         }
         return [side for side, wanted in watched.items() if wanted]
 

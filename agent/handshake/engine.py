@@ -19,7 +19,7 @@ from agent.handshake.destination import DestinationEvent
 from agent.handshake.destination_side import DestinationSide
 from agent.handshake.owner import Owner
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.phases import LocalHost, see
+from agent.handshake.phases import LocalHost, hindrance, see
 from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role, record_to_proto
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
@@ -45,7 +45,7 @@ class Engine:
         self.host = host
         self.slots = slots
         self._journal = journal
-        self._attempts = Attempts(journal, functools.partial(see, host), self._ended)
+        self._attempts = Attempts(journal, functools.partial(see, host), functools.partial(hindrance, host), self._ended)
         self._owner = Owner(host, self._attempts, other_side)
         self._source = SourceSide(host, self._attempts, take_over)
         transfers = Transfers(host, self._attempts, self._source.session, other_side)

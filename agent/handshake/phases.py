@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
@@ -21,17 +21,22 @@ from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import Failure, Role, Timing
-from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError
+from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError, HypervisorUnavailable
 from agent.interfaces import is_own
 from agent.ports import any_is_free
 from agent.uri import MigrationUri, address_problem
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 
+T = TypeVar("T")
+
 log = structlog.get_logger()
 
 MAX_WAIT: Final = 30.0
 """Longest time in seconds for which a call waits; whoever wants to wait longer calls again."""
+
+ANSWER_SECONDS: Final = 4.0
+"""A question about a guest, asked before anything is done to it, is answered within this. Less than any caller waits for it."""
 
 SEE_SECONDS: Final = 1.0
 """A record that ends waits so long for its hypervisor's last word on the guest."""
@@ -161,7 +166,8 @@ async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
     unanswered = False
     while True:
         try:
-            domain = await _ask(host, attempt)
+            async with attempt.telling(f"the hypervisor of {host.name} to say what is true of the guest"):
+                domain = await _ask(host, attempt)
         except Exception as error:
             unanswered = True
             await waits_for(attempt, f"the hypervisor of {host.name} does not answer: {error}")
@@ -170,6 +176,28 @@ async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
         if unanswered:
             await waits_for(attempt, "")
         return domain
+
+
+async def answered(host: LocalHost, name: str, asking: Awaitable[T]) -> T:
+    """The answer to a question about a guest, for a caller that does not wait long.
+
+    Raises:
+        HypervisorUnavailable: there was none within `ANSWER_SECONDS`; with the reason where it is known.
+    """
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await asking
+    except TimeoutError:
+        why = await host.hypervisor.hindrance(name)
+        because = f": {why}" if why else ""
+        raise HypervisorUnavailable(f"no answer about guest {name} within {ANSWER_SECONDS:g} s{because}") from None
+
+
+async def hindrance(host: LocalHost, attempt: Attempt) -> str:
+    """Why the hypervisor may not answer about the attempt's guest; empty: not known."""
+    record = attempt.record
+    why = await host.hypervisor.hindrance(record.destination_name if record.role is Role.DESTINATION else record.domain_name)
+    return f"{host.name}: {why}" if why else ""
 
 
 async def see(host: LocalHost, attempt: Attempt) -> None:

@@ -18,6 +18,7 @@ from agent.handshake.guest_fact import GuestFact, GuestState, fact_of
 from agent.handshake.phases import (
     MAX_WAIT,
     LocalHost,
+    answered,
     check_address,
     check_word,
     failed,
@@ -30,6 +31,7 @@ from agent.handshake.phases import (
 )
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
+from agent.handshake.waits import Follower
 from agent.hypervisor.base import (
     POSTCOPY_FAILED,
     Domain,
@@ -44,9 +46,6 @@ from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
 log = structlog.get_logger()
-
-PROGRESS_SECONDS: Final = 0.25
-"""Between two readings of a transfer's progress: libvirt has no event for it."""
 
 _S, _E, _F = SourceState, SourceEvent, SourceEffect
 
@@ -68,6 +67,7 @@ class SourceSide:
         self._attempts = attempts
         self._take_over = take_over
         self._sessions: dict[Attempt, Outgoing] = {}
+        self._followers: dict[Attempt, Follower] = {}
 
     # ---- calls
 
@@ -129,7 +129,8 @@ class SourceSide:
         self._check_movable(domain)
         options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
         try:
-            await self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
+            asking = self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
+            await answered(self._host, domain.name, asking)
         except HypervisorError as error:
             why = from_hypervisor(error, self._host.name)
             text = f"guest {domain.name} cannot leave {self._host.name}: {error}. Nothing was done to the guest"
@@ -247,7 +248,8 @@ class SourceSide:
         record = attempt.record
         try:
             with timed("begin") as watch:
-                begun = await self.session(attempt).begin(record.user_options, record.destination_name)
+                async with attempt.telling(f"the hypervisor of {self._host.name} to begin"):
+                    begun = await self.session(attempt).begin(record.user_options, record.destination_name)
         except Exception as error:
             await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error, self._host.name))
             return
@@ -299,28 +301,20 @@ class SourceSide:
     def _watch(self, attempt: Attempt) -> None:
         """Follow the transfer and the guest while it lasts."""
         if not attempt.running("progress"):
-            attempt.start("progress", self._follow(attempt, self.session(attempt)))
+            attempt.start("progress", self._follower(attempt).run())
         if not attempt.running("guest"):
             attempt.start("guest", follow_guest(self._host, attempt))
 
-    async def _follow(self, attempt: Attempt, session: Outgoing) -> None:
-        """Read the progress while the transfer runs."""
-        while (transfer := attempt.running(_F.PERFORM, _F.LOOK)) and attempt.record.state == _S.PERFORMING:
-            await asyncio.wait(transfer, timeout=PROGRESS_SECONDS)
-            if attempt.record.state != _S.PERFORMING or not attempt.running(_F.PERFORM, _F.LOOK):
-                return
-            try:
-                progress = await session.progress()
-            except HypervisorError as error:
-                log.debug("no progress to read", migration=record_id(attempt), error=str(error))
-                continue
-            if progress is not None and attempt.record.state == _S.PERFORMING:
-                attempt.progress = progress_to_proto(progress)
-                attempt.wake()
+    def _follower(self, attempt: Attempt) -> Follower:
+        if attempt not in self._followers:
+            flows = lambda: attempt.running(_F.PERFORM, _F.LOOK) if attempt.record.state == _S.PERFORMING else []  # noqa: E731
+            self._followers[attempt] = Follower(self._host, attempt, self.session(attempt), flows)
+        return self._followers[attempt]
 
     async def _abort(self, attempt: Attempt) -> None:
         """Stop the transfer, however often it takes: one that is only being set up cannot be stopped yet."""
         session = self.session(attempt)
+        attempt.start("connecting", self._follower(attempt).stop_connecting_until_the_end())
         while attempt.record.state == _S.PERFORMING and (transfer := attempt.running(_F.PERFORM, _F.LOOK)):
             try:
                 await session.abort()
@@ -391,6 +385,7 @@ class SourceSide:
 
     async def _close(self, attempt: Attempt) -> None:
         attempt.stop("guest")
+        self._followers.pop(attempt, None)
         if session := self._sessions.pop(attempt, None):
             await session.close()
 

@@ -302,6 +302,19 @@ class Outgoing(Protocol):
         """Ask a running `perform` to stop (pre-copy only). Nothing to stop is no error. From any connection."""
         ...
 
+    async def unanswered(self, uri: str) -> int | None:
+        """How often the request to connect to `uri` was repeated, while nobody answers it; None where no such request is under way,
+        or the driver cannot tell. Raises nothing.
+        """
+        ...
+
+    async def stop_connecting(self, uri: str) -> None:
+        """End a request to connect to `uri` that nobody has answered: `perform` then fails at once. Nothing to end is no error.
+
+        Raises `HypervisorError` where it cannot be ended.
+        """
+        ...
+
     async def progress(self) -> Progress | None:
         """The latest reading; None where no transfer runs."""
         ...
@@ -434,6 +447,12 @@ class Hypervisor(Protocol):
     async def disown(self, uuid: str) -> None:
         """Another host keeps this guest, by an operator's word: undefine a copy that does not run here, and pause one that does: its
         memory may be all that is left to look at. Raises `DomainNotFound`."""
+        ...
+
+    async def hindrance(self, name: str) -> str:
+        """Why calls about a guest may get no answer, and what helps, such as that its process is stopped. Empty: not known.
+        Raises nothing.
+        """
         ...
 
     async def death(self, name: str) -> HypervisorError | None:

@@ -230,4 +230,6 @@ async def _ended(session: Session, migration: Migration) -> Migration:
             raise
         return error.migration
     except DeadlineExceeded as error:
-        raise OutcomeUnknown(error.message, reason=error.reason, migration=error.migration or migration) from None
+        last = error.migration or migration
+        waits = f", waiting for {last.waiting_for}" if last.waiting_for else ""
+        raise OutcomeUnknown(f"{error.message}{waits}", reason=error.reason, migration=last) from None

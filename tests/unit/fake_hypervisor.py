@@ -84,6 +84,12 @@ class FakeHypervisor:
     def __init__(self, name: str, wire: Wire | None = None, calls: list[str] | None = None) -> None:
         self.name = name
         self.domains: dict[str, Domain] = {}
+        self.hindrances: dict[str, str] = {}
+        """By guest: why calls about it get no answer."""
+        self.stands_still = False
+        """Nothing is sent any more."""
+        self.unanswered: int | None = None
+        """Repeats of a request to connect that nobody answers."""
         self.deaths: dict[str, HypervisorError] = {}
         """By guest: how its process died."""
         self.wire = wire or Wire()
@@ -183,6 +189,9 @@ class FakeHypervisor:
         else:
             del self.domains[uuid]
 
+    async def hindrance(self, name: str) -> str:
+        return self.hindrances.get(name, "")
+
     async def death(self, name: str) -> HypervisorError | None:
         return self.deaths.get(name)
 
@@ -206,6 +215,7 @@ class FakeOutgoing:
         self._host = host
         self._uuid = uuid
         self._aborted = asyncio.Event()
+        self._sent = 0
 
     async def begin(self, options: Options, destination_name: str) -> Begun:
         await self._host.called("begin", self._uuid, options, destination_name)
@@ -236,7 +246,18 @@ class FakeOutgoing:
 
     async def progress(self) -> Progress | None:
         await self._host.called("progress", quiet=True)
-        return Progress(iteration=1, total_bytes=1 << 20, remaining_bytes=1 << 19, rate=1 << 18)
+        self._sent += 1
+        sent = 0 if self._host.stands_still else self._sent
+        return Progress(iteration=1, total_bytes=1 << 20, processed_bytes=sent, remaining_bytes=1 << 19, rate=1 << 18)
+
+    async def unanswered(self, uri: str) -> int | None:
+        return self._host.unanswered
+
+    async def stop_connecting(self, uri: str) -> None:
+        await self._host.called("stop_connecting", uri, quiet=True)
+        if self._host.unanswered is not None:
+            self._host.unanswered = None
+            self._aborted.set()
 
     async def start_postcopy(self) -> None:
         await self._host.called("start_postcopy")

@@ -20,7 +20,7 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import host, leaving, phases, postcopy, qemu_log, threads
+from agent.hypervisor.libvirt import host, leaving, phases, postcopy, process, qemu_log, threads
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
@@ -119,9 +119,14 @@ class LibvirtHypervisor:
     async def disown(self, uuid: str) -> None:
         await self._pool.call(lambda connection: _disown(domains.by_uuid(connection, uuid)))
 
+    async def hindrance(self, name: str) -> str:
+        with contextlib.suppress(HypervisorError):
+            return await asyncio.wrap_future(threads.submit(lambda: process.stopped(name, behind(self._uri).run)))
+        return ""
+
     async def death(self, name: str) -> HypervisorError | None:
         with contextlib.suppress(HypervisorError):
-            return await asyncio.wrap_future(threads.submit(lambda: qemu_log.death(name)))
+            return await asyncio.wrap_future(threads.submit(lambda: qemu_log.death(name, behind(self._uri).logs)))
         return None
 
     def outgoing(self, uuid: str) -> LibvirtOutgoing:

@@ -31,8 +31,8 @@ from agent.hypervisor.base import (
     Progress,
     TransferFailed,
 )
+from agent.hypervisor.libvirt import connecting, leaving, phases, threads
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import leaving, phases
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle
@@ -154,6 +154,18 @@ class LibvirtOutgoing:
 
         await self._while_starting(abort)
 
+    async def unanswered(self, uri: str) -> int | None:
+        with contextlib.suppress(OSError, HypervisorUnavailable):
+            found = await _in_thread(lambda: connecting.unanswered(uri))
+            return max((connection.retransmits for connection in found), default=None)
+        return None
+
+    async def stop_connecting(self, uri: str) -> None:
+        try:
+            await _in_thread(lambda: [connecting.end(connection) for connection in connecting.unanswered(uri)])
+        except OSError as error:
+            raise HypervisorError(error.strerror or str(error)) from None
+
     async def progress(self) -> Progress | None:
         try:
             reading = await self._call(_progress)
@@ -248,6 +260,10 @@ class LibvirtOutgoing:
 
         with contextlib.suppress(HypervisorError):
             await self._session.call(confirm, on=link)
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    return await asyncio.wrap_future(threads.submit(function))
 
 
 # What follows blocks: it runs in a thread, on libvirt's domain.

@@ -21,6 +21,9 @@ MODES: Final[Mapping[str, str]] = {"direct": MODULAR, "legacy": MONOLITHIC}
 """The daemon for libvirt's URI parameter ``mode``."""
 
 
+LOGS: Final = Path("/var/log/libvirt/qemu")
+
+
 @dataclass(frozen=True)
 class Service:
     """One libvirt daemon."""
@@ -31,6 +34,8 @@ class Service:
     """Its run folder; None where it cannot be told, as for a user's own session."""
     hook: Path | None
     """Where Drover's hook belongs; None for a daemon that has no run folder of the system's."""
+    logs: Path | None = None
+    """Where it keeps a log for each QEMU; None where that cannot be told."""
 
 
 def behind(uri: str, run: Path = RUN) -> Service:
@@ -45,7 +50,7 @@ def behind(uri: str, run: Path = RUN) -> Service:
     name = name or MODES.get(words.get("mode", "")) or _found(run if is_system and socket is None else None)
     if not is_system:
         return Service(name, None, None)
-    return Service(name, socket.parent if socket else run, ETC / HOOK)
+    return Service(name, socket.parent if socket else run, ETC / HOOK, LOGS)
 
 
 def _found(run: Path | None) -> str:

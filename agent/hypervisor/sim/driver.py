@@ -95,6 +95,9 @@ class SimHypervisor:
         else:
             self._host.drop(guest, "disowned")
 
+    async def hindrance(self, name: str) -> str:
+        return "" if self._host.thawed.is_set() else f"the simulated hypervisor of {name} stands still"
+
     async def death(self, name: str) -> HypervisorError | None:
         return None  # its guests have no process of their own
 

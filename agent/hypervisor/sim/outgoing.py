@@ -127,6 +127,11 @@ class SimOutgoing:
         if sender is not None:
             sender.abort()
 
+    async def unanswered(self, uri: str) -> int | None:
+        return None  # it connects by itself, with a deadline
+
+    async def stop_connecting(self, uri: str) -> None: ...
+
     async def progress(self) -> Progress | None:
         await self._host.gate("progress")
         sender = self._host.senders.get(self._uuid)
