@@ -129,4 +129,5 @@ def requirements_from_proto(message: host_pb2.GuestRequirements) -> Requirements
         machine=message.machine,
         virt_type=message.virt_type,
         cpu=message.cpu,
+        host_cpu=message.host_cpu,
     )

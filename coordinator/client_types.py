@@ -294,6 +294,10 @@ class Domain:
     """A migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
     silent_for: float
     """Seconds for which its process has not answered; 0 where it does."""
+    running_version: str
+    """Version of the hypervisor that runs it; empty where that is not told."""
+    installed_version: str
+    """Version that its next start would run."""
     proto: cluster_pb2.PlacedDomain = field(repr=False, compare=False)
 
     @classmethod
@@ -310,6 +314,8 @@ class Domain:
             persistent=domain.persistent,
             job=domain.job or "none",
             silent_for=domain.silence.ToNanoseconds() / 1e9,
+            running_version=domain.running_version,
+            installed_version=domain.installed_version,
             proto=message,
         )
 

@@ -202,6 +202,10 @@ class Domain:
     """The switch to post-copy happened: part of the memory is on the other host."""
     silent_for: float = 0.0
     """Seconds for which its process has owed the hypervisor an answer; 0 where it owes none."""
+    running_version: str = ""
+    """Version of the hypervisor that runs it. Empty: not told, or it does not run. In lists only, as the next one."""
+    installed_version: str = ""
+    """Version of the binary that the next start would run."""
 
     @property
     def unstarted(self) -> bool:
@@ -231,6 +235,9 @@ class Requirements:
     """Such as ``qemu`` or ``kvm``."""
     cpu: str
     """The guest's CPU in the driver's own notation (libvirt: the ``<cpu>`` element), at most 64 KiB."""
+    host_cpu: str = ""
+    """For a guest that has whatever CPU its host's QEMU gives: that CPU, as words in the driver's notation (libvirt: ``model=EPYC
+    vendor=AMD +avx2 -vme``), at most 64 KiB; another host must give the very same. Empty for a guest whose CPU is named."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def domain_to_proto(domain: Domain) -> pb.Domain:
         persistent=domain.persistent,
         job=domain.job.value,
         silence=duration(domain.silent_for) if domain.silent_for else None,
+        running_version=domain.running_version,
+        installed_version=domain.installed_version,
     )
 
 
@@ -95,4 +97,5 @@ def requirements_to_proto(requirements: Requirements) -> pb.GuestRequirements:
         machine=requirements.machine,
         virt_type=requirements.virt_type,
         cpu=requirements.cpu,
+        host_cpu=requirements.host_cpu,
     )

@@ -85,6 +85,11 @@ def _domain_state(domain: Domain) -> str:
     return f"{domain.state.value}{silent}"
 
 
+def _versions(domain: Domain) -> str:
+    differ = domain.running_version and domain.installed_version and domain.installed_version != domain.running_version
+    return f"{domain.running_version} ({domain.installed_version} installed)" if differ else domain.running_version
+
+
 @click.group()
 def domain() -> None:
     """List guests."""
@@ -102,8 +107,8 @@ def list_domains(host: str, output: str) -> None:
             domains = [to_json(domain.proto) for domain in found]
             print_json({"domains": domains, "unreachable_hosts": list(found.unreachable_hosts)})
             return
-        rows = [(d.name, d.host, _domain_state(d), size(d.memory_bytes), str(d.vcpus), d.job, d.uuid) for d in found]
-        print_table(("NAME", "HOST", "STATE", "MEMORY", "CPUS", "MIGRATION", "UUID"), rows)
+        rows = [(d.name, d.host, _domain_state(d), size(d.memory_bytes), str(d.vcpus), d.job, _versions(d), d.uuid) for d in found]
+        print_table(("NAME", "HOST", "STATE", "MEMORY", "CPUS", "MIGRATION", "QEMU", "UUID"), rows)
         if not rows:
             click.echo("no guests", err=True)
         if found.unreachable_hosts:

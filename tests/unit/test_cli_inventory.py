@@ -1,6 +1,6 @@
 """How hosts and guests read in tables."""
 
-from coordinator.cli.inventory import _domain_state
+from coordinator.cli.inventory import _domain_state, _versions
 from coordinator.client import Domain
 from drover.agent.v1 import host_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
@@ -11,3 +11,10 @@ def test_6_9_a_guest_that_does_not_answer_says_so() -> None:
     assert _domain_state(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "running"
     said.silence.FromSeconds(12)
     assert _domain_state(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "running (no answer for 12 s)"
+
+
+def test_6_33_a_guest_whose_qemu_was_replaced_says_both_versions() -> None:
+    said = host_pb2.Domain(name="web1", running_version="7.2.22", installed_version="7.2.22")
+    assert _versions(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "7.2.22"
+    said.installed_version = "10.0.2"
+    assert _versions(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "7.2.22 (10.0.2 installed)"

@@ -8,8 +8,9 @@ import pytest
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from agent.hypervisor.libvirt.host import parse_capabilities
+from agent.hypervisor.libvirt.host import cpu_difference, given_cpu, parse_capabilities
 from agent.hypervisor.libvirt.postcopy import SYSCTL, read_sysctl, refusal
+from agent.hypervisor.libvirt.versions import started_version
 
 
 def _capabilities(secmodel: str) -> str:
@@ -51,3 +52,48 @@ def test_6_30_a_kernel_without_the_sysctl(tmp_path: Path) -> None:
     assert read_sysctl(tmp_path / "none") == ""
     (tmp_path / "sysctl").write_text("1\n")
     assert read_sysctl(tmp_path / "sysctl") == "1"
+
+
+_DOMAIN_CAPABILITIES = """<domainCapabilities><cpu><mode name='host-model' supported='yes'><model>EPYC</model><vendor>AMD</vendor>
+<feature policy='require' name='avx2'/><feature policy='disable' name='vme'/></mode></cpu></domainCapabilities>"""
+
+
+class _Connection:
+    def __init__(self, xml: str) -> None:
+        self.xml = xml
+
+    def getDomainCapabilities(self, *_: object) -> str:  # noqa: N802 - libvirt's name
+        return self.xml
+
+
+def test_6_33_the_cpu_that_qemu_gives_is_read_from_what_libvirt_has_probed() -> None:
+    assert given_cpu(_Connection(_DOMAIN_CAPABILITIES), "x86_64", "pc", "qemu") == "+avx2 -vme model=EPYC vendor=AMD"
+    assert given_cpu(_Connection(_DOMAIN_CAPABILITIES.replace("yes", "no")), "x86_64", "pc", "kvm") == ""
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        ("+avx2 model=EPYC", "+avx2 model=EPYC", ()),
+        ("+avx2 +avx512f model=EPYC", "+avx2 model=EPYC", ("+avx512f there", "none of that here")),
+        ("model=EPYC", "model=Skylake-Client", ("model=EPYC there", "model=Skylake-Client here")),
+        ("", "model=EPYC", ("that host does not say",)),
+        ("model=EPYC", "", ("this host does not say",)),
+        ("", "", ("does not say",)),
+        (" ".join(f"+f{number}" for number in range(20)), "+x", ("and 12 more",)),
+    ],
+)
+def test_6_33_a_cpu_of_the_host_is_the_same_on_both_or_its_difference_is_named(
+    theirs: str, ours: str, words: tuple[str, ...]
+) -> None:
+    difference = cpu_difference("host-passthrough", theirs, ours)
+    assert bool(difference) == bool(words)
+    assert all(word in difference for word in words), difference
+
+
+def test_6_33_the_version_that_runs_is_the_one_that_was_started_last(tmp_path: Path) -> None:
+    log = tmp_path / "web1.log"
+    assert started_version(log) == ""
+    start = "2026-11-25 18:58:59.4+0000: starting up libvirt version: 9.0.0, package: 9.0.0-4, qemu version: {}, kernel: 6\n"
+    log.write_text(start.format("7.2.22Debian 1:7.2+dfsg-7") + "qemu version: 1.0\n" + start.format("10.0.2") + "LC_ALL=C\n")
+    assert started_version(log) == "10.0.2"

@@ -1,6 +1,7 @@
 """The simulated hypervisor keeps guests from leaving, and from arriving, as libvirt does."""
 
 import asyncio
+import dataclasses
 
 import msgspec
 import pytest
@@ -78,3 +79,14 @@ async def test_6_9_a_guest_that_does_not_answer_hides_no_other() -> None:
         assert found["web"].silent_for > 0
         with pytest.raises(HypervisorUnavailable):
             await a.get_domain(UUID)
+
+
+async def test_6_33_a_cpu_of_the_host_needs_the_same_one_at_the_destination() -> None:
+    async with host("a", web(cpu="host-passthrough"), host_cpu="EPYC") as a:
+        _, needs = await a.describe(UUID)
+        async with host("b", host_cpu="Skylake") as b:
+            (difference,) = await b.incompatibilities(needs)
+            assert "EPYC there, Skylake here" in difference
+        async with host("b", host_cpu="EPYC") as b:
+            assert await b.incompatibilities(needs) == []
+            assert await b.incompatibilities(dataclasses.replace(needs, host_cpu="")) != []

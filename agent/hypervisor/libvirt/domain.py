@@ -1,6 +1,6 @@
 """What libvirt's answers about a domain mean: its state, its job, its progress. Blocking reads and pure translations."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import libvirt
@@ -83,15 +83,11 @@ def read_one(connection: Any, uuid: str) -> Domain:
     return read(by_uuid(connection, uuid))
 
 
-def read_all(connection: Any) -> list[Domain]:
-    """What is true of every domain now, by name. A domain that goes meanwhile is left out; one that is silent is not waited for."""
-    return sorted(_readable(connection.listAllDomains()), key=lambda domain: domain.name)
-
-
-def _readable(found: Iterable[Any]) -> Iterator[Domain]:
-    for domain in found:
+def read_all(connection: Any) -> Iterator[tuple[Any, Domain]]:
+    """libvirt's domains, and what is true of each now. One that goes meanwhile is left out; one that is silent is not waited for."""
+    for domain in connection.listAllDomains():
         try:
-            yield read(domain, _silent_for(domain))
+            yield domain, read(domain, _silent_for(domain))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise

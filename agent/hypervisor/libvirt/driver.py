@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import libvirt
@@ -28,6 +29,7 @@ from agent.hypervisor.libvirt.incoming import LibvirtIncoming
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing
 from agent.hypervisor.libvirt.service import behind
 from agent.hypervisor.libvirt.switchover import is_installed
+from agent.hypervisor.libvirt.versions import Versions
 from agent.hypervisor.libvirt.watch import Watch
 
 log = structlog.get_logger()
@@ -51,6 +53,7 @@ class LibvirtHypervisor:
         self._pool = Pool(uri, call_timeout)
         self._fanout = Fanout()
         self._watch = Watch(Session(self._pool), self._fanout)
+        self._versions = Versions(behind(uri).logs)
         self._known: _Known | None = None
         self._reading = asyncio.Lock()
 
@@ -68,6 +71,9 @@ class LibvirtHypervisor:
 
     async def info(self) -> HypervisorInfo:
         known = await self._capabilities()
+        if await self._pool.call(_hypervisor) != known.hypervisor:  # libvirtd has seen that its QEMU was replaced
+            self._known = None
+            known = await self._capabilities()
         forbidden = postcopy.refusal(postcopy.read_sysctl(), known.capabilities.qemu_uid)
         reasons = {"post_copy": forbidden} if forbidden else {}
         return HypervisorInfo(
@@ -86,11 +92,17 @@ class LibvirtHypervisor:
         )
 
     async def list_domains(self) -> list[Domain]:
+        installed = (await self._capabilities()).installed
+
+        def read(connection: Any) -> list[Domain]:
+            found = self._versions.add(domains.read_all(connection), installed)
+            return sorted(found, key=lambda domain: domain.name)
+
         try:
             async with asyncio.timeout(LIST_SECONDS):
-                return await self._pool.call(domains.read_all)
+                return await self._pool.call(read)
         except TimeoutError:  # one became silent while it was asked: the next time libvirt says so first
-            return await self._pool.call(domains.read_all)
+            return await self._pool.call(read)
 
     async def get_domain(self, uuid: str) -> Domain:
         return await self._pool.call(lambda connection: domains.read_one(connection, uuid))
@@ -99,7 +111,7 @@ class LibvirtHypervisor:
         return await self._pool.call(lambda connection: domains.read(domains.by_name(connection, name)))
 
     async def describe(self, reference: str) -> tuple[Domain, Requirements]:
-        return await self._pool.call(lambda connection: _describe(domains.find(connection, reference)))
+        return await self._pool.call(lambda connection: _describe(connection, domains.find(connection, reference)))
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
         with leaving.refusals():
@@ -147,7 +159,7 @@ class LibvirtHypervisor:
             return self._known
 
     async def _compare_cpu(self, known: "_Known", needs: Requirements) -> str:
-        key = (needs.arch, needs.machine, needs.virt_type, needs.cpu)
+        key = (needs.arch, needs.machine, needs.virt_type, needs.cpu, needs.host_cpu)
         if key not in known.cpus:
             verdict = await self._pool.call(lambda connection: host.compare_cpu(connection, needs))
             if len(known.cpus) >= CPU_CACHE:
@@ -164,11 +176,19 @@ class _Known:
         self.capabilities = capabilities
         self.hypervisor = hypervisor
         self.library = library
-        self.cpus: dict[tuple[str, str, str, str], str] = {}
+        self.cpus: dict[tuple[str, ...], str] = {}
+        version = hypervisor.rpartition(" ")[2]
+        self.installed = {arch.emulator: version for arch in capabilities.architectures.values()}
+        """By QEMU binary: its version, where that is libvirt's own choice."""
 
 
-def _describe(domain: Any) -> tuple[Domain, Requirements]:
-    return domains.read(domain), host.parse_requirements(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE))
+def _describe(connection: Any, domain: Any) -> tuple[Domain, Requirements]:
+    xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)
+    needs = host.parse_requirements(xml)
+    if host.has_cpu_of_the_host(needs):
+        given = host.given_cpu(connection, needs.arch, needs.machine, needs.virt_type, host.emulator_of(xml))
+        needs = replace(needs, host_cpu=given)
+    return domains.read(domain), needs
 
 
 def _disown(domain: Any) -> None:
@@ -181,9 +201,13 @@ def _disown(domain: Any) -> None:
 def _read_host(connection: Any) -> tuple[host.Capabilities, str, str]:
     return (
         host.parse_capabilities(connection.getCapabilities()),
-        f"{connection.getType()} {_version(connection.getVersion())}",
+        _hypervisor(connection),
         f"libvirt {_version(connection.getLibVersion())}",
     )
+
+
+def _hypervisor(connection: Any) -> str:
+    return f"{connection.getType()} {_version(connection.getVersion())}"
 
 
 def _version(number: int) -> str:

@@ -26,6 +26,8 @@ class Architecture:
     machines: Mapping[str, int]
     """Machine type → its greatest number of CPUs."""
     virt_types: frozenset[str]
+    emulator: str
+    """The QEMU binary that libvirt chooses by itself."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ def _architecture(arch: ET.Element) -> Architecture:
         for name in (machine.text, machine.get("canonical")):
             if name:
                 machines[name] = limit
-    return Architecture(machines, frozenset(domain.get("type", "") for domain in arch.iterfind("domain")))
+    types = frozenset(domain.get("type", "") for domain in arch.iterfind("domain"))
+    return Architecture(machines, types, arch.findtext("emulator", ""))
 
 
 def parse_requirements(xml: str) -> Requirements:
@@ -90,6 +93,11 @@ def parse_requirements(xml: str) -> Requirements:
         virt_type=root.get("type", ""),
         cpu=text,
     )
+
+
+def emulator_of(xml: str) -> str | None:
+    """The QEMU binary of this domain XML; None for libvirt's default."""
+    return ET.fromstring(xml).findtext("devices/emulator")
 
 
 def misfits(capabilities: Capabilities, needs: Requirements, hypervisor: str) -> list[str]:
@@ -121,14 +129,55 @@ def _version(machine: str) -> tuple[str, tuple[int, ...]]:
     return (match[1], tuple(map(int, match[2].split(".")))) if match else (machine, ())
 
 
+_OF_THE_HOST = frozenset({"host-passthrough", "maximum"})
+"""Modes of a CPU that say nothing of it: the guest has whatever CPU QEMU gives on its host."""
+
+
+def has_cpu_of_the_host(needs: Requirements) -> bool:
+    return bool(needs.cpu) and ET.fromstring(needs.cpu).get("mode") in _OF_THE_HOST
+
+
+def given_cpu(connection: Any, arch: str, machine: str, virt_type: str, emulator: str | None = None) -> str:
+    """The CPU that QEMU gives a guest of such a mode, as libvirt has probed it: its model, vendor and features as words. Empty where
+    libvirt cannot tell. Blocks for one round trip.
+    """
+    root = ET.fromstring(connection.getDomainCapabilities(emulator, arch, machine, virt_type))
+    mode = root.find("cpu/mode[@name='host-model']")
+    if mode is None or mode.get("supported") != "yes":
+        return ""
+    words = {f"model={mode.findtext('model', '')}", f"vendor={mode.findtext('vendor', '')}"}
+    for feature in mode.iterfind("feature"):
+        words.add(("-" if feature.get("policy") == "disable" else "+") + feature.get("name", ""))
+    return " ".join(sorted(words))
+
+
+def cpu_difference(mode: str, theirs: str, ours: str) -> str:
+    """Why a guest with a CPU of that mode cannot change hosts, from the CPUs that both give it; empty where they are the same."""
+    if theirs == ours and ours:
+        return ""
+    unlike = f"the guest has the CPU of its host ({mode}), and "
+    if not theirs or not ours:
+        return f"{unlike}{'this' if theirs else 'that'} host does not say which CPU its QEMU gives"
+    there, here = sorted(set(theirs.split()) - set(ours.split())), sorted(set(ours.split()) - set(theirs.split()))
+    return f"{unlike}this host's QEMU gives another: {_some(there)} there, {_some(here)} here"
+
+
+def _some(words: list[str]) -> str:
+    shown = ", ".join(words[:8]) or "none of that"
+    return f"{shown} and {len(words) - 8} more" if len(words) > 8 else shown
+
+
 def compare_cpu(connection: Any, needs: Requirements) -> str:
     """Why this host cannot give the guest its CPU; empty when it can. Blocks for one round trip."""
     try:
         mode = ET.fromstring(needs.cpu).get("mode") if needs.cpu else None
     except ET.ParseError as error:  # it comes from another host
         return f"the description of the guest's CPU cannot be read: {error}"
-    if mode in (None, "host-passthrough", "maximum"):
-        return ""  # the guest takes whatever CPU QEMU has: there is nothing named to compare
+    if mode is None:
+        return ""  # the machine type's own, the same wherever that is known
+    if mode in _OF_THE_HOST:
+        ours = given_cpu(connection, needs.arch, needs.machine, needs.virt_type)
+        return cpu_difference(mode, needs.host_cpu, ours)
     try:
         verdict = connection.compareHypervisorCPU(
             None, needs.arch, needs.machine, needs.virt_type, needs.cpu, libvirt.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE

@@ -37,6 +37,11 @@ class Service:
     logs: Path | None = None
     """Where it keeps a log for each QEMU; None where that cannot be told."""
 
+    @property
+    def logs(self) -> Path | None:
+        """The folder with a log for each guest, beside the run folder; None where that cannot be told."""
+        return self.run.resolve().parent.parent / "var/log/libvirt/qemu" if self.run else None
+
 
 def behind(uri: str, run: Path = RUN) -> Service:
     """The daemon that libvirt connects to for a URI such as ``qemu:///system``, chosen as libvirt's client does: by ``socket``,

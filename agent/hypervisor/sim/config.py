@@ -77,6 +77,8 @@ class SimConfig(Base, kw_only=True, frozen=True):
     forbidden: dict[Name, Annotated[str, Meta(max_length=1024)]] = {}
     """Options that this host lacks though its profile has them, each with what forbids it, as a sysctl forbids QEMU post-copy."""
     cpu_models: tuple[str, ...] = ("qemu64", "host-model")
+    host_cpu: Word = "sim"
+    """The CPU that a guest with ``host-passthrough`` or ``maximum`` gets here."""
     archs: tuple[Word, ...] = ("x86_64",)
     virt_types: tuple[Word, ...] = ("kvm", "qemu")
     latencies: Latencies = Latencies()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from agent.hypervisor.base import (
     Domain,
@@ -15,11 +16,16 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.sim.config import SimConfig
 from agent.hypervisor.sim.guest import Definition, Guest
-from agent.hypervisor.sim.host import Host
+from agent.hypervisor.sim.host import CPUS_OF_THE_HOST, Host
 from agent.hypervisor.sim.incoming import SimIncoming
 from agent.hypervisor.sim.outgoing import SimOutgoing
 
 VERSION = "1"
+
+
+def _listed(guest: Guest) -> Domain:
+    version = VERSION if guest.active else ""
+    return replace(guest.facts(), running_version=version, installed_version=version)
 
 
 class SimHypervisor:
@@ -53,7 +59,7 @@ class SimHypervisor:
 
     async def list_domains(self) -> list[Domain]:
         await self._host.gate("list_domains")
-        return sorted((guest.facts() for guest in self._host.guests.values()), key=lambda domain: domain.name)
+        return sorted(map(_listed, self._host.guests.values()), key=lambda domain: domain.name)
 
     async def get_domain(self, uuid: str) -> Domain:
         await self._host.gate("get_domain")
@@ -66,7 +72,8 @@ class SimHypervisor:
     async def describe(self, reference: str) -> tuple[Domain, Requirements]:
         await self._host.gate("describe")
         guest = await self._answering(self._host.find(reference))
-        return guest.facts(), guest.requirements()
+        given = self._host.config.host_cpu if guest.definition.guest.cpu in CPUS_OF_THE_HOST else ""
+        return guest.facts(), replace(guest.requirements(), host_cpu=given)
 
     async def _answering(self, guest: Guest) -> Guest:
         """The guest, if its process answers: as libvirt, whatever is asked about one guest waits for that."""

@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CPUS_OF_THE_HOST = frozenset({"host-passthrough", "maximum"})
+"""A guest with one of these has whatever CPU its host gives."""
 FLUSH = 0.05
 """Seconds between two writes to the serial logs of running guests."""
 FAULTS: dict[str, type[HypervisorError]] = {"perform": TransferFailed, "finish": TransferFailed}
@@ -166,12 +169,17 @@ class Host:
             "architecture": (needs.arch, self.config.archs),
             "machine type": (needs.machine, self.config.machine_types),
             "virtualization": (needs.virt_type, self.config.virt_types),
-            "CPU model": (needs.cpu, self.config.cpu_models),
+            "CPU model": (needs.cpu, {*self.config.cpu_models, *CPUS_OF_THE_HOST}),
         }
+        if needs.cpu in CPUS_OF_THE_HOST and needs.host_cpu != self.config.host_cpu:
+            return [
+                f"the guest has the CPU of its host ({needs.cpu}): {needs.host_cpu or 'unknown'} there, {self.config.host_cpu} here"
+            ]
         return [f"{what} {wanted} is unknown here" for what, (wanted, known) in has.items() if wanted not in known]
 
     def check_arrival(self, definition: Definition) -> None:
-        wrong = self.incompatibilities(requirements_of(definition))
+        # As libvirt, Prepare does not know which CPU the source gave.
+        wrong = self.incompatibilities(replace(requirements_of(definition), host_cpu=self.config.host_cpu))
         if wrong:
             raise Incompatible("; ".join(wrong))
         log = definition.guest.log

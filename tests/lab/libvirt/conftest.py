@@ -62,7 +62,9 @@ async def start(lab: Lab, sides: tuple[Side, Side], guest: Guest) -> AsyncIterat
 
     made: list[Migration] = []
 
-    def make(options: Options | None = None, bandwidth: int = 0, back: bool = False, name: str = "") -> Migration:
+    def make(
+        options: Options | None = None, bandwidth: int = 0, back: bool = False, name: str = "", guest: Guest = guest
+    ) -> Migration:
         source, destination = sides[::-1] if back else sides
         options = options or Options()
         if options.post_copy is None:  # as planning does, which the driver trusts

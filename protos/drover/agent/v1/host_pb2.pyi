@@ -181,6 +181,8 @@ class Domain(message.Message):
     PERSISTENT_FIELD_NUMBER: builtins.int
     JOB_FIELD_NUMBER: builtins.int
     SILENCE_FIELD_NUMBER: builtins.int
+    RUNNING_VERSION_FIELD_NUMBER: builtins.int
+    INSTALLED_VERSION_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name on this host."""
     uuid: builtins.str
@@ -197,6 +199,10 @@ class Domain(message.Message):
     """The definition is stored."""
     job: builtins.str
     """A migration job holds the guest: "none", "outgoing", "incoming"; "unknown" where its process does not answer."""
+    running_version: builtins.str
+    """Version of the hypervisor that runs it, such as "7.2.22". Empty: not told, or it does not run. Set by the agent when it lists."""
+    installed_version: builtins.str
+    """Version of the hypervisor that is installed for it, which its next start would run. Empty as above."""
     @builtins.property
     def silence(self) -> duration_pb2.Duration:
         """For how long its process has owed the hypervisor an answer. Unset: it owes none. Set by the agent when it lists guests."""
@@ -213,10 +219,12 @@ class Domain(message.Message):
         persistent: builtins.bool = ...,
         job: builtins.str = ...,
         silence: duration_pb2.Duration | None = ...,
+        running_version: builtins.str = ...,
+        installed_version: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["silence", b"silence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "persistent", b"persistent", "reason", b"reason", "silence", b"silence", "state", b"state", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["installed_version", b"installed_version", "job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "persistent", b"persistent", "reason", b"reason", "running_version", b"running_version", "silence", b"silence", "state", b"state", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +242,7 @@ class GuestRequirements(message.Message):
     MACHINE_FIELD_NUMBER: builtins.int
     VIRT_TYPE_FIELD_NUMBER: builtins.int
     CPU_FIELD_NUMBER: builtins.int
+    HOST_CPU_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name on the source."""
     uuid: builtins.str
@@ -250,6 +259,10 @@ class GuestRequirements(message.Message):
     """Kind of virtualization, such as "kvm" or "qemu"."""
     cpu: builtins.str
     """The guest's CPU in the driver's notation (libvirt: the <cpu> element)."""
+    host_cpu: builtins.str
+    """For a guest that has whatever CPU its host's hypervisor gives (libvirt: host-passthrough, maximum): that CPU, in the driver's
+    notation; a destination must give the same. Empty for a guest whose CPU is named. Set by the source's agent.
+    """
     def __init__(
         self,
         *,
@@ -261,10 +274,11 @@ class GuestRequirements(message.Message):
         machine: builtins.str = ...,
         virt_type: builtins.str = ...,
         cpu: builtins.str = ...,
+        host_cpu: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["arch", b"arch", "cpu", b"cpu", "machine", b"machine", "memory_bytes", b"memory_bytes", "name", b"name", "uuid", b"uuid", "vcpus", b"vcpus", "virt_type", b"virt_type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["arch", b"arch", "cpu", b"cpu", "host_cpu", b"host_cpu", "machine", b"machine", "memory_bytes", b"memory_bytes", "name", b"name", "uuid", b"uuid", "vcpus", b"vcpus", "virt_type", b"virt_type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
