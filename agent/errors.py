@@ -7,16 +7,17 @@ a wire.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 import grpc
+
+from agent.open_enum import OpenEnum
 
 DOMAIN = "drover"
 """`google.rpc.ErrorInfo.domain` of every error."""
 
 
-class Reason(StrEnum):
-    """`google.rpc.ErrorInfo.reason`."""
+class Reason(OpenEnum):
+    """`google.rpc.ErrorInfo.reason`. A newer version has more of them."""
 
     INVALID_FIELD = "INVALID_FIELD"
     FIELD_TOO_LARGE = "FIELD_TOO_LARGE"
@@ -153,17 +154,16 @@ class DroverError(Exception):
         metadata: Mapping[str, str] | None = None,
         retry_after: float | None = None,
         violations: tuple[FieldViolation, ...] = (),
+        code: grpc.StatusCode = grpc.StatusCode.INTERNAL,
     ) -> None:
+        """`code` is of a reason that only a newer version knows; the table has those of the others."""
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.metadata: Mapping[str, str] = dict(metadata or {})
         self.retry_after = retry_after
         self.violations = violations
-
-    @property
-    def code(self) -> grpc.StatusCode:
-        return CODES[self.reason]
+        self.code = CODES.get(reason, code)
 
 
 def said_by_peer(
@@ -173,13 +173,14 @@ def said_by_peer(
     *,
     retry_after: float | None = None,
     violations: tuple[FieldViolation, ...] = (),
+    code: grpc.StatusCode = grpc.StatusCode.INTERNAL,
 ) -> DroverError:
-    """The error that a peer tells of. Of a newer one's reason, the word is kept in message and metadata."""
+    """The error that a peer tells of; a newer one's reason and code are carried through."""
     try:
         reason = Reason(word)
-    except ValueError:
-        reason, message, metadata = Reason.INTERNAL, f"{word}: {message}", {**metadata, "reason": metadata.get("reason", word)}
-    return DroverError(reason, message, metadata=metadata, retry_after=retry_after, violations=violations)
+    except ValueError:  # no word of any version
+        reason = Reason.INTERNAL
+    return DroverError(reason, message, metadata=metadata, retry_after=retry_after, violations=violations, code=code)
 
 
 def invalid_field(field: str, description: str, reason: Reason = Reason.INVALID_FIELD) -> DroverError:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from agent.errors import DroverError, Reason
-from agent.handshake.records import options_from_proto
+from agent.handshake.records import enum_word, options_from_proto
 from agent.hypervisor.base import (
     DomainAmbiguous,
     DomainBusy,
@@ -65,10 +65,9 @@ def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
 
 
 def support_of(features: options_pb2.MigrationFeatures, option: str) -> Support:
-    value = features.options.get(option, options_pb2.OPTION_SUPPORT_UNSUPPORTED)
-    if value == options_pb2.OPTION_SUPPORT_UNSPECIFIED:
-        return Support.UNSUPPORTED
-    return Support[options_pb2.OptionSupport.Name(value).removeprefix("OPTION_SUPPORT_")]
+    """Of an option that it does not name, or of which it says what this version does not know: unsupported."""
+    word = enum_word(options_pb2.OptionSupport, features.options.get(option, options_pb2.OPTION_SUPPORT_UNSUPPORTED)).upper()
+    return Support.__members__.get(word, Support.UNSUPPORTED)
 
 
 def check_options(options: options_pb2.Options, features: options_pb2.MigrationFeatures, end: str) -> None:

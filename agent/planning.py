@@ -6,9 +6,12 @@ Everything that can be refused by looking is refused here, before any host has d
 from ipaddress import ip_address
 from typing import Protocol
 
+import grpc
+
 from agent.errors import DroverError, Reason, said_by_peer
 from agent.features import check_bandwidth, check_options, check_protocol, settled
 from agent.handshake.driver import Plan
+from agent.handshake.records import enum_word
 from agent.networks import MIGRATION_ROLE, common_network, listen_on
 from agent.uri import address_problem, same_address
 from drover.agent.v1 import host_pb2
@@ -47,7 +50,8 @@ def make_plan(
         check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
     network, warnings = _choose_network(spec, source, destination)
     if guest.HasField("obstacle"):  # last: what is wrong with the request is told first
-        raise said_by_peer(guest.obstacle.reason, guest.obstacle.message, guest.obstacle.metadata)
+        told = guest.obstacle
+        raise said_by_peer(told.reason, told.message, told.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
     return (
         Plan(
             domain_name=guest.domain.name,
@@ -101,7 +105,7 @@ def _check_hosts(source: host_pb2.Host, destination: host_pb2.Host) -> None:
 
 def _check_guest(guest: host_pb2.GetDomainResponse, source: host_pb2.Host) -> None:
     if guest.domain.state not in (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED):
-        state = host_pb2.DomainState.Name(guest.domain.state).removeprefix("DOMAIN_STATE_").lower()
+        state = enum_word(host_pb2.DomainState, guest.domain.state)
         raise DroverError(
             Reason.DOMAIN_NOT_RUNNING,
             f"guest {guest.domain.name} on {source.name} is {state}, and only a running guest can be migrated live; start it first",

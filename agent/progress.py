@@ -5,7 +5,7 @@ from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 
-from agent.errors import Reason
+from agent.errors import Reason, said_by_peer
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.driver import Driver
 from agent.handshake.records import Failure, causes_first, duration, failure_to_proto
@@ -113,7 +113,8 @@ def _state(
 def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
     if record is None or not record.HasField("failure"):
         return None
-    return Failure(Reason(record.failure.reason), record.failure.message, dict(record.failure.metadata))
+    said = record.failure
+    return Failure.of(said_by_peer(said.reason, said.message, said.metadata))
 
 
 def _adds(other: Failure, failure: Failure) -> bool:

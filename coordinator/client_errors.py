@@ -113,8 +113,7 @@ _BY_CODE: Mapping[grpc.StatusCode, type[DroverClientError]] = {
 def client_error(error: DroverError) -> DroverClientError:
     """The client's word for an error of the wire."""
     kind = _BY_REASON.get(error.reason) or _BY_CODE.get(error.code, ServerFailed)
-    reason = error.metadata.get("reason", error.reason)  # a newer server's own word, where this client does not know it
-    return kind(error.message, reason=reason, metadata=error.metadata, retry_after=error.retry_after)
+    return kind(error.message, reason=error.reason, metadata=error.metadata, retry_after=error.retry_after)
 
 
 def raise_unless_succeeded(migration: Migration) -> Migration:

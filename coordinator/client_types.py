@@ -6,17 +6,17 @@ Each value keeps the message that it was made of in `proto`, for what is not spe
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from agent.open_enum import OpenEnum
 from agent.whereabouts import Whereabouts, whereabouts
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 
 
-class MigrationState(StrEnum):
+class MigrationState(OpenEnum):
     """Where a migration stands. SUCCEEDED, FAILED and CANCELLED are final."""
 
     UNSPECIFIED = "unspecified"
@@ -33,13 +33,13 @@ class MigrationState(StrEnum):
         return self in (MigrationState.SUCCEEDED, MigrationState.FAILED, MigrationState.CANCELLED)
 
 
-class HostState(StrEnum):
+class HostState(OpenEnum):
     UNSPECIFIED = "unspecified"
     UP = "up"
     UNREACHABLE = "unreachable"
 
 
-class DomainState(StrEnum):
+class DomainState(OpenEnum):
     UNSPECIFIED = "unspecified"
     RUNNING = "running"
     PAUSED = "paused"
@@ -355,6 +355,6 @@ def _time(timestamp: Timestamp) -> datetime:
 
 
 def _word(enum: type, number: int, prefix: str) -> str:
-    """The value's name as a word of ours; a value that only a newer server knows is "unspecified"."""
+    """The value's name as a word of ours; of a value that only a newer server knows, its number: "unknown_99"."""
     names = {value: name for name, value in enum.items()}  # type: ignore[attr-defined]
-    return str(names.get(number, "UNSPECIFIED")).removeprefix(prefix).lower()
+    return str(names.get(number, f"UNKNOWN_{number}")).removeprefix(prefix).lower()

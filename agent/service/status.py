@@ -70,7 +70,7 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
     status = _status_of(error)
     said = _error_info(status) if status is not None else None
     if status is not None and said is not None:
-        return _from_status(status, said)
+        return _from_status(status, said, error.code())
     return _without_details(error, peer)
 
 
@@ -194,7 +194,7 @@ def _error_info(status: status_pb2.Status) -> error_details_pb2.ErrorInfo | None
     return info if info is not None and info.domain == DOMAIN else None
 
 
-def _from_status(status: status_pb2.Status, info: error_details_pb2.ErrorInfo) -> DroverError:
+def _from_status(status: status_pb2.Status, info: error_details_pb2.ErrorInfo, code: grpc.StatusCode) -> DroverError:
     retry = _detail(status, error_details_pb2.RetryInfo)
     bad = _detail(status, error_details_pb2.BadRequest)
     return said_by_peer(
@@ -203,6 +203,7 @@ def _from_status(status: status_pb2.Status, info: error_details_pb2.ErrorInfo) -
         info.metadata,
         retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None,
         violations=tuple(FieldViolation(v.field, v.description) for v in bad.field_violations) if bad is not None else (),
+        code=code,
     )
 
 

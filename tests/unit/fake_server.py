@@ -8,6 +8,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -33,6 +34,7 @@ REFUSALS: dict[str, Callable[[], Exception]] = {
     ),
     "stopped": lambda: DroverError(Reason.DOMAIN_NOT_RUNNING, '"stopped" does not run'),
     "bug": lambda: RuntimeError("bug"),
+    "newer": lambda: DroverError(Reason("OF_TOMORROW"), "a newer server's refusal", code=grpc.StatusCode.FAILED_PRECONDITION),
 }
 
 S = migration_pb2
@@ -68,6 +70,14 @@ SCRIPTS: dict[str, list[dict[str, object]]] = {
         },
     ],
     "long": [_PERFORM],
+    "tomorrow": [
+        _PERFORM | {"state": 99},
+        {
+            "state": S.MIGRATION_STATE_FAILED,
+            "source_guest": handshake_pb2.GuestFact(state=99, reason="of tomorrow"),  # type: ignore[arg-type]
+            "failure": handshake_pb2.Failure(reason="OF_TOMORROW", message="what only a newer agent knows"),
+        },
+    ],
     "drops": [_PERFORM, _PERFORM, _DONE],
 }
 """States of a guest's migration after PENDING, for guests that do otherwise than `_GOOD`."""
