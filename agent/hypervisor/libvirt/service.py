@@ -21,9 +21,6 @@ MODES: Final[Mapping[str, str]] = {"direct": MODULAR, "legacy": MONOLITHIC}
 """The daemon for libvirt's URI parameter ``mode``."""
 
 
-LOGS: Final = Path("/var/log/libvirt/qemu")
-
-
 @dataclass(frozen=True)
 class Service:
     """One libvirt daemon."""
@@ -34,12 +31,10 @@ class Service:
     """Its run folder; None where it cannot be told, as for a user's own session."""
     hook: Path | None
     """Where Drover's hook belongs; None for a daemon that has no run folder of the system's."""
-    logs: Path | None = None
-    """Where it keeps a log for each QEMU; None where that cannot be told."""
 
     @property
     def logs(self) -> Path | None:
-        """The folder with a log for each guest, beside the run folder; None where that cannot be told."""
+        """Where it keeps a log for each QEMU, under the same root as its run folder; None where that cannot be told."""
         return self.run.resolve().parent.parent / "var/log/libvirt/qemu" if self.run else None
 
 
@@ -55,7 +50,7 @@ def behind(uri: str, run: Path = RUN) -> Service:
     name = name or MODES.get(words.get("mode", "")) or _found(run if is_system and socket is None else None)
     if not is_system:
         return Service(name, None, None)
-    return Service(name, socket.parent if socket else run, ETC / HOOK, LOGS)
+    return Service(name, socket.parent if socket else run, ETC / HOOK)
 
 
 def _found(run: Path | None) -> str:
