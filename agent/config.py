@@ -22,7 +22,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 Name = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
+        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?\Z",
         max_length=63,
         description='a name: at most 63 of a-z, 0-9, "." and "-", beginning and ending with a letter or digit',
     ),

@@ -174,3 +174,16 @@ def test_6_05_an_agent_takes_guests_at_its_own_addresses_only(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"198\.51\.100\.77 is no address of this host now"):
         check_networks(load(write(tmp_path, foreign), AgentConfig))
     check_networks(load(write(tmp_path, foreign.replace("libvirt", "sim")), AgentConfig))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'name = "a\\n"',
+        'name = "a"\n[[networks]]\nname = "mig\\n"\naddress = "10.0.0.1"',
+        'name = "a"\n[peers]\n"b\\n" = "10.0.0.2:1"',
+    ],
+)
+def test_6_24_a_name_ends_where_it_ends(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        load(write(tmp_path, text), AgentConfig)

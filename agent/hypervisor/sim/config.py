@@ -27,7 +27,7 @@ class SimGuest(Base, kw_only=True, frozen=True):
     """A guest that is here when the host starts."""
 
     name: Name
-    uuid: Annotated[str, Meta(pattern="^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")] | None = None
+    uuid: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")] | None = None
     """None: made from the name."""
     memory_bytes: Annotated[int, Meta(ge=4096, le=1 << 46)] = 256 * MIB
     vcpus: Annotated[int, Meta(ge=1, le=4096)] = 1
