@@ -15,6 +15,7 @@ from agent.hypervisor.base import (
     HypervisorUnavailable,
     Incompatible,
     InvalidDocument,
+    NoTransfer,
     Requirements,
     Support,
     TransferFailed,
@@ -37,6 +38,7 @@ _REASONS: Mapping[type[HypervisorError], Reason] = {
     InvalidDocument: Reason.INVALID_FIELD,
     Incompatible: Reason.INCOMPATIBLE_GUEST,
     Exhausted: Reason.BUSY,
+    NoTransfer: Reason.WRONG_PHASE,
     TransferFailed: Reason.TRANSFER_FAILED,
     HypervisorUnavailable: Reason.HYPERVISOR_UNAVAILABLE,
 }

@@ -19,6 +19,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 MAX_LIBRARY_MESSAGE: Final = 2000
 """Characters of a library's message that are logged."""
 
+CALLER_LEFT: Final = "ExecuteBatchError"
+"""What gRPC raises, and logs with its traceback, where an answer cannot be sent any more. It is no error of this process."""
+
 _log = structlog.get_logger("drover.library")
 
 
@@ -62,6 +65,9 @@ class _ToStructlog(logging.Handler):
     """Writes a record of Python's `logging` as a structured line."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[0] and record.exc_info[0].__name__ == CALLER_LEFT:
+            _log.debug("a caller left before its answer", text=record.getMessage()[:MAX_LIBRARY_MESSAGE])
+            return
         try:
             message = record.getMessage()[:MAX_LIBRARY_MESSAGE]
             _log.log(record.levelno, "library message", logger=record.name, text=message, exc_info=record.exc_info)

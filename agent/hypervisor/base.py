@@ -12,9 +12,10 @@ Errors (every driver method raises only these, and `asyncio.CancelledError`)::
      ├── DomainNotFound          no such domain here
      ├── DomainAmbiguous         a name or UUID does not say which domain is meant
      ├── DomainBusy              another job holds the domain
-     ├── InvalidDocument         a peer's domain document is none that a source of ours would send
+     ├── InvalidDocument         a peer's domain document or cookie is none that a host of ours would send
      ├── Incompatible            this host cannot run or move that guest (CPU, machine type, disk, option)
      ├── Exhausted               this host has no room for another migration now (ports)
+     ├── NoTransfer              no transfer runs that could be changed
      ├── TransferFailed          the transfer ended without success: the source never stopped, or is paused
      └── HypervisorUnavailable   the hypervisor did not answer, so nothing is known: ask again
 
@@ -55,7 +56,7 @@ class DomainBusy(HypervisorError):  # noqa: N818
 
 
 class InvalidDocument(HypervisorError):  # noqa: N818
-    """The domain document cannot be used: a caller's mistake."""
+    """The domain document, or the cookie, cannot be used: a caller's mistake."""
 
 
 class Incompatible(HypervisorError):  # noqa: N818
@@ -64,6 +65,10 @@ class Incompatible(HypervisorError):  # noqa: N818
 
 class Exhausted(HypervisorError):  # noqa: N818
     """This host lacks for now what a migration needs of it; later it may have it."""
+
+
+class NoTransfer(HypervisorError):  # noqa: N818
+    """No transfer runs that could be changed: it has not begun, or is over."""
 
 
 class TransferFailed(HypervisorError):  # noqa: N818

@@ -6,6 +6,7 @@ It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, 
 - ``migration_id`` and the UUID of a guest are in their canonical form (lower case), so that one thing has one name;
 - a string that may have at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals
   and XML); only longer ones, such as the XML, may have several lines;
+- a time is one that a calendar has, and a network's address is an IP address (in an answer, too);
 - an order holds nothing that is not understood: `Options` and `MigrationSpec` no unknown field, they and the requests
   themselves no unknown enum value. Reports (a `Host`) may: a newer agent may say more.
 
@@ -18,16 +19,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from agent.errors import DroverError, Reason, invalid_field
 from agent.hypervisor.names import name_problem
-from drover.agent.v1 import bounds_pb2, migration_pb2, options_pb2
+from drover.agent.v1 import bounds_pb2, host_pb2, migration_pb2, options_pb2
 
 MAX_STRING = 253
 """Bytes of a string that has no max_bytes of its own."""
@@ -40,10 +43,15 @@ MAX_LINE = 1024
 MAX_DURATION_SECONDS = 315_576_000_000
 """10,000 years: the bound of google.protobuf.Duration itself."""
 
+MAX_TIME_SECONDS = 253_402_300_799
+"""The end of the year 9999: the bound of google.protobuf.Timestamp itself."""
+
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 _UUID_FIELDS = {"migration_id", "uuid", "domain_uuid"}
+
+_NETWORK_ADDRESS = host_pb2.Network.DESCRIPTOR.fields_by_name["address"].full_name
 
 # Orders: what is not understood here must be refused, not skipped.
 _CLOSED = {options_pb2.Options.DESCRIPTOR.full_name, migration_pb2.MigrationSpec.DESCRIPTOR.full_name}
@@ -166,12 +174,16 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
     if field.message_type is not None:
         if field.message_type.full_name == Duration.DESCRIPTOR.full_name:
             return _duration
+        if field.message_type.full_name == Timestamp.DESCRIPTOR.full_name:
+            return _timestamp
         return _message if max_bytes is None else _message_check(max_bytes, _message)
     if field.enum_type is not None:
         return _enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None
     if field.type == FieldDescriptor.TYPE_STRING:
         if _option(field, bounds_pb2.guest_name):
             return _guest_name
+        if field.full_name == _NETWORK_ADDRESS:
+            return _ip_address
         return _uuid if field.name in _UUID_FIELDS else _string_check(max_bytes or MAX_STRING)
     if field.type == FieldDescriptor.TYPE_BYTES:
         return _bytes_check(max_bytes or MAX_BYTES)
@@ -183,6 +195,8 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
 def _size_check(field: FieldDescriptor, max_bytes: int | None) -> _Check | None:
     if field.message_type is not None:
         return _answer if max_bytes is None else _message_check(max_bytes, _answer)
+    if field.full_name == _NETWORK_ADDRESS:
+        return _ip_address
     if field.type == FieldDescriptor.TYPE_STRING:
         return lambda value, path: _check_size(_size(value), max_bytes or MAX_STRING, path)
     return _bytes_check(max_bytes or MAX_BYTES) if field.type == FieldDescriptor.TYPE_BYTES else None
@@ -291,6 +305,19 @@ def _guest_name(value: str, path: str) -> None:
 def _not_negative(value: int, path: str) -> None:
     if value < 0:
         raise invalid_field(path, f"is {value}; it cannot be negative")
+
+
+def _ip_address(value: str, path: str) -> None:
+    try:
+        if value:  # whether it may be empty says `required`
+            ip_address(value)
+    except ValueError:
+        raise invalid_field(path, "is no IP address") from None
+
+
+def _timestamp(value: Timestamp, path: str) -> None:
+    if not 0 <= value.seconds <= MAX_TIME_SECONDS or not 0 <= value.nanos < 1_000_000_000:
+        raise invalid_field(path, "is no time between the years 1970 and 9999")
 
 
 def _duration(value: Duration, path: str) -> None:

@@ -66,7 +66,7 @@ async def ends_without_daemons(cluster: Cluster, name: str) -> None:
     if name == "post-copy":
         async with Talk(cluster.agents["h1"].address) as source:
             ref = handshake_pb2.AttemptRef(migration_id=migration.migration_id, attempt=1)
-            stub = handshake_pb2_grpc.HandshakeServiceStub(source._channel)
+            stub = handshake_pb2_grpc.HandshakeServiceStub(source.channel)
             await source.call(stub.StartPostCopy, handshake_pb2.StartPostCopyRequest(ref=ref))
     for daemon in cluster.daemons():
         daemon.kill()

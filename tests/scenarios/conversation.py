@@ -23,16 +23,16 @@ class Talk:
     """One program that speaks gRPC to the coordinator or an agent. Errors are `DroverError`s."""
 
     def __init__(self, address: str) -> None:
-        self._channel = open_channel(address)
-        self.migrations = rpc.MigrationServiceStub(self._channel)
-        self.hosts = host_pb2_grpc.HostServiceStub(self._channel)
-        self.handshake = RemotePeer(lambda: self._channel, address)
+        self.channel = open_channel(address)
+        self.migrations = rpc.MigrationServiceStub(self.channel)
+        self.hosts = host_pb2_grpc.HostServiceStub(self.channel)
+        self.handshake = RemotePeer(lambda: self.channel, address)
 
     async def __aenter__(self) -> "Talk":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._channel.close()
+        await self.channel.close()
 
     async def call(self, method: Any, request: Any) -> Any:
         try:

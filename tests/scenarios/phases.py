@@ -5,7 +5,7 @@ import pytest
 from agent.errors import DroverError, Reason
 from clusterkit import Cluster
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2
+from drover.agent.v1 import handshake_pb2_grpc, host_pb2
 from tests.scenarios.conversation import Talk, assert_idle, duration, new_id, record_state
 
 
@@ -162,4 +162,28 @@ async def test_6_04_a_name_that_leads_out_of_libvirts_folders_is_refused_in_each
         await src.handshake.abort(pb.AbortRequest(ref=ref))
     assert cluster.copies(guest.name) == {"h1": "running"}
     guest.wait_lines(2)
+    await assert_idle(cluster)
+
+
+@pytest.mark.parametrize("cookie", [b"banana", b"<qemu-migration>", b"<other/>\0", b"\xff\xfe\0", b"{}x"])
+@pytest.mark.parametrize("document", ["good", "<domain/>", "banana"])
+async def test_6_29_what_a_caller_hands_to_prepare_is_its_own_mistake(cluster: Cluster, cookie: bytes, document: str) -> None:
+    guest = cluster.guests.get("refused") or cluster.start_guest("refused")
+    ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
+    async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
+        slot = (await reserve(src, dst, ref, guest.name)).record.slot
+        begun = await src.handshake.begin(pb.BeginRequest(ref=ref, domain=guest.name, destination_host="h2"))
+        with pytest.raises(DroverError) as unperformed:
+            await src.call(
+                handshake_pb2_grpc.HandshakeServiceStub(src.channel).SetBandwidth,
+                pb.SetBandwidthRequest(ref=ref, bandwidth_bytes_per_second=1 << 20),
+            )
+        assert unperformed.value.reason is Reason.WRONG_PHASE
+        xml = begun.domain_xml if document == "good" else document
+        with pytest.raises(DroverError) as refused:
+            await dst.handshake.prepare(pb.PrepareRequest(ref=ref, slot_epoch=slot.epoch, domain_xml=xml, cookie_in=cookie))
+        assert refused.value.reason is Reason.INVALID_FIELD, refused.value.message
+        await dst.handshake.abandon(pb.AbandonRequest(ref=ref))
+        await src.handshake.abort(pb.AbortRequest(ref=ref))
+    assert cluster.copies(guest.name) == {"h1": "running"}
     await assert_idle(cluster)

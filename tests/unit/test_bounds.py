@@ -182,3 +182,20 @@ def test_no_string_of_any_request_is_longer_than_its_bound_or_has_control_charac
     else:
         assert len(value.encode()) <= bound
         assert bound > 1024 or "\n" not in value
+
+
+@pytest.mark.parametrize("address", ["banana", "10.0.0", "10.0.0.1/24", "::1::", " "])
+def test_6_29_a_network_has_an_ip_address(address: str) -> None:
+    network = host_pb2.Network(name="mig", address=address)
+    error = refusal(cluster_pb2.RegisterHostRequest(host=host_pb2.Host(networks=[network]), agent_address="unix:/a"))
+    assert (error.reason, error.metadata["field"]) == (Reason.INVALID_FIELD, "host.networks[0].address")
+    with pytest.raises(DroverError, match="no IP address"):
+        check_answer(host_pb2.GetHostResponse(host=host_pb2.Host(networks=[network])))
+
+
+@pytest.mark.parametrize(("seconds", "nanos"), [(-1, 0), (253_402_300_800, 0), ((1 << 63) - 1, 0), (0, -1), (0, 1_000_000_000)])
+def test_6_29_a_time_is_one_that_a_calendar_has(seconds: int, nanos: int) -> None:
+    word = handshake_pb2.OperatorWord(dead_host="h2", reason="r", said_by="me")
+    word.say_time.seconds, word.say_time.nanos = seconds, nanos
+    error = refusal(migration_pb2.ResolveMigrationRequest(migration_id=UUID, word=word))
+    assert (error.reason, error.metadata["field"]) == (Reason.INVALID_FIELD, "word.say_time")

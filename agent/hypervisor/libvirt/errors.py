@@ -4,7 +4,17 @@ from collections.abc import Mapping
 
 import libvirt
 
-from agent.hypervisor.base import ECHO, DomainBusy, DomainNotFound, Exhausted, HypervisorError, HypervisorUnavailable, Incompatible
+from agent.hypervisor.base import (
+    ECHO,
+    DomainBusy,
+    DomainNotFound,
+    Exhausted,
+    HypervisorError,
+    HypervisorUnavailable,
+    Incompatible,
+    InvalidDocument,
+    NoTransfer,
+)
 
 _BY_CODE: Mapping[int, type[HypervisorError]] = {
     libvirt.VIR_ERR_NO_DOMAIN: DomainNotFound,
@@ -20,6 +30,9 @@ _BY_CODE: Mapping[int, type[HypervisorError]] = {
     libvirt.VIR_ERR_OPERATION_UNSUPPORTED: Incompatible,
     libvirt.VIR_ERR_CPU_INCOMPATIBLE: Incompatible,
     libvirt.VIR_ERR_NO_SUPPORT: Incompatible,
+    libvirt.VIR_ERR_XML_ERROR: InvalidDocument,
+    libvirt.VIR_ERR_XML_DETAIL: InvalidDocument,
+    libvirt.VIR_ERR_XML_INVALID_SCHEMA: InvalidDocument,
 }
 
 _LOST_AT_SOCKET = frozenset({libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_SYSTEM_ERROR})
@@ -31,7 +44,10 @@ _BY_WORDS: tuple[tuple[int, str, type[HypervisorError]], ...] = (
     (libvirt.VIR_ERR_OPERATION_INVALID, "is being migrated", DomainBusy),
     (libvirt.VIR_ERR_OPERATION_INVALID, "incoming migration", DomainBusy),
     (libvirt.VIR_ERR_OPERATION_INVALID, "block job", DomainBusy),
+    (libvirt.VIR_ERR_OPERATION_INVALID, "not being migrated", NoTransfer),
     (libvirt.VIR_ERR_INTERNAL_ERROR, "Unable to find an unused port", Exhausted),
+    (libvirt.VIR_ERR_INTERNAL_ERROR, "cookie", InvalidDocument),
+    (libvirt.VIR_ERR_INTERNAL_ERROR, "to the same host", Incompatible),
 )
 """libvirt has one code for every wrong state, and another one for all else: there its words tell what it is."""
 

@@ -26,6 +26,7 @@ from agent.hypervisor.base import (
     HypervisorUnavailable,
     Incompatible,
     Job,
+    NoTransfer,
     Options,
     Performed,
     Progress,
@@ -176,12 +177,12 @@ class LibvirtOutgoing:
 
     async def start_postcopy(self) -> None:
         if not await self._while_starting(_start_postcopy):
-            raise HypervisorError("there is no transfer to switch to post-copy")
+            raise NoTransfer("there is no transfer to switch to post-copy")
 
     async def set_bandwidth(self, bandwidth: int) -> None:
         limit = words.mebibytes(bandwidth)
         if not await self._while_starting(lambda domain: _set_bandwidth(domain, limit)):
-            raise HypervisorError("there is no transfer whose bandwidth could be limited")
+            raise NoTransfer("there is no transfer whose bandwidth could be limited")
 
     async def remove(self, cookie: bytes, options: Options) -> None:
         undefine = words.wants(options, "undefine_source")

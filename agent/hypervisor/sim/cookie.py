@@ -5,7 +5,7 @@ from typing import Annotated, Self
 import msgspec
 from msgspec import Meta
 
-from agent.hypervisor.base import HypervisorError
+from agent.hypervisor.base import InvalidDocument
 from agent.hypervisor.sim.config import Base
 from agent.hypervisor.sim.stream import TOKEN_BYTES
 
@@ -22,12 +22,12 @@ class Cookie(Base, kw_only=True, frozen=True):
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """An empty cookie says nothing. Raises `HypervisorError` for one that is not the simulator's."""
+        """An empty cookie says nothing. Raises `InvalidDocument` for one that is not the simulator's."""
         if not data:
             return cls()
         if len(data) > MAX_COOKIE:
-            raise HypervisorError(f"cookie of {len(data)} bytes, at most {MAX_COOKIE} are taken")
+            raise InvalidDocument(f"cookie of {len(data)} bytes, at most {MAX_COOKIE} are taken")
         try:
             return msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UnicodeError) as error:
-            raise HypervisorError(f"not a cookie of the simulator: {error}") from error
+            raise InvalidDocument(f"not a cookie of the simulator: {error}") from error

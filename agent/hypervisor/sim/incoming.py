@@ -44,7 +44,7 @@ class SimIncoming:
         self._host.check_options(options)
         definition.check(self._uuid)
         if cookie.host_uuid == self._host.config.host_uuid:
-            raise HypervisorError("a guest cannot be migrated to the host on which it is")
+            raise Incompatible("a guest cannot be migrated to the host on which it is")
         word = self._host.profile.word
         for option, why in self._host.config.forbidden.items():
             if word(options, option):  # as QEMU says of post-copy when it is started to receive
@@ -75,7 +75,7 @@ class SimIncoming:
             raise DomainBusy(f"domain {definition.name} is already being migrated here")
         if there is not None and there.active:
             if there.reason != "post-copy failed" or there.left:
-                raise HypervisorError(f"domain {there.name} is already active")
+                raise DomainBusy(f"domain {there.name} is already active")
             there.job = Job.INCOMING
             return there
         copy = self._host.add(definition, there.stored if there else None)

@@ -12,6 +12,7 @@ from agent.hypervisor.base import (
     HypervisorError,
     Incompatible,
     Job,
+    NoTransfer,
     Options,
     Performed,
     Progress,
@@ -150,7 +151,7 @@ class SimOutgoing:
     def _running(self) -> Sender:
         sender = self._host.senders.get(self._uuid)
         if sender is None:
-            raise HypervisorError("no transfer runs")
+            raise NoTransfer("no transfer runs")
         return sender
 
     # --- the end ------------------------------------------------------------------------------------------------------
