@@ -1,0 +1,123 @@
+"""What is said of waits, causes and places on real hosts (issue 6, lines 8, 13 and 14; requirements R2, R7)."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from agent.errors import Reason
+from clusterkit import GuestSpec, cluster
+from clusterkit.platforms import LabCluster
+from drover.agent.v1 import migration_pb2 as pb
+from tests.scenarios.conversation import MIB, Talk, assert_idle, state
+
+pytestmark = pytest.mark.timeout(150)
+
+GUESTS = [
+    GuestSpec(name) for name in ("dies-cancelled", "dies", "copy-dies", "walled", "walled-cancelled", "copy-stopped", "stopped")
+]
+PORTS = "49152:49215"
+
+
+@pytest.fixture(name="cluster", scope="module")
+def _cluster(_real_hosts: None) -> Iterator[LabCluster]:
+    with cluster("libvirt", GUESTS, lab_id=f"tr{os.getpid()}", settings={}) as made:
+        assert isinstance(made, LabCluster)
+        yield made
+
+
+def drover(cluster: LabCluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(cluster.drover(*arguments), capture_output=True, text=True, timeout=90)
+
+
+async def flowing(talk: Talk, guest: str) -> str:
+    """The id of a migration of the guest to h2 whose memory flows, slowly."""
+    migration = await talk.start(guest, "h2", bandwidth_bytes_per_second=4 * MIB)
+    await talk.watch(migration.migration_id, lambda m: m.phase == "perform" and m.progress.processed_bytes > 0)
+    return migration.migration_id
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_6_13_a_guest_whose_qemu_dies_runs_nowhere_whatever_was_asked(cluster: LabCluster, cancelled: bool) -> None:
+    """Chaos seed 90210, round 29; and h2, which has the waiting copy then, is not where the guest runs."""
+    guest = cluster.start_guest("dies-cancelled" if cancelled else "dies")
+    async with Talk(cluster.server) as talk:
+        migration_id = await flowing(talk, guest.name)
+        cluster.lab["h1"].signal_qemu(guest.name)
+        if cancelled:
+            await talk.cancel(migration_id)
+        end = await talk.end(migration_id)
+    assert (state(end), end.failure.reason, end.runs_on) == ("failed", Reason.GUEST_CRASHED, "")
+    watched = drover(cluster, "migration", "watch", migration_id)
+    assert watched.returncode == 5
+    assert f'"{guest.name}" runs nowhere: its QEMU on h1 died' in watched.stderr
+    assert f'"{guest.name}" runs nowhere' in drover(cluster, "migration", "show", migration_id).stdout
+    await assert_idle(cluster)
+
+
+async def test_6_14_the_death_of_the_copy_is_told_by_its_host_and_the_echo_second(cluster: LabCluster) -> None:
+    guest = cluster.start_guest("copy-dies")
+    async with Talk(cluster.server) as talk:
+        migration_id = await flowing(talk, guest.name)
+        cluster.lab["h2"].signal_qemu(guest.name)
+        end = await talk.end(migration_id)
+    assert (state(end), end.runs_on) == ("failed", "h1")
+    assert end.failure.message.startswith(f"h2: the QEMU of {guest.name} died")
+    assert [other.message[:4] for other in end.other_failures] == ["h1: "]
+    shown = drover(cluster, "migration", "show", migration_id).stdout
+    assert shown.index(f"h2: the QEMU of {guest.name} died") < shown.index("also ")
+    error = json.loads(drover(cluster, "migration", "watch", migration_id, "-o", "json").stderr)["error"]
+    assert error["message"].startswith(f"h2: the QEMU of {guest.name} died")
+    assert error["guest"] == f'"{guest.name}" runs on h1'
+    assert error["also"][0].startswith("h1: ")
+    assert cluster.copies(guest.name) == {"h1": "running"}
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_6_8_a_firewall_that_drops_the_migration_port(cluster: LabCluster, cancelled: bool) -> None:
+    guest = cluster.start_guest("walled-cancelled" if cancelled else "walled")
+    wall = ["INPUT", "-p", "tcp", "-d", cluster.lab["h2"].addresses["mig1"], "--dport", PORTS, "-j", "DROP"]
+    async with Talk(cluster.server) as talk:
+        migration = await talk.start(guest.name, "h2", network="mig1")
+        await talk.watch(migration.migration_id, lambda m: m.phase == "prepare")
+        cluster.lab["h2"].exec(["iptables", "-I", *wall])
+        try:
+            waits = await talk.watch(migration.migration_id, lambda m: "without an answer" in m.waiting_for)
+            for part in ("h2 to answer at tcp://10.92.0.2:", "a firewall?", "given up after 20 s"):
+                assert part in waits.waiting_for
+            if cancelled:
+                ended = drover(cluster, "migration", "cancel", migration.migration_id)
+                assert ended.returncode == 0, ended.stderr
+            end = await talk.end(migration.migration_id)
+        finally:
+            cluster.lab["h2"].exec(["iptables", "-D", *wall])
+    assert (state(end), end.runs_on) == ("cancelled" if cancelled else "failed", "h1")
+    assert cancelled or end.failure.message.startswith("h1: h2 has not answered at tcp://10.92.0.2:")
+    guest.wait_lines(5)
+    assert cluster.copies(guest.name) == {"h1": "running"}
+    await assert_idle(cluster)
+
+
+@pytest.mark.parametrize(("guest_name", "host"), [("stopped", "h1"), ("copy-stopped", "h2")])
+async def test_6_8_a_qemu_that_stands_still_is_told_and_promises_no_end(cluster: LabCluster, guest_name: str, host: str) -> None:
+    guest = cluster.start_guest(guest_name)
+    async with Talk(cluster.server) as talk:
+        migration_id = await flowing(talk, guest.name)
+        cluster.lab[host].signal_qemu(guest.name, signal.SIGSTOP)
+        try:
+            still = await talk.watch(migration_id, lambda m: "is stopped; `kill -CONT" in m.waiting_for)
+            assert f"{host}: the QEMU of {guest.name}" in still.waiting_for or f"copy on {host}" in still.waiting_for
+            still = await talk.watch(migration_id, lambda m: "nothing was sent for" in m.progress.reason)
+            assert not still.progress.HasField("eta_low")
+            await talk.cancel(migration_id)
+            stuck = await talk.watch(migration_id, lambda m: m.state == pb.MIGRATION_STATE_CANCELLING and bool(m.waiting_for))
+            assert stuck.runs_on == "h1"
+        finally:
+            cluster.lab[host].signal_qemu(guest.name, signal.SIGCONT)
+        end = await talk.end(migration_id)
+    assert (state(end), end.runs_on) == ("cancelled", "h1")
+    guest.wait_lines(5)
+    assert guest.judge().problems() == []
