@@ -11,7 +11,8 @@ import structlog
 
 from agent.features import PROTOCOL_VERSION, features_to_proto
 from agent.handshake.engine import Engine
-from agent.hypervisor.base import Hypervisor, HypervisorError, HypervisorInfo
+from agent.hypervisor.base import HypervisorError, HypervisorInfo
+from agent.hypervisor.interface import Hypervisor
 from drover.agent.v1 import host_pb2 as pb
 
 log = structlog.get_logger()

@@ -157,7 +157,12 @@ class Journal:
     async def unsettled(self) -> list[AttemptRecord]:
         """Every commit of this host whose source is not known to have ended, the oldest first."""
         records = self._records(await self._read("WHERE kind = ? ORDER BY number", _MUST_STAY))
-        return [record for _, record in records if record.role is Role.DESTINATION]
+        return [record for _, record in records if record.role is Role.DESTINATION and not record.settled]
+
+    async def aftercare(self) -> list[AttemptRecord]:
+        """Every attempt that has ended, and after which something of its guest has yet to be put right here, the oldest first."""
+        records = self._records(await self._read("WHERE kind = ? ORDER BY number", _MUST_STAY))
+        return [record for _, record in records if record.aftercare]
 
     async def page_of_attempts(self, *, active_only: bool, before: int | None, limit: int) -> list[tuple[int, AttemptRecord]]:
         """At most `limit` records with the numbers of their rows, the newest first, all written before the row `before`."""
@@ -196,11 +201,13 @@ class Journal:
 
 
 def must_stay(record: AttemptRecord) -> bool:
-    """Whether another host's decision may depend on a record that has ended.
+    """Whether another host's decision may depend on a record that has ended, or something of its guest has yet to be put right.
 
     A commit, until its source has ended: a source that was away for long asks for it, and to have none means that the guest never
     came. A guest that its source kept by an operator's statement: the other host, once it is back, must learn that it lost it.
     """
+    if record.aftercare:
+        return True
     if record.role is Role.DESTINATION:
         return record.state == DestinationState.RUNNING and not record.settled
     return record.state == SourceState.KEPT and record.operator_word is not None

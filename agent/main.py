@@ -16,7 +16,8 @@ from agent.features import features_to_proto
 from agent.handshake.engine import Engine
 from agent.handshake.phases import LocalHost
 from agent.host import AgentHost
-from agent.hypervisor.base import Hypervisor, HypervisorUnavailable
+from agent.hypervisor.base import HypervisorUnavailable
+from agent.hypervisor.interface import Hypervisor
 from agent.interfaces import is_own
 from agent.journal import Journal
 from agent.log import logging_to_stderr

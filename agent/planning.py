@@ -14,7 +14,7 @@ from agent.handshake.driver import Plan
 from agent.handshake.records import enum_word
 from agent.networks import MIGRATION_ROLE, common_network, listen_on
 from agent.uri import address_problem, same_address
-from drover.agent.v1 import host_pb2
+from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 
@@ -52,6 +52,7 @@ def make_plan(
     if guest.HasField("obstacle"):  # last: what is wrong with the request is told first
         told = guest.obstacle
         raise said_by_peer(told.reason, told.message, told.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
+    warnings += _losses(spec.options, guest.domain, source.name, destination.name)
     return (
         Plan(
             domain_name=guest.domain.name,
@@ -120,6 +121,18 @@ def _check_split_phases(host: host_pb2.Host, end: str) -> None:
             f"the libvirt library of {end} does not export the split phases that Drover needs; update libvirt there",
             metadata={"host": host.name},
         )
+
+
+def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, destination: str) -> list[str]:
+    """What of the guest does not come along, by the user's word."""
+    if not domain.persistent or not options.HasField("persist_destination") or options.persist_destination:
+        return []
+    kept = options.HasField("undefine_source") and not options.undefine_source
+    where = f"only {source} keeps it" if kept else "no host will have it"
+    return [
+        f"persist_destination is off: {destination} does not store the definition of guest {domain.name}, so after the migration "
+        f"{where}, and once the guest is shut down there it is gone"
+    ]
 
 
 def _choose_network(spec: pb.MigrationSpec, source: host_pb2.Host, destination: host_pb2.Host) -> tuple[str, list[str]]:

@@ -41,6 +41,7 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.operator_word.CopyFrom(word)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
+    _tell_pause(migration, driver)
     if dst is Dst.RUNNING and not driver.disputed and not before.HasField("commit_time"):
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failures = causes_first((driver.failure, _failure_of(driver.source_record), _failure_of(driver.destination_record)))
@@ -61,6 +62,14 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.duration.CopyFrom(duration(now - before.create_time.ToNanoseconds() / 1e9))
         migration.hypervisor_duration.CopyFrom(duration(hypervisor_seconds(migration.timings)))
     return migration
+
+
+def _tell_pause(migration: pb.Migration, driver: Driver) -> None:
+    """The guest arrives, or stays, paused, because its user paused it on the way."""
+    warning = f"guest {migration.domain_name} was paused by its user during the transfer, and is left paused"
+    paused = any(record is not None and record.paused_by_user for record in (driver.source_record, driver.destination_record))
+    if paused and warning not in migration.warnings:
+        migration.warnings.append(warning)
 
 
 def _words(driver: Driver) -> list[handshake_pb2.OperatorWord]:

@@ -11,6 +11,12 @@ from agent.handshake.records import AttemptRecord, Role
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
+AFTERCARE: Final = "aftercare"
+"""Name of the work that `aftercare` does for an attempt that has ended."""
+
+AFTERCARE_WITHIN: Final = 5.0
+"""Seconds for which a guest's next migration waits for that."""
+
 _KEEP_ENDED: Final = 256
 """Ended attempts in memory; older ones are read from the journal again."""
 
@@ -39,7 +45,8 @@ class Attempts:
 
     def _trim(self) -> None:
         """What somebody still works with stays, or a second attempt would be made of the same record."""
-        ended = [key for key, attempt in self._by_id.items() if attempt.record.final and not attempt.busy]
+        over = {key: attempt for key, attempt in self._by_id.items() if attempt.record.final and not attempt.record.aftercare}
+        ended = [key for key, attempt in over.items() if not attempt.busy]
         for key in ended[: max(0, len(ended) - _KEEP_ENDED)]:
             del self._by_id[key]
 
@@ -84,6 +91,21 @@ class Attempts:
         others = [a.record.migration_id for a in here if not a.record.final or a.running("abort")]
         if others or uuid in self._claimed:
             raise _busy(name, others[0] if others else "")
+
+    async def cared_for(self, uuid: str, name: str) -> None:
+        """Waits until nothing is left to put right of this guest by attempts that have ended here.
+
+        Raises:
+            DroverError: DOMAIN_BUSY.
+        """
+        here = [attempt for attempt in self._by_id.values() if attempt.record.domain_uuid == uuid and attempt.record.aftercare]
+        try:
+            async with asyncio.timeout(AFTERCARE_WITHIN):
+                for attempt in here:
+                    if attempt.record.final:
+                        await attempt.ended(AFTERCARE)
+        except TimeoutError:
+            raise _busy(name, here[0].record.migration_id) from None
 
     def active(self, role: Role) -> list[Attempt]:
         """Those that have not ended. One that is made for a call that has no place yet is none."""

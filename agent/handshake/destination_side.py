@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from agent.admission.slots import Slots
-from agent.errors import DroverError, Reason, invalid_field
+from agent.errors import DroverError, Reason
 from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto, settled
 from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
@@ -34,6 +34,7 @@ from agent.handshake.phases import (
     wait_of,
 )
 from agent.handshake.records import Failure, OperatorWord, Role, causes_first, options_from_proto, record_to_proto
+from agent.handshake.stored import changes_of, check_documents
 from agent.handshake.waits import mind
 from agent.hypervisor.base import (
     RESUMED,
@@ -42,9 +43,9 @@ from agent.hypervisor.base import (
     DomainNotFound,
     DomainState,
     HypervisorError,
-    Incoming,
     TransferFailed,
 )
+from agent.hypervisor.interface import Incoming
 from agent.networks import listen_on
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -169,18 +170,12 @@ class DestinationSide:
         if attempt.record.state != _S.RESERVED:
             return {}
         self._check_lease(attempt, request.slot_epoch)
-        try:
-            self._host.hypervisor.check_document(attempt.record.domain_uuid, request.domain_xml)
-        except HypervisorError as error:
-            raise invalid_field("domain_xml", str(error)) from None
+        stored = check_documents(self._host, attempt.record.domain_uuid, request)
         listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
         self._host.check_listens_on(listen.address)
-        return changes | {
-            "domain_xml": request.domain_xml,
-            "uri": listen.uri,
-            "cookies": {"begin": request.cookie_in, "listen": listen.address.encode()},
-            "expires": self._expiry(),
-        }
+        cookies = {"begin": request.cookie_in, "listen": listen.address.encode()}
+        changes |= {"domain_xml": request.domain_xml, "uri": listen.uri, "cookies": cookies, "expires": self._expiry()}
+        return changes | changes_of(stored, arrives=True)
 
     @staticmethod
     def _check_lease(attempt: Attempt, epoch: int) -> None:
@@ -278,6 +273,9 @@ class DestinationSide:
         record = attempt.record
         try:
             with timed("prepare") as watch:
+                if record.had_definition:  # what a migration left behind does not start by itself; see `aftercare`
+                    with contextlib.suppress(DomainNotFound):
+                        await self._host.hypervisor.set_autostart(record.domain_uuid, False)
                 async with attempt.telling(f"the hypervisor of {self._host.name} to prepare"):
                     prepared = await self._session(attempt).prepare(
                         record.domain_xml,
@@ -317,14 +315,14 @@ class DestinationSide:
         return failures[0] if failures else None
 
     async def _finish(self, attempt: Attempt) -> None:
-        record = attempt.record
+        record, cookie = attempt.record, attempt.record.cookies.get("perform", b"")
         session = self._session(attempt)
         try:
             with timed("finish") as watch:
                 arrival = attempt.start("arrival", self._arrival(attempt, watch))
                 try:
                     finished = await session.finish(
-                        record.domain_xml, record.cookies.get("perform", b""), record.user_options, record.destination_name
+                        record.domain_xml, cookie, record.user_options, record.destination_name, record.stored
                     )
                 finally:
                     arrival.cancel()  # Finish tells it all now

@@ -324,6 +324,7 @@ class Driver(Knowledge):
                 cookie_in=self._begun.cookie_out,
                 network=plan.network,
                 uri_in=plan.uri,
+                stored=self._begun.stored if self._begun.HasField("stored") else None,
             )
         )
         if prepared.record.state not in _LISTENS:

@@ -13,6 +13,7 @@ import structlog
 from agent.admission.slots import Slots
 from agent.bell import Bell
 from agent.errors import DroverError, Reason
+from agent.handshake.aftercare import Aftercare
 from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent
@@ -46,6 +47,7 @@ class Engine:
         self.slots = slots
         self._journal = journal
         self._attempts = Attempts(journal, functools.partial(see, host), functools.partial(hindrance, host), self._ended)
+        self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
         self._source = SourceSide(host, self._attempts, take_over)
         transfers = Transfers(host, self._attempts, self._source.session, other_side)
@@ -77,6 +79,9 @@ class Engine:
                 self._destination.recover(attempt)
                 await attempt.apply(DestinationEvent.RESTARTED, functools.partial(self._why, record, DestinationEvent.RESTARTED))
 
+        for record in await self._journal.aftercare():
+            self._aftercare.start(self._attempts.adopt(record))
+
     def _why(self, record: AttemptRecord, restarted: str) -> dict[str, object]:
         """The failure of an attempt that a restart ends."""
         transition = MACHINES[record.role].step(record.state, restarted)
@@ -96,6 +101,7 @@ class Engine:
     def _ended(self, attempt: Attempt) -> None:
         if attempt.record.role is Role.DESTINATION:
             self._destination.on_final(attempt)
+        self._aftercare.start(attempt)
         self.changed.ring()
 
     def active(self) -> list[Attempt]:

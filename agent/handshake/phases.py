@@ -21,7 +21,8 @@ from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import Failure, Role, Timing
-from agent.hypervisor.base import Domain, DomainNotFound, Hypervisor, HypervisorError, HypervisorUnavailable
+from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError, HypervisorUnavailable
+from agent.hypervisor.interface import Hypervisor
 from agent.interfaces import is_own
 from agent.ports import any_is_free
 from agent.uri import MigrationUri, address_problem

@@ -16,7 +16,7 @@ from agent.errors import DroverError, Reason
 from agent.handshake.destination import DESTINATION, DestinationState
 from agent.handshake.guest_fact import GuestFact, fact_to_proto
 from agent.handshake.source import SOURCE, SourceState
-from agent.hypervisor.base import ECHO, Options, Progress
+from agent.hypervisor.base import ECHO, Options, Progress, Stored
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import options_pb2
 
@@ -93,7 +93,7 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt on one host. Cookies and XML are dropped when it has ended."""
+    """One attempt on one host. `SECRETS` are in memory only: no state needs them again after a restart of the agent."""
 
     migration_id: str
     attempt: int
@@ -112,6 +112,13 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     had_definition: bool = False
     """A definition of the guest was stored here before; destination only."""
     domain_xml: str = ""
+    stored: Stored | None = None
+    autostart: bool = False
+    """The guest started with the source's host, before Begin: so it shall with the host on which it stays."""
+    paused_by_user: bool = False
+    """See the field of `Record` on the wire."""
+    aftercare: bool = False
+    """After its end here something of the guest has yet to be put right (`aftercare`): it is recovered, though it is final."""
     uri: str = ""
     bandwidth: int = 0
     cookies: dict[str, bytes] = {}
@@ -158,10 +165,12 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     def changed(self, **changes: Any) -> "AttemptRecord":
         """A new record, one revision on; one that has ended drops what only a running migration needs."""
         new = msgspec.structs.replace(self, **changes, revision=self.revision + 1, updated=time.time())
-        if new.final and (new.domain_xml or new.cookies):
-            # The last cookie is still asked for by a driver whose answer was lost.
-            kept = {k: v for k, v in new.cookies.items() if k in ("perform", "finish")}
-            new = msgspec.structs.replace(new, domain_xml="", cookies=kept)
+        if new.final and not self.final:
+            # The last cookie is still asked for by a driver whose answer was lost. Digests are of requests with secrets in them.
+            kept = {phase: cookie for phase, cookie in new.cookies.items() if phase == "finish"}
+            new = msgspec.structs.replace(new, domain_xml="", stored=None, cookies=kept, requests={}, request_ids={})
+        if new.state in (SourceState.REMOVED, DestinationState.GONE):
+            new = msgspec.structs.replace(new, aftercare=False)  # no guest of this attempt is here
         return new
 
 
@@ -252,6 +261,7 @@ def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) 
         waiting_for=cut(record.waiting_for, 1024),
         create_time=timestamp(record.created),
         update_time=timestamp(record.updated),
+        paused_by_user=record.paused_by_user,
     )
     if record.failure is not None:
         message.failure.CopyFrom(failure_to_proto(record.failure))
@@ -266,8 +276,13 @@ def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) 
     return message
 
 
+SECRETS: Mapping[str, Any] = {"domain_xml": "", "stored": None, "cookies": {}}
+"""Fields that hold passwords of the guest (XML, and libvirt's cookies, which have XML in them), and what is journalled instead."""
+
+
 def encode(record: AttemptRecord) -> bytes:
-    return msgspec.msgpack.encode(record)
+    """For the journal: without `SECRETS`."""
+    return msgspec.msgpack.encode(msgspec.structs.replace(record, **SECRETS))
 
 
 def decode(data: bytes) -> AttemptRecord:

@@ -11,6 +11,7 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from agent.features import check_bandwidth, check_options, from_hypervisor, settled
+from agent.handshake.aftercare import pause_seen
 from agent.handshake.attempt import Attempt, Told, retry, waits_for
 from agent.handshake.attempts import Attempts
 from agent.handshake.facts import check_movable, loss_of, source_fact
@@ -31,6 +32,7 @@ from agent.handshake.phases import (
 )
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
+from agent.handshake.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.waits import Follower
 from agent.hypervisor.base import (
     POSTCOPY_FAILED,
@@ -39,8 +41,8 @@ from agent.hypervisor.base import (
     DomainState,
     HypervisorError,
     Options,
-    Outgoing,
 )
+from agent.hypervisor.interface import Outgoing
 from agent.networks import read_uri
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
@@ -82,14 +84,16 @@ class SourceSide:
             record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
             if record.state == _S.KEPT and record.failure is not None:
                 raise record.failure.error()
-            return pb.BeginResponse(
-                record=record_to_proto(record), domain_xml=record.domain_xml, cookie_out=record.cookies.get("begin", b"")
-            )
+            stored = stored_to_proto(record.stored, record.domain_name, self._host.name)
+            cookie, told = record.cookies.get("begin", b""), record_to_proto(record)
+            return pb.BeginResponse(record=told, domain_xml=record.domain_xml, cookie_out=cookie, stored=stored)
 
     async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
         domain = await self._check(request)
+        await self._attempts.cared_for(domain.uuid, domain.name)
         with self._attempts.claim(domain.uuid, domain.name):
             attempt.saw(fact_of(domain))
+            stored = await read_stored(self._host, domain)
             await attempt.apply(
                 _E.BEGIN,
                 lambda: phase_changes(attempt, "begin", request),
@@ -100,6 +104,7 @@ class SourceSide:
                 peer_agent=request.destination_agent,
                 options=options_from_proto(settled(request.options, self._host.features)),
                 epoch=request.slot_epoch,
+                **changes_of(stored, arrives=False),
             )
         self.recover(attempt)
 
@@ -248,6 +253,8 @@ class SourceSide:
         record = attempt.record
         try:
             with timed("begin") as watch:
+                if record.autostart:  # see `aftercare`
+                    await self._host.hypervisor.set_autostart(record.domain_uuid, False)
                 async with attempt.telling(f"the hypervisor of {self._host.name} to begin"):
                     begun = await self.session(attempt).begin(record.user_options, record.destination_name)
         except Exception as error:
@@ -288,7 +295,8 @@ class SourceSide:
                     record.bandwidth,
                 )
         except Exception as error:
-            await attempt.report(_E.PERFORM_FAILED, **failed(attempt, failure_of(error, self._host.name)))
+            why = failed(attempt, failure_of(error, self._host.name))
+            await attempt.report(_E.PERFORM_FAILED, **why, **pause_seen(attempt, session))
             return
         attempt.progress = progress_to_proto(performed.final)
         attempt.saw(GuestFact(GuestState.PAUSED, "migration", time.time()))  # that is what its end says
@@ -296,6 +304,7 @@ class SourceSide:
             _E.PERFORM_DONE,
             cookies={**attempt.record.cookies, "perform": performed.cookie},
             timings=(*attempt.record.timings, watch.timing),
+            **pause_seen(attempt, session),
         )
 
     def _watch(self, attempt: Attempt) -> None:

@@ -11,7 +11,8 @@ from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import Role, record_to_proto, state_from_proto
 from agent.handshake.source import SourceState
-from agent.hypervisor.base import HypervisorError, Outgoing
+from agent.hypervisor.base import HypervisorError
+from agent.hypervisor.interface import Outgoing
 from drover.agent.v1 import handshake_pb2 as pb
 
 

@@ -12,10 +12,12 @@ from typing import Final
 import structlog
 
 from agent.errors import DroverError, Reason
+from agent.handshake.aftercare import note_pause
 from agent.handshake.attempt import Attempt
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import Failure, progress_to_proto
-from agent.hypervisor.base import HypervisorError, Outgoing, Progress
+from agent.hypervisor.base import HypervisorError, Progress
+from agent.hypervisor.interface import Outgoing
 
 log = structlog.get_logger()
 
@@ -105,6 +107,7 @@ class Follower:
                 await asyncio.wait(transfer, timeout=PROGRESS_SECONDS)
                 if not self._transfer():
                     return
+                await note_pause(self._attempt, self._session)
                 # A question to a QEMU that stands still lasts long: it is asked once, and the clock goes on meanwhile.
                 reading = reading or asyncio.ensure_future(self._session.progress())
                 await asyncio.wait({reading}, timeout=PROGRESS_SECONDS)

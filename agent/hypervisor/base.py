@@ -1,4 +1,4 @@
-"""What a hypervisor driver must offer, and the words it speaks in.
+"""The values and errors that a hypervisor driver speaks in; what it must offer is `interface`.
 
 A driver is stateless towards migrations: it is told what to do and reports what is true. Who decides, and in which order,
 is the business of `agent.handshake`; a driver never resumes, removes or starts a guest by its own judgement.
@@ -25,10 +25,10 @@ except `Outgoing.perform` and `Incoming.finish`, which last as long as the guest
 will happen; ask `Hypervisor.get_domain`.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
 
 ECHO: Final = "echo"
 """Key in `HypervisorError.native` of an error that tells only how this end noticed that the other one, or who aborted, had ended the
@@ -94,7 +94,7 @@ class Options:
     live: bool | None = None
     """Guest CPUs run during the transfer. Default on."""
     persist_destination: bool | None = None
-    """The definition is stored at the destination. Default on."""
+    """The definition is stored at the destination. Default: as it is at the source, so off for a transient guest."""
     undefine_source: bool | None = None
     """The definition is removed from the source. Default on."""
     paused: bool | None = None
@@ -246,8 +246,19 @@ class Requirements:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a host stores of a persistent guest beside the copy that runs. It goes with the guest."""
+
+    definition: str = ""
+    """For the next boot, in the driver's own notation, secrets included. Empty: the one that runs."""
+    autostart: bool = False
+    """The guest starts with its host."""
+
+
+@dataclass(frozen=True)
 class Begun:
     domain_xml: str
+    """For the destination, in the driver's own notation. It also says whether the guest is persistent, and paused by its user."""
     cookie: bytes
 
 
@@ -293,106 +304,6 @@ class Finished:
     cookie: bytes
 
 
-class Outgoing(Protocol):
-    """One migration on its source. Lives on its own connection to the hypervisor: `close` undoes what is not ended."""
-
-    async def begin(self, options: Options, destination_name: str) -> Begun:
-        """Lock the guest against changes and describe it. The guest is untouched otherwise."""
-        ...
-
-    async def perform(
-        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
-    ) -> Performed:
-        """Send the memory until it all is there. `bandwidth` in bytes per second, 0 for no limit.
-
-        Raises `TransferFailed` when it ended without success; the caller then asks `get_domain`: ``running`` says that
-        the guest never left.
-        """
-        ...
-
-    async def abort(self) -> None:
-        """Ask a running `perform` to stop (pre-copy only). Nothing to stop is no error. From any connection."""
-        ...
-
-    async def unanswered(self, uri: str) -> int | None:
-        """How often the request to connect to `uri` was repeated, while nobody answers it; None where no such request is under way,
-        or the driver cannot tell. Raises nothing.
-        """
-        ...
-
-    async def stop_connecting(self, uri: str) -> None:
-        """End a request to connect to `uri` that nobody has answered: `perform` then fails at once. Nothing to end is no error.
-
-        Raises `HypervisorError` where it cannot be ended.
-        """
-        ...
-
-    async def progress(self) -> Progress | None:
-        """The latest reading; None where no transfer runs."""
-        ...
-
-    async def start_postcopy(self) -> None:
-        """Switch the running transfer to post-copy; it was armed with `Options.post_copy`."""
-        ...
-
-    async def set_bandwidth(self, bandwidth: int) -> None:
-        """Change the limit of the running transfer: bytes per second, 0 for no limit."""
-        ...
-
-    async def remove(self, cookie: bytes, options: Options) -> None:
-        """The guest runs at the destination: remove the copy here (Confirm; without its connection, destroy, undefine).
-
-        Idempotent. Keeps the definition where `undefine_source` is False. Afterwards no copy runs or waits here.
-        """
-        ...
-
-    async def settle(self) -> None:
-        """For whoever does not know how `perform` ended, once no job holds the guest: afterwards `get_domain` can be believed.
-
-        A hypervisor daemon that died and came back may have resumed, by its own judgement, a guest whose whole state had left
-        and that runs at the destination: it is paused. Costs nothing where the end of `perform` is known. Idempotent.
-        """
-        ...
-
-    async def resume(self) -> None:
-        """There is no other copy: let the guest run here again, as it was before (paused, if its user had paused it).
-
-        Idempotent, from any connection; does nothing to a guest that runs.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Let go of the connection. Ends the change protection of `begin`."""
-        ...
-
-
-class Incoming(Protocol):
-    """One migration on its destination. Lives on its own connection: closing it undoes a copy that never ran."""
-
-    async def prepare(
-        self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
-    ) -> Prepared:
-        """Start an empty copy that listens on `listen_address` only. `uri` may fix a port, or be empty."""
-        ...
-
-    async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
-        """Wait for the whole state, then start the guest. May be called while the memory still flows (armed early).
-
-        Raises `TransferFailed` when the copy is gone for certain; `HypervisorUnavailable` when that is not known.
-        """
-        ...
-
-    async def abandon(self) -> None:
-        """Destroy the copy: afterwards there is none. Idempotent, from any connection.
-        Raises `DomainBusy` for one that has run, even if it is stopped by now.
-        """
-        ...
-
-    async def close(self) -> None:
-        """Let go of the connection; a copy that never ran goes with it."""
-        ...
-
-
 RESUMED = "resumed"
 """The one kind of event that every driver has: a guest starts to run, or goes on."""
 
@@ -407,79 +318,3 @@ class DomainEvent:
     detail: str = ""
     monotonic: float = field(default=0.0, compare=False)
     """`time.monotonic()` at which the driver heard of it."""
-
-
-class Hypervisor(Protocol):
-    """The hypervisor of this host."""
-
-    async def open(self) -> None:
-        """Connect. Raises `HypervisorUnavailable`. A driver reconnects by itself after that."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of everything; guests go on."""
-        ...
-
-    async def info(self) -> HypervisorInfo: ...
-
-    async def list_domains(self) -> list[Domain]:
-        """Every domain, running or not, by name. One whose process does not answer (`Domain.silent_for`) hides no other."""
-        ...
-
-    async def get_domain(self, uuid: str) -> Domain:
-        """The guest with that UUID, whatever others are named. Raises `DomainNotFound`, `HypervisorUnavailable`."""
-        ...
-
-    async def get_named(self, name: str) -> Domain:
-        """The guest with exactly that name, whatever it looks like. Raises `DomainNotFound`, `HypervisorUnavailable`."""
-        ...
-
-    async def describe(self, reference: str) -> tuple[Domain, Requirements]:
-        """The guest that a user means by a name or a UUID, running or not, and what it needs of a host.
-
-        Raises `DomainNotFound`, `DomainAmbiguous`, `HypervisorUnavailable`.
-        """
-        ...
-
-    async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
-        """Whether `Outgoing.begin` with these would succeed: raises what it would raise. The guest is left as it is."""
-        ...
-
-    async def incompatibilities(self, requirements: Requirements) -> list[str]:
-        """Why this host cannot run that guest: plain sentences, empty when it can."""
-        ...
-
-    def check_document(self, uuid: str, domain_xml: str) -> None:
-        """Refuse a domain document that cannot be read, is not of that guest, or names a guest as no host may.
-
-        Called for whatever a peer sends, before the driver's library sees it. Raises `InvalidDocument`.
-        """
-        ...
-
-    async def disown(self, uuid: str) -> None:
-        """Another host keeps this guest, by an operator's word: undefine a copy that does not run here, and pause one that does: its
-        memory may be all that is left to look at. Raises `DomainNotFound`."""
-        ...
-
-    async def hindrance(self, name: str) -> str:
-        """Why calls about a guest may get no answer, and what helps, such as that its process is stopped. Empty: not known.
-        Raises nothing.
-        """
-        ...
-
-    async def death(self, name: str) -> HypervisorError | None:
-        """How the latest process of a guest that was here died, with its last words; None where it lives, or was ended by its
-        hypervisor, or that is not known. Raises nothing."""
-        ...
-
-    def outgoing(self, uuid: str) -> Outgoing:
-        """A handle for a guest that leaves. Opens nothing until it is used, so it also serves recovery."""
-        ...
-
-    def incoming(self, uuid: str) -> Incoming:
-        """A handle for a guest that arrives."""
-        ...
-
-    def events(self) -> AsyncIterator[DomainEvent]:
-        """Domain events from this call on, at most 256 behind; a consumer that is slower loses the oldest. Needs no closing."""
-        ...

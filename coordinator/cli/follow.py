@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 
 import click
@@ -29,14 +29,17 @@ DESTINATION_PHASES = frozenset({"reserve", "prepare", "finish", "abandon"})
 """Phases of the destination; the others are the source's."""
 
 
-async def follow(session: Session, migration_id: str, *, each_as_json: bool = False) -> int:
+async def follow(session: Session, migration_id: str, *, each_as_json: bool = False, warned: Collection[str] = ()) -> int:
     """`show_to_the_end`. Raises what says that it did not succeed."""
-    last = raise_unless_succeeded(await show_to_the_end(session, migration_id, each_as_json=each_as_json))
+    last = raise_unless_succeeded(await show_to_the_end(session, migration_id, each_as_json=each_as_json, warned=warned))
     return ExitCode.UNKNOWN if lost_or_stuck(last) else ExitCode.DONE
 
 
-async def show_to_the_end(session: Session, migration_id: str, *, each_as_json: bool = False) -> Migration:
-    """Show every change until the end, or until the outcome was unknown for a while; then the summary.
+async def show_to_the_end(
+    session: Session, migration_id: str, *, each_as_json: bool = False, warned: Collection[str] = ()
+) -> Migration:
+    """Show every change until the end, or until the outcome was unknown for a while; then the summary, without the warnings that
+    were told before.
 
     With JSON, one document at the end, or one line for every change.
     """
@@ -48,6 +51,7 @@ async def show_to_the_end(session: Session, migration_id: str, *, each_as_json: 
             print_json(to_json(last.proto))
     else:
         print_summary(last)
+        print_warnings(warning for warning in last.warnings if warning not in warned)
     return last
 
 
@@ -147,7 +151,11 @@ def print_summary(migration: Migration) -> None:
     click.echo(f"{printable(_verdict(migration))} {after}.")
     print_timings(migration)
     print_pairs(transfer_pairs(migration))
-    for warning in migration.warnings:
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """On stderr, also where the output is JSON: they are in that, too."""
+    for warning in warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 
 

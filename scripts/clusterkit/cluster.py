@@ -26,6 +26,7 @@ class GuestSpec:
     """None: one that every host knows."""
     cpu: str = "qemu64"
     persistent: bool = True
+    autostart: bool = False
     running: bool = True
     halted: bool = False
     """Stopped behind libvirt's back, by QEMU's own monitor, once it runs."""
@@ -112,6 +113,10 @@ class Cluster(ABC):
     @abstractmethod
     def copies(self, guest: str) -> dict[str, str]:
         """State of every copy by host, definitions that are shut off included."""
+
+    @abstractmethod
+    def definitions(self, guest: str) -> dict[str, str]:
+        """By host that has the guest: "transient", "persistent", or "autostart" for one that starts with its host as well."""
 
     def wait_running_on(self, guest: str, host: str, timeout: float = 15.0) -> None:
         wait_until(lambda: self.running_on(guest) == [host], timeout, f"guest {guest} to run on {host} only")

@@ -1,6 +1,7 @@
 """The two kinds of cluster: real libvirt and QEMU in the lab's test hosts, and the simulated hypervisor on loopback."""
 
 import contextlib
+import json
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -122,6 +123,8 @@ class LabCluster(Cluster):
         started = self.guests[name] = ClusterGuest(spec, str(guest.stable_uuid), guest.serial_log)
         if spec.running:
             self.lab[host].start(guest, persistent=spec.persistent)
+            if spec.autostart:
+                self.lab[host].virsh("autostart", name)
             started.wait_lines(10)
         else:
             self.lab[host].define(guest)
@@ -132,6 +135,15 @@ class LabCluster(Cluster):
     def copies(self, guest: str) -> dict[str, str]:
         states = {host.name: host.domain_state(guest).split(" ")[0] for host in self.lab.hosts}
         return {name: state for name, state in states.items() if state != "absent"}
+
+    def definitions(self, guest: str) -> dict[str, str]:
+        return {name: self._definition(self.lab[name], guest) for name in self.copies(guest)}
+
+    @staticmethod
+    def _definition(host: LabHost, guest: str) -> str:
+        lines = host.virsh("dominfo", guest).splitlines()
+        said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return "autostart" if said["Autostart"] == "enable" else "persistent" if said["Persistent"] == "yes" else "transient"
 
 
 class SimCluster(Cluster):
@@ -174,6 +186,7 @@ class SimCluster(Cluster):
             "memory_bytes": spec.memory_mib << 20,
             "dirty_rate": spec.dirty * 4096,
             "persistent": spec.persistent,
+            "autostart": spec.autostart,
             "cpu": spec.cpu,
             "virt_type": "qemu",
             "state": "paused" if spec.halted else "running" if spec.running else "shutoff",
@@ -202,3 +215,13 @@ class SimCluster(Cluster):
                 if domain.name == guest:
                     states[host] = host_pb2.DomainState.Name(domain.state).removeprefix("DOMAIN_STATE_").lower()
         return states
+
+    def definitions(self, guest: str) -> dict[str, str]:
+        """From the hypervisors' state files."""
+        found = {}
+        for host in self.hosts:
+            for record in json.loads((self.path / f"{host}.guests").read_text()):
+                if (record["running"] or record["stored"])["guest"]["name"] == guest:
+                    stored = "persistent" if record["stored"] else "transient"
+                    found[host] = "autostart" if record["autostart"] else stored
+        return found

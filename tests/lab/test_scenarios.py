@@ -1,5 +1,6 @@
 """The scenarios on real libvirt and real QEMU."""
 
+from tests.scenarios.belongings import *  # noqa: F403 - the tests themselves
 from tests.scenarios.documents import *  # noqa: F403 - the tests themselves
 from tests.scenarios.migrating import *  # noqa: F403 - the tests themselves
 from tests.scenarios.naming import *  # noqa: F403

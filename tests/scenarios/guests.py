@@ -6,6 +6,11 @@ GUESTS = {
     spec.name: spec
     for spec in (
         GuestSpec("there-and-back"),
+        GuestSpec("starts-with-its-host", autostart=True),
+        GuestSpec("left-behind", autostart=True),
+        GuestSpec("stays", autostart=True),
+        GuestSpec("transient", persistent=False),
+        GuestSpec("forgotten"),
         GuestSpec("peer-to-peer"),
         GuestSpec("to-cancel", memory_mib=128, dirty=100),
         GuestSpec("cancelled-at-once"),

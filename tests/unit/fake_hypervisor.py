@@ -27,11 +27,14 @@ from agent.hypervisor.base import (
     Prepared,
     Progress,
     Requirements,
+    Stored,
     Support,
     TransferFailed,
 )
 
 UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0001"
+DOCUMENT = f"<domain><uuid>{UUID}</uuid></domain>"
+"""The stored definition of every guest."""
 
 FEATURES = Features(
     options={"post_copy": Support.SUPPORTED, "live": Support.ALWAYS_ON, "auto_converge": Support.SUPPORTED},
@@ -103,6 +106,8 @@ class FakeHypervisor:
         self.held: dict[str, asyncio.Event] = {}
         """By call: it waits for this event before it does anything."""
         self.problems: list[str] = []
+        self.autostarts: set[str] = set()
+        """Guests that start with this host."""
         self.closed_sessions = 0
         self._jobs: set[asyncio.Task[Any]] = set()
         self._news: list[asyncio.Queue[DomainEvent]] = []
@@ -195,6 +200,19 @@ class FakeHypervisor:
     async def death(self, name: str) -> HypervisorError | None:
         return self.deaths.get(name)
 
+    async def stored(self, uuid: str) -> Stored | None:
+        domain = await self.get_domain(uuid)
+        return Stored(DOCUMENT, uuid in self.autostarts) if domain.persistent else None
+
+    async def set_autostart(self, uuid: str, autostart: bool) -> None:
+        await self.called(f"autostart {'on' if autostart else 'off'}", quiet=autostart is (uuid in self.autostarts))
+        await self.get_domain(uuid)
+        (self.autostarts.add if autostart else self.autostarts.discard)(uuid)
+
+    async def suspend(self, uuid: str) -> None:
+        await self.called("suspend")
+        self.change(uuid, state=DomainState.PAUSED, reason="user")
+
     def outgoing(self, uuid: str) -> "FakeOutgoing":
         return FakeOutgoing(self, uuid)
 
@@ -216,6 +234,14 @@ class FakeOutgoing:
         self._uuid = uuid
         self._aborted = asyncio.Event()
         self._sent = 0
+        self._began = False
+
+    user_pauses = False
+    """The guest's user pauses it as soon as its memory flows."""
+
+    @property
+    def paused_by_user(self) -> bool:
+        return self.user_pauses and self._began
 
     async def begin(self, options: Options, destination_name: str) -> Begun:
         await self._host.called("begin", self._uuid, options, destination_name)
@@ -225,6 +251,7 @@ class FakeOutgoing:
         self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
     ) -> Performed:
         await self._host.called("perform", uri, domain_xml, cookie, options, destination_name, bandwidth)
+        self._began = True
         performed: Performed = await self._host.job(self._send())
         return performed
 
@@ -298,8 +325,10 @@ class FakeIncoming:
         )
         return Prepared(f"tcp://{listen_address}:49152", b"prepared")
 
-    async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
-        await self._host.called("finish", domain_xml, cookie, options, destination_name)
+    async def finish(
+        self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, stored: Stored | None = None
+    ) -> Finished:
+        await self._host.called("finish", domain_xml, cookie, options, destination_name, stored)
         finished: Finished = await self._host.job(self._receive())
         return finished
 

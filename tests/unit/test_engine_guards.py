@@ -205,7 +205,7 @@ async def test_two_requests_of_one_id_are_told_apart_while_the_first_is_written(
     assert reused(await raced(*(h2.reserve_slot(reserve(request_id="r", source_host=name)) for name in ("h1", "h3"))))
     assert reused(await raced(*(h1.begin(begin(request_id="r", domain=name)) for name in ("web1", "web2"))))
     assert reused(await raced(*(h2.prepare(prepare(request_id="r", domain_xml=xml)) for xml in ("<one/>", "<two/>"))))
-    assert destination.durable.domain_xml == destination.hypervisor.arguments["prepare"][0] == "<one/>"
+    assert destination.hypervisor.arguments["prepare"][0] == "<one/>"
     assert reused(await raced(*(h1.perform(perform(request_id="r", bandwidth_bytes_per_second=b)) for b in (1 << 20, 1 << 30))))
     assert source.durable.bandwidth == 1 << 20
 

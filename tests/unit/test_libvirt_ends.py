@@ -180,20 +180,46 @@ async def test_abort_never_hits_the_guests_next_migration(libvirtd: Libvirtd, mo
 @pytest.mark.parametrize(
     ("said", "arrives", "done"),
     [
-        (LEFT, False, ["destroy", "undefine"]),
-        (RUNNING, False, ["destroy", "undefine"]),  # by a libvirtd that came back
+        (LEFT, False, ["begin", "confirm", "undefine"]),
+        (RUNNING, False, ["begin", "confirm", "undefine"]),  # by a libvirtd that came back
         (LEFT, True, []),
         (CAME_BACK, False, []),
     ],
     ids=["left", "resumed", "arrives", "came-back"],
 )
 async def test_only_what_the_migration_left_is_removed(
-    said: tuple[int, int], arrives: bool, done: list[str], libvirtd: Libvirtd
+    said: tuple[int, int], arrives: bool, done: list[str], libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(phases, "begin", lambda domain, *_: domain.done.append("begin"))
+    monkeypatch.setattr(phases, "confirm", lambda domain, *_, cancelled: domain.done.append("resume" if cancelled else "confirm"))
     libvirtd.domain.said, libvirtd.domain.arrives = said, arrives
     with nullcontext() if done else pytest.raises(DomainBusy):
         await libvirtd.outgoing().remove(b"", Options())
     assert libvirtd.domain.done == done
+
+
+async def test_6_31_a_copy_that_libvirt_cannot_confirm_is_destroyed(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: object) -> None:
+        raise refusal(libvirt.VIR_ERR_OPERATION_INVALID)
+
+    monkeypatch.setattr(phases, "begin", begin)
+    libvirtd.domain.said = LEFT
+    await libvirtd.outgoing().remove(b"", Options())
+    assert libvirtd.domain.done == ["destroy", "undefine"]
+
+
+async def test_6_31_a_job_that_was_begun_and_not_confirmed_ends_with_its_connection(
+    libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def confirm(*_: object, cancelled: bool) -> None:
+        raise refusal(libvirt.VIR_ERR_OPERATION_FAILED)
+
+    monkeypatch.setattr(phases, "begin", lambda *_: ("", b""))
+    monkeypatch.setattr(phases, "confirm", confirm)
+    libvirtd.domain.said = LEFT
+    with pytest.raises(HypervisorError):
+        await libvirtd.outgoing().remove(b"", Options())
+    assert libvirtd.closed == 1
 
 
 # --- the destination

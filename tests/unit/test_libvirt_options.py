@@ -60,12 +60,20 @@ def test_postcopy_is_armed_by_default_only_where_libvirt_takes_it(said: Options)
 
 
 def test_a_pause_by_the_user_travels_with_the_xml() -> None:
-    marked = options.mark_paused("<domain/>")
+    marked = options.mark("<domain/>", "paused")
     flags = options.flags_for(Options(), marked)
     assert flags & libvirt.VIR_MIGRATE_PAUSED
     assert not flags & libvirt.VIR_MIGRATE_POSTCOPY
     assert options.unmarked(marked) == options.unmarked("<domain/>") == "<domain/>"
     assert options.flags_for(Options(), "<domain/>") == DEFAULTS
+
+
+def test_6_20_a_transient_guest_stays_transient_unless_its_user_says_otherwise() -> None:
+    marked = options.mark("<domain/>", "transient", "paused")
+    assert options.unmarked(marked) == "<domain/>"
+    assert not options.flags_for(Options(), marked) & libvirt.VIR_MIGRATE_PERSIST_DEST
+    assert options.flags_for(Options(), marked) & libvirt.VIR_MIGRATE_PAUSED
+    assert options.flags_for(Options(persist_destination=True), marked) & libvirt.VIR_MIGRATE_PERSIST_DEST
 
 
 @pytest.mark.parametrize(("said", "mebibytes"), [(0, 0), (MIB, 1), (2 * MIB - 1, 1), (10**9, 953)])

@@ -4,7 +4,7 @@ import pytest
 
 from agent.errors import DroverError, Reason
 from agent.hypervisor.base import InvalidDocument
-from agent.hypervisor.libvirt.options import check_document, mark_paused
+from agent.hypervisor.libvirt.options import check_document, mark
 from agent.hypervisor.names import MAX_NAME, ambiguity, is_uuid, name_problem
 from agent.hypervisor.sim.config import SimGuest
 from agent.hypervisor.sim.guest import Definition
@@ -73,7 +73,7 @@ def sim(name: str, uuid: str = UUID) -> str:
 
 def test_6_04_the_document_of_a_guest() -> None:
     check_document(xml("web1"), UUID)
-    check_document(mark_paused(xml("web1")), UUID)
+    check_document(mark(xml("web1"), "paused", "transient"), UUID)
     Definition.parse(sim("web1")).check(UUID)
 
 

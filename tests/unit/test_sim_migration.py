@@ -17,7 +17,6 @@ from agent.hypervisor.base import (
     DomainNotFound,
     DomainState,
     Finished,
-    Hypervisor,
     HypervisorError,
     Incompatible,
     Job,
@@ -25,6 +24,7 @@ from agent.hypervisor.base import (
     Performed,
     Prepared,
 )
+from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.sim import Latencies, SimConfig, SimGuest, SimHypervisor
 from agent.hypervisor.sim.config import uuid_of
 

@@ -12,16 +12,18 @@ import structlog
 from agent.hypervisor.base import (
     Domain,
     DomainEvent,
+    DomainState,
     Features,
     HypervisorError,
     HypervisorInfo,
     Options,
     Requirements,
+    Stored,
     Support,
 )
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import host, leaving, phases, postcopy, process, qemu_log, threads
+from agent.hypervisor.libvirt import host, leaving, phases, postcopy, process, qemu_log, stored, threads
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
@@ -141,6 +143,15 @@ class LibvirtHypervisor:
             return await asyncio.wrap_future(threads.submit(lambda: qemu_log.death(name, behind(self._uri).logs)))
         return None
 
+    async def stored(self, uuid: str) -> Stored | None:
+        return await self._pool.call(lambda connection: stored.read(domains.by_uuid(connection, uuid)))
+
+    async def set_autostart(self, uuid: str, autostart: bool) -> None:
+        await self._pool.call(lambda connection: stored.set_autostart(domains.by_uuid(connection, uuid), autostart))
+
+    async def suspend(self, uuid: str) -> None:
+        await self._pool.call(lambda connection: _suspend(domains.by_uuid(connection, uuid)))
+
     def outgoing(self, uuid: str) -> LibvirtOutgoing:
         return LibvirtOutgoing(uuid, Session(self._pool), self._pool, Guard(self._uri, uuid), self._fanout.stream)
 
@@ -191,9 +202,15 @@ def _describe(connection: Any, domain: Any) -> tuple[Domain, Requirements]:
     return domains.read(domain), needs
 
 
+def _suspend(domain: Any) -> None:
+    if domains.state_of(domain.state()[0]) is DomainState.RUNNING:
+        domain.suspend()
+
+
 def _disown(domain: Any) -> None:
     if domain.isActive():
         domain.suspend()
+        stored.set_autostart(domain, False)
     else:
         domain.undefineFlags(domains.UNDEFINE)
 

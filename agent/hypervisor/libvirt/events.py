@@ -8,18 +8,23 @@ cross over with `call_soon_threadsafe`.
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import libvirt
+import libvirt_qemu
 
 from agent.hypervisor.base import DomainEvent
 from agent.hypervisor.events import Fanout
 
 RECONNECTED = "reconnected"
 """Kind of the event, with an empty UUID, that says: the connection was lost and is back, so events may be missing."""
+
+QEMU_MIGRATION = "qemu-migration"
+"""Kind of the event of a migration as QEMU itself tells it; the detail is its state, such as ``pre-switchover``."""
 
 _starting = threading.Lock()
 _started = False
@@ -79,15 +84,18 @@ class Subscription:
         self._fanout = fanout
         self._loop = loop
         self._callbacks: list[int] = []
+        self._raw: int | None = None
 
     def register(self, connection: Any) -> None:
-        """Blocks for three round trips; called in a thread."""
+        """Blocks for four round trips; called in a thread."""
         for kind, callback in (
             (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle),
             (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._iteration),
             (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, self._completed),
         ):
             self._callbacks.append(connection.domainEventRegisterAny(None, kind, callback, None))
+        with contextlib.suppress(libvirt.libvirtError):  # libvirt's other drivers have no QEMU
+            self._raw = libvirt_qemu.qemuMonitorEventRegister(connection, None, "MIGRATION", self._qemu_migration, None)
 
     def deregister(self, connection: Any) -> None:
         """Without this the connection keeps itself open. Errors do not matter: the connection is on its way out."""
@@ -95,6 +103,10 @@ class Subscription:
             with contextlib.suppress(libvirt.libvirtError):
                 connection.domainEventDeregisterAny(callback)
         self._callbacks.clear()
+        if self._raw is not None:
+            with contextlib.suppress(libvirt.libvirtError):
+                libvirt_qemu.qemuMonitorEventDeregister(connection, self._raw)
+            self._raw = None
 
     # Called by libvirt in its event thread.
 
@@ -107,6 +119,12 @@ class Subscription:
 
     def _completed(self, _connection: Any, domain: Any, _params: Any, _opaque: Any) -> None:
         self._hand_over(domain, "job-completed", "")
+
+    def _qemu_migration(
+        self, _connection: Any, domain: Any, _event: str, _seconds: int, _micros: int, details: str, _opaque: Any
+    ) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            self._hand_over(domain, QEMU_MIGRATION, str(json.loads(details).get("status", "")))
 
     def _hand_over(self, domain: Any, kind: str, detail: str) -> None:
         event = DomainEvent(domain.UUIDString(), kind, detail, time.monotonic())

@@ -56,6 +56,12 @@ class Guard:
         """The migration has ended on this side."""
         await self._do(lambda run: switchover.unmark(run, self._uuid))
 
+    async def forget_definition(self, remove: Callable[[Path], None]) -> None:
+        """`stored.remove_leftovers`, where this host's files can be seen. Raises what it raises."""
+        run = self._service.run
+        if run is not None:
+            await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: remove(run))))
+
     async def _do(self, function: Callable[[Path], T]) -> T | None:
         """In a thread. What goes wrong with files, or for want of a thread, is logged and no more: `settle` remains."""
         run = self._service.run
@@ -100,6 +106,11 @@ def hold(domain: Any) -> None:
 def is_switching(domain: Any) -> bool:
     """The guest was stopped for the switch-over (or for a transfer that is not live)."""
     return _is(domain, DomainState.PAUSED, domains.MIGRATION)
+
+
+def stopped_by_user(domain: Any) -> bool:
+    """QEMU stands still because it was told to, and not for the switch-over, nor for an error. Blocks. Taints the domain."""
+    return _ask(domain, "query-status").get("status") == "paused"
 
 
 def is_held(domain: Any) -> bool:

@@ -19,12 +19,14 @@ from agent.hypervisor.base import (
     Incompatible,
     Options,
     Prepared,
+    Stored,
     TransferFailed,
 )
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
+from agent.hypervisor.libvirt.stored import finish_cookie
 from agent.uri import MigrationUri
 
 NEVER_RAN = frozenset({"failed", "daemon"})
@@ -57,6 +59,7 @@ class LibvirtIncoming:
         self._ports = ports
         self._events = events
         self._prepared: Link | None = None  # the connection that owns the copy: closing it destroys one that never ran
+        self._begin_cookie = b""
         self._before: str | None = None  # the definition that was here before Prepare
         self._arrives = False  # Prepare succeeded: what is here now is its copy, and none that was here before
         self._has_run = False  # the copy was seen to start
@@ -77,12 +80,18 @@ class LibvirtIncoming:
             self._arrives = True  # here and not where it is awaited: an await may be cancelled, the fact stays
             return prepared
 
+        self._begin_cookie = cookie
         link = self._prepared = await self._session.open()
         uri_out, out = await self._session.call(prepare, on=link)
         return Prepared(uri_out or str(asked), out)  # libvirt says nothing where the port was given
 
-    async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
+    async def finish(
+        self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, stored: Stored | None = None
+    ) -> Finished:
         flags = words.flags_for(options, domain_xml)
+        if flags & libvirt.VIR_MIGRATE_PERSIST_DEST:
+            # Perform's cookie, where Finish is late, has the stored definition under its old name.
+            cookie = finish_cookie(self._begin_cookie, stored, destination_name) or cookie
         params = _params(domain_xml, destination_name)
         # On the connection that prepared: libvirtd 9.0 dies when that one closes while Finish waits on another.
         link = self._prepared or await self._session.open()

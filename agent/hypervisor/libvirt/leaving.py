@@ -14,14 +14,14 @@ from agent.hypervisor.libvirt.domain import reason_words
 
 
 def begin(domain: Any, options: Options, destination_name: str) -> tuple[str, bytes]:
-    """Call Begin: the domain XML, marked where the guest's user had paused it, and the cookie. Blocks."""
+    """Call Begin: the domain XML, marked with what libvirt does not carry of the guest, and the cookie. Blocks."""
     state, reason = domain.state()
     paused = state == libvirt.VIR_DOMAIN_PAUSED
     if paused and reason != libvirt.VIR_DOMAIN_PAUSED_USER:  # libvirt would let it go, and run it there
         raise Incompatible(f"it is paused ({reason_words(state, reason)}), and not by its user: it would arrive running")
-    xml, cookie = phases.begin(domain, params(destination_name), words.flags(words.settled(options, paused)))
-    if paused:
-        xml = words.mark_paused(xml)
+    facts = [fact for fact, holds in (("paused", paused), ("transient", not domain.isPersistent())) if holds]
+    xml, cookie = phases.begin(domain, params(destination_name), words.flags(words.settled(options, facts)))
+    xml = words.mark(xml, *facts)
     if (size := len(xml.encode())) > MAX_DOMAIN_XML:
         raise Incompatible(f"its domain XML has {size} bytes, and at most {MAX_DOMAIN_XML} can travel: shorten its metadata")
     return xml, cookie

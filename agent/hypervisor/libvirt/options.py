@@ -1,6 +1,6 @@
 """`Options` as libvirt flags, and limits in bytes per second as libvirt's MiB/s. Each a table or a pure function."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from xml.etree import ElementTree
 
@@ -36,12 +36,14 @@ def wants(options: Options, name: str) -> bool:
     return FLAGS[name][0] if said is None else said
 
 
-def settled(options: Options, paused: bool) -> Options:
-    """The options for a guest that its user had paused, or not; with post-copy armed by default only where it can be:
-    libvirt refuses it for guests that do not run meanwhile, or not afterwards.
+def settled(options: Options, facts: Collection[str]) -> Options:
+    """The options for a guest of which these facts (see `mark`) hold. Post-copy is armed by default only where it can be: libvirt
+    refuses it for guests that do not run meanwhile, or not afterwards. A transient guest stays so.
     """
-    if paused:
+    if "paused" in facts:
         options = replace(options, paused=True)
+    if "transient" in facts and options.persist_destination is None:
+        options = replace(options, persist_destination=False)
     if options.post_copy is None and (options.live is False or options.paused):
         options = replace(options, post_copy=False)
     return options
@@ -65,29 +67,35 @@ def mebibytes(bandwidth: int) -> int:
     return bandwidth // MIB
 
 
-_PAUSED_MARK = "<?drover paused-by-user?>"
-"""A processing instruction ahead of the domain XML: libvirt ignores it, and the other side's driver reads it.
+_MARKS = {"paused": "<?drover paused-by-user?>", "transient": "<?drover transient?>"}
+"""Processing instructions ahead of the domain XML: libvirt ignores them, and the other side's driver reads them.
 
-Whether a guest was paused by its user is known at Begin on the source, and decides at Finish on the destination, which
-may be armed before any later cookie exists. libvirt itself lets such a guest arrive running.
+Whether a guest was paused by its user, and whether it is persistent, is known at Begin on the source, and decides at Finish on
+the destination, which may be armed before any later cookie exists. libvirt itself lets a paused guest arrive running, and makes
+a transient one persistent.
 """
 
 
-def mark_paused(domain_xml: str) -> str:
-    return _PAUSED_MARK + domain_xml
+def mark(domain_xml: str, *facts: str) -> str:
+    """With these facts of `_MARKS`."""
+    return "".join(_MARKS[fact] for fact in _MARKS if fact in facts) + domain_xml
 
 
-def is_marked_paused(domain_xml: str) -> bool:
-    return domain_xml.startswith(_PAUSED_MARK)
+def marks_of(domain_xml: str) -> frozenset[str]:
+    """The facts that `mark` put there."""
+    head = domain_xml[: domain_xml.find("<domain")]
+    return frozenset(fact for fact, text in _MARKS.items() if text in head)
 
 
 def flags_for(options: Options, domain_xml: str) -> int:
     """The flags of every phase after Begin, on both sides."""
-    return flags(settled(options, is_marked_paused(domain_xml)))
+    return flags(settled(options, marks_of(domain_xml)))
 
 
 def unmarked(domain_xml: str) -> str:
-    return domain_xml.removeprefix(_PAUSED_MARK)
+    for text in _MARKS.values():
+        domain_xml = domain_xml.removeprefix(text)
+    return domain_xml
 
 
 def check_document(domain_xml: str, uuid: str) -> None:

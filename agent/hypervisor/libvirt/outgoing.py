@@ -11,7 +11,7 @@ does not know that, and would resume it here whenever the transfer fails from th
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import libvirt
@@ -25,7 +25,6 @@ from agent.hypervisor.base import (
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
-    Job,
     NoTransfer,
     Options,
     Performed,
@@ -36,12 +35,19 @@ from agent.hypervisor.libvirt import connecting, leaving, phases, threads
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
-from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle
+from agent.hypervisor.libvirt.events import QEMU_MIGRATION
+from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle, stopped_by_user
+from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, refuse_half_a_guest, remove, state_of
+from agent.hypervisor.libvirt.stored import remove_leftovers
+from agent.hypervisor.libvirt.switchover import CANCELLABLE
 
 T = TypeVar("T")
 
 RETRY_SECONDS = 0.01
 """Between Perform's call and the moment that its memory flows there is nothing to act upon yet: ask again so often."""
+
+SWITCH_BEGINS_SECONDS = 0.05
+"""QEMU begins the switch-over so soon after it has stopped the guest, unless a disk takes long to flush."""
 
 SWITCH_SECONDS = 5.0
 """A guest that was stopped for the switch-over longer than this is stuck (its destination died without a word, or the line is
@@ -65,6 +71,8 @@ class LibvirtOutgoing:
         self._events = events
         self._name = ""
         self._has_stopped = False  # the guest was, since Perform began
+        self._switches = asyncio.Event()  # QEMU has begun the switch-over
+        self._paused_by_user = False
         self._stopped_at = 0.0  # when `abort` first found the guest stopped for the switch-over
         self._must_hold = False  # it was aborted all the same
         self._begun: Link | None = None  # the connection that holds libvirt's migration job
@@ -114,7 +122,8 @@ class LibvirtOutgoing:
             await self._guard.watch(self._name or await self._call(lambda domain: str(domain.name())))
             return await self._session.call(perform, on=link, bounded=False)
 
-        stopping = asyncio.create_task(self._see_it_stop(self._events()), name="libvirt-switch-over")
+        live = words.wants(options, "live") and "paused" not in words.marks_of(domain_xml)
+        stopping = asyncio.create_task(self._see_it_stop(self._events(), live), name="libvirt-switch-over")
         self._performing = asyncio.ensure_future(guarded())
         try:
             out, final = await asyncio.shield(self._performing)
@@ -134,15 +143,43 @@ class LibvirtOutgoing:
         self._outcome_is_known = True
         return Performed(out, final)
 
-    async def _see_it_stop(self, events: AsyncIterator[DomainEvent]) -> None:
+    @property
+    def paused_by_user(self) -> bool:
+        return self._paused_by_user
+
+    async def _see_it_stop(self, events: AsyncIterator[DomainEvent], live: bool) -> None:
         """libvirt tells that the guest was stopped for the switch-over well before it tells that Perform failed."""
-        async for event in events:
-            self._has_stopped |= event.uuid == self._uuid and event.kind == "suspended"
+        asking: asyncio.Task[None] | None = None
+        try:
+            async for event in events:
+                if event.uuid != self._uuid:
+                    continue
+                if event.kind == QEMU_MIGRATION and event.detail not in CANCELLABLE - {"pre-switchover"}:
+                    self._switches.set()
+                if event.kind == "suspended":
+                    self._has_stopped = True
+                    if live and asking is None:
+                        asking = asyncio.create_task(self._ask_who_stopped_it(), name="libvirt-who-stopped-it")
+        finally:
+            if asking is not None:
+                asking.cancel()
+
+    async def _ask_who_stopped_it(self) -> None:
+        """libvirt gives a pause by the guest's user the same reason as that of the switch-over. QEMU begins the switch-over right
+        after it stopped the guest, and knows why it did. It is asked only where the first does not hold: that taints the domain.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SWITCH_BEGINS_SECONDS):
+                await self._switches.wait()
+                return
+        with contextlib.suppress(HypervisorError):
+            self._paused_by_user = await self._call(stopped_by_user)
 
     async def abort(self) -> None:
         """Nothing, once the guest was stopped for the switch-over: the end is near, and it is the destination's to tell."""
         live = words.wants(self._options, "live")
-        if live and await self._call(is_switching):
+        idle = self._paused_by_user and not self._switches.is_set()
+        if live and not idle and await self._call(is_switching):
             self._stopped_at = self._stopped_at or time.monotonic()
             if time.monotonic() - self._stopped_at < SWITCH_SECONDS:
                 return
@@ -151,7 +188,7 @@ class LibvirtOutgoing:
         def abort(domain: Any) -> bool:
             # Looked at last of all: once Perform has ended, what is under way may be the guest's next migration. In post-copy it
             # ends early, and libvirt itself refuses.
-            return (self._outcome_is_known and not _in_postcopy(domain)) or _abort(domain)
+            return (self._outcome_is_known and not in_postcopy(domain)) or _abort(domain)
 
         await self._while_starting(abort)
 
@@ -188,9 +225,16 @@ class LibvirtOutgoing:
         undefine = words.wants(options, "undefine_source")
         with contextlib.suppress(DomainNotFound):
             if words.wants(options, "post_copy"):
-                await self._call(_refuse_half_a_guest)
+                await self._call(refuse_half_a_guest)
             await self._confirm(cookie, options, cancelled=False)
-            await self._call(lambda domain: _remove(domain, undefine))
+            await self._call(lambda domain: None)  # where Confirm has removed it, nothing is left to do
+            try:
+                await self._session.call(lambda connection: remove(domains.by_uuid(connection, self._uuid), undefine))
+            except BaseException:
+                await self._session.close()  # ends a job that `remove` began
+                raise
+        if undefine:
+            await self._guard.forget_definition(lambda run: remove_leftovers(run, self._uuid, self._name))
 
     async def settle(self) -> None:
         with contextlib.suppress(DomainNotFound):
@@ -270,39 +314,19 @@ async def _in_thread(function: Callable[[], T]) -> T:
 # What follows blocks: it runs in a thread, on libvirt's domain.
 
 
-def _state(domain: Any) -> tuple[DomainState, str]:
-    code, reason = domain.state()
-    return domains.state_of(code), domains.reason_words(code, reason)
-
-
-def _flow(domain: Any) -> Mapping[str, int] | None:
-    """The statistics of an outgoing transfer under way in QEMU itself; None for a job that is only between phases."""
-    try:
-        stats: Mapping[str, int] = domain.jobStats()
-    except libvirt.libvirtError as error:
-        if error.get_error_code() in (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_UNSUPPORTED):
-            return None  # shut off, or an incoming copy
-        raise
-    return stats if domains.job_of(stats) is Job.OUTGOING and stats.get("memory_total", 0) > 0 else None
-
-
-def _in_postcopy(domain: Any) -> bool:
-    return _state(domain)[1].startswith("post-copy")
-
-
 def _abort(domain: Any) -> bool:
     try:
         domain.abortJob()
     except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and not _in_postcopy(domain):
+        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and not in_postcopy(domain):
             return False  # no job, or none any more
         raise
     return True
 
 
 def _progress(domain: Any) -> Progress | None:
-    stats = _flow(domain)
-    return None if stats is None else domains.progress_of(stats, _in_postcopy(domain))
+    stats = flow(domain)
+    return None if stats is None else domains.progress_of(stats, in_postcopy(domain))
 
 
 def _final(domain: Any) -> Progress:
@@ -311,64 +335,34 @@ def _final(domain: Any) -> Progress:
     They are those of the running job: it lasts until Confirm, and libvirt calls them completed only after it.
     """
     with contextlib.suppress(libvirt.libvirtError):
-        return domains.progress_of(domain.jobStats(), _in_postcopy(domain))
+        return domains.progress_of(domain.jobStats(), in_postcopy(domain))
     return Progress()
 
 
 def _start_postcopy(domain: Any) -> bool:
-    if _flow(domain) is None:
+    if flow(domain) is None:
         return False
     domain.migrateStartPostCopy()
     return True
 
 
 def _set_bandwidth(domain: Any, limit: int) -> bool:
-    if _flow(domain) is None:
+    if flow(domain) is None:
         return False
     domain.migrateSetMaxSpeed(limit)
     domain.migrateSetMaxSpeed(limit, libvirt.VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY)
     return True
 
 
-_CAME_BACK = (DomainState.RUNNING, "migrated")
-"""Only a guest that arrived here is so, and stays so only until something stops it. The copy that a migration leaves behind was
-stopped: it is paused, or was resumed by a libvirtd that came back ("migration canceled").
-"""
-
-
-def _remove(domain: Any, undefine: bool) -> None:
-    """Destroy and undefine, each only where there is something left of it, and it is what this migration left behind."""
-    if domain.isActive():
-        _refuse_arrival(domain)
-        if _state(domain) == _CAME_BACK:
-            raise DomainBusy("the guest has come back here by another migration")
-        _refuse_half_a_guest(domain)
-        domain.destroy()
-    if undefine and domain.isPersistent():
-        domain.undefineFlags(domains.UNDEFINE)
-
-
-def _refuse_half_a_guest(domain: Any) -> None:
-    """In post-copy the guest runs at the destination, and the rest of its memory is nowhere but here."""
-    left = (_flow(domain) or {}).get("data_remaining", 0)
-    if left and _in_postcopy(domain):
-        raise DomainBusy(f"{left} bytes of the guest's memory have yet to flow to the destination")
-
-
 def _refuse_foreign(domain: Any) -> None:
     """What must not be resumed here: a guest that runs at the destination, and a copy that arrives."""
-    if _in_postcopy(domain):
+    if in_postcopy(domain):
         raise DomainBusy("the guest was switched to post-copy: it runs at the destination")
-    _refuse_arrival(domain)
-
-
-def _refuse_arrival(domain: Any) -> None:
-    if domains.read_job(domain) is Job.INCOMING:
-        raise DomainBusy("this is the copy of a guest that arrives here")
+    refuse_arrival(domain)
 
 
 def _resume(domain: Any) -> None:
     """Resume a guest that a migration paused. One that its user paused stays so; one that runs is left alone."""
-    state, reason = _state(domain)
+    state, reason = state_of(domain)
     if (state is DomainState.PAUSED and reason == domains.MIGRATION) or is_held(domain):
         domain.resume()

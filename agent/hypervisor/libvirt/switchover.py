@@ -280,6 +280,15 @@ def libvirtd_is_gone(run: Path, within: float = 0.0) -> bool:
         return False
 
 
+def libvirtd_pid(run: Path) -> int:
+    """The process that has that lock; 0 where none has, or it cannot be read."""
+    try:
+        with (run / "qemu/driver.pid").open() as file:
+            return _lock_holder(file.fileno())
+    except OSError:
+        return 0
+
+
 def _lock_holder(descriptor: int) -> int:
     """The process that has a lock on the file, 0 where none has. Asks without locking."""
     question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock, 64 bit

@@ -39,6 +39,10 @@ class SimGuest(Base, kw_only=True, frozen=True):
     pause_reason: Word = "user"
     """Why it is paused, where `state` says so."""
     persistent: bool = True
+    autostart: bool = False
+    """It starts with its first host."""
+    title: Annotated[str, Meta(max_length=1024)] = ""
+    """Stands for all of a definition that has no effect on a guest that runs."""
     log: Annotated[str, Meta(max_length=4096)] = ""
     """Path of its serial log, beneath the `log_root` of each host that it visits; empty: none."""
     obstacle: Annotated[str, Meta(max_length=1024)] = ""

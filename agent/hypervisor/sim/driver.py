@@ -4,15 +4,20 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import msgspec
+
 from agent.hypervisor.base import (
     Domain,
+    DomainBusy,
     DomainEvent,
     DomainState,
     HypervisorError,
     HypervisorInfo,
     HypervisorUnavailable,
+    Job,
     Options,
     Requirements,
+    Stored,
 )
 from agent.hypervisor.sim.config import SimConfig
 from agent.hypervisor.sim.guest import Definition, Guest
@@ -97,6 +102,7 @@ class SimHypervisor:
     async def disown(self, uuid: str) -> None:
         await self._host.gate("disown")
         guest = self._host.guest(uuid)
+        guest.autostart = False
         if guest.active:
             guest.stop("user")
         else:
@@ -107,6 +113,24 @@ class SimHypervisor:
 
     async def death(self, name: str) -> HypervisorError | None:
         return None  # its guests have no process of their own
+
+    async def stored(self, uuid: str) -> Stored | None:
+        await self._host.gate("stored")
+        guest = self._host.guest(uuid)
+        return None if guest.stored is None else Stored(guest.stored.text(), guest.autostart)
+
+    async def set_autostart(self, uuid: str, autostart: bool) -> None:
+        await self._host.gate("set_autostart")
+        guest = self._host.guest(uuid)
+        if guest.job is not Job.NONE:
+            raise DomainBusy(f"domain {guest.name} is being migrated")
+        guest.autostart = autostart and guest.stored is not None
+        self._host.save()
+
+    async def suspend(self, uuid: str) -> None:
+        await self._host.gate("suspend")
+        if self._host.guest(uuid).state is DomainState.RUNNING:
+            self.pause(uuid)
 
     def outgoing(self, uuid: str) -> SimOutgoing:
         return SimOutgoing(self._host, uuid)
@@ -119,13 +143,21 @@ class SimHypervisor:
 
     # --- what a guest's user does -------------------------------------------------------------------------------------
 
-    def suspend(self, reference: str) -> None:
+    def pause(self, reference: str) -> None:
         """The guest's user pauses it."""
         guest = self._host.find(reference)
         if guest.state is not DomainState.RUNNING or guest.postcopy:
             raise HypervisorError(f"domain {guest.name} is not running")
         guest.wants_run = False
         guest.stop("user")
+
+    def redefine(self, reference: str, title: str) -> None:
+        """The guest's user edits its definition for the next boot."""
+        guest = self._host.guest(reference)
+        if guest.stored is None:
+            raise HypervisorError(f"domain {guest.name} is transient")
+        guest.stored = msgspec.structs.replace(guest.stored, guest=msgspec.structs.replace(guest.stored.guest, title=title))
+        self._host.save()
 
     def start(self, reference: str) -> None:
         """The guest's user boots it, or lets it go on."""

@@ -44,6 +44,10 @@ class Definition(Base, kw_only=True, frozen=True, tag="drover-sim-domain", tag_f
     def renamed(self, name: str) -> "Definition":
         return msgspec.structs.replace(self, guest=msgspec.structs.replace(self.guest, name=name)) if name else self
 
+    def described_as(self, *, persistent: bool) -> "Definition":
+        """With what is true of the guest now, whatever it was made with."""
+        return msgspec.structs.replace(self, guest=msgspec.structs.replace(self.guest, persistent=persistent))
+
     def text(self) -> str:
         return msgspec.json.encode(self).decode()
 
@@ -81,6 +85,7 @@ class GuestRecord(Base, kw_only=True, frozen=True):
     clock: float
     at: float
     """Wall time at which `clock` was read."""
+    autostart: bool = False
 
 
 class Guest:
@@ -99,6 +104,8 @@ class Guest:
     ) -> None:
         self.definition = definition
         self.stored = stored
+        self.autostart = False
+        """It starts with its host; only a stored definition can."""
         self.state = DomainState.SHUTOFF
         self.reason = "unknown"
         self.wants_run = False
@@ -266,6 +273,7 @@ class Guest:
             owed=self.owed,
             clock=self.clock,
             at=time.time(),
+            autostart=self.autostart,
         )
 
     def revive(self, record: GuestRecord) -> None:
@@ -275,7 +283,7 @@ class Guest:
         self._clock = record.clock + (max(0.0, time.time() - record.at) if ran and not record.postcopy else 0.0)
         self._logged = max(serial.ticks(record.clock), serial.last_number(self.definition.guest.log) if ran else 0)
         self.reason, self.wants_run, self.left = record.reason, record.wants_run, record.left
-        self.postcopy, self.owed = record.postcopy, record.owed
+        self.postcopy, self.owed, self.autostart = record.postcopy, record.owed, record.autostart
         self.state = DomainState(record.state)
         if record.postcopy and record.left:
             self.stop("post-copy failed")

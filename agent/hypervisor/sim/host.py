@@ -222,6 +222,7 @@ class Host:
         if definition.uuid in self.guests or any(g.name == it.name for g in self.guests.values()):
             raise HypervisorError(f"two guests named {it.name}")
         guest = self.add(definition, definition if it.persistent or it.state == "shutoff" else None)
+        guest.autostart = it.autostart and guest.stored is not None
         if it.state != "shutoff":
             guest.boot()
         if it.state == "paused":

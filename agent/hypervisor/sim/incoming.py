@@ -13,6 +13,7 @@ from agent.hypervisor.base import (
     Job,
     Options,
     Prepared,
+    Stored,
     TransferFailed,
 )
 from agent.hypervisor.sim.cookie import Cookie
@@ -112,10 +113,12 @@ class SimIncoming:
 
     # --- Finish -------------------------------------------------------------------------------------------------------
 
-    async def finish(self, domain_xml: str, cookie: bytes, options: Options, destination_name: str) -> Finished:
+    async def finish(
+        self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, stored: Stored | None = None
+    ) -> Finished:
         await self._gate_finish()
         if self._finishing is None or (self._finishing.done() and self._failed(self._finishing)):
-            self._finishing = self._host.spawn(self._finish(domain_xml, options, destination_name))
+            self._finishing = self._host.spawn(self._finish(domain_xml, options, destination_name, stored))
         return await self._host.wait("finish", self._finishing, None)
 
     async def _gate_finish(self) -> None:
@@ -131,7 +134,7 @@ class SimIncoming:
     def _failed(task: asyncio.Task[Finished]) -> bool:
         return task.cancelled() or task.exception() is not None
 
-    async def _finish(self, domain_xml: str, options: Options, destination_name: str) -> Finished:
+    async def _finish(self, domain_xml: str, options: Options, destination_name: str, stored: Stored | None) -> Finished:
         word = self._host.profile.word
         if word(options, "offline"):
             return self._define(Definition.parse(domain_xml).renamed(destination_name))
@@ -140,8 +143,17 @@ class SimIncoming:
         await asyncio.sleep(0 if receiver.guest.postcopy else self._host.config.latencies.finish)
         if receiver.gone:
             raise TransferFailed(f"the copy of {receiver.guest.name} is gone")
-        receiver.settle(persist=word(options, "persist_destination"))
+        receiver.settle(self._to_store(domain_xml, options, destination_name, stored))
         return Finished(b"")
+
+    def _to_store(self, domain_xml: str, options: Options, name: str, stored: Stored | None) -> Definition | None:
+        """The definition for the next boot; None for a guest that is to be transient here."""
+        runs = Definition.parse(domain_xml).renamed(name)
+        if options.persist_destination is None and not runs.guest.persistent:
+            options = replace(options, persist_destination=False)
+        if not self._host.profile.word(options, "persist_destination"):
+            return None
+        return Definition.parse(stored.definition).renamed(name) if stored is not None and stored.definition else runs
 
     def _arm(self, *, arrive_paused: bool) -> Receiver:
         receiver = self._host.receivers.get(self._uuid)

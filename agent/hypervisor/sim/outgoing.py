@@ -29,6 +29,11 @@ class SimOutgoing:
         self._host = host
         self._uuid = uuid
         self._closed = False
+        self._sender: Sender | None = None
+
+    @property
+    def paused_by_user(self) -> bool:
+        return self._sender is not None and self._sender.paused_by_user
 
     # --- the phases ---------------------------------------------------------------------------------------------------
 
@@ -41,7 +46,8 @@ class SimOutgoing:
             self._host.holders[self._uuid] = self
             guest.job = Job.OUTGOING
         await asyncio.sleep(self._host.config.latencies.begin)
-        return Begun(guest.definition.text(), Cookie(host_uuid=self._host.config.host_uuid, uuid=self._uuid).encode())
+        described = guest.definition.described_as(persistent=guest.stored is not None)
+        return Begun(described.text(), Cookie(host_uuid=self._host.config.host_uuid, uuid=self._uuid).encode())
 
     def check(self, options: Options) -> Guest:
         """The guest, if `begin` would be taken."""
@@ -83,7 +89,7 @@ class SimOutgoing:
         self._check_movable(guest, offline=offline)
         if offline:
             return Performed(b"", Progress())
-        sender = Sender(self._host, guest, self._assignment(uri, cookie, options, bandwidth))
+        sender = self._sender = Sender(self._host, guest, self._assignment(uri, cookie, options, bandwidth))
         self._host.holders[self._uuid] = self
         guest.job = Job.OUTGOING
         task = sender.begin()
@@ -169,7 +175,8 @@ class SimOutgoing:
         if guest.active and not guest.left:
             raise DomainBusy(f"domain {guest.name} was not sent away: it is not removed")
         self._host.release(guest)
-        guest.stored = guest.stored if keep else None
+        if not keep:
+            guest.stored, guest.autostart = None, False
         self._host.drop(guest, "migrated")
 
     async def settle(self) -> None:

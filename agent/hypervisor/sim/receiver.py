@@ -14,7 +14,7 @@ import secrets
 from hmac import compare_digest
 
 from agent.hypervisor.base import DomainState, HypervisorError, Job, TransferFailed
-from agent.hypervisor.sim.guest import Guest
+from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.model import PAGE
 from agent.hypervisor.sim.stream import (
@@ -170,12 +170,12 @@ class Receiver:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def settle(self, *, persist: bool) -> None:
-        """Finish: all is here, the guest is this host's from now on."""
+    def settle(self, stored: Definition | None) -> None:
+        """Finish: all is here, the guest is this host's from now on. `stored` is its definition for the next boot."""
         guest = self.guest
         self._host.receivers.pop(guest.uuid, None)
-        if persist:
-            guest.stored = guest.definition
+        if stored is not None:
+            guest.stored = stored
         guest.incoming = guest.postcopy = guest.left = False
         guest.job = Job.NONE
         guest.wants_run = guest.wants_run and not self.arrive_paused

@@ -67,6 +67,8 @@ class Sender:
         self._assignment = assignment
         self._limits = Limits(host.config.max_downtime, assignment.auto_converge)
         self._resuming = guest.postcopy
+        self._wants_run = guest.wants_run
+        """As it was when the transfer began. Like libvirt, the simulator forgets what the user does to the guest meanwhile."""
         memory = guest.load
         self._state = model.resume(memory, guest.owed) if self._resuming else model.start(memory, live=assignment.live)
         self._wake = asyncio.Event()
@@ -95,6 +97,11 @@ class Sender:
         since = self._host.now() - self._last
         state = model.advance(self._state, self._guest.load, self._limits, self._rate, since)
         return model.progress(state, self._guest.load, self._limits, self._rate)
+
+    @property
+    def paused_by_user(self) -> bool:
+        """The guest's user paused it since the transfer began."""
+        return self._wants_run and not self._guest.wants_run
 
     def abort(self) -> None:
         """Stop, if it is not too late: before End, and never in post-copy."""
@@ -149,7 +156,9 @@ class Sender:
             guest.owed = ceil(self._state.remaining)
             guest.stop("post-copy failed")
         elif not guest.left and guest.active and not guest.ticking:
+            wanted, guest.wants_run = guest.wants_run, self._wants_run
             guest.give_back("migration canceled")
+            guest.wants_run = wanted
 
     async def _transfer(self) -> None:
         address, config = self._assignment.address, self._host.config
@@ -247,7 +256,7 @@ class Sender:
         guest.stop("post-copy")
         self._state = model.switch(self._state, guest.load)
         guest.owed = ceil(self._state.remaining)
-        await stream.send(Switch(guest.send_state(), guest.wants_run, guest.owed))
+        await stream.send(Switch(guest.send_state(), self._wants_run, guest.owed))
 
     async def _tell(self, stream: Stream) -> None:
         """One frame for what moved since the last one; none while the other end does not answer."""
@@ -263,7 +272,7 @@ class Sender:
         """The last frame. Once it is under way, only the destination knows."""
         guest = self._guest
         clock = guest.clock if guest.postcopy else guest.send_state()
-        await stream.send(End(clock, guest.wants_run))
+        await stream.send(End(clock, self._wants_run))
         try:
             async with asyncio.timeout(timeout):
                 while not self._complete and self._broken is None:

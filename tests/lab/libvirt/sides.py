@@ -11,12 +11,11 @@ from agent.hypervisor.base import (
     DomainNotFound,
     Finished,
     HypervisorError,
-    Incoming,
     Options,
-    Outgoing,
     Performed,
     Prepared,
 )
+from agent.hypervisor.interface import Incoming, Outgoing
 from agent.hypervisor.libvirt import LibvirtHypervisor
 from labkit import Guest, Lab
 from labkit.guestlog import judge_file
@@ -71,13 +70,14 @@ class Migration:
         self.tasks: list[asyncio.Task[object]] = []
 
     async def prepare(self) -> None:
+        self.stored = await self.source.driver.stored(self.uuid)
         self.begun: Begun = await self.outgoing.begin(self.options, self.name)
         self.prepared: Prepared = await self.incoming.prepare(
             self.begun.domain_xml, self.begun.cookie, self.options, self.name, self.destination.address, ""
         )
 
     def arm(self) -> "asyncio.Task[Finished]":
-        task = asyncio.create_task(self.incoming.finish(self.begun.domain_xml, b"", self.options, self.name))
+        task = asyncio.create_task(self.incoming.finish(self.begun.domain_xml, b"", self.options, self.name, self.stored))
         self.tasks.append(task)
         return task
 

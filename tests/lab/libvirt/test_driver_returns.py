@@ -7,7 +7,8 @@ from time import perf_counter
 
 import pytest
 
-from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorUnavailable, Job, Options, Outgoing, TransferFailed
+from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorUnavailable, Job, Options, TransferFailed
+from agent.hypervisor.interface import Outgoing
 from labkit import Guest, Lab
 
 if os.environ.get("CI") != "true":

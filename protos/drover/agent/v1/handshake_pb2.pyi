@@ -473,6 +473,7 @@ class Record(message.Message):
     HOST_FIELD_NUMBER: builtins.int
     URI_FIELD_NUMBER: builtins.int
     GUEST_FIELD_NUMBER: builtins.int
+    PAUSED_BY_USER_FIELD_NUMBER: builtins.int
     state: RecordState.ValueType
     """Its state on this host."""
     domain_name: builtins.str
@@ -491,6 +492,10 @@ class Record(message.Message):
     """
     uri: builtins.str
     """Destination: the migration URI on which its copy listens, with its port. Empty before PREPARED and on the source."""
+    paused_by_user: builtins.bool
+    """The guest's user paused it during the transfer, which a hypervisor forgets. Set by the source as soon as it knows, by
+    the destination once it has paused the copy that runs there.
+    """
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt."""
@@ -547,10 +552,11 @@ class Record(message.Message):
         host: builtins.str = ...,
         uri: builtins.str = ...,
         guest: GuestFact | None = ...,
+        paused_by_user: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "guest", b"guest", "operator_word", b"operator_word", "progress", b"progress", "ref", b"ref", "slot", b"slot", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "guest", b"guest", "host", b"host", "operator_word", b"operator_word", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "uri", b"uri", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "guest", b"guest", "host", b"host", "operator_word", b"operator_word", "paused_by_user", b"paused_by_user", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "uri", b"uri", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -577,6 +583,32 @@ class PathProbe(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class StoredGuest(message.Message):
+    """What the source's host stores of a persistent guest beside the copy that runs. Never logged, never written to a journal."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    DEFINITION_ZLIB_FIELD_NUMBER: builtins.int
+    AUTOSTART_FIELD_NUMBER: builtins.int
+    definition_zlib: builtins.bytes
+    """Its definition for the next boot, secrets included, in the driver's own notation, compressed (zlib, RFC 1950); at most
+    512 KiB of text. Set by the source in BeginResponse. Empty: as the copy that runs.
+    """
+    autostart: builtins.bool
+    """The guest starts with its host. The source switched that off at Begin; the destination switches it on after the commit."""
+    def __init__(
+        self,
+        *,
+        definition_zlib: builtins.bytes = ...,
+        autostart: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["autostart", b"autostart", "definition_zlib", b"definition_zlib"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -749,6 +781,7 @@ class BeginResponse(message.Message):
     RECORD_FIELD_NUMBER: builtins.int
     DOMAIN_XML_FIELD_NUMBER: builtins.int
     COOKIE_OUT_FIELD_NUMBER: builtins.int
+    STORED_FIELD_NUMBER: builtins.int
     domain_xml: builtins.str
     """For Prepare. Never logged."""
     cookie_out: builtins.bytes
@@ -757,16 +790,21 @@ class BeginResponse(message.Message):
     def record(self) -> Record:
         """The record, BEGUN."""
 
+    @builtins.property
+    def stored(self) -> StoredGuest:
+        """For Prepare. Unset: the guest is transient."""
+
     def __init__(
         self,
         *,
         record: Record | None = ...,
         domain_xml: builtins.str = ...,
         cookie_out: builtins.bytes = ...,
+        stored: StoredGuest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["record", b"record"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["record", b"record", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_out", b"cookie_out", "domain_xml", b"domain_xml", "record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_out", b"cookie_out", "domain_xml", b"domain_xml", "record", b"record", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -783,6 +821,7 @@ class PrepareRequest(message.Message):
     COOKIE_IN_FIELD_NUMBER: builtins.int
     NETWORK_FIELD_NUMBER: builtins.int
     URI_IN_FIELD_NUMBER: builtins.int
+    STORED_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
     slot_epoch: builtins.int
@@ -801,6 +840,10 @@ class PrepareRequest(message.Message):
     def ref(self) -> AttemptRef:
         """Which attempt."""
 
+    @builtins.property
+    def stored(self) -> StoredGuest:
+        """From Begin. Unset: the guest does not start with its host, and its definition for the next boot is that of the running copy."""
+
     def __init__(
         self,
         *,
@@ -811,10 +854,11 @@ class PrepareRequest(message.Message):
         cookie_in: builtins.bytes = ...,
         network: builtins.str = ...,
         uri_in: builtins.str = ...,
+        stored: StoredGuest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "domain_xml", b"domain_xml", "network", b"network", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch", "uri_in", b"uri_in"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "domain_xml", b"domain_xml", "network", b"network", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch", "stored", b"stored", "uri_in", b"uri_in"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -76,7 +76,7 @@ class Options(message.Message):
     live: builtins.bool
     """Guest CPUs run during the transfer. Default true. False: the guest is paused for the whole transfer."""
     persist_destination: builtins.bool
-    """The definition is stored at the destination. Default true."""
+    """The definition is stored at the destination. Default: as at the source, so false for a transient guest."""
     undefine_source: builtins.bool
     """The definition is removed from the source. Default true."""
     paused: builtins.bool

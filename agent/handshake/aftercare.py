@@ -1,0 +1,117 @@
+"""What is put right of a guest after its migration has ended on a host. Done until it is done, also after a restart of the agent.
+
+- Whether it starts with its host. A guest that starts with its host must not do so on either while it can be decided where it
+  runs: a host that reboots then would make a second copy. So the source switches that off at Begin, before anything leaves,
+  and the host on which the guest stays switches it on again: the destination after the commit, the source after the abort.
+- That its user paused it during the transfer. A hypervisor forgets that: the guest runs at the destination, or again here.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from agent.errors import DroverError, Reason
+from agent.handshake.attempt import Attempt, retry
+from agent.handshake.attempts import AFTERCARE
+from agent.handshake.destination import DestinationEffect, DestinationState
+from agent.handshake.peer import HandshakePeer
+from agent.handshake.phases import LocalHost
+from agent.handshake.records import Role
+from agent.handshake.source import SourceEffect, SourceState
+from agent.hypervisor.base import DomainNotFound
+from agent.hypervisor.interface import Outgoing
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+ASK_SECONDS: Final = 30.0
+"""For which a source is asked whether the guest was paused there. Its user has seen it run for so long: then it goes on."""
+
+_ASK_AGAIN: Final = 0.5
+_KEEPS_GUEST: Final = {Role.SOURCE: SourceState.KEPT, Role.DESTINATION: DestinationState.RUNNING}
+
+
+def pause_seen(attempt: Attempt, session: Outgoing) -> dict[str, object]:
+    """What the source's record must say of the guest's user, who may have paused it during the transfer."""
+    return {"paused_by_user": True, "aftercare": True} if session.paused_by_user and not attempt.record.paused_by_user else {}
+
+
+async def note_pause(attempt: Attempt, session: Outgoing) -> None:
+    """Write it down while the transfer still runs; its end writes it again where that failed."""
+    if seen := pause_seen(attempt, session):
+        with contextlib.suppress(DroverError):
+            await attempt.note(**seen)
+
+
+class Aftercare:
+    """Works on attempts that have ended here."""
+
+    def __init__(self, host: LocalHost, source_of: Callable[[Attempt], HandshakePeer | None]) -> None:
+        self._host = host
+        self._source_of = source_of
+
+    def start(self, attempt: Attempt) -> None:
+        """Nothing where all is settled."""
+        if attempt.record.aftercare and not attempt.running(AFTERCARE):
+            attempt.start(AFTERCARE, self._care(attempt))
+
+    async def _care(self, attempt: Attempt) -> None:
+        paused = attempt.record.paused_by_user
+        if attempt.record.state == _KEEPS_GUEST[attempt.record.role]:
+            paused, _ = await asyncio.gather(self._pause(attempt), self._autostart(attempt))
+
+        async def note() -> None:
+            await attempt.note(aftercare=False, paused_by_user=paused)
+
+        await retry(attempt, "recording that the guest is settled", note)
+
+    async def _autostart(self, attempt: Attempt) -> None:
+        await attempt.ended(*SourceEffect, *DestinationEffect)  # each may hold a job of libvirt's
+        record = attempt.record
+
+        async def switch() -> None:
+            with contextlib.suppress(DomainNotFound):
+                await self._host.hypervisor.set_autostart(record.domain_uuid, record.autostart)
+
+        await retry(attempt, f"switching the guest's autostart {'on' if record.autostart else 'off'}", switch)
+
+    async def _pause(self, attempt: Attempt) -> bool:
+        """Whether its user had paused it; then it is paused."""
+        if attempt.record.role is Role.SOURCE:
+            await attempt.ended(*SourceEffect)
+            paused = attempt.record.paused_by_user
+        else:
+            paused = await self._was_paused(attempt)
+        if not paused:
+            return False
+
+        async def suspend() -> None:
+            with contextlib.suppress(DomainNotFound):
+                await self._host.hypervisor.suspend(attempt.record.domain_uuid)
+
+        await retry(attempt, "pausing the guest, as its user did during the transfer", suspend)
+        log.info("paused, as its user did during the transfer", migration=attempt.record.migration_id)
+        return True
+
+    async def _was_paused(self, attempt: Attempt) -> bool:
+        """What the source says, which knows it for certain as soon as its Perform has ended."""
+        source = self._source_of(attempt)
+        if source is None:
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(ASK_SECONDS):
+                while True:
+                    try:
+                        async for response in source.watch_record(pb.WatchRecordRequest(ref=attempt.record.ref)):
+                            if response.record.paused_by_user:
+                                return True
+                            if response.record.state != pb.RECORD_STATE_PERFORMING:
+                                return False
+                    except DroverError as error:
+                        if error.reason in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
+                            return False
+                    await asyncio.sleep(_ASK_AGAIN)
+        return False
