@@ -10,7 +10,7 @@ from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.driver import Driver
 from agent.handshake.records import Failure, causes_first, duration, failure_to_proto
 from agent.handshake.source import SourceState as Src
-from agent.whereabouts import loss, whereabouts
+from agent.whereabouts import loss, said, whereabouts
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -134,11 +134,7 @@ def _adds(other: Failure, failure: Failure) -> bool:
 
 def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
     silent = " and ".join(_hosts(migration)[side] for side in driver.silent_since)
-    here = (
-        f"the guest is paused on {migration.source_host}"
-        if driver.source_state in (Src.PERFORMED, Src.LOST, Src.RESUMING)
-        else f"what {migration.source_host} last said was {driver.source_state}"
-    )
+    here = said(migration.source_host, migration.source_guest)
     return Failure(
         Reason.OUTCOME_UNKNOWN,
         f"{silent} does not answer, and it alone can say whether the guest runs on {migration.destination_host}; {here}. "
@@ -157,6 +153,7 @@ def impossible(before: pb.Migration) -> pb.Migration:
     migration = pb.Migration()
     migration.CopyFrom(before)
     migration.state = pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+    migration.runs_on = whereabouts(migration).runs_on
     failure = Failure(
         Reason.INTERNAL,
         f"the records of {before.source_host} and {before.destination_host} contradict each other, so nothing more is done to the "

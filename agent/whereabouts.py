@@ -95,6 +95,13 @@ def _cannot_be_said(name: str, *hosts: tuple[str, handshake_pb2.GuestFact]) -> s
     return f"{name} is on {hosts[0][0]} or on {hosts[1][0]}; which cannot be said now{f' ({said})' if said else ''}"
 
 
+def said(host: str, fact: handshake_pb2.GuestFact) -> str:
+    """What the hypervisor of a host said last of the guest, for a sentence."""
+    if not fact.state:
+        return f"{host} has said nothing of the guest yet"
+    return f"{host} last said that the guest is {_state(fact)} there, at {_clock(fact)}"
+
+
 def _state(fact: handshake_pb2.GuestFact) -> str:
     word = _STATE_WORDS.get(fact.state, "in a state that this version does not know")
     return f"{word} ({fact.reason})" if fact.reason else word

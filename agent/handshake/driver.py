@@ -174,6 +174,8 @@ class Driver(Knowledge):
     def _stall(self) -> None:
         log.warning("all was sent, and the destination still waits for it", migration=self.ref.migration_id)
         self._is_stalled = True
+        told = f"all was sent {STALLED:g} s ago, and its last bytes are lost on the way"
+        self.waiting_for = f"the destination to start the guest, or to give its copy up: {told}"
         self._wake.set()
 
     async def _wait_for_wake(self) -> None:

@@ -82,7 +82,7 @@ def stands_still(host: str, peer: str, idle: float, why: str) -> str:
     if why:
         words = f"{host} to send more, as nothing was sent for {idle:.0f} s: {why}"
         return f"{words}; until then the transfer can neither go on nor be stopped"
-    return f"{peer} to take more, as nothing was sent for {idle:.0f} s"
+    return f"{peer} to take more, as nothing was sent for {idle:.0f} s; a cancel ends it at once, and TCP after some 15 min"
 
 
 class Follower:
@@ -99,6 +99,7 @@ class Follower:
         self._flow = Flow()
         self._cannot_end = ""
         self._ending = False
+        self._told = False
 
     async def run(self) -> None:
         reading: asyncio.Future[Progress | None] | None = None
@@ -118,7 +119,8 @@ class Follower:
         finally:
             if reading is not None:
                 reading.cancel()
-            self._attempt.tell("")
+            if self._told:
+                self._attempt.tell("")
 
     def _read(self, reading: "asyncio.Future[Progress | None]") -> None:
         try:
@@ -134,8 +136,11 @@ class Follower:
     async def _judge(self) -> None:
         idle, attempt = self._flow.idle, self._attempt
         if idle < STALL_SECONDS:
-            attempt.tell("")
+            if self._told:
+                attempt.tell("")
+            self._told = False
             return
+        self._told = True
         record = attempt.record
         repeats = await self._session.unanswered(record.uri)
         if repeats is not None:
@@ -178,7 +183,10 @@ class Follower:
 
 async def mind(host: LocalHost, attempt: Attempt, waits: Callable[[], bool]) -> None:
     """At the destination: tell when the process of the copy is stopped, as long as it `waits` for its stream."""
+    told = False
     while waits():
         why = await host.hypervisor.hindrance(attempt.record.destination_name)
-        attempt.tell(f"the copy on {host.name} to take its stream: {why}" if why else "")
+        if why or told:
+            attempt.tell(f"the copy on {host.name} to take its stream: {why}" if why else "")
+        told = bool(why)
         await asyncio.sleep(MIND_SECONDS)

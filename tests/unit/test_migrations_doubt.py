@@ -203,7 +203,7 @@ async def test_the_outcome_is_unknown_and_known_again(driving: Driving) -> None:
     assert unknown.failure.reason == Reason.OUTCOME_UNKNOWN
     assert list(unknown.silent_hosts) == ["h2"]
     assert unknown.runs_on == ""
-    for needed in ("the guest is paused on h1", f"drover migration resolve {ID} --assume-dead h2"):
+    for needed in ("h1 last said that the guest is paused (migration) there", f"drover migration resolve {ID} --assume-dead h2"):
         assert needed in unknown.failure.message
     driving.pair.to_destination.cut = False
     driving.pair.wire.starts.set()

@@ -217,8 +217,16 @@ def test_the_given_migration_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("silent", "src", "parts"),
     [
-        (("destination",), Src.PERFORMED, ("h2 does not answer", "the guest is paused on h1", "--assume-dead h2")),
-        (("source", "destination"), Src.PERFORMING, ("h1 and h2", "what h1 last said was performing", "--assume-dead h1")),
+        (
+            ("destination",),
+            Src.PERFORMED,
+            ("h2 does not answer", "h1 last said that the guest is running there", "--assume-dead h2"),
+        ),
+        (
+            ("source", "destination"),
+            Src.PERFORMING,
+            ("h1 and h2", "h1 last said that the guest is running there", "--assume-dead h1"),
+        ),
     ],
 )
 def test_an_unknown_outcome_says_what_is_known_and_what_to_do(silent: tuple[str, ...], src: Src, parts: tuple[str, ...]) -> None:
