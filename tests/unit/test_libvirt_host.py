@@ -10,6 +10,7 @@ if os.environ.get("CI") != "true":
 
 from agent.hypervisor.libvirt.host import cpu_difference, given_cpu, parse_capabilities
 from agent.hypervisor.libvirt.postcopy import SYSCTL, read_sysctl, refusal
+from agent.hypervisor.libvirt.unrun import has_disk, is_mended
 from agent.hypervisor.libvirt.versions import started_version
 
 
@@ -97,3 +98,23 @@ def test_6_33_the_version_that_runs_is_the_one_that_was_started_last(tmp_path: P
     start = "2026-11-25 18:58:59.4+0000: starting up libvirt version: 9.0.0, package: 9.0.0-4, qemu version: {}, kernel: 6\n"
     log.write_text(start.format("7.2.22Debian 1:7.2+dfsg-7") + "qemu version: 1.0\n" + start.format("10.0.2") + "LC_ALL=C\n")
     assert started_version(log) == "10.0.2"
+
+
+@pytest.mark.parametrize(
+    ("version", "mended"), [("7.2.22", False), ("9.2.0", False), ("10.0.0", True), ("10.0.2", True), ("11", True)]
+)
+def test_6_22_the_versions_of_qemu_that_hand_over_disks_that_are_not_active(version: str, mended: bool) -> None:
+    assert is_mended(version) is mended
+
+
+@pytest.mark.parametrize(
+    ("inside", "has"),
+    [
+        ("<devices><disk><source file='/a'/></disk></devices>", True),
+        ("<devices><disk device='cdrom'/></devices>", False),
+        ("<os><nvram>/vars</nvram></os>", True),
+        ("<devices/>", False),
+    ],
+)
+def test_6_22_what_qemu_opens_as_an_image(inside: str, has: bool) -> None:
+    assert has_disk(f"<domain>{inside}</domain>") is has

@@ -90,3 +90,13 @@ async def test_6_33_a_cpu_of_the_host_needs_the_same_one_at_the_destination() ->
         async with host("b", host_cpu="EPYC") as b:
             assert await b.incompatibilities(needs) == []
             assert await b.incompatibilities(dataclasses.replace(needs, host_cpu="")) != []
+
+
+async def test_6_22_a_paused_guest_with_a_disk_that_has_not_run_since_it_arrived() -> None:
+    async with host("a", web(disk=True, state="paused")) as a, host("b") as b:
+        await Move(a, b).whole()
+        with pytest.raises(Incompatible, match="has not run since it arrived"):
+            await b.check_leaving(UUID, Options(), "")
+        b.start(UUID)
+        await b.suspend(UUID)
+        await Move(b, a).whole()

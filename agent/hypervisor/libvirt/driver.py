@@ -117,7 +117,7 @@ class LibvirtHypervisor:
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
         with leaving.refusals():
-            await self._pool.call(lambda connection: leaving.check(domains.find(connection, uuid), options, destination_name))
+            await self._pool.call(lambda c: leaving.check(domains.by_uuid(c, uuid), behind(self._uri), options, destination_name))
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         known = await self._capabilities()

@@ -36,7 +36,7 @@ class Guard:
     """One guest that leaves. All calls are harmless where there is nothing to guard."""
 
     def __init__(self, uri: str, uuid: str) -> None:
-        self._service = behind(uri)
+        self.service = behind(uri)
         self._uuid = uuid
         self._name = ""
 
@@ -48,9 +48,7 @@ class Guard:
     async def mend(self) -> None:
         """libvirtd was lost in Perform. If it is dead, see to it that its next life does not resume a guest that has left."""
         found = await self._do(lambda run: switchover.mend_after_death(run, self._uuid, self._name))
-        log.warning(
-            f"{self._service.name} was lost during Perform", domain=self._name, outcome=found.value if found else "not known"
-        )
+        log.warning(f"{self.service.name} was lost during Perform", domain=self._name, outcome=found.value if found else "not known")
 
     async def forget(self) -> None:
         """The migration has ended on this side."""
@@ -58,13 +56,13 @@ class Guard:
 
     async def forget_definition(self, remove: Callable[[Path], None]) -> None:
         """`stored.remove_leftovers`, where this host's files can be seen. Raises what it raises."""
-        run = self._service.run
+        run = self.service.run
         if run is not None:
             await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: remove(run))))
 
     async def _do(self, function: Callable[[Path], T]) -> T | None:
         """In a thread. What goes wrong with files, or for want of a thread, is logged and no more: `settle` remains."""
-        run = self._service.run
+        run = self.service.run
         if run is None:
             return None
         try:

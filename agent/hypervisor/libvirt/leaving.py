@@ -9,16 +9,19 @@ import libvirt
 
 from agent.hypervisor.base import MAX_DOMAIN_XML, HypervisorError, Incompatible, Options
 from agent.hypervisor.libvirt import options as words
-from agent.hypervisor.libvirt import phases
+from agent.hypervisor.libvirt import phases, unrun
 from agent.hypervisor.libvirt.domain import reason_words
+from agent.hypervisor.libvirt.service import Service
 
 
-def begin(domain: Any, options: Options, destination_name: str) -> tuple[str, bytes]:
+def begin(domain: Any, service: Service, options: Options, destination_name: str) -> tuple[str, bytes]:
     """Call Begin: the domain XML, marked with what libvirt does not carry of the guest, and the cookie. Blocks."""
     state, reason = domain.state()
     paused = state == libvirt.VIR_DOMAIN_PAUSED
     if paused and reason != libvirt.VIR_DOMAIN_PAUSED_USER:  # libvirt would let it go, and run it there
         raise Incompatible(f"it is paused ({reason_words(state, reason)}), and not by its user: it would arrive running")
+    if paused and (why := unrun.refusal(domain, service)):
+        raise Incompatible(why)
     facts = [fact for fact, holds in (("paused", paused), ("transient", not domain.isPersistent())) if holds]
     xml, cookie = phases.begin(domain, params(destination_name), words.flags(words.settled(options, facts)))
     xml = words.mark(xml, *facts)
@@ -27,12 +30,12 @@ def begin(domain: Any, options: Options, destination_name: str) -> tuple[str, by
     return xml, cookie
 
 
-def check(domain: Any, options: Options, destination_name: str) -> None:
+def check(domain: Any, service: Service, options: Options, destination_name: str) -> None:
     """Whether libvirt would take `begin`, in its own words. Blocks.
 
     Without CHANGE_PROTECTION, Begin takes no migration job: libvirt checks the guest, describes it, and keeps nothing.
     """
-    begin(domain, replace(options, change_protection=False), destination_name)
+    begin(domain, service, replace(options, change_protection=False), destination_name)
 
 
 @contextmanager

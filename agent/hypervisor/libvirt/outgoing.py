@@ -87,7 +87,7 @@ class LibvirtOutgoing:
         def begin(connection: Any) -> tuple[str, bytes]:
             domain = domains.by_uuid(connection, self._uuid)
             self._name = domain.name()
-            return leaving.begin(domain, options, destination_name)
+            return leaving.begin(domain, self._guard.service, options, destination_name)
 
         link = self._begun = await self._session.open()
         with leaving.refusals():

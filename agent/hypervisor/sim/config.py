@@ -47,6 +47,8 @@ class SimGuest(Base, kw_only=True, frozen=True):
     """Path of its serial log, beneath the `log_root` of each host that it visits; empty: none."""
     obstacle: Annotated[str, Meta(max_length=1024)] = ""
     """Why the hypervisor refuses to let it go, as libvirt does of a guest with snapshots; empty: it does not."""
+    disk: bool = False
+    """It has one: paused and not run since it arrived, it is not moved on, as QEMU before 10.0 would die of that."""
     unsafe: bool = False
     """It has a disk that is not known to be shared: it leaves with the option `unsafe` only."""
     metadata: Annotated[str, Meta(max_length=1 << 20)] = ""

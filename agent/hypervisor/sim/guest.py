@@ -115,6 +115,8 @@ class Guest:
         self.job = Job.NONE
         self.incoming = False
         self.postcopy = False
+        self.has_run = False
+        """Since it began here, or arrived."""
         self.silent_since: float | None = None
         """Since when its process answers nothing."""
         self.owed = 0
@@ -188,7 +190,7 @@ class Guest:
 
     def run(self, reason: str, kind: str = "resumed") -> None:
         self.state, self.reason = DomainState.RUNNING, reason
-        self.left = False
+        self.left, self.has_run = False, True
         if self._since is None:
             self._since = self._now()
         self._notify(self, kind, reason)
@@ -284,7 +286,7 @@ class Guest:
         self._logged = max(serial.ticks(record.clock), serial.last_number(self.definition.guest.log) if ran else 0)
         self.reason, self.wants_run, self.left = record.reason, record.wants_run, record.left
         self.postcopy, self.owed, self.autostart = record.postcopy, record.owed, record.autostart
-        self.state = DomainState(record.state)
+        self.state, self.has_run = DomainState(record.state), True
         if record.postcopy and record.left:
             self.stop("post-copy failed")
         elif record.postcopy:

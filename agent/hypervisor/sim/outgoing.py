@@ -58,6 +58,8 @@ class SimOutgoing:
         if guest.state is DomainState.PAUSED and guest.reason != PAUSED_BY_USER and not guest.left:
             raise Incompatible(f"it is paused ({guest.reason}), and not by its user: it would arrive running")
         it = guest.definition.guest
+        if it.disk and guest.state is DomainState.PAUSED and not guest.has_run:
+            raise Incompatible("it has a disk, is paused, and has not run since it arrived here: let it run for a moment")
         if it.obstacle:
             raise Incompatible(it.obstacle)
         if it.unsafe and not self._word(options, "unsafe"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -130,3 +130,23 @@ async def test_6_32_a_guest_that_was_stopped_behind_libvirts_back(lab: Lab, side
     with pytest.raises(Incompatible, match=r"paused \(unknown\)"):
         await sides[0].driver.check_leaving(uuid, Options(), guest.name)
     assert (await sides[0].driver.get_domain(uuid)).state is DomainState.PAUSED
+
+
+async def test_6_22_a_paused_guest_with_a_disk_that_has_not_run_since_it_arrived(
+    lab: Lab, sides: tuple[Side, Side], start: Start
+) -> None:
+    still = Options(unsafe=True, post_copy=False)
+    guest = started(lab, "unrun", devices=disk(lab.path / "unrun.qcow2"))
+    guest.wait_lines(5)
+    await start(replace(still, paused=True), guest=guest).run()
+    back = start(still, back=True, guest=guest)
+    with pytest.raises(Incompatible, match="has not run since it arrived"):
+        await sides[1].driver.check_leaving(back.uuid, still, guest.name)
+    with pytest.raises(Incompatible, match="has not run since it arrived"):
+        await back.outgoing.begin(still, guest.name)
+    await back.close()
+    assert await sides[1].state(guest) == ("paused", "user")
+    lab["h2"].virsh("resume", guest.name)
+    lab["h2"].virsh("suspend", guest.name)
+    await start(still, back=True, guest=guest).run()
+    assert await sides[0].state(guest) == ("paused", "user")
