@@ -171,11 +171,9 @@ def make_commits(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO drover_commits SELECT 0, seal(0) WHERE NOT EXISTS (SELECT 1 FROM drover_commits)")
 
 
-def count_commit(connection: sqlite3.Connection) -> int:
-    """One more, in the transaction that is open; how many that makes."""
-    count = (commits(connection) or 0) + 1
+def set_commits(connection: sqlite3.Connection, count: int) -> None:
+    """Count one more, in the transaction that is open."""
     connection.execute("UPDATE drover_commits SET count = ?, sum = ?", (count, seal(count)))
-    return count
 
 
 def commits(connection: sqlite3.Connection) -> int | None:

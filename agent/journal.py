@@ -87,10 +87,14 @@ class Journal:
         self._db = Database(path, _SCHEMA, check=_damages)
         self._numbers = itertools.count(1)
         """Of rows and epochs, rising over restarts."""
+        self._ids: set[str] = set()
+        """Of all migrations with a record here, and perhaps some more: most questions are about one that has none yet."""
 
     async def open(self) -> None:
         await self._db.open()
         newest = await self._db.read(lambda connection: connection.execute(_NEWEST).fetchone()[0])
+        rows = await self._db.read(lambda connection: connection.execute("SELECT migration_id FROM attempts").fetchall())
+        self._ids.update(row[0] for row in rows)
         lost = _LEAP if self._db.lost else 0  # what was lost may have had greater ones
         self._numbers = itertools.count((newest or 0) + 1 + lost)
 
@@ -107,15 +111,23 @@ class Journal:
         kind, number, body = _kind_of(record), next(self._numbers), encode(record)
 
         def write(connection: sqlite3.Connection) -> None:
+            self._ids.add(record.migration_id)
             _put_arrival(connection, record)
             connection.execute(_PUT_ATTEMPT, (*record.key, kind, number, body))
             if kind == _ENDED:
-                connection.execute(_TRIM.format(table="attempts"), (_ENDED, KEEP))
+                trimmed = connection.execute(f"{_TRIM} RETURNING migration_id".format(table="attempts"), (_ENDED, KEEP)).fetchall()
+                for (migration_id,) in trimmed:
+                    if connection.execute("SELECT 1 FROM attempts WHERE migration_id = ?", (migration_id,)).fetchone() is None:
+                        self._ids.discard(migration_id)
 
+        self._ids.add(record.migration_id)
         await self._db.transaction(write)
 
     async def get_attempt(self, migration_id: str, attempt: int = 0) -> AttemptRecord | None:
         """The record; attempt 0 means the newest. Raises JOURNAL_UNAVAILABLE for one that damage has taken, too."""
+
+        if migration_id not in self._ids:
+            return None
 
         def read(connection: sqlite3.Connection) -> _Row | None:
             found: _Row | None = connection.execute(

@@ -29,12 +29,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import structlog
 
 from agent.errors import DroverError
-from agent.intact import Damage, Loss, Mark, add_functions, as_text, commits, count_commit, look, make_commits
+from agent.intact import Damage, Loss, Mark, add_functions, as_text, commits, look, make_commits, set_commits
 from agent.sqlite_errors import cause_of, unusable
 
 T = TypeVar("T")
@@ -84,6 +84,8 @@ class Database:
         self._accept_loss = Path(f"{self.path}.accept-loss")
         self._mark = Mark(Path(f"{self.path}.mark"))
         self._mark_synced = 0.0
+        self._count: int | None = None
+        """Transactions that were committed; None where that is to be read. Touched in the executor's thread only."""
         self._schema = tuple(schema)
         self._check_rows = check
         self._timeout = timeout
@@ -149,29 +151,47 @@ class Database:
         return asyncio.wrap_future(future)
 
     async def _hop(self, job: Callable[[], T], once: threading.Lock, deadline: float) -> T:
-        """Run `job` in the thread. `once` is taken by the commit or by the deadline, whichever comes first."""
+        """Run `job` in the thread. `once` is taken by the commit or by the deadline, whichever comes first.
+
+        One plain future and one timer for each hop: a handshake makes dozens, and what `asyncio.wait` and `wrap_future` do
+        for theirs costs as much as the write. The waiter's cancellation ends the future and not the job.
+        """
         if self._closed:
             raise self._error("CLOSED", "it is closed", "no")
-        future = asyncio.wrap_future(self._executor.submit(job))
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        self._executor.submit(self._do_job, job, loop, answer)
+        timer = loop.call_later(deadline, self._expire, answer, once, deadline)
         try:
-            # Unlike wait_for, wait leaves the future alone when the waiter is cancelled: the transaction goes on.
-            await asyncio.wait({future}, timeout=deadline)
-        except asyncio.CancelledError:
-            future.add_done_callback(self._log_unseen)
-            raise
-        if future.done():
-            return future.result()
-        future.add_done_callback(self._log_unseen)
-        written = "no" if once.acquire(blocking=False) else "unknown"
-        raise self._error("DEADLINE", f"it did not answer within {deadline:g} s (written: {written})", written)
+            return await answer
+        finally:
+            timer.cancel()
 
-    def _log_unseen(self, future: "asyncio.Future[T]") -> None:
-        """The one who asked is gone, so a failure is told to the log."""
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
+    def _expire(self, answer: "asyncio.Future[T]", once: threading.Lock, deadline: float) -> None:
+        if not answer.done():
+            written = "no" if once.acquire(blocking=False) else "unknown"
+            answer.set_exception(self._error("DEADLINE", f"it did not answer within {deadline:g} s (written: {written})", written))
+
+    def _settle(self, answer: "asyncio.Future[T]", result: T, error: BaseException | None) -> None:
+        if not answer.done():
+            if error is None:
+                answer.set_result(result)
+            else:
+                answer.set_exception(error)
+        elif error is not None:  # the one who asked is gone, so a failure is told to the log
             log.warning("sqlite.transaction_failed_unseen", path=str(self.path), error=str(error))
 
     # ---- in the thread
+
+    def _do_job(self, job: Callable[[], T], loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[T]") -> None:
+        result: Any = None
+        error: BaseException | None = None
+        try:
+            result = job()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(self._settle, answer, result, error)
 
     @property
     def _connection(self) -> sqlite3.Connection:
@@ -274,16 +294,19 @@ class Database:
             try:
                 result = fn(connection)
                 if connection.total_changes != changes:
-                    count = count_commit(connection)
+                    count = self._count + 1 if self._count is not None else (commits(connection) or 0) + 1
+                    set_commits(connection, count)
                 if not commit_or_deadline.acquire(blocking=False):
                     raise self._error("DEADLINE", "the deadline passed before the commit", "no")
                 # A failed commit may have put its frames on the disk, where a restart would find them.
                 with self._translated("unknown"):
                     connection.execute("COMMIT")
             except BaseException:
+                self._count = None  # whether it was committed is to be read again
                 self._roll_back(connection)
                 raise
         if count is not None:
+            self._count = count
             self._count_commit(count)
         return result
 

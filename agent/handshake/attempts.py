@@ -86,8 +86,9 @@ class Attempts:
 
     def check_free(self, uuid: str, name: str) -> None:
         """Raises DOMAIN_BUSY where an attempt at this guest is under way here, with its migration's id."""
-        here = [attempt for attempt in self._by_id.values() if attempt.record.domain_uuid == uuid]
         # An abort that is still on its way to the hypervisor would end the next transfer.
+        unfinished = [a for a in self._by_id.values() if a.busy or not a.record.final]
+        here = [a for a in unfinished if a.record.domain_uuid == uuid]
         others = [a.record.migration_id for a in here if not a.record.final or a.running("abort")]
         if others or uuid in self._claimed:
             raise _busy(name, others[0] if others else "")

@@ -3,6 +3,7 @@
 An `AttemptRecord` is a value: every change makes a new one, which is in the journal before it is used.
 """
 
+import functools
 import time
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -195,6 +196,7 @@ def state_from_proto(record: pb.Record) -> str:
     return enum_word(pb.RecordState, record.state)
 
 
+@functools.lru_cache(maxsize=256)
 def enum_word(kind: Any, value: int) -> str:
     """The lower-case word of an enum's value, without the prefix of its enum; ``state 99`` for a value of a newer version."""
     values = kind.DESCRIPTOR.values_by_number

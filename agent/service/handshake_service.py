@@ -84,6 +84,7 @@ class RemotePeer:
     def __init__(self, channel: Callable[[], grpc.aio.Channel], name: str) -> None:
         self._channel = channel
         self._name = name
+        self._made: tuple[grpc.aio.Channel, rpc.HandshakeServiceAsyncStub] | None = None
 
     async def _call(self, method: str, request: Any, timeout: float = CALL_SECONDS) -> Any:
         if "wait" in request.DESCRIPTOR.fields_by_name:
@@ -92,7 +93,11 @@ class RemotePeer:
             return checked_answer(await getattr(self._stub(), method)(request, timeout=timeout), self._name)
 
     def _stub(self) -> "rpc.HandshakeServiceAsyncStub":
-        return rpc.HandshakeServiceStub(self._channel())
+        """Made once for each channel: it holds an object for each of its methods."""
+        channel = self._channel()
+        if self._made is None or self._made[0] is not channel:
+            self._made = channel, rpc.HandshakeServiceStub(channel)
+        return self._made[1]
 
     async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
         return await self._call("ReserveSlot", request, QUESTION_SECONDS)  # type: ignore[no-any-return]

@@ -146,6 +146,26 @@ async def test_6_6_a_journal_of_an_earlier_drover_is_read(tmp_path: Path) -> Non
         await journal.close()
 
 
+async def test_what_is_not_here_is_told_without_a_look_and_what_is_here_is_found(journal: Journal) -> None:
+    """The ids that it keeps in memory are those of its rows, whatever was trimmed and written again."""
+    await journal.put_attempt(numbered(1, "gone", attempt=1))
+    await journal.put_attempt(numbered(1, "reserved", attempt=2))
+    for number in range(2, 12):
+        await journal.put_attempt(numbered(number, "gone"))
+    for number in (3, 10):
+        await journal.put_attempt(numbered(number, "gone"))
+    kept = {each.migration_id for each in await listed(journal)}
+    assert len(kept) == 4
+    assert journal._ids == kept
+    again = await reopened(journal)
+    try:
+        assert again._ids == kept
+        assert await again.get_attempt(numbered(1, "").migration_id) is not None
+        assert await again.get_attempt(numbered(5, "").migration_id) is None
+    finally:
+        await again.close()
+
+
 async def test_a_clock_that_goes_back_costs_no_record(journal: Journal) -> None:
     for number in range(4):
         await journal.put_attempt(numbered(number, "running", updated=time.time() + 3600 + number))

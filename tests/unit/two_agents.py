@@ -67,6 +67,7 @@ class FakeJournal(Journal):
         self._db = MemoryDatabase()  # type: ignore[assignment]
         self.path = Path("/journal.sqlite")
         self._numbers = itertools.count(1)
+        self._ids = set()
         self.calls = calls if calls is not None else []
         self.fails: list[Exception | None] = []
         self.down: Callable[[AttemptRecord], bool] = lambda record: False
