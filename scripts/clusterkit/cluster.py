@@ -55,7 +55,7 @@ class ClusterGuest:
     def lines(self) -> int:
         return self.serial_log.read_bytes().count(b"\n") if self.serial_log.exists() else 0
 
-    def wait_lines(self, more: int, timeout: float = 15.0) -> None:
+    def wait_lines(self, more: int, timeout: float = 60.0) -> None:
         """Until it has written so many lines more: it runs."""
         start = self.lines()
         wait_until(lambda: self.lines() >= start + more, timeout, f"{more} lines more from guest {self.name}")
@@ -85,7 +85,7 @@ class Cluster(ABC):
             daemon.wait_serving()
         self.wait_known()
 
-    def wait_known(self, timeout: float = 15.0) -> None:
+    def wait_known(self, timeout: float = 60.0) -> None:
         """Until the coordinator says that every agent answers."""
         wait_until(lambda: self.hosts_up() == sorted(self.hosts), timeout, "every host to be known to the coordinator")
 
@@ -118,7 +118,7 @@ class Cluster(ABC):
     def definitions(self, guest: str) -> dict[str, str]:
         """By host that has the guest: "transient", "persistent", or "autostart" for one that starts with its host as well."""
 
-    def wait_running_on(self, guest: str, host: str, timeout: float = 15.0) -> None:
+    def wait_running_on(self, guest: str, host: str, timeout: float = 60.0) -> None:
         wait_until(lambda: self.running_on(guest) == [host], timeout, f"guest {guest} to run on {host} only")
 
     @property

@@ -50,7 +50,7 @@ class Daemon:
         if wait:
             self.wait_serving()
 
-    def wait_serving(self, timeout: float = 30.0) -> None:
+    def wait_serving(self, timeout: float = 120.0) -> None:
         """Until its log says that it serves."""
         wait_until(self._serving, timeout, f"{self.kind} {self.name} to serve (its log: {self.log})")
 

@@ -82,7 +82,7 @@ class Guest:
         """How many S lines the log holds by now (0 when there is no log yet)."""
         return self.serial_log.read_bytes().count(b"\nS ") if self.serial_log.exists() else 0
 
-    def wait_lines(self, more: int, timeout: float = 10.0) -> None:
+    def wait_lines(self, more: int, timeout: float = 60.0) -> None:
         """Waits until the guest has written so many more S lines: it is running, and its memory is filled."""
         wanted = self.lines() + more
         wait_until(lambda: self.lines() >= wanted, timeout, f"guest {self.name} writes {more} more lines")

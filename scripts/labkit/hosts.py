@@ -116,7 +116,7 @@ class Node:
         """Environment variables for the service."""
         return {}
 
-    def wait_ready(self, timeout: float = 15.0) -> None:
+    def wait_ready(self, timeout: float = 60.0) -> None:
         """Waits until the node can be used."""
         try:
             wait_until(lambda: self.init_pid is not None, timeout, f"{self.name}: its init runs", 0.005)
@@ -274,7 +274,7 @@ class Host(Node):
         pid = read_pid(self.path / "service.pid")
         return pid if pid is not None and in_namespace(pid, self._inode) else None
 
-    def wait_ready(self, timeout: float = 15.0) -> None:
+    def wait_ready(self, timeout: float = 60.0) -> None:
         """Waits until libvirtd answers a call."""
         super().wait_ready(timeout)
         try:
@@ -292,7 +292,7 @@ class Host(Node):
                 return False
         return True
 
-    def start_libvirtd(self, timeout: float = 15.0) -> None:
+    def start_libvirtd(self, timeout: float = 60.0) -> None:
         """Starts libvirtd unless it runs, and waits until it answers."""
         init = self.init_pid
         if init is None:
@@ -300,11 +300,11 @@ class Host(Node):
         send_signal(init, self._inode, signal.SIGUSR1)
         self.wait_ready(timeout)
 
-    def stop_libvirtd(self, timeout: float = 15.0) -> None:
+    def stop_libvirtd(self, timeout: float = 60.0) -> None:
         """Asks libvirtd to end and waits for it; guests go on running."""
         self._signal_libvirtd(signal.SIGTERM, timeout)
 
-    def kill_libvirtd(self, timeout: float = 5.0) -> None:
+    def kill_libvirtd(self, timeout: float = 30.0) -> None:
         """Kills libvirtd with SIGKILL and waits until it is gone; guests go on running."""
         self._signal_libvirtd(signal.SIGKILL, timeout)
 

@@ -141,7 +141,7 @@ def _ended(fd: int, timeout: float) -> bool:
     return bool(poller.poll(timeout * 1000))
 
 
-def kill_namespaces(inodes: Iterable[int], reapers: Iterable[int] = (), timeout: float = 10.0) -> None:
+def kill_namespaces(inodes: Iterable[int], reapers: Iterable[int] = (), timeout: float = 60.0) -> None:
     """Kills every process of these network namespaces, again and again until none is left (they may fork meanwhile).
 
     The `reapers` (the nodes' inits) are killed last: they collect what was killed before, and so no zombies are left
