@@ -165,7 +165,8 @@ class _Round:
             restarted = mend(self._made, self._targets)
             self._result.refused = asked.result()
         for daemon in self._made.daemons():
-            disarm(daemon)
+            if disarm(daemon):
+                restarted = time.monotonic()
         self._result.judgement = judge(self._made, self._case(), restarted, DEADLINE)
 
     def _case(self) -> Case:

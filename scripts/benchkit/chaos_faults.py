@@ -45,13 +45,14 @@ def arm(daemon: Daemon, points: str = "", *, clock: bool = False) -> None:
     daemon.start()
 
 
-def disarm(daemon: Daemon) -> None:
-    """Start it anew without any of that, where it still has some."""
+def disarm(daemon: Daemon) -> bool:
+    """Start it anew without any of that, where it still has some; whether it had."""
     armed = bool(daemon.environment)
     daemon.environment.clear()
     if armed and daemon.running().poll() is None:
         daemon.kill()
         daemon.start()
+    return armed
 
 
 def stopped(daemon: Daemon) -> bool:

@@ -18,6 +18,9 @@ LIMIT: Final = 16 * MIB
 MAX_DOWN: Final = 3.0
 """Seconds after which what was broken is mended, at most."""
 
+LEAST_STEP: Final = 1.5
+"""Seconds for which a clock stays stepped, at least: a daemon sees a step after a second."""
+
 LATEST: Final = 2.2
 """Seconds after the request at which a cancel or a rival comes, at most."""
 
@@ -198,4 +201,6 @@ def _fault(random: Random, action: str, target: str, bandwidth: int, *, first: b
     longest = (2.2 if bandwidth else 0.7) if first else 1.0
     point = random.choice(POINTS[random.choice(tuple(POINTS))]) if first and random.random() < 0.4 else ""
     down = MAX_DOWN * random.random() ** 2  # short ones are more likely, as more of them fit into a minute
+    if target.endswith("clock"):
+        down += LEAST_STEP
     return Fault(action, target, at=random.uniform(0, longest), down=down, point=point)

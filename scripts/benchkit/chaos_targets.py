@@ -187,7 +187,7 @@ def clock_environment(daemon: Daemon) -> dict[str, str]:
     return {
         "LD_PRELOAD": str(LIBFAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(clock_file(daemon)),
-        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_CACHE_DURATION": "1",  # seconds after which the file is read again; each reading of a clock would do it otherwise
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
 
