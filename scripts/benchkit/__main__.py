@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from benchkit import footprint as footprints
 from benchkit import handshake as handshakes
 from benchkit import handshake_report
 from benchkit import soak as soaks
+from benchkit import walk as walks
 from benchkit.chaos_commands import chaos_command, failpoints_command
 from benchkit.output import say
 from clusterkit import why_not_libvirt
@@ -94,6 +96,18 @@ def footprint(starts: int, idle: float, kind: str, lab_id: str, output: str) -> 
         kinds = ("sim",)
     result = footprints.measure(kinds, starts, idle, lab_id)
     _out(output, result, footprints.tell, footprints.to_json)
+
+
+@main.command()
+@click.option("--calls", type=click.IntRange(1), default=100_000, show_default=True, help="How many.")
+@click.option("--seed", type=int, default=None, help="Of the calls; drawn where none is given.")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def walk(calls: int, seed: int | None, output: str) -> None:
+    """Honest migrations on simulated hosts while a caller who is not the driver makes phase calls at random: no two copies."""
+    result = asyncio.run(walks.measure(calls, random.SystemRandom().getrandbits(32) if seed is None else seed))
+    _out(output, result, walks.tell, walks.to_json)
+    if not result.ok:
+        sys.exit(1)
 
 
 def _out(output: str, result: Any, tell: Callable[[Any], None], to_json: Callable[[Any], Any]) -> None:

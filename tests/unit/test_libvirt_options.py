@@ -13,6 +13,8 @@ from agent.hypervisor.base import (  # noqa: E402 - after the skip
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
+    InvalidDocument,
+    NoTransfer,
     Options,
     Support,
 )
@@ -98,6 +100,9 @@ def test_limits_that_cannot_be_enforced(said: int) -> None:
         (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_FROM_QEMU, "domain is not running", HypervisorError),
         (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_FROM_QEMU, "cannot acquire state change lock", DomainBusy),
         (libvirt.VIR_ERR_MIGRATE_UNSAFE, libvirt.VIR_FROM_QEMU, "", Incompatible),
+        (libvirt.VIR_ERR_XML_DETAIL, libvirt.VIR_FROM_DOMAIN, "Document is empty", InvalidDocument),
+        (libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_FROM_QEMU, "missing name element in migration data", InvalidDocument),
+        (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_FROM_QEMU, "domain is not being migrated", NoTransfer),
     ],
 )
 def test_error_classes(code: int, domain: int, message: str, wanted: type[HypervisorError]) -> None:

@@ -47,6 +47,7 @@ _BY_WORDS: tuple[tuple[int, str, type[HypervisorError]], ...] = (
     (libvirt.VIR_ERR_OPERATION_INVALID, "not being migrated", NoTransfer),
     (libvirt.VIR_ERR_INTERNAL_ERROR, "Unable to find an unused port", Exhausted),
     (libvirt.VIR_ERR_INTERNAL_ERROR, "cookie", InvalidDocument),
+    (libvirt.VIR_ERR_INTERNAL_ERROR, "in migration data", InvalidDocument),
     (libvirt.VIR_ERR_INTERNAL_ERROR, "to the same host", Incompatible),
 )
 """libvirt has one code for every wrong state, and another one for all else: there its words tell what it is."""
