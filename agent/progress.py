@@ -8,9 +8,11 @@ from google.protobuf.duration_pb2 import Duration
 from agent.errors import Reason, said_by_peer
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.driver import Driver
+from agent.handshake.facts import loss_of
+from agent.handshake.guest_fact import GuestFact, GuestState
 from agent.handshake.records import Failure, causes_first, duration, failure_to_proto
 from agent.handshake.source import SourceState as Src
-from agent.whereabouts import loss, said, whereabouts
+from agent.whereabouts import Place, said, whereabouts
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -23,6 +25,8 @@ _PHASE_OF_SOURCE: Final = {
     Src.RESUMING: "confirm",
 }
 _PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
+
+_GUEST_STATES: Final = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
 
 
 def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -> pb.Migration:
@@ -47,7 +51,7 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
     failures = causes_first((driver.failure, _failure_of(driver.source_record), _failure_of(driver.destination_record)))
     failure = failures[0] if failures else None
     migration.state = _state(migration.state, driver, failure, ended=ended)
-    if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := loss(migration)) is not None:
+    if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := _loss(migration)) is not None:
         migration.state, failure = pb.MIGRATION_STATE_FAILED, lost
     migration.runs_on = whereabouts(migration).runs_on
     migration.ClearField("failure")
@@ -213,3 +217,11 @@ def _union(intervals: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total
+
+
+def _loss(migration: pb.Migration) -> Failure | None:
+    """The failure of a migration whose guest had its end at the source meanwhile; None for one that has not."""
+    fact = migration.source_guest
+    if whereabouts(migration).place is not Place.NOWHERE or fact.state not in _GUEST_STATES:
+        return None
+    return loss_of(migration.domain_name, migration.source_host, GuestFact(_GUEST_STATES[fact.state], fact.reason))

@@ -7,9 +7,6 @@ takes it from `whereabouts`. No state of a migration and no plan says it.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agent.handshake.facts import loss_of
-from agent.handshake.guest_fact import GuestFact, GuestState
-from agent.handshake.records import Failure
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -20,7 +17,7 @@ _ENDED = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_
 _BY_MIGRATION = ("migration", "post-copy", "unknown")
 """Reasons of a pause at the source that a migration made; ``unknown`` is the one by which it is held until it is decided."""
 _BROKEN = "post-copy failed"
-_STATE_WORDS = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
+_STATE_WORDS = {number: name.removeprefix("GUEST_STATE_").lower() for name, number in handshake_pb2.GuestState.items() if number}
 
 
 class Place(StrEnum):
@@ -117,14 +114,6 @@ def _why_nowhere(host: str, fact: handshake_pb2.GuestFact) -> str:
     if fact.state == handshake_pb2.GUEST_STATE_ABSENT:
         return f"{host} has no such guest any more; define and start it again if it is to run"
     return f"it is {_state(fact)} on {host}; start it again if it is to run"
-
-
-def loss(migration: pb.Migration) -> Failure | None:
-    """The failure of a migration whose guest had its end at the source meanwhile; None for one that has not."""
-    fact = migration.source_guest
-    if whereabouts(migration).place is not Place.NOWHERE or fact.state not in _STATE_WORDS:
-        return None
-    return loss_of(migration.domain_name, migration.source_host, GuestFact(_STATE_WORDS[fact.state], fact.reason))
 
 
 def _as_told(migration: pb.Migration, name: str, here: str, there: str) -> Whereabouts:

@@ -16,17 +16,17 @@ Errors: `coordinator.client_errors` draws the tree.
 """
 
 import asyncio
+import importlib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc.aio
 
 from agent.errors import Reason
 from agent.service.channel import all_pages, open_channel
-from agent.service.status import error_from_rpc
 from coordinator.client_errors import (
     Busy,
     DeadlineExceeded,
@@ -40,27 +40,21 @@ from coordinator.client_errors import (
     ServerFailed,
     Unreachable,
     client_error,
-    no_such_host,
     outcome_unknown,
     raise_unless_succeeded,
 )
 from coordinator.client_options import OptionWords, option_names, options_message
 from coordinator.client_types import (
-    Domain,
-    DomainList,
-    DomainState,
     Failure,
-    Host,
-    HostState,
     Migration,
     MigrationState,
-    Network,
     PhaseTiming,
     Progress,
 )
-from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc
-from drover.coordinator.v1 import host_pb2 as cluster_pb2
-from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
+from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
+
+if TYPE_CHECKING:
+    from coordinator.client_hosts import Domain, DomainList, DomainState, Host, HostQuestions, HostState, Network
 
 __all__ = [
     "Busy",
@@ -93,6 +87,14 @@ __all__ = [
 
 T = TypeVar("T")
 
+
+def __getattr__(name: str) -> Any:
+    """Types of hosts and guests, imported when they are asked for: a migration needs none, and starts that much sooner."""
+    if name in __all__:
+        return getattr(importlib.import_module("coordinator.client_hosts"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 TIMEOUT = 10.0
 """Seconds for a call that reads, cancels, or opens a watch."""
 START_TIMEOUT = 60.0
@@ -116,7 +118,7 @@ class Client:
         self.timeout = timeout
         self.start_timeout = start_timeout
         self._channel: grpc.aio.Channel | None = None
-        self._is_agent = False  # found out at the first question about hosts
+        self._host_questions: HostQuestions | None = None
 
     async def __aenter__(self) -> "Client":
         try:
@@ -128,7 +130,7 @@ class Client:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._channel is not None:
             await self._channel.close()
-            self._channel = None
+            self._channel = self._host_questions = None
 
     async def migrate(
         self,
@@ -302,53 +304,17 @@ class Client:
             await changes.aclose()
         return raise_unless_succeeded(last)
 
-    async def list_hosts(self) -> list[Host]:
+    async def list_hosts(self) -> "list[Host]":
         """Every host of the cluster, by name; an agent knows one."""
-        if not self._is_agent:
-            try:
-                pages = self._pages(self._cluster.ListHosts, cluster_pb2.ListHostsRequest())
-                return [Host.from_proto(host) async for page in pages for host in page.hosts]
-            except ServerFailed as error:
-                self._note_agent(error)
-        return [await self._agent_host()]
+        return await self._questions.list_hosts()
 
-    async def get_host(self, name: str) -> Host:
+    async def get_host(self, name: str) -> "Host":
         """Raises `NotFound`."""
-        if not self._is_agent:
-            try:
-                request = cluster_pb2.GetHostRequest(name=name)
-                response = await self._call(self._cluster.GetHost(request, timeout=self.timeout))
-            except ServerFailed as error:
-                self._note_agent(error)
-            else:
-                return Host.from_proto(response.host)
-        return await self._agent_host(name)
+        return await self._questions.get_host(name)
 
-    async def list_domains(self, host: str = "") -> DomainList:
+    async def list_domains(self, host: str = "") -> "DomainList":
         """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
-        if not self._is_agent:
-            try:
-                pages = self._pages(self._cluster.ListDomains, cluster_pb2.ListDomainsRequest(host=host))
-                return DomainList.from_proto([page async for page in pages])
-            except ServerFailed as error:
-                self._note_agent(error)
-        return await self._agent_domains(host)
-
-    def _note_agent(self, error: ServerFailed) -> None:  # an agent does not know the coordinator's service
-        if error.reason != Reason.UNIMPLEMENTED:
-            raise error
-        self._is_agent = True
-
-    async def _agent_host(self, name: str = "") -> Host:
-        response = await self._call(self._hosts.GetHost(host_pb2.GetHostRequest(), timeout=self.timeout))
-        if name not in ("", response.host.name):
-            raise no_such_host(name, response.host.name, self.address)
-        return Host.of_agent(response.host, self.address)
-
-    async def _agent_domains(self, host: str) -> DomainList:
-        here = await self._agent_host(host)
-        pages = self._pages(self._hosts.ListDomains, host_pb2.ListDomainsRequest())
-        return DomainList.of_agent(here.name, [domain async for page in pages for domain in page.domains])
+        return await self._questions.list_domains(host)
 
     async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> AsyncGenerator[Migration, None]:
         """One watch stream. `again`: the server was there before, so wait until it can be connected to."""
@@ -377,7 +343,8 @@ class Client:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise client_error(error_from_rpc(error, f"the server at {self.address}")) from error
+            status = importlib.import_module("agent.service.status")  # here: reading errors needs much that a success does not
+            raise client_error(status.error_from_rpc(error, f"the server at {self.address}")) from error
 
     @property
     def _open(self) -> grpc.aio.Channel:
@@ -390,9 +357,8 @@ class Client:
         return migration_pb2_grpc.MigrationServiceStub(self._open)
 
     @property
-    def _hosts(self) -> "host_pb2_grpc.HostServiceAsyncStub":
-        return host_pb2_grpc.HostServiceStub(self._open)
-
-    @property
-    def _cluster(self) -> "cluster_pb2_grpc.HostServiceAsyncStub":
-        return cluster_pb2_grpc.HostServiceStub(self._open)
+    def _questions(self) -> "HostQuestions":
+        if self._host_questions is None:
+            module = importlib.import_module("coordinator.client_hosts")
+            self._host_questions = module.HostQuestions(self._open, self.address, self.timeout, self._call)
+        return self._host_questions

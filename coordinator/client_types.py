@@ -3,7 +3,6 @@
 Each value keeps the message that it was made of in `proto`, for what is not spelled out here and for JSON.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -12,8 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.open_enum import OpenEnum
 from agent.whereabouts import Whereabouts, whereabouts
-from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, options_pb2
-from drover.coordinator.v1 import host_pb2 as cluster_pb2
+from drover.agent.v1 import handshake_pb2, migration_pb2
 
 
 class MigrationState(OpenEnum):
@@ -31,21 +29,6 @@ class MigrationState(OpenEnum):
     @property
     def ended(self) -> bool:
         return self in (MigrationState.SUCCEEDED, MigrationState.FAILED, MigrationState.CANCELLED)
-
-
-class HostState(OpenEnum):
-    UNSPECIFIED = "unspecified"
-    UP = "up"
-    UNREACHABLE = "unreachable"
-
-
-class DomainState(OpenEnum):
-    UNSPECIFIED = "unspecified"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SHUTOFF = "shutoff"
-    CRASHED = "crashed"
-    OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -84,10 +67,10 @@ class Progress:
             remaining_bytes=message.remaining_bytes,
             rate=message.bytes_per_second,
             dirty_rate=message.dirty_bytes_per_second,
-            downtime=_seconds(message.downtime),
-            elapsed=_seconds(message.elapsed),
-            eta_low=_seconds(message.eta_low) if message.HasField("eta_low") else None,
-            eta_high=_seconds(message.eta_high) if message.HasField("eta_high") else None,
+            downtime=seconds_of(message.downtime),
+            elapsed=seconds_of(message.elapsed),
+            eta_low=seconds_of(message.eta_low) if message.HasField("eta_low") else None,
+            eta_high=seconds_of(message.eta_high) if message.HasField("eta_high") else None,
             post_copy=message.post_copy,
             reason=message.reason,
         )
@@ -107,9 +90,9 @@ class PhaseTiming:
     def from_proto(cls, message: handshake_pb2.PhaseTiming) -> "PhaseTiming":
         return cls(
             phase=message.phase,
-            start=_time(message.start_time) if message.HasField("start_time") else None,
-            duration=_seconds(message.duration),
-            hypervisor_duration=_seconds(message.hypervisor_duration),
+            start=time_of(message.start_time) if message.HasField("start_time") else None,
+            duration=seconds_of(message.duration),
+            hypervisor_duration=seconds_of(message.hypervisor_duration),
         )
 
 
@@ -181,7 +164,7 @@ class Migration:
         failure = message.failure
         return cls(
             id=message.migration_id,
-            state=MigrationState(_word(migration_pb2.MigrationState, message.state, "MIGRATION_STATE_")),
+            state=MigrationState(word_of(migration_pb2.MigrationState, message.state, "MIGRATION_STATE_")),
             phase=message.phase,
             attempt=message.attempt,
             domain=message.domain_name or message.spec.domain,
@@ -197,164 +180,26 @@ class Migration:
             other_failures=tuple(Failure.from_proto(other) for other in message.other_failures),
             waiting_for=message.waiting_for,
             warnings=tuple(message.warnings),
-            created=_time(message.create_time) if message.HasField("create_time") else None,
-            committed=_time(message.commit_time) if message.HasField("commit_time") else None,
-            ended=_time(message.end_time) if message.HasField("end_time") else None,
-            duration=_seconds(message.duration),
-            hypervisor_duration=_seconds(message.hypervisor_duration),
+            created=time_of(message.create_time) if message.HasField("create_time") else None,
+            committed=time_of(message.commit_time) if message.HasField("commit_time") else None,
+            ended=time_of(message.end_time) if message.HasField("end_time") else None,
+            duration=seconds_of(message.duration),
+            hypervisor_duration=seconds_of(message.hypervisor_duration),
             driver=message.driver,
             revision=message.revision,
             proto=message,
         )
 
 
-@dataclass(frozen=True)
-class Network:
-    name: str
-    address: str
-    """The host's IP address on it."""
-    roles: tuple[str, ...]
-    """"migration" (the memory of guests may travel here), "management"."""
-    line_rate: int
-    """Bytes per second; 0: not known."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """A host, as its agent sees it (the last word of it, while it is unreachable)."""
-
-    name: str
-    state: HostState
-    address: str
-    """Of its agent."""
-    last_seen: datetime | None
-    driver: str
-    hypervisor: str
-    """Such as "QEMU 7.2.22"."""
-    agent_version: str
-    incoming_in_use: int
-    incoming_limit: int
-    """Most migrations that it takes at once."""
-    networks: tuple[Network, ...]
-    option_support: dict[str, str]
-    """For each option "supported", "always_on" or "unsupported"."""
-    option_reasons: dict[str, str]
-    """For an option that this host lacks though its driver has it: what forbids it."""
-    uri_transports: tuple[str, ...]
-    bandwidth: bool
-    """A limit on the rate can be enforced."""
-    split_phases: bool
-    draining: bool
-    proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
-
-    @classmethod
-    def of_agent(cls, host: host_pb2.Host, address: str) -> "Host":
-        """From the word of the host's own agent, which has just answered at that address."""
-        return cls.from_proto(cluster_pb2.ClusterHost(host=host, agent_address=address, state=cluster_pb2.HOST_STATE_UP))
-
-    @classmethod
-    def from_proto(cls, message: cluster_pb2.ClusterHost) -> "Host":
-        host, features = message.host, message.host.migration_features
-        return cls(
-            name=host.name,
-            state=HostState(_word(cluster_pb2.HostState, message.state, "HOST_STATE_")),
-            address=message.agent_address,
-            last_seen=_time(message.last_seen_time) if message.HasField("last_seen_time") else None,
-            driver=host.driver,
-            hypervisor=host.hypervisor,
-            agent_version=host.agent_version,
-            incoming_in_use=host.incoming_in_use,
-            incoming_limit=host.incoming_limit,
-            networks=tuple(Network(n.name, n.address, tuple(n.roles), n.line_bytes_per_second) for n in host.networks),
-            option_support={
-                name: _word(options_pb2.OptionSupport, support, "OPTION_SUPPORT_") for name, support in features.options.items()
-            },
-            option_reasons=dict(features.reasons),
-            uri_transports=tuple(features.uri_transports),
-            bandwidth=features.bandwidth,
-            split_phases=features.split_phases,
-            draining=host.draining,
-            proto=message,
-        )
-
-
-@dataclass(frozen=True)
-class Domain:
-    """A guest on a host."""
-
-    host: str
-    name: str
-    uuid: str
-    state: DomainState
-    state_reason: str
-    memory_bytes: int
-    vcpus: int
-    persistent: bool
-    job: str
-    """A migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
-    silent_for: float
-    """Seconds for which its process has not answered; 0 where it does."""
-    running_version: str
-    """Version of the hypervisor that runs it; empty where that is not told."""
-    installed_version: str
-    """Version that its next start would run."""
-    proto: cluster_pb2.PlacedDomain = field(repr=False, compare=False)
-
-    @classmethod
-    def from_proto(cls, message: cluster_pb2.PlacedDomain) -> "Domain":
-        domain = message.domain
-        return cls(
-            host=message.host,
-            name=domain.name,
-            uuid=domain.uuid,
-            state=DomainState(_word(host_pb2.DomainState, domain.state, "DOMAIN_STATE_")),
-            state_reason=domain.reason,
-            memory_bytes=domain.memory_bytes,
-            vcpus=domain.vcpus,
-            persistent=domain.persistent,
-            job=domain.job or "none",
-            silent_for=domain.silence.ToNanoseconds() / 1e9,
-            running_version=domain.running_version,
-            installed_version=domain.installed_version,
-            proto=message,
-        )
-
-
-@dataclass(frozen=True)
-class DomainList:
-    """Guests, by name, and the hosts that did not answer (whose guests are missing)."""
-
-    domains: tuple[Domain, ...]
-    unreachable_hosts: tuple[str, ...] = ()
-
-    @classmethod
-    def from_proto(cls, pages: Iterable[cluster_pb2.ListDomainsResponse]) -> "DomainList":
-        pages = list(pages)
-        domains = [Domain.from_proto(domain) for page in pages for domain in page.domains]
-        domains.sort(key=lambda domain: (domain.name, domain.host))
-        return cls(tuple(domains), tuple(host for page in pages for host in page.unreachable_hosts))
-
-    @classmethod
-    def of_agent(cls, host: str, domains: Iterable[host_pb2.Domain]) -> "DomainList":
-        """From the word of the host's own agent."""
-        return cls(tuple(Domain.from_proto(cluster_pb2.PlacedDomain(host=host, domain=domain)) for domain in domains))
-
-    def __iter__(self) -> Iterator[Domain]:
-        return iter(self.domains)
-
-    def __len__(self) -> int:
-        return len(self.domains)
-
-
-def _seconds(duration: Duration) -> float:
+def seconds_of(duration: Duration) -> float:
     return duration.ToNanoseconds() / 1e9
 
 
-def _time(timestamp: Timestamp) -> datetime:
+def time_of(timestamp: Timestamp) -> datetime:
     return timestamp.ToDatetime(tzinfo=UTC)
 
 
-def _word(enum: type, number: int, prefix: str) -> str:
+def word_of(enum: type, number: int, prefix: str) -> str:
     """The value's name as a word of ours; of a value that only a newer server knows, its number: "unknown_99"."""
     names = {value: name for name, value in enum.items()}  # type: ignore[attr-defined]
     return str(names.get(number, f"UNKNOWN_{number}")).removeprefix(prefix).lower()

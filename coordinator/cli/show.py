@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from coordinator.cli.exit_codes import ExitCode
@@ -46,6 +45,8 @@ STATE_COLORS = {
 
 def to_json(message: Message) -> dict[str, Any]:
     """Stable: names as in the protos, defaults included, 64-bit integers as strings (as proto JSON has them)."""
+    from google.protobuf.json_format import MessageToDict  # noqa: PLC0415 - slow to import, and only JSON needs it
+
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 

@@ -16,7 +16,7 @@ UUID = "0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11"
 HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 """Tests that run in the background of a shell have SIGINT ignored, and a child inherits that. Said in the child's own program, as
 what runs between fork and exec stumbles over the threads of gRPC here."""
-DROVER = (sys.executable, "-c", HEED + "from coordinator.cli import main; main(prog_name='drover')")
+DROVER = (sys.executable, "-c", HEED + "from coordinator.cli import run; run()")
 
 
 @contextmanager
