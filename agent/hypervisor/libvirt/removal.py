@@ -32,7 +32,8 @@ stopped: it is paused, or was resumed by a libvirtd that came back ("migration c
 
 
 def remove(domain: Any, undefine: bool) -> None:
-    """Stop and undefine, each only where there is something left of it, and it is what this migration left behind.
+    """Stop and undefine, each only where there is something left of it, and it is what this migration left behind. Raises libvirt's
+    NO_DOMAIN where nothing is left after the first.
 
     To be called on a connection that is closed if this raises: a job that it began must not stay.
     """
@@ -41,23 +42,23 @@ def remove(domain: Any, undefine: bool) -> None:
         if state_of(domain) == _CAME_BACK:
             raise DomainBusy("the guest has come back here by another migration")
         refuse_half_a_guest(domain)
-        _stop(domain)
-        if not domain.isPersistent():
-            return
+        _stop(domain, undefine)
     if undefine and domain.isPersistent():
         domain.undefineFlags(domains.UNDEFINE)
 
 
-def _stop(domain: Any) -> None:
+def _stop(domain: Any, undefine: bool) -> None:
+    """Afterwards libvirt may not know the domain any more."""
+    flags = _BEGIN | (libvirt.VIR_MIGRATE_UNDEFINE_SOURCE if undefine else 0)
     try:
-        phases.begin(domain, {}, _BEGIN)
+        phases.begin(domain, {}, flags)
     except libvirt.libvirtError as error:
         failure = translate(error)
         if isinstance(failure, DomainBusy | HypervisorUnavailable):
             raise
         domain.destroy()  # libvirt takes no migration of it
     else:
-        phases.confirm(domain, {}, b"", _BEGIN, cancelled=False)
+        phases.confirm(domain, {}, b"", flags, cancelled=False)
 
 
 def state_of(domain: Any) -> tuple[DomainState, str]:

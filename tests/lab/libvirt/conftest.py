@@ -67,8 +67,8 @@ async def start(lab: Lab, sides: tuple[Side, Side], guest: Guest) -> AsyncIterat
     ) -> Migration:
         source, destination = sides[::-1] if back else sides
         options = options or Options()
-        if options.post_copy is None:  # as planning does, which the driver trusts
-            options = replace(options, post_copy=lab.setting.has_post_copy)
+        if options.post_copy is None and not lab.setting.has_post_copy:  # as planning does, which the driver trusts
+            options = replace(options, post_copy=False)
         made.append(Migration(source, destination, guest, options, bandwidth, name))
         return made[-1]
 
