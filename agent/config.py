@@ -7,7 +7,7 @@ import ipaddress
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -19,11 +19,14 @@ from agent.uri import address_problem
 
 T = TypeVar("T", bound=msgspec.Struct)
 
+NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?\Z"
+MAX_NAME: Final = 63
+
 Name = Annotated[
     str,
     msgspec.Meta(
-        pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?\Z",
-        max_length=63,
+        pattern=NAME_PATTERN,
+        max_length=MAX_NAME,
         description='a name: at most 63 of a-z, 0-9, "." and "-", beginning and ending with a letter or digit',
     ),
 ]

@@ -44,10 +44,13 @@ _REASONS: Mapping[type[HypervisorError], Reason] = {
 }
 
 
-def from_hypervisor(error: HypervisorError, host: str) -> DroverError:
-    """The error of a host's hypervisor under Drover's own reason: it names the host, and keeps code and message as metadata."""
+def from_hypervisor(error: HypervisorError, host: str, domain: str = "") -> DroverError:
+    """The error of a host's hypervisor under Drover's own reason: it names the host and, where one was asked for, the guest, and
+    keeps code and message as metadata.
+    """
     reason = _REASONS.get(type(error), Reason.HYPERVISOR_FAILED)
-    return DroverError(reason, f"{host}: {error}", metadata={**error.native, "host": host})
+    named = {"host": host, "domain": domain} if domain else {"host": host}
+    return DroverError(reason, f"{host}: {error}", metadata={**error.native, **named})
 
 
 def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:

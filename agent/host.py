@@ -61,7 +61,12 @@ class AgentHost:
             with contextlib.suppress(HypervisorError):  # until it answers, what it said last holds
                 info = await self.hypervisor.info()
                 if info != self._info:
-                    log.info("the hypervisor has changed", hypervisor=info.hypervisor, library=info.library_version)
+                    log.info(
+                        "the hypervisor has changed",
+                        hypervisor=info.hypervisor,
+                        library=info.library_version,
+                        host_uuid=info.host_uuid,
+                    )
                     self._info, self.engine.host.features = info, features_to_proto(info.features)
                     self.engine.changed.ring()
 

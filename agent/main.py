@@ -158,6 +158,7 @@ async def _stop(local: LocalHost, migrations: Migrations, engine: Engine, server
     """Take no new work, end what ends soon, let go of the rest."""
     log.info("stopping", active=len(engine.active()))
     local.draining = migrations.draining = True
+    engine.changed.ring()
     async with asyncio.timeout(STOP_SECONDS + 1):
         await asyncio.gather(migrations.idle(STOP_SECONDS), engine.idle(STOP_SECONDS))
     await server.stop(grace=0.2)

@@ -5,7 +5,7 @@ Who serves it differs only in how names become hosts (a `Directory`) and in wher
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -218,6 +218,10 @@ class Migrations:
     def list(self, *, active_only: bool) -> "list[pb.Migration]":
         """The newest first."""
         return sorted((e.migration for e in self._entries.values() if not (active_only and e.final)), key=newest_first)
+
+    def active_at(self, host: str) -> Sequence[str]:
+        """Ids of migrations from or to that host that have not ended."""
+        return [key for key, entry in self._entries.items() if not entry.final and entry.side(host)]
 
     async def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
         """The migration now, then whenever it has changed since the reader last took it, until it has ended."""

@@ -99,9 +99,19 @@ def _check_hosts(source: host_pb2.Host, destination: host_pb2.Host) -> None:
     if source.host_uuid == destination.host_uuid:
         raise DroverError(
             Reason.SAME_HOST,
-            f"source {source.name} and destination {destination.name} are the same host; choose another destination",
+            f"source {source.name} and destination {destination.name} are the same host{_twins(source, destination)}. "
+            "Nothing was done to the guest",
             metadata={"host": source.name},
         )
+
+
+def _twins(source: host_pb2.Host, destination: host_pb2.Host) -> str:
+    if source.name == destination.name:
+        return "; choose another destination"
+    return (
+        f", as libvirt takes them: both have the host_uuid {source.host_uuid}. If they are two, set another host_uuid in "
+        f"{destination.name}'s /etc/libvirt/libvirtd.conf, and restart libvirtd and the agent there"
+    )
 
 
 def _check_guest(guest: host_pb2.GetDomainResponse, source: host_pb2.Host) -> None:

@@ -312,6 +312,10 @@ class Client:
         """Raises `NotFound`."""
         return await self._questions.get_host(name)
 
+    async def remove_host(self, name: str) -> None:
+        """Forget a host that does not answer. Raises `NotFound`, `Refused`."""
+        await self._questions.remove_host(name)
+
     async def list_domains(self, host: str = "") -> "DomainList":
         """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
         return await self._questions.list_domains(host)

@@ -208,6 +208,10 @@ class HostQuestions:
                 return Host.from_proto(response.host)
         return await self._agent_host(name)
 
+    async def remove_host(self, name: str) -> None:
+        """Forget a host that does not answer. Raises `NotFound`, `Refused`."""
+        await self._call(self._cluster.RemoveHost(cluster_pb2.RemoveHostRequest(name=name), timeout=self.timeout))
+
     async def list_domains(self, host: str = "") -> DomainList:
         """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
         if not self._is_agent:

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import grpc.aio
@@ -23,13 +24,51 @@ QUESTION_SECONDS: Final = 2.0
 """Deadline of a question to an agent."""
 FIRST_WORD_SECONDS: Final = 3.0
 """An agent that takes longer than this to answer a watch counts as unreachable."""
-BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
-"""Pauses before a broken watch is opened again; the last one from then on."""
+FIRST_PAUSE_SECONDS: Final = 0.2
+"""The longest pause before a broken watch is opened again for the first time; twice as long after each failure, …"""
+LONGEST_PAUSE_SECONDS: Final = 120.0
+"""… up to this. An agent that is back says so by registering, and is not waited for."""
+LET_GO_AFTER: Final = 3
+"""After so many failures the channel is closed until it is needed: gRPC would go on connecting by itself."""
+SPOKEN_AT_ONCE: Final = 64
+SILENT_AT_ONCE: Final = 16
+"""Attempts to reach hosts at once: those that have just registered, and those that have not."""
 CLOSE_SECONDS: Final = 5.0
 MAX_DOMAINS: Final = 16_384
 """Guests of one host that are taken from its agent."""
 
 log = structlog.get_logger(__name__)
+
+
+class Lanes:
+    """Turns to connect, for all links of a coordinator. A host that has just spoken does not queue behind those that are silent."""
+
+    def __init__(self) -> None:
+        self._spoken = asyncio.Semaphore(SPOKEN_AT_ONCE)
+        self._silent = asyncio.Semaphore(SILENT_AT_ONCE)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, spoken: asyncio.Event) -> AsyncIterator[None]:
+        """Wait for a turn; `spoken` is set when the host speaks, meanwhile too."""
+        waiting, speaking = asyncio.ensure_future(self._silent.acquire()), asyncio.ensure_future(spoken.wait())
+        try:
+            await asyncio.wait({waiting, speaking}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()  # without effect once it has its turn
+            speaking.cancel()
+            await asyncio.wait({waiting, speaking})
+        lane = self._spoken if waiting.cancelled() else self._silent
+        if lane is self._spoken:
+            await lane.acquire()
+        try:
+            yield
+        finally:
+            lane.release()
+
+
+def pause_after(failures: int, random: Callable[[], float] = random.random) -> float:
+    """Seconds before the next attempt: anything up to a ceiling that grows with each failure, so that hosts do not come in waves."""
+    return random() * min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 32))
 
 
 class HostLink:
@@ -41,15 +80,31 @@ class HostLink:
         address: str,
         on_word: Callable[["HostLink", pb.Host], None],
         on_silence: Callable[["HostLink", str], None],
+        lanes: Lanes,
     ) -> None:
         self.address = address
-        self.channel = open_channel(address)
+        self._channel: grpc.aio.Channel | None = open_channel(address)  # raises here for what is no address
+        self._lanes = lanes
         self.connected = False
         """The watch is open, and something was heard on it."""
         self._on_word = on_word
         self._on_silence = on_silence
         self._hurry = asyncio.Event()
         self._task = asyncio.create_task(self._keep_watching(), name=f"watch-host-{address}")
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """Not to be kept: it is closed when the host does not answer."""
+        if self._channel is None:
+            self._channel = open_channel(self.address)
+        return self._channel
+
+    async def _let_go(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await channel.close()
 
     def hurry(self) -> None:
         """There is reason to believe that the agent is back: end the pause before the next try."""
@@ -60,9 +115,7 @@ class HostLink:
         # The task first: a channel that closes raises CancelledError in whoever reads from it, cancelled or not.
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=CLOSE_SECONDS)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.channel.close()
+        await self._let_go()
 
     async def get_domain(self, name_or_uuid: str) -> Sequence[pb.GetDomainResponse]:
         """The guest and what it needs, or nothing if this host has none of that name. Raises what the agent says, HOST_UNREACHABLE,
@@ -92,20 +145,20 @@ class HostLink:
     async def _keep_watching(self) -> None:
         failures = 0
         while True:
-            self._hurry.clear()
-            # After a failure the channel itself says when it is connected again, sooner than another call would.
-            why = await self._watch_until_silence(wait_for_ready=failures > 0)
+            why = await self._watch_until_silence()
             failures = 1 if self.connected else failures + 1
             self.connected = False
             self._on_silence(self, why)
+            if failures >= LET_GO_AFTER:
+                await self._let_go()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]):
+                async with asyncio.timeout(pause_after(failures)):
                     await self._hurry.wait()
 
-    async def _watch_until_silence(self, *, wait_for_ready: bool) -> str:
+    async def _watch_until_silence(self) -> str:
         """Why the watch ended."""
         try:
-            await self._watch(wait_for_ready=wait_for_ready)
+            await self._watch()
         except DroverError as error:
             return error.message
         except grpc.aio.AioRpcError as error:
@@ -117,22 +170,28 @@ class HostLink:
             return f"the watch failed here: {type(error).__name__}"
         return "the agent ended the watch"
 
-    async def _watch(self, *, wait_for_ready: bool) -> None:
+    async def _watch(self) -> None:
         """Until the stream ends. Silence within it has no deadline here: HTTP/2 pings find a dead peer, and missed
         heartbeats a hanging one."""
-        call = rpc.HostServiceStub(self.channel).WatchHost(pb.WatchHostRequest(), wait_for_ready=wait_for_ready)
-        deadline: float | None = FIRST_WORD_SECONDS
+        call = None
         try:
-            while True:
-                async with asyncio.timeout(deadline):
-                    response = await call.read()
-                if not isinstance(response, pb.WatchHostResponse):  # the end of the stream
-                    return
-                self._on_word(self, checked_answer(response, self.address).host)
-                self.connected = True
-                deadline = None
+            async with self._lanes.turn(self._hurry), asyncio.timeout(FIRST_WORD_SECONDS):
+                self._hurry.clear()
+                call = rpc.HostServiceStub(self.channel).WatchHost(pb.WatchHostRequest(), wait_for_ready=True)
+                more = self._heard(await call.read())
+            while more:
+                more = self._heard(await call.read())
         finally:
-            call.cancel()  # grpcio keeps a call for ever that is neither read to its end nor cancelled
+            if call is not None:
+                call.cancel()  # grpcio keeps a call for ever that is neither read to its end nor cancelled
+
+    def _heard(self, response: object) -> bool:
+        """Take one answer of the watch; False at the end of the stream."""
+        if not isinstance(response, pb.WatchHostResponse):
+            return False
+        self._on_word(self, checked_answer(response, self.address).host)
+        self.connected = True
+        return True
 
 
 async def answer_of(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:

@@ -6,6 +6,8 @@ from typing import Any, Final
 import grpc.aio
 from google.protobuf.duration_pb2 import Duration
 
+from agent.errors import DroverError, Reason
+from agent.migrations import Migrations
 from agent.paging import Key, Paging
 from coordinator.hosts import HostRegistry
 from drover.agent.v1 import host_pb2 as agent_pb
@@ -23,8 +25,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class HostServicer(rpc.HostServiceServicer):
     """Serves the registry."""
 
-    def __init__(self, registry: HostRegistry) -> None:
+    def __init__(self, registry: HostRegistry, migrations: Migrations) -> None:
         self._registry = registry
+        self._migrations = migrations
 
     async def RegisterHost(self, request: pb.RegisterHostRequest, context: _Context) -> pb.RegisterHostResponse:  # noqa: N802
         await self._registry.register(request.host, request.agent_address)
@@ -34,6 +37,14 @@ class HostServicer(rpc.HostServiceServicer):
 
     async def GetHost(self, request: pb.GetHostRequest, context: _Context) -> pb.GetHostResponse:  # noqa: N802
         return pb.GetHostResponse(host=await self._registry.get(request.name))
+
+    async def RemoveHost(self, request: pb.RemoveHostRequest, context: _Context) -> pb.RemoveHostResponse:  # noqa: N802
+        ids = self._migrations.active_at(request.name)
+        if ids:
+            text = f"{request.name} takes part in migration {ids[0]}, which has not ended: `drover migration show {ids[0]}`"
+            raise DroverError(Reason.HOST_IN_USE, text, metadata={"host": request.name, "migration_id": ids[0]})
+        await self._registry.remove(request.name)
+        return pb.RemoveHostResponse()
 
     async def ListHosts(self, request: pb.ListHostsRequest, context: _Context) -> pb.ListHostsResponse:  # noqa: N802
         paging = Paging(request, str)

@@ -19,9 +19,9 @@ from typing import Final, TypeVar
 import grpc.aio
 import structlog
 
-from agent.address import parse_address
-from agent.errors import DroverError, Reason, invalid_field
-from coordinator.host_link import CLOSE_SECONDS, HostLink, answer_of
+from agent.errors import DroverError, Reason
+from coordinator.claims import Proofs, check_claim, check_free
+from coordinator.host_link import CLOSE_SECONDS, HostLink, Lanes, answer_of
 from coordinator.store import Compare, Delete, KeyValue, Operation, Put, Store
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
@@ -31,7 +31,6 @@ PREFIX: Final = "/hosts/"
 
 HEARTBEATS_MISSED: Final = 3
 """So many heartbeats without a word, and a host counts as unreachable."""
-MAX_HOSTS: Final = 4096
 LAST_SEEN_SECONDS: Final = 60.0
 """The store's `last_seen_time` of a host that is up is at most so old."""
 RETRY_SECONDS: Final = 1.0
@@ -84,6 +83,8 @@ class HostRegistry:
         self._wall = wall
         self._entries: dict[str, _Entry] = {}
         self._claiming = asyncio.Lock()  # one writer of /hosts/ at a time
+        self._lanes = Lanes()
+        self._proofs = Proofs()
         self._unsaved: set[str] = set()
         self._wake_saver = asyncio.Event()
         self._wake_sweeper = asyncio.Event()
@@ -120,20 +121,42 @@ class HostRegistry:
     async def register(self, host: agent_pb.Host, agent_address: str) -> None:
         """The agent at `agent_address` says that it serves `host`; a heartbeat, if that is known.
 
-        A new claim (name, host or address) is in the store when this returns. A name whose holder does not answer passes
-        to the host that asks for it.
-        Errors: INVALID_FIELD, HOST_NAME_TAKEN (a live host with another host_uuid has the name), BUSY, JOURNAL_UNAVAILABLE.
+        A new claim (name, host or address) counts once the agent at that address has answered with this identity, and is in the
+        store when this returns. A name whose holder does not answer passes to the host that asks for it.
+        Errors: INVALID_FIELD, HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has this host_uuid),
+        HOST_UNREACHABLE and DEADLINE_EXCEEDED (the agent does not answer at that address), BUSY, JOURNAL_UNAVAILABLE.
         """
-        address = _check_claim(host, agent_address)
+        address = check_claim(host, agent_address)
         self._sweep()
         entry = self._entries.get(host.name)
-        if entry is None or not _same_agent(entry, host, address):
-            async with self._claiming:
-                await self._claim(host, address)
-        else:
+        if entry is not None and _same_agent(entry, host, address):
             self._heard(entry, host, up=entry.link.connected or entry.known.host.incarnation != host.incarnation)
             if not entry.link.connected:
                 entry.link.hurry()
+            return
+        self._former_names(host, address)  # what is refused anyway opens no connection
+        proved = await self._proofs.prove(host, address)
+        async with self._claiming:
+            await self._claim(proved, address)
+
+    async def remove(self, name: str) -> None:
+        """Forget a host that does not answer; it comes back when it registers again. Gone from the store when this returns.
+        Errors: HOST_NOT_FOUND, HOST_IN_USE (it is up), BUSY, JOURNAL_UNAVAILABLE."""
+        self._sweep()
+        async with self._claiming:
+            for _ in range(_ATTEMPTS):
+                entry = self._find(name)
+                if entry.up:
+                    text = f"{name} at {entry.known.agent_address} is up and would register again; stop its agent first"
+                    raise DroverError(Reason.HOST_IN_USE, text, metadata={"host": name})
+                key = PREFIX + name
+                result = await self._store.txn([Compare(key, entry.mod_revision)], [Delete(key)])
+                if isinstance(result, int):
+                    self._drop([name])
+                    log.info("host.removed", host=name, address=entry.known.agent_address)
+                    return
+                self._adopt(key, result.current[key])
+        raise DroverError(Reason.BUSY, f'host "{name}" is just changing', retry_after=RETRY_SECONDS)
 
     async def get(self, name: str) -> pb.ClusterHost:
         """A copy of what is known. Errors: HOST_NOT_FOUND."""
@@ -197,17 +220,19 @@ class HostRegistry:
             )
         return entry
 
-    # ---- claims: in the store first
+    # ---- claims: proved, then in the store
+
+    def _former_names(self, host: agent_pb.Host, address: str) -> list[str]:
+        return check_free(host, address, {name: entry.known for name, entry in self._entries.items()})
 
     async def _claim(self, host: agent_pb.Host, address: str) -> None:
         """Write the claim if the store still holds what is known here; else learn from it and look again."""
         key = PREFIX + host.name
         for _ in range(_ATTEMPTS):
             before = self._entries.get(host.name)
-            self._check_free(host, before)
+            renamed = self._former_names(host, address)[:8]  # far below what one transaction takes
             known = pb.ClusterHost(host=host, agent_address=address, state=pb.HOST_STATE_UP)
             known.last_seen_time.FromNanoseconds(int(self._wall() * 1e9))
-            renamed = self._former_names(host, address)
             operations: list[Operation] = [Put(key, known.SerializeToString())]
             operations += [Delete(PREFIX + name) for name in renamed]
             result = await self._store.txn([Compare(key, before.mod_revision if before else 0)], operations)
@@ -215,31 +240,11 @@ class HostRegistry:
                 self._drop([*renamed, host.name])
                 self._enter(known, result, self._clock())
                 log.info("host.registered", host=host.name, host_uuid=host.host_uuid, address=address)
+                if before is not None and before.known.host.host_uuid != host.host_uuid:
+                    log.warning("host.uuid_changed", host=host.name, host_uuid=host.host_uuid, was=before.known.host.host_uuid)
                 return
             self._adopt(key, result.current[key])
         raise DroverError(Reason.BUSY, f'the name "{host.name}" is being claimed by others too', retry_after=RETRY_SECONDS)
-
-    def _check_free(self, host: agent_pb.Host, holder: _Entry | None) -> None:
-        if holder is None:
-            if len(self._entries) >= MAX_HOSTS:
-                raise DroverError(Reason.BUSY, f"the cluster has {MAX_HOSTS} hosts, the most that it can have")
-        elif holder.up and holder.known.host.host_uuid != host.host_uuid:
-            raise DroverError(
-                Reason.HOST_NAME_TAKEN,
-                f'the name "{host.name}" belongs to host {holder.known.host.host_uuid} at {holder.known.agent_address}, which '
-                f"is alive; give host {host.host_uuid} another name in its agent's configuration, or stop the other agent",
-                metadata={"host": host.name, "host_uuid": holder.known.host.host_uuid},
-            )
-
-    def _former_names(self, host: agent_pb.Host, address: str) -> list[str]:
-        """A host that comes back under another name has left the old one; two live hosts with one UUID are left alone."""
-        return [
-            name
-            for name, entry in self._entries.items()
-            if name != host.name
-            and entry.known.host.host_uuid == host.host_uuid
-            and (not entry.up or entry.known.agent_address == address)
-        ][:8]  # far below what one transaction takes
 
     def _adopt(self, key: str, item: KeyValue | None) -> None:
         """Take over what the store says, where it was not this coordinator's last word that wrote it."""
@@ -253,12 +258,13 @@ class HostRegistry:
             entry.mod_revision = item.mod_revision  # what is known here is newer
             return
         self._drop([name])
-        known.state = pb.HOST_STATE_UNREACHABLE
+        was_up, known.state = known.state == pb.HOST_STATE_UP, pb.HOST_STATE_UNREACHABLE
         self._enter(known, item.mod_revision, float("-inf"))
-        self._save_soon(self._entries[name])  # so that the store says so too
+        if was_up:
+            self._save_soon(self._entries[name])  # so that the store says so too
 
     def _enter(self, known: pb.ClusterHost, mod_revision: int, heard: float) -> None:
-        link = HostLink(known.agent_address, self._word, self._silence)
+        link = HostLink(known.agent_address, self._word, self._silence, self._lanes)
         self._entries[known.host.name] = _Entry(known, mod_revision, heard, self._clock(), link)
         self._wake_sweeper.set()
 
@@ -373,17 +379,6 @@ class HostRegistry:
         except BaseException:
             self._unsaved.add(name)
             raise
-
-
-def _check_claim(host: agent_pb.Host, agent_address: str) -> str:
-    """The address in the one spelling that can be compared."""
-    for field in ("name", "host_uuid"):
-        if not getattr(host, field):
-            raise invalid_field(f"host.{field}", "must not be empty")
-    try:
-        return str(parse_address(agent_address))
-    except ValueError as error:
-        raise invalid_field("agent_address", str(error)) from None
 
 
 def _same_agent(entry: _Entry, host: agent_pb.Host, address: str) -> bool:

@@ -58,7 +58,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
 
 async def _serve(config: CoordinatorConfig, registry: HostRegistry, migrations: Migrations) -> Server:
     def add(server: grpc.aio.Server) -> None:
-        host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(registry), server)
+        host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(registry, migrations), server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
 
     return await start_server(config.listen, add, [host_service.SERVICE, migration_service.SERVICE])

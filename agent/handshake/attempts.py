@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final
 
+from agent.bell import Bell
 from agent.errors import DroverError, Reason, invalid_field
 from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, Look
 from agent.handshake.records import AttemptRecord, Role
@@ -30,6 +31,8 @@ class Attempts:
         self._look = look
         self._hindrance = hindrance
         self._on_final = on_final
+        self.changed = Bell()
+        """Rings whenever an attempt begins or ends here."""
         self._by_id: dict[str, Attempt] = {}
         self._claimed: set[str] = set()
         """Guests (UUIDs) whose first record is being written."""
@@ -60,6 +63,7 @@ class Attempts:
     async def _open(self, attempt: Attempt, first: Coroutine[Any, Any, None]) -> None:
         try:
             await first
+            self.changed.ring()
         finally:
             attempt.opening = None
             self.forget_unless_known(attempt)

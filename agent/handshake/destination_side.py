@@ -342,6 +342,8 @@ class DestinationSide:
                 timings=(*attempt.record.timings, watch.timing),
                 failure=None,
             )
+            if attempt.record.cookies.get("finish") != finished.cookie:  # the event of its start was quicker
+                await attempt.note(cookies={**attempt.record.cookies, "finish": finished.cookie})
 
     async def _arrival(self, attempt: Attempt, finish: Stopwatch) -> None:
         """Finish returns some time after the guest has started here (in post-copy long after): the start is the commit, so

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable
 import structlog
 
 from agent.admission.slots import Slots
-from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.handshake.aftercare import Aftercare
 from agent.handshake.attempt import Attempt
@@ -53,7 +52,7 @@ class Engine:
         transfers = Transfers(host, self._attempts, self._source.session, other_side)
         self._destination = DestinationSide(host, self._attempts, slots, self._owner)
         self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
-        self.changed = Bell()
+        self.changed = self._attempts.changed
         """Rings whenever an attempt begins or ends here."""
         self.reserve_slot = self._destination.reserve_slot
         self.prepare = self._destination.prepare

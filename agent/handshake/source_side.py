@@ -121,7 +121,7 @@ class SourceSide:
                 else (await hypervisor.describe(request.domain))[0]
             )
         except HypervisorError as error:
-            raise from_hypervisor(error, self._host.name) from None
+            raise from_hypervisor(error, self._host.name, request.domain or request.domain_uuid) from None
         self._check_movable(domain)
         return domain
 

@@ -54,7 +54,7 @@ async def get_domain(host: AgentHost, request: pb.GetDomainRequest) -> pb.GetDom
     try:
         domain, needs = await host.hypervisor.describe(request.domain)
     except HypervisorError as error:
-        raise from_hypervisor(error, host.name) from None
+        raise from_hypervisor(error, host.name, request.domain) from None
     response = pb.GetDomainResponse(domain=domain_to_proto(domain))
     if domain.state in (DomainState.RUNNING, DomainState.PAUSED):
         response.requirements.CopyFrom(requirements_to_proto(needs))

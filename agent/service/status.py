@@ -40,6 +40,7 @@ _RESOURCES: Mapping[Reason, tuple[str, str]] = {
     Reason.DOMAIN_EXISTS: ("domain", "domain"),
     Reason.HOST_NOT_FOUND: ("host", "host"),
     Reason.HOST_NAME_TAKEN: ("host", "host"),
+    Reason.HOST_UUID_TAKEN: ("host", "host"),
     Reason.MIGRATION_NOT_FOUND: ("migration", "migration_id"),
     Reason.MIGRATION_EXISTS: ("migration", "migration_id"),
     Reason.RECORD_NOT_FOUND: ("record", "migration_id"),

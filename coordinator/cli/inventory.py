@@ -56,6 +56,22 @@ def show(name: str, output: str) -> None:
     run(body, output)
 
 
+@host.command()
+@click.argument("name")
+@output_option
+def remove(name: str, output: str) -> None:
+    """Forget a host that does not answer. It comes back when its agent registers again."""
+
+    async def body(session: Session) -> None:
+        await session.client.remove_host(name)
+        if output == "json":
+            print_json({"removed": name})
+        else:
+            click.echo(f"{name} is removed")
+
+    run(body, output)
+
+
 def _print_host(host: Host) -> None:
     by_support: dict[str, list[str]] = {}
     for option, support in sorted(host.option_support.items()):

@@ -1,10 +1,14 @@
 """Fixtures that several unit tests share."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from coordinator.hosts import HostRegistry
+from coordinator.store import MemoryStore
+from tests.unit.fake_agents import Clock, FakeAgent
 from tests.unit.fake_directory import Driving
 from tests.unit.running_drover import Drover, serving
 from tests.unit.two_agents import Pair, pair_of_agents, quicker
@@ -39,3 +43,37 @@ def drover(servers: Path) -> Drover:
 @pytest.fixture
 def agent(servers: Path) -> Drover:
     return Drover(f"unix:{servers}/agent.sock")
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def store() -> AsyncIterator[MemoryStore]:
+    async with await MemoryStore.open() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def registry(store: MemoryStore, clock: Clock) -> AsyncIterator[HostRegistry]:
+    made = HostRegistry(store, 5.0, clock, wall=lambda: clock.now)
+    await made.open()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def agents(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+    started: list[FakeAgent] = []
+
+    async def start(name: str, uuid: str = "", directory: str = "") -> FakeAgent:
+        agent = FakeAgent(tmp_path / directory, name, uuid)
+        started.append(agent)
+        await agent.start()
+        return agent
+
+    yield start
+    for agent in started:
+        await agent.stop()

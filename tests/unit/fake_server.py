@@ -240,6 +240,11 @@ class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
     async def GetHost(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
         return cluster_pb2.GetHostResponse(host=self._host(request.name))
 
+    async def RemoveHost(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        if request.name == "a":
+            raise DroverError(Reason.HOST_IN_USE, "a is up; stop its agent first", metadata={"host": "a"})
+        return cluster_pb2.RemoveHostResponse()
+
     async def ListDomains(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
         domains = [cluster_pb2.PlacedDomain(host="a", domain=DOMAIN)] if request.host in ("", "a") else []
         return cluster_pb2.ListDomainsResponse(domains=domains, unreachable_hosts=[] if request.host else ["b"])

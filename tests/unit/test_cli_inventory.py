@@ -4,6 +4,7 @@ from coordinator.cli.inventory import _domain_state, _versions
 from coordinator.client import Domain
 from drover.agent.v1 import host_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
+from tests.unit.running_drover import Drover
 
 
 def test_6_9_a_guest_that_does_not_answer_says_so() -> None:
@@ -18,3 +19,9 @@ def test_6_33_a_guest_whose_qemu_was_replaced_says_both_versions() -> None:
     assert _versions(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "7.2.22"
     said.installed_version = "10.0.2"
     assert _versions(Domain.from_proto(cluster_pb2.PlacedDomain(domain=said))) == "7.2.22 (10.0.2 installed)"
+
+
+def test_6_24_a_host_is_removed_on_the_command_line(drover: Drover) -> None:
+    assert drover("host", "remove", "b").stdout == "b is removed\n"
+    assert drover.json("host", "remove", "b") == {"removed": "b"}
+    assert "stop its agent first" in drover("host", "remove", "a", code=4).stderr

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from agent.errors import Reason
@@ -12,10 +13,11 @@ from agent.service.server import Server, start_server
 from coordinator.directory import ClusterDirectory
 from coordinator.hosts import HostRegistry
 from coordinator.store import MemoryStore
-from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2
+from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 from drover.coordinator.v1.host_pb2 import HOST_STATE_UNREACHABLE
-from tests.unit.asking import PATIENCE, REF, fails
+from tests.unit.asking import PATIENCE, REF, fails, until
+from tests.unit.fake_agents import FakeAgent
 from tests.unit.two_agents import Pair
 
 LOOK = handshake_pb2.GetRecordRequest(ref=REF)
@@ -40,12 +42,16 @@ async def registers(registry: HostRegistry, pair: Pair, tmp_path: Path) -> Async
     servers: list[Server] = []
 
     async def registers(where: str, name: str, host_uuid: str) -> Server:
-        server = await start_server(
-            [f"unix:{tmp_path}/{where}/agent.sock"],
-            lambda s: handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(servicer, s),
-            [SERVICE],
-        )
+        agent = FakeAgent(tmp_path / where, name, host_uuid)
+
+        def add(grpc_server: grpc.aio.Server) -> None:
+            handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(servicer, grpc_server)
+            host_pb2_grpc.add_HostServiceServicer_to_server(agent, grpc_server)
+
+        server = await start_server([f"unix:{tmp_path}/{where}/agent.sock"], add, [SERVICE])
         servers.append(server)
+        entries = registry._entries
+        await until(lambda: name not in entries or not entries[name].up)  # the name is free once its holder is silent
         await registry.register(host_pb2.Host(name=name, host_uuid=host_uuid), server.addresses[0])
         return server
 

@@ -289,6 +289,19 @@ async def test_a_wait_is_no_content(source: Agent) -> None:
 # --- attempts ---------------------------------------------------------------------------------------------------------
 
 
+async def test_6_19_who_watches_a_host_learns_at_once_that_a_slot_is_taken_and_free_again(destination: Agent) -> None:
+    engine = destination.engine
+    taken = engine.changed.next
+    await engine.reserve_slot(reserve())
+    assert taken.is_set()
+    assert engine.incoming_in_use == 1
+    free = engine.changed.next
+    assert not free.is_set()
+    await engine.abandon(pb.AbandonRequest(ref=REF, source_kept=True))
+    await asyncio.wait_for(free.wait(), 3)
+    assert engine.incoming_in_use == 0
+
+
 async def test_an_older_attempt_is_refused_and_a_newer_one_waits_for_its_end(source: Agent) -> None:
     await source.engine.begin(begin())
     await fails(source.engine.begin(begin(ref=OTHER)), Reason.WRONG_PHASE)

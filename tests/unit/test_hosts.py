@@ -1,7 +1,6 @@
 """coordinator.hosts and coordinator.host_service, with agents that are real gRPC servers on unix sockets."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,144 +9,17 @@ import pytest
 
 from agent.errors import DroverError, Reason
 from agent.service.channel import open_channel
-from agent.service.server import Server, start_server
+from agent.service.server import start_server
 from agent.service.status import error_from_rpc
 from coordinator import host_link
 from coordinator.host_service import SERVICE, HostServicer
 from coordinator.hosts import PREFIX, HostRegistry
-from coordinator.store import Changes, MemoryStore, Put, SqliteStore
+from coordinator.store import MemoryStore, SqliteStore
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
 from drover.coordinator.v1 import host_pb2 as pb
 from drover.coordinator.v1 import host_pb2_grpc as rpc
-
-UP, UNREACHABLE = pb.HOST_STATE_UP, pb.HOST_STATE_UNREACHABLE
-AGENT_SERVICE = agent_pb.DESCRIPTOR.services_by_name["HostService"].full_name
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class FakeAgent(agent_rpc.HostServiceServicer):
-    """An agent whose host can be changed, and that can hang."""
-
-    def __init__(self, directory: Path, name: str, uuid: str = "") -> None:
-        self.host = agent_pb.Host(name=name, host_uuid=uuid or f"uuid-{name}", incarnation="1", incoming_limit=2)
-        self.domains = [agent_pb.Domain(name=f"vm-{name}", uuid=f"u-{name}", state=agent_pb.DOMAIN_STATE_RUNNING)]
-        self.address = f"unix:{directory}/{name}.sock"
-        self.hangs = False
-        self.watches = 0
-        self.all_left = asyncio.Event()
-        self._changed = asyncio.Event()
-        self._server: Server | None = None
-
-    async def start(self) -> None:
-        self._server = await start_server(
-            [self.address], lambda server: agent_rpc.add_HostServiceServicer_to_server(self, server), [AGENT_SERVICE]
-        )
-
-    async def stop(self) -> None:
-        server, self._server = self._server, None
-        if server is not None:
-            await server.stop(0)
-
-    def change(self, **fields: Any) -> None:
-        for name, value in fields.items():
-            setattr(self.host, name, value)
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def WatchHost(self, request: Any, context: Any) -> AsyncIterator[agent_pb.WatchHostResponse]:  # noqa: N802
-        self.watches += 1
-        try:
-            while self.hangs:
-                await self._changed.wait()
-            while True:
-                changed = self._changed
-                yield agent_pb.WatchHostResponse(host=self.host)
-                await changed.wait()
-        finally:
-            self.watches -= 1
-            if not self.watches:
-                self.all_left.set()
-
-    async def GetHost(self, request: Any, context: Any) -> agent_pb.GetHostResponse:  # noqa: N802
-        return agent_pb.GetHostResponse(host=self.host)
-
-    async def GetDomain(self, request: agent_pb.GetDomainRequest, context: Any) -> agent_pb.GetDomainResponse:  # noqa: N802
-        await self._hang()
-        for domain in self.domains:
-            if request.domain in (domain.name, domain.uuid):
-                return agent_pb.GetDomainResponse(domain=domain)
-        raise DroverError(Reason.DOMAIN_NOT_FOUND, "no such guest", metadata={"domain": request.domain})
-
-    async def ListDomains(self, request: Any, context: Any) -> agent_pb.ListDomainsResponse:  # noqa: N802
-        await self._hang()
-        return agent_pb.ListDomainsResponse(domains=self.domains)
-
-    async def _hang(self) -> None:
-        while self.hangs:
-            await self._changed.wait()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-async def store() -> AsyncIterator[MemoryStore]:
-    async with await MemoryStore.open() as opened:
-        yield opened
-
-
-@pytest.fixture
-async def registry(store: MemoryStore, clock: Clock) -> AsyncIterator[HostRegistry]:
-    made = HostRegistry(store, 5.0, clock, wall=lambda: clock.now)
-    await made.open()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-async def agents(tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
-    started: list[FakeAgent] = []
-
-    async def start(name: str, uuid: str = "", directory: str = "") -> FakeAgent:
-        agent = FakeAgent(tmp_path / directory, name, uuid)
-        started.append(agent)
-        await agent.start()
-        return agent
-
-    yield start
-    for agent in started:
-        await agent.stop()
-
-
-async def until(store: MemoryStore | SqliteStore, name: str, true: Callable[[pb.ClusterHost], bool]) -> pb.ClusterHost:
-    """Wait until what the store says of the host is so."""
-    watch = store.watch(PREFIX + name)
-    async with asyncio.timeout(10):
-        item = await store.get(PREFIX + name)
-        while True:
-            known = pb.ClusterHost.FromString(item.value) if item is not None else pb.ClusterHost()
-            if true(known):
-                return known
-            changes: Changes = await anext(watch)
-            item = changes.events[-1].now
-
-
-async def register(registry: HostRegistry, agent: FakeAgent) -> None:
-    await registry.register(agent.host, agent.address)
-
-
-async def names(registry: HostRegistry) -> dict[str, int]:
-    return {known.host.name: known.state for known in await registry.list_hosts()}
+from tests.unit.fake_agents import UNREACHABLE, UP, Active, Clock, names, register, until
 
 
 async def test_register_get_list(registry: HostRegistry, store: MemoryStore, agents: Any, clock: Clock) -> None:
@@ -168,22 +40,6 @@ async def test_register_get_list(registry: HostRegistry, store: MemoryStore, age
         await registry.get("gamma")
     assert caught.value.reason is Reason.HOST_NOT_FOUND
     assert caught.value.metadata["host"] == "gamma"
-
-
-@pytest.mark.parametrize(
-    ("host", "address", "field"),
-    [
-        (agent_pb.Host(host_uuid="u"), "unix:/a", "host.name"),
-        (agent_pb.Host(name="a"), "unix:/a", "host.host_uuid"),
-        (agent_pb.Host(name="a", host_uuid="u"), "a.example:7400", "agent_address"),
-    ],
-)
-async def test_bad_claims(registry: HostRegistry, host: agent_pb.Host, address: str, field: str) -> None:
-    with pytest.raises(DroverError) as caught:
-        await registry.register(host, address)
-    assert caught.value.reason is Reason.INVALID_FIELD
-    assert caught.value.metadata["field"] == field
-    assert await registry.list_hosts() == []
 
 
 async def test_watch_updates_the_host(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
@@ -217,11 +73,6 @@ async def test_new_incarnation_is_up_at_once(registry: HostRegistry, store: Memo
     await agent.start()
     await register(registry, agent)
     assert await names(registry) == {"alpha": UP}
-
-
-async def test_agent_that_cannot_be_reached(registry: HostRegistry, store: MemoryStore, tmp_path: Path) -> None:
-    await registry.register(agent_pb.Host(name="alpha", host_uuid="u"), f"unix:{tmp_path}/none.sock")
-    await until(store, "alpha", lambda known: known.state == UNREACHABLE)
 
 
 async def test_agent_that_never_says_a_word(
@@ -259,48 +110,6 @@ async def test_missed_heartbeats_without_being_asked(store: MemoryStore, agents:
     await registry.close()
 
 
-async def test_name_taken_and_taken_over(registry: HostRegistry, store: MemoryStore, agents: Any, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    agent, other = await agents("alpha"), await agents("alpha", "uuid-2", "other")
-    await register(registry, agent)
-    with pytest.raises(DroverError, match="another name") as caught:
-        await register(registry, other)
-    assert caught.value.reason is Reason.HOST_NAME_TAKEN
-    assert (await registry.get("alpha")).host.host_uuid == "uuid-alpha"
-    await agent.stop()
-    await until(store, "alpha", lambda known: known.state == UNREACHABLE)
-    await register(registry, other)
-    known = await registry.get("alpha")
-    assert (known.state, known.host.host_uuid, known.agent_address) == (UP, "uuid-2", other.address)
-
-
-async def test_two_claim_one_name_at_once(registry: HostRegistry, agents: Any) -> None:
-    agent = await agents("alpha")
-    agent.hangs = True  # so that the winner is neither heard nor lost while this goes on
-    claims = [agent_pb.Host(name="alpha", host_uuid=f"u{i}") for i in range(3)]
-    results = await asyncio.gather(*(registry.register(host, agent.address) for host in claims), return_exceptions=True)
-    refused = [result for result in results if isinstance(result, DroverError)]
-    assert [error.reason for error in refused] == [Reason.HOST_NAME_TAKEN] * 2
-    assert len(await registry.list_hosts()) == 1
-
-
-async def test_renamed_host_leaves_its_old_name(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
-    agent = await agents("alpha")
-    await register(registry, agent)
-    agent.change(name="beta")
-    await register(registry, agent)
-    assert await names(registry) == {"beta": UP}
-    assert await store.get(PREFIX + "alpha") is None
-
-
-async def test_another_host_at_the_address_is_not_believed(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
-    agent = await agents("alpha")
-    await register(registry, agent)
-    agent.change(host_uuid="somebody else")
-    await until(store, "alpha", lambda known: known.state == UNREACHABLE)
-    assert (await registry.get("alpha")).host.host_uuid == "uuid-alpha"
-
-
 async def test_channel_is_kept_and_rebuilt_with_the_address(
     registry: HostRegistry, store: MemoryStore, agents: Any, tmp_path: Path
 ) -> None:
@@ -312,6 +121,10 @@ async def test_channel_is_kept_and_rebuilt_with_the_address(
     agent.change(incoming_in_use=1)
     await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
     moved = await agents("alpha", "uuid-alpha", "new")
+    with pytest.raises(DroverError, match="is alive"):
+        await register(registry, moved)
+    await agent.stop()
+    await until(store, "alpha", lambda known: known.state == UNREACHABLE)
     await register(registry, moved)
     rebuilt = registry.channel("alpha")
     assert rebuilt is not channel
@@ -376,7 +189,7 @@ async def test_store_that_fails_makes_no_host_unreachable(
         raise DroverError(Reason.JOURNAL_UNAVAILABLE, "disk full")
 
     tried = asyncio.Event()
-    agent = await agents("alpha")
+    agent, newcomer = await agents("alpha"), await agents("new")
     await register(registry, agent)
     monkeypatch.setattr("coordinator.hosts.RETRY_SECONDS", 0.05)
     with monkeypatch.context() as broken:
@@ -388,40 +201,15 @@ async def test_store_that_fails_makes_no_host_unreachable(
         known = await registry.get("alpha")
         assert (known.state, known.host.incoming_in_use) == (UP, 1)
         with pytest.raises(DroverError) as caught:
-            await registry.register(agent_pb.Host(name="new", host_uuid="u"), agent.address)
+            await register(registry, newcomer)
         assert caught.value.reason is Reason.JOURNAL_UNAVAILABLE
     await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
 
 
-async def test_somebody_else_wrote_to_the_store(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
-    agent = await agents("alpha")
-    await register(registry, agent)
-    known = await registry.get("alpha")
-    await store.txn([], [Put(PREFIX + "alpha", known.SerializeToString())])
-    agent.change(incoming_in_use=1)
-    await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
-    foreign = pb.ClusterHost(host=agent_pb.Host(name="beta", host_uuid="uuid-x"), agent_address="unix:/none", state=UP)
-    await store.txn([], [Put(PREFIX + "beta", foreign.SerializeToString())])
-    beta = await agents("beta")
-    await register(registry, beta)  # nobody here has heard of the other one
-    assert (await registry.get("beta")).host.host_uuid == "uuid-beta"
-
-
-@pytest.mark.parametrize("turns", range(1, 8))
-async def test_cancelled_register_heals(registry: HostRegistry, agents: Any, turns: int) -> None:
-    agent = await agents("alpha")
-    task = asyncio.create_task(register(registry, agent))
-    for _ in range(turns):
-        await asyncio.sleep(0)
-    task.cancel()
-    await asyncio.wait({task}, timeout=5)  # cancelled somewhere, or already done
-    await register(registry, agent)
-    assert await names(registry) == {"alpha": UP}
-
-
 async def test_service(registry: HostRegistry, agents: Any, tmp_path: Path) -> None:
     address = f"unix:{tmp_path}/c.sock"
-    servicer = HostServicer(registry)
+    active: dict[str, list[str]] = {}
+    servicer = HostServicer(registry, Active(active))  # type: ignore[arg-type]
     server = await start_server([address], lambda s: rpc.add_HostServiceServicer_to_server(servicer, s), [SERVICE])
     agent = await agents("alpha")
     async with open_channel(address) as channel:
@@ -434,6 +222,11 @@ async def test_service(registry: HostRegistry, agents: Any, tmp_path: Path) -> N
         domains = pb.ListDomainsResponse(domains=[pb.PlacedDomain(host="alpha", domain=agent.domains[0])])
         assert await stub.ListDomains(pb.ListDomainsRequest(), timeout=5) == domains
         assert await stub.ListDomains(pb.ListDomainsRequest(host="alpha"), timeout=5) == domains
+        active["alpha"] = ["m1"]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.RemoveHost(pb.RemoveHostRequest(name="alpha"), timeout=5)
+        refused = error_from_rpc(caught.value, "coordinator")
+        assert (refused.reason, refused.metadata["migration_id"]) == (Reason.HOST_IN_USE, "m1")
         await agent.stop()
         for request, reasons in (
             (pb.ListDomainsRequest(host="none"), [Reason.HOST_NOT_FOUND]),

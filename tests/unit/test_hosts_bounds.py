@@ -5,9 +5,7 @@ from typing import Any
 from agent.errors import DroverError, Reason
 from coordinator.hosts import PREFIX, HostRegistry
 from coordinator.store import MemoryStore
-from tests.unit.test_hosts import UNREACHABLE, agents, clock, register, registry, store, until
-
-__all__ = ["agents", "clock", "registry", "store"]  # fixtures
+from tests.unit.fake_agents import UNREACHABLE, register, until
 
 
 async def test_6_25_a_host_that_cannot_be_saved_stops_no_other(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:

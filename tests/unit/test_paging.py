@@ -213,7 +213,7 @@ class ManyHosts:
 async def _cluster(tmp_path: Path) -> AsyncIterator[tuple[ManyHosts, str]]:
     many = ManyHosts()
     address = f"unix:{tmp_path}/co.sock"
-    servicer: Any = HostServicer(many)  # type: ignore[arg-type]
+    servicer: Any = HostServicer(many, None)  # type: ignore[arg-type]
     async with Served(address, lambda server: cluster_rpc.add_HostServiceServicer_to_server(servicer, server)):
         yield many, address
 

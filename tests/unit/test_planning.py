@@ -230,3 +230,9 @@ def test_6_05_a_destination_is_reached_at_an_address_that_it_alone_has(address: 
     assert error.value.reason is Reason.NETWORK_NOT_FOUND
     if address != "banana":
         make_plan(SPEC, host(1, driver="sim"), host(2, driver="sim", networks=networks), guest(), "a1", "a2")
+
+
+def test_6_17_two_hosts_with_one_uuid_are_told_what_to_do() -> None:
+    with pytest.raises(DroverError, match=r"h1 and .* h2 are the same host, as libvirt takes them: .*libvirtd\.conf") as error:
+        planned(destination=host(2, host_uuid=host(1).host_uuid))
+    assert error.value.reason is Reason.SAME_HOST

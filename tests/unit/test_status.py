@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import CODES, DroverError, FieldViolation, Reason
+from agent.features import from_hypervisor
+from agent.hypervisor.base import DomainNotFound
 from agent.service.status import STATUS_KEY, error_from_rpc, to_status, trailing_metadata
 
 
@@ -92,3 +94,11 @@ def test_6_11_a_reason_and_a_code_of_a_newer_peer_are_kept() -> None:
     )
     got = error_from_rpc(error, "b")
     assert (got.reason, got.message, got.code) == ("NEW_THING", "it is so", grpc.StatusCode.ABORTED)
+
+
+def test_6_19_a_guest_that_is_not_there_is_named_not_libvirts_error_domain() -> None:
+    native = {"code": "42", "error_domain": "10", "message": "Domain not found"}
+    status = to_status(from_hypervisor(DomainNotFound("no such guest", native), "h1", "web1"))
+    resource = error_details_pb2.ResourceInfo()
+    assert any(packed.Unpack(resource) for packed in status.details)
+    assert (resource.resource_type, resource.resource_name) == ("domain", "web1")

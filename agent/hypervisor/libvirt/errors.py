@@ -104,7 +104,7 @@ def translate(error: libvirt.libvirtError, *, alive: bool = False) -> Hypervisor
     code, domain = error.get_error_code() or 0, error.get_error_domain() or 0
     message = error.get_error_message() or str(error)
     kind = class_of(code, domain, message, alive=alive)
-    return kind(advised(message), {"code": str(code), "domain": str(domain), "message": message} | echo_of(message))
+    return kind(advised(message), {"code": str(code), "error_domain": str(domain), "message": message} | echo_of(message))
 
 
 def echo_of(message: str) -> dict[str, str]:

@@ -50,6 +50,11 @@ class HostServiceStub:
                 request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListHostsRequest.SerializeToString,
                 response_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListHostsResponse.FromString,
                 _registered_method=True)
+        self.RemoveHost = channel.unary_unary(
+                '/drover.coordinator.v1.HostService/RemoveHost',
+                request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.RemoveHostRequest.SerializeToString,
+                response_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.RemoveHostResponse.FromString,
+                _registered_method=True)
         self.ListDomains = channel.unary_unary(
                 '/drover.coordinator.v1.HostService/ListDomains',
                 request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListDomainsRequest.SerializeToString,
@@ -62,8 +67,9 @@ class HostServiceServicer:
     """
 
     def RegisterHost(self, request, context):
-        """An agent makes itself known, and says again and again that it is there. Errors: HOST_NAME_TAKEN when a live host with
-        another host_uuid has the name.
+        """An agent makes itself known, and says again and again that it is there. Errors: HOST_NAME_TAKEN when a live host has
+        the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
+        answers at the address with this name and host_uuid.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +84,14 @@ class HostServiceServicer:
 
     def ListHosts(self, request, context):
         """Every host, by name, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveHost(self, request, context):
+        """Forgets a host that does not answer; it comes back when its agent registers again. Errors: HOST_NOT_FOUND, HOST_IN_USE when it
+        is up or takes part in a migration that has not ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,6 +121,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.ListHosts,
                     request_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListHostsRequest.FromString,
                     response_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListHostsResponse.SerializeToString,
+            ),
+            'RemoveHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveHost,
+                    request_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.RemoveHostRequest.FromString,
+                    response_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.RemoveHostResponse.SerializeToString,
             ),
             'ListDomains': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDomains,
@@ -196,6 +215,33 @@ class HostService:
             '/drover.coordinator.v1.HostService/ListHosts',
             drover_dot_coordinator_dot_v1_dot_host__pb2.ListHostsRequest.SerializeToString,
             drover_dot_coordinator_dot_v1_dot_host__pb2.ListHostsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.coordinator.v1.HostService/RemoveHost',
+            drover_dot_coordinator_dot_v1_dot_host__pb2.RemoveHostRequest.SerializeToString,
+            drover_dot_coordinator_dot_v1_dot_host__pb2.RemoveHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

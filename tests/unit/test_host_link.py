@@ -1,0 +1,73 @@
+"""coordinator.host_link: how often, and how many at once, hosts that do not answer are asked."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from coordinator import host_link
+from coordinator.host_link import HostLink, Lanes, pause_after
+from coordinator.hosts import PREFIX, HostRegistry
+from coordinator.store import MemoryStore, Put
+from drover.agent.v1 import host_pb2 as agent_pb
+from drover.coordinator.v1 import host_pb2 as pb
+from tests.unit.asking import until
+
+
+def test_6_24_pauses_grow_with_full_jitter_up_to_two_minutes() -> None:
+    longest = [pause_after(failures, lambda: 1.0) for failures in (1, 2, 3, 4, 100, 10_000)]
+    assert longest == [0.2, 0.4, 0.8, 1.6, 120.0, 120.0]
+    assert pause_after(5, lambda: 0.0) == 0.0
+    assert len({pause_after(9) for _ in range(10)}) == 10
+
+
+async def test_6_24_a_bounded_number_of_silent_hosts_is_tried_at_once() -> None:
+    lanes, never, release, inside = Lanes(), asyncio.Event(), asyncio.Event(), 0
+
+    async def attempt(spoken: asyncio.Event) -> None:
+        nonlocal inside
+        async with lanes.turn(spoken):
+            inside += 1
+            await release.wait()
+
+    attempts = [asyncio.create_task(attempt(never)) for _ in range(host_link.SILENT_AT_ONCE + 10)]
+    await until(lambda: inside == host_link.SILENT_AT_ONCE)
+    spoken = asyncio.Event()
+    attempts.append(asyncio.create_task(attempt(spoken)))
+    await asyncio.sleep(0.01)
+    assert inside == host_link.SILENT_AT_ONCE
+    spoken.set()  # it need not queue behind the silent ones
+    await until(lambda: inside == host_link.SILENT_AT_ONCE + 1)
+    attempts[-2].cancel()
+    release.set()
+    await asyncio.wait(attempts)
+    assert inside == host_link.SILENT_AT_ONCE + 10
+    assert (lanes._silent._value, lanes._spoken._value) == (host_link.SILENT_AT_ONCE, host_link.SPOKEN_AT_ONCE)
+
+
+async def test_6_24_the_channel_to_a_host_that_stays_silent_is_closed_and_opened_again_when_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_link, "FIRST_WORD_SECONDS", 0.02)
+    monkeypatch.setattr(host_link, "FIRST_PAUSE_SECONDS", 0.01)
+    silences: list[str] = []
+    link = HostLink(f"unix:{tmp_path}/none.sock", lambda *_: None, lambda _, why: silences.append(why), Lanes())
+    first = link.channel
+    monkeypatch.setattr(host_link, "LONGEST_PAUSE_SECONDS", 0.01)
+    await until(lambda: len(silences) > host_link.LET_GO_AFTER)
+    assert link.channel is not first
+    await link.close()
+
+
+@pytest.mark.timeout(60)
+async def test_6_24_a_coordinator_with_many_dead_hosts_stops_soon(tmp_path: Path) -> None:
+    async with await MemoryStore.open() as store:
+        for number in range(1000):
+            host = agent_pb.Host(name=f"h{number}", host_uuid=f"u{number}")
+            known = pb.ClusterHost(host=host, agent_address=f"unix:{tmp_path}/{number}.sock", state=pb.HOST_STATE_UNREACHABLE)
+            await store.txn([], [Put(PREFIX + host.name, known.SerializeToString())])
+        registry = HostRegistry(store)
+        await registry.open()
+        assert len(registry.names()) == 1000
+        async with asyncio.timeout(20):
+            await registry.close()
