@@ -14,6 +14,7 @@ from agent.errors import DroverError, Reason
 from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto, settled
 from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
+from agent.handshake.copy_watch import CopyWatch
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.facts import check_place_is_free, destination_fact
 from agent.handshake.guest_fact import GuestFact, GuestState
@@ -27,15 +28,13 @@ from agent.handshake.phases import (
     check_word,
     failed,
     failure_of,
-    follow_guest,
     look_up,
     phase_changes,
     timed,
     wait_of,
 )
-from agent.handshake.records import Failure, OperatorWord, Role, causes_first, options_from_proto, record_to_proto
+from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
 from agent.handshake.stored import changes_of, check_documents
-from agent.handshake.waits import mind
 from agent.hypervisor.base import (
     RESUMED,
     Domain,
@@ -57,9 +56,6 @@ _AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONIN
 _FINISH_ENDS_WITHIN: Final = 5.0
 """Seconds after its copy was given up within which a waiting Finish ends."""
 
-_WAITS: Final = frozenset({_S.PREPARING, _S.PREPARED, _S.ARMED})
-"""The copy is there, or is made, and has not got its stream."""
-
 _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 
 
@@ -71,6 +67,7 @@ class DestinationSide:
         self._attempts = attempts
         self._slots = slots
         self._owner = owner
+        self._copies = CopyWatch(host)
         self._sessions: dict[Attempt, Incoming] = {}
         self._held_since: dict[Attempt, float] = {}
         """When a slot was taken, in this life of the agent, by the monotonic clock."""
@@ -289,30 +286,13 @@ class DestinationSide:
             await attempt.report(_E.PREPARE_FAILED, failure=failure_of(error, self._host.name))
             return
         attempt.saw(GuestFact(GuestState.WAITING, "migration", time.time()))
-        self._watch(attempt)
+        self._copies.start(attempt)
         await attempt.report(
             _E.PREPARE_DONE,
             uri=prepared.uri,
             cookies={**attempt.record.cookies, "prepare": prepared.cookie},
             timings=(*attempt.record.timings, watch.timing),
         )
-
-    def _watch(self, attempt: Attempt) -> None:
-        if not attempt.running("guest"):
-            attempt.start("guest", follow_guest(self._host, attempt, lambda: self._ended(attempt)))
-            attempt.start("mind", mind(self._host, attempt, lambda: attempt.record.state in _WAITS))
-
-    async def _ended(self, attempt: Attempt) -> None:
-        """Finish may not be under way to tell it, and what the source sees is only that its stream broke."""
-        if attempt.record.state in (_S.PREPARED, _S.ARMED) and (cause := await self._cause(attempt)) is not None:
-            with contextlib.suppress(DroverError):  # the journal: then Finish tells it
-                await attempt.note(**failed(attempt, cause))
-
-    async def _cause(self, attempt: Attempt, error: HypervisorError | None = None) -> Failure | None:
-        """Why the copy here came to nothing: how its process died, where it did, is nearer to the cause than Finish's own error."""
-        death = await self._host.hypervisor.death(attempt.record.destination_name)
-        failures = causes_first(failure_of(one, self._host.name) for one in (death, error) if one is not None)
-        return failures[0] if failures else None
 
     async def _finish(self, attempt: Attempt) -> None:
         record, cookie = attempt.record, attempt.record.cookies.get("perform", b"")
@@ -327,7 +307,7 @@ class DestinationSide:
                 finally:
                     arrival.cancel()  # Finish tells it all now
         except TransferFailed as error:
-            cause = await self._cause(attempt, error)
+            cause = await self._copies.cause(attempt, error)
             await attempt.report(_E.FINISH_FAILED, **(failed(attempt, cause) if cause else {}))
         except Exception as error:
             await attempt.report(
@@ -357,7 +337,7 @@ class DestinationSide:
 
     async def _look(self, attempt: Attempt) -> None:
         """Ask until the copy runs or is absent. One that waits for its stream is waited for: libvirtd may still start it."""
-        self._watch(attempt)
+        self._copies.start(attempt)
         fact: DestinationEvent | None = None
         while fact is None and attempt.record.state == _S.ARMED:
             fact = destination_fact(await look_up(self._host, attempt))
@@ -420,8 +400,7 @@ class DestinationSide:
         return brought
 
     async def _close(self, attempt: Attempt) -> None:
-        attempt.stop("guest")
-        attempt.stop("mind")
+        self._copies.stop(attempt)
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
         if session := self._sessions.pop(attempt, None):
             await session.close()

@@ -21,7 +21,7 @@ from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import Failure, Role, Timing
-from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError, HypervisorUnavailable
+from agent.hypervisor.base import Domain, DomainBusy, DomainNotFound, HypervisorError
 from agent.hypervisor.interface import Hypervisor
 from agent.interfaces import is_own
 from agent.ports import any_is_free
@@ -179,19 +179,19 @@ async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
         return domain
 
 
-async def answered(host: LocalHost, name: str, asking: Awaitable[T]) -> T:
-    """The answer to a question about a guest, for a caller that does not wait long.
+async def answered(host: LocalHost, name: str, ask: Callable[[], Awaitable[T]]) -> T:
+    """The answer to a question about a guest that its process must answer, for a caller that does not wait long.
 
     Raises:
-        HypervisorUnavailable: there was none within `ANSWER_SECONDS`; with the reason where it is known.
+        DomainBusy: it cannot answer, or has not within `ANSWER_SECONDS`.
     """
+    if why := await host.hypervisor.hindrance(name):
+        raise DomainBusy(why)
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            return await asking
+            return await ask()
     except TimeoutError:
-        why = await host.hypervisor.hindrance(name)
-        because = f": {why}" if why else ""
-        raise HypervisorUnavailable(f"no answer about guest {name} within {ANSWER_SECONDS:g} s{because}") from None
+        raise DomainBusy(f"the hypervisor has not answered about it within {ANSWER_SECONDS:g} s; try again later") from None
 
 
 async def hindrance(host: LocalHost, attempt: Attempt) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Final
@@ -12,7 +13,7 @@ import structlog
 from agent.errors import DroverError, Reason
 from agent.features import check_bandwidth, check_options, from_hypervisor, settled
 from agent.handshake.aftercare import pause_seen
-from agent.handshake.attempt import Attempt, Told, retry, waits_for
+from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.facts import check_movable, loss_of, source_fact
 from agent.handshake.guest_fact import GuestFact, GuestState, fact_of
@@ -33,7 +34,7 @@ from agent.handshake.phases import (
 from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
 from agent.handshake.stored import changes_of, read_stored, stored_to_proto
-from agent.handshake.waits import Follower
+from agent.handshake.waits import Follower, tell_broken
 from agent.hypervisor.base import (
     POSTCOPY_FAILED,
     Domain,
@@ -134,8 +135,8 @@ class SourceSide:
         self._check_movable(domain)
         options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
         try:
-            asking = self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
-            await answered(self._host, domain.name, asking)
+            check = functools.partial(self._host.hypervisor.check_leaving, domain.uuid, options, leaving.destination_name)
+            await answered(self._host, domain.name, check)
         except HypervisorError as error:
             why = from_hypervisor(error, self._host.name)
             text = f"guest {domain.name} cannot leave {self._host.name}: {error}. Nothing was done to the guest"
@@ -346,19 +347,8 @@ class SourceSide:
             if fact is not None:
                 return fact
             if domain is not None and domain.reason == POSTCOPY_FAILED:
-                await self._broken(attempt)
+                await tell_broken(attempt)
             await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
-
-    async def _broken(self, attempt: Attempt) -> None:
-        """Each host has a part of the guest's memory, so neither copy may go; Drover cannot join them again yet."""
-        record = attempt.record
-        told = (
-            f"the stream of guest {record.domain_name} broke after its switch to post-copy: it is paused, with a part of its memory "
-            f"here and the rest on {record.peer_host}. Destroy neither copy. Mend the link, then resume the transfer with libvirt's "
-            "own tools"
-        )
-        if record.waiting_for != told:
-            await waits_for(attempt, told)
 
     async def _remove(self, attempt: Attempt) -> None:
         record = attempt.record

@@ -13,7 +13,7 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from agent.handshake.aftercare import note_pause
-from agent.handshake.attempt import Attempt
+from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import Failure, progress_to_proto
 from agent.hypervisor.base import HypervisorError, Progress
@@ -190,3 +190,15 @@ async def mind(host: LocalHost, attempt: Attempt, waits: Callable[[], bool]) -> 
             attempt.tell(f"the copy on {host.name} to take its stream: {why}" if why else "")
         told = bool(why)
         await asyncio.sleep(MIND_SECONDS)
+
+
+async def tell_broken(attempt: Attempt) -> None:
+    """At the source, of a post-copy whose stream broke: neither copy may go, and Drover cannot join them again yet."""
+    record = attempt.record
+    told = (
+        f"the stream of guest {record.domain_name} broke after its switch to post-copy: it is paused, with a part of its memory "
+        f"here and the rest on {record.peer_host}. Destroy neither copy. Mend the link, then resume the transfer with libvirt's "
+        "own tools"
+    )
+    if record.waiting_for != told:
+        await waits_for(attempt, told)

@@ -17,7 +17,8 @@ from tests.scenarios.conversation import MIB, Talk, assert_idle, state
 pytestmark = pytest.mark.timeout(150)
 
 GUESTS = [
-    GuestSpec(name) for name in ("dies-cancelled", "dies", "copy-dies", "walled", "walled-cancelled", "copy-stopped", "stopped")
+    GuestSpec(name)
+    for name in ("dies-cancelled", "dies", "copy-dies", "walled", "walled-cancelled", "copy-stopped", "stopped", "idle")
 ]
 PORTS = "49152:49215"
 
@@ -121,3 +122,18 @@ async def test_6_8_a_qemu_that_stands_still_is_told_and_promises_no_end(cluster:
     assert (state(end), end.runs_on) == ("cancelled", "h1")
     guest.wait_lines(5)
     assert guest.judge().problems() == []
+
+
+async def test_6_8_a_guest_whose_qemu_is_stopped_is_refused_with_the_reason(cluster: LabCluster) -> None:
+    guest = cluster.start_guest("idle")
+    cluster.lab["h1"].signal_qemu(guest.name, signal.SIGSTOP)
+    try:
+        refused = drover(cluster, "migrate", guest.name, "--to", "h2")
+    finally:
+        cluster.lab["h1"].signal_qemu(guest.name, signal.SIGCONT)
+    assert refused.returncode == 4, refused.stderr
+    assert f"the QEMU of {guest.name} (process " in refused.stderr
+    assert "kill -CONT" in refused.stderr
+    await assert_idle(cluster)
+    async with Talk(cluster.server) as talk:
+        assert state(await talk.migrate(guest.name, "h2")) == "succeeded"

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from agent.handshake import attempt as attempts
-from agent.handshake import waits
+from agent.handshake import phases, waits
 from agent.handshake.waits import Flow, stands_still, unanswered
-from agent.hypervisor.base import Progress
+from agent.hypervisor.base import DomainBusy, Progress
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, REF, finished, until
 from tests.unit.two_agents import Agent, Pair
@@ -120,3 +120,15 @@ async def test_6_8_a_call_that_lasts_is_told_with_its_reason(pair: Pair, call: s
     await running
     pair.moved()
     assert (await agent.record(REF)).waiting_for == ""
+
+
+async def test_6_8_a_question_to_a_guest_that_cannot_answer_is_refused_with_the_reason(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hypervisor, host = pair.source.hypervisor, pair.source.engine.host
+    monkeypatch.setattr(phases, "ANSWER_SECONDS", 0.05)
+    with pytest.raises(DomainBusy, match=r"not answered about it within 0\.05 s"):
+        await phases.answered(host, "web1", asyncio.Event().wait)
+    hypervisor.hindrances["web1"] = STOPPED
+    with pytest.raises(DomainBusy, match="kill -CONT 7"):
+        await phases.answered(host, "web1", asyncio.Event().wait)

@@ -1,0 +1,45 @@
+"""The copy at the destination while it waits for its stream: what its hypervisor says of it, and why it came to nothing."""
+
+import contextlib
+from typing import Final
+
+from agent.errors import DroverError
+from agent.handshake.attempt import Attempt
+from agent.handshake.destination import DestinationState as Dst
+from agent.handshake.phases import LocalHost, failed, failure_of, follow_guest
+from agent.handshake.records import Failure, causes_first
+from agent.handshake.waits import mind
+from agent.hypervisor.base import HypervisorError
+
+_WAITS: Final = frozenset({Dst.PREPARING, Dst.PREPARED, Dst.ARMED})
+"""The copy is there, or is being made, and has not got its stream."""
+
+
+class CopyWatch:
+    """Watches the copies of one host."""
+
+    def __init__(self, host: LocalHost) -> None:
+        self._host = host
+
+    def start(self, attempt: Attempt) -> None:
+        """Until `stop`. Harmless to repeat."""
+        if not attempt.running("guest"):
+            attempt.start("guest", follow_guest(self._host, attempt, lambda: self._ended(attempt)))
+            attempt.start("mind", mind(self._host, attempt, lambda: attempt.record.state in _WAITS))
+
+    @staticmethod
+    def stop(attempt: Attempt) -> None:
+        attempt.stop("guest")
+        attempt.stop("mind")
+
+    async def cause(self, attempt: Attempt, error: HypervisorError | None = None) -> Failure | None:
+        """Why the copy came to nothing: how its process died, where it did, is nearer to the cause than Finish's own error."""
+        death = await self._host.hypervisor.death(attempt.record.destination_name)
+        failures = causes_first(failure_of(one, self._host.name) for one in (death, error) if one is not None)
+        return failures[0] if failures else None
+
+    async def _ended(self, attempt: Attempt) -> None:
+        """Finish may not be under way to tell it, and what the source sees is only that its stream broke."""
+        if attempt.record.state in (Dst.PREPARED, Dst.ARMED) and (cause := await self.cause(attempt)) is not None:
+            with contextlib.suppress(DroverError):  # the journal: then Finish tells it
+                await attempt.note(**failed(attempt, cause))
