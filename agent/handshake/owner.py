@@ -92,6 +92,8 @@ class Owner:
                 log.info("the arrival is not settled yet", migration=record.migration_id, error=error.message)
                 if error.reason is Reason.HOST_UNREACHABLE:
                     return
+            except Exception:  # a bug, in one answer perhaps: the other guests are asked about all the same
+                log.exception("unexpected error (bug) while an arrival was to be settled", migration=record.migration_id)
 
     async def _settle(self, attempt: Attempt) -> None:
         """Learn from the source what became of its copy."""

@@ -134,6 +134,22 @@ async def test_6_6_what_runs_on_is_asked_about_until_its_source_has_ended(pair: 
     assert await agent.journal.unsettled() == []  # so it is not asked any more
 
 
+async def test_6_6_an_answer_that_makes_no_sense_keeps_no_other_copy(pair: Pair) -> None:
+    pair.destination.keep(record(Role.DESTINATION, "running", migration_id="odd", domain_uuid="another"))
+    await declared_dead(pair)
+    asked = pair.to_source.get_record
+
+    async def answers_oddly(request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+        if request.ref.migration_id == "odd":
+            raise RuntimeError("odd")
+        return await asked(request)
+
+    pair.to_source.get_record = answers_oddly  # type: ignore[method-assign]
+    await pair.destination.restart(settling=True)
+    await until(lambda: pair.destination.journalled == "gone")
+    assert pair.runs_on == []
+
+
 # --- what only one may have -------------------------------------------------------------------------------------------
 
 
