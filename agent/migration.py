@@ -1,6 +1,7 @@
 """One migration of this process: how it looks, who drives it, and its row in the log."""
 
 import asyncio
+import time
 from typing import Any, Final, Protocol
 
 import structlog
@@ -44,6 +45,13 @@ class Entry:
         self.telling: asyncio.TimerHandle | None = None
         """Runs when its driver has learned something that readers were not told yet."""
         self.changed = Bell()
+        self.began = time.monotonic() - max(0.0, time.time() - migration.create_time.ToNanoseconds() / 1e9)
+        """When it was asked for, by the monotonic clock. Of one from an earlier life of this process, by what the wall clock says."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was asked for."""
+        return time.monotonic() - self.began
 
     @property
     def final(self) -> bool:

@@ -113,7 +113,7 @@ class Migrations:
         self._ended.ring()
 
     async def _start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
-        began = time.time()
+        began, clock = time.time(), time.monotonic()
         if self.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
         ends = await self._directory.find(spec)
@@ -136,6 +136,7 @@ class Migrations:
         )
         migration.create_time.FromNanoseconds(int(began * 1e9))
         entry = Entry(migration, self._kept)
+        entry.began = clock
         entry.driver = self._driver(entry, ends.source, ends.destination, plan)
         await entry.driver.reserve()
         # Durable before it is acknowledged. Where it cannot be written, the guest was not touched and the slot ends with its lease;
@@ -296,7 +297,7 @@ class Migrations:
             self._publish(entry, impossible(entry.migration))
             self._ended.ring()
             return
-        self._publish(entry, describe(entry.migration, driver, time.time(), ended=True))
+        self._publish(entry, describe(entry.migration, driver, entry.elapsed, ended=True))
         entry.driver = None
         self._fence_if_in_doubt(entry)
         await entry.save_if_possible()
@@ -310,7 +311,7 @@ class Migrations:
     def _tell(self, entry: Entry) -> None:
         entry.telling = None
         if entry.driver is not None and entry.migration.migration_id in self._entries:
-            self._publish(entry, describe(entry.migration, entry.driver, time.time(), ended=False))
+            self._publish(entry, describe(entry.migration, entry.driver, entry.elapsed, ended=False))
             entry.forget_refuted()
             self._fence_if_in_doubt(entry)
 

@@ -1,6 +1,6 @@
 """What a migration looks like to its user, from what its driver knows. Pure but for the clock that is handed in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -26,11 +26,19 @@ _PHASE_OF_SOURCE: Final = {
 }
 _PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
 
+_ORDER: Final = {name: place for place, name in enumerate(("reserve", "begin", "prepare", "perform", "finish", "confirm"))}
+"""Of the phases, by the protocol."""
+
+SKEW_SECONDS: Final = 2.0
+"""Wall clocks that differ less are taken to agree: this much may pass between a host's reading of its clock and ours."""
+_SKEW: Final = "the clocks of both hosts differ"
+
 _GUEST_STATES: Final = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
 
 
-def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -> pb.Migration:
-    """The migration as it is now, from what it was and what the driver knows."""
+def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: bool) -> pb.Migration:
+    """The migration as it is now, from what it was and what the driver knows. `elapsed`: seconds since its request."""
+    now = before.create_time.ToNanoseconds() / 1e9 + elapsed  # a wall clock that is set meanwhile changes no duration and no order
     src, dst = driver.source_state, driver.destination_state
     migration = pb.Migration()
     migration.CopyFrom(before)
@@ -45,6 +53,7 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.operator_word.CopyFrom(word)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
+    _tell_skew(migration, driver.clock_skew)
     _tell_pause(migration, driver)
     if dst is Dst.RUNNING and not driver.disputed and not before.HasField("commit_time"):
         migration.commit_time.FromNanoseconds(int(now * 1e9))
@@ -63,9 +72,20 @@ def describe(before: pb.Migration, driver: Driver, now: float, *, ended: bool) -
         migration.other_failures.extend(failure_to_proto(other) for other in failures if _adds(other, failure))
     if ended:
         migration.end_time.FromNanoseconds(int(now * 1e9))
-        migration.duration.CopyFrom(duration(now - before.create_time.ToNanoseconds() / 1e9))
-        migration.hypervisor_duration.CopyFrom(duration(hypervisor_seconds(migration.timings)))
+        migration.duration.CopyFrom(duration(elapsed))
+        migration.hypervisor_duration.CopyFrom(duration(union(call for calls in driver.hypervisor_calls.values() for call in calls)))
     return migration
+
+
+def _tell_skew(migration: pb.Migration, skew: float) -> None:
+    """Warn of two hosts whose clocks differ: whoever compares their logs must know."""
+    if abs(skew) < SKEW_SECONDS or any(warning.startswith(_SKEW) for warning in migration.warnings):
+        return
+    ahead, behind = (migration.destination_host, migration.source_host)[:: 1 if skew > 0 else -1]
+    migration.warnings.append(
+        f"{_SKEW}: {ahead} is {abs(skew):.0f} s ahead of {behind}. Times of day in their logs and records cannot be compared; "
+        "durations are not affected. Look at the time service of both"
+    )
 
 
 def _tell_pause(migration: pb.Migration, driver: Driver) -> None:
@@ -169,7 +189,7 @@ def impossible(before: pb.Migration) -> pb.Migration:
 
 def _copy_records(migration: pb.Migration, driver: Driver) -> None:
     records = [record for record in (driver.source_record, driver.destination_record) if record is not None]
-    timings = sorted((t for r in records for t in r.timings), key=lambda t: t.start_time.ToNanoseconds())
+    timings = sorted((t for r in records for t in r.timings), key=lambda t: _ORDER.get(t.phase, len(_ORDER)))
     if timings:
         del migration.timings[:]
         migration.timings.extend(timings)
@@ -203,15 +223,8 @@ def _seconds(seconds: float) -> Duration:
     return duration(min(seconds, 1e9))
 
 
-def hypervisor_seconds(timings: Sequence[handshake_pb2.PhaseTiming]) -> float:
-    """Time in which at least one call of a hypervisor was under way. Needs the two hosts' clocks to agree."""
-    return _union(
-        (t.start_time.ToNanoseconds() / 1e9, t.start_time.ToNanoseconds() / 1e9 + t.hypervisor_duration.ToNanoseconds() / 1e9)
-        for t in timings
-    )
-
-
-def _union(intervals: Iterable[tuple[float, float]]) -> float:
+def union(intervals: Iterable[tuple[float, float]]) -> float:
+    """The time that at least one of the intervals covers."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         total += max(0.0, stop - max(start, end))

@@ -291,6 +291,7 @@ class Driver(Knowledge):
             )
         )
         self._epoch = response.record.slot.epoch
+        self.read_clock("destination", response.record)
         self.saw_destination(response.record)
 
     async def _begin(self) -> None:
@@ -308,6 +309,7 @@ class Driver(Knowledge):
                 slot_epoch=self._epoch,
             )
         )
+        self.read_clock("source", self._begun.record)
         self.saw_source(self._begun.record)
 
     async def _prepare(self) -> None:

@@ -49,6 +49,10 @@ class Knowledge:
         """Sides that do not answer at all, and since when by `time.monotonic`."""
         self.words: dict[str, pb.OperatorWord] = {}
         """Sides that were declared dead, and have not answered since."""
+        self.hypervisor_calls: dict[str, list[tuple[float, float]]] = {"source": [], "destination": []}
+        """Of each side: beginning and end of each phase's call of its hypervisor, by this process's monotonic clock."""
+        self._wall_offsets: dict[str, float] = {}
+        """Of each side: its wall clock less this process's monotonic one, when it answered the first call of this driver."""
         self._on_change = on_change
         self._wake = asyncio.Event()
 
@@ -117,6 +121,7 @@ class Knowledge:
             raise StateUnknownError("source", record)
         if self.source_record is None or record.revision >= self.source_record.revision:
             self.source_record = record
+            self._time_calls("source", record)
         self.heard("source")
         self._changed()
 
@@ -126,8 +131,32 @@ class Knowledge:
             raise StateUnknownError("destination", record)
         if self.destination_record is None or record.revision >= self.destination_record.revision:
             self.destination_record = record
+            self._time_calls("destination", record)
         self.heard("destination")
         self._changed()
+
+    def _time_calls(self, side: str, record: pb.Record) -> None:
+        """Lay the calls that have ended since the last word of a side on this process's clock: the last one has ended just now.
+
+        The wall clocks of two hosts need not agree, and each may be set at any moment, so nothing is computed from them.
+        """
+        known, end = self.hypervisor_calls[side], time.monotonic()
+        calls: list[tuple[float, float]] = []
+        for timing in reversed(record.timings[len(known) :]):
+            begin = end - timing.hypervisor_duration.ToNanoseconds() / 1e9
+            calls.insert(0, (begin, end))
+            end = begin
+        known.extend(calls)
+
+    def read_clock(self, side: str, record: pb.Record) -> None:
+        """A side has just changed its record and answered with it: compare its wall clock."""
+        self._wall_offsets.setdefault(side, record.update_time.ToNanoseconds() / 1e9 - time.monotonic())
+
+    @property
+    def clock_skew(self) -> float:
+        """Seconds by which the destination's wall clock is ahead of the source's; 0 where that is not known."""
+        offsets = self._wall_offsets
+        return offsets["destination"] - offsets["source"] if len(offsets) == 2 else 0.0
 
     def silent_for(self, side: str) -> float:
         """Seconds for which a side has not answered; 0 for one that does."""

@@ -12,7 +12,7 @@ from agent.handshake.driver import Driver
 from agent.handshake.guest_fact import GuestFact, GuestState, fact_to_proto
 from agent.handshake.records import Failure, duration, failure_to_proto, timestamp
 from agent.handshake.source import SourceState as Src
-from agent.progress import describe, hypervisor_seconds, impossible, phase, with_eta
+from agent.progress import describe, impossible, phase, union, with_eta
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import CANCELLED, REF, make_plan, word
@@ -46,7 +46,7 @@ def knows(src: Src | None, dst: Dst | None, *silent: str, **records: Any) -> Dri
 
 
 def seen(driver: Driver, before: pb.Migration = BEFORE, *, ended: bool = False) -> pb.Migration:
-    return describe(before, driver, 1010.0, ended=ended)
+    return describe(before, driver, 10.0, ended=ended)
 
 
 def test_what_to_do_about_a_host_that_was_not_dead() -> None:
@@ -198,7 +198,7 @@ def test_a_success_has_no_failure_whatever_was_tried() -> None:
 
 def test_the_commit_is_timed_once() -> None:
     first = seen(knows(Src.PERFORMED, Dst.RUNNING))
-    again = describe(first, knows(Src.REMOVED, Dst.RUNNING), 2000.0, ended=True)
+    again = describe(first, knows(Src.REMOVED, Dst.RUNNING), 1000.0, ended=True)
     assert again.commit_time == first.commit_time
 
 
@@ -295,18 +295,62 @@ def timing(name: str, start: float, seconds: float) -> handshake_pb2.PhaseTiming
     return handshake_pb2.PhaseTiming(phase=name, start_time=timestamp(start), hypervisor_duration=duration(seconds))
 
 
-def test_the_hypervisors_time_counts_once_where_calls_overlap() -> None:
-    perform, finish = timing("perform", 5.0, 4.0), timing("finish", 6.0, 2.0)
-    assert hypervisor_seconds([]) == 0
-    assert hypervisor_seconds([perform, finish]) == pytest.approx(4.0)
-    assert hypervisor_seconds([timing("begin", 1.0, 1.0), finish, perform]) == pytest.approx(5.0)
-
-
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=8))
 def test_the_hypervisors_time_is_that_of_the_union(spans: list[tuple[int, int]]) -> None:
     covered = {second for start, length in spans for second in range(start, start + length)}
-    assert hypervisor_seconds([timing("x", start, length) for start, length in spans]) == pytest.approx(len(covered))
+    assert union((float(start), float(start + length)) for start, length in spans) == pytest.approx(len(covered))
+
+
+HOUR = 3600.0
+
+
+def with_timings(driver: Driver, side: str, *timings: handshake_pb2.PhaseTiming, updated: float = 0.0) -> None:
+    """The side answers with these phases ended."""
+    record = handshake_pb2.Record()
+    record.CopyFrom(getattr(driver, f"{side}_record"))
+    record.timings.extend(timings)
+    record.update_time.CopyFrom(timestamp(updated))
+    {"source": driver.saw_source, "destination": driver.saw_destination}[side](record)
+
+
+def test_6_16_no_duration_is_taken_from_a_wall_clock() -> None:
+    """The source's clock is an hour ahead, and was set back by a day between its phases."""
+    driver = knows(Src.REMOVED, Dst.RUNNING)
+    with_timings(driver, "destination", timing("reserve", 1000.0, 0.1), timing("prepare", 1000.3, 0.2))
+    with_timings(driver, "source", timing("begin", 1000.0 + HOUR, 0.1), timing("perform", 1000.5 - 24 * HOUR, 2.0))
+    with_timings(driver, "destination", timing("finish", 1000.6, 1.5))
+    end = seen(driver, ended=True)
+    assert [t.phase for t in end.timings] == ["reserve", "begin", "prepare", "perform", "finish"]
+    assert end.duration.ToNanoseconds() / 1e9 == pytest.approx(10.0)
+    # Heard of at one moment, so perform and finish overlap, and so does prepare with what precedes perform.
+    assert end.hypervisor_duration.ToNanoseconds() / 1e9 == pytest.approx(2.1, abs=0.05)
+    assert end.create_time.seconds <= end.commit_time.seconds <= end.end_time.seconds
+
+
+def test_6_16_calls_are_laid_on_the_drivers_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr("agent.handshake.knowledge.time.monotonic", lambda: clock)
+    driver = knows(Src.PERFORMED, Dst.RUNNING)
+    for clock, side, name, seconds in (  # noqa: B007 - the clock is read above
+        (101.0, "destination", "reserve", 0.5),
+        (103.0, "source", "begin", 1.0),
+        (110.0, "source", "perform", 4.0),
+        (111.0, "destination", "finish", 4.5),
+    ):
+        with_timings(driver, side, timing(name, 0.0, seconds))
+    assert driver.hypervisor_calls == {"source": [(102.0, 103.0), (106.0, 110.0)], "destination": [(100.5, 101.0), (106.5, 111.0)]}
+
+
+@pytest.mark.parametrize(("ahead", "said"), [(HOUR, "h2 is 3600 s ahead of h1"), (-HOUR, "h1 is 3600 s ahead of h2"), (0.5, "")])
+def test_6_16_clocks_that_differ_are_told(ahead: float, said: str) -> None:
+    driver = knows(Src.BEGUN, Dst.RESERVED)
+    driver.read_clock("destination", handshake_pb2.Record(update_time=timestamp(5000.0 + ahead)))
+    assert not seen(driver).warnings, "one clock alone says nothing"
+    driver.read_clock("source", handshake_pb2.Record(update_time=timestamp(5000.0)))
+    first = seen(driver)
+    assert [said in warning for warning in first.warnings] == ([True] if said else [])
+    assert list(seen(driver, first).warnings) == list(first.warnings), "once"
 
 
 def test_the_timings_of_both_hosts_in_their_order() -> None:
