@@ -19,6 +19,7 @@ import libvirt_qemu
 
 from agent.hypervisor.base import DomainEvent
 from agent.hypervisor.events import Fanout
+from agent.hypervisor.libvirt import phases
 
 RECONNECTED = "reconnected"
 """Kind of the event, with an empty UUID, that says: the connection was lost and is back, so events may be missing."""
@@ -37,8 +38,7 @@ def start() -> None:
         if _started:
             return
         _started = True
-        # libvirt-python prints every error to stderr unless told otherwise; ours travel as exceptions.
-        libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        phases.silence()
         libvirt.virEventRegisterDefaultImpl()
         threading.Thread(target=_run, name="libvirt-events", daemon=True).start()
 

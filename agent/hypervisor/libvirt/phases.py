@@ -82,6 +82,24 @@ _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _capsule_pointer.restype = _pointer
 
 
+_nobody = ctypes.CFUNCTYPE(None, _pointer, _pointer)(lambda _data, _error: None)
+
+
+def silence() -> None:
+    """libvirt prints every error to stderr unless told otherwise; ours travel as exceptions.
+
+    Not by libvirt-python: its handler decodes the error's text, which may quote what a peer sent, and `SystemError` comes of it.
+    """
+    ctypes.CDLL("libvirt.so.0").virSetErrorFunc(None, _nobody)
+
+
+def _last_message() -> bytes | None:
+    text = _library().virGetLastErrorMessage
+    text.restype = ctypes.c_char_p
+    found: bytes | None = text()
+    return found
+
+
 def available() -> bool:
     """The five phases can be called one by one with the libvirt.so of this host."""
     return _libvirt is not None
@@ -141,6 +159,17 @@ class _Out:
         self.pointer.value = None
 
 
+def _failed(phase: str) -> libvirt.libvirtError:
+    """This thread's last error. It may quote what a peer sent; libvirt-python raises `SystemError` where that is no UTF-8."""
+    try:
+        return libvirt.libvirtError(f"{phase} failed")
+    except (SystemError, UnicodeDecodeError):
+        message = (_last_message() or b"").decode("utf-8", "backslashreplace")
+        error = libvirt.libvirtError.__new__(libvirt.libvirtError, message)
+        error.err = (_library().virGetLastErrorCode(), _library().virGetLastErrorDomain(), message, 2, None, None, None, -1, -1)
+        return error
+
+
 def _cookie(cookie: bytes) -> tuple[bytes | None, int]:
     return (cookie, len(cookie)) if cookie else (None, 0)
 
@@ -155,7 +184,7 @@ def begin(domain: Any, params: Params, flags: int) -> tuple[str, bytes]:
     )
     if not text.pointer.value:
         cookie.drop()
-        raise libvirt.libvirtError("Begin failed")
+        raise _failed("Begin")
     return text.take_string(), cookie.take()
 
 
@@ -175,7 +204,7 @@ def prepare(connection: Any, params: Params, cookie: bytes, flags: int) -> tuple
     if status < 0:
         out.drop()
         uri.drop()
-        raise libvirt.libvirtError("Prepare failed")
+        raise _failed("Prepare")
     return uri.take_string(), out.take()
 
 
@@ -188,7 +217,7 @@ def perform(domain: Any, params: Params, cookie: bytes, flags: int) -> bytes:
     )
     if status < 0:
         out.drop()
-        raise libvirt.libvirtError("Perform failed")
+        raise _failed("Perform")
     return out.take()
 
 
@@ -201,7 +230,7 @@ def finish(connection: Any, params: Params, cookie: bytes, flags: int, cancelled
     )
     if not domain:
         out.drop()
-        raise libvirt.libvirtError("Finish failed")
+        raise _failed("Finish")
     _library().virDomainFree(domain)
     return out.take()
 
@@ -213,4 +242,4 @@ def confirm(domain: Any, params: Params, cookie: bytes, flags: int, cancelled: b
         _handle(domain, b"virDomainPtr"), array, count, *_cookie(cookie), flags, int(cancelled)
     )
     if status < 0:
-        raise libvirt.libvirtError("Confirm failed")
+        raise _failed("Confirm")
