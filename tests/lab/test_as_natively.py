@@ -163,7 +163,7 @@ def _moved(hosts: Hosts, request: pytest.FixtureRequest) -> DiskGuest:
     return guest
 
 
-async def move(hosts: Hosts, guest: Guest, dead: tuple[str, ...]) -> None:
+async def move(hosts: Hosts, guest: Guest, dead: tuple[str, ...], restart_libvirtd: str = "") -> None:
     cluster = hosts.cluster
     async with Talk(cluster.server) as talk:
         migration = await talk.start(guest.name, "h2", bandwidth_bytes_per_second=10 * MIB, options={"unsafe": True})
@@ -171,6 +171,9 @@ async def move(hosts: Hosts, guest: Guest, dead: tuple[str, ...]) -> None:
         for host in dead:
             cluster.agents[host].kill()
         await asyncio.to_thread(wait_until, lambda: "running" in cluster.lab["h2"].domain_state(guest.name), 60.0, "it arrives")
+        if restart_libvirtd:
+            await asyncio.to_thread(cluster.lab[restart_libvirtd].kill_libvirtd)
+            await asyncio.to_thread(cluster.lab[restart_libvirtd].start_libvirtd)
         for host in dead:
             cluster.agents[host].start()
         end = await talk.end(migration.migration_id)
@@ -190,3 +193,12 @@ def test_6_31_the_files_of_a_guest_belong_to_the_qemu_that_runs(hosts: Hosts, na
         pytest.skip("bindfs is not installed, so no file system here is taken for shared")
     assert hosts.owner(natively).startswith("libvirt-qemu:"), "of a plain virsh migrate"
     assert hosts.owner(moved) == hosts.owner(natively)
+
+
+async def test_6_31_the_files_of_a_guest_stay_when_the_sources_libvirtd_dies_too(hosts: Hosts) -> None:
+    """Last in this file: with its libvirtd, the listener on the source dies."""
+    if hosts.disks is None:
+        pytest.skip("bindfs is not installed, so no file system here is taken for shared")
+    guest = hosts.start("libvirtd-died")
+    await move(hosts, guest, ("h1",), restart_libvirtd="h1")
+    assert hosts.owner(guest).startswith("libvirt-qemu:")
