@@ -106,6 +106,13 @@ def check_movable(domain: Domain, host: str) -> None:
             f"guest {domain.name} on {host} is {domain.state}, and only a running guest can be migrated live; start it first",
             metadata={"state": domain.state},
         )
+    if domain.silent_for:
+        raise DroverError(
+            Reason.DOMAIN_BUSY,
+            f"the hypervisor process of guest {domain.name} on {host} has not answered for {domain.silent_for:.0f} s: it cannot be "
+            f"moved now. See to its storage and its process, and try again when `virsh domcontrol {domain.name}` says ok",
+            metadata={"host": host},
+        )
     if domain.job is not Job.NONE or domain.incoming:
         raise DroverError(
             Reason.DOMAIN_BUSY,

@@ -9,7 +9,7 @@ from clusterkit import GuestSpec, cluster
 WHY = "vm.unprivileged_userfaultfd is 0 and QEMU runs as user libvirt-qemu"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
 def test_6_30_post_copy_where_the_hosts_forbid_it() -> None:
     with cluster("sim", [GuestSpec("plain")], settings={"sim": {"forbidden": {"post_copy": WHY}}}) as made:
         made.start_guest("plain")

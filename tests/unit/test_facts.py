@@ -51,3 +51,9 @@ def test_6_15_a_job_of_somebody_else_is_told_before_the_pause_that_it_makes(chan
     with pytest.raises(DroverError) as error:
         check_movable(guest(state=DomainState.PAUSED, reason="migration", **changes), "h1")
     assert error.value.reason is Reason.DOMAIN_BUSY
+
+
+def test_6_9_a_guest_that_does_not_answer_is_refused_with_that_cause() -> None:
+    with pytest.raises(DroverError, match="has not answered for 12 s") as error:
+        check_movable(guest(job=Job.UNKNOWN, silent_for=12.3), "h1")
+    assert error.value.reason is Reason.DOMAIN_BUSY

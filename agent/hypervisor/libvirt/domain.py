@@ -87,7 +87,7 @@ def read_all(connection: Any) -> Iterator[tuple[Any, Domain]]:
     """libvirt's domains, and what is true of each now. One that goes meanwhile is left out; one that is silent is not waited for."""
     for domain in connection.listAllDomains():
         try:
-            yield domain, read(domain, _silent_for(domain))
+            yield domain, read(domain, silent_for(domain))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
@@ -97,7 +97,7 @@ SILENT_SECONDS = 0.5
 """A QEMU that owes libvirt an answer for longer is silent; a healthy one needs milliseconds."""
 
 
-def _silent_for(domain: Any) -> float:
+def silent_for(domain: Any) -> float:
     """Seconds for which QEMU has owed libvirt an answer, once that is long: then libvirt would wait with every question that needs
     the domain's job lock, as that about its job does. Asking this needs no lock.
     """

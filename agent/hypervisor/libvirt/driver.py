@@ -11,6 +11,7 @@ import structlog
 
 from agent.hypervisor.base import (
     Domain,
+    DomainBusy,
     DomainEvent,
     DomainState,
     Features,
@@ -38,6 +39,9 @@ log = structlog.get_logger()
 
 LIST_SECONDS = 1.0
 """A list of guests that takes longer waits for one that does not answer."""
+
+CHECK_SECONDS = 2.0
+"""Libvirt asks QEMU whether a guest can leave, some milliseconds; what takes longer waits for something else."""
 
 CPU_CACHE = 64
 """CPU comparisons kept: guests of a fleet share a handful of CPU models."""
@@ -116,8 +120,17 @@ class LibvirtHypervisor:
         return await self._pool.call(lambda connection: _describe(connection, domains.find(connection, reference)))
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
-        with leaving.refusals():
-            await self._pool.call(lambda c: leaving.check(domains.by_uuid(c, uuid), behind(self._uri), options, destination_name))
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                with leaving.refusals():
+                    await self._pool.call(
+                        lambda c: leaving.check(domains.by_uuid(c, uuid), behind(self._uri), options, destination_name)
+                    )
+        except TimeoutError:
+            raise DomainBusy(
+                f"libvirt has waited {CHECK_SECONDS:g} s for another job of the guest (a save, a snapshot, a device) or for "
+                "its QEMU: see `virsh domjobinfo` and `virsh domcontrol`"
+            ) from None
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         known = await self._capabilities()
@@ -199,7 +212,7 @@ def _describe(connection: Any, domain: Any) -> tuple[Domain, Requirements]:
     if host.has_cpu_of_the_host(needs):
         given = host.given_cpu(connection, needs.arch, needs.machine, needs.virt_type, host.emulator_of(xml))
         needs = replace(needs, host_cpu=given)
-    return domains.read(domain), needs
+    return domains.read(domain, domains.silent_for(domain)), needs
 
 
 def _suspend(domain: Any) -> None:

@@ -36,6 +36,9 @@ async def test_6_9_a_guest_that_does_not_answer_hides_no_other(lab: Lab, sides: 
         await becomes(silent, [guest.name], within=15)
         by_name = {domain.name: domain for domain in await driver.list_domains()}
         assert (by_name[guest.name].state, by_name[guest.name].job) == (DomainState.RUNNING, Job.UNKNOWN)
+        async with asyncio.timeout(2):
+            asked, _ = await driver.describe(guest.name)
+        assert asked.silent_for
         assert (by_name["talkative"].state, by_name["talkative"].job) == (DomainState.RUNNING, Job.NONE)
     finally:
         os.kill(pid, signal.SIGCONT)
