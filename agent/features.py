@@ -65,6 +65,7 @@ def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
         split_phases=features.split_phases,
         first_port=features.ports[0],
         last_port=features.ports[1],
+        bandwidth_unit=features.bandwidth_unit,
         reasons=features.reasons,
     )
 
@@ -103,14 +104,27 @@ def settled(options: options_pb2.Options, *ends: options_pb2.MigrationFeatures) 
     return result
 
 
-def check_bandwidth(bandwidth: int, features: options_pb2.MigrationFeatures, end: str) -> None:
-    """A limit that cannot be enforced is an error, never ignored (requirement H5)."""
+def check_bandwidth(bandwidth: int, features: options_pb2.MigrationFeatures, end: str) -> int:
+    """The limit that this end enforces, in bytes per second: the one asked for, rounded down to what it can. 0 is no limit.
+
+    Raises:
+        DroverError: BANDWIDTH_UNSUPPORTED for one that cannot be enforced; it is never ignored (requirement H5).
+    """
     if bandwidth and not features.bandwidth:
         raise DroverError(
             Reason.BANDWIDTH_UNSUPPORTED,
             f"{end} cannot enforce a bandwidth limit. Nothing was done to the guest; leave the limit out",
             metadata={"end": end},
         )
+    unit = features.bandwidth_unit or 1
+    if 0 < bandwidth < unit:
+        raise DroverError(
+            Reason.BANDWIDTH_UNSUPPORTED,
+            f"{end} cannot limit a transfer to {bandwidth} bytes per second: its least is {unit} ({unit / (1 << 20):g} MiB/s). "
+            "Nothing was done to the guest; give a higher limit, or none",
+            metadata={"end": end, "least": str(unit)},
+        )
+    return bandwidth - bandwidth % unit
 
 
 def check_protocol(oldest: int, newest: int, end: str) -> None:

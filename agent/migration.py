@@ -46,7 +46,7 @@ class Entry:
         """Runs when its driver has learned something that readers were not told yet."""
         self.changed = Bell()
         self.began = time.monotonic() - max(0.0, time.time() - migration.create_time.ToNanoseconds() / 1e9)
-        """When it was asked for, by the monotonic clock. Of one from an earlier life of this process, by what the wall clock says."""
+        """When it was asked for, by the monotonic clock; for one from an earlier life of this process, by the wall clock."""
 
     @property
     def elapsed(self) -> float:

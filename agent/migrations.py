@@ -15,8 +15,9 @@ from agent.bell import Bell
 from agent.ends import Directory, Side
 from agent.errors import DroverError, Reason
 from agent.fencing import Fences, FencingConfig
-from agent.handshake.driver import Driver, Plan
+from agent.handshake.driver import Driver
 from agent.handshake.guest_fact import fact_of_description
+from agent.handshake.plan import Plan
 from agent.migration import FINAL, Entry, MigrationLog
 from agent.planning import make_plan, resume_plan
 from agent.progress import describe, impossible

@@ -10,7 +10,7 @@ import grpc
 
 from agent.errors import DroverError, Reason, said_by_peer
 from agent.features import check_bandwidth, check_options, check_protocol, settled
-from agent.handshake.driver import Plan
+from agent.handshake.plan import Plan
 from agent.handshake.records import enum_word
 from agent.networks import MIGRATION_ROLE, common_network, listen_on
 from agent.uri import address_problem, same_address
@@ -49,6 +49,7 @@ def make_plan(
         check_options(spec.options, host.migration_features, end)
         check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
     network, warnings = _choose_network(spec, source, destination)
+    warnings += _rounded(spec.bandwidth_bytes_per_second, source)
     if guest.HasField("obstacle"):  # last: what is wrong with the request is told first
         told = guest.obstacle
         raise said_by_peer(told.reason, told.message, told.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
@@ -93,6 +94,14 @@ def resume_plan(migration: pb.Migration, source: _End, destination: _End) -> Pla
         destination_networks=tuple(destination.host.networks),
         destination_features=destination.host.migration_features,
     )
+
+
+def _rounded(limit: int, source: host_pb2.Host) -> list[str]:
+    enforced = check_bandwidth(limit, source.migration_features, source.name)
+    if enforced == limit:
+        return []
+    unit = source.migration_features.bandwidth_unit
+    return [f"the bandwidth is limited to {enforced} bytes per second: {source.name} takes multiples of {unit}"]
 
 
 def _check_hosts(source: host_pb2.Host, destination: host_pb2.Host) -> None:

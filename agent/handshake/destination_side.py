@@ -3,45 +3,44 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable
 from typing import Final
 
-import msgspec
 import structlog
 
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
-from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto, settled
+from agent.features import settled
+from agent.handshake.arrival import check_arrival, never_here
 from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
 from agent.handshake.copy_watch import CopyWatch
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
-from agent.handshake.facts import check_place_is_free, destination_fact
+from agent.handshake.facts import destination_fact
 from agent.handshake.guest_fact import GuestFact, GuestState
 from agent.handshake.owner import Owner
+from agent.handshake.path import PathProbes
+from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import (
     MAX_WAIT,
     LocalHost,
     Stopwatch,
-    check_address,
-    check_ports,
+    check_same,
     check_word,
     failed,
     failure_of,
     look_up,
     phase_changes,
+    stated_changes,
     timed,
     wait_of,
 )
-from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, record_to_proto
+from agent.handshake.records import Failure, Role, options_from_proto
 from agent.handshake.stored import changes_of, check_documents
 from agent.hypervisor.base import (
     RESUMED,
-    Domain,
     DomainBusy,
     DomainNotFound,
     DomainState,
-    HypervisorError,
     TransferFailed,
 )
 from agent.hypervisor.interface import Incoming
@@ -62,12 +61,14 @@ _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 class DestinationSide:
     """Serves the destination's calls."""
 
-    def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots, owner: Owner) -> None:
+    def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots, owner: Owner, peers: PeerRecords) -> None:
         self._host = host
         self._attempts = attempts
         self._slots = slots
         self._owner = owner
         self._copies = CopyWatch(host)
+        self._peers = peers
+        self._probes = PathProbes(host)
         self._sessions: dict[Attempt, Incoming] = {}
         self._held_since: dict[Attempt, float] = {}
         """When a slot was taken, in this life of the agent, by the monotonic clock."""
@@ -78,17 +79,34 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.RESERVE):
             if attempt.record.state:
-                await attempt.apply(_E.RESERVE, lambda: phase_changes(attempt, "reserve", request), expires=self._expiry())
+                await attempt.apply(_E.RESERVE, lambda: self._joined(attempt, request), expires=self._expiry())
             else:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
-                phase_changes(attempt, "reserve", request)  # it may have been another one that opened it meanwhile
-            return pb.ReserveSlotResponse(record=record_to_proto(attempt.record))
+                self._joined(attempt, request)  # it may have been another one that opened it meanwhile
+            probe = await self._probes.of(attempt) if attempt.record.state == _S.RESERVED else None
+            return pb.ReserveSlotResponse(record=self._host.show(attempt.record), probe=probe)
+
+    def _joined(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> dict[str, object]:
+        """What a ReserveSlot of a known attempt adds to the record: nothing. It must be about the same migration."""
+        changes = phase_changes(attempt, "reserve", request)
+        check_same(
+            attempt,
+            self._host.name,
+            peer_host=request.source_host,
+            domain_uuid=request.requirements.uuid,
+            destination_name=request.destination_name or request.requirements.name,
+            options=options_from_proto(request.options),
+        )
+        return changes
 
     async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> None:
         self._check_room(attempt)
         with self._attempts.claim(request.requirements.uuid, request.requirements.name):
             with timed("reserve") as watch:
-                had_definition = await self._check(request)
+                had_definition = await check_arrival(self._host, request)
+            listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
+            self._host.check_listens_on(listen.address)
+            await self._probes.open(attempt, listen.address)
             await attempt.apply(
                 _E.RESERVE,
                 lambda: phase_changes(attempt, "reserve", request),
@@ -101,6 +119,8 @@ class DestinationSide:
                 peer_host=request.source_host,
                 peer_agent=request.source_agent,
                 options=options_from_proto(settled(request.options, self._host.features)),
+                uri=listen.uri,
+                cookies={"listen": listen.address.encode()},
                 timings=(watch.timing,),
             )
             if not attempt.record.final:
@@ -115,42 +135,6 @@ class DestinationSide:
         others = [a for a in self._attempts.active(Role.DESTINATION) if a is not newcomer]
         self._slots.check([now - self._held_since.get(a, now) for a in others])
 
-    async def _check(self, request: pb.ReserveSlotRequest) -> bool:
-        """Everything that can be refused is refused before the guest is touched. Whether a definition of the guest is here."""
-        here = f"the destination {self._host.name}"
-        self._host.check_not_draining()
-        check_address(request.source_agent, "source_agent")
-        if request.protocol_version:
-            check_protocol(request.protocol_version, request.protocol_version, "the caller")
-        check_options(request.options, self._host.features, here)
-        check_ports(self._host)
-        wanted = requirements_from_proto(request.requirements)
-        name = request.destination_name or wanted.name
-        try:
-            problems, by_uuid, by_name = await asyncio.gather(
-                self._host.hypervisor.incompatibilities(wanted),
-                self._has_definition(self._host.hypervisor.get_domain(wanted.uuid), wanted.uuid, name),
-                self._has_definition(self._host.hypervisor.get_named(name), wanted.uuid, name),
-            )
-        except HypervisorError as error:
-            raise from_hypervisor(error, self._host.name) from None
-        if problems:
-            raise DroverError(
-                Reason.INCOMPATIBLE_GUEST,
-                f"{here} cannot run guest {wanted.name}: {'; '.join(problems)}. Nothing was done to the guest; choose another host",
-                metadata={"host": self._host.name, "problems": "; ".join(problems)[:900]},
-            )
-
-        return by_uuid or by_name
-
-    async def _has_definition(self, found: Awaitable[Domain], uuid: str, name: str) -> bool:
-        try:
-            domain = await found
-        except DomainNotFound:
-            return False
-        check_place_is_free(domain, uuid, name, self._host.name)
-        return True
-
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.PREPARE):
@@ -159,7 +143,7 @@ class DestinationSide:
             if record.state == _S.GONE and record.failure is not None:
                 raise record.failure.error()
             uri = record.uri if record.state != _S.PREPARING else ""  # its port is not known yet
-            return pb.PrepareResponse(record=record_to_proto(record), cookie_out=record.cookies.get("prepare", b""), uri_out=uri)
+            return pb.PrepareResponse(record=self._host.show(record), cookie_out=record.cookies.get("prepare", b""), uri_out=uri)
 
     def _prepared(self, attempt: Attempt, request: pb.PrepareRequest) -> dict[str, object]:
         """What the first Prepare adds to the record."""
@@ -168,10 +152,12 @@ class DestinationSide:
             return {}
         self._check_lease(attempt, request.slot_epoch)
         stored = check_documents(self._host, attempt.record.domain_uuid, request)
-        listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
-        self._host.check_listens_on(listen.address)
-        cookies = {"begin": request.cookie_in, "listen": listen.address.encode()}
-        changes |= {"domain_xml": request.domain_xml, "uri": listen.uri, "cookies": cookies, "expires": self._expiry()}
+        cookies = {**attempt.record.cookies, "begin": request.cookie_in}
+        if request.network or request.uri_in:
+            listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
+            self._host.check_listens_on(listen.address)
+            changes["uri"], cookies["listen"] = listen.uri, listen.address.encode()
+        changes |= {"domain_xml": request.domain_xml, "cookies": cookies, "expires": self._expiry()}
         return changes | changes_of(stored, arrives=True)
 
     @staticmethod
@@ -188,7 +174,7 @@ class DestinationSide:
         async with attempt.called(_E.FINISH):
             await self._known(attempt, _E.FINISH, lambda: self._finished(attempt, request))
             record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
-            return pb.FinishResponse(record=record_to_proto(record), cookie_out=record.cookies.get("finish", b""))
+            return pb.FinishResponse(record=self._host.show(record), cookie_out=record.cookies.get("finish", b""))
 
     @staticmethod
     def _finished(attempt: Attempt, request: pb.FinishRequest) -> dict[str, object]:
@@ -201,22 +187,20 @@ class DestinationSide:
     async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
+        stated = request.HasField("operator_word")
         async with attempt.called(event):
-            await self._known(attempt, event, lambda: self._abandoned(attempt, request))
+            check_same(attempt, self._host.name, domain_uuid=request.domain_uuid, peer_host=request.source_host)
+            told: dict[str, object] = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
+            if stated:
+                check_word(attempt, request.operator_word)
+            if event is _E.ABANDON_SOURCE_KEPT and attempt.record.state == _S.ARMED:
+                by_word = await self._peers.check_nothing_flows(attempt, request.source_record, stated_dead=stated)
+                told = stated_changes(attempt, request.operator_word) if by_word else told
+            elif not attempt.record.domain_uuid and request.domain_uuid:
+                told = await never_here(self._host, request)
+            await self._known(attempt, event, lambda: {} if told.keys() <= {"failure"} and _explained(attempt) else told)
             record = await attempt.until(_DECIDED, MAX_WAIT)
-            return pb.AbandonResponse(record=record_to_proto(record))
-
-    @staticmethod
-    def _abandoned(attempt: Attempt, request: pb.AbandonRequest) -> dict[str, object]:
-        """What an Abandon adds to the record."""
-        if request.HasField("operator_word"):
-            check_word(attempt, request.operator_word)
-            word = OperatorWord.of(request.operator_word)
-            log.warning("an operator's word decides", migration=request.ref.migration_id, **msgspec.structs.asdict(word))
-            return {"failure": word.failure(), "operator_word": word}
-        if attempt.record.failure or attempt.record.final:
-            return {}
-        return {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
+            return pb.AbandonResponse(record=self._host.show(record))
 
     async def _known(self, attempt: Attempt, event: DestinationEvent, told: Told) -> None:
         """Apply a call; an attempt that was made for a call that was refused is forgotten again."""
@@ -404,3 +388,8 @@ class DestinationSide:
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
         if session := self._sessions.pop(attempt, None):
             await session.close()
+
+
+def _explained(attempt: Attempt) -> bool:
+    """Its record says already why it ended, or will not be changed any more."""
+    return attempt.record.failure is not None or attempt.record.final

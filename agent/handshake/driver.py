@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -17,13 +16,14 @@ from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
 from agent.handshake.decide import Call, decide
 from agent.handshake.destination import DestinationState as Dst
-from agent.handshake.knowledge import Knowledge, StateUnknownError
+from agent.handshake.knowledge import Knowledge, Parties, StateUnknownError
 from agent.handshake.peer import HandshakePeer
+from agent.handshake.plan import Plan
 from agent.handshake.records import Failure, duration
 from agent.handshake.source import SourceState as Src
 from agent.networks import check_destination_uri
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2, options_pb2
+from drover.agent.v1 import host_pb2
 
 log = structlog.get_logger()
 
@@ -58,26 +58,6 @@ _MAY_BE_REFUSED: Final = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE, Call
 _SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the first phases need; a driver that takes over after Perform does without."""
-
-    domain_name: str
-    domain_uuid: str
-    destination_name: str
-    source_host: str
-    source_agent: str
-    destination_host: str
-    destination_agent: str
-    network: str
-    uri: str
-    bandwidth: int
-    options: options_pb2.Options
-    requirements: host_pb2.GuestRequirements | None
-    destination_networks: tuple[host_pb2.Network, ...]
-    destination_features: options_pb2.MigrationFeatures
-
-
 class Driver(Knowledge):
     """One attempt. `on_change` is called after every change of what is known."""
 
@@ -89,7 +69,8 @@ class Driver(Knowledge):
         plan: Plan | None,
         on_change: Callable[[], None],
     ) -> None:
-        super().__init__(ref, on_change)
+        parties = Parties(plan.source_host, plan.destination_host, plan.domain_uuid) if plan is not None else None
+        super().__init__(ref, parties, on_change)
         self.uri = ""
         self._stalled: asyncio.TimerHandle | None = None
         self._is_stalled = False
@@ -98,6 +79,7 @@ class Driver(Knowledge):
         self._plan = plan
         self._token = secrets.token_hex(8)
         self._calls = 0
+        self._probe = pb.PathProbe()
         self._begun = pb.BeginResponse()
         self._prepared = pb.PrepareResponse()
         self._finish_cookie = b""
@@ -137,10 +119,12 @@ class Driver(Knowledge):
         return side not in self.silent_since
 
     async def run(self) -> None:
-        """Until both records have ended and agree. Ends earlier only by cancellation, which leaves everything as it is."""
+        """Until both records have ended and agree, or are of another migration (`foreign`). Ends earlier only by cancellation, which
+        leaves everything as it is.
+        """
         tasks: dict[Call | str, asyncio.Task[None]] = {}
         try:
-            while not self.ended:
+            while not self.ended and self.foreign is None:
                 self._wake.clear()
                 for call in decide(*self.states, cancel=self.cancelling, stalled=self._stalls(), by_word=self.by_word):
                     if call not in tasks:
@@ -154,12 +138,20 @@ class Driver(Knowledge):
                     await tasks.pop(name)
                 if wake := tasks.pop("wake", None):
                     wake.cancel()
+            if self.foreign is not None:
+                await self._give_back()
         finally:
             if self._stalled is not None:
                 self._stalled.cancel()
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    async def _give_back(self) -> None:
+        """The slot that was taken for a migration which turned out to be another one's. Its lease ends by itself otherwise."""
+        if self.destination_record is not None and self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED):
+            with contextlib.suppress(DroverError):
+                await self._abandon(source_kept=False)
 
     def _stalls(self) -> bool:
         """Whether both records have stood at PERFORMED and ARMED for `STALLED` seconds; wakes the loop when that time is over."""
@@ -196,6 +188,11 @@ class Driver(Knowledge):
                 self.waiting_for = ""
 
     async def _failed(self, call: Call, side: str, error: DroverError) -> None:
+        if error.reason is Reason.MIGRATION_EXISTS:
+            self.is_foreign(error)
+            return
+        if error.reason is Reason.NOT_IN_DOUBT:
+            self.refuted("destination" if side == "source" else "source")
         self.missed(side, error)
         if side in self.silent_since:
             not_begun = not self._transfer_asked and self.source_state in (None, Src.BEGINNING, Src.BEGUN)
@@ -277,25 +274,32 @@ class Driver(Knowledge):
 
     async def _reserve(self) -> None:
         plan = self._planned()
-        if plan.requirements is None:
+        if plan.requirements is None and self.destination_record is None:
             raise DroverError(Reason.LEASE_EXPIRED, "the slot at the destination was lost while the driver was away")
+        needs = plan.requirements or host_pb2.GuestRequirements(name=plan.domain_name, uuid=plan.domain_uuid)
         response = await self._destination.reserve_slot(
             pb.ReserveSlotRequest(
                 ref=self.ref,
                 request_id=self._request_id(),
-                requirements=plan.requirements,
+                requirements=needs,
                 destination_name=plan.destination_name,
                 source_host=plan.source_host,
                 source_agent=plan.source_agent,
                 options=plan.options,
+                network=plan.network,
+                uri_in=plan.uri,
             )
         )
         self._epoch = response.record.slot.epoch
         self.read_clock("destination", response.record)
+        self._probe = response.probe
         self.saw_destination(response.record)
 
     async def _begin(self) -> None:
         plan = self._planned()
+        if not self._probe.nonce and self.source_state is None and self.destination_state in (None, Dst.RESERVED):
+            await self._make(Call.RESERVE)  # its answer was lost, or an earlier life of this driver had it
+            return
         self._begun = await self._source.begin(
             pb.BeginRequest(
                 ref=self.ref,
@@ -307,6 +311,7 @@ class Driver(Knowledge):
                 destination_agent=plan.destination_agent,
                 options=plan.options,
                 slot_epoch=self._epoch,
+                probe=self._probe,
             )
         )
         self.read_clock("source", self._begun.record)
@@ -349,6 +354,7 @@ class Driver(Knowledge):
                 uri=self._prepared.uri_out,
                 cookie_in=self._prepared.cookie_out,
                 bandwidth_bytes_per_second=self._planned().bandwidth,
+                destination_record=self._prepared.record,
             )
         else:
             request = pb.PerformRequest(uri="joined", wait=duration(LONG_POLL))
@@ -375,6 +381,7 @@ class Driver(Knowledge):
                 cookie_in=self._finish_cookie,
                 wait=duration(LONG_POLL),
                 operator_word=self._word("destination") if decision == pb.DECISION_GONE else None,
+                destination_record=self.destination_record,
             )
         )
         self.saw_source(response.record)
@@ -393,6 +400,9 @@ class Driver(Knowledge):
                 request_id=self._request_id(),
                 source_kept=source_kept,
                 operator_word=self._word("source") if source_kept else None,
+                source_record=self.source_record,
+                domain_uuid=self._plan.domain_uuid if self._plan is not None else "",
+                source_host=self._plan.source_host if self._plan is not None else "",
             )
         )
         self.saw_destination(response.record)

@@ -19,8 +19,9 @@ from agent.handshake.destination import DestinationEvent
 from agent.handshake.destination_side import DestinationSide
 from agent.handshake.owner import Owner
 from agent.handshake.peer import HandshakePeer
+from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import LocalHost, hindrance, see
-from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role, record_to_proto
+from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
 from agent.handshake.transfer import Transfers
@@ -48,9 +49,10 @@ class Engine:
         self._attempts = Attempts(journal, functools.partial(see, host), functools.partial(hindrance, host), self._ended)
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
-        self._source = SourceSide(host, self._attempts, take_over)
+        peers = PeerRecords(host.name, other_side)
+        self._source = SourceSide(host, self._attempts, take_over, peers)
         transfers = Transfers(host, self._attempts, self._source.session, other_side)
-        self._destination = DestinationSide(host, self._attempts, slots, self._owner)
+        self._destination = DestinationSide(host, self._attempts, slots, self._owner, peers)
         self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
         self.changed = self._attempts.changed
         """Rings whenever an attempt begins or ends here."""
@@ -130,8 +132,8 @@ class Engine:
             older = await self._older(request.ref) if error.reason is Reason.STALE_ATTEMPT else None
             if older is None:
                 raise
-            return pb.GetRecordResponse(record=record_to_proto(older))
-        return pb.GetRecordResponse(record=record_to_proto(attempt.record, attempt.progress))
+            return pb.GetRecordResponse(record=self.host.show(older))
+        return pb.GetRecordResponse(record=self.host.show(attempt.record, attempt.progress))
 
     async def _older(self, ref: pb.AttemptRef) -> AttemptRecord | None:
         """A record that a later attempt has followed: it takes no call any more, but it still says what was decided."""
@@ -142,11 +144,11 @@ class Engine:
         attempt = await self._attempts.find(request.ref)
         async with attempt.called() if request.driving else contextlib.nullcontext():
             async for record in attempt.changes():
-                yield pb.WatchRecordResponse(record=record_to_proto(record, attempt.progress))
+                yield pb.WatchRecordResponse(record=self.host.show(record, attempt.progress))
 
     async def list_records(self, request: pb.ListRecordsRequest) -> pb.ListRecordsResponse:
         paging = Paging(request, int)
         before = None if paging.after is None else -int(paging.after[0])
         found = await self._journal.page_of_attempts(active_only=request.active_only, before=before, limit=paging.size + 1)
-        page = paging.take(((-number,), record_to_proto(record)) for number, record in found)
+        page = paging.take(((-number,), self.host.show(record)) for number, record in found)
         return pb.ListRecordsResponse(records=page.items, next_page_token=page.token)

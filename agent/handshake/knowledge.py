@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -18,6 +19,15 @@ log = structlog.get_logger()
 
 _LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
 """The guest may not run at the source any more, or not yet again."""
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Who takes part, by what the driver was asked for."""
+
+    source: str
+    destination: str
+    domain_uuid: str
 
 
 _NO_ANSWER: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED})
@@ -38,8 +48,11 @@ class StateUnknownError(DroverError):
 class Knowledge:
     """`on_change` is called after every change of what is known; sides are named ``source`` and ``destination``."""
 
-    def __init__(self, ref: pb.AttemptRef, on_change: Callable[[], None]) -> None:
+    def __init__(self, ref: pb.AttemptRef, parties: Parties | None, on_change: Callable[[], None]) -> None:
         self.ref = ref
+        self.foreign: DroverError | None = None
+        """MIGRATION_EXISTS, once a record turned out to be of another migration with this id: nothing more is to be called."""
+        self._parties = parties
         self.source_record: pb.Record | None = None
         self.destination_record: pb.Record | None = None
         self.failure: Failure | None = None
@@ -119,6 +132,8 @@ class Knowledge:
         """The source answered; an answer that was overtaken by a newer one changes nothing. Raises `StateUnknownError`."""
         if state_from_proto(record) not in set(Src):
             raise StateUnknownError("source", record)
+        if self._is_of_another(record, "source"):
+            return
         if self.source_record is None or record.revision >= self.source_record.revision:
             self.source_record = record
             self._time_calls("source", record)
@@ -129,6 +144,8 @@ class Knowledge:
         """Likewise."""
         if state_from_proto(record) not in set(Dst):
             raise StateUnknownError("destination", record)
+        if self._is_of_another(record, "destination"):
+            return
         if self.destination_record is None or record.revision >= self.destination_record.revision:
             self.destination_record = record
             self._time_calls("destination", record)
@@ -157,6 +174,31 @@ class Knowledge:
         """Seconds by which the destination's wall clock is ahead of the source's; 0 where that is not known."""
         offsets = self._wall_offsets
         return offsets["destination"] - offsets["source"] if len(offsets) == 2 else 0.0
+
+    def _is_of_another(self, record: pb.Record, side: str) -> bool:
+        """A record names its guest and the other host, unless the attempt was given up before it got there."""
+        if self._parties is None:
+            return False
+        host, peer = self._parties.source, self._parties.destination
+        if side == "destination":
+            host, peer = peer, host
+        named = ((record.peer_host, peer, "the other host"), (record.domain_uuid, self._parties.domain_uuid, "the guest"))
+        differs = [f"{what} is {got}, not {wanted}" for got, wanted, what in named if got and got != wanted]
+        if differs:
+            text = f"{host} knows migration {record.ref.migration_id} as another one: {'; '.join(differs)}"
+            self.is_foreign(DroverError(Reason.MIGRATION_EXISTS, f"{text}. Nothing more was done; choose a new UUID"))
+        return bool(differs)
+
+    def is_foreign(self, error: DroverError) -> None:
+        """Stop: the id is another migration's, which goes on as it was."""
+        self.foreign = self.foreign or error
+        self.failure = self.failure or Failure.of(error)
+        self._changed()
+
+    def refuted(self, side: str) -> None:
+        """A side that was declared dead answers the other host: the statement does not count."""
+        if self.words.pop(side, None) is not None:
+            log.warning("a host that was declared dead answers the other one", migration=self.ref.migration_id, side=side)
 
     def silent_for(self, side: str) -> float:
         """Seconds for which a side has not answered; 0 for one that does."""

@@ -20,7 +20,7 @@ from agent.features import from_hypervisor
 from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
-from agent.handshake.records import Failure, Role, Timing
+from agent.handshake.records import AttemptRecord, Failure, OperatorWord, Role, Timing, record_to_proto
 from agent.hypervisor.base import Domain, DomainBusy, DomainNotFound, HypervisorError
 from agent.hypervisor.interface import Hypervisor
 from agent.interfaces import is_own
@@ -56,6 +56,10 @@ class LocalHost:
     simulated: bool = False
     """Its hypervisor is a simulated one, in this process: several such hosts share the addresses of one machine."""
     draining: bool = False
+
+    def show(self, record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
+        """A record of this host, as others may see it."""
+        return record_to_proto(record, self.name, progress)
 
     def check_not_draining(self) -> None:
         if self.draining:
@@ -131,6 +135,27 @@ def check_ports(host: LocalHost) -> None:
         )
 
 
+def check_same(attempt: Attempt, host: str, **told: object) -> None:
+    """A call that begins an attempt which is known here must be about the same: else two migrations would share one id.
+
+    Args:
+        told: what the call says, by field of the record. What is empty was not said.
+
+    Raises:
+        DroverError: MIGRATION_EXISTS, naming what differs.
+    """
+    record = attempt.record
+    differs = {name: value for name, value in told.items() if value and getattr(record, name) and value != getattr(record, name)}
+    if differs:
+        what = ", ".join(f"{name.replace('_', ' ')} {getattr(record, name)}, not {value}" for name, value in differs.items())
+        raise DroverError(
+            Reason.MIGRATION_EXISTS,
+            f"migration {record.migration_id} is known on {host} as another one ({what}); nothing was done. Choose a new UUID for a "
+            f"new migration, or watch that one: `drover migration show {record.migration_id}`",
+            metadata={"migration_id": record.migration_id, "host": host, "peer_host": record.peer_host},
+        )
+
+
 def check_address(address: str, field: str) -> None:
     """An agent that cannot be asked later must be refused now. Raises INVALID_FIELD; an empty one means that nobody is asked."""
     if address:
@@ -145,6 +170,13 @@ def check_word(attempt: Attempt, word: pb.OperatorWord) -> None:
     peer = attempt.record.peer_host
     if peer and word.dead_host != peer:
         raise invalid_field("operator_word.dead_host", f"must be {peer}, the other host of this migration, not {word.dead_host}")
+
+
+def stated_changes(attempt: Attempt, message: pb.OperatorWord) -> dict[str, object]:
+    """What the record of an attempt that an operator's statement decides says of it."""
+    word = OperatorWord.of(message)
+    log.warning("an operator's statement decides", migration=attempt.record.migration_id, **msgspec.structs.asdict(word))
+    return {"failure": word.failure(), "operator_word": word}
 
 
 def failure_of(error: Exception, host: str) -> Failure:

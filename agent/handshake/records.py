@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
@@ -121,6 +121,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     aftercare: bool = False
     """After its end here something of the guest has yet to be put right (`aftercare`): it is recovered, though it is final."""
     uri: str = ""
+    proved: str = ""
+    """The destination's migration address, once the path to it was proved; source only."""
     bandwidth: int = 0
     cookies: dict[str, bytes] = {}
     """By the phase that gave them."""
@@ -173,6 +175,10 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
         if new.state in (SourceState.REMOVED, DestinationState.GONE):
             new = msgspec.structs.replace(new, aftercare=False)  # no guest of this attempt is here
         return new
+
+
+_LISTENS: Final = frozenset({DestinationState.PREPARED, DestinationState.ARMED, DestinationState.RUNNING})
+"""States of a destination whose URI is known with its port."""
 
 
 def options_from_proto(message: options_pb2.Options) -> dict[str, bool]:
@@ -250,10 +256,11 @@ def progress_to_proto(progress: Progress) -> pb.Progress:
     )
 
 
-def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
-    """The record as others may see it: no cookies, no XML."""
+def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | None = None) -> pb.Record:
+    """The record of `host`, this one, as others may see it: no cookies, no XML."""
     message = pb.Record(
         ref=record.ref,
+        host=host,
         state=wire_state(record),
         domain_name=record.domain_name,
         domain_uuid=record.domain_uuid,
@@ -273,6 +280,7 @@ def record_to_proto(record: AttemptRecord, progress: pb.Progress | None = None) 
         message.guest.CopyFrom(fact_to_proto(record.seen))
     if record.role is Role.DESTINATION:
         message.slot.CopyFrom(pb.Slot(epoch=record.epoch, expire_time=timestamp(record.expires)))
+        message.uri = record.uri if record.state in _LISTENS else ""
     if progress is not None:
         message.progress.CopyFrom(progress)
     return message

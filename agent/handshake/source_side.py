@@ -7,31 +7,33 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-import msgspec
 import structlog
 
-from agent.errors import DroverError, Reason
-from agent.features import check_bandwidth, check_options, from_hypervisor, settled
+from agent.errors import Reason, invalid_field
+from agent.features import check_bandwidth, settled
 from agent.handshake.aftercare import pause_seen
 from agent.handshake.attempt import Attempt, Told, retry
 from agent.handshake.attempts import Attempts
-from agent.handshake.facts import check_movable, loss_of, source_fact
+from agent.handshake.departure import Departures
+from agent.handshake.facts import loss_of, source_fact
 from agent.handshake.guest_fact import GuestFact, GuestState, fact_of
+from agent.handshake.path import check_proved, prove
+from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import (
     MAX_WAIT,
     LocalHost,
-    answered,
-    check_address,
+    check_same,
     check_word,
     failed,
     failure_of,
     follow_guest,
     look_up,
     phase_changes,
+    stated_changes,
     timed,
     wait_of,
 )
-from agent.handshake.records import Failure, OperatorWord, Role, options_from_proto, progress_to_proto, record_to_proto
+from agent.handshake.records import Failure, Role, options_from_proto, progress_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
 from agent.handshake.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.waits import Follower, tell_broken
@@ -41,12 +43,10 @@ from agent.hypervisor.base import (
     DomainNotFound,
     DomainState,
     HypervisorError,
-    Options,
 )
 from agent.hypervisor.interface import Outgoing
 from agent.networks import read_uri
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2
 
 log = structlog.get_logger()
 
@@ -55,6 +55,8 @@ _S, _E, _F = SourceState, SourceEvent, SourceEffect
 _AFTER_BEGIN: Final = frozenset(_S) - {_S.BEGINNING}
 _AFTER_PERFORM: Final = frozenset(_S) - {_S.BEGINNING, _S.BEGUN, _S.PERFORMING}
 _ENDED: Final = frozenset({_S.REMOVED, _S.KEPT})
+_STOPPED: Final = frozenset({_S.PERFORMED, _S.LOST})
+"""The guest does not run here, and only the destination's record says what to do."""
 
 
 class SourceSide:
@@ -65,10 +67,14 @@ class SourceSide:
         host: LocalHost,
         attempts: Attempts,
         take_over: Callable[[Attempt], None],
+        peers: PeerRecords,
     ) -> None:
         self._host = host
         self._attempts = attempts
         self._take_over = take_over
+        self._peers = peers
+        self._departures = Departures(host, attempts)
+        self.check_leaving = self._departures.check_leaving
         self._sessions: dict[Attempt, Outgoing] = {}
         self._followers: dict[Attempt, Follower] = {}
 
@@ -79,19 +85,33 @@ class SourceSide:
         async with attempt.called(_E.BEGIN):
             if not attempt.record.state:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
-                phase_changes(attempt, "begin", request)  # it may have been another one that opened it meanwhile
+                self._joined(attempt, request)  # it may have been another one that opened it meanwhile
             else:
-                await attempt.apply(_E.BEGIN, lambda: phase_changes(attempt, "begin", request))
+                await attempt.apply(_E.BEGIN, lambda: self._joined(attempt, request))
             record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
             if record.state == _S.KEPT and record.failure is not None:
                 raise record.failure.error()
             stored = stored_to_proto(record.stored, record.domain_name, self._host.name)
-            cookie, told = record.cookies.get("begin", b""), record_to_proto(record)
+            cookie, told = record.cookies.get("begin", b""), self._host.show(record)
             return pb.BeginResponse(record=told, domain_xml=record.domain_xml, cookie_out=cookie, stored=stored)
 
+    def _joined(self, attempt: Attempt, request: pb.BeginRequest) -> dict[str, object]:
+        """What a Begin of a known attempt adds to the record: nothing. It must be about the same migration."""
+        changes = phase_changes(attempt, "begin", request)
+        check_same(
+            attempt,
+            self._host.name,
+            peer_host=request.destination_host,
+            destination_name=request.destination_name,
+            options=options_from_proto(request.options),
+            **({"domain_uuid": request.domain_uuid} if request.domain_uuid else {"domain_name": request.domain}),
+        )
+        return changes
+
     async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
-        domain = await self._check(request)
+        domain = await self._departures.check(request)
         await self._attempts.cared_for(domain.uuid, domain.name)
+        proved = await prove(request.probe, self._host.name, request.destination_host) if request.HasField("probe") else ""
         with self._attempts.claim(domain.uuid, domain.name):
             attempt.saw(fact_of(domain))
             stored = await read_stored(self._host, domain)
@@ -106,49 +126,21 @@ class SourceSide:
                 options=options_from_proto(settled(request.options, self._host.features)),
                 epoch=request.slot_epoch,
                 **changes_of(stored, arrives=False),
+                proved=proved,
             )
         self.recover(attempt)
-
-    async def _check(self, request: pb.BeginRequest) -> Domain:
-        """Everything that can be refused is refused before the guest is touched."""
-        self._host.check_not_draining()
-        check_address(request.destination_agent, "destination_agent")
-        check_options(request.options, self._host.features, f"the source {self._host.name}")
-        try:
-            hypervisor = self._host.hypervisor
-            domain = (
-                await hypervisor.get_domain(request.domain_uuid)
-                if request.domain_uuid
-                else (await hypervisor.describe(request.domain))[0]
-            )
-        except HypervisorError as error:
-            raise from_hypervisor(error, self._host.name, request.domain or request.domain_uuid) from None
-        self._check_movable(domain)
-        return domain
-
-    def _check_movable(self, domain: Domain) -> None:
-        self._attempts.check_free(domain.uuid, domain.name)  # before the job that it holds in the hypervisor is told
-        check_movable(domain, self._host.name)
-
-    async def check_leaving(self, domain: Domain, leaving: host_pb2.Leaving) -> None:
-        """Whether Begin would be taken now, as far as that can be known. Changes nothing. Raises `DroverError`."""
-        self._check_movable(domain)
-        options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
-        try:
-            check = functools.partial(self._host.hypervisor.check_leaving, domain.uuid, options, leaving.destination_name)
-            await answered(self._host, domain.name, check)
-        except HypervisorError as error:
-            why = from_hypervisor(error, self._host.name)
-            text = f"guest {domain.name} cannot leave {self._host.name}: {error}. Nothing was done to the guest"
-            raise DroverError(why.reason, text, metadata=why.metadata) from None
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.PERFORM):
+            if attempt.record.state == _S.BEGUN:
+                uri = read_uri(request.uri, self._host.features.uri_transports)
+                check_proved(attempt.record, str(uri.host), self._host.name)
+                await self._peers.check_uri(attempt, uri, request.destination_record)
             await self._known(attempt, _E.PERFORM, lambda: self._performed(attempt, request))
             record = await attempt.until(_AFTER_PERFORM, wait_of(request.wait, unset=0.0))
             return pb.PerformResponse(
-                record=record_to_proto(record, attempt.progress), cookie_out=record.cookies.get("perform", b"")
+                record=self._host.show(record, attempt.progress), cookie_out=record.cookies.get("perform", b"")
             )
 
     def _performed(self, attempt: Attempt, request: pb.PerformRequest) -> dict[str, object]:
@@ -158,10 +150,10 @@ class SourceSide:
             return {}
         uri = read_uri(request.uri, self._host.features.uri_transports)
         self._host.check_sends_to(uri)
-        check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
+        limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
         return changes | {
             "uri": str(uri),
-            "bandwidth": request.bandwidth_bytes_per_second,
+            "bandwidth": limit,
             "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
         }
 
@@ -170,34 +162,42 @@ class SourceSide:
         async with attempt.called(_E.ABORT):
             await self._known(attempt, _E.ABORT, lambda: self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
-            return pb.AbortResponse(record=record_to_proto(record, attempt.progress))
+            return pb.AbortResponse(record=self._host.show(record, attempt.progress))
 
     async def confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmResponse:
-        event = {pb.DECISION_RUNNING: _E.CONFIRM_RUNNING, pb.DECISION_GONE: _E.CONFIRM_GONE}.get(request.decision)
-        if event is None:
-            raise DroverError(Reason.INVALID_FIELD, "decision: must be DECISION_RUNNING or DECISION_GONE")
+        claimed = {pb.DECISION_RUNNING: _E.CONFIRM_RUNNING, pb.DECISION_GONE: _E.CONFIRM_GONE}.get(request.decision)
+        if claimed is None:
+            raise invalid_field("decision", "must be DECISION_RUNNING or DECISION_GONE")
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         wait = wait_of(request.wait, unset=MAX_WAIT)
-        async with attempt.called(event):
+        async with attempt.called(claimed):
+            if request.HasField("operator_word"):
+                check_word(attempt, request.operator_word)
             if attempt.record.state == _S.PERFORMING:
-                if event is _E.CONFIRM_GONE:
+                if claimed is _E.CONFIRM_GONE:
                     await attempt.apply(_E.ABORT)
                 await attempt.until(_AFTER_PERFORM, wait)
-            if attempt.record.state != _S.PERFORMING:
-                await self._known(attempt, event, lambda: self._told(attempt, event, request))
+            if attempt.record.state in _STOPPED:
+                await self._obey(attempt, claimed, request)
+            elif attempt.record.state != _S.PERFORMING:
+                await self._known(attempt, claimed, lambda: self._told(attempt, claimed, request, by_word=False))
             record = await attempt.until(_ENDED, wait)
-            return pb.ConfirmResponse(record=record_to_proto(record, attempt.progress))
+            return pb.ConfirmResponse(record=self._host.show(record, attempt.progress))
 
-    def _told(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest) -> dict[str, object]:
-        """What a Confirm adds to the record."""
+    async def _obey(self, attempt: Attempt, claimed: SourceEvent, request: pb.ConfirmRequest) -> None:
+        """Read the decision from the destination, and do that, whatever the caller claims. Raises UNDECIDED, NOT_IN_DOUBT."""
+        stated = request.HasField("operator_word") and claimed is _E.CONFIRM_GONE
+        decision = await self._peers.decision(attempt, request.destination_record, stated_dead=stated)
+        told = functools.partial(self._told, attempt, decision.event, request, by_word=decision.by_statement)
+        await attempt.apply(decision.event, told)
+
+    def _told(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest, *, by_word: bool) -> dict[str, object]:
+        """What a Confirm adds to the record. `by_word`: an operator's statement stands in for the destination's record."""
         told: dict[str, object] = {}
         if event is _E.CONFIRM_GONE:
             told = self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
-            if request.HasField("operator_word"):
-                check_word(attempt, request.operator_word)
-                word = OperatorWord.of(request.operator_word)
-                log.warning("an operator's word decides", migration=record_id(attempt), **msgspec.structs.asdict(word))
-                told = {"failure": word.failure(), "operator_word": word}
+            if by_word:
+                told = stated_changes(attempt, request.operator_word)
         if request.cookie_in:
             told["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
         return told

@@ -9,7 +9,7 @@ from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationState
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
-from agent.handshake.records import Role, record_to_proto, state_from_proto
+from agent.handshake.records import Role, state_from_proto
 from agent.handshake.source import SourceState
 from agent.hypervisor.base import HypervisorError
 from agent.hypervisor.interface import Outgoing
@@ -37,7 +37,7 @@ class Transfers:
             raise _not_armed("the transfer was started with the option post_copy=off, so it cannot be switched")
         await self._check_armed(attempt)
         await self._hypervisor(self._session_of(attempt).start_postcopy())
-        return pb.StartPostCopyResponse(record=record_to_proto(attempt.record, attempt.progress))
+        return pb.StartPostCopyResponse(record=self._host.show(attempt.record, attempt.progress))
 
     async def _check_armed(self, attempt: Attempt) -> None:
         """The switch is the commit, so the destination must be armed: a copy that is only prepared may be given up at any moment,
@@ -54,10 +54,10 @@ class Transfers:
 
     async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
         attempt = await self._transferring(request.ref)
-        check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
-        await self._hypervisor(self._session_of(attempt).set_bandwidth(request.bandwidth_bytes_per_second))
-        await attempt.note(bandwidth=request.bandwidth_bytes_per_second)
-        return pb.SetBandwidthResponse(record=record_to_proto(attempt.record, attempt.progress))
+        limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
+        await self._hypervisor(self._session_of(attempt).set_bandwidth(limit))
+        await attempt.note(bandwidth=limit)
+        return pb.SetBandwidthResponse(record=self._host.show(attempt.record, attempt.progress))
 
     async def _transferring(self, ref: pb.AttemptRef) -> Attempt:
         attempt = await self._attempts.find(ref)

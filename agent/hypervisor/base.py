@@ -139,6 +139,8 @@ class Features:
     """A limit on the transfer's rate can be enforced, and changed while it runs."""
     split_phases: bool
     """Begin, Prepare, Perform, Finish and Confirm can be called one by one."""
+    bandwidth_unit: int = 1
+    """Bytes per second: a limit is enforced in multiples of it."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """For an option that this host lacks though the driver has it: what forbids it, and what would allow it."""
 

@@ -21,8 +21,9 @@ async def test_every_phase_by_hand(cluster: Cluster) -> None:
     ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
         source, destination = src.handshake, dst.handshake
-        slot = (await reserve(src, dst, ref, guest.name)).record.slot
-        begun = await source.begin(pb.BeginRequest(ref=ref, domain=guest.name, destination_host="h2"))
+        reserved = await reserve(src, dst, ref, guest.name)
+        slot = reserved.record.slot
+        begun = await source.begin(pb.BeginRequest(ref=ref, domain=guest.name, destination_host="h2", probe=reserved.probe))
         assert record_state(begun.record) == "begun"
         with pytest.raises(DroverError) as early:
             await source.confirm(pb.ConfirmRequest(ref=ref, decision=pb.DECISION_RUNNING))
@@ -48,7 +49,12 @@ async def test_every_phase_by_hand(cluster: Cluster) -> None:
         with pytest.raises(DroverError) as foreign:
             await source.perform(pb.PerformRequest(ref=ref, uri="unix:/tmp/x", cookie_in=prepared.cookie_out))
         assert foreign.value.reason is Reason.URI_NOT_ALLOWED
-        performing = await source.perform(pb.PerformRequest(ref=ref, uri=prepared.uri_out, cookie_in=prepared.cookie_out))
+        told = {"cookie_in": prepared.cookie_out, "destination_record": prepared.record}
+        for wrong in (prepared.uri_out[:-1] + "9", "tcp://localhost:49160"):  # 6.7: only what this attempt's destination gave
+            with pytest.raises(DroverError) as elsewhere:
+                await source.perform(pb.PerformRequest(ref=ref, uri=wrong, **told))
+            assert elsewhere.value.reason is Reason.URI_NOT_ALLOWED
+        performing = await source.perform(pb.PerformRequest(ref=ref, uri=prepared.uri_out, **told))
         assert record_state(performing.record) in ("performing", "performed")
         armed = await destination.finish(pb.FinishRequest(ref=ref, wait=duration(20)))
         assert record_state(armed.record) == "running", armed.record.failure.message
@@ -57,7 +63,13 @@ async def test_every_phase_by_hand(cluster: Cluster) -> None:
         assert late.value.reason is Reason.WRONG_PHASE
         assert late.value.metadata["state"] == "running"
         confirmed = await source.confirm(
-            pb.ConfirmRequest(ref=ref, decision=pb.DECISION_RUNNING, cookie_in=armed.cookie_out, wait=duration(20))
+            pb.ConfirmRequest(
+                ref=ref,
+                decision=pb.DECISION_RUNNING,
+                cookie_in=armed.cookie_out,
+                wait=duration(20),
+                destination_record=armed.record,
+            )
         )
         assert record_state(confirmed.record) == "removed"
         with pytest.raises(DroverError) as resumed:

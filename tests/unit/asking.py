@@ -1,6 +1,8 @@
 """The requests of the handshake, the plan behind them, and how to wait for what no event tells."""
 
 import asyncio
+import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -8,7 +10,8 @@ import pytest
 
 from agent.errors import DroverError, Reason
 from agent.features import features_to_proto
-from agent.handshake.driver import Driver, Plan
+from agent.handshake.driver import Driver
+from agent.handshake.plan import Plan
 from agent.handshake.records import AttemptRecord, Failure, Role
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
@@ -16,10 +19,37 @@ from tests.unit.fake_hypervisor import FEATURES, UUID
 
 ID = "6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01"
 REF = pb.AttemptRef(migration_id=ID, attempt=1)
-ADDRESSES = {"h1": "10.92.0.1", "h2": "10.92.0.2"}
+ADDRESSES = {"h1": "127.92.0.1", "h2": "127.92.0.2"}
 PATIENCE = 20.0
 """Seconds for what ends soon, on a machine that is busy with other things too."""
 CANCELLED = Failure(Reason.CANCELLED, "cancelled on request")
+
+
+def _answering() -> pb.PathProbe:
+    """A destination's answer on its migration address, for sources that are tested without a destination."""
+    nonce, listening = b"n" * 32, socket.create_server((ADDRESSES["h2"], 0))
+
+    def answer() -> None:
+        while True:
+            with listening.accept()[0] as connection:
+                connection.sendall(nonce)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return pb.PathProbe(address=f"{ADDRESSES['h2']}:{listening.getsockname()[1]}", nonce=nonce)
+
+
+PROBE = _answering()
+
+
+def destination_record(state: str = "prepared", **fields: Any) -> pb.Record:
+    """What h2 says of the attempt, as a driver relays it."""
+    values: dict[str, Any] = {"ref": REF, "host": "h2", "peer_host": "h1", "domain_uuid": UUID, "uri": "tcp://127.92.0.2:49152"}
+    return pb.Record(**{**values, "state": pb.RecordState.Value(f"RECORD_STATE_{state.upper()}"), **fields})
+
+
+def source_record(state: str, **fields: Any) -> pb.Record:
+    """What h1 says of the attempt, as a driver relays it."""
+    return destination_record(state, **{"host": "h1", "peer_host": "h2", "uri": "", **fields})
 
 
 async def until(condition: Callable[[], Any], within: float = PATIENCE) -> None:
@@ -65,7 +95,7 @@ def reserve(**fields: Any) -> pb.ReserveSlotRequest:
 
 def begin(**fields: Any) -> pb.BeginRequest:
     return pb.BeginRequest(
-        **{"ref": REF, "domain": "web1", "destination_host": "h2", "destination_agent": "10.91.0.2:7400", **fields}
+        **{"ref": REF, "domain": "web1", "destination_host": "h2", "destination_agent": "10.91.0.2:7400", "probe": PROBE, **fields}
     )
 
 
@@ -74,7 +104,15 @@ def prepare(epoch: int = 1, **fields: Any) -> pb.PrepareRequest:
 
 
 def perform(**fields: Any) -> pb.PerformRequest:
-    return pb.PerformRequest(**{"ref": REF, "uri": "tcp://10.92.0.2:49152", "cookie_in": b"prepared", **fields})
+    return pb.PerformRequest(
+        **{
+            "ref": REF,
+            "uri": "tcp://127.92.0.2:49152",
+            "cookie_in": b"prepared",
+            "destination_record": destination_record(),
+            **fields,
+        }
+    )
 
 
 def finish(**fields: Any) -> pb.FinishRequest:
@@ -82,7 +120,8 @@ def finish(**fields: Any) -> pb.FinishRequest:
 
 
 def confirm(decision: pb.Decision.ValueType, **fields: Any) -> pb.ConfirmRequest:
-    return pb.ConfirmRequest(**{"ref": REF, "decision": decision, **fields})
+    state = {pb.DECISION_RUNNING: "running", pb.DECISION_GONE: "gone"}.get(decision, "armed")
+    return pb.ConfirmRequest(**{"ref": REF, "decision": decision, "destination_record": destination_record(state), **fields})
 
 
 def word(dead_host: str) -> pb.OperatorWord:
@@ -93,7 +132,7 @@ def word(dead_host: str) -> pb.OperatorWord:
 
 def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
     """A record as it stands in a journal."""
-    uris = {"uri": "tcp://10.92.0.2:49152", "domain_xml": "<domain/>"} if state not in ("reserved", "beginning") else {}
+    uris = {"uri": "tcp://127.92.0.2:49152", "domain_xml": "<domain/>"} if state not in ("reserved", "beginning") else {}
     values: dict[str, Any] = {
         "domain_name": "web1",
         "domain_uuid": UUID,
@@ -101,7 +140,8 @@ def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
         "peer_host": "h2" if role is Role.SOURCE else "h1",
         "peer_agent": "10.91.0.2:7400",
         "epoch": 1,
-        "cookies": {"begin": b"begun", "prepare": b"prepared", "listen": b"10.92.0.2"},
+        "proved": ADDRESSES["h2"],
+        "cookies": {"begin": b"begun", "prepare": b"prepared", "listen": b"127.92.0.2"},
         "revision": 5,
         **uris,
     }

@@ -89,7 +89,7 @@ HOST = host_pb2.Host(
     driver="sim",
     hypervisor="QEMU 7.2.22",
     incoming_limit=2,
-    networks=[host_pb2.Network(name="mig0", address="10.92.0.1", roles=["migration"], line_bytes_per_second=125_000_000)],
+    networks=[host_pb2.Network(name="mig0", address="127.92.0.1", roles=["migration"], line_bytes_per_second=125_000_000)],
     migration_features=options_pb2.MigrationFeatures(
         options={"live": options_pb2.OPTION_SUPPORT_SUPPORTED, "rdma": options_pb2.OPTION_SUPPORT_UNSUPPORTED},
         uri_transports=["tcp"],

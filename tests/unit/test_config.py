@@ -24,7 +24,7 @@ last_port = 49310
 profile = "qemu"
 [[networks]]
 name = "mig0"
-address = "10.92.0.1"
+address = "127.92.0.1"
 roles = ["migration"]
 line_bytes_per_second = 125_000_000
 [peers]

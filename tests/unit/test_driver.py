@@ -26,7 +26,7 @@ async def test_a_full_run_and_each_cookie_reaches_its_phase(pair: Pair) -> None:
     pair.moved()
     assert driver.ended
     assert not driver.outcome_unknown
-    assert driver.uri == "tcp://10.92.0.2:49152"
+    assert driver.uri == "tcp://127.92.0.2:49152"
     assert pair.destination.hypervisor.arguments["prepare"][1] == b"begun"
     uri, _, cookie, *_, bandwidth = pair.source.hypervisor.arguments["perform"]
     assert (uri, cookie, bandwidth) == (driver.uri, b"prepared", 1000)
@@ -79,7 +79,7 @@ async def test_a_refusal_before_the_memory_flows_ends_it_with_that_reason(pair: 
 
 
 @pytest.mark.parametrize(
-    "uri", ["tcp://10.66.6.6:49152", "tcp://10.92.0.2:22", "unix:///tmp/x", "tcp://10.92.0.2", "tcp://h2:49152"]
+    "uri", ["tcp://10.66.6.6:49152", "tcp://127.92.0.2:22", "unix:///tmp/x", "tcp://127.92.0.2", "tcp://h2:49152"]
 )
 async def test_a_destination_that_points_elsewhere_is_not_believed(pair: Pair, uri: str) -> None:
     def lie(answer: pb.PrepareResponse) -> pb.PrepareResponse:

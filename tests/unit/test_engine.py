@@ -37,7 +37,7 @@ async def to_prepared(agent: Agent) -> None:
 
 async def to_performing(pair: Pair) -> None:
     pair.wire.all_sent.clear()
-    await pair.source.engine.begin(begin())
+    await pair.alone().engine.begin(begin())
     await pair.source.engine.perform(perform())
 
 
@@ -51,7 +51,7 @@ async def to_armed(pair: Pair) -> None:
 
 
 async def test_the_source_writes_before_it_does_and_before_it_answers(pair: Pair) -> None:
-    source = pair.source
+    source = pair.alone()
     assert state_from_proto((await source.engine.begin(begin())).record) == "begun"
     await source.engine.perform(perform())
     await source.reaches("performed")
@@ -92,7 +92,7 @@ Setup = Callable[[Pair], Awaitable[Any]]
     ("call", "request_", "before"),
     [
         ("begin", begin(), lambda pair: asyncio.sleep(0)),
-        ("perform", perform(), lambda pair: pair.source.engine.begin(begin())),
+        ("perform", perform(), lambda pair: pair.alone().engine.begin(begin())),
         ("abort", ABORT, lambda pair: pair.source.engine.begin(begin())),
         ("reserve_slot", reserve(), lambda pair: asyncio.sleep(0)),
         ("prepare", prepare(), lambda pair: pair.destination.engine.reserve_slot(reserve())),
@@ -153,7 +153,7 @@ async def test_a_decision_that_is_not_recorded_is_told_to_nobody(pair: Pair) -> 
 @pytest.mark.parametrize("effect", ["remove", "resume"])
 async def test_a_journal_that_fails_between_a_retry_and_its_end(pair: Pair, effect: str) -> None:
     """The hypervisor fails once, and is written down as waited for; then it works, but the journal does not for a moment."""
-    agent = pair.source
+    agent = pair.alone()
     await agent.engine.begin(begin())
     await agent.engine.perform(perform())
     await agent.reaches("performed")
@@ -241,7 +241,7 @@ async def test_two_callers_join_one_prepare_and_one_finish(pair: Pair) -> None:
     agent = pair.destination
     await agent.engine.reserve_slot(reserve())
     answers = await asyncio.gather(*(agent.engine.prepare(prepare()) for _ in range(3)))
-    assert {(a.cookie_out, a.uri_out) for a in answers} == {(b"prepared", "tcp://10.92.0.2:49152")}
+    assert {(a.cookie_out, a.uri_out) for a in answers} == {(b"prepared", "tcp://127.92.0.2:49152")}
     pair.wire.arrived.set()
     finishes = await asyncio.gather(*(agent.engine.finish(finish(wait={"seconds": 2})) for _ in range(3)))
     assert {a.cookie_out for a in finishes} == {b"finished"}
@@ -280,7 +280,8 @@ async def test_a_request_id_names_one_content(pair: Pair, call: str, first: Any,
     await getattr(agent.engine, call)(first)
 
 
-async def test_a_wait_is_no_content(source: Agent) -> None:
+async def test_a_wait_is_no_content(pair: Pair) -> None:
+    source = pair.alone()
     await source.engine.begin(begin())
     await source.engine.perform(perform(request_id="r"))
     await source.engine.perform(perform(request_id="r", wait={"seconds": 1}))

@@ -198,7 +198,7 @@ def reused(answers: list[object]) -> bool:
 
 async def test_two_requests_of_one_id_are_told_apart_while_the_first_is_written(pair: Pair) -> None:
     pair.wire.all_sent.clear()
-    source, destination = pair.source, pair.destination
+    source, destination = pair.alone(), pair.destination
     source.journal.pause = destination.journal.pause = 0.02
     source.hypervisor.put(guest("8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002", "web2"))
     h1, h2 = source.engine, destination.engine
@@ -327,6 +327,7 @@ async def test_an_agent_that_could_not_be_asked_later_is_refused_now(pair: Pair,
 
 async def test_a_refused_giving_up_leaves_no_failure_behind(pair: Pair) -> None:
     h2 = pair.destination
+    pair.source.keep(record(Role.SOURCE, "kept"))
     h2.keep(record(Role.DESTINATION, "armed"))
     h2.hypervisor.put(WAITS)
     held = h2.hypervisor.held["abandon"] = asyncio.Event()

@@ -168,7 +168,7 @@ async def test_one_guest_is_taken_by_one_migration(pair: Pair) -> None:
 @pytest.mark.parametrize("decision", ["running", "gone"])
 async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_loses_nothing(pair: Pair, decision: str) -> None:
     """The usual race: the copy runs before the source's own Perform has been written down."""
-    agent = pair.source
+    agent = pair.alone()
     agent.hypervisor.put(RUNS)
     pair.wire.all_sent.clear()
     await agent.engine.begin(begin())
@@ -179,7 +179,7 @@ async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_l
     await agent.journal.waiting.wait()
     request = confirm(pb.DECISION_RUNNING, cookie_in=b"finished")
     if decision == "gone":
-        request = confirm(pb.DECISION_GONE, operator_word=word("h2"))
+        request = confirm(pb.DECISION_GONE, operator_word=word("h2"), destination_record=None)
     confirming = asyncio.create_task(agent.engine.confirm(request))
     await asyncio.sleep(0.02)
     agent.journal.held.set()

@@ -222,7 +222,7 @@ async def test_a_lock_that_comes_late_is_let_go_too(brief: Pair) -> None:
 
 async def test_a_transfer_whose_driver_is_silent_is_taken_over_once_it_is(brief: Pair) -> None:
     brief.wire.all_sent.clear()
-    agent = brief.source
+    agent = brief.alone()
     begun = await agent.engine.begin(begin())
     assert begun.domain_xml
     await agent.engine.perform(perform())
@@ -232,7 +232,7 @@ async def test_a_transfer_whose_driver_is_silent_is_taken_over_once_it_is(brief:
 
 
 async def test_a_driver_that_asks_in_time_is_not_silent(brief: Pair) -> None:
-    agent = brief.source
+    agent = brief.alone()
     await agent.engine.begin(begin())
     waiting = asyncio.create_task(agent.engine.perform(perform(wait={"nanos": 900_000_000})))
     brief.wire.all_sent.clear()
@@ -261,10 +261,10 @@ async def test_a_lease_that_was_read_from_the_journal_ends_too(brief: Pair) -> N
 async def test_no_lease_ends_an_armed_copy_and_the_source_is_asked(brief: Pair) -> None:
     brief.wire.all_sent.clear()
     agent = brief.destination
-    await brief.source.engine.begin(begin())
-    await brief.source.engine.perform(perform())
     await agent.engine.reserve_slot(reserve())
+    await brief.source.engine.begin(begin())
     await agent.engine.prepare(prepare())
+    await brief.source.engine.perform(perform())
     await agent.engine.finish(finish())
     await until(lambda: brief.to_source.count["get_record"] >= 2)  # it runs there: asked again
     assert agent.journalled == "armed"
@@ -327,7 +327,7 @@ async def test_a_finish_without_an_answer_is_settled_by_the_facts(pair: Pair) ->
 
 
 async def test_a_perform_without_an_answer_is_settled_by_the_facts(pair: Pair) -> None:
-    agent = pair.source
+    agent = pair.alone()
     agent.hypervisor.put(RUNS)
     await agent.engine.begin(begin())
     agent.hypervisor.fails["perform"] = [AWAY]
@@ -339,7 +339,7 @@ async def test_a_perform_without_an_answer_is_settled_by_the_facts(pair: Pair) -
 
 @pytest.mark.parametrize(("effect", "end"), [("remove", "removed"), ("resume", "kept")])
 async def test_what_must_be_done_is_tried_until_it_is_done(pair: Pair, effect: str, end: str) -> None:
-    agent = pair.source
+    agent = pair.alone()
     agent.hypervisor.put(RUNS)
     await agent.engine.begin(begin())
     await agent.engine.perform(perform())

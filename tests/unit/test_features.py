@@ -19,6 +19,7 @@ from agent.hypervisor import base
 from agent.hypervisor.base import Features, Support
 from drover.agent.v1 import bounds_pb2, options_pb2
 
+MIB = 1 << 20
 FEATURES = Features(
     options={
         "live": Support.ALWAYS_ON,
@@ -102,6 +103,15 @@ def test_a_limit_that_cannot_be_kept_is_refused() -> None:
     with pytest.raises(DroverError, match="h1 cannot enforce") as error:
         check_bandwidth(1, cannot, "h1")
     assert error.value.reason is Reason.BANDWIDTH_UNSUPPORTED
+
+
+def test_6_07_a_limit_is_rounded_down_to_what_can_be_kept_and_refused_below_it() -> None:
+    mebibytes = options_pb2.MigrationFeatures(bandwidth=True, bandwidth_unit=MIB)
+    assert [check_bandwidth(limit, mebibytes, "x") for limit in (0, MIB, MIB + 1, 3 * MIB - 1)] == [0, MIB, MIB, 2 * MIB]
+    for limit in (1, 512 << 10, 1_000_000):
+        with pytest.raises(DroverError, match="its least is 1048576") as error:
+            check_bandwidth(limit, mebibytes, "h1")
+        assert error.value.reason is Reason.BANDWIDTH_UNSUPPORTED
 
 
 def test_versions() -> None:

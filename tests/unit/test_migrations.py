@@ -38,7 +38,7 @@ async def test_from_accepted_to_succeeded(driving: Driving) -> None:
     ended = await driving.ended(ID)
     driving.pair.moved()
     assert (ended.state, ended.runs_on, ended.phase) == (pb.MIGRATION_STATE_SUCCEEDED, "h2", "")
-    assert ended.uri == "tcp://10.92.0.2:49152"
+    assert ended.uri == "tcp://127.92.0.2:49152"
     assert not ended.HasField("failure")
     assert ended.HasField("commit_time")
     assert ended.end_time.ToNanoseconds() >= ended.commit_time.ToNanoseconds() >= ended.create_time.ToNanoseconds()

@@ -23,7 +23,7 @@ from agent.hypervisor.base import (
 from agent.hypervisor.sim import Latencies, SimConfig, SimGuest, SimHypervisor
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.stream import connect
-from tests.unit.test_sim_migration import UUID, Move, facts, host, lines_of, said, slow, until, web
+from tests.unit.test_sim_migration import MIB, UUID, Move, facts, host, lines_of, said, slow, until, web
 
 Hosts = Callable[..., Awaitable[tuple[SimHypervisor, SimHypervisor]]]
 
@@ -217,7 +217,7 @@ async def test_a_stream_that_dies_with_the_last_word_leaves_the_source_paused(ho
 
 
 async def broken_postcopy(a: SimHypervisor, b: SimHypervisor) -> Move:
-    move = Move(a, b, bandwidth=1000)
+    move = Move(a, b, bandwidth=MIB)
     await move.prepare()
     finishing, performing = move.finish(), move.perform()
     await move.flow()
@@ -254,7 +254,7 @@ async def test_a_broken_post_copy_is_recovered_by_going_through_the_phases_again
 
 async def test_post_copy_without_finish_is_lost_when_the_destination_lets_go(hosts: Hosts) -> None:
     a, b = await hosts(slow())
-    move = Move(a, b, bandwidth=1000)
+    move = Move(a, b, bandwidth=MIB)
     await move.prepare()
     performing = move.perform()
     await move.flow()

@@ -270,15 +270,15 @@ async def test_progress_and_bandwidth(hosts: Hosts) -> None:
 
 
 async def test_two_migrations_share_the_link(hosts: Hosts) -> None:
-    a, b = await hosts(slow(), slow(name="db"), link_rate=300)
-    moves = [Move(a, b, bandwidth=100), Move(a, b, uuid=uuid_of("db"))]
+    a, b = await hosts(slow(), slow(name="db"), link_rate=300 * MIB)
+    moves = [Move(a, b, bandwidth=100 * MIB), Move(a, b, uuid=uuid_of("db"))]
     for move in moves:
         await move.prepare()
     tasks = [move.perform() for move in moves]
-    for move, rate in zip(moves, [100, 200], strict=True):
+    for move, rate in zip(moves, [100 * MIB, 200 * MIB], strict=True):
         await until(move.out.progress, lambda p, rate=rate: p is not None and p.rate == rate)  # type: ignore[misc]
     await moves[0].out.abort()
-    await until(moves[1].out.progress, lambda p: p.rate == 300)
+    await until(moves[1].out.progress, lambda p: p.rate == 300 * MIB)
     await moves[1].out.abort()
     await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -332,7 +332,7 @@ async def test_events_tell_the_story(hosts: Hosts) -> None:
 
 async def test_post_copy_runs_at_the_destination_at_once(hosts: Hosts) -> None:
     a, b = await hosts(slow())
-    move = Move(a, b, bandwidth=1000)
+    move = Move(a, b, bandwidth=MIB)
     await move.prepare()
     finishing, performing = move.finish(), move.perform()
     await move.flow()

@@ -24,10 +24,11 @@ from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
 from agent.features import features_to_proto
 from agent.handshake.attempt import Attempt
-from agent.handshake.driver import Driver, Plan
+from agent.handshake.driver import Driver
 from agent.handshake.engine import Engine
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.phases import LocalHost
+from agent.handshake.plan import Plan
 from agent.handshake.records import AttemptRecord, decode, state_from_proto
 from agent.intact import add_functions
 from agent.journal import Journal
@@ -294,6 +295,11 @@ class Pair:
 
     def driver(self, plan: Plan | None = None, on_change: Callable[[], None] = lambda: None) -> Driver:
         return Driver(REF, self.to_source, self.to_destination, plan or make_plan(), on_change)
+
+    def alone(self) -> Agent:
+        """The source, which cannot reach its destination: a record that its caller relays counts."""
+        self.source.other_side = None
+        return self.source
 
     @property
     def runs_on(self) -> list[str]:

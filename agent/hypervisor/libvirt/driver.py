@@ -88,6 +88,7 @@ class LibvirtHypervisor:
             library_version=known.library,
             host_uuid=known.capabilities.host_uuid,
             features=Features(
+                bandwidth_unit=words.MIB,
                 options={**words.SUPPORT, **dict.fromkeys(reasons, Support.UNSUPPORTED)},
                 reasons=reasons,
                 uri_transports=known.capabilities.uri_transports,

@@ -98,6 +98,18 @@ class LibvirtOutgoing:
     async def perform(
         self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
     ) -> Performed:
+        try:
+            return await self._perform(uri, domain_xml, cookie, options, destination_name, bandwidth)
+        except Exception:
+            # Refused or failed, it will not be confirmed: the job that Begin opened would hold the guest until this agent ends.
+            if not self._must_hold and not self._is_performing:
+                self._begun = None
+                await self._session.close()
+            raise
+
+    async def _perform(
+        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+    ) -> Performed:
         flags = words.flags_for(options, domain_xml)
         limit = words.mebibytes(bandwidth)
         params = {**leaving.params(destination_name)} | {
@@ -129,7 +141,6 @@ class LibvirtOutgoing:
             out, final = await asyncio.shield(self._performing)
         except HypervisorUnavailable:
             await self._guard.mend()
-            await self._session.close()  # of a Perform that got no thread, the job of Begin would hold the guest for good
             raise
         except HypervisorError as error:
             self._outcome_is_known = True

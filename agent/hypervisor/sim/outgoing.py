@@ -20,6 +20,7 @@ from agent.hypervisor.base import (
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
+from agent.hypervisor.sim.profiles import MIB
 from agent.hypervisor.sim.sender import Assignment, Sender
 from agent.uri import MigrationUri
 
@@ -83,6 +84,14 @@ class SimOutgoing:
     async def perform(
         self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
     ) -> Performed:
+        try:
+            return await self._perform(uri, cookie, options, bandwidth)
+        except Exception:
+            if self._uuid not in self._host.senders:
+                self._let_go()  # as libvirt: a Perform that was refused or has failed leaves no job
+            raise
+
+    async def _perform(self, uri: str, cookie: bytes, options: Options, bandwidth: int) -> Performed:
         await self._host.gate("perform")
         guest = self._host.guest(self._uuid)
         self._host.check_options(options)
@@ -105,8 +114,7 @@ class SimOutgoing:
 
     def _assignment(self, uri: str, cookie: bytes, options: Options, bandwidth: int) -> Assignment:
         address = self._address(uri)
-        if bandwidth < 0:
-            raise HypervisorError("bandwidth below zero")
+        _check_limit(bandwidth)
         return Assignment(
             address=address,
             token=Cookie.decode(cookie).token,
@@ -152,8 +160,7 @@ class SimOutgoing:
 
     async def set_bandwidth(self, bandwidth: int) -> None:
         await self._host.gate("set_bandwidth")
-        if bandwidth < 0:
-            raise HypervisorError("bandwidth below zero")
+        _check_limit(bandwidth)
         self._running().set_bandwidth(bandwidth)
 
     def _running(self) -> Sender:
@@ -207,5 +214,11 @@ class SimOutgoing:
             self._let_go()
 
     def _let_go(self) -> None:
-        if self._host.holders.get(self._uuid) is self:
-            self._host.release(self._host.guest(self._uuid))
+        if self._host.holders.get(self._uuid) is self and (guest := self._host.guests.get(self._uuid)) is not None:
+            self._host.release(guest)
+
+
+def _check_limit(bandwidth: int) -> None:
+    """As libvirt, whose unit is 1 MiB/s."""
+    if bandwidth < 0 or 0 < bandwidth < MIB:
+        raise Incompatible(f"a transfer cannot be limited to {bandwidth} bytes per second; the least is {MIB}")

@@ -6,6 +6,8 @@ from types import MappingProxyType
 
 from agent.hypervisor.base import Features, Options, Support
 
+MIB = 1 << 20
+
 YES, ALWAYS, NO = Support.SUPPORTED, Support.ALWAYS_ON, Support.UNSUPPORTED
 
 DEFAULTS: Mapping[str, bool] = MappingProxyType(
@@ -27,6 +29,7 @@ class Profile:
 
     def features(self, ports: tuple[int, int], forbidden: Mapping[str, str]) -> Features:
         return Features(
+            bandwidth_unit=MIB,
             options={**self.options, **dict.fromkeys(forbidden, NO)},
             reasons=forbidden,
             uri_transports=self.uri_transports,

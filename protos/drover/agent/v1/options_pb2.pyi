@@ -253,6 +253,7 @@ class MigrationFeatures(message.Message):
     FIRST_PORT_FIELD_NUMBER: builtins.int
     LAST_PORT_FIELD_NUMBER: builtins.int
     REASONS_FIELD_NUMBER: builtins.int
+    BANDWIDTH_UNIT_FIELD_NUMBER: builtins.int
     bandwidth: builtins.bool
     """A bandwidth limit can be enforced, and changed while the transfer runs."""
     split_phases: builtins.bool
@@ -261,6 +262,10 @@ class MigrationFeatures(message.Message):
     """First port on which this host listens for migrations."""
     last_port: builtins.int
     """Last port, inclusive."""
+    bandwidth_unit: builtins.int
+    """A limit of the rate is enforced in multiples of so many bytes per second: a smaller one is refused, another one is rounded down,
+    and the migration's warnings say so. Zero: any limit is enforced as it is.
+    """
     @builtins.property
     def options(self) -> containers.ScalarMap[builtins.str, OptionSupport.ValueType]:
         """Support of each option, by its field name in Options. One that is missing is unsupported. At most 64."""
@@ -285,9 +290,10 @@ class MigrationFeatures(message.Message):
         first_port: builtins.int = ...,
         last_port: builtins.int = ...,
         reasons: abc.Mapping[builtins.str, builtins.str] | None = ...,
+        bandwidth_unit: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth", b"bandwidth", "first_port", b"first_port", "last_port", b"last_port", "options", b"options", "reasons", b"reasons", "split_phases", b"split_phases", "uri_transports", b"uri_transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth", b"bandwidth", "bandwidth_unit", b"bandwidth_unit", "first_port", b"first_port", "last_port", b"last_port", "options", b"options", "reasons", b"reasons", "split_phases", b"split_phases", "uri_transports", b"uri_transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -1,0 +1,66 @@
+"""Whether a guest may come to this host, or is here already: what is asked of the hypervisor before anything is recorded."""
+
+import asyncio
+from collections.abc import Awaitable
+
+from agent.errors import DroverError, Reason
+from agent.features import check_options, check_protocol, from_hypervisor, requirements_from_proto
+from agent.handshake.facts import check_place_is_free
+from agent.handshake.phases import LocalHost, check_address, check_ports
+from agent.handshake.records import Failure
+from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorError
+from drover.agent.v1 import handshake_pb2 as pb
+
+
+async def check_arrival(host: LocalHost, request: pb.ReserveSlotRequest) -> bool:
+    """Everything that can be refused is refused before the guest is touched. Whether a definition of the guest is here."""
+    here = f"the destination {host.name}"
+    host.check_not_draining()
+    check_address(request.source_agent, "source_agent")
+    if request.protocol_version:
+        check_protocol(request.protocol_version, request.protocol_version, "the caller")
+    check_options(request.options, host.features, here)
+    check_ports(host)
+    wanted = requirements_from_proto(request.requirements)
+    name = request.destination_name or wanted.name
+    try:
+        problems, by_uuid, by_name = await asyncio.gather(
+            host.hypervisor.incompatibilities(wanted),
+            _has_definition(host, host.hypervisor.get_domain(wanted.uuid), wanted.uuid, name),
+            _has_definition(host, host.hypervisor.get_named(name), wanted.uuid, name),
+        )
+    except HypervisorError as error:
+        raise from_hypervisor(error, host.name) from None
+    if problems:
+        raise DroverError(
+            Reason.INCOMPATIBLE_GUEST,
+            f"{here} cannot run guest {wanted.name}: {'; '.join(problems)}. Nothing was done to the guest; choose another host",
+            metadata={"host": host.name, "problems": "; ".join(problems)[:900]},
+        )
+    return by_uuid or by_name
+
+
+async def _has_definition(host: LocalHost, found: Awaitable[Domain], uuid: str, name: str) -> bool:
+    try:
+        domain = await found
+    except DomainNotFound:
+        return False
+    check_place_is_free(domain, uuid, name, host.name)
+    return True
+
+
+async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, object]:
+    """What the record of an attempt that was not known here says. It names the guest, and so decides for its source, only where
+    the hypervisor has no such guest: a journal may have been lost, and the guest runs.
+    """
+    try:
+        domain = await host.hypervisor.get_domain(request.domain_uuid)
+    except DomainNotFound:
+        domain = None
+    except HypervisorError as error:
+        raise from_hypervisor(error, host.name) from None
+    if domain is None or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+        failure = Failure(Reason.GIVEN_UP, "the migration was given up before it got here")
+        return {"failure": failure, "domain_uuid": request.domain_uuid, "peer_host": request.source_host}
+    text = f"{host.name} has no record of this attempt, and guest {domain.name} is here ({domain.state}): nothing is decided"
+    return {"failure": Failure(Reason.GIVEN_UP, text)}

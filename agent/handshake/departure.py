@@ -1,0 +1,53 @@
+"""Whether a guest may leave this host: what is asked of the hypervisor before the guest is touched."""
+
+import functools
+
+from agent.errors import DroverError
+from agent.features import check_options, from_hypervisor, settled
+from agent.handshake.attempts import Attempts
+from agent.handshake.facts import check_movable
+from agent.handshake.phases import LocalHost, answered, check_address
+from agent.handshake.records import options_from_proto
+from agent.hypervisor.base import Domain, HypervisorError, Options
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
+
+
+class Departures:
+    """Refuses guests that cannot leave, before anything is done to them."""
+
+    def __init__(self, host: LocalHost, attempts: Attempts) -> None:
+        self._host = host
+        self._attempts = attempts
+
+    async def check(self, request: pb.BeginRequest) -> Domain:
+        """The guest of a Begin. Raises `DroverError` for everything that can be refused by looking."""
+        self._host.check_not_draining()
+        check_address(request.destination_agent, "destination_agent")
+        check_options(request.options, self._host.features, f"the source {self._host.name}")
+        hypervisor = self._host.hypervisor
+        try:
+            if request.domain_uuid:
+                domain = await hypervisor.get_domain(request.domain_uuid)
+            else:
+                domain = (await hypervisor.describe(request.domain))[0]
+        except HypervisorError as error:
+            raise from_hypervisor(error, self._host.name, request.domain or request.domain_uuid) from None
+        self._check_movable(domain)
+        return domain
+
+    def _check_movable(self, domain: Domain) -> None:
+        self._attempts.check_free(domain.uuid, domain.name)  # before the job that it holds in the hypervisor is told
+        check_movable(domain, self._host.name)
+
+    async def check_leaving(self, domain: Domain, leaving: host_pb2.Leaving) -> None:
+        """Whether Begin would be taken now, as far as that can be known. Changes nothing. Raises `DroverError`."""
+        self._check_movable(domain)
+        options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
+        try:
+            check = functools.partial(self._host.hypervisor.check_leaving, domain.uuid, options, leaving.destination_name)
+            await answered(self._host, domain.name, check)
+        except HypervisorError as error:
+            why = from_hypervisor(error, self._host.name)
+            text = f"guest {domain.name} cannot leave {self._host.name}: {error}. Nothing was done to the guest"
+            raise DroverError(why.reason, text, metadata=why.metadata) from None

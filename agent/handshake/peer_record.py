@@ -1,0 +1,149 @@
+"""Reads the record of the other host of an attempt, so that nobody's word is taken for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from agent.errors import DroverError, Reason
+from agent.handshake.attempt import Attempt
+from agent.handshake.decision import NOTHING_FLOWS, destination_yields, source_obeys
+from agent.handshake.destination import DestinationState
+from agent.handshake.peer import HandshakePeer
+from agent.handshake.records import AttemptRecord, state_from_proto
+from agent.handshake.source import SourceEvent, SourceState
+from agent.uri import MigrationUri
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+_UNREACHABLE: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED, Reason.UNIMPLEMENTED})
+"""Errors of a call that say nothing of the host itself. Any other error is an answer."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of the other host's record."""
+
+    record: pb.Record | None
+    """None where that host has no record of the attempt, or nothing is known."""
+    answered: bool
+    """That host itself answered."""
+    why: str = ""
+    """Why it did not, or what is wrong with its answer. Empty where a record was read."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a source is to do."""
+
+    event: SourceEvent
+    by_statement: bool
+    """It rests on an operator's statement, not on the destination's record."""
+
+
+class PeerRecords:
+    """`peer_of` gives the agent on the other side of an attempt; None where its address was not told."""
+
+    def __init__(self, host: str, peer_of: Callable[[Attempt], HandshakePeer | None]) -> None:
+        self._host = host
+        self._peer_of = peer_of
+
+    async def read(self, attempt: Attempt, relayed: pb.Record | None = None) -> Reading:
+        """Ask the other host. Where it cannot be reached, a record that a driver relays counts, if it names the attempt, the guest
+        and both hosts. Takes no longer than the deadline of a question (`handshake_service.QUESTION_SECONDS`).
+        """
+        ours = attempt.record
+        peer = self._peer_of(attempt)
+        why = "the address of its agent was not told"
+        if peer is not None:
+            try:
+                record = (await peer.get_record(pb.GetRecordRequest(ref=ours.ref))).record
+            except DroverError as error:
+                if error.reason not in _UNREACHABLE:
+                    return Reading(None, answered=True, why=error.message)
+                why = error.message
+            else:
+                if record.host == ours.peer_host:
+                    wrong = differs(ours, record, self._host)
+                    return Reading(None if wrong else record, answered=True, why=wrong)
+                why = f"the agent at its address is that of {record.host or 'a host without a name'}"
+        if relayed is None or not relayed.host:
+            return Reading(None, answered=False, why=why)
+        wrong = differs(ours, relayed, self._host)
+        if wrong:
+            log.warning("a relayed record is not of this attempt", migration=ours.migration_id, why=wrong)
+        return Reading(None if wrong else relayed, answered=False, why=f"{why}; {wrong}" if wrong else why)
+
+    async def decision(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> Decision:
+        """What a source that has stopped its guest is to do, by the destination's record.
+
+        Raises:
+            DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a destination that answers.
+        """
+        reading = await self.read(attempt, relayed)
+        state = None if reading.record is None else DestinationState(state_from_proto(reading.record))
+        event = source_obeys(state, answered=reading.answered, stated_dead=stated_dead)
+        if event is None:
+            stays = f"Guest {attempt.record.domain_name} stays stopped on {self._host} until {attempt.record.peer_host} says"
+            raise self._undecided(attempt, reading, f"{stays} whether it runs there", stated=stated_dead)
+        return Decision(event, by_statement=event is SourceEvent.CONFIRM_GONE and state is not DestinationState.GONE)
+
+    async def check_nothing_flows(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> bool:
+        """That an armed copy may be given up, by the source's record. True where only an operator's statement says so.
+
+        Raises:
+            DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a source that answers.
+        """
+        reading = await self.read(attempt, relayed)
+        state = None if reading.record is None else SourceState(state_from_proto(reading.record))
+        if not destination_yields(state, answered=reading.answered, stated_dead=stated_dead):
+            stays = f"The copy of guest {attempt.record.domain_name} on {self._host} stays, and starts once all of it has come"
+            raise self._undecided(attempt, reading, stays, stated=stated_dead)
+        return state not in NOTHING_FLOWS
+
+    async def check_uri(self, attempt: Attempt, uri: MigrationUri, relayed: pb.Record) -> None:
+        """That the destination of this attempt listens on `uri`. Raises URI_NOT_ALLOWED, UNDECIDED."""
+        reading = await self.read(attempt, relayed)
+        untouched = f"Guest {attempt.record.domain_name} was not touched and runs on {self._host}"
+        if reading.record is None or not reading.record.uri:
+            raise self._undecided(attempt, reading, f"{untouched}; nobody says where its copy listens", stated=False)
+        if uri != _parsed(reading.record.uri):
+            peer = attempt.record.peer_host
+            raise DroverError(
+                Reason.URI_NOT_ALLOWED,
+                f"migration URI {uri} is refused: {peer} listens on {reading.record.uri} for this attempt. {untouched}",
+                metadata={"uri": str(uri), "host": peer},
+            )
+
+    def _undecided(self, attempt: Attempt, reading: Reading, consequence: str, *, stated: bool) -> DroverError:
+        peer = attempt.record.peer_host
+        says = f"its record is {state_from_proto(reading.record)}" if reading.record is not None else reading.why
+        if reading.answered and stated:
+            return DroverError(
+                Reason.NOT_IN_DOUBT,
+                f"{peer} answers {self._host}, so its own record counts and no statement that it is dead: {says}. {consequence}",
+                metadata={"host": peer},
+            )
+        heard = f"{peer} answers" if reading.answered else f"{self._host} cannot ask {peer}"
+        return DroverError(Reason.UNDECIDED, f"{heard}, and nothing is decided: {says}. {consequence}", metadata={"host": peer})
+
+
+def differs(ours: AttemptRecord, theirs: pb.Record, host: str) -> str:
+    """What makes `theirs` no record of the other side of `ours`, in words; empty where it is one."""
+    named = {
+        "attempt": ((theirs.ref.migration_id, theirs.ref.attempt), ours.key),
+        "guest": (theirs.domain_uuid, ours.domain_uuid),
+        "host": (theirs.host, ours.peer_host),
+        "other host": (theirs.peer_host, host),
+    }
+    wrong = [f"its {what} is {got or 'not said'}, not {want}" for what, (got, want) in named.items() if got != want]
+    return "; ".join(wrong)
+
+
+def _parsed(uri: str) -> MigrationUri | None:
+    try:
+        return MigrationUri.parse(uri)
+    except ValueError:
+        return None

@@ -1,0 +1,25 @@
+"""What the phases of one migration need, settled before the first of them."""
+
+from dataclasses import dataclass
+
+from drover.agent.v1 import host_pb2, options_pb2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the first phases need; a driver that takes over after Perform does without."""
+
+    domain_name: str
+    domain_uuid: str
+    destination_name: str
+    source_host: str
+    source_agent: str
+    destination_host: str
+    destination_agent: str
+    network: str
+    uri: str
+    bandwidth: int
+    options: options_pb2.Options
+    requirements: host_pb2.GuestRequirements | None
+    destination_networks: tuple[host_pb2.Network, ...]
+    destination_features: options_pb2.MigrationFeatures

@@ -1,0 +1,268 @@
+"""Issue 6, lines 1, 5 and 7: a decision is read from the host that made it, memory goes where the destination listens."""
+
+import asyncio
+
+import pytest
+
+from agent.errors import Reason
+from agent.handshake.driver import Driver
+from agent.handshake.path import PathProbe, prove
+from agent.handshake.records import Role, state_from_proto
+from agent.hypervisor.base import DomainState, Incompatible, Job
+from drover.agent.v1 import handshake_pb2 as pb
+from tests.unit.asking import (
+    ADDRESSES,
+    CANCELLED,
+    PROBE,
+    REF,
+    begin,
+    confirm,
+    destination_record,
+    fails,
+    finished,
+    make_plan,
+    perform,
+    prepare,
+    record,
+    requirements,
+    reserve,
+    source_record,
+    until,
+    word,
+)
+from tests.unit.fake_hypervisor import UUID, guest
+from tests.unit.two_agents import Agent, Line, Pair
+
+PAUSED = guest(state=DomainState.PAUSED, reason="migration")
+WAITS = guest(state=DomainState.PAUSED, reason="migration", job=Job.INCOMING, incoming=True)
+KEPT = pb.AbandonRequest(ref=REF, source_kept=True)
+OTHER_UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002"
+
+
+async def stopped(pair: Pair, destination: str = "armed") -> None:
+    """All was sent: the source is PERFORMED, and the destination waits."""
+    pair.source.hypervisor.put(PAUSED)
+    pair.source.keep(record(Role.SOURCE, "performed"))
+    pair.destination.hypervisor.put(WAITS)
+    pair.destination.keep(record(Role.DESTINATION, destination))
+    await pair.source.restart()
+    await pair.destination.restart()
+
+
+# --- the source reads ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claim", [pb.DECISION_GONE, pb.DECISION_RUNNING])
+async def test_6_01_a_source_does_not_take_anybodys_decision(pair: Pair, claim: pb.Decision.ValueType) -> None:
+    await stopped(pair)
+    error = await fails(pair.source.engine.confirm(confirm(claim)), Reason.UNDECIDED)
+    assert "h2" in error.message
+    assert "armed" in error.message
+    assert pair.states == ("performed", "armed")
+
+
+async def test_6_01_a_source_does_what_its_destination_says_whatever_is_claimed(pair: Pair) -> None:
+    await stopped(pair, "running")
+    answer = await pair.source.engine.confirm(confirm(pb.DECISION_GONE))
+    assert state_from_proto(answer.record) == "removed"
+
+
+async def test_6_01_a_statement_does_not_count_while_the_host_answers(pair: Pair) -> None:
+    await stopped(pair)
+    request = confirm(pb.DECISION_GONE, operator_word=word("h2"), destination_record=None)
+    error = await fails(pair.source.engine.confirm(request), Reason.NOT_IN_DOUBT)
+    assert "h2 answers h1" in error.message
+    assert pair.states == ("performed", "armed")
+    pair.to_destination.cut = True
+    answer = await pair.source.engine.confirm(request)
+    assert answer.record.operator_word.dead_host == "h2"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": "h3"},
+        {"host": ""},
+        {"peer_host": "h9"},
+        {"domain_uuid": OTHER_UUID},
+        {"ref": pb.AttemptRef(migration_id=REF.migration_id, attempt=2)},
+    ],
+    ids=str,
+)
+async def test_6_01_a_relayed_record_counts_only_if_it_is_the_destinations(pair: Pair, wrong: dict[str, object]) -> None:
+    """And only while that is out of reach."""
+    await stopped(pair)
+    pair.to_destination.cut = True
+    other = destination_record("gone", **wrong)
+    await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE, destination_record=other)), Reason.UNDECIDED)
+    assert pair.source.journalled == "performed"
+    answer = await pair.source.engine.confirm(confirm(pb.DECISION_GONE, destination_record=destination_record("gone")))
+    assert state_from_proto(answer.record) == "kept"
+
+
+async def test_6_01_another_agent_at_the_destinations_address_is_not_the_destination(pair: Pair) -> None:
+    await stopped(pair)
+    pair.to_destination.answer["get_record"] = lambda answer: pb.GetRecordResponse(record=destination_record("gone", host="h3"))
+    error = await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE, destination_record=None)), Reason.UNDECIDED)
+    assert "h3" in error.message
+    assert pair.source.journalled == "performed"
+
+
+async def test_6_01_a_record_that_was_made_by_giving_up_decides_only_where_the_guest_is_not(pair: Pair) -> None:
+    """The destination lost its journal, and the guest runs there."""
+    pair.source.hypervisor.put(PAUSED)
+    pair.source.keep(record(Role.SOURCE, "performed"))
+    await pair.source.restart()
+    pair.destination.hypervisor.put(guest())
+    giving_up = pb.AbandonRequest(ref=REF, domain_uuid=UUID, source_host="h1")
+    gone = await pair.destination.engine.abandon(giving_up)
+    assert "guest web1 is here (running)" in gone.record.failure.message
+    await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE)), Reason.UNDECIDED)
+    pair.destination.hypervisor.domains.clear()
+    await pair.destination.engine.abandon(giving_up)
+    answer = await pair.source.engine.confirm(confirm(pb.DECISION_GONE))
+    assert state_from_proto(answer.record) == "kept"
+
+
+# --- the destination reads ----------------------------------------------------------------------------------------------
+
+
+async def test_6_01_an_armed_copy_is_not_given_up_on_anybodys_word(pair: Pair) -> None:
+    pair.wire.all_sent.clear()
+    driving = asyncio.create_task(finished(pair.driver()))
+    await pair.are("performing", "armed")
+    error = await fails(pair.destination.engine.abandon(KEPT), Reason.UNDECIDED)
+    assert "performing" in error.message
+    stated = pb.AbandonRequest(ref=REF, source_kept=True, operator_word=word("h1"))
+    await fails(pair.destination.engine.abandon(stated), Reason.NOT_IN_DOUBT)
+    pair.wire.all_sent.set()
+    await driving
+    pair.moved()
+
+
+async def test_6_01_a_guest_is_not_lost_to_two_claims(pair: Pair) -> None:
+    """Confirm(RUNNING) here and Abandon(source_kept) there removed it everywhere."""
+    await stopped(pair)
+    await fails(pair.source.engine.confirm(confirm(pb.DECISION_RUNNING)), Reason.UNDECIDED)
+    await pair.destination.engine.abandon(KEPT)  # its source is PERFORMED: nothing flows, and GONE is the destination's own word
+    answer = await pair.source.engine.confirm(confirm(pb.DECISION_RUNNING))
+    assert state_from_proto(answer.record) == "kept"
+    assert pair.runs_on == ["h1"]
+
+
+async def test_6_01_a_relayed_record_of_the_source_counts_where_that_is_out_of_reach(pair: Pair) -> None:
+    await stopped(pair)
+    pair.to_source.cut = True
+    for relayed in (None, source_record("performing"), source_record("kept", host="h3")):
+        request = pb.AbandonRequest(ref=REF, source_kept=True, source_record=relayed)
+        await fails(pair.destination.engine.abandon(request), Reason.UNDECIDED)
+    request = pb.AbandonRequest(ref=REF, source_kept=True, source_record=source_record("kept"))
+    assert state_from_proto((await pair.destination.engine.abandon(request)).record) == "gone"
+
+
+# --- one id, one migration ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_6_01_the_same_id_towards_a_third_host_ends_and_moves_nothing(pair: Pair, cancelled: bool) -> None:
+    third = Agent("h2", pair.wire)
+    third.engine.host.name = "h3"
+    third.other_side = pair.to_source
+    first = pair.driver()
+    running = asyncio.create_task(finished(first))
+    await pair.in_doubt(first)
+    again = Driver(REF, pair.to_source, Line(third), make_plan(destination_host="h3"), lambda: None)
+    if cancelled:
+        again.cancel(CANCELLED)
+    await finished(again)
+    assert again.foreign is not None
+    assert again.foreign.reason is Reason.MIGRATION_EXISTS
+    assert "h2" in again.foreign.message
+    assert pair.source.journalled == "performed"
+    assert third.engine.active() == []
+    await third.close()
+    pair.wire.starts.set()
+    pair.to_destination.cut = False
+    await running
+    pair.moved()
+
+
+OTHERS = {
+    "destination": begin(destination_host="h3"),
+    "guest": begin(domain="web2"),
+    "name": begin(destination_name="web9"),
+    "source": reserve(source_host="h3"),
+    "uuid": reserve(requirements=requirements(OTHER_UUID)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+async def test_6_01_a_known_id_with_other_content_is_refused(pair: Pair, what: str) -> None:
+    await pair.destination.engine.reserve_slot(reserve())
+    await pair.source.engine.begin(begin())
+    before, other = pair.states, OTHERS[what]
+    if isinstance(other, pb.BeginRequest):
+        await fails(pair.source.engine.begin(other), Reason.MIGRATION_EXISTS)
+    else:
+        await fails(pair.destination.engine.reserve_slot(other), Reason.MIGRATION_EXISTS)
+    assert pair.states == before
+
+
+# --- the path -----------------------------------------------------------------------------------------------------------
+
+
+async def test_6_05_a_path_that_leads_elsewhere_is_refused_before_the_guest_is_touched(pair: Pair) -> None:
+    other = await PathProbe.open(ADDRESSES["h1"], (49200, 49215))
+    try:
+        swapped = pb.PathProbe(address=other.to_proto().address, nonce=PROBE.nonce)
+        error = await fails(pair.source.engine.begin(begin(probe=swapped)), Reason.PATH_NOT_PROVED)
+        assert "something else answers there" in error.message
+    finally:
+        other.close()
+    closed = await fails(pair.source.engine.begin(begin(probe=other.to_proto())), Reason.PATH_NOT_PROVED)
+    assert "connection refused" in closed.message
+    assert pair.source.calls == []
+
+
+async def test_6_05_a_probe_proves_its_address_until_the_slot_is_used(pair: Pair) -> None:
+    h2 = pair.destination
+    told = (await h2.engine.reserve_slot(reserve())).probe
+    assert await prove(told, "h1", "h2") == ADDRESSES["h2"]
+    assert (await h2.engine.reserve_slot(reserve())).probe == told
+    await h2.engine.prepare(prepare())
+    await until(lambda: not h2.engine._destination._probes._open)
+    await fails(prove(told, "h1", "h2"), Reason.PATH_NOT_PROVED)
+
+
+@pytest.mark.parametrize(
+    "probe", [{"nonce": b"short"}, {"nonce": b"x" * 65}, {"address": "unix:/tmp/x"}, {"address": "h2:1"}], ids=str
+)
+async def test_6_05_a_probe_that_is_none_is_refused(pair: Pair, probe: dict[str, object]) -> None:
+    wrong = pb.PathProbe(**{"address": PROBE.address, "nonce": PROBE.nonce, **probe})  # type: ignore[arg-type]
+    await fails(pair.source.engine.begin(begin(probe=wrong)), Reason.INVALID_FIELD)
+
+
+async def test_6_05_memory_goes_only_to_an_address_that_was_proved(pair: Pair) -> None:
+    source = pair.alone()
+    await source.engine.begin(begin(probe=None))
+    error = await fails(source.engine.perform(perform()), Reason.PATH_NOT_PROVED)
+    assert "runs on h1" in error.message
+    assert source.journalled == "begun"
+
+
+async def test_6_07_memory_goes_only_where_this_attempts_destination_listens(pair: Pair) -> None:
+    await pair.destination.engine.reserve_slot(reserve())
+    await pair.source.engine.begin(begin())
+    await fails(pair.source.engine.perform(perform()), Reason.UNDECIDED)  # it listens nowhere yet
+    await pair.destination.engine.prepare(prepare())
+    uri = (await pair.destination.record()).uri
+    error = await fails(pair.source.engine.perform(perform(uri="tcp://127.92.0.2:49199")), Reason.URI_NOT_ALLOWED)
+    assert uri in error.message
+    assert pair.source.journalled == "begun"
+
+
+async def test_6_07_a_perform_that_is_refused_keeps_the_guest_at_once(pair: Pair) -> None:
+    pair.source.hypervisor.fails["perform"] = [Incompatible("no")]
+    await finished(pair.driver())
+    assert pair.states == ("kept", "gone")
+    assert pair.runs_on == ["h1"]
