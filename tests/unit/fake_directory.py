@@ -50,7 +50,7 @@ class FakeDirectory:
 
 
 def _host(agent: Agent) -> AgentHost:
-    return AgentHost(HypervisorInfo("fake", "fake 1", "fake 1", f"uuid of {agent.name}", FEATURES), agent.hypervisor, agent.engine)
+    return AgentHost(HypervisorInfo("sim", "fake 1", "fake 1", f"uuid of {agent.name}", FEATURES), agent.hypervisor, agent.engine)
 
 
 def _side(agent: Agent, line: Line, address: str) -> Side:

@@ -28,7 +28,7 @@ def host(number: int, **changes: Any) -> host_pb2.Host:
         "migration_features": features(),
         "networks": [
             host_pb2.Network(name="mgmt", address=f"10.91.0.{number}", roles=["management"]),
-            host_pb2.Network(name="mig", address=f"127.92.0.{number}", roles=["migration"]),
+            host_pb2.Network(name="mig", address=f"10.92.0.{number}", roles=["migration"]),
         ],
     }
     return host_pb2.Host(**{**fields, **changes})
@@ -70,7 +70,7 @@ def test_a_plan_of_a_plain_spec() -> None:
     assert (plan.source_agent, plan.destination_agent) == ("10.91.0.1:7400", "10.91.0.2:7400")
     assert plan.requirements is not None
     assert plan.requirements.vcpus == 2
-    assert [network.address for network in plan.destination_networks] == ["10.91.0.2", "127.92.0.2"]
+    assert [network.address for network in plan.destination_networks] == ["10.91.0.2", "10.92.0.2"]
 
 
 def test_what_the_user_said_is_in_the_plan() -> None:
@@ -169,7 +169,7 @@ def test_6_30_a_driver_that_goes_on_has_the_options_of_the_plan() -> None:
     assert resume_plan(migration, End(1), End(2)).options == options_pb2.Options(post_copy=False)
 
 
-@pytest.mark.parametrize("uri", ["tcp://127.92.0.1:49152", "tcp://127.92.0.2:1", "rdma://127.92.0.2:49152"])
+@pytest.mark.parametrize("uri", ["tcp://10.92.0.1:49152", "tcp://10.92.0.2:1", "rdma://10.92.0.2:49152"])
 def test_a_uri_that_the_destination_would_refuse(uri: str) -> None:
     with pytest.raises(DroverError) as error:
         planned(spec(uri=uri))
