@@ -254,6 +254,7 @@ def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:
 
 
 def _add_arrivals_and_checksums(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA secure_delete = ON")
     connection.execute(
         """
         CREATE TABLE arrivals (
@@ -271,7 +272,8 @@ def _add_arrivals_and_checksums(connection: sqlite3.Connection) -> None:
             raise sqlite3.DatabaseError(f"a record of an earlier Drover cannot be read: {error}") from error
         connection.execute(_PUT_ATTEMPT, (*record.key, _ACTIVE, number, body))  # as if it had been active just before
         _put_arrival(connection, record)
-        connection.execute(_PUT_ATTEMPT, (*record.key, _kind_of(record), number, body))
+        # Earlier versions wrote cookies and XML, with the passwords in them; and what is written over must not stay in free pages.
+        connection.execute(_PUT_ATTEMPT, (*record.key, _kind_of(record), number, encode(record)))
     for row in connection.execute("SELECT migration_id, kind, number, body FROM migrations").fetchall():
         connection.execute(_PUT_MIGRATION, row)
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import agent.journal
@@ -144,6 +145,25 @@ async def test_6_6_a_journal_of_an_earlier_drover_is_read(tmp_path: Path) -> Non
         assert len(await listed(journal)) == len(rows)
     finally:
         await journal.close()
+
+
+async def test_6_29_passwords_in_a_journal_of_an_earlier_drover_are_removed(tmp_path: Path) -> None:
+    path, secret = tmp_path / "journal.sqlite", "passwd='open sesame'"
+    first = agent.journal._SCHEMA[0]
+    assert isinstance(first, str)
+    connection = sqlite3.connect(path)
+    connection.executescript(first)
+    for number in range(20):
+        old = numbered(number, "kept", role=Role.SOURCE, domain_xml=secret * 100, cookies={"perform": secret.encode()})
+        connection.execute("INSERT INTO attempts VALUES (?, ?, ?, ?, ?)", (*old.key, 1, number, msgspec.msgpack.encode(old)))
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+    assert secret.encode() in path.read_bytes()
+    journal = Journal(path)
+    await journal.open()
+    await journal.close()
+    assert [file.name for file in tmp_path.iterdir() if secret.encode() in file.read_bytes()] == []
 
 
 async def test_what_is_not_here_is_told_without_a_look_and_what_is_here_is_found(journal: Journal) -> None:
