@@ -83,7 +83,7 @@ class HostLink:
         lanes: Lanes,
     ) -> None:
         self.address = address
-        self._channel: grpc.aio.Channel | None = open_channel(address)  # raises here for what is no address
+        self._channel: grpc.aio.Channel | None = None
         self._lanes = lanes
         self.connected = False
         """The watch is open, and something was heard on it."""
@@ -99,7 +99,8 @@ class HostLink:
             self._channel = open_channel(self.address)
         return self._channel
 
-    async def _let_go(self) -> None:
+    async def let_go(self) -> None:
+        """Close the channel; it is opened again when it is needed."""
         channel, self._channel = self._channel, None
         if channel is not None:
             with contextlib.suppress(TimeoutError):
@@ -110,12 +111,14 @@ class HostLink:
         """There is reason to believe that the agent is back: end the pause before the next try."""
         self._hurry.set()
 
+    def stop(self) -> asyncio.Task[None]:
+        """End the watch; it has ended once the task has."""
+        self._task.cancel()
+        return self._task
+
     async def close(self) -> None:
         """End the watch, and every other call on the channel."""
-        # The task first: a channel that closes raises CancelledError in whoever reads from it, cancelled or not.
-        self._task.cancel()
-        await asyncio.wait({self._task}, timeout=CLOSE_SECONDS)
-        await self._let_go()
+        await close_links([self])
 
     async def get_domain(self, name_or_uuid: str) -> Sequence[pb.GetDomainResponse]:
         """The guest and what it needs, or nothing if this host has none of that name. Raises what the agent says, HOST_UNREACHABLE,
@@ -150,7 +153,7 @@ class HostLink:
             self.connected = False
             self._on_silence(self, why)
             if failures >= LET_GO_AFTER:
-                await self._let_go()
+                await self.let_go()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_after(failures)):
                     await self._hurry.wait()
@@ -192,6 +195,17 @@ class HostLink:
         self._on_word(self, checked_answer(response, self.address).host)
         self.connected = True
         return True
+
+
+async def close_links(links: Sequence[HostLink]) -> None:
+    """End their watches, then close their channels: a channel that closes looks at every task of the process, and raises
+    CancelledError in whoever reads from it, cancelled or not.
+    """
+    tasks = [link.stop() for link in links]
+    if tasks:
+        await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
+    for link in links:
+        await link.let_go()
 
 
 async def answer_of(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:

@@ -21,7 +21,7 @@ import structlog
 
 from agent.errors import DroverError, Reason
 from coordinator.claims import Proofs, check_claim, check_free
-from coordinator.host_link import CLOSE_SECONDS, HostLink, Lanes, answer_of
+from coordinator.host_link import CLOSE_SECONDS, HostLink, Lanes, answer_of, close_links
 from coordinator.store import Compare, Delete, KeyValue, Operation, Put, Store
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
@@ -112,7 +112,9 @@ class HostRegistry:
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
             await self._save_all()
-        self._drop([*self._entries])
+        links = [entry.link for entry in self._entries.values()]
+        self._entries.clear()
+        await close_links(links)
         if self._closing:
             await asyncio.wait(self._closing, timeout=2 * CLOSE_SECONDS)
 
