@@ -122,7 +122,7 @@ class Driver(Knowledge):
         """Until both records have ended and agree, or are of another migration (`foreign`). Ends earlier only by cancellation, which
         leaves everything as it is.
         """
-        tasks: dict[Call | str, asyncio.Task[None]] = {}
+        tasks: dict[Call | str, asyncio.Task[object]] = {}
         try:
             while not self.ended and self.foreign is None:
                 self._wake.clear()
@@ -132,7 +132,7 @@ class Driver(Knowledge):
                 for side in self._followed():
                     if f"follow {side}" not in tasks:
                         tasks[f"follow {side}"] = asyncio.create_task(self._follow(side), name=f"{self.ref.migration_id[:8]} follow")
-                tasks["wake"] = asyncio.create_task(self._wait_for_wake())
+                tasks["wake"] = asyncio.create_task(self._wake.wait())
                 done, _ = await asyncio.wait(tasks.values(), return_when=asyncio.FIRST_COMPLETED)
                 for name in [name for name, task in tasks.items() if task in done]:
                     await tasks.pop(name)
@@ -169,9 +169,6 @@ class Driver(Knowledge):
         told = f"all was sent {STALLED:g} s ago, and its last bytes are lost on the way"
         self.waiting_for = f"the destination to start the guest, or to give its copy up: {told}"
         self._wake.set()
-
-    async def _wait_for_wake(self) -> None:
-        await self._wake.wait()
 
     async def _make(self, call: Call) -> None:
         """Make one call; an error is turned into knowledge."""
@@ -380,15 +377,11 @@ class Driver(Knowledge):
                 decision=decision,
                 cookie_in=self._finish_cookie,
                 wait=duration(LONG_POLL),
-                operator_word=self._word("destination") if decision == pb.DECISION_GONE else None,
+                operator_word=self.words.get("destination") if decision == pb.DECISION_GONE else None,
                 destination_record=self.destination_record,
             )
         )
         self.saw_source(response.record)
-
-    def _word(self, side: str) -> pb.OperatorWord | None:
-        """The statement on which this call rests, where a side has no word of its own."""
-        return self.words.get(side)
 
     async def _abort(self) -> None:
         self.saw_source((await self._source.abort(pb.AbortRequest(ref=self.ref, request_id=self._request_id()))).record)
@@ -399,10 +392,10 @@ class Driver(Knowledge):
                 ref=self.ref,
                 request_id=self._request_id(),
                 source_kept=source_kept,
-                operator_word=self._word("source") if source_kept else None,
+                operator_word=self.words.get("source") if source_kept else None,
                 source_record=self.source_record,
-                domain_uuid=self._plan.domain_uuid if self._plan is not None else "",
-                source_host=self._plan.source_host if self._plan is not None else "",
+                domain_uuid=self._parties.domain_uuid if self._parties else "",
+                source_host=self._parties.source if self._parties else "",
             )
         )
         self.saw_destination(response.record)
