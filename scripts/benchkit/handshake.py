@@ -127,7 +127,8 @@ async def measure(setting: Setting) -> Result:
     )
     settings = {"agent": {"log_level": setting.log_level}, "coordinator": {"log_level": setting.log_level}}
     result = Result(setting)
-    with cluster("libvirt", [spec], lab_id=setting.lab_id, settings=settings) as made:
+    lab = {"setting": "root"} if setting.post_copy else {}  # an unprivileged QEMU may not use post-copy
+    with cluster("libvirt", [spec], lab_id=setting.lab_id, settings=settings, lab=lab) as made:
         assert isinstance(made, LabCluster)
         guest = made.start_guest(GUEST)
         async with AsyncExitStack() as stack:

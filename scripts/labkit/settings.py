@@ -82,10 +82,10 @@ SETTINGS: Final[Mapping[str, Setting]] = {setting.name: setting for setting in (
 
 
 def find(name: str | None = None) -> Setting:
-    """The setting of that name; without one, that of the environment, else `ROOT`."""
+    """The setting of that name; without one, that of the environment, else the first whose user this machine has."""
     wanted = name or os.environ.get(VARIABLE)
     if wanted is None:
-        return ROOT
+        return next(setting for setting in SETTINGS.values() if _exists(setting.qemu_user))
     if wanted not in SETTINGS:
         raise LabError(f"there is no lab setting {wanted!r}; there are {', '.join(SETTINGS)}")
     return SETTINGS[wanted]
