@@ -13,6 +13,7 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.peer import HandshakePeer
+from agent.handshake.peer_record import differs
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import AttemptRecord, OperatorWord
 from drover.agent.v1 import handshake_pb2 as pb
@@ -124,7 +125,10 @@ class Owner:
         source = self._source_of(attempt)
         if source is None:
             return None
-        return (await source.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record
+        record = (await source.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record
+        if wrong := differs(attempt.record, record, self._host.name, unnamed=True):
+            raise DroverError(Reason.UNDECIDED, f"what answers for {attempt.record.peer_host} has another record: {wrong}")
+        return record
 
     def _word_in(self, source: pb.Record) -> dict[str, Any]:
         """What an operator's word in the source's record says about this host."""

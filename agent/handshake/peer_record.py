@@ -11,7 +11,7 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.decision import NOTHING_FLOWS, destination_yields, source_obeys
 from agent.handshake.destination import DestinationState
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.records import AttemptRecord, state_from_proto
+from agent.handshake.records import AttemptRecord, Role, state_from_proto
 from agent.handshake.source import SourceEvent, SourceState
 from agent.uri import MigrationUri
 from drover.agent.v1 import handshake_pb2 as pb
@@ -66,7 +66,7 @@ class PeerRecords:
                 why = error.message
             else:
                 if record.host == ours.peer_host:
-                    wrong = differs(ours, record, self._host)
+                    wrong = differs(ours, record, self._host, unnamed=ours.role is Role.DESTINATION)
                     return Reading(None if wrong else record, answered=True, why=wrong)
                 why = f"the agent at its address is that of {record.host or 'a host without a name'}"
         if relayed is None or not relayed.host:
@@ -130,8 +130,13 @@ class PeerRecords:
         return DroverError(Reason.UNDECIDED, f"{heard}, and nothing is decided: {says}. {consequence}", metadata={"host": peer})
 
 
-def differs(ours: AttemptRecord, theirs: pb.Record, host: str) -> str:
-    """What makes `theirs` no record of the other side of `ours`, in words; empty where it is one."""
+def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool = False) -> str:
+    """What makes `theirs` no record of the other side of `ours`, in words; empty where it is one.
+
+    `unnamed`: one that names no guest will do. A source that was told to stop before it was told to begin has no more to say.
+    """
+    if unnamed and not theirs.domain_uuid and theirs.ref == ours.ref:
+        return ""
     named = {
         "attempt": ((theirs.ref.migration_id, theirs.ref.attempt), ours.key),
         "guest": (theirs.domain_uuid, ours.domain_uuid),

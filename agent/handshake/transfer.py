@@ -8,6 +8,7 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationState
 from agent.handshake.peer import HandshakePeer
+from agent.handshake.peer_record import differs
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import Role, state_from_proto
 from agent.handshake.source import SourceState
@@ -48,7 +49,10 @@ class Transfers:
             raise _not_armed(
                 "this attempt was begun without the address of the destination's agent, so nobody can say whether it is armed"
             )
-        state = state_from_proto((await peer.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record)
+        record = (await peer.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record
+        if wrong := differs(attempt.record, record, self._host.name):
+            raise _not_armed(f"what answers for the destination {attempt.record.peer_host} has another record: {wrong}")
+        state = state_from_proto(record)
         if state != DestinationState.ARMED:
             raise _not_armed(f"the destination {attempt.record.peer_host} is {state}, not armed: call Finish there first")
 

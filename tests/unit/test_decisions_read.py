@@ -160,6 +160,15 @@ async def test_6_01_a_relayed_record_of_the_source_counts_where_that_is_out_of_r
     assert state_from_proto((await pair.destination.engine.abandon(request)).record) == "gone"
 
 
+async def test_6_01_a_source_that_was_stopped_before_it_began_lets_the_copy_go(pair: Pair) -> None:
+    """Its record names no guest, for it was told of none."""
+    pair.destination.hypervisor.put(WAITS)
+    pair.destination.keep(record(Role.DESTINATION, "armed"))
+    await pair.destination.restart()
+    await pair.source.engine.abort(pb.AbortRequest(ref=REF))
+    assert state_from_proto((await pair.destination.engine.abandon(KEPT)).record) == "gone"
+
+
 # --- one id, one migration ----------------------------------------------------------------------------------------------
 
 
