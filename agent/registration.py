@@ -22,9 +22,9 @@ async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: s
     while True:
         pause = _RETRY_SECONDS
         try:
-            response = await stub.RegisterHost(
-                host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address), timeout=_CALL_SECONDS
-            )
+            request = host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address)
+            request.send_time.GetCurrentTime()
+            response = await stub.RegisterHost(request, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             if told != (told := f"{error.code().name}: {error.details()}"):
                 log.warning("the coordinator does not take this host", code=error.code().name, error=error.details())

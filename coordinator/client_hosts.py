@@ -11,7 +11,7 @@ from agent.errors import Reason
 from agent.open_enum import OpenEnum
 from agent.service.channel import all_pages
 from coordinator.client_errors import ServerFailed, no_such_host
-from coordinator.client_types import time_of, word_of
+from coordinator.client_types import seconds_of, time_of, word_of
 from drover.agent.v1 import host_pb2, host_pb2_grpc, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
@@ -69,6 +69,8 @@ class Host:
     """A limit on the rate can be enforced."""
     split_phases: bool
     draining: bool
+    clock_skew: float | None
+    """Seconds by which its wall clock is ahead of the coordinator's; negative: behind. None: not known."""
     proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
 
     @classmethod
@@ -98,6 +100,7 @@ class Host:
             bandwidth=features.bandwidth,
             split_phases=features.split_phases,
             draining=host.draining,
+            clock_skew=seconds_of(message.clock_skew) if message.HasField("clock_skew") else None,
             proto=message,
         )
 

@@ -160,6 +160,9 @@ class HostRegistry:
                 self._adopt(key, result.current[key])
         raise DroverError(Reason.BUSY, f'host "{name}" is just changing', retry_after=RETRY_SECONDS)
 
+    def note_clock(self, name: str, ahead_ns: int) -> None:
+        self._find(name).known.clock_skew.FromNanoseconds(ahead_ns)
+
     async def get(self, name: str) -> pb.ClusterHost:
         """A copy of what is known. Errors: HOST_NOT_FOUND."""
         self._sweep()

@@ -8,6 +8,9 @@ from coordinator.cli.text import printable
 from coordinator.cli.units import age, rate, seconds, size
 from coordinator.client import Domain, Host, HostState
 
+SKEW_SECONDS = 2.0
+"""Clocks that differ less are taken to agree."""
+
 
 @click.group()
 def host() -> None:
@@ -27,6 +30,9 @@ def list_hosts(output: str) -> None:
         print_table(("NAME", "STATE", "INCOMING", "HYPERVISOR", "NETWORKS", "ADDRESS"), [_host_row(host) for host in hosts])
         if not hosts:
             click.echo("no hosts", err=True)
+        for host in hosts:
+            if clock := _clock(host):
+                click.echo(printable(f"warning: the clock of {host.name} is {clock}"), err=True)
 
     run(body, output)
 
@@ -34,6 +40,14 @@ def list_hosts(output: str) -> None:
 def _host_row(host: Host) -> tuple[str, ...]:
     networks = ",".join(network.name for network in host.networks if "migration" in network.roles)
     return (host.name, _state(host), f"{host.incoming_in_use}/{host.incoming_limit}", host.hypervisor, networks, host.address)
+
+
+def _clock(host: Host) -> str:
+    """How the host's wall clock differs from the coordinator's; empty where it does not, or that is not known."""
+    skew = host.clock_skew or 0.0
+    if abs(skew) < SKEW_SECONDS:
+        return ""
+    return f"{seconds(abs(skew))} {'ahead of' if skew > 0 else 'behind'} the coordinator's: look at the time service of both"
 
 
 def _state(host: Host) -> str:
@@ -82,6 +96,7 @@ def _print_host(host: Host) -> None:
             ("state", _state(host)),
             ("address", host.address),
             ("last seen", age(host.last_seen)),
+            ("clock", _clock(host)),
             ("hypervisor", f"{host.hypervisor} ({host.driver})"),
             ("agent", host.agent_version),
             ("incoming", f"{host.incoming_in_use} of {host.incoming_limit} slots in use"),

@@ -255,6 +255,7 @@ class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
         state = cluster_pb2.HOST_STATE_UP if name == "a" else cluster_pb2.HOST_STATE_UNREACHABLE
         host = cluster_pb2.ClusterHost(host=HOST, agent_address=f"unix:/{name}.sock", state=state)
         host.host.name = name
+        host.clock_skew.FromSeconds(3600 if name == "b" else 0)
         return host
 
 

@@ -25,3 +25,12 @@ def test_6_24_a_host_is_removed_on_the_command_line(drover: Drover) -> None:
     assert drover("host", "remove", "b").stdout == "b is removed\n"
     assert drover.json("host", "remove", "b") == {"removed": "b"}
     assert "stop its agent first" in drover("host", "remove", "a", code=4).stderr
+
+
+def test_6_16_a_clock_that_differs_is_told(drover: Drover) -> None:
+    """In the list beside the table, as a program reads that."""
+    listed = drover("host", "list")
+    assert listed.stderr == "warning: the clock of b is 1 h 00 min ahead of the coordinator's: look at the time service of both\n"
+    assert "1 h 00 min ahead of the coordinator's" in drover("host", "show", "b").stdout
+    assert "clock" not in drover("host", "show", "a").stdout
+    assert drover.json("host", "show", "b")["clock_skew"] == "3600s"

@@ -55,6 +55,7 @@ class ClusterHost(message.Message):
     AGENT_ADDRESS_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
     LAST_SEEN_TIME_FIELD_NUMBER: builtins.int
+    CLOCK_SKEW_FIELD_NUMBER: builtins.int
     agent_address: builtins.str
     """Address of its agent."""
     state: HostState.ValueType
@@ -67,6 +68,10 @@ class ClusterHost(message.Message):
     def last_seen_time(self) -> timestamp_pb2.Timestamp:
         """When it was last heard of."""
 
+    @builtins.property
+    def clock_skew(self) -> duration_pb2.Duration:
+        """By how much its wall clock was ahead of the coordinator's when it registered last; negative: behind. Unset: not known."""
+
     def __init__(
         self,
         *,
@@ -74,10 +79,11 @@ class ClusterHost(message.Message):
         agent_address: builtins.str = ...,
         state: HostState.ValueType = ...,
         last_seen_time: timestamp_pb2.Timestamp | None = ...,
+        clock_skew: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host", "last_seen_time", b"last_seen_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["clock_skew", b"clock_skew", "host", b"host", "last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "host", b"host", "last_seen_time", b"last_seen_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "clock_skew", b"clock_skew", "host", b"host", "last_seen_time", b"last_seen_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -89,21 +95,27 @@ class RegisterHostRequest(message.Message):
 
     HOST_FIELD_NUMBER: builtins.int
     AGENT_ADDRESS_FIELD_NUMBER: builtins.int
+    SEND_TIME_FIELD_NUMBER: builtins.int
     agent_address: builtins.str
     """Address at which the coordinator can reach the agent, such as "10.91.0.1:7400" or "unix:/run/drover/agent.sock"."""
     @builtins.property
     def host(self) -> host_pb2.Host:
         """The host."""
 
+    @builtins.property
+    def send_time(self) -> timestamp_pb2.Timestamp:
+        """What the wall clock of the host says as this is sent. Unset: it is not compared."""
+
     def __init__(
         self,
         *,
         host: host_pb2.Host | None = ...,
         agent_address: builtins.str = ...,
+        send_time: timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host", "send_time", b"send_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "host", b"host"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "host", b"host", "send_time", b"send_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
