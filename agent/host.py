@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
 from importlib.metadata import version
 from typing import Final
 
@@ -20,6 +21,9 @@ log = structlog.get_logger()
 REFRESH_SECONDS: Final = 5.0
 """Between two looks at what the hypervisor can; each costs a few local reads."""
 
+MAX_COORDINATORS: Final = 8
+"""That are told of."""
+
 
 class AgentHost:
     """What an agent says of its host, now and at every change."""
@@ -28,6 +32,8 @@ class AgentHost:
         self.hypervisor = hypervisor
         self.engine = engine
         self._info = info
+        self._coordinators: Counter[str] = Counter()
+        """Open watches by coordinator."""
         self._incarnation = str(uuid.uuid4())
         self._version = version("drover")
 
@@ -52,6 +58,7 @@ class AgentHost:
             incoming_in_use=self.engine.incoming_in_use,
             incarnation=self._incarnation,
             draining=local.draining,
+            coordinators=sorted(self._coordinators)[:MAX_COORDINATORS],
         )
 
     async def keep_current(self) -> None:
@@ -70,9 +77,23 @@ class AgentHost:
                     self._info, self.engine.host.features = info, features_to_proto(info.features)
                     self.engine.changed.ring()
 
-    async def watch(self) -> AsyncIterator[pb.Host]:
-        """This host now, and whenever it has changed since it was last looked at."""
-        while True:
-            changed = self.engine.changed.next
-            yield self.describe()
-            await changed.wait()
+    async def watch(self, coordinator: str = "") -> AsyncGenerator[pb.Host, None]:
+        """This host now, and whenever it has changed since it was last looked at. `coordinator`: who claims it by this watch."""
+        with self._claimed_by(coordinator) if coordinator else contextlib.nullcontext():
+            while True:
+                changed = self.engine.changed.next
+                yield self.describe()
+                await changed.wait()
+
+    @contextlib.contextmanager
+    def _claimed_by(self, coordinator: str) -> Iterator[None]:
+        self._coordinators[coordinator] += 1
+        if len(self._coordinators) > 1:
+            log.warning("more than one coordinator claims this host", coordinators=sorted(self._coordinators))
+        self.engine.changed.ring()
+        try:
+            yield
+        finally:
+            self._coordinators[coordinator] -= 1
+            self._coordinators = +self._coordinators
+            self.engine.changed.ring()

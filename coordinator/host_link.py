@@ -81,8 +81,10 @@ class HostLink:
         on_word: Callable[["HostLink", pb.Host], None],
         on_silence: Callable[["HostLink", str], None],
         lanes: Lanes,
+        coordinator: str = "",
     ) -> None:
         self.address = address
+        self._request = pb.WatchHostRequest(coordinator=coordinator)
         self._channel: grpc.aio.Channel | None = None
         self._lanes = lanes
         self.connected = False
@@ -180,7 +182,7 @@ class HostLink:
         try:
             async with self._lanes.turn(self._hurry), asyncio.timeout(FIRST_WORD_SECONDS):
                 self._hurry.clear()
-                call = rpc.HostServiceStub(self.channel).WatchHost(pb.WatchHostRequest(), wait_for_ready=True)
+                call = rpc.HostServiceStub(self.channel).WatchHost(self._request, wait_for_ready=True)
                 more = self._heard(await call.read())
             while more:
                 more = self._heard(await call.read())

@@ -76,7 +76,9 @@ class HostRegistry:
         heartbeat_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        coordinator: str = "",
     ) -> None:
+        self._coordinator = coordinator
         self.heartbeat_seconds = heartbeat_seconds
         self._store = store
         self._clock = clock
@@ -151,13 +153,12 @@ class HostRegistry:
                 if entry.up:
                     text = f"{name} at {entry.known.agent_address} is up and would register again; stop its agent first"
                     raise DroverError(Reason.HOST_IN_USE, text, metadata={"host": name})
-                key = PREFIX + name
-                result = await self._store.txn([Compare(key, entry.mod_revision)], [Delete(key)])
+                result = await self._store.txn([Compare(PREFIX + name, entry.mod_revision)], [Delete(PREFIX + name)])
                 if isinstance(result, int):
                     self._drop([name])
                     log.info("host.removed", host=name, address=entry.known.agent_address)
                     return
-                self._adopt(key, result.current[key])
+                self._adopt(PREFIX + name, result.current[PREFIX + name])
         raise DroverError(Reason.BUSY, f'host "{name}" is just changing', retry_after=RETRY_SECONDS)
 
     def note_clock(self, name: str, ahead_ns: int) -> None:
@@ -269,7 +270,7 @@ class HostRegistry:
             self._save_soon(self._entries[name])  # so that the store says so too
 
     def _enter(self, known: pb.ClusterHost, mod_revision: int, heard: float) -> None:
-        link = HostLink(known.agent_address, self._word, self._silence, self._lanes)
+        link = HostLink(known.agent_address, self._word, self._silence, self._lanes, self._coordinator)
         self._entries[known.host.name] = _Entry(known, mod_revision, heard, self._clock(), link)
         self._wake_sweeper.set()
 
@@ -293,6 +294,8 @@ class HostRegistry:
                 Reason.HOST_UNREACHABLE,
                 f"host {host.name} ({host.host_uuid}) answers at the address of {entry.name} ({entry.known.host.host_uuid})",
             )
+        if others := {*host.coordinators} - {self._coordinator, *entry.known.host.coordinators}:
+            log.warning("host.claimed_by_another_coordinator", host=entry.name, others=sorted(others))
         self._heard(entry, host, up=True)
 
     def _silence(self, link: HostLink, why: str) -> None:

@@ -1,6 +1,7 @@
 """The coordinator: puts store, hosts and migrations together, serves, and stops in good order."""
 
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -41,7 +42,8 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
     async with contextlib.AsyncExitStack() as stack:
         store = await SqliteStore.open(make_state_dir(config.state_dir) / "store.sqlite", expendable=[ENDED])
         stack.push_async_callback(store.close)
-        registry = HostRegistry(store, config.heartbeat_seconds)
+        identity = f"{config.name} on {socket.gethostname()} ({config.listen[-1]})"
+        registry = HostRegistry(store, config.heartbeat_seconds, coordinator=identity[:200])
         await registry.open()
         stack.push_async_callback(registry.close)
         migrations = Migrations(config.name, ClusterDirectory(registry), StoredMigrations(store), config.fencing)

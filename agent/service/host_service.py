@@ -1,5 +1,6 @@
 """`drover.agent.v1.HostService`: what an agent knows of its host. The servicer, and how hypervisor words read on the wire."""
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,8 +30,9 @@ class HostServicer(rpc.HostServiceServicer):
         return pb.GetHostResponse(host=self._host.describe())
 
     async def WatchHost(self, request: pb.WatchHostRequest, context: _Context) -> AsyncIterator[pb.WatchHostResponse]:  # noqa: N802
-        async for host in self._host.watch():
-            yield pb.WatchHostResponse(host=host)
+        async with contextlib.aclosing(self._host.watch(request.coordinator)) as hosts:
+            async for host in hosts:
+                yield pb.WatchHostResponse(host=host)
 
     async def ListDomains(self, request: pb.ListDomainsRequest, context: _Context) -> pb.ListDomainsResponse:  # noqa: N802
         try:

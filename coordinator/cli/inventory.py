@@ -104,6 +104,7 @@ def _print_host(host: Host) -> None:
             ("bandwidth limit", "yes" if host.bandwidth else "no"),
             ("split phases", "yes" if host.split_phases else "no: whole migrations only"),
             *((support.replace("_", " "), ", ".join(options)) for support, options in sorted(by_support.items())),
+            *((("coordinators", "; ".join(host.proto.host.coordinators)),) if len(host.proto.host.coordinators) > 1 else ()),
             *((f"no {option}", why) for option, why in sorted(host.option_reasons.items())),
         ]
     )

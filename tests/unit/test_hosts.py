@@ -6,9 +6,13 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from structlog.testing import capture_logs
 
 from agent.errors import DroverError, Reason
+from agent.host import AgentHost
+from agent.hypervisor.base import HypervisorInfo
 from agent.service.channel import open_channel
+from agent.service.host_service import HostServicer as AgentServicer
 from agent.service.server import start_server
 from agent.service.status import error_from_rpc
 from coordinator import host_link
@@ -20,6 +24,8 @@ from drover.agent.v1 import host_pb2_grpc as agent_rpc
 from drover.coordinator.v1 import host_pb2 as pb
 from drover.coordinator.v1 import host_pb2_grpc as rpc
 from tests.unit.fake_agents import UNREACHABLE, UP, Active, Clock, names, register, until
+from tests.unit.fake_hypervisor import FEATURES
+from tests.unit.two_agents import Pair
 
 
 async def test_register_get_list(registry: HostRegistry, store: MemoryStore, agents: Any, clock: Clock) -> None:
@@ -237,4 +243,26 @@ async def test_service(registry: HostRegistry, agents: Any, tmp_path: Path) -> N
             assert error_from_rpc(caught.value, "coordinator").reason in reasons
         response = await stub.ListDomains(pb.ListDomainsRequest(), timeout=5)
         assert response.unreachable_hosts == ["alpha"]
+    await server.stop(0)
+
+
+async def test_6_36_two_coordinators_that_claim_one_agent_are_both_told(pair: Pair, tmp_path: Path) -> None:
+    info = HypervisorInfo("fake", "fake 1", "fake 1", "uuid-h1", FEATURES)
+    host = AgentHost(info, pair.source.hypervisor, pair.source.engine)
+    address = f"unix:{tmp_path}/agent.sock"
+    add = agent_rpc.add_HostServiceServicer_to_server
+    server = await start_server([address], lambda grpc_server: add(AgentServicer(host), grpc_server), [SERVICE])
+    async with await MemoryStore.open() as one, await MemoryStore.open() as two:
+        registries = [HostRegistry(store, coordinator=name) for store, name in ((one, "c one"), (two, "c two"))]
+        with capture_logs() as logs:
+            for registry in registries:
+                await registry.open()
+                await registry.register(host.describe(), address)
+            for store in (one, two):
+                await until(store, "h1", lambda known: list(known.host.coordinators) == ["c one", "c two"])
+        told = [entry["others"] for entry in logs if entry["event"] == "host.claimed_by_another_coordinator"]
+        assert sorted(told) == [["c one"], ["c two"]]
+        await registries[1].close()
+        await until(one, "h1", lambda known: list(known.host.coordinators) == ["c one"])
+        await registries[0].close()
     await server.stop(0)

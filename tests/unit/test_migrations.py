@@ -325,3 +325,16 @@ async def test_close_leaves_no_start_behind(driving: Driving) -> None:
     await asyncio.wait({starting}, timeout=PATIENCE)
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("drive")]
     assert driving.pair.source.effects == []
+
+
+async def test_6_36_two_coordinators_move_a_guest_once(driving: Driving) -> None:
+    """The other one is told that the guest is under way, in whichever order they ask; the same id is the same migration."""
+    await flowing(driving)
+    other = Driving(driving.pair)
+    try:
+        await fails(other.migrations.start(ID.replace("6f1c", "7f1c"), SPEC), Reason.DOMAIN_BUSY)
+        driving.pair.wire.all_sent.set()
+        assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+    finally:
+        await other.close()
+    driving.pair.moved()

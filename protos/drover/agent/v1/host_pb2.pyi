@@ -110,6 +110,7 @@ class Host(message.Message):
     INCOMING_IN_USE_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    COORDINATORS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name, unique in the cluster."""
     host_uuid: builtins.str
@@ -142,6 +143,10 @@ class Host(message.Message):
     def networks(self) -> containers.RepeatedCompositeFieldContainer[Network]:
         """Networks of this host."""
 
+    @builtins.property
+    def coordinators(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Coordinators that watch this host now, as they call themselves. More than one: each of them is told here."""
+
     def __init__(
         self,
         *,
@@ -159,10 +164,11 @@ class Host(message.Message):
         incoming_in_use: builtins.int = ...,
         incarnation: builtins.str = ...,
         draining: builtins.bool = ...,
+        coordinators: abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["migration_features", b"migration_features"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_version", b"agent_version", "draining", b"draining", "driver", b"driver", "host_uuid", b"host_uuid", "hypervisor", b"hypervisor", "incarnation", b"incarnation", "incoming_in_use", b"incoming_in_use", "incoming_limit", b"incoming_limit", "library_version", b"library_version", "max_protocol_version", b"max_protocol_version", "migration_features", b"migration_features", "min_protocol_version", b"min_protocol_version", "name", b"name", "networks", b"networks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_version", b"agent_version", "coordinators", b"coordinators", "draining", b"draining", "driver", b"driver", "host_uuid", b"host_uuid", "hypervisor", b"hypervisor", "incarnation", b"incarnation", "incoming_in_use", b"incoming_in_use", "incoming_limit", b"incoming_limit", "library_version", b"library_version", "max_protocol_version", b"max_protocol_version", "migration_features", b"migration_features", "min_protocol_version", b"min_protocol_version", "name", b"name", "networks", b"networks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -325,12 +331,19 @@ class WatchHostRequest(message.Message):
 
     DESCRIPTOR: descriptor.Descriptor
 
+    COORDINATOR_FIELD_NUMBER: builtins.int
+    coordinator: builtins.str
+    """The coordinator that claims this host, such as "coordinator on admin1 (10.91.0.254:7401)": the same at each of its starts. Set by
+    coordinators; empty for other readers.
+    """
     def __init__(
         self,
+        *,
+        coordinator: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["coordinator", b"coordinator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
