@@ -1,14 +1,12 @@
 """Whether a guest may leave this host: what is asked of the hypervisor before the guest is touched."""
 
-import functools
-
 from agent.errors import DroverError
 from agent.features import check_options, from_hypervisor, settled
 from agent.handshake.attempts import Attempts
 from agent.handshake.facts import check_movable
-from agent.handshake.phases import LocalHost, answered, check_address
+from agent.handshake.phases import LocalHost, check_address
 from agent.handshake.records import options_from_proto
-from agent.hypervisor.base import Domain, HypervisorError, Options
+from agent.hypervisor.base import Domain, DomainBusy, HypervisorError, Options
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -45,9 +43,10 @@ class Departures:
         self._check_movable(domain)
         options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
         try:
-            check = functools.partial(self._host.hypervisor.check_leaving, domain.uuid, options, leaving.destination_name)
-            await answered(self._host, domain.name, check)
+            if why := await self._host.hypervisor.hindrance(domain.name):
+                raise DomainBusy(why)
+            await self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
         except HypervisorError as error:
-            why = from_hypervisor(error, self._host.name)
+            ours = from_hypervisor(error, self._host.name)
             text = f"guest {domain.name} cannot leave {self._host.name}: {error}. Nothing was done to the guest"
-            raise DroverError(why.reason, text, metadata=why.metadata) from None
+            raise DroverError(ours.reason, text, metadata=ours.metadata) from None

@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -21,7 +21,7 @@ from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import AttemptRecord, Failure, OperatorWord, Role, Timing, record_to_proto
-from agent.hypervisor.base import Domain, DomainBusy, DomainNotFound, HypervisorError
+from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError
 from agent.hypervisor.interface import Hypervisor
 from agent.interfaces import is_own
 from agent.ports import any_is_free
@@ -29,15 +29,10 @@ from agent.uri import MigrationUri, address_problem
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 
-T = TypeVar("T")
-
 log = structlog.get_logger()
 
 MAX_WAIT: Final = 30.0
 """Longest time in seconds for which a call waits; whoever wants to wait longer calls again."""
-
-ANSWER_SECONDS: Final = 4.0
-"""A question about a guest, asked before anything is done to it, is answered within this. Less than any caller waits for it."""
 
 SEE_SECONDS: Final = 1.0
 """A record that ends waits so long for its hypervisor's last word on the guest."""
@@ -209,21 +204,6 @@ async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
         if unanswered:
             await waits_for(attempt, "")
         return domain
-
-
-async def answered(host: LocalHost, name: str, ask: Callable[[], Awaitable[T]]) -> T:
-    """The answer to a question about a guest that its process must answer, for a caller that does not wait long.
-
-    Raises:
-        DomainBusy: it cannot answer, or has not within `ANSWER_SECONDS`.
-    """
-    if why := await host.hypervisor.hindrance(name):
-        raise DomainBusy(why)
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            return await ask()
-    except TimeoutError:
-        raise DomainBusy(f"the hypervisor has not answered about it within {ANSWER_SECONDS:g} s; try again later") from None
 
 
 async def hindrance(host: LocalHost, attempt: Attempt) -> str:

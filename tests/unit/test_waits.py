@@ -4,12 +4,15 @@ import asyncio
 
 import pytest
 
+from agent.errors import DroverError, Reason
 from agent.handshake import attempt as attempts
-from agent.handshake import phases, waits
+from agent.handshake import waits
 from agent.handshake.waits import Flow, stands_still, unanswered
-from agent.hypervisor.base import DomainBusy, Progress
+from agent.hypervisor.base import Progress
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
 from tests.unit.asking import CANCELLED, REF, finished, until
+from tests.unit.fake_hypervisor import guest
 from tests.unit.two_agents import Agent, Pair
 
 STOPPED = "the QEMU of web1 (process 7) is stopped; `kill -CONT 7` lets it go on"
@@ -122,13 +125,8 @@ async def test_6_8_a_call_that_lasts_is_told_with_its_reason(pair: Pair, call: s
     assert (await agent.record(REF)).waiting_for == ""
 
 
-async def test_6_8_a_question_to_a_guest_that_cannot_answer_is_refused_with_the_reason(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hypervisor, host = pair.source.hypervisor, pair.source.engine.host
-    monkeypatch.setattr(phases, "ANSWER_SECONDS", 0.05)
-    with pytest.raises(DomainBusy, match=r"not answered about it within 0\.05 s"):
-        await phases.answered(host, "web1", asyncio.Event().wait)
-    hypervisor.hindrances["web1"] = STOPPED
-    with pytest.raises(DomainBusy, match="kill -CONT 7"):
-        await phases.answered(host, "web1", asyncio.Event().wait)
+async def test_6_8_a_guest_whose_process_is_stopped_is_refused_with_the_reason(pair: Pair) -> None:
+    pair.source.hypervisor.hindrances["web1"] = STOPPED
+    with pytest.raises(DroverError, match=r"cannot leave h1: .*kill -CONT 7") as refused:
+        await pair.source.engine.check_leaving(guest(), host_pb2.Leaving())
+    assert refused.value.reason is Reason.DOMAIN_BUSY
