@@ -4,6 +4,7 @@ An `AttemptRecord` is a value: every change makes a new one, which is in the jou
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -229,7 +230,7 @@ def cut(text: str, max_bytes: int) -> str:
 
 
 def failure_to_proto(failure: Failure) -> pb.Failure:
-    metadata = {key: cut(value, 1024) for key, value in failure.metadata.items()}
+    metadata = {key: cut(value, 1024) for key, value in itertools.islice(failure.metadata.items(), 16)}
     return pb.Failure(reason=failure.reason, message=cut(failure.message, 4096), metadata=metadata)
 
 
