@@ -96,7 +96,12 @@ class Outsider:
     def _perform(self, ref: pb.AttemptRef, known: Known) -> Any:
         uri = known.uri or "tcp://127.91.0.2:49152"
         return pb.PerformRequest(
-            ref=ref, uri=uri, cookie_in=self._cookie(known), wait=self._wait(), bandwidth_bytes_per_second=self._rate()
+            ref=ref,
+            uri=uri,
+            cookie_in=self._cookie(known),
+            wait=self._wait(),
+            bandwidth_bytes_per_second=self._rate(),
+            destination_record=self._record(ref, known, known.destination),
         )
 
     def _finish(self, ref: pb.AttemptRef, known: Known) -> Any:
@@ -105,14 +110,26 @@ class Outsider:
     def _confirm(self, ref: pb.AttemptRef, known: Known) -> Any:
         decision = self._rng.choice((pb.DECISION_RUNNING, pb.DECISION_GONE, pb.DECISION_GONE))
         word = self._word() if decision == pb.DECISION_GONE else None
-        return pb.ConfirmRequest(ref=ref, decision=decision, cookie_in=self._cookie(known), wait=self._wait(), operator_word=word)
+        return pb.ConfirmRequest(
+            ref=ref,
+            decision=decision,
+            cookie_in=self._cookie(known),
+            wait=self._wait(),
+            operator_word=word,
+            destination_record=self._record(ref, known, known.destination),
+        )
 
     def _abort(self, ref: pb.AttemptRef, known: Known) -> Any:
         return pb.AbortRequest(ref=ref)
 
     def _abandon(self, ref: pb.AttemptRef, known: Known) -> Any:
         kept = self._rng.random() < 0.7
-        return pb.AbandonRequest(ref=ref, source_kept=kept, operator_word=self._word() if kept else None)
+        return pb.AbandonRequest(
+            ref=ref,
+            source_kept=kept,
+            operator_word=self._word() if kept else None,
+            source_record=self._record(ref, known, known.source),
+        )
 
     def _post_copy(self, ref: pb.AttemptRef, known: Known) -> Any:
         return pb.StartPostCopyRequest(ref=ref)
@@ -133,6 +150,21 @@ class Outsider:
 
     def _agent(self, host: str) -> str:
         return self._rng.choice((self._agents[host], self._agents[host], self._agents[host], ""))
+
+    def _record(self, ref: pb.AttemptRef, known: Known, host: str) -> pb.Record | None:
+        """A forged record of that host, as if it were handed on."""
+        if self._rng.random() < 0.3:
+            return None
+        return pb.Record(
+            ref=ref,
+            state=self._rng.choice(pb.RecordState.values()[1:]),
+            domain_name=known.domain,
+            domain_uuid=self._uuids[known.domain],
+            host=host,
+            peer_host=known.source if host == known.destination else known.destination,
+            uri=known.uri,
+            revision=self._rng.choice((1, 5, 1000)),
+        )
 
     def _cookie(self, known: Known) -> bytes:
         return self._rng.choice(known.cookies)

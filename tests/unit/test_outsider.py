@@ -6,7 +6,7 @@ from collections import Counter
 from agent.service.bounds import check_request
 from benchkit.outsider import AT_DESTINATION, Known, Outsider
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import ID
+from tests.unit.asking import ID, REF
 
 AGENTS = {"h1": "unix:/run/h1.sock", "h2": "unix:/run/h2.sock", "h3": "unix:/run/h3.sock"}
 UUIDS = {"web1": "b356b8f5-3bac-5f6b-92ee-83c483fe25c8"}
@@ -15,7 +15,7 @@ UUIDS = {"web1": "b356b8f5-3bac-5f6b-92ee-83c483fe25c8"}
 def test_requests_are_valid_and_go_to_the_right_host_mostly() -> None:
     outsider = Outsider(random.Random(1), AGENTS, UUIDS)
     outsider.known[ID] = Known("web1", "h1", "h2")
-    outsider.learn(pb.PrepareRequest(ref={"migration_id": ID}), pb.PrepareResponse(cookie_out=b"c", uri_out="tcp://127.0.0.1:1"))
+    outsider.learn(pb.PrepareRequest(ref=REF), pb.PrepareResponse(cookie_out=b"c", uri_out="tcp://127.0.0.1:1"))
     methods: Counter[str] = Counter()
     right = 0
     for _ in range(1000):
