@@ -54,7 +54,7 @@ def fill(message: Message, depth: int = 5) -> Message:
         elif field.enum_type is not None and not field.is_repeated:
             setattr(message, field.name, 99)
         elif field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated:
-            setattr(message, field.name, "OF_TOMORROW" if field.name == "reason" else ID)
+            setattr(message, field.name, {"reason": "OF_TOMORROW", "address": "10.91.0.1"}.get(field.name, ID))
     message.MergeFromString(NEW_FIELD)
     return message
 
