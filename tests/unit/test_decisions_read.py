@@ -196,7 +196,7 @@ async def test_6_01_the_same_id_towards_a_third_host_ends_and_moves_nothing(pair
     pair.moved()
 
 
-OTHERS = {
+OTHERS: dict[str, pb.BeginRequest | pb.ReserveSlotRequest] = {
     "destination": begin(destination_host="h3"),
     "guest": begin(domain="web2"),
     "name": begin(destination_name="web9"),
@@ -210,10 +210,10 @@ async def test_6_01_a_known_id_with_other_content_is_refused(pair: Pair, what: s
     await pair.destination.engine.reserve_slot(reserve())
     await pair.source.engine.begin(begin())
     before, other = pair.states, OTHERS[what]
-    if isinstance(other, pb.BeginRequest):
-        await fails(pair.source.engine.begin(other), Reason.MIGRATION_EXISTS)
-    else:
+    if isinstance(other, pb.ReserveSlotRequest):
         await fails(pair.destination.engine.reserve_slot(other), Reason.MIGRATION_EXISTS)
+    else:
+        await fails(pair.source.engine.begin(other), Reason.MIGRATION_EXISTS)
     assert pair.states == before
 
 
