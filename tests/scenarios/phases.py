@@ -49,15 +49,14 @@ async def test_every_phase_by_hand(cluster: Cluster) -> None:
         with pytest.raises(DroverError) as foreign:
             await source.perform(pb.PerformRequest(ref=ref, uri="unix:/tmp/x", cookie_in=prepared.cookie_out))
         assert foreign.value.reason is Reason.URI_NOT_ALLOWED
-        request = pb.PerformRequest(ref=ref, cookie_in=prepared.cookie_out, destination_record=prepared.record)
+        performed = pb.PerformRequest(ref=ref, cookie_in=prepared.cookie_out, destination_record=prepared.record)
         for wrong in (prepared.uri_out[:-1] + "9", "tcp://localhost:49160"):  # 6.7: only what this attempt's destination gave
+            performed.uri = wrong
             with pytest.raises(DroverError) as elsewhere:
-                request_elsewhere = pb.PerformRequest(uri=wrong)
-                request_elsewhere.MergeFrom(request)
-                await source.perform(request_elsewhere)
+                await source.perform(performed)
             assert elsewhere.value.reason is Reason.URI_NOT_ALLOWED
-        request.uri = prepared.uri_out
-        performing = await source.perform(request)
+        performed.uri = prepared.uri_out
+        performing = await source.perform(performed)
         assert record_state(performing.record) in ("performing", "performed")
         armed = await destination.finish(pb.FinishRequest(ref=ref, wait=duration(20)))
         assert record_state(armed.record) == "running", armed.record.failure.message
