@@ -8,7 +8,9 @@ from typing import Any, Final
 from agent.bell import Bell
 from agent.errors import DroverError, Reason, invalid_field
 from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, Look
+from agent.handshake.destination import DestinationState
 from agent.handshake.records import AttemptRecord, Role
+from agent.handshake.source import SourceState
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -20,6 +22,9 @@ AFTERCARE_WITHIN: Final = 5.0
 
 _KEEP_ENDED: Final = 256
 """Ended attempts in memory; older ones are read from the journal again."""
+
+
+_MOVED: Final = (DestinationState.RUNNING, SourceState.REMOVED)
 
 
 class Attempts:
@@ -137,7 +142,7 @@ class Attempts:
         """The attempt that was named, made when it is not known here (in memory only, with no state).
 
         Raises:
-            DroverError: STALE_ATTEMPT, WRONG_PHASE (an older attempt has not ended), SAME_HOST, INVALID_FIELD.
+            DroverError: STALE_ATTEMPT, WRONG_PHASE (no attempt may follow the older one), SAME_HOST, INVALID_FIELD.
         """
         if ref.attempt < 1:
             raise invalid_field("ref.attempt", "must be 1 or more")
@@ -154,13 +159,7 @@ class Attempts:
                 raise _stale(ref, current.record)
             if ref.attempt == current.record.attempt:
                 return current
-            if not current.record.final:
-                raise DroverError(
-                    Reason.WRONG_PHASE,
-                    f"attempt {current.record.attempt} of migration {ref.migration_id} has not ended here: "
-                    f"it is {current.record.state}",
-                    metadata={"state": current.record.state},
-                )
+            _check_followed(ref, current)
             return self.adopt(_new(ref, role))
 
     async def _current(self, migration_id: str) -> Attempt | None:
@@ -168,6 +167,24 @@ class Attempts:
             return self._by_id[migration_id]
         record = await self.journal.get_attempt(migration_id)
         return self._by_id.get(migration_id) or (self.adopt(record) if record is not None else None)
+
+
+def _check_followed(ref: pb.AttemptRef, older: Attempt) -> None:
+    """A later attempt takes the place of one that moved no guest and left nothing to do here: what is still to be done for an
+    attempt (the copy of a host that was declared dead, autostart) is done for the newest only. Raises WRONG_PHASE.
+    """
+    record = older.record
+    if not record.final or record.aftercare or older.running("abort"):
+        problem = "has not ended here"
+    elif record.state in _MOVED:
+        problem = "moved the guest"
+    else:
+        return
+    raise DroverError(
+        Reason.WRONG_PHASE,
+        f"attempt {record.attempt} of migration {ref.migration_id} {problem}: it is {record.state}",
+        metadata={"state": record.state},
+    )
 
 
 def _seen(task: asyncio.Task[None]) -> None:

@@ -8,7 +8,7 @@ from agent.errors import DroverError, Reason
 from agent.handshake.records import OperatorWord, Role
 from agent.hypervisor.base import DomainState, HypervisorUnavailable
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import begin, confirm, perform, record, until, word
+from tests.unit.asking import REF, begin, confirm, fails, perform, record, reserve, until, word
 from tests.unit.fake_hypervisor import guest
 from tests.unit.two_agents import Pair, quicker
 
@@ -43,6 +43,30 @@ async def test_a_host_that_was_declared_dead_stops_its_copy_when_it_comes_back(p
     assert pair.destination.effects[0] == "disown"
     assert pair.runs_on == []
     assert (ended.failure.reason, ended.operator_word.said_by) == (Reason.DECLARED_DEAD, "root@admin1")
+
+
+async def test_6_01_a_later_attempt_takes_no_place_of_one_that_moved_the_guest(pair: Pair) -> None:
+    """Of anybody: else the copy of a host that was declared dead would run for ever beside the one that its source kept."""
+    await declared_dead(pair)
+    agent = pair.destination
+    await agent.restart()
+    later = pb.AttemptRef(migration_id=REF.migration_id, attempt=2)
+    for call in (agent.engine.abandon(pb.AbandonRequest(ref=later)), agent.engine.reserve_slot(reserve(ref=later))):
+        assert "moved the guest" in (await fails(call, Reason.WRONG_PHASE)).message
+    agent.settle()
+    await until(lambda: agent.journalled == "gone")
+    assert pair.runs_on == []
+
+
+@pytest.mark.parametrize(("state", "aftercare"), [("removed", False), ("kept", True)])
+async def test_6_02_nor_of_one_after_which_something_is_left_to_do(pair: Pair, state: str, *, aftercare: bool) -> None:
+    agent = pair.source
+    agent.hypervisor.fails_always["set_autostart"] = AWAY
+    agent.keep(record(Role.SOURCE, state, autostart=True, aftercare=aftercare))
+    agent.hypervisor.put(RUNS)
+    await agent.restart()
+    later = pb.AbortRequest(ref=pb.AttemptRef(migration_id=REF.migration_id, attempt=2))
+    await fails(agent.engine.abort(later), Reason.WRONG_PHASE)
 
 
 async def test_a_host_that_dies_while_it_stops_its_copy_goes_on_with_that(pair: Pair) -> None:

@@ -179,7 +179,9 @@ class AttemptRef(message.Message):
     migration_id: builtins.str
     """UUID that the client chose for the migration."""
     attempt: builtins.int
-    """1 for the first attempt. A host that knows a newer attempt refuses an older one."""
+    """1 for the first attempt. A host that knows a newer attempt refuses an older one; and a newer one where the older moved the guest,
+    or has something left to do (WRONG_PHASE).
+    """
     def __init__(
         self,
         *,
