@@ -79,7 +79,8 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.RESERVE):
             if attempt.record.state:
-                await attempt.apply(_E.RESERVE, lambda: self._joined(attempt, request), expires=self._expiry())
+                self._joined(attempt, request)  # another migration with this id learns that, whatever may be called now
+                await attempt.apply(_E.RESERVE, expires=self._expiry())
             else:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
                 self._joined(attempt, request)  # it may have been another one that opened it meanwhile

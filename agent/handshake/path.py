@@ -10,6 +10,7 @@ import contextlib
 import ipaddress
 import os
 import secrets
+import socket
 from typing import Final
 
 from agent.address import TcpAddress, parse_address
@@ -157,6 +158,8 @@ async def _read(where: TcpAddress, size: int) -> bytes | str:
         return f"no answer within {PROOF_SECONDS:g} s, so something on the way drops it"
     except asyncio.IncompleteReadError as error:
         return error.partial
+    except socket.gaierror:  # a scope that is no interface here; its numbers are not those of errno
+        return f"{where.host} is no address that can be reached from this host"
     except OSError as error:
         return os.strerror(error.errno).lower() if error.errno else str(error)  # asyncio puts its own words into strerror
     finally:

@@ -87,7 +87,8 @@ class SourceSide:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
                 self._joined(attempt, request)  # it may have been another one that opened it meanwhile
             else:
-                await attempt.apply(_E.BEGIN, lambda: self._joined(attempt, request))
+                self._joined(attempt, request)  # another migration with this id learns that, whatever may be called now
+                await attempt.apply(_E.BEGIN)
             record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
             if record.state == _S.KEPT and record.failure is not None:
                 raise record.failure.error()

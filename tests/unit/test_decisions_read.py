@@ -205,16 +205,27 @@ OTHERS: dict[str, pb.BeginRequest | pb.ReserveSlotRequest] = {
 }
 
 
+@pytest.mark.parametrize("under_way", [False, True])
 @pytest.mark.parametrize("what", OTHERS)
-async def test_6_01_a_known_id_with_other_content_is_refused(pair: Pair, what: str) -> None:
-    await pair.destination.engine.reserve_slot(reserve())
-    await pair.source.engine.begin(begin())
+async def test_6_01_a_known_id_with_other_content_is_refused(pair: Pair, what: str, *, under_way: bool) -> None:
+    """As another migration, not as a call out of its turn: the driver of the other one must stop."""
+    if under_way:
+        driver = asyncio.create_task(finished(pair.driver()))
+        pair.wire.all_sent.clear()
+        await pair.are("performing", "armed")
+    else:
+        await pair.destination.engine.reserve_slot(reserve())
+        await pair.source.engine.begin(begin())
     before, other = pair.states, OTHERS[what]
     if isinstance(other, pb.ReserveSlotRequest):
         await fails(pair.destination.engine.reserve_slot(other), Reason.MIGRATION_EXISTS)
     else:
         await fails(pair.source.engine.begin(other), Reason.MIGRATION_EXISTS)
     assert pair.states == before
+    if under_way:
+        pair.wire.all_sent.set()
+        await driver
+        pair.moved()
 
 
 # --- the path -----------------------------------------------------------------------------------------------------------
@@ -231,6 +242,11 @@ async def test_6_05_a_path_that_leads_elsewhere_is_refused_before_the_guest_is_t
     closed = await fails(pair.source.engine.begin(begin(probe=other.to_proto())), Reason.PATH_NOT_PROVED)
     assert "connection refused" in closed.message
     assert pair.source.calls == []
+
+
+async def test_6_05_a_scope_that_is_no_interface_is_told_in_words() -> None:
+    nowhere = pb.PathProbe(address="[fe80::1%99999999999999999999]:5", nonce=PROBE.nonce)
+    assert "no address that can be reached" in (await fails(prove(nowhere, "h1", "h2"), Reason.PATH_NOT_PROVED)).message
 
 
 async def test_6_05_a_probe_proves_its_address_until_the_slot_is_used(pair: Pair) -> None:
