@@ -53,6 +53,23 @@ async def test_threads_never_wait_for_each_other() -> None:
         threads.submit(lambda: 1 // 0).result(5)
 
 
+async def test_a_waiter_that_goes_away_does_not_break_its_thread() -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    def work() -> int:
+        entered.set()
+        gate.wait()
+        return 7
+
+    future = threads.submit(work)
+    assert await asyncio.to_thread(entered.wait, 5)
+    waiting = asyncio.wrap_future(future)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    gate.set()
+    assert await asyncio.to_thread(future.result, 5) == 7
+
+
 async def test_a_stuck_call_leaves_its_connection_behind(opened: list[FakeConnection]) -> None:
     session = connection.Session(connection.Pool("", call_timeout=0.5))
     gate = threading.Event()

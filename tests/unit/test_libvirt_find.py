@@ -1,5 +1,6 @@
 """agent.hypervisor.libvirt.domain: which domain a reference means. On libvirt's own test driver, which needs no daemon."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ libvirt = pytest.importorskip("libvirt", reason="libvirt-python is not installed
 
 from agent.hypervisor.base import DomainAmbiguous  # noqa: E402 - after the skip
 from agent.hypervisor.libvirt import domain as domains  # noqa: E402
+from agent.hypervisor.libvirt.connection import Link  # noqa: E402
 
 A, B = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e000a", "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e000b"
 HEX, BRACED = B.replace("-", ""), f"{{{B}}}"
@@ -52,3 +54,36 @@ def test_6_03_what_is_not_there(connection: Any, reference: str) -> None:
     with pytest.raises(libvirt.libvirtError) as error:
         domains.find(connection, reference)
     assert error.value.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("reference", ["web1", A, B, "nobody"])
+def test_a_look_up_keeps_no_connection_open(connection: Any, no_garbage_collector: None, reference: str) -> None:
+    """A connection that stays open keeps the migration job that was begun on it: the guest is held until some garbage collection."""
+    define(connection, "web1", A)
+    other = libvirt.open("test:///default")
+    Link(other).run(lambda opened: domains.find(opened, reference).name())
+    assert other.close() == 0
+
+
+def test_a_connection_closes_whatever_refers_to_its_domains(connection: Any, no_garbage_collector: None) -> None:
+    define(connection, "web1", A)
+    link = Link(libvirt.open("test:///default"))
+    freed: list[str] = []
+
+    class Kept:
+        def __init__(self, domain: Any) -> None:
+            self.itself, self.domain = self, domain
+
+        def __del__(self) -> None:
+            freed.append("the domain")
+
+    link.run(lambda opened: Kept(domains.by_name(opened, "web1")) and None)
+    link.release()
+    assert freed == ["the domain"]

@@ -17,11 +17,13 @@ on the connection returns with an error.
 
 import asyncio
 import contextlib
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import libvirt
+import structlog
 
 from agent.hypervisor.base import HypervisorError, HypervisorUnavailable
 from agent.hypervisor.libvirt import events, threads
@@ -29,6 +31,8 @@ from agent.hypervisor.libvirt.errors import translate
 from agent.hypervisor.libvirt.service import behind
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 CONNECTIONS = 32
 """Most calls at once of one driver beside its phases; more of them wait. Each call takes about 1 ms, unless the QEMU that
@@ -103,7 +107,11 @@ class Link:
 
     def _close(self) -> None:
         with contextlib.suppress(libvirt.libvirtError):  # a dead socket is as closed as it can be
-            self._connection.close()
+            if left := self._connection.close():
+                # Domains that a cycle of references keeps (an exception that somebody stored) keep the connection open, and so the
+                # migration job that was begun on it. They go now, and with the last of them the connection.
+                log.warning("a connection to libvirt is still referred to; collecting garbage", references=left)
+                gc.collect()
 
 
 def connect(uri: str) -> Link:

@@ -1,6 +1,6 @@
 """What libvirt's answers about a domain mean: its state, its job, its progress. Blocking reads and pure translations."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import libvirt
@@ -63,19 +63,21 @@ def by_name(connection: Any, name: str) -> Any:
 
 def find(connection: Any, reference: str) -> Any:
     """libvirt's domain that a user means by a name or a UUID. Raises libvirt's NO_DOMAIN, `DomainAmbiguous`."""
-    found = []
-    for look_up in (by_name, by_uuid) if is_uuid(reference) else (by_name,):
-        try:
-            found.append(look_up(connection, reference))
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                raise
-            missing = error
-    if not found:
-        raise missing
+    look_ups = (by_name, by_uuid) if is_uuid(reference) else (by_name,)
+    found = [domain for look_up in look_ups if (domain := _look_up(look_up, connection, reference)) is not None]
     if text := ambiguity(reference, [(domain.name(), domain.UUIDString()) for domain in found]):
         raise DomainAmbiguous(text)
-    return found[0]
+    return found[0] if found else by_name(connection, reference)
+
+
+def _look_up(look_up: Callable[[Any, str], Any], connection: Any, reference: str) -> Any | None:
+    """None where there is none. The error is not kept: with its traceback it would keep a domain, and that the connection, open."""
+    try:
+        return look_up(connection, reference)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        return None
 
 
 def read_one(connection: Any, uuid: str) -> Domain:

@@ -25,12 +25,14 @@ _idle = threading.Semaphore(0)  # one token for each thread that waits for a job
 
 
 def submit(function: Callable[[], T]) -> "Future[T]":
-    """Run `function` in a thread of its own for as long as it lasts. Where no thread can be had, it never runs and the future has
+    """Run `function` in a thread of its own for as long as it lasts; once it runs, it cannot be cancelled. Where no thread can be had, it never runs and the future has
     `HypervisorUnavailable`.
     """
     future: Future[T] = Future()
 
     def job() -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # nobody wants it any more
         try:
             result = function()
         except BaseException as error:  # handed to whoever waits
