@@ -84,6 +84,9 @@ def test_a_connection_closes_whatever_refers_to_its_domains(connection: Any, no_
         def __del__(self) -> None:
             freed.append("the domain")
 
-    link.run(lambda opened: Kept(domains.by_name(opened, "web1")) and None)
+    def leak(opened: Any) -> None:
+        Kept(domains.by_name(opened, "web1"))
+
+    link.run(leak)
     link.release()
     assert freed == ["the domain"]

@@ -25,8 +25,8 @@ _idle = threading.Semaphore(0)  # one token for each thread that waits for a job
 
 
 def submit(function: Callable[[], T]) -> "Future[T]":
-    """Run `function` in a thread of its own for as long as it lasts; once it runs, it cannot be cancelled. Where no thread can be had, it never runs and the future has
-    `HypervisorUnavailable`.
+    """Run `function` in a thread of its own for as long as it lasts; once it runs, it cannot be cancelled. Where no thread can be
+    had, it never runs and the future has `HypervisorUnavailable`.
     """
     future: Future[T] = Future()
 
