@@ -29,6 +29,7 @@ from agent.handshake.phases import (
     failed,
     failure_of,
     look_up,
+    overtaken,
     phase_changes,
     stated_changes,
     timed,
@@ -194,12 +195,20 @@ class DestinationSide:
             told: dict[str, object] = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
             if stated:
                 check_word(attempt, request.operator_word)
-            if event is _E.ABANDON_SOURCE_KEPT and attempt.record.state == _S.ARMED:
+            if asked := event is _E.ABANDON_SOURCE_KEPT and attempt.record.state == _S.ARMED:
                 by_word = await self._peers.check_nothing_flows(attempt, request.source_record, stated_dead=stated)
                 told = stated_changes(attempt, request.operator_word) if by_word else told
             elif not attempt.record.domain_uuid and request.domain_uuid:
                 told = await never_here(self._host, request)
-            await self._known(attempt, event, lambda: {} if told.keys() <= {"failure"} and _explained(attempt) else told)
+
+            def changes() -> dict[str, object]:
+                record = attempt.record
+                if record.state == _S.ARMED and not asked:
+                    raise overtaken(attempt)
+                explained = record.failure is not None or record.final  # why it ended, or it will not be changed any more
+                return {} if told.keys() <= {"failure"} and explained else told
+
+            await self._known(attempt, event, changes)
             record = await attempt.until(_DECIDED, MAX_WAIT)
             return pb.AbandonResponse(record=self._host.show(record))
 
@@ -389,8 +398,3 @@ class DestinationSide:
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
         if session := self._sessions.pop(attempt, None):
             await session.close()
-
-
-def _explained(attempt: Attempt) -> bool:
-    """Its record says already why it ended, or will not be changed any more."""
-    return attempt.record.failure is not None or attempt.record.final

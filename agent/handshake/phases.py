@@ -151,6 +151,17 @@ def check_same(attempt: Attempt, host: str, **told: object) -> None:
         )
 
 
+def overtaken(attempt: Attempt) -> DroverError:
+    """For a call whose checks were those of an earlier state than the one in which its turn has come."""
+    record = attempt.record
+    return DroverError(
+        Reason.WRONG_PHASE,
+        f"attempt {record.attempt} of migration {record.migration_id} has become {record.state} at this moment; nothing was done, "
+        "make the call again",
+        metadata={"state": record.state},
+    )
+
+
 def check_address(address: str, field: str) -> None:
     """An agent that cannot be asked later must be refused now. Raises INVALID_FIELD; an empty one means that nobody is asked."""
     if address:

@@ -28,6 +28,7 @@ from agent.handshake.phases import (
     failure_of,
     follow_guest,
     look_up,
+    overtaken,
     phase_changes,
     stated_changes,
     timed,
@@ -134,21 +135,23 @@ class SourceSide:
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.PERFORM):
-            if attempt.record.state == _S.BEGUN:
+            if checked := attempt.record.state == _S.BEGUN:
                 uri = read_uri(request.uri, self._host.features.uri_transports)
                 check_proved(attempt.record, str(uri.host), self._host.name)
                 await self._peers.check_uri(attempt, uri, request.destination_record)
-            await self._known(attempt, _E.PERFORM, lambda: self._performed(attempt, request))
+            await self._known(attempt, _E.PERFORM, lambda: self._performed(attempt, request, checked=checked))
             record = await attempt.until(_AFTER_PERFORM, wait_of(request.wait, unset=0.0))
             return pb.PerformResponse(
                 record=self._host.show(record, attempt.progress), cookie_out=record.cookies.get("perform", b"")
             )
 
-    def _performed(self, attempt: Attempt, request: pb.PerformRequest) -> dict[str, object]:
-        """What the first Perform adds to the record."""
+    def _performed(self, attempt: Attempt, request: pb.PerformRequest, *, checked: bool) -> dict[str, object]:
+        """What the first Perform adds to the record. `checked`: its URI was, for which the destination had to be asked."""
         changes = phase_changes(attempt, "perform", request)
         if attempt.record.state != _S.BEGUN:
             return {}
+        if not checked:
+            raise overtaken(attempt)
         uri = read_uri(request.uri, self._host.features.uri_transports)
         self._host.check_sends_to(uri)
         limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")

@@ -1,6 +1,7 @@
 """Issue 6, lines 1, 5 and 7: a decision is read from the host that made it, memory goes where the destination listens."""
 
 import asyncio
+from collections.abc import Awaitable
 
 import pytest
 
@@ -291,3 +292,47 @@ async def test_6_07_a_perform_that_is_refused_keeps_the_guest_at_once(pair: Pair
     await finished(pair.driver())
     assert pair.states == ("kept", "gone")
     assert pair.runs_on == ["h1"]
+
+
+# --- a call that waits for its turn ----------------------------------------------------------------------------------------
+
+
+async def waits_for_its_turn(agent: Agent, call: Awaitable[object], until_turn: asyncio.Event) -> "asyncio.Task[object]":
+    """Make the call while the journal writes something else, then let that be written."""
+    await agent.journal.waiting.wait()
+    calling = asyncio.ensure_future(call)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    until_turn.set()
+    return calling
+
+
+async def test_6_07_a_perform_that_comes_while_begin_ends_is_checked_too(pair: Pair) -> None:
+    """Its turn comes in another state than the one that it found."""
+    agent = pair.source
+    agent.hypervisor.held["begin"] = begun = asyncio.Event()
+    beginning = asyncio.create_task(agent.engine.begin(begin()))
+    await until(lambda: agent.journalled == "beginning")
+    agent.journal.held = written = asyncio.Event()
+    begun.set()
+    elsewhere = perform(uri="tcp://127.92.0.9:49152", destination_record=None)
+    await fails(await waits_for_its_turn(agent, agent.engine.perform(elsewhere), written), Reason.WRONG_PHASE)
+    await beginning
+    assert agent.journalled == "begun"
+    await fails(agent.engine.perform(elsewhere), Reason.PATH_NOT_PROVED)
+
+
+async def test_6_01_a_claim_that_comes_while_the_copy_is_armed_is_checked_too(pair: Pair) -> None:
+    agent = pair.destination
+    agent.keep(record(Role.DESTINATION, "prepared"))
+    agent.hypervisor.put(WAITS)
+    await agent.engine.close()
+    agent.engine = agent._engine()
+    await agent.record()
+    agent.hypervisor.wire.all_sent.clear()
+    agent.journal.held = written = asyncio.Event()
+    finishing = asyncio.create_task(agent.engine.finish(pb.FinishRequest(ref=REF)))
+    await fails(await waits_for_its_turn(agent, agent.engine.abandon(KEPT), written), Reason.WRONG_PHASE)
+    await finishing
+    await fails(agent.engine.abandon(KEPT), Reason.UNDECIDED)
+    assert agent.journalled == "armed"
