@@ -122,7 +122,7 @@ class DestinationSide:
                 peer_agent=request.source_agent,
                 options=options_from_proto(settled(request.options, self._host.features)),
                 uri=listen.uri,
-                cookies={"listen": listen.address.encode()},
+                listen=listen.address,
                 timings=(watch.timing,),
             )
             if not attempt.record.final:
@@ -158,7 +158,7 @@ class DestinationSide:
         if request.network or request.uri_in:
             listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
             self._host.check_listens_on(listen.address)
-            changes["uri"], cookies["listen"] = listen.uri, listen.address.encode()
+            changes |= {"uri": listen.uri, "listen": listen.address}
         changes |= {"domain_xml": request.domain_xml, "cookies": cookies, "expires": self._expiry()}
         return changes | changes_of(stored, arrives=True)
 
@@ -273,7 +273,7 @@ class DestinationSide:
                         record.cookies["begin"],
                         record.user_options,
                         record.destination_name,
-                        record.cookies["listen"].decode(),
+                        record.listen,
                         record.uri,
                     )
         except Exception as error:

@@ -97,7 +97,7 @@ class PathProbes:
 
     async def of(self, attempt: Attempt) -> pb.PathProbe:
         """What to tell the driver of an attempt that is RESERVED: after a restart of this agent, another port and nonce."""
-        probe = self._open.get(attempt) or await self.open(attempt, attempt.record.cookies["listen"].decode())
+        probe = self._open.get(attempt) or await self.open(attempt, attempt.record.listen)
         return probe.to_proto()
 
     async def _hold(self, attempt: Attempt, probe: PathProbe) -> None:

@@ -122,6 +122,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     aftercare: bool = False
     """After its end here something of the guest has yet to be put right (`aftercare`): it is recovered, though it is final."""
     uri: str = ""
+    listen: str = ""
+    """This host's migration address, at which the guest's memory shall arrive; destination only."""
     proved: str = ""
     """The destination's migration address, once the path to it was proved; source only."""
     bandwidth: int = 0

@@ -141,7 +141,8 @@ def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
         "peer_agent": "10.91.0.2:7400",
         "epoch": 1,
         "proved": ADDRESSES["h2"],
-        "cookies": {"begin": b"begun", "prepare": b"prepared", "listen": b"127.92.0.2"},
+        "listen": ADDRESSES["h2"] if role is Role.DESTINATION else "",
+        "cookies": {"begin": b"begun", "prepare": b"prepared"},
         "revision": 5,
         **uris,
     }

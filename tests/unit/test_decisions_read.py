@@ -260,6 +260,17 @@ async def test_6_05_a_probe_proves_its_address_until_the_slot_is_used(pair: Pair
     await fails(prove(told, "h1", "h2"), Reason.PATH_NOT_PROVED)
 
 
+async def test_6_05_a_slot_outlives_a_restart_and_is_proved_anew(pair: Pair) -> None:
+    """What the journal keeps of it is enough: cookies are not journalled."""
+    h2 = pair.destination
+    await h2.engine.reserve_slot(reserve())
+    await h2.restart()
+    again = await h2.engine.reserve_slot(reserve())
+    assert await prove(again.probe, "h1", "h2") == ADDRESSES["h2"]
+    answer = await h2.engine.prepare(prepare(again.record.slot.epoch))
+    assert state_from_proto(answer.record) == "prepared"
+
+
 @pytest.mark.parametrize(
     "probe", [{"nonce": b"short"}, {"nonce": b"x" * 65}, {"address": "unix:/tmp/x"}, {"address": "h2:1"}], ids=str
 )
