@@ -188,7 +188,8 @@ def asks(source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]
     if _ASKS in agent.work:
         left = agent.work - {_ASKS}
         yield "destination: asks the source", source, agent._replace(work=left | {_SOURCE_KEPT} if kept else left), Cost.FREE
-    if _ASKS_OWNER in agent.work:
+    ended = source.attempt > agent.attempt or (here and source.state in (SourceState.REMOVED, SourceState.KEPT))
+    if _ASKS_OWNER in agent.work and (goes_on_there or ended):  # until then it asks again and again
         left = agent.work - {_ASKS_OWNER}
         after = agent._replace(work=left | {_DISOWNED} if goes_on_there else left)
         yield "destination: asks whose the guest is", source, after, Cost.FREE

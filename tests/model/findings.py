@@ -20,22 +20,7 @@ class Finding:
     finds: str
 
 
-CORRECTABLE: tuple[Finding, ...] = (
-    Finding(
-        World(
-            "back_too_early",
-            "the destination is back, and the attempt goes on, before the operator's word gets to the source",
-            budget=budget(host=1, word=1, crash_driver=1),
-            takeover=False,
-            in_flight=2,
-            back_too_early=True,
-        ),
-        TWO_RUN,
-    ),
-)
-"""Flaws of the product. Rare: it needs an operator's word."""
-
-LIMITS: tuple[Finding, ...] = (
+FINDINGS: tuple[Finding, ...] = (
     Finding(
         World(
             "source_died_after_all_was_sent",
@@ -82,5 +67,3 @@ LIMITS: tuple[Finding, ...] = (
     ),
 )
 """What no table can help: what the hypervisors must not do, and QEMUs that die in the instant in which the guest changes hosts."""
-
-FINDINGS = CORRECTABLE + LIMITS

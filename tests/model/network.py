@@ -231,7 +231,7 @@ def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
             yield from _arrives(world, talk, agent, message, Side.DESTINATION)
     if agent.dead or (world.wrong_word and agent.up):
         yield from _declared_dead(world, talk, agent, Side.DESTINATION)
-    if agent.dead and (world.back_too_early or not _word_counts(talk)):
+    if agent.dead:
         yield "hosts: the destination's host is back", talk, destination_agent.back(world, agent), Cost.FREE
     if not agent.up:
         return
@@ -277,17 +277,6 @@ def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterat
         if mode is not None and not answers:
             told = _settle(driver._replace(dead=side, mode=mode))
             yield f"operator: tells driver {index} that the {side} is dead", _with(talk, index, told), agent, Cost.WORD
-
-
-def _word_counts(talk: Talk) -> bool:
-    """The word that the destination is dead has not had its effect yet, and may still have one."""
-    undecided = any(
-        driver.dead is Side.DESTINATION
-        and driver.mode not in (Mode.OFF, Mode.ENDED)
-        and driver.src not in (SourceState.REMOVING, SourceState.REMOVED)
-        for driver in talk.drivers
-    )
-    return undecided or any(message.word for message in talk.flying)
 
 
 def _timer(talk: Talk) -> Cost:

@@ -65,8 +65,6 @@ class World:
     """An operator may state of a host that lives that it is dead."""
     durable_driver: bool = True
     """What a driver has acknowledged to its user survives its death."""
-    back_too_early: bool = False
-    """A destination that was declared dead, rightly, may be back before the word has had its effect."""
     torn_end: bool = False
     """At the last instant the destination gets everything, while the source believes that it failed and runs on."""
 

@@ -102,6 +102,13 @@ SMALL: tuple[World, ...] = (
         budget=budget(cancel=1, crash_driver=1),
     ),
     World(
+        "back_too_early",
+        "the destination is back, and the attempt goes on, before the operator's word gets to the source",
+        takeover=False,
+        in_flight=2,
+        budget=budget(host=1, word=1, crash_driver=1),
+    ),
+    World(
         "looked_at_before_disowned",
         "the same, and a driver that comes back, too, looks at the destination before that has asked whose the guest is",
         takeover=False,
@@ -211,11 +218,11 @@ FULL: tuple[World, ...] = (
     ),
     World(
         "third_host_and_crashes",
-        "the same migration id towards a third host; agents die, a message is lost, and the user cancels",
+        "the same migration id towards a third host; the source dies, a message is lost, and the user cancels",
         takeover=False,
         in_flight=2,
         foreign_driver=True,
-        budget=budget(cancel=1, crash_source=1, crash_destination=1, lose=1),
+        budget=budget(cancel=1, crash_source=1, lose=1),
     ),
     World(
         "claims_by_hand",
@@ -226,10 +233,10 @@ FULL: tuple[World, ...] = (
     ),
     World(
         "wrong_words",
-        "an operator states of hosts that live that they are dead; the driver dies",
+        "an operator states of hosts that live that they are dead, and a call fails",
         in_flight=2,
         wrong_word=True,
-        budget=budget(word=2, cancel=1, fail=1, crash_driver=1),
+        budget=budget(word=1, cancel=1, fail=1),
     ),
     World(
         "post_copy_host_declared_dead",
