@@ -54,13 +54,15 @@ class Fences:
         if fence is None:
             waiting: list[Callable[[], float]] = []
             fence = self._hosts[host] = _Fence(waiting, asyncio.create_task(self._keep_fencing(host, waiting), name=f"fence {host}"))
+            fence.task.add_done_callback(lambda _: self._hosts.pop(host))
         fence.waiting.append(silent_for)
         try:
             return await asyncio.shield(fence.task)
         finally:
             fence.waiting.remove(silent_for)
             if not fence.waiting:
-                await self._end(host, fence)
+                fence.task.cancel()
+                await asyncio.wait({fence.task})
 
     async def close(self) -> None:
         """Kill every command that runs."""
@@ -68,11 +70,6 @@ class Fences:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _end(self, host: str, fence: "_Fence") -> None:
-        fence.task.cancel()
-        await asyncio.wait({fence.task})
-        self._hosts.pop(host, None)
 
     async def _keep_fencing(self, host: str, waiting: Sequence[Callable[[], float]]) -> str:
         while True:

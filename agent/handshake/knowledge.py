@@ -166,7 +166,10 @@ class Knowledge:
         known.extend(calls)
 
     def read_clock(self, side: str, record: pb.Record) -> None:
-        """A side has just changed its record and answered with it: compare its wall clock."""
+        """Compare a side's wall clock, where it has just changed its record and answered with it: one that was not seen yet."""
+        known = self.source_record if side == "source" else self.destination_record
+        if known is not None and record.revision <= known.revision:
+            return  # the answer to a call that joined: the record may have been changed long ago
         self._wall_offsets.setdefault(side, record.update_time.ToNanoseconds() / 1e9 - time.monotonic())
 
     @property

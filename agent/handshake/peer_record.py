@@ -1,5 +1,6 @@
 """Reads the record of the other host of an attempt, so that nobody's word is taken for it."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +21,10 @@ log = structlog.get_logger()
 
 _UNREACHABLE: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED, Reason.UNIMPLEMENTED})
 """Errors of a call that say nothing of the host itself. Any other error is an answer."""
+
+
+READ_SECONDS: Final = 3.0
+"""Deadline of a reading before Perform: its caller waits 5 s for the answer, and a record that it relays must count by then."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,19 @@ class PeerRecords:
         self._host = host
         self._peer_of = peer_of
 
-    async def read(self, attempt: Attempt, relayed: pb.Record | None = None) -> Reading:
+    async def read(self, attempt: Attempt, relayed: pb.Record | None = None, *, within: float | None = None) -> Reading:
         """Ask the other host. Where it cannot be reached, a record that a driver relays counts, if it names the attempt, the guest
-        and both hosts. Takes no longer than the deadline of a question (`handshake_service.QUESTION_SECONDS`).
+        and both hosts. Takes no longer than the deadline of a question (`handshake_service.QUESTION_SECONDS`), or than `within`.
         """
         ours = attempt.record
         peer = self._peer_of(attempt)
         why = "the address of its agent was not told"
         if peer is not None:
             try:
-                record = (await peer.get_record(pb.GetRecordRequest(ref=ours.ref))).record
+                async with asyncio.timeout(within):
+                    record = (await peer.get_record(pb.GetRecordRequest(ref=ours.ref))).record
+            except TimeoutError:
+                why = f"{ours.peer_host} did not answer within {within:g} s"
             except DroverError as error:
                 if error.reason not in _UNREACHABLE:
                     return Reading(None, answered=True, why=error.message)
@@ -105,7 +113,7 @@ class PeerRecords:
 
     async def check_uri(self, attempt: Attempt, uri: MigrationUri, relayed: pb.Record) -> None:
         """That the destination of this attempt listens on `uri`. Raises URI_NOT_ALLOWED, UNDECIDED."""
-        reading = await self.read(attempt, relayed)
+        reading = await self.read(attempt, relayed, within=READ_SECONDS)
         untouched = f"Guest {attempt.record.domain_name} was not touched and runs on {self._host}"
         if reading.record is None or not reading.record.uri:
             raise self._undecided(attempt, reading, f"{untouched}; nobody says where its copy listens", stated=False)

@@ -6,10 +6,12 @@ from collections.abc import Awaitable
 import pytest
 
 from agent.errors import Reason
+from agent.handshake import peer_record
 from agent.handshake.driver import Driver
 from agent.handshake.path import PathProbe, prove
 from agent.handshake.records import Role, state_from_proto
 from agent.hypervisor.base import DomainState, Incompatible, Job
+from agent.service.handshake_service import QUESTION_SECONDS
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
     ADDRESSES,
@@ -296,6 +298,18 @@ async def test_6_07_memory_goes_only_where_this_attempts_destination_listens(pai
     error = await fails(pair.source.engine.perform(perform(uri="tcp://127.92.0.2:49199")), Reason.URI_NOT_ALLOWED)
     assert uri in error.message
     assert pair.source.journalled == "begun"
+
+
+async def test_6_07_a_destination_that_does_not_answer_is_given_up_while_the_driver_still_waits(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that the driver relays counts then."""
+    assert peer_record.READ_SECONDS < QUESTION_SECONDS  # of the driver's call, and of the question to the destination
+    monkeypatch.setattr(peer_record, "READ_SECONDS", 0.05)
+    await pair.source.engine.begin(begin())
+    pair.to_destination.hang.add("get_record")
+    await asyncio.wait_for(pair.source.engine.perform(perform()), 5)
+    assert pair.source.journalled in ("performing", "performed")
 
 
 async def test_6_07_a_perform_that_is_refused_keeps_the_guest_at_once(pair: Pair) -> None:

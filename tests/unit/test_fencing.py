@@ -63,6 +63,19 @@ async def test_6_12_a_migration_that_comes_while_the_command_is_killed_starts_an
     assert (tmp_path / "runs").read_text().split() == ["x", "x"]
 
 
+async def test_6_12_a_migration_that_goes_away_in_a_hurry_leaves_no_command_behind(tmp_path: Path) -> None:
+    """It is cancelled again while the command is being killed, as when a silent host answers and falls silent again."""
+    fences = Fences(shell('echo x >> "$0/runs"; [ -e "$0/stop" ] || sleep 60', tmp_path))
+    first = asyncio.create_task(fences.dead("h2", silent(5.0)))
+    await until(lambda: (tmp_path / "runs").exists())
+    (tmp_path / "stop").touch()
+    first.cancel()
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait({first})
+    assert "status 0" in await asyncio.wait_for(fences.dead("h2", silent(5.0)), 5)
+
+
 async def test_6_12_the_output_is_bounded(tmp_path: Path) -> None:
     said = await fence(shell("head -c 20000000 /dev/zero | tr '\\0' x; echo; echo last words", tmp_path), "h2")
     assert said is not None

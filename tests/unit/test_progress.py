@@ -345,9 +345,11 @@ def test_6_16_calls_are_laid_on_the_drivers_own_clock(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("ahead", "said"), [(HOUR, "h2 is 3600 s ahead of h1"), (-HOUR, "h1 is 3600 s ahead of h2"), (0.5, "")])
 def test_6_16_clocks_that_differ_are_told(ahead: float, said: str) -> None:
     driver = knows(Src.BEGUN, Dst.RESERVED)
-    driver.read_clock("destination", handshake_pb2.Record(update_time=timestamp(5000.0 + ahead)))
+    driver.read_clock("destination", handshake_pb2.Record(revision=99, update_time=timestamp(5000.0 + ahead)))
     assert not seen(driver).warnings, "one clock alone says nothing"
-    driver.read_clock("source", handshake_pb2.Record(update_time=timestamp(5000.0)))
+    driver.read_clock("source", handshake_pb2.Record(update_time=timestamp(5000.0 + 2 * ahead)))
+    assert not seen(driver).warnings, "nor does a record that was known: it was changed long ago"
+    driver.read_clock("source", handshake_pb2.Record(revision=99, update_time=timestamp(5000.0)))
     first = seen(driver)
     assert [said in warning for warning in first.warnings] == ([True] if said else [])
     assert list(seen(driver, first).warnings) == list(first.warnings), "once"
