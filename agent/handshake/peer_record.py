@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
@@ -25,6 +25,8 @@ _UNREACHABLE: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEED
 
 READ_SECONDS: Final = 3.0
 """Deadline of a reading before Perform: its caller waits 5 s for the answer, and a record that it relays must count by then."""
+
+_S = TypeVar("_S", DestinationState, SourceState)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class PeerRecords:
             DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a destination that answers.
         """
         reading = await self.read(attempt, relayed)
-        state = None if reading.record is None else DestinationState(state_from_proto(reading.record))
+        state = _known(DestinationState, reading)
         event = source_obeys(state, answered=reading.answered, stated_dead=stated_dead)
         if event is None:
             stays = f"Guest {attempt.record.domain_name} stays stopped on {self._host} until {attempt.record.peer_host} says"
@@ -105,7 +107,7 @@ class PeerRecords:
             DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a source that answers.
         """
         reading = await self.read(attempt, relayed)
-        state = None if reading.record is None else SourceState(state_from_proto(reading.record))
+        state = _known(SourceState, reading)
         if not destination_yields(state, answered=reading.answered, stated_dead=stated_dead):
             stays = f"The copy of guest {attempt.record.domain_name} on {self._host} stays, and starts once all of it has come"
             raise self._undecided(attempt, reading, stays, stated=stated_dead)
@@ -153,6 +155,12 @@ def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool 
     }
     wrong = [f"its {what} is {got or 'not said'}, not {want}" for what, (got, want) in named.items() if got != want]
     return "; ".join(wrong)
+
+
+def _known(states: type[_S], reading: Reading) -> _S | None:
+    """The state that was read; None for one of a newer version, or of the other side, which decides nothing."""
+    word = "" if reading.record is None else state_from_proto(reading.record)
+    return states(word) if word in set(states) else None
 
 
 def _parsed(uri: str) -> MigrationUri | None:

@@ -8,7 +8,9 @@ It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, 
   and XML); only longer ones, such as the XML, may have several lines;
 - a time is one that a calendar has, and a network's address is an IP address (in an answer, too);
 - an order holds nothing that is not understood: `Options` and `MigrationSpec` no unknown field, they and the requests
-  themselves no unknown enum value. Reports (a `Host`) may: a newer agent may say more.
+  themselves no unknown enum value. Reports (a `Host`) may: a newer agent may say more;
+- a record that a driver relays is the answer of another host, and checked like one: a call must not be refused for what that
+  host's hypervisor has said.
 
 The rules of a message are compiled once for each type. A walk then looks at the fields that are set and no others, so it
 takes a few microseconds.
@@ -30,7 +32,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from agent.errors import DroverError, Reason, invalid_field
 from agent.hypervisor.names import name_problem
-from drover.agent.v1 import bounds_pb2, host_pb2, migration_pb2, options_pb2
+from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2, options_pb2
 
 MAX_STRING = 253
 """Bytes of a string that has no max_bytes of its own."""
@@ -176,6 +178,8 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
             return _duration
         if field.message_type.full_name == Timestamp.DESCRIPTOR.full_name:
             return _timestamp
+        if field.message_type.full_name == handshake_pb2.Record.DESCRIPTOR.full_name:
+            return _answer
         return _message if max_bytes is None else _message_check(max_bytes, _message)
     if field.enum_type is not None:
         return _enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None

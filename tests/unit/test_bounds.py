@@ -153,6 +153,16 @@ def test_of_an_answer_only_the_sizes_count() -> None:
     check_answer(answer)
 
 
+def test_6_14_a_record_that_is_relayed_is_taken_with_whatever_its_hypervisor_has_said() -> None:
+    """Else a Confirm is refused for the words of QEMU, and the guest stays stopped."""
+    record: dict[str, Any] = {"failure": {"metadata": {"message": "operation failed: qemu-system-x86_64: load\nerror"}}}
+    relayed = make(handshake_pb2.ConfirmRequest, ref={"migration_id": UUID}, decision=2, destination_record=record)
+    check_request(relayed)
+    record["failure"]["metadata"]["message"] = "x" * 1025
+    too_large = make(handshake_pb2.AbandonRequest, ref={"migration_id": UUID}, source_kept=True, source_record=record)
+    assert refusal(too_large).reason is Reason.FIELD_TOO_LARGE
+
+
 REQUESTS = [
     message
     for file in (migration_pb2, handshake_pb2, host_pb2, cluster_pb2)

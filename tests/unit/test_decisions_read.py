@@ -103,6 +103,21 @@ async def test_6_01_a_relayed_record_counts_only_if_it_is_the_destinations(pair:
     assert state_from_proto(answer.record) == "kept"
 
 
+@pytest.mark.parametrize("number", [0, 99, pb.RECORD_STATE_KEPT])
+@pytest.mark.parametrize("relayed", [False, True])
+async def test_6_11_a_state_that_is_none_of_a_destination_decides_nothing(pair: Pair, number: int, *, relayed: bool) -> None:
+    """Of a newer version, or a caller's mistake: never an internal error."""
+    await stopped(pair)
+    pair.to_destination.cut = relayed
+    odd = destination_record("gone")
+    odd.ClearField("state")
+    odd.MergeFromString(bytes([2 << 3, number]))
+    pair.to_destination.answer["get_record"] = lambda _: pb.GetRecordResponse(record=odd)
+    error = await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE, destination_record=odd)), Reason.UNDECIDED)
+    assert "its record is" in error.message
+    assert pair.source.journalled == "performed"
+
+
 async def test_6_01_another_agent_at_the_destinations_address_is_not_the_destination(pair: Pair) -> None:
     await stopped(pair)
     pair.to_destination.answer["get_record"] = lambda answer: pb.GetRecordResponse(record=destination_record("gone", host="h3"))
