@@ -10,7 +10,7 @@ from agent.errors import DroverError, Reason, invalid_field
 from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, Look
 from agent.handshake.destination import DestinationState
 from agent.handshake.records import AttemptRecord, Role
-from agent.handshake.source import SourceState
+from agent.handshake.source import SourceEffect, SourceState
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -19,6 +19,9 @@ AFTERCARE: Final = "aftercare"
 
 AFTERCARE_WITHIN: Final = 5.0
 """Seconds for which a guest's next migration waits for that."""
+
+_HOLDS: Final = (SourceEffect.ABORT, SourceEffect.BEGIN, SourceEffect.RELEASE)
+"""What may still be on its way to the hypervisor when an attempt has ended: it would end the guest's next transfer, or holds it."""
 
 _KEEP_ENDED: Final = 256
 """Ended attempts in memory; older ones are read from the journal again."""
@@ -95,10 +98,9 @@ class Attempts:
 
     def check_free(self, uuid: str, name: str) -> None:
         """Raises DOMAIN_BUSY where an attempt at this guest is under way here, with its migration's id."""
-        # An abort that is still on its way to the hypervisor would end the next transfer.
         unfinished = [a for a in self._by_id.values() if a.busy or not a.record.final]
         here = [a for a in unfinished if a.record.domain_uuid == uuid]
-        others = [a.record.migration_id for a in here if not a.record.final or a.running("abort")]
+        others = [a.record.migration_id for a in here if not a.record.final or a.running(*_HOLDS)]
         if others or uuid in self._claimed:
             raise _busy(name, others[0] if others else "")
 
@@ -174,7 +176,7 @@ def _check_followed(ref: pb.AttemptRef, older: Attempt) -> None:
     attempt (the copy of a host that was declared dead, autostart) is done for the newest only. Raises WRONG_PHASE.
     """
     record = older.record
-    if not record.final or record.aftercare or older.running("abort"):
+    if not record.final or record.aftercare or older.running(*_HOLDS):
         problem = "has not ended here"
     elif record.state in _MOVED:
         problem = "moved the guest"

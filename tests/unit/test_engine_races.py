@@ -177,6 +177,24 @@ async def test_6_6_an_answer_that_makes_no_sense_keeps_no_other_copy(pair: Pair)
 # --- what only one may have -------------------------------------------------------------------------------------------
 
 
+async def test_6_15_a_guest_that_is_not_let_go_yet_is_busy_with_that_migration(pair: Pair) -> None:
+    """It was aborted while the hypervisor begins; the next one would meet that job, and take it for somebody else's."""
+    agent = pair.source
+    agent.hypervisor.put(RUNS)
+    agent.hypervisor.held["begin"] = begun = asyncio.Event()
+    beginning = asyncio.create_task(agent.engine.begin(begin()))
+    await until(lambda: agent.journalled == "beginning")
+    await agent.engine.abort(pb.AbortRequest(ref=REF))
+    await fails(beginning, Reason.CANCELLED)
+    later = pb.AttemptRef(migration_id="later", attempt=1)
+    assert REF.migration_id in (await fails(agent.engine.begin(begin(ref=later)), Reason.DOMAIN_BUSY)).message
+    begun.set()
+    await until(lambda: agent.hypervisor.closed_sessions == 1)
+    await asyncio.sleep(0)
+    await agent.engine.begin(begin(ref=later))
+    assert agent.effects.count("begin") == 2
+
+
 async def test_one_guest_is_taken_by_one_migration(pair: Pair) -> None:
     agent = pair.source
     agent.hypervisor.put(RUNS)
