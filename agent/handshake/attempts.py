@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final
 
 from agent.bell import Bell
@@ -80,6 +80,14 @@ class Attempts:
         """An attempt whose first event was refused never was."""
         if not attempt.record.state and attempt.opening is None and self._by_id.get(attempt.record.migration_id) is attempt:
             del self._by_id[attempt.record.migration_id]
+
+    @contextlib.asynccontextmanager
+    async def forgotten_unless_known(self, attempt: Attempt) -> AsyncIterator[None]:
+        """Around a call that asks before it applies its event: it may be refused, or its caller leave, while it asks."""
+        try:
+            yield
+        finally:
+            self.forget_unless_known(attempt)
 
     @contextlib.contextmanager
     def claim(self, uuid: str, name: str) -> Iterator[None]:

@@ -190,7 +190,7 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
         stated = request.HasField("operator_word")
-        async with attempt.called(event):
+        async with attempt.called(event), self._attempts.forgotten_unless_known(attempt):
             check_same(attempt, self._host.name, domain_uuid=request.domain_uuid, peer_host=request.source_host)
             told: dict[str, object] = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
             if stated:
@@ -208,7 +208,7 @@ class DestinationSide:
                 explained = record.failure is not None or record.final  # why it ended, or it will not be changed any more
                 return {} if told.keys() <= {"failure"} and explained else told
 
-            await self._known(attempt, event, changes)
+            await attempt.apply(event, changes)
             record = await attempt.until(_DECIDED, MAX_WAIT)
             return pb.AbandonResponse(record=self._host.show(record))
 

@@ -10,7 +10,7 @@ from agent.handshake import peer_record
 from agent.handshake.driver import Driver
 from agent.handshake.path import PathProbe, prove
 from agent.handshake.records import Role, state_from_proto
-from agent.hypervisor.base import DomainState, Incompatible, Job
+from agent.hypervisor.base import DomainState, HypervisorUnavailable, Incompatible, Job
 from agent.service.handshake_service import QUESTION_SECONDS
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
@@ -143,6 +143,23 @@ async def test_6_01_a_record_that_was_made_by_giving_up_decides_only_where_the_g
 
 
 # --- the destination reads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_6_01_giving_up_what_the_hypervisor_does_not_tell_leaves_nothing_in_memory(pair: Pair, *, leaves: bool) -> None:
+    agent = pair.destination
+    if leaves:
+        agent.hypervisor.held["get_domain"] = asyncio.Event()
+    else:
+        agent.hypervisor.fails_always["get_domain"] = HypervisorUnavailable("libvirtd is being restarted")
+    giving_up = asyncio.create_task(agent.engine.abandon(pb.AbandonRequest(ref=REF, domain_uuid=UUID, source_host="h1")))
+    if leaves:
+        await until(lambda: "get_domain" in agent.hypervisor.arguments)
+        giving_up.cancel()
+        await asyncio.wait({giving_up})
+    else:
+        await fails(giving_up, Reason.HYPERVISOR_UNAVAILABLE)
+    assert agent.engine._attempts.all() == []
 
 
 async def test_6_01_an_armed_copy_is_not_given_up_on_anybodys_word(pair: Pair) -> None:
