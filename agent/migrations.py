@@ -17,6 +17,7 @@ from agent.errors import DroverError, Reason
 from agent.fencing import Fences, FencingConfig
 from agent.handshake.driver import Driver
 from agent.handshake.guest_fact import fact_of_description
+from agent.handshake.pause import see_pause
 from agent.handshake.plan import Plan
 from agent.migration import FINAL, Entry, MigrationLog
 from agent.planning import make_plan, resume_plan
@@ -284,6 +285,7 @@ class Migrations:
             return
         try:
             await driver.run()
+            await see_pause(driver)
         except asyncio.CancelledError:
             if (task := asyncio.current_task()) is None or task.cancelling():
                 raise

@@ -18,7 +18,7 @@ from agent.handshake.attempt import Attempt, retry
 from agent.handshake.attempts import AFTERCARE
 from agent.handshake.destination import DestinationEffect, DestinationState
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.phases import LocalHost
+from agent.handshake.phases import LocalHost, see
 from agent.handshake.records import Role
 from agent.handshake.source import SourceEffect, SourceState
 from agent.hypervisor.base import DomainNotFound
@@ -93,6 +93,7 @@ class Aftercare:
                 await self._host.hypervisor.suspend(attempt.record.domain_uuid)
 
         await retry(attempt, "pausing the guest, as its user did during the transfer", suspend)
+        await see(self._host, attempt)
         log.info("paused, as its user did during the transfer", migration=attempt.record.migration_id)
         return True
 

@@ -6,8 +6,11 @@ import pytest
 
 from agent.handshake.records import AttemptRecord, decode, encode
 from agent.hypervisor.base import HypervisorError, Stored
+from agent.migration import FINAL
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import finished, until
+from drover.agent.v1 import migration_pb2
+from tests.unit.asking import ID, finished, until
+from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import DOCUMENT, UUID, FakeOutgoing, guest
 from tests.unit.two_agents import Agent, Pair
 
@@ -120,6 +123,26 @@ async def test_6_21_a_guest_that_its_user_paused_on_the_way_is_paused_where_it_s
     assert pair.states == ("kept", "gone")
     await settled(pair.source)
     assert pair.source.hypervisor.domains[UUID].state == "paused"
+
+
+@pytest.mark.parametrize("moves", [True, False])
+async def test_6_21_its_end_is_told_once_it_is_paused(driving: Driving, monkeypatch: pytest.MonkeyPatch, *, moves: bool) -> None:
+    """Not as the hypervisor had it for a moment: what is said of an end stays said."""
+    monkeypatch.setattr(FakeOutgoing, "user_pauses", True)
+    pair = driving.pair
+    pair.wire.all_sent.clear()
+    keeper = pair.destination if moves else pair.source
+    held = keeper.hypervisor.held["suspend"] = asyncio.Event()
+    await driving.migrations.start(ID, migration_pb2.MigrationSpec(domain="web1", destination_host="h2"))
+    await pair.are("performing", "armed")
+    (pair.wire.all_sent if moves else pair.wire.broken).set()
+    await pair.are(*(("removed", "running") if moves else ("kept", "gone")))
+    await until(lambda: "suspend" in keeper.calls)
+    assert driving.migrations.get(ID).state not in FINAL
+    held.set()
+    ended = await driving.ended(ID)
+    fact = ended.destination_guest if moves else ended.source_guest
+    assert (ended.runs_on, fact.state, fact.reason) == ("", pb.GUEST_STATE_PAUSED, "user")
 
 
 async def test_6_29_no_secret_of_a_guest_is_in_a_journal(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
