@@ -50,20 +50,23 @@ class Lanes:
     @contextlib.asynccontextmanager
     async def turn(self, spoken: asyncio.Event) -> AsyncIterator[None]:
         """Wait for a turn; `spoken` is set when the host speaks, meanwhile too."""
-        waiting, speaking = asyncio.ensure_future(self._silent.acquire()), asyncio.ensure_future(spoken.wait())
+        waiting, speaking = asyncio.create_task(self._silent.acquire()), asyncio.create_task(spoken.wait())
         try:
             await asyncio.wait({waiting, speaking}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                yield
+                return
+            waiting.cancel()
+            async with self._spoken:
+                yield
         finally:
-            waiting.cancel()  # without effect once it has its turn
             speaking.cancel()
-            await asyncio.wait({waiting, speaking})
-        lane = self._spoken if waiting.cancelled() else self._silent
-        if lane is self._spoken:
-            await lane.acquire()
-        try:
-            yield
-        finally:
-            lane.release()
+            waiting.cancel()  # without effect once it has its turn, which it gives back at whichever moment this ends
+            waiting.add_done_callback(self._give_back)
+
+    def _give_back(self, turn: "asyncio.Task[bool]") -> None:
+        if not turn.cancelled():
+            self._silent.release()
 
 
 def pause_after(failures: int, random: Callable[[], float] = random.random) -> float:

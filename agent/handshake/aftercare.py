@@ -18,6 +18,7 @@ from agent.handshake.attempt import Attempt, retry
 from agent.handshake.attempts import AFTERCARE
 from agent.handshake.destination import DestinationEffect, DestinationState
 from agent.handshake.peer import HandshakePeer
+from agent.handshake.peer_record import differs
 from agent.handshake.phases import LocalHost, see
 from agent.handshake.records import Role
 from agent.handshake.source import SourceEffect, SourceState
@@ -107,6 +108,9 @@ class Aftercare:
                 while True:
                     try:
                         async for response in source.watch_record(pb.WatchRecordRequest(ref=attempt.record.ref)):
+                            if wrong := differs(attempt.record, response.record, self._host.name, unnamed=True):
+                                log.warning("not the source's record", migration=attempt.record.migration_id, why=wrong)
+                                return False
                             if response.record.paused_by_user:
                                 return True
                             if response.record.state != pb.RECORD_STATE_PERFORMING:

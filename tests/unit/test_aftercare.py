@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 
-from agent.handshake.records import AttemptRecord, decode, encode
+from agent.handshake.records import AttemptRecord, Role, decode, encode
 from agent.hypervisor.base import HypervisorError, Stored
 from agent.migration import FINAL
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import migration_pb2
-from tests.unit.asking import ID, finished, until
+from tests.unit.asking import ID, finished, record, until
 from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import DOCUMENT, UUID, FakeOutgoing, guest
 from tests.unit.two_agents import Agent, Pair
@@ -145,11 +145,21 @@ async def test_6_21_its_end_is_told_once_it_is_paused(driving: Driving, monkeypa
     assert (ended.runs_on, fact.state, fact.reason) == ("", pb.GUEST_STATE_PAUSED, "user")
 
 
+@pytest.mark.parametrize(("of_guest", "state"), [(UUID, "paused"), ("8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002", "running")])
+async def test_6_21_only_the_record_of_its_source_says_that_its_user_paused_it(pair: Pair, of_guest: str, state: str) -> None:
+    pair.source.keep(record(Role.SOURCE, "performed", domain_uuid=of_guest, paused_by_user=True))
+    pair.destination.keep(record(Role.DESTINATION, "running", aftercare=True))
+    pair.destination.hypervisor.put(guest())
+    await pair.destination.restart()
+    await settled(pair.destination)
+    assert pair.destination.hypervisor.domains[UUID].state == state
+
+
 async def test_6_29_no_secret_of_a_guest_is_in_a_journal(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[bytes] = []
 
-    def keep(record: AttemptRecord) -> bytes:
-        written.append(encode(record))
+    def keep(one: AttemptRecord) -> bytes:
+        written.append(encode(one))
         return written[-1]
 
     monkeypatch.setattr("agent.journal.encode", keep)
@@ -157,4 +167,4 @@ async def test_6_29_no_secret_of_a_guest_is_in_a_journal(pair: Pair, monkeypatch
     pair.moved()
     assert len(written) > 10
     assert not [body for body in written if b"<domain" in body]
-    assert not [record for record in map(decode, written) if record.domain_xml or record.cookies or record.stored]
+    assert not [one for one in map(decode, written) if one.domain_xml or one.cookies or one.stored]

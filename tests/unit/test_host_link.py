@@ -71,3 +71,22 @@ async def test_6_24_a_coordinator_with_many_dead_hosts_stops_soon(tmp_path: Path
         assert len(registry.names()) == 1000
         async with asyncio.timeout(20):
             await registry.close()
+
+
+@pytest.mark.parametrize("ticks", range(6))
+async def test_6_24_whoever_is_cancelled_keeps_no_turn(ticks: int) -> None:
+    """At whichever moment: when the turn has just come, too."""
+    lanes = Lanes()
+
+    async def connect() -> None:
+        async with lanes.turn(asyncio.Event()):
+            await asyncio.Event().wait()
+
+    for _ in range(host_link.SILENT_AT_ONCE + 1):
+        connecting = asyncio.create_task(connect())
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        connecting.cancel()
+        await asyncio.wait({connecting})
+    async with asyncio.timeout(5), lanes.turn(asyncio.Event()):
+        pass
