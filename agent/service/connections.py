@@ -115,7 +115,10 @@ class Connections:
         """For ever."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)  # no event tells of a new connection
-            self.sweep()
+            try:
+                self.sweep()
+            except OSError as error:  # there are too few files to look at them: some moment later, perhaps
+                log.warning("the connections could not be counted", error=str(error))
 
     def sweep(self) -> None:
         """Shut down the newest connections of each peer that has too many."""

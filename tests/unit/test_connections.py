@@ -251,3 +251,19 @@ class ExitStackOfChannels:
     async def __aexit__(self, *_: object) -> None:
         for channel in self._channels:
             await channel.close()
+
+
+async def test_6_26_a_sweep_that_gets_no_file_is_not_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = asyncio.Event()
+    errors = [OSError(24, "Too many open files")]
+
+    def sweep(_: Connections) -> None:
+        if errors:
+            raise errors.pop()
+        swept.set()
+
+    monkeypatch.setattr("agent.service.connections.SWEEP_SECONDS", 0.01)
+    monkeypatch.setattr(Connections, "sweep", sweep)
+    bounding = asyncio.create_task(Connections([7400]).keep_bounded())
+    await asyncio.wait_for(swept.wait(), 5)
+    bounding.cancel()
