@@ -37,13 +37,7 @@ from agent.handshake.phases import (
 )
 from agent.handshake.records import Failure, Role, options_from_proto
 from agent.handshake.stored import changes_of, check_documents
-from agent.hypervisor.base import (
-    RESUMED,
-    DomainBusy,
-    DomainNotFound,
-    DomainState,
-    TransferFailed,
-)
+from agent.hypervisor.base import RESUMED, DomainBusy, DomainNotFound, DomainState, TransferFailed
 from agent.hypervisor.interface import Incoming
 from agent.networks import listen_on
 from drover.agent.v1 import handshake_pb2 as pb
@@ -94,6 +88,7 @@ class DestinationSide:
         check_same(
             attempt,
             self._host.name,
+            agent=request.source_agent,
             peer_host=request.source_host,
             domain_uuid=request.requirements.uuid,
             destination_name=request.destination_name or request.requirements.name,

@@ -14,7 +14,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from agent.address import parse_address
+from agent.address import Address, parse_address
 from agent.errors import DroverError, Reason, invalid_field
 from agent.features import from_hypervisor
 from agent.handshake.attempt import Attempt, waits_for
@@ -130,10 +130,12 @@ def check_ports(host: LocalHost) -> None:
         )
 
 
-def check_same(attempt: Attempt, host: str, **told: object) -> None:
+def check_same(attempt: Attempt, host: str, *, agent: str = "", **told: object) -> None:
     """A call that begins an attempt which is known here must be about the same: else two migrations would share one id.
 
     Args:
+        agent: where the agent of the other host answers, as the call says. Whoever answers there decides where the guest runs, so
+            an attempt that somebody began with another address, or with none, is not the caller's.
         told: what the call says, by field of the record. What is empty was not said.
 
     Raises:
@@ -141,8 +143,12 @@ def check_same(attempt: Attempt, host: str, **told: object) -> None:
     """
     record = attempt.record
     differs = {name: value for name, value in told.items() if value and getattr(record, name) and value != getattr(record, name)}
+    if agent and record.requests and _address(agent) != _address(record.peer_agent):
+        differs["peer_agent"] = agent
     if differs:
-        what = ", ".join(f"{name.replace('_', ' ')} {getattr(record, name)}, not {value}" for name, value in differs.items())
+        what = ", ".join(
+            f"{name.replace('_', ' ')} {getattr(record, name) or '(none)'}, not {value}" for name, value in differs.items()
+        )
         raise DroverError(
             Reason.MIGRATION_EXISTS,
             f"migration {record.migration_id} is known on {host} as another one ({what}); nothing was done. Choose a new UUID for a "
@@ -160,6 +166,13 @@ def overtaken(attempt: Attempt) -> DroverError:
         "make the call again",
         metadata={"state": record.state},
     )
+
+
+def _address(text: str) -> Address | str:
+    try:
+        return parse_address(text)
+    except ValueError:
+        return text
 
 
 def check_address(address: str, field: str) -> None:

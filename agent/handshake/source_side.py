@@ -103,6 +103,7 @@ class SourceSide:
         check_same(
             attempt,
             self._host.name,
+            agent=request.destination_agent,
             peer_host=request.destination_host,
             destination_name=request.destination_name,
             options=options_from_proto(request.options),

@@ -231,11 +231,29 @@ async def test_6_01_the_same_id_towards_a_third_host_ends_and_moves_nothing(pair
     pair.moved()
 
 
+@pytest.mark.parametrize("address", ["", "10.91.0.66:7400"])
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_6_01_nobody_lends_a_migration_his_own_agent_to_ask(pair: Pair, side: str, address: str) -> None:
+    """Who begins it first, with everything right but for the address at which the other host is asked, decides nothing."""
+    if side == "source":
+        await pair.source.engine.begin(begin(destination_agent=address))
+    else:
+        await pair.destination.engine.reserve_slot(reserve(source_agent=address))
+    driver = pair.driver()
+    await finished(driver)
+    assert driver.foreign is not None
+    assert driver.foreign.reason is Reason.MIGRATION_EXISTS
+    assert pair.runs_on == ["h1"]
+    assert "perform" not in pair.source.effects
+
+
 OTHERS: dict[str, pb.BeginRequest | pb.ReserveSlotRequest] = {
     "destination": begin(destination_host="h3"),
     "guest": begin(domain="web2"),
     "name": begin(destination_name="web9"),
     "source": reserve(source_host="h3"),
+    "agent of the destination": begin(destination_agent="10.91.0.66:7400"),
+    "agent of the source": reserve(source_agent="10.91.0.66:7400"),
     "uuid": reserve(requirements=requirements(OTHER_UUID)),
 }
 
