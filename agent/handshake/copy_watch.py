@@ -38,6 +38,14 @@ class CopyWatch:
         failures = causes_first(failure_of(one, self._host.name) for one in (death, error) if one is not None)
         return failures[0] if failures else None
 
+    async def explain(self, attempt: Attempt) -> dict[str, object]:
+        """What the record of a copy that was given up must say besides: it may have died just before, and only the source has
+        noticed by then.
+        """
+        was_there = any(timing.phase == "prepare" for timing in attempt.record.timings)  # else the death is that of an earlier one
+        cause = await self.cause(attempt) if was_there else None
+        return failed(attempt, cause) if cause is not None else {}
+
     async def _ended(self, attempt: Attempt) -> None:
         """Finish may not be under way to tell it, and what the source sees is only that its stream broke."""
         if attempt.record.state in (Dst.PREPARED, Dst.ARMED) and (cause := await self.cause(attempt)) is not None:

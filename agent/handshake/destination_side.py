@@ -367,7 +367,7 @@ class DestinationSide:
         if ran:
             await attempt.report(_E.ABANDON_REFUSED, failure=None)
         else:
-            await attempt.report(_E.ABANDON_DONE)
+            await attempt.report(_E.ABANDON_DONE, **await self._copies.explain(attempt))
 
     async def _disown(self, attempt: Attempt) -> None:
         async def disown() -> None:

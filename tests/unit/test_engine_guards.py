@@ -162,6 +162,27 @@ async def test_6_14_the_death_of_the_copy_is_told_as_the_cause(pair: Pair) -> No
     assert source.failure.metadata["echo"] == "true"
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+async def test_6_14_a_copy_that_died_just_before_it_was_given_up_says_so(pair: Pair, *, prepared: bool) -> None:
+    """The source saw its stream break first. A death that stands in the log of an earlier copy is none of this one."""
+    agent = pair.destination
+    await agent.engine.reserve_slot(reserve())
+    agent.hypervisor.deaths["web1"] = TransferFailed("the QEMU of web1 died")
+    if prepared:
+        await agent.engine.prepare(prepare())
+    else:
+        agent.hypervisor.held["prepare"] = asyncio.Event()
+        preparing = asyncio.create_task(agent.engine.prepare(prepare()))
+        await agent.reaches("preparing")
+    giving_up = asyncio.create_task(agent.engine.abandon(pb.AbandonRequest(ref=REF)))
+    if not prepared:
+        await agent.reaches("abandoning")
+        agent.hypervisor.held["prepare"].set()
+        await fails(preparing, Reason.GIVEN_UP)
+    ended = (await giving_up).record
+    assert ended.failure.message == ("h2: the QEMU of web1 died" if prepared else "the copy was given up before its commit")
+
+
 async def test_6_14_a_cause_replaces_the_giving_up_that_was_recorded_before(pair: Pair) -> None:
     pair.destination.keep(record(Role.DESTINATION, "armed", failure=Failure(Reason.GIVEN_UP, "given up")))
     pair.destination.hypervisor.deaths["web1"] = TransferFailed("the QEMU of web1 died")
