@@ -55,9 +55,12 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         journal = Journal(make_state_dir(config.state_dir) / "journal.sqlite")
         await journal.open()
         stack.push_async_callback(journal.close)
-        channels = Channels()
-        stack.push_async_callback(channels.close)
-        take_over = TakeOver(config.name, channels)
+        # Anybody may name addresses, and the oldest channel is closed where there are too many: one on which the other host of a
+        # migration is asked must not go for that, or that host would seem to be out of reach.
+        named, other_hosts = Channels(), Channels()
+        stack.push_async_callback(named.close)
+        stack.push_async_callback(other_hosts.close)
+        take_over = TakeOver(config.name, other_hosts)
         local = LocalHost(
             name=config.name,
             hypervisor=hypervisor,
@@ -71,7 +74,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         stack.push_async_callback(engine.close)
         host = AgentHost(info, hypervisor, engine)
         address = config.advertised_address()
-        directory = PeerDirectory(host, address, config.peers, channels)
+        directory = PeerDirectory(host, address, config.peers, named)
         migrations = take_over.migrations = Migrations(config.name, directory, journal, config.fencing)
         stack.push_async_callback(migrations.close)
         await engine.recover()
