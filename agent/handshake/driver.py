@@ -80,6 +80,7 @@ class Driver(Knowledge):
         self._token = secrets.token_hex(8)
         self._calls = 0
         self._probe = pb.PathProbe()
+        self._probe_renewed = False
         self._begun = pb.BeginResponse()
         self._prepared = pb.PrepareResponse()
         self._finish_cookie = b""
@@ -191,7 +192,10 @@ class Driver(Knowledge):
         if error.reason is Reason.NOT_IN_DOUBT:
             self.refuted("destination" if side == "source" else "source")
         self.missed(side, error)
-        if side in self.silent_since:
+        if error.reason is Reason.PATH_NOT_PROVED and self._probe.nonce and not self._probe_renewed:
+            # A destination whose agent was restarted answers at another place now: ask it once more where that is.
+            self._probe, self._probe_renewed = pb.PathProbe(), True
+        elif side in self.silent_since:
             not_begun = not self._transfer_asked and self.source_state in (None, Src.BEGINNING, Src.BEGUN)
             if not_begun and self.silent_for(side) > PATIENCE:
                 self.cancel(Failure.of(error))

@@ -331,6 +331,15 @@ async def test_6_05_a_probe_that_is_none_is_refused(pair: Pair, probe: dict[str,
     await fails(pair.source.engine.begin(begin(probe=wrong)), Reason.INVALID_FIELD)
 
 
+async def test_6_05_a_destination_that_was_restarted_before_begin_is_asked_where_it_answers_now(pair: Pair) -> None:
+    driver = pair.driver()
+    await driver.reserve()
+    await pair.destination.restart()
+    await finished(driver)
+    pair.moved()
+    assert pair.to_source.count["begin"] >= 2
+
+
 async def test_6_05_memory_goes_only_to_an_address_that_was_proved(pair: Pair) -> None:
     source = pair.alone()
     await source.engine.begin(begin(probe=None))
