@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from agent.hypervisor.libvirt import switchover
+from benchkit.chaos_targets import clear_clocks
 from benchkit.processes import journal_of
 from clusterkit import ClusterGuest, GuestSpec, cluster
 from clusterkit.platforms import LabCluster
@@ -58,6 +59,7 @@ class Arena:
         """Take it down, whatever state it is in."""
         self._made = None
         self._stack.close()
+        clear_clocks()
 
     @contextlib.contextmanager
     def guest(self, spec: GuestSpec, host: str) -> Iterator[ClusterGuest]:

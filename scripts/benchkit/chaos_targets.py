@@ -192,6 +192,13 @@ def clock_environment(daemon: Daemon) -> dict[str, str]:
     }
 
 
+def clear_clocks() -> None:
+    """Remove what libfaketime leaves in shared memory for processes that were killed."""
+    for left in Path("/dev/shm").glob("*faketime_*"):
+        if not Path("/proc", left.name.rpartition("_")[2]).exists():
+            left.unlink(missing_ok=True)
+
+
 def _agent(side: str, roles: Roles) -> Target:
     return DaemonTarget(roles.made.agents[roles.host(side)])
 

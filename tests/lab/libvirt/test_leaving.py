@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +17,6 @@ if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
 from tests.lab.libvirt.sides import Side, Start, becomes
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 UNSAFE = Options(unsafe=True)
 
@@ -82,9 +79,13 @@ async def test_6_15_a_transient_disk(lab: Lab, sides: tuple[Side, Side]) -> None
 
 
 async def test_6_15_shared_memory(lab: Lab, sides: tuple[Side, Side]) -> None:
-    device = "<shmem name='re-shmem'><model type='ivshmem-plain'/><size unit='M'>1</size></shmem>"
-    guest = started(lab, "shmem", devices=device)
-    assert "detach the shared memory" in await refusal(sides[0], guest, UNSAFE)
+    memory = Path(f"/dev/shm/re-shmem-{os.getpid()}")  # libvirt leaves it behind
+    device = f"<shmem name='{memory.name}'><model type='ivshmem-plain'/><size unit='M'>1</size></shmem>"
+    try:
+        guest = started(lab, "shmem", devices=device)
+        assert "detach the shared memory" in await refusal(sides[0], guest, UNSAFE)
+    finally:
+        memory.unlink(missing_ok=True)
 
 
 async def test_6_15_a_snapshot(lab: Lab, sides: tuple[Side, Side]) -> None:
