@@ -40,6 +40,11 @@ SAMPLE = (
 )
 """Mode, failpoint, and the one outcome that is right. Empty where both are: a lease, or the end of the transfer, may come first."""
 
+RACE = frozenset(
+    f"destination.{point}" for point in ("saw_running.journal.before", "saw_running.journal.after", "finish_done.journal.before")
+)
+"""The destination learns of the start by an event and by the end of Finish. Where the other one is first, these are not reached."""
+
 
 @pytest.fixture(scope="module")
 def arena(_real_hosts: None) -> Iterator[Arena]:
@@ -51,7 +56,7 @@ def arena(_real_hosts: None) -> Iterator[Arena]:
 def test_killed_there_it_ends_by_itself(arena: Arena, tmp_path: Path, mode: str, point: str, outcome: str) -> None:
     [row] = run(arena, cases((mode,), point), tmp_path, tell_row)
     assert row.judgement.problems == [], f"logs and journals are in {tmp_path}"
-    assert row.reached, "the failpoint was not reached"
+    assert row.reached or point in RACE, "the failpoint was not reached"
     assert row.judgement.seconds <= DEADLINE
     assert outcome in ("", row.judgement.outcome)
 
