@@ -53,7 +53,8 @@ def fact_of(domain: Domain | None, *, arriving: bool = False) -> GuestFact:
     now = time.time()
     if domain is None:
         return GuestFact(GuestState.ABSENT, "", now)
-    if domain.incoming or (arriving and domain.unstarted):
+    # One that has started is still held by its incoming job for a moment, and in post-copy for long.
+    if (domain.incoming and domain.state is not DomainState.RUNNING) or (arriving and domain.unstarted):
         return GuestFact(GuestState.WAITING, domain.reason, now)
     if domain.state is DomainState.SHUTOFF and domain.reason == "crashed":
         return GuestFact(GuestState.CRASHED, domain.reason, now)

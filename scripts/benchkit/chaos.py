@@ -177,7 +177,7 @@ class _Round:
             self._roles.source,
             self._rivals,
             killed_qemu=frozenset(self._roles.host(strike.fault.target.split()[0]) for strike in killed),
-            in_transfer=any(strike.sending for strike in killed),
+            in_transfer=any(strike.sending for strike in killed if strike.fault.target.startswith("source")),
             cancelled=self._plan.cancel is not None,
         )
 

@@ -6,6 +6,7 @@ import pytest
 
 from agent.errors import DroverError, Reason
 from agent.handshake.facts import check_movable, check_place_is_free
+from agent.handshake.guest_fact import GuestState, fact_of
 from agent.hypervisor.base import DomainState, Job
 from tests.unit.fake_hypervisor import UUID, guest
 
@@ -57,3 +58,11 @@ def test_6_9_a_guest_that_does_not_answer_is_refused_with_that_cause() -> None:
     with pytest.raises(DroverError, match="has not answered for 12 s") as error:
         check_movable(guest(job=Job.UNKNOWN, silent_for=12.3), "h1")
     assert error.value.reason is Reason.DOMAIN_BUSY
+
+
+def test_6_13_a_copy_that_has_started_runs_though_its_job_has_not_ended() -> None:
+    started = guest(state=DomainState.RUNNING, job=Job.INCOMING, incoming=True)
+    assert fact_of(started, arriving=True).state is GuestState.RUNNING
+    waits = guest(state=DomainState.PAUSED, reason="migration", job=Job.INCOMING, incoming=True)
+    assert fact_of(waits, arriving=True).state is GuestState.WAITING
+    assert fact_of(waits).state is GuestState.WAITING
