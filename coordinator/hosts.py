@@ -57,6 +57,8 @@ class _Entry:
     saved: float
     """When it was last saved, by the monotonic clock."""
     link: HostLink
+    rivals: frozenset[str] = frozenset()
+    """Other coordinators that claim it, as last told."""
 
     @property
     def name(self) -> str:
@@ -294,8 +296,10 @@ class HostRegistry:
                 Reason.HOST_UNREACHABLE,
                 f"host {host.name} ({host.host_uuid}) answers at the address of {entry.name} ({entry.known.host.host_uuid})",
             )
-        if others := {*host.coordinators} - {self._coordinator, *entry.known.host.coordinators}:
+        rivals = frozenset(host.coordinators) - {self._coordinator}
+        if others := rivals - entry.rivals:
             log.warning("host.claimed_by_another_coordinator", host=entry.name, others=sorted(others))
+        entry.rivals = rivals
         self._heard(entry, host, up=True)
 
     def _silence(self, link: HostLink, why: str) -> None:
