@@ -19,7 +19,7 @@ from agent.errors import DroverError, Reason, invalid_field
 from agent.features import from_hypervisor
 from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
-from agent.handshake.guest_fact import NO_PROCESS, GuestState, fact_of, fact_of_event, silent
+from agent.handshake.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import AttemptRecord, Failure, OperatorWord, Role, Timing, record_to_proto
 from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError
 from agent.hypervisor.interface import Hypervisor
@@ -251,10 +251,10 @@ async def _ask(host: LocalHost, attempt: Attempt) -> Domain | None:
     except DomainNotFound:
         domain = None
     except asyncio.CancelledError:
-        attempt.saw(silent(record.seen, TimeoutError("no answer yet")))
+        _unanswered(attempt, record.seen, TimeoutError("no answer yet"))
         raise
     except Exception as error:
-        attempt.saw(silent(record.seen, error))
+        _unanswered(attempt, record.seen, error)
         raise
     if domain is None and record.seen is not None and record.seen.state in NO_PROCESS:
         attempt.saw(msgspec.structs.replace(record.seen, state=GuestState.ABSENT))  # the reason tells how it ended
@@ -262,6 +262,12 @@ async def _ask(host: LocalHost, attempt: Attempt) -> Domain | None:
     arriving = record.role is Role.DESTINATION and record.state != DestinationState.RUNNING
     attempt.saw(fact_of(domain, arriving=arriving))
     return domain
+
+
+def _unanswered(attempt: Attempt, before: GuestFact | None, error: Exception) -> None:
+    """The hypervisor was asked and gave no answer. What it has said meanwhile by an event, or as Finish returned, is newer."""
+    if attempt.record.seen == before:
+        attempt.saw(silent(before, error))
 
 
 async def follow_guest(host: LocalHost, attempt: Attempt, on_end: Callable[[], Awaitable[None]] | None = None) -> None:

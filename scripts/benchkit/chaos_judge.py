@@ -58,6 +58,8 @@ class Case:
     """Others who want to move the same guest at the same time."""
     killed_qemu: frozenset[str] = frozenset()
     """The hosts whose QEMU of this guest was killed; the guest may be lost then."""
+    arrives_paused: bool = False
+    """It was asked that the guest is paused at its destination: then it runs on no host, and that is what must be told."""
     in_transfer: bool = True
     """It was killed while memory flowed or later: then the migration must say so."""
     cancelled: bool = False
@@ -212,6 +214,8 @@ def _told(
         there = moves.get(asked.migration_id, ("", ""))[1]
         done = there == asked.destination
         places = {there, way[-1]} if done else set(way)
+        if done and case.arrives_paused:
+            places.add("")
         if judgement.outcome != LOST and (found.runs_on not in places or (found.state == pb.MIGRATION_STATE_SUCCEEDED) != done):
             yield (
                 f"for {asked.driver.name} the migration to {asked.destination} is {judgement.reported} and the guest runs on "

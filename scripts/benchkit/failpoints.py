@@ -126,6 +126,7 @@ class _Trial:
             killed_qemu=self._killed_qemu,
             cancelled=self._case.scenario.cancel,
             goes_back=self._case.scenario.goes_back,
+            arrives_paused=self._case.scenario.paused,
         )
         judgement = judge(self._made, case, restarted, DEADLINE)
         if not self._case.scenario.lie:  # that a lie does not fit is logged as critical, and rightly

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from agent.errors import Reason
+from agent.handshake.guest_fact import GuestFact, GuestState
+from agent.handshake.phases import look_up
 from agent.handshake.records import Failure, OperatorWord, Role
 from agent.hypervisor.base import (
     ECHO,
@@ -371,3 +373,21 @@ async def test_a_cancel_ends_a_transfer_that_failed_in_an_unforeseen_way(pair: P
     driver.cancel(CANCELLED)
     await running
     pair.stayed()
+
+
+async def test_6_13_a_question_without_an_answer_forgets_no_news(pair: Pair) -> None:
+    """The look at an arriving copy is broken off as Finish returns: what Finish said is newer."""
+    h2 = pair.destination
+    h2.keep(record(Role.DESTINATION, "armed", seen=GuestFact(GuestState.WAITING)))
+    h2.hypervisor.put(WAITS)
+    await h2.restart()
+    attempt = h2.engine.active()[0]
+    held = h2.hypervisor.held["get_domain"] = asyncio.Event()
+    asking = asyncio.create_task(look_up(h2.engine.host, attempt))
+    await asyncio.sleep(0)
+    attempt.saw(GuestFact(GuestState.RUNNING))
+    asking.cancel()
+    await asyncio.wait({asking})
+    assert attempt.record.seen is not None
+    assert (attempt.record.seen.state, attempt.record.seen.silence) == (GuestState.RUNNING, "")
+    held.set()
