@@ -2,5 +2,19 @@
 
 import pytest
 
+from clusterkit import Cluster
+
 for _module in ("documents", "migrating", "phases", "refusing"):
     pytest.register_assert_rewrite(f"tests.scenarios.{_module}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A test's guests end with it: later ones do not see them, nor pay for them. The parameters of one test share theirs."""
+    made = getattr(item, "funcargs", {}).get("cluster")
+    if isinstance(made, Cluster) and _function(item) != _function(nextitem):
+        made.end_guests()
+
+
+def _function(item: pytest.Item | None) -> str:
+    return item.nodeid.partition("[")[0] if item is not None else ""

@@ -95,7 +95,7 @@ class Arena:
                 log.seek(self._marks.get(daemon.name, 0))
                 (folder / daemon.log.name).write_bytes(log.read())
         for name in (*made.hosts, "co"):
-            for path in _with_wal(journal_of(made, name)):
+            for path in whole_journal(journal_of(made, name)):
                 _copy(path, folder / f"{name}-{path.name}")
         for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
             _copy(path, folder / path.name)
@@ -104,8 +104,9 @@ class Arena:
             _copy(host.path / f"var/log/libvirt/qemu/{guest.name}.log", folder / f"{host.name}-qemu.log")
 
 
-def _with_wal(path: Path) -> list[Path]:
-    return [path, path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")]
+def whole_journal(path: Path) -> list[Path]:
+    """The database and what belongs to it: its write-ahead log, the mark that says how many transactions it must have, …"""
+    return sorted(path.parent.glob(f"{path.name}*"))
 
 
 def _copy(path: Path, to: Path) -> None:

@@ -106,6 +106,22 @@ class Cluster(ABC):
     def start_guest(self, name: str, host: str = "h1") -> ClusterGuest:
         """Start a guest of `specs` and wait until it runs."""
 
+    def guest(self, name: str) -> ClusterGuest:
+        """The guest of that name, which is started unless it was."""
+        return self.guests.get(name) or self.start_guest(name)
+
+    def end_guests(self) -> None:
+        """End every guest that was started, and forget it: on every host, whatever it is called there by now, with its log."""
+        for guest in self.guests.values():
+            self._end(guest)
+            for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
+                path.unlink(missing_ok=True)
+        self.guests.clear()
+
+    @abstractmethod
+    def _end(self, guest: ClusterGuest) -> None:
+        """Destroy and undefine it on every host that has it, by its UUID."""
+
     def running_on(self, guest: str) -> list[str]:
         """The hosts whose hypervisor says that the guest runs there."""
         return [host for host, state in self.copies(guest).items() if state == "running"]

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from agent.hypervisor.sim.config import uuid_of
+from agent.hypervisor.sim.control import ask
 from clusterkit.cluster import Cluster, ClusterGuest, GuestSpec
 from clusterkit.daemon import Daemon
 from drover.agent.v1 import host_pb2, host_pb2_grpc
@@ -132,6 +133,10 @@ class LabCluster(Cluster):
             self.lab[host].virsh("qemu-monitor-command", name, "--hmp", "stop")
         return started
 
+    def _end(self, guest: ClusterGuest) -> None:
+        for host in self.lab.hosts:
+            host.end(guest.uuid)
+
     def copies(self, guest: str) -> dict[str, str]:
         states = {host.name: host.domain_state(guest).split(" ")[0] for host in self.lab.hosts}
         return {name: state for name, state in states.items() if state != "absent"}
@@ -175,7 +180,7 @@ class SimCluster(Cluster):
             "sim": {
                 "log_root": str(self.path),
                 "state_path": str(self.path / f"{name}.guests"),
-                "guests": [self._guest(spec) for spec in self.specs.values()] if name == "h1" else [],
+                "control_path": str(self._control(name)),
                 **self.settings.get("sim", {}),
             },
         }
@@ -195,15 +200,20 @@ class SimCluster(Cluster):
         }
         return guest | ({"machine": spec.machine} if spec.machine else {})
 
+    def _control(self, host: str) -> Path:
+        return self.path / "run" / f"{host}.sim"
+
     def start_guest(self, name: str, host: str = "h1") -> ClusterGuest:
-        """It is there since its host is; only ``h1`` begins with guests."""
-        if host != "h1":
-            raise ValueError("a simulated guest begins on h1")
         spec = self.specs[name]
+        ask(self._control(host), {"start": self._guest(spec)})
         guest = self.guests[name] = ClusterGuest(spec, uuid_of(name), self.path / f"{name}.log")
         if spec.running and not spec.halted:
             guest.wait_lines(10)
         return guest
+
+    def _end(self, guest: ClusterGuest) -> None:
+        for host in self.hosts:
+            ask(self._control(host), {"end": guest.uuid})
 
     def copies(self, guest: str) -> dict[str, str]:
         """From the agents, which are the hypervisors here."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from labkit.build import HERE, helper
 from labkit.disks import Disk
@@ -30,6 +31,8 @@ from labkit.processes import (
 )
 from labkit.sockets import listening
 
+NOTHING_TO_END = ("failed to get domain", "Domain not found", "domain is not running")
+"""What virsh says of a guest that is not here, or is shut off."""
 LIBVIRT_FOLDERS = ("etc/libvirt/pki", "var/lib/libvirt/images", "var/log/libvirt", "var/cache/libvirt/qemu")
 
 
@@ -353,13 +356,19 @@ class Host(Node):
                 return "absent"
             raise
 
+    def end(self, guest: UUID | str) -> None:
+        """Destroys and undefines a guest, by name or UUID; nothing where it is not here."""
+        for words in (["destroy", str(guest)], ["undefine", str(guest), "--nvram"]):
+            try:
+                self.virsh(*words)
+            except LabError as error:
+                if not any(said in str(error) for said in NOTHING_TO_END):
+                    raise
+
     def destroy_all(self) -> None:
         """Destroys and undefines every guest of this host."""
         for name in self.domains():
-            if not self.virsh("domstate", name).startswith("shut off"):
-                self.virsh("destroy", name)
-            if name in self.domains():
-                self.virsh("undefine", name)
+            self.end(name)
 
     def qemu(self) -> list[Qemu]:
         """The QEMU processes of this host, found by its namespace and not by what libvirt says."""

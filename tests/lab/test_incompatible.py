@@ -20,7 +20,7 @@ from tests.scenarios.conversation import Talk, assert_idle, new_id
 )
 async def test_a_guest_that_the_destination_cannot_run(cluster: Cluster, change: dict[str, str], word: str) -> None:
     assert isinstance(cluster, LabCluster)
-    guest = cluster.guests.get("incompatible") or cluster.start_guest("incompatible")
+    guest = cluster.guest("incompatible")
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
         known: host_pb2.GetDomainResponse = await src.call(src.hosts.GetDomain, host_pb2.GetDomainRequest(domain=guest.name))
         needs = known.requirements
@@ -39,7 +39,7 @@ async def test_a_guest_that_the_destination_cannot_run(cluster: Cluster, change:
 async def test_a_guest_that_is_there_already(cluster: Cluster) -> None:
     """Another guest of the same name runs at the destination."""
     assert isinstance(cluster, LabCluster)
-    guest = cluster.guests.get("incompatible") or cluster.start_guest("incompatible")
+    guest = cluster.guest("incompatible")
     other = cluster.lab.guest("there-already", memory_mib=16).with_(name=guest.name, uuid=None)
     twin = other.with_(name="incompatible-twin")
     cluster.lab["h2"].start(twin)

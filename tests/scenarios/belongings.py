@@ -59,7 +59,7 @@ async def test_6_20_a_transient_guest_stays_transient(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("keep", [False, True])
 async def test_6_20_a_definition_that_will_be_nowhere_is_told_before(cluster: Cluster, keep: bool) -> None:
-    guest = cluster.guests.get("forgotten") or cluster.start_guest("forgotten")
+    guest = cluster.guest("forgotten")
     source, destination = ("h1", "h2") if cluster.running_on(guest.name) == ["h1"] else ("h2", "h1")
     async with Talk(cluster.server) as talk:
         options = {"persist_destination": False, **({"undefine_source": False} if keep else {})}

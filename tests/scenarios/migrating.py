@@ -168,7 +168,7 @@ async def test_a_driver_that_dies_is_not_missed(cluster: Cluster) -> None:
 @pytest.mark.parametrize("spelling", ["tcp://{address}", "tcp://{address}/", "tcp://{address}:49160", "TCP://{address}:49161/"])
 async def test_6_18_a_uri_however_it_is_spelled(cluster: Cluster, spelling: str) -> None:
     """With a port, libvirt itself answers none at Prepare."""
-    guest = cluster.guests.get("to-a-uri") or cluster.start_guest("to-a-uri")
+    guest = cluster.guest("to-a-uri")
     (here,) = cluster.copies(guest.name)
     there = "h2" if here == "h1" else "h1"
     async with Talk(cluster.agents[there].address) as talk:

@@ -84,7 +84,7 @@ async def test_every_phase_by_hand(cluster: Cluster) -> None:
 
 
 async def test_a_stale_attempt_is_refused(cluster: Cluster) -> None:
-    cluster.guests.get("leased") or cluster.start_guest("leased")
+    cluster.guest("leased")
     migration_id = new_id()
     first, second = (pb.AttemptRef(migration_id=migration_id, attempt=attempt) for attempt in (1, 2))
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
@@ -104,7 +104,7 @@ async def test_a_stale_attempt_is_refused(cluster: Cluster) -> None:
 
 async def test_a_lease_that_nobody_renews_expires(cluster: Cluster) -> None:
     """The scenarios' leases live 8 s (see the conftests)."""
-    cluster.guests.get("leased") or cluster.start_guest("leased")
+    cluster.guest("leased")
     ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
         await reserve(src, dst, ref, "leased")
@@ -119,7 +119,7 @@ async def test_a_lease_that_nobody_renews_expires(cluster: Cluster) -> None:
 
 
 async def test_a_tombstone_refuses_what_comes_late(cluster: Cluster) -> None:
-    cluster.guests.get("leased") or cluster.start_guest("leased")
+    cluster.guest("leased")
     ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
         gone = await dst.handshake.abandon(pb.AbandonRequest(ref=ref))
@@ -135,7 +135,7 @@ async def test_a_tombstone_refuses_what_comes_late(cluster: Cluster) -> None:
 
 
 async def test_oversized_cookie_and_xml_are_refused(cluster: Cluster) -> None:
-    cluster.guests.get("leased") or cluster.start_guest("leased")
+    cluster.guest("leased")
     ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
     async with Talk(cluster.agents["h2"].address) as dst:
         for field, value in (("cookie_in", b"c" * 65537), ("domain_xml", "x" * 524289)):
@@ -154,7 +154,7 @@ async def test_oversized_cookie_and_xml_are_refused(cluster: Cluster) -> None:
 @pytest.mark.parametrize("name", ["../../victim", ".", "a/b"])
 async def test_6_04_a_name_that_leads_out_of_libvirts_folders_is_refused_in_each_phase(cluster: Cluster, name: str) -> None:
     """At the destination first: it trusts neither the caller nor the document that comes from the source."""
-    guest = cluster.guests.get("misnamed") or cluster.start_guest("misnamed")
+    guest = cluster.guest("misnamed")
     ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
         needs = (await src.call(src.hosts.GetDomain, host_pb2.GetDomainRequest(domain=guest.name))).requirements
@@ -182,7 +182,7 @@ async def test_6_04_a_name_that_leads_out_of_libvirts_folders_is_refused_in_each
 @pytest.mark.parametrize("cookie", [b"banana", b"<qemu-migration>", b"<other/>\0", b"\xff\xfe\0", b"{}x"])
 @pytest.mark.parametrize("document", ["good", "<domain/>", "banana"])
 async def test_6_29_what_a_caller_hands_to_prepare_is_its_own_mistake(cluster: Cluster, cookie: bytes, document: str) -> None:
-    guest = cluster.guests.get("refused") or cluster.start_guest("refused")
+    guest = cluster.guest("refused")
     ref = pb.AttemptRef(migration_id=new_id(), attempt=1)
     async with Talk(cluster.agents["h1"].address) as src, Talk(cluster.agents["h2"].address) as dst:
         slot = (await reserve(src, dst, ref, guest.name)).record.slot

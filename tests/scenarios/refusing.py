@@ -38,9 +38,8 @@ from tests.scenarios.conversation import MIB, Talk, assert_idle, new_id, state
     ],
 )
 async def test_refused(cluster: Cluster, domain: str, to: str, spec: dict[str, Any], reason: Reason) -> None:
-    guest = cluster.guests.get("refused") or cluster.start_guest("refused")
-    if "stopped" not in cluster.guests:
-        cluster.start_guest("stopped")
+    guest = cluster.guest("refused")
+    cluster.guest("stopped")
     async with Talk(cluster.server) as talk:
         with pytest.raises(DroverError) as refusal:
             await talk.start(domain, to, **spec)
@@ -52,7 +51,7 @@ async def test_refused(cluster: Cluster, domain: str, to: str, spec: dict[str, A
 
 
 async def test_a_foreign_port_is_refused(cluster: Cluster) -> None:
-    cluster.guests.get("refused") or cluster.start_guest("refused")
+    cluster.guest("refused")
     async with Talk(cluster.agents["h2"].address) as talk:
         address = next(n.address for n in (await talk.host()).networks if n.name == "mig1")
     async with Talk(cluster.server) as talk:
@@ -116,7 +115,7 @@ async def test_6_32_a_guest_that_is_paused_but_not_by_its_user_stays_as_it_is(cl
 
 
 async def test_guest_already_there(cluster: Cluster) -> None:
-    guest = cluster.guests.get("refused") or cluster.start_guest("refused")
+    guest = cluster.guest("refused")
     async with Talk(cluster.server) as talk:
         with pytest.raises(DroverError) as refusal:
             await talk.start(guest.uuid, "h1", migration_id=new_id())

@@ -24,7 +24,7 @@ def uuid_of(name: str) -> str:
 
 
 class SimGuest(Base, kw_only=True, frozen=True):
-    """A guest that is here when the host starts."""
+    """A guest as it is when it begins: with its host, or when it is started at `control_path`."""
 
     name: Name
     uuid: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")] | None = None
@@ -102,3 +102,5 @@ class SimConfig(Base, kw_only=True, frozen=True):
     state_path: Annotated[str, Meta(max_length=4096)] = ""
     """A file that outlives the process: once it exists, it says which guests are here, and `guests` is ignored.
     Guests that ran then go on as though only the agent had died. Empty: a new process begins with `guests`."""
+    control_path: Annotated[str, Meta(max_length=107)] = ""
+    """A unix socket at which the users of guests start and end them (`sim.control`). Empty: none."""

@@ -20,6 +20,7 @@ from agent.hypervisor.base import (
     Stored,
 )
 from agent.hypervisor.sim.config import SimConfig
+from agent.hypervisor.sim.control import serve
 from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import CPUS_OF_THE_HOST, Host
 from agent.hypervisor.sim.incoming import SimIncoming
@@ -42,12 +43,17 @@ class SimHypervisor:
 
     def __init__(self, config: SimConfig) -> None:
         self._host = Host(config)
+        self._control: asyncio.Server | None = None
 
     async def open(self) -> None:
         if not self._host.opened:
             self._host.load()
+            if self._host.config.control_path:
+                self._control = await serve(self._host)
 
     async def close(self) -> None:
+        if self._control is not None:
+            self._control.close()
         if self._host.opened:
             await self._host.shut()
 

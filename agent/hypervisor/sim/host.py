@@ -141,6 +141,19 @@ class Host:
             del self.guests[guest.uuid]
             self.save()
 
+    async def end(self, uuid: str) -> None:
+        """Its user destroys the guest and its definition, whatever it is doing; nothing where it is not here."""
+        sender, receiver = self.senders.get(uuid), self.receivers.get(uuid)
+        if sender is not None:
+            sender.end("the guest was destroyed")
+            await asyncio.wait([sender.task] if sender.task else [])
+        if receiver is not None:
+            receiver.close("the guest was destroyed")
+        if (guest := self.guests.get(uuid)) is not None:
+            guest.stored = None
+            self.release(guest)
+            self.drop(guest, "destroyed")
+
     def notify(self, guest: Guest, kind: str, detail: str) -> None:
         self.events.put(DomainEvent(guest.uuid, kind, detail, time.monotonic()))
         self.save()
@@ -213,10 +226,10 @@ class Host:
                 self._revive(record)
         elif not self.guests:
             for it in self.config.guests:
-                self._create(Definition.of(it))
+                self.create(Definition.of(it))
         self.save()
 
-    def _create(self, definition: Definition) -> None:
+    def create(self, definition: Definition) -> None:
         it = definition.guest
         definition.check(definition.uuid)
         if definition.uuid in self.guests or any(g.name == it.name for g in self.guests.values()):

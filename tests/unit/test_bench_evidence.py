@@ -1,0 +1,16 @@
+"""What `scripts/bench chaos` and `failpoints` keep of a bad round."""
+
+from pathlib import Path
+
+from agent.journal import Journal
+from benchkit.chaos_arena import whole_journal
+
+
+async def test_the_mark_of_a_journal_is_evidence_too(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path)
+    await journal.open()
+    try:
+        assert {"journal.sqlite", "journal.sqlite-wal", "journal.sqlite.mark"} <= {kept.name for kept in whole_journal(path)}
+    finally:
+        await journal.close()

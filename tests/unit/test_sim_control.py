@@ -1,0 +1,61 @@
+"""The users of simulated guests, from outside of the agent's process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.hypervisor.base import DomainNotFound, DomainState, HypervisorError
+from agent.hypervisor.sim import SimHypervisor
+from agent.hypervisor.sim.config import SimConfig
+from agent.hypervisor.sim.control import ask
+from tests.unit.test_sim_migration import UUID, Move, host, slow
+
+WEB = {"name": "web", "uuid": UUID}
+
+
+@pytest.fixture(name="control")
+async def _control(tmp_path: Path) -> AsyncIterator[tuple[SimHypervisor, Path]]:
+    path = tmp_path / "h1.sim"
+    made = SimHypervisor(SimConfig(host_uuid="a", control_path=str(path)))
+    await made.open()
+    yield made, path
+    await made.close()
+
+
+async def asked(path: Path, request: dict[str, Any]) -> None:
+    await asyncio.to_thread(ask, path, request)
+
+
+async def test_a_guest_is_started_and_ended_and_started_anew(control: tuple[SimHypervisor, Path]) -> None:
+    host, path = control
+    for _ in range(2):
+        await asked(path, {"start": WEB})
+        assert (await host.get_domain(UUID)).state is DomainState.RUNNING
+        await asked(path, {"end": UUID})
+        with pytest.raises(DomainNotFound):
+            await host.get_domain(UUID)
+    await asked(path, {"end": UUID})
+
+
+@pytest.mark.parametrize("request_", [{"start": WEB}, {"start": {"name": "../x"}}, {"stop": UUID}])
+async def test_what_cannot_be_done_is_told(control: tuple[SimHypervisor, Path], request_: dict[str, Any]) -> None:
+    _, path = control
+    await asked(path, {"start": WEB})
+    with pytest.raises(RuntimeError, match=r"h1\.sim: .{10}"):
+        await asked(path, request_)
+
+
+async def test_a_guest_that_is_ended_under_way_is_nowhere() -> None:
+    async with host("a", slow()) as a, host("b") as b:
+        move = Move(a, b)
+        await move.prepare()
+        performing = move.perform()
+        await move.flow()
+        await a._host.end(UUID)
+        with pytest.raises(HypervisorError):
+            await performing
+        await b._host.end(UUID)
+        assert [await a.list_domains(), await b.list_domains()] == [[], []]
