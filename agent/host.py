@@ -21,6 +21,9 @@ log = structlog.get_logger()
 REFRESH_SECONDS: Final = 5.0
 """Between two looks at what the hypervisor can; each costs a few local reads."""
 
+SHORTEST_REPEAT_SECONDS: Final = 0.1
+"""Between two words of a watch on which nothing changes."""
+
 MAX_COORDINATORS: Final = 8
 """That are told of."""
 
@@ -77,13 +80,17 @@ class AgentHost:
                     self._info, self.engine.host.features = info, features_to_proto(info.features)
                     self.engine.changed.ring()
 
-    async def watch(self, coordinator: str = "") -> AsyncGenerator[pb.Host, None]:
-        """This host now, and whenever it has changed since it was last looked at. `coordinator`: who claims it by this watch."""
+    async def watch(self, coordinator: str = "", repeat_seconds: float = 0.0) -> AsyncGenerator[pb.Host, None]:
+        """This host now, whenever it has changed since it was last looked at, and (unless 0) after so long without a change.
+        `coordinator`: who claims it by this watch."""
+        patience = max(repeat_seconds, SHORTEST_REPEAT_SECONDS) if repeat_seconds > 0 else None
         with self._claimed_by(coordinator) if coordinator else contextlib.nullcontext():
             while True:
                 changed = self.engine.changed.next
                 yield self.describe()
-                await changed.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience):
+                        await changed.wait()
 
     @contextlib.contextmanager
     def _claimed_by(self, coordinator: str) -> Iterator[None]:

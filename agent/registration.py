@@ -1,4 +1,4 @@
-"""Makes this host known to the coordinator, and says again and again that it is there."""
+"""Tells the coordinator again and again that there is a host at this address; what the host is like, the coordinator asks."""
 
 import asyncio
 from typing import Final
@@ -7,6 +7,7 @@ import grpc.aio
 import structlog
 
 from agent.host import AgentHost
+from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2, host_pb2_grpc
 
 log = structlog.get_logger()
@@ -22,8 +23,9 @@ async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: s
     while True:
         pause = _RETRY_SECONDS
         try:
-            request = host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address)
-            request.send_time.GetCurrentTime()
+            is_here = host.describe()
+            identity = agent_pb.Host(name=is_here.name, host_uuid=is_here.host_uuid)
+            request = host_pb2.RegisterHostRequest(host=identity, agent_address=address)
             response = await stub.RegisterHost(request, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             if told != (told := f"{error.code().name}: {error.details()}"):

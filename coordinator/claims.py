@@ -12,6 +12,7 @@ from agent.errors import DroverError, Reason, invalid_field
 from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel
 from agent.service.status import errors_of
+from coordinator.host_link import Word
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
 from drover.coordinator.v1 import host_pb2 as pb
@@ -76,7 +77,7 @@ class Proofs:
     def __init__(self) -> None:
         self._asking = 0
 
-    async def prove(self, host: agent_pb.Host, address: str) -> agent_pb.Host:
+    async def prove(self, host: agent_pb.Host, address: str) -> Word:
         """What the agent at that address says of its host, which is the one that registers.
 
         Raises HOST_UNREACHABLE, DEADLINE_EXCEEDED, INVALID_FIELD (another host answers there), BUSY.
@@ -91,7 +92,7 @@ class Proofs:
         if (said.name, said.host_uuid) != (host.name, host.host_uuid):
             text = f"host {said.name} ({said.host_uuid}) answers at {address}, not {host.name} ({host.host_uuid})"
             raise invalid_field("agent_address", text)
-        return said
+        return Word(said)
 
 
 async def _ask(host: agent_pb.Host, address: str) -> agent_pb.Host:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import grpc.aio
@@ -33,11 +34,22 @@ LET_GO_AFTER: Final = 3
 SPOKEN_AT_ONCE: Final = 64
 SILENT_AT_ONCE: Final = 16
 """Attempts to reach hosts at once: those that have just registered, and those that have not."""
+HEARTBEATS_MISSED: Final = 3
+"""So many heartbeats without a word on an open watch, and it counts as broken: the agent hangs."""
 CLOSE_SECONDS: Final = 5.0
 MAX_DOMAINS: Final = 16_384
 """Guests of one host that are taken from its agent."""
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What an agent said of its host."""
+
+    host: pb.Host
+    send_time_ns: int = 0
+    """What its wall clock said then (Unix time). 0: not told."""
 
 
 class Lanes:
@@ -75,19 +87,24 @@ def pause_after(failures: int, random: Callable[[], float] = random.random) -> f
 
 
 class HostLink:
-    """`on_word` gets each Host that the watch tells, and raises `DroverError` for one that is not to be believed;
+    """`on_word` gets each word of the watch, and raises `DroverError` for one that is not to be believed;
     `on_silence` is told why the watch broke, or did not come about. Both get the link too, and must not wait."""
 
     def __init__(
         self,
+        name: str,
         address: str,
-        on_word: Callable[["HostLink", pb.Host], None],
+        on_word: Callable[["HostLink", Word], None],
         on_silence: Callable[["HostLink", str], None],
         lanes: Lanes,
+        heartbeat_seconds: float = 5.0,
         coordinator: str = "",
     ) -> None:
+        self.name = name
         self.address = address
         self._request = pb.WatchHostRequest(coordinator=coordinator)
+        self._request.repeat_interval.FromNanoseconds(round(heartbeat_seconds * 1e9))
+        self._silence_seconds = HEARTBEATS_MISSED * heartbeat_seconds
         self._channel: grpc.aio.Channel | None = None
         self._lanes = lanes
         self.connected = False
@@ -95,7 +112,7 @@ class HostLink:
         self._on_word = on_word
         self._on_silence = on_silence
         self._hurry = asyncio.Event()
-        self._task = asyncio.create_task(self._keep_watching(), name=f"watch-host-{address}")
+        self._task = asyncio.create_task(self._keep_watching(), name=f"watch-host-{name}")
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -172,6 +189,8 @@ class HostLink:
         except grpc.aio.AioRpcError as error:
             return error_from_rpc(error, self.address).message
         except TimeoutError:
+            if self.connected:
+                return f"{self.address} has said nothing for {self._silence_seconds:g} s"
             return f"{self.address} did not answer within {FIRST_WORD_SECONDS:g} s"
         except Exception as error:  # a watch that died unseen would leave the host up for ever
             log.exception("host.watch_failed", address=self.address)
@@ -179,8 +198,7 @@ class HostLink:
         return "the agent ended the watch"
 
     async def _watch(self) -> None:
-        """Until the stream ends. Silence within it has no deadline here: HTTP/2 pings find a dead peer, and missed
-        heartbeats a hanging one."""
+        """Until the stream ends. HTTP/2 pings find a dead peer, missed heartbeats a hanging one. Raises `TimeoutError`."""
         call = None
         try:
             async with self._lanes.turn(self._hurry), asyncio.timeout(FIRST_WORD_SECONDS):
@@ -188,7 +206,9 @@ class HostLink:
                 call = rpc.HostServiceStub(self.channel).WatchHost(self._request, wait_for_ready=True)
                 more = self._heard(await call.read())
             while more:
-                more = self._heard(await call.read())
+                async with asyncio.timeout(self._silence_seconds):
+                    response = await call.read()
+                more = self._heard(response)
         finally:
             if call is not None:
                 call.cancel()  # grpcio keeps a call for ever that is neither read to its end nor cancelled
@@ -197,7 +217,7 @@ class HostLink:
         """Take one answer of the watch; False at the end of the stream."""
         if not isinstance(response, pb.WatchHostResponse):
             return False
-        self._on_word(self, checked_answer(response, self.address).host)
+        self._on_word(self, Word(checked_answer(response, self.address).host, response.send_time.ToNanoseconds()))
         self.connected = True
         return True
 

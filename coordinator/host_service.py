@@ -1,7 +1,6 @@
 """`drover.coordinator.v1.HostService`: the hosts of the cluster on the wire. Errors are raised as `DroverError`; the server's
 interceptor translates them."""
 
-import time
 from typing import Any, Final
 
 import grpc.aio
@@ -31,10 +30,7 @@ class HostServicer(rpc.HostServiceServicer):
         self._migrations = migrations
 
     async def RegisterHost(self, request: pb.RegisterHostRequest, context: _Context) -> pb.RegisterHostResponse:  # noqa: N802
-        ahead = request.send_time.ToNanoseconds() - time.time_ns()
         await self._registry.register(request.host, request.agent_address)
-        if request.HasField("send_time"):
-            self._registry.note_clock(request.host.name, ahead)
         interval = Duration()
         interval.FromNanoseconds(round(self._registry.heartbeat_seconds * 1e9))
         return pb.RegisterHostResponse(heartbeat_interval=interval)

@@ -30,9 +30,12 @@ class HostServicer(rpc.HostServiceServicer):
         return pb.GetHostResponse(host=self._host.describe())
 
     async def WatchHost(self, request: pb.WatchHostRequest, context: _Context) -> AsyncIterator[pb.WatchHostResponse]:  # noqa: N802
-        async with contextlib.aclosing(self._host.watch(request.coordinator)) as hosts:
+        repeat_seconds = request.repeat_interval.ToNanoseconds() / 1e9
+        async with contextlib.aclosing(self._host.watch(request.coordinator, repeat_seconds)) as hosts:
             async for host in hosts:
-                yield pb.WatchHostResponse(host=host)
+                response = pb.WatchHostResponse(host=host)
+                response.send_time.GetCurrentTime()
+                yield response
 
     async def ListDomains(self, request: pb.ListDomainsRequest, context: _Context) -> pb.ListDomainsResponse:  # noqa: N802
         try:

@@ -1,13 +1,16 @@
 """Agents that are real gRPC servers on unix sockets, for the coordinator's registry of hosts."""
 
 import asyncio
+import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from agent.errors import DroverError, Reason
 from agent.service.server import Server, start_server
-from coordinator.hosts import PREFIX, HostRegistry
+from coordinator.host_table import PREFIX
+from coordinator.hosts import HostRegistry
 from coordinator.store import Changes, MemoryStore, SqliteStore
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
@@ -44,6 +47,9 @@ class FakeAgent(agent_rpc.HostServiceServicer):
         self.address = f"unix:{directory}/{name}.sock"
         self.hangs = False
         self.watches = 0
+        self.watches_ever = 0
+        self.words = 0
+        self.clock: Callable[[], float] | None = None
         self.all_left = asyncio.Event()
         self._changed = asyncio.Event()
         self._server: Server | None = None
@@ -66,13 +72,21 @@ class FakeAgent(agent_rpc.HostServiceServicer):
 
     async def WatchHost(self, request: Any, context: Any) -> AsyncIterator[agent_pb.WatchHostResponse]:  # noqa: N802
         self.watches += 1
+        self.watches_ever += 1
         try:
             while self.hangs:
                 await self._changed.wait()
             while True:
                 changed = self._changed
-                yield agent_pb.WatchHostResponse(host=self.host)
-                await changed.wait()
+                response = agent_pb.WatchHostResponse(host=self.host)
+                response.send_time.FromNanoseconds(int((self.clock or time.time)() * 1e9))
+                yield response
+                self.words += 1
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(request.repeat_interval.ToNanoseconds() / 1e9 or None):
+                        await changed.wait()
+                while self.hangs:
+                    await self._changed.wait()
         finally:
             self.watches -= 1
             if not self.watches:

@@ -9,7 +9,8 @@ from structlog.testing import capture_logs
 
 from agent.errors import DroverError, Reason
 from coordinator import claims
-from coordinator.hosts import PREFIX, HostRegistry
+from coordinator.host_table import PREFIX
+from coordinator.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb

@@ -50,7 +50,7 @@ async def registers(registry: HostRegistry, pair: Pair, tmp_path: Path) -> Async
 
         server = await start_server([f"unix:{tmp_path}/{where}/agent.sock"], add, [SERVICE])
         servers.append(server)
-        entries = registry._entries
+        entries = registry._table.hosts
         await until(lambda: name not in entries or not entries[name].up)  # the name is free once its holder is silent
         await registry.register(host_pb2.Host(name=name, host_uuid=host_uuid), server.addresses[0])
         return server
@@ -73,8 +73,9 @@ async def test_the_peer_follows_its_agent_to_another_address(registry: HostRegis
 async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRegistry, registers: Registers) -> None:
     """It has no record of the attempt, so its word would end a copy that may run on the host that is meant."""
     await registers("a", "h1", "uuid-1")
-    await registers("b", "h2", "uuid-2")
+    before = await registers("b", "h2", "uuid-2")
     _, destination = await ClusterDirectory(registry).ends(MIGRATION)
+    await before.stop(0)
     async with asyncio.timeout(PATIENCE):
         while (await registry.get("h2")).state != HOST_STATE_UNREACHABLE:  # noqa: ASYNC110 - of a host that comes no watch tells
             await asyncio.sleep(0.005)

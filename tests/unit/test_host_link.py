@@ -7,7 +7,8 @@ import pytest
 
 from coordinator import host_link
 from coordinator.host_link import HostLink, Lanes, pause_after
-from coordinator.hosts import PREFIX, HostRegistry
+from coordinator.host_table import PREFIX
+from coordinator.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
@@ -51,7 +52,7 @@ async def test_6_24_the_channel_to_a_host_that_stays_silent_is_closed_and_opened
     monkeypatch.setattr(host_link, "FIRST_WORD_SECONDS", 0.02)
     monkeypatch.setattr(host_link, "FIRST_PAUSE_SECONDS", 0.01)
     silences: list[str] = []
-    link = HostLink(f"unix:{tmp_path}/none.sock", lambda *_: None, lambda _, why: silences.append(why), Lanes())
+    link = HostLink("h1", f"unix:{tmp_path}/none.sock", lambda *_: None, lambda _, why: silences.append(why), Lanes())
     first = link.channel
     monkeypatch.setattr(host_link, "LONGEST_PAUSE_SECONDS", 0.01)
     await until(lambda: len(silences) > host_link.LET_GO_AFTER)

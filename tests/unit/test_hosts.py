@@ -1,6 +1,7 @@
 """coordinator.hosts and coordinator.host_service, with agents that are real gRPC servers on unix sockets."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.errors import DroverError, Reason
-from agent.host import AgentHost
+from agent.host import SHORTEST_REPEAT_SECONDS, AgentHost
 from agent.hypervisor.base import HypervisorInfo
 from agent.service.channel import open_channel
 from agent.service.host_service import HostServicer as AgentServicer
@@ -17,12 +18,14 @@ from agent.service.server import start_server
 from agent.service.status import error_from_rpc
 from coordinator import host_link
 from coordinator.host_service import SERVICE, HostServicer
-from coordinator.hosts import PREFIX, HostRegistry
+from coordinator.host_table import PREFIX
+from coordinator.hosts import HostRegistry
 from coordinator.store import MemoryStore, SqliteStore
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
 from drover.coordinator.v1 import host_pb2 as pb
 from drover.coordinator.v1 import host_pb2_grpc as rpc
+from tests.unit.asking import until as so
 from tests.unit.fake_agents import UNREACHABLE, UP, Active, Clock, names, register, until
 from tests.unit.fake_hypervisor import FEATURES
 from tests.unit.two_agents import Pair
@@ -39,7 +42,8 @@ async def test_register_get_list(registry: HostRegistry, store: MemoryStore, age
     assert known.last_seen_time.seconds == 1001
     stored = await store.get(PREFIX + "alpha")
     assert stored is not None
-    assert pb.ClusterHost.FromString(stored.value) == known
+    saved = pb.ClusterHost.FromString(stored.value)
+    assert (saved.host, saved.agent_address, saved.state) == (known.host, known.agent_address, UP)
     known.agent_address = "mine"  # a copy: nobody else's business
     assert (await registry.get("alpha")).agent_address == alpha.address
     with pytest.raises(DroverError, match="drover host list") as caught:
@@ -68,17 +72,75 @@ async def test_broken_watch_is_unreachable_at_once_and_comes_back(registry: Host
     await until(store, "alpha", lambda known: known.state == UP)
 
 
-async def test_new_incarnation_is_up_at_once(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
+async def test_an_agent_that_is_back_says_so_and_is_looked_for_at_once(
+    registry: HostRegistry, store: MemoryStore, agents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_link, "pause_after", lambda failures: 3600.0)
     agent = await agents("alpha")
     await register(registry, agent)
+    agent.change(incoming_in_use=1)
+    await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
     await agent.stop()
     await until(store, "alpha", lambda known: known.state == UNREACHABLE)
-    await register(registry, agent)  # alive, it says, but it does not answer: the same incarnation proves nothing
-    assert await names(registry) == {"alpha": UNREACHABLE}
     agent.change(incarnation="2")
     await agent.start()
     await register(registry, agent)
-    assert await names(registry) == {"alpha": UP}
+    assert (await until(store, "alpha", lambda known: known.state == UP)).host.incarnation == "2"
+
+
+async def test_6_24_a_forged_registration_of_a_host_that_is_up_changes_nothing(
+    registry: HostRegistry, store: MemoryStore, agents: Any
+) -> None:
+    agent = await agents("alpha")
+    await register(registry, agent)
+    agent.change(incoming_in_use=1)
+    before = await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
+    await registry.register(forged(agent.host), agent.address)
+    known = await registry.get("alpha")
+    assert (known.host, known.state) == (agent.host, UP)
+    agent.change(incoming_in_use=2)  # and what follows is the agent's word again
+    after = await until(store, "alpha", lambda known: known.host != before.host)
+    assert after.host == agent.host
+
+
+async def test_6_24_a_forged_registration_makes_no_host_up(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
+    agent = await agents("alpha")
+    await register(registry, agent)
+    await agent.stop()
+    before = await until(store, "alpha", lambda known: known.state == UNREACHABLE)
+    await registry.register(forged(agent.host), agent.address)
+    known = await registry.get("alpha")
+    assert (known.host, known.state, known.last_seen_time) == (agent.host, UNREACHABLE, before.last_seen_time)
+
+
+async def test_6_24_what_a_new_host_says_is_asked_of_its_agent(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
+    agent = await agents("alpha")
+    await registry.register(forged(agent.host), agent.address)
+    assert (await registry.get("alpha")).host == agent.host
+    stored = await store.get(PREFIX + "alpha")
+    assert stored is not None
+    assert pb.ClusterHost.FromString(stored.value).host == agent.host
+
+
+def forged(host: agent_pb.Host) -> agent_pb.Host:
+    """What somebody else may say of that host."""
+    said = agent_pb.Host()
+    said.CopyFrom(host)
+    said.incarnation, said.incoming_limit, said.draining = "forged", 99, True
+    said.hypervisor, said.coordinators[:] = "QEMU 0", ["somebody"]
+    said.networks.add(name="mig", address="10.0.0.66", roles=["migration"])
+    return said
+
+
+async def test_6_16_the_coordinator_compares_its_clock_with_what_the_agent_itself_says(
+    registry: HostRegistry, store: MemoryStore, agents: Any, clock: Clock
+) -> None:
+    agent = await agents("alpha")
+    agent.clock = lambda: clock.now + 3600
+    await register(registry, agent)
+    agent.change(incoming_in_use=1)
+    known = await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
+    assert known.clock_skew.ToTimedelta().total_seconds() == 3600
 
 
 async def test_agent_that_never_says_a_word(
@@ -91,28 +153,20 @@ async def test_agent_that_never_says_a_word(
     await until(store, "alpha", lambda known: known.state == UNREACHABLE)
 
 
-async def test_missed_heartbeats(registry: HostRegistry, store: MemoryStore, agents: Any, clock: Clock) -> None:
+async def test_an_agent_that_repeats_its_word_stays_up_and_one_that_hangs_does_not(store: MemoryStore, agents: Any) -> None:
     agent = await agents("alpha")
-    await register(registry, agent)
-    agent.change(incoming_in_use=1)
-    await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
-    clock.now += 14
-    await register(registry, agent)
-    clock.now += 14
-    assert await names(registry) == {"alpha": UP}
-    clock.now += 1  # the connection lives, but the agent has said nothing for three heartbeats
-    assert await names(registry) == {"alpha": UNREACHABLE}
-    await until(store, "alpha", lambda known: known.state == UNREACHABLE)
-    await register(registry, agent)
-    assert await names(registry) == {"alpha": UP}
-
-
-async def test_missed_heartbeats_without_being_asked(store: MemoryStore, agents: Any) -> None:
-    agent = await agents("alpha")
-    registry = HostRegistry(store, 0.05)
+    registry = HostRegistry(store, 0.2)
     await registry.open()
     await register(registry, agent)
+    await so(lambda: agent.words > 6)  # longer than three heartbeats, though nothing has changed
+    assert (agent.watches_ever, await names(registry)) == (1, {"alpha": UP})
+    agent.hangs = True  # the connection lives
     await until(store, "alpha", lambda known: known.state == UNREACHABLE)
+    await register(registry, agent)  # anybody could say that
+    assert await names(registry) == {"alpha": UNREACHABLE}
+    agent.hangs = False
+    agent.change()
+    await until(store, "alpha", lambda known: known.state == UP)
     await registry.close()
 
 
@@ -197,13 +251,12 @@ async def test_store_that_fails_makes_no_host_unreachable(
     tried = asyncio.Event()
     agent, newcomer = await agents("alpha"), await agents("new")
     await register(registry, agent)
-    monkeypatch.setattr("coordinator.hosts.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("coordinator.host_table.RETRY_SECONDS", 0.05)
     with monkeypatch.context() as broken:
         broken.setattr(store, "txn", fail)
         agent.change(incoming_in_use=1)
         async with asyncio.timeout(5):
             await tried.wait()
-        await register(registry, agent)
         known = await registry.get("alpha")
         assert (known.state, known.host.incoming_in_use) == (UP, 1)
         with pytest.raises(DroverError) as caught:
@@ -265,4 +318,24 @@ async def test_6_36_two_coordinators_that_claim_one_agent_are_both_told(pair: Pa
         await registries[1].close()
         await until(one, "h1", lambda known: list(known.host.coordinators) == ["c one"])
         await registries[0].close()
+    await server.stop(0)
+
+
+async def test_a_watch_repeats_its_word_when_nothing_changes_if_that_is_asked(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = HypervisorInfo("fake", "fake 1", "fake 1", "uuid-h1", FEATURES)
+    address = f"unix:{tmp_path}/agent.sock"
+    servicer = AgentServicer(AgentHost(info, pair.source.hypervisor, pair.source.engine))
+    server = await start_server([address], lambda s: agent_rpc.add_HostServiceServicer_to_server(servicer, s), [SERVICE])
+    async with open_channel(address) as channel:
+        request = agent_pb.WatchHostRequest()
+        request.repeat_interval.FromNanoseconds(1)  # counts as the shortest one
+        began = time.monotonic()
+        call = agent_rpc.HostServiceStub(channel).WatchHost(request, timeout=10)
+        words: list[Any] = [await call.read() for _ in range(4)]
+        assert time.monotonic() - began >= 3 * SHORTEST_REPEAT_SECONDS
+        assert {word.host.host_uuid for word in words} == {"uuid-h1"}
+        assert all(abs(word.send_time.seconds - time.time()) < 60 for word in words)
+        call.cancel()
     await server.stop(0)

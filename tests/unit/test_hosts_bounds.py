@@ -3,7 +3,8 @@
 from typing import Any
 
 from agent.errors import DroverError, Reason
-from coordinator.hosts import PREFIX, HostRegistry
+from coordinator.host_table import PREFIX
+from coordinator.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from tests.unit.fake_agents import UNREACHABLE, register, until
 

@@ -1,7 +1,6 @@
 """agent.registration: a host makes itself known, again and again."""
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +15,6 @@ from agent.host import AgentHost
 from agent.registration import keep_registered
 from agent.service.channel import open_channel
 from agent.service.server import start_server
-from coordinator.host_service import HostServicer
-from coordinator.hosts import HostRegistry
 from drover.agent.v1 import host_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
@@ -59,29 +56,3 @@ async def test_only_a_change_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     await server.stop(0)
     levels = [line["log_level"] for line in logs if "coordinator" in line["event"]]
     assert levels[:4] == ["info", "warning", "info", "warning"]
-
-
-async def test_6_16_the_coordinator_compares_clocks() -> None:
-    registry = Registry()
-    servicer = HostServicer(cast(HostRegistry, registry), cast(Any, None))
-    request = cluster_pb2.RegisterHostRequest(host=host_pb2.Host(name="h1"), agent_address="unix:/h1")
-    await servicer.RegisterHost(request, cast(Any, None))
-    assert not registry.clocks, "an older agent tells nothing"
-    request.send_time.FromNanoseconds(time.time_ns() + 3600 * 10**9)
-    await servicer.RegisterHost(request, cast(Any, None))
-    assert registry.clocks["h1"] / 1e9 == pytest.approx(3600, abs=1)
-
-
-class Registry:
-    """What RegisterHost needs of one."""
-
-    heartbeat_seconds = 1.0
-
-    def __init__(self) -> None:
-        self.clocks: dict[str, int] = {}
-
-    async def register(self, host: host_pb2.Host, agent_address: str) -> None:
-        pass
-
-    def note_clock(self, name: str, ahead_ns: int) -> None:
-        self.clocks[name] = ahead_ns

@@ -25,9 +25,10 @@ _sym_db = _symbol_database.Default()
 from drover.agent.v1 import bounds_pb2 as drover_dot_agent_dot_v1_dot_bounds__pb2
 from drover.agent.v1 import options_pb2 as drover_dot_agent_dot_v1_dot_options__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64rover/agent/v1/host.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1d\x64rover/agent/v1/options.proto\x1a\x1egoogle/protobuf/duration.proto\"p\n\x07Network\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x19\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB\x08\x88\x99\x19@\xa0\x99\x19\x01\x12\x17\n\x05roles\x18\x03 \x03(\tB\x08\x88\x99\x19@\x90\x99\x19\x08\x12\x1d\n\x15line_bytes_per_second\x18\x04 \x01(\x03\"\x97\x03\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\thost_uuid\x18\x02 \x01(\t\x12\x0e\n\x06\x64river\x18\x03 \x01(\t\x12\x12\n\nhypervisor\x18\x04 \x01(\t\x12\x17\n\x0flibrary_version\x18\x05 \x01(\t\x12\x15\n\ragent_version\x18\x06 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x07 \x01(\x05\x12\x1c\n\x14max_protocol_version\x18\x08 \x01(\x05\x12>\n\x12migration_features\x18\t \x01(\x0b\x32\".drover.agent.v1.MigrationFeatures\x12*\n\x08networks\x18\n \x03(\x0b\x32\x18.drover.agent.v1.Network\x12\x16\n\x0eincoming_limit\x18\x0b \x01(\x05\x12\x17\n\x0fincoming_in_use\x18\x0c \x01(\x05\x12\x13\n\x0bincarnation\x18\r \x01(\t\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x1a\n\x0c\x63oordinators\x18\x0f \x03(\tB\x04\x90\x99\x19\x08\"\x87\x02\n\x06\x44omain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.drover.agent.v1.DomainState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\r\n\x05vcpus\x18\x06 \x01(\x05\x12\x12\n\npersistent\x18\x07 \x01(\x08\x12\x0b\n\x03job\x18\x08 \x01(\t\x12*\n\x07silence\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0frunning_version\x18\n \x01(\t\x12\x19\n\x11installed_version\x18\x0b \x01(\t\"\xc9\x01\n\x11GuestRequirements\x12\x16\n\x04name\x18\x01 \x01(\tB\x08\xa0\x99\x19\x01\xa8\x99\x19\x01\x12\x16\n\x04uuid\x18\x02 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05vcpus\x18\x04 \x01(\x05\x12\x0c\n\x04\x61rch\x18\x05 \x01(\t\x12\x0f\n\x07machine\x18\x06 \x01(\t\x12\x11\n\tvirt_type\x18\x07 \x01(\t\x12\x13\n\x03\x63pu\x18\x08 \x01(\tB\x06\x88\x99\x19\x80\x80\x04\x12\x18\n\x08host_cpu\x18\t \x01(\tB\x06\x88\x99\x19\x80\x80\x04\"\x10\n\x0eGetHostRequest\">\n\x0fGetHostResponse\x12+\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\x06\x88\x99\x19\x80\x80\x08\"\'\n\x10WatchHostRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\"@\n\x11WatchHostResponse\x12+\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\x06\x88\x99\x19\x80\x80\x08\"B\n\x12ListDomainsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"l\n\x13ListDomainsResponse\x12\x35\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x17.drover.agent.v1.DomainB\x0b\x88\x99\x19\x80\x80\x01\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"T\n\x07Leaving\x12)\n\x07options\x18\x01 \x01(\x0b\x32\x18.drover.agent.v1.Options\x12\x1e\n\x10\x64\x65stination_name\x18\x02 \x01(\tB\x04\xa8\x99\x19\x01\"\xa5\x01\n\x08Obstacle\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x07message\x18\x02 \x01(\tB\x05\x88\x99\x19\x80 \x12@\n\x08metadata\x18\x03 \x03(\x0b\x32\'.drover.agent.v1.Obstacle.MetadataEntryB\x05\x88\x99\x19\x80\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"S\n\x10GetDomainRequest\x12\x14\n\x06\x64omain\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12)\n\x07leaving\x18\x02 \x01(\x0b\x32\x18.drover.agent.v1.Leaving\"\xa3\x01\n\x11GetDomainResponse\x12\'\n\x06\x64omain\x18\x01 \x01(\x0b\x32\x17.drover.agent.v1.Domain\x12\x38\n\x0crequirements\x18\x02 \x01(\x0b\x32\".drover.agent.v1.GuestRequirements\x12+\n\x08obstacle\x18\x03 \x01(\x0b\x32\x19.drover.agent.v1.Obstacle*\xaa\x01\n\x0b\x44omainState\x12\x1c\n\x18\x44OMAIN_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44OMAIN_STATE_RUNNING\x10\x01\x12\x17\n\x13\x44OMAIN_STATE_PAUSED\x10\x02\x12\x18\n\x14\x44OMAIN_STATE_SHUTOFF\x10\x03\x12\x18\n\x14\x44OMAIN_STATE_CRASHED\x10\x04\x12\x16\n\x12\x44OMAIN_STATE_OTHER\x10\x05\x32\xdf\x02\n\x0bHostService\x12L\n\x07GetHost\x12\x1f.drover.agent.v1.GetHostRequest\x1a .drover.agent.v1.GetHostResponse\x12T\n\tWatchHost\x12!.drover.agent.v1.WatchHostRequest\x1a\".drover.agent.v1.WatchHostResponse0\x01\x12X\n\x0bListDomains\x12#.drover.agent.v1.ListDomainsRequest\x1a$.drover.agent.v1.ListDomainsResponse\x12R\n\tGetDomain\x12!.drover.agent.v1.GetDomainRequest\x1a\".drover.agent.v1.GetDomainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64rover/agent/v1/host.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1d\x64rover/agent/v1/options.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"p\n\x07Network\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x19\n\x07\x61\x64\x64ress\x18\x02 \x01(\tB\x08\x88\x99\x19@\xa0\x99\x19\x01\x12\x17\n\x05roles\x18\x03 \x03(\tB\x08\x88\x99\x19@\x90\x99\x19\x08\x12\x1d\n\x15line_bytes_per_second\x18\x04 \x01(\x03\"\x97\x03\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\thost_uuid\x18\x02 \x01(\t\x12\x0e\n\x06\x64river\x18\x03 \x01(\t\x12\x12\n\nhypervisor\x18\x04 \x01(\t\x12\x17\n\x0flibrary_version\x18\x05 \x01(\t\x12\x15\n\ragent_version\x18\x06 \x01(\t\x12\x1c\n\x14min_protocol_version\x18\x07 \x01(\x05\x12\x1c\n\x14max_protocol_version\x18\x08 \x01(\x05\x12>\n\x12migration_features\x18\t \x01(\x0b\x32\".drover.agent.v1.MigrationFeatures\x12*\n\x08networks\x18\n \x03(\x0b\x32\x18.drover.agent.v1.Network\x12\x16\n\x0eincoming_limit\x18\x0b \x01(\x05\x12\x17\n\x0fincoming_in_use\x18\x0c \x01(\x05\x12\x13\n\x0bincarnation\x18\r \x01(\t\x12\x10\n\x08\x64raining\x18\x0e \x01(\x08\x12\x1a\n\x0c\x63oordinators\x18\x0f \x03(\tB\x04\x90\x99\x19\x08\"\x87\x02\n\x06\x44omain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12+\n\x05state\x18\x03 \x01(\x0e\x32\x1c.drover.agent.v1.DomainState\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x03\x12\r\n\x05vcpus\x18\x06 \x01(\x05\x12\x12\n\npersistent\x18\x07 \x01(\x08\x12\x0b\n\x03job\x18\x08 \x01(\t\x12*\n\x07silence\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0frunning_version\x18\n \x01(\t\x12\x19\n\x11installed_version\x18\x0b \x01(\t\"\xc9\x01\n\x11GuestRequirements\x12\x16\n\x04name\x18\x01 \x01(\tB\x08\xa0\x99\x19\x01\xa8\x99\x19\x01\x12\x16\n\x04uuid\x18\x02 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x03\x12\r\n\x05vcpus\x18\x04 \x01(\x05\x12\x0c\n\x04\x61rch\x18\x05 \x01(\t\x12\x0f\n\x07machine\x18\x06 \x01(\t\x12\x11\n\tvirt_type\x18\x07 \x01(\t\x12\x13\n\x03\x63pu\x18\x08 \x01(\tB\x06\x88\x99\x19\x80\x80\x04\x12\x18\n\x08host_cpu\x18\t \x01(\tB\x06\x88\x99\x19\x80\x80\x04\"\x10\n\x0eGetHostRequest\">\n\x0fGetHostResponse\x12+\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\x06\x88\x99\x19\x80\x80\x08\"[\n\x10WatchHostRequest\x12\x13\n\x0b\x63oordinator\x18\x01 \x01(\t\x12\x32\n\x0frepeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\x11WatchHostResponse\x12+\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\x06\x88\x99\x19\x80\x80\x08\x12-\n\tsend_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x12ListDomainsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"l\n\x13ListDomainsResponse\x12\x35\n\x07\x64omains\x18\x01 \x03(\x0b\x32\x17.drover.agent.v1.DomainB\x0b\x88\x99\x19\x80\x80\x01\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"T\n\x07Leaving\x12)\n\x07options\x18\x01 \x01(\x0b\x32\x18.drover.agent.v1.Options\x12\x1e\n\x10\x64\x65stination_name\x18\x02 \x01(\tB\x04\xa8\x99\x19\x01\"\xa5\x01\n\x08Obstacle\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x16\n\x07message\x18\x02 \x01(\tB\x05\x88\x99\x19\x80 \x12@\n\x08metadata\x18\x03 \x03(\x0b\x32\'.drover.agent.v1.Obstacle.MetadataEntryB\x05\x88\x99\x19\x80\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"S\n\x10GetDomainRequest\x12\x14\n\x06\x64omain\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12)\n\x07leaving\x18\x02 \x01(\x0b\x32\x18.drover.agent.v1.Leaving\"\xa3\x01\n\x11GetDomainResponse\x12\'\n\x06\x64omain\x18\x01 \x01(\x0b\x32\x17.drover.agent.v1.Domain\x12\x38\n\x0crequirements\x18\x02 \x01(\x0b\x32\".drover.agent.v1.GuestRequirements\x12+\n\x08obstacle\x18\x03 \x01(\x0b\x32\x19.drover.agent.v1.Obstacle*\xaa\x01\n\x0b\x44omainState\x12\x1c\n\x18\x44OMAIN_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44OMAIN_STATE_RUNNING\x10\x01\x12\x17\n\x13\x44OMAIN_STATE_PAUSED\x10\x02\x12\x18\n\x14\x44OMAIN_STATE_SHUTOFF\x10\x03\x12\x18\n\x14\x44OMAIN_STATE_CRASHED\x10\x04\x12\x16\n\x12\x44OMAIN_STATE_OTHER\x10\x05\x32\xdf\x02\n\x0bHostService\x12L\n\x07GetHost\x12\x1f.drover.agent.v1.GetHostRequest\x1a .drover.agent.v1.GetHostResponse\x12T\n\tWatchHost\x12!.drover.agent.v1.WatchHostRequest\x1a\".drover.agent.v1.WatchHostResponse0\x01\x12X\n\x0bListDomains\x12#.drover.agent.v1.ListDomainsRequest\x1a$.drover.agent.v1.ListDomainsResponse\x12R\n\tGetDomain\x12!.drover.agent.v1.GetDomainRequest\x1a\".drover.agent.v1.GetDomainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -70,38 +71,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OBSTACLE'].fields_by_name['metadata']._serialized_options = b'\210\231\031\200\010'
   _globals['_GETDOMAINREQUEST'].fields_by_name['domain']._loaded_options = None
   _globals['_GETDOMAINREQUEST'].fields_by_name['domain']._serialized_options = b'\240\231\031\001'
-  _globals['_DOMAINSTATE']._serialized_start=2007
-  _globals['_DOMAINSTATE']._serialized_end=2177
-  _globals['_NETWORK']._serialized_start=140
-  _globals['_NETWORK']._serialized_end=252
-  _globals['_HOST']._serialized_start=255
-  _globals['_HOST']._serialized_end=662
-  _globals['_DOMAIN']._serialized_start=665
-  _globals['_DOMAIN']._serialized_end=928
-  _globals['_GUESTREQUIREMENTS']._serialized_start=931
-  _globals['_GUESTREQUIREMENTS']._serialized_end=1132
-  _globals['_GETHOSTREQUEST']._serialized_start=1134
-  _globals['_GETHOSTREQUEST']._serialized_end=1150
-  _globals['_GETHOSTRESPONSE']._serialized_start=1152
-  _globals['_GETHOSTRESPONSE']._serialized_end=1214
-  _globals['_WATCHHOSTREQUEST']._serialized_start=1216
-  _globals['_WATCHHOSTREQUEST']._serialized_end=1255
-  _globals['_WATCHHOSTRESPONSE']._serialized_start=1257
-  _globals['_WATCHHOSTRESPONSE']._serialized_end=1321
-  _globals['_LISTDOMAINSREQUEST']._serialized_start=1323
-  _globals['_LISTDOMAINSREQUEST']._serialized_end=1389
-  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1391
-  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1499
-  _globals['_LEAVING']._serialized_start=1501
-  _globals['_LEAVING']._serialized_end=1585
-  _globals['_OBSTACLE']._serialized_start=1588
-  _globals['_OBSTACLE']._serialized_end=1753
-  _globals['_OBSTACLE_METADATAENTRY']._serialized_start=1706
-  _globals['_OBSTACLE_METADATAENTRY']._serialized_end=1753
-  _globals['_GETDOMAINREQUEST']._serialized_start=1755
-  _globals['_GETDOMAINREQUEST']._serialized_end=1838
-  _globals['_GETDOMAINRESPONSE']._serialized_start=1841
-  _globals['_GETDOMAINRESPONSE']._serialized_end=2004
-  _globals['_HOSTSERVICE']._serialized_start=2180
-  _globals['_HOSTSERVICE']._serialized_end=2531
+  _globals['_DOMAINSTATE']._serialized_start=2139
+  _globals['_DOMAINSTATE']._serialized_end=2309
+  _globals['_NETWORK']._serialized_start=173
+  _globals['_NETWORK']._serialized_end=285
+  _globals['_HOST']._serialized_start=288
+  _globals['_HOST']._serialized_end=695
+  _globals['_DOMAIN']._serialized_start=698
+  _globals['_DOMAIN']._serialized_end=961
+  _globals['_GUESTREQUIREMENTS']._serialized_start=964
+  _globals['_GUESTREQUIREMENTS']._serialized_end=1165
+  _globals['_GETHOSTREQUEST']._serialized_start=1167
+  _globals['_GETHOSTREQUEST']._serialized_end=1183
+  _globals['_GETHOSTRESPONSE']._serialized_start=1185
+  _globals['_GETHOSTRESPONSE']._serialized_end=1247
+  _globals['_WATCHHOSTREQUEST']._serialized_start=1249
+  _globals['_WATCHHOSTREQUEST']._serialized_end=1340
+  _globals['_WATCHHOSTRESPONSE']._serialized_start=1342
+  _globals['_WATCHHOSTRESPONSE']._serialized_end=1453
+  _globals['_LISTDOMAINSREQUEST']._serialized_start=1455
+  _globals['_LISTDOMAINSREQUEST']._serialized_end=1521
+  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1523
+  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1631
+  _globals['_LEAVING']._serialized_start=1633
+  _globals['_LEAVING']._serialized_end=1717
+  _globals['_OBSTACLE']._serialized_start=1720
+  _globals['_OBSTACLE']._serialized_end=1885
+  _globals['_OBSTACLE_METADATAENTRY']._serialized_start=1838
+  _globals['_OBSTACLE_METADATAENTRY']._serialized_end=1885
+  _globals['_GETDOMAINREQUEST']._serialized_start=1887
+  _globals['_GETDOMAINREQUEST']._serialized_end=1970
+  _globals['_GETDOMAINRESPONSE']._serialized_start=1973
+  _globals['_GETDOMAINRESPONSE']._serialized_end=2136
+  _globals['_HOSTSERVICE']._serialized_start=2312
+  _globals['_HOSTSERVICE']._serialized_end=2663
 # @@protoc_insertion_point(module_scope)

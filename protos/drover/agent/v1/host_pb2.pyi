@@ -8,6 +8,7 @@ from drover.agent.v1 import options_pb2 as options_pb2
 from google.protobuf import descriptor as descriptor
 from google.protobuf import duration_pb2 as duration_pb2
 from google.protobuf import message as message
+from google.protobuf import timestamp_pb2 as timestamp_pb2
 from google.protobuf.internal import containers as containers
 from google.protobuf.internal import enum_type_wrapper as enum_type_wrapper
 import builtins as builtins
@@ -332,18 +333,24 @@ class WatchHostRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     COORDINATOR_FIELD_NUMBER: builtins.int
+    REPEAT_INTERVAL_FIELD_NUMBER: builtins.int
     coordinator: builtins.str
     """The coordinator that claims this host, such as "coordinator on admin1 (10.91.0.254:7401)": the same at each of its starts. Set by
     coordinators; empty for other readers.
     """
+    @builtins.property
+    def repeat_interval(self) -> duration_pb2.Duration:
+        """Say it again after so long, though nothing has changed: a sign of life. Counts as 0.1 s where it is less. Zero: only what changes."""
+
     def __init__(
         self,
         *,
         coordinator: builtins.str = ...,
+        repeat_interval: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["repeat_interval", b"repeat_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["coordinator", b"coordinator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["coordinator", b"coordinator", "repeat_interval", b"repeat_interval"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,18 +361,24 @@ class WatchHostResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
+    SEND_TIME_FIELD_NUMBER: builtins.int
     @builtins.property
     def host(self) -> Host:
         """This host."""
+
+    @builtins.property
+    def send_time(self) -> timestamp_pb2.Timestamp:
+        """What the wall clock of this host says as this is sent."""
 
     def __init__(
         self,
         *,
         host: Host | None = ...,
+        send_time: timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host", "send_time", b"send_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["host", b"host"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["host", b"host", "send_time", b"send_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

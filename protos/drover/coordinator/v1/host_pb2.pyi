@@ -70,7 +70,7 @@ class ClusterHost(message.Message):
 
     @builtins.property
     def clock_skew(self) -> duration_pb2.Duration:
-        """By how much its wall clock was ahead of the coordinator's when it registered last; negative: behind. Unset: not known."""
+        """By how much its wall clock was ahead of the coordinator's when it was last heard of; negative: behind. Unset: not known."""
 
     def __init__(
         self,
@@ -95,27 +95,21 @@ class RegisterHostRequest(message.Message):
 
     HOST_FIELD_NUMBER: builtins.int
     AGENT_ADDRESS_FIELD_NUMBER: builtins.int
-    SEND_TIME_FIELD_NUMBER: builtins.int
     agent_address: builtins.str
     """Address at which the coordinator can reach the agent, such as "10.91.0.1:7400" or "unix:/run/drover/agent.sock"."""
     @builtins.property
     def host(self) -> host_pb2.Host:
-        """The host."""
-
-    @builtins.property
-    def send_time(self) -> timestamp_pb2.Timestamp:
-        """What the wall clock of the host says as this is sent. Unset: it is not compared."""
+        """Its `name` and `host_uuid` say which host is meant. Whatever else it says does not count."""
 
     def __init__(
         self,
         *,
         host: host_pb2.Host | None = ...,
         agent_address: builtins.str = ...,
-        send_time: timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host", "send_time", b"send_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "host", b"host", "send_time", b"send_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "host", b"host"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -128,7 +122,7 @@ class RegisterHostResponse(message.Message):
     HEARTBEAT_INTERVAL_FIELD_NUMBER: builtins.int
     @builtins.property
     def heartbeat_interval(self) -> duration_pb2.Duration:
-        """Say it again within this time; after three times this the host counts as unreachable."""
+        """Say it again after this time: the coordinator may have forgotten the host, or have given up to look for it often."""
 
     def __init__(
         self,

@@ -67,8 +67,8 @@ class HostServiceServicer:
     """
 
     def RegisterHost(self, request, context):
-        """An agent makes itself known, and says again and again that it is there. Errors: HOST_NAME_TAKEN when a live host has
-        the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
+        """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
+        else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
         answers at the address with this name and host_uuid.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

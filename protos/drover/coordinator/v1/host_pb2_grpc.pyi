@@ -34,8 +34,8 @@ class HostServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> HostServiceAsyncStub: ...
     RegisterHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.RegisterHostRequest, _host_pb2.RegisterHostResponse]
-    """An agent makes itself known, and says again and again that it is there. Errors: HOST_NAME_TAKEN when a live host has
-    the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
+    """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
+    else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
     answers at the address with this name and host_uuid.
     """
     GetHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]
@@ -55,8 +55,8 @@ class HostServiceAsyncStub(HostServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterHost: _aio.UnaryUnaryMultiCallable[_host_pb2.RegisterHostRequest, _host_pb2.RegisterHostResponse]  # type: ignore[assignment]
-    """An agent makes itself known, and says again and again that it is there. Errors: HOST_NAME_TAKEN when a live host has
-    the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
+    """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
+    else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
     answers at the address with this name and host_uuid.
     """
     GetHost: _aio.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]  # type: ignore[assignment]
@@ -79,8 +79,8 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.RegisterHostRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.RegisterHostResponse, _abc.Awaitable[_host_pb2.RegisterHostResponse]]:
-        """An agent makes itself known, and says again and again that it is there. Errors: HOST_NAME_TAKEN when a live host has
-        the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
+        """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
+        else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
         answers at the address with this name and host_uuid.
         """
 
