@@ -4,7 +4,7 @@ from enum import StrEnum
 from typing import TypeVar, cast
 
 from agent.handshake.machine import Machine, Refused
-from tests.model.parts import Agent, Answer, Stage, Violation, Work
+from tests.model.parts import Agent, Answer, Durable, Stage, Violation, Work
 from tests.model.world import World
 
 S = TypeVar("S", bound=StrEnum)
@@ -20,7 +20,8 @@ ONLY_COPY = "the only copy that can run is kept"
 
 
 def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:
-    """One event: the new record is durable, its effects are to be started. Stale news changes nothing.
+    """One event: the new record is durable, its effects are to be started. Stale news changes nothing. The record of an event that
+    is written beside its effects is only on its way; one that follows it is written after it.
 
     Raises `Refused`, and `Violation` where a record that had ended changes (but for a copy that an operator's word disowns).
     """
@@ -31,7 +32,15 @@ def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Age
     if state in machine.final and transition.state != state and event != "disowned" and world.checked(FINAL):
         raise Violation(FINAL, f"{state} became {transition.state} on {event}")
     starts = {Work(Stage.START, effect) for effect in transition.effects}
-    return agent._replace(state=transition.state, work=agent.work | starts)
+    behind = agent.behind
+    if transition.state != state:
+        behind = agent.behind or Durable(agent.attempt, state, agent.word) if event in world.beside else None
+    return agent._replace(state=transition.state, work=agent.work | starts, behind=behind)
+
+
+def written(agent: Agent) -> Agent:
+    """The record that was on its way is durable."""
+    return agent._replace(behind=None)
 
 
 def finish_work(agent: Agent, done: Work, then: str | None = None) -> Agent:
@@ -67,6 +76,8 @@ def _first_call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: 
         made = take(world, machine, Agent(attempt, work=_lagging(agent)), event)
     except Refused:
         return agent, Answer(None)
+    if made.behind is not None:
+        made = made._replace(behind=Durable(agent.attempt, agent.state, agent.word))
     return made, Answer(made.state)
 
 
@@ -101,7 +112,9 @@ def write_late(world: World, machine: Machine[S, E, F], agent: Agent, work: Work
 
 
 def crashed(agent: Agent) -> Agent:
-    return agent._replace(work=NO_WORK, up=False, quiet=False)
+    """What is left: the journal."""
+    attempt, state, word = agent.behind or Durable(agent.attempt, agent.state, agent.word)
+    return Agent(attempt, state, up=False, dead=agent.dead, word=word)
 
 
 def restarted(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:

@@ -97,8 +97,8 @@ class Model:
         budget: Field[Budget] = Field(0, 12)
         source: Field[Agent] = Field(12, 12)
         destination: Field[Agent] = Field(24, 12)
-        both: Field[Hosts] = Field(36, 9)
-        talk: Field[Talk] = Field(45, 24)
+        both: Field[Hosts] = Field(36, 10)
+        talk: Field[Talk] = Field(46, 24)
         self._fields = source, destination, both, talk, budget
         self._rules = (
             self._two(source, both, lambda a, h: source_agent.steps(world, a, h)),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from agent.handshake.decision import destination_yields
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.source import SourceState
-from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, write_late
+from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, write_late, written
 from tests.model.hosts import WAITS, destination_domain, prepared, without_copy
 from tests.model.parts import Agent, Copy, Cost, Finish, Guest, Hosts, Stage, Stream, Violation, Work
 from tests.model.world import World
@@ -31,6 +31,8 @@ def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
         if not running or seen:
             off = hosts._replace(copy=Copy.RAN) if running else without_copy(hosts)
             yield "hosts: the destination's host dies", crashed(agent)._replace(dead=True), off, Cost.HOST
+    if agent.behind is not None:
+        yield f"destination: the journal has {agent.state}", written(agent), hosts, Cost.FREE
     for work in sorted(agent.work):
         for label, after, hosts_after, cost in _work(world, agent, hosts, work):
             yield label, tidy(after), hosts_after, cost

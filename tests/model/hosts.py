@@ -27,12 +27,18 @@ def happens(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
         yield "hosts: destination notices the broken stream", without_copy(hosts), Cost.FREE
     if hosts.copy is Copy.COMPLETE and hosts.finish is Finish.WAITING:
         yield "hosts: Finish starts the guest", hosts._replace(copy=Copy.RUNNING, finish=Finish.DONE), Cost.FREE
-    if hosts.copy in WAITS and hosts.finish is Finish.NONE and not hosts.owned:
+    if undoes(hosts) and world.undone:
         yield "hosts: the copy goes with its connection", without_copy(hosts), Cost.FREE
     if hosts.copy in WAITS:
         yield "hosts: destination QEMU dies", without_copy(hosts), Cost.QEMU
     if hosts.guest in (Guest.RUNNING, Guest.PAUSED, Guest.HELD) and hosts.stream is not Stream.POSTCOPY:
         yield "hosts: source QEMU dies", guest_dies(hosts), Cost.QEMU
+
+
+def undoes(hosts: Hosts) -> bool:
+    """The connection that prepared the copy is closed, and nobody called Finish: libvirt destroys it as soon as it notices. Nothing
+    can start it before."""
+    return hosts.copy in WAITS and hosts.finish is Finish.NONE and not hosts.owned
 
 
 def _flow(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
@@ -51,7 +57,7 @@ def _flow(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
 
 def guest_dies(hosts: Hosts) -> Hosts:
     """The source's QEMU is no more, and with it its end of the stream."""
-    return _cut(hosts)._replace(guest=Guest.LOST)
+    return _cut(hosts)._replace(guest=Guest.LOST, locked=False)
 
 
 def _stopped(guest: Guest) -> Guest:

@@ -16,6 +16,7 @@ from tests.model.agents import FENCE
 from tests.model.invariants import (
     CANCEL,
     FORGOTTEN,
+    GOES_BACK,
     GONE_IS_GONE,
     KEPT_IS_KEPT,
     LOST,
@@ -28,7 +29,8 @@ from tests.model.invariants import (
 )
 from tests.model.network import DECIDE
 from tests.model.parts import Side, budget
-from tests.model.world import World
+from tests.model.world import BESIDE, World
+from tests.model.worlds import BUT_ONLY_COPY
 
 _S, _SE, _SF = SourceState, SourceEvent, SourceEffect
 _D, _DE, _DF = DestinationState, DestinationEvent, DestinationEffect
@@ -128,6 +130,41 @@ MUTATIONS: tuple[Mutation, ...] = (
         LOST,
         budget=budget(crash_source=1, crash_destination=1, expire=1),
         effect_first=frozenset({_DE.FINISH}),
+    ),
+    _mutation(
+        "finish_beside_its_record",
+        "the record of Finish is written while Finish is under way, and lost",
+        RECORDED,
+        LOST,
+        budget=budget(crash_destination=1),
+        beside=BESIDE | {_DE.FINISH},
+    ),
+    _mutation(
+        "perform_beside_its_record",
+        "the record of Perform is written while the memory flows, and lost",
+        KEPT_IS_KEPT,
+        LOST,
+        budget=budget(crash_source=1),
+        beside=BESIDE | {_SE.PERFORM},
+    ),
+    _mutation(
+        "confirm_beside_its_record",
+        "the record that an operator's word resumes the guest is written while it resumes, and lost",
+        GOES_BACK,
+        GOES_BACK,
+        in_flight=1,
+        careless_abandon=False,
+        budget=budget(host=1, word=1, crash_source=1),
+        beside=BESIDE | {_SE.CONFIRM_GONE},
+        checks=BUT_ONLY_COPY,
+    ),
+    _mutation(
+        "not_undone",
+        "libvirt keeps what the call of an agent that has died did, and no record tells of it",
+        STUCK,
+        None,
+        budget=budget(crash_destination=1, expire=1),
+        undone=False,
     ),
     _mutation(
         "abandon_answers_early",

@@ -64,6 +64,8 @@ class Hosts(NamedTuple):
     finish: Finish = Finish.NONE
     owned: bool = False
     """The connection that prepared the copy is open; once it is closed, libvirt destroys a copy that Finish was not called for."""
+    locked: bool = False
+    """Begin's job holds the guest; libvirt ends it once the connection that began it is closed, and it has noticed that."""
 
 
 class Stage(StrEnum):
@@ -85,8 +87,16 @@ class Work(NamedTuple):
     """The name of an effect, or of an event."""
 
 
+class Durable(NamedTuple):
+    """What a journal has while the write of a newer record is under way."""
+
+    attempt: int
+    state: str | None
+    word: bool
+
+
 class Agent(NamedTuple):
-    """One agent. `attempt` and `state` are durable, the rest is memory."""
+    """One agent. `attempt`, `state` and `word` are durable unless they are `behind`; the rest is memory."""
 
     attempt: int = 0
     state: str | None = None
@@ -98,7 +108,14 @@ class Agent(NamedTuple):
     dead: bool = False
     """Its whole host is."""
     word: bool = False
-    """An operator's word keeps the guest at the source, or took it from the destination. Durable."""
+    """An operator's word keeps the guest at the source, or took it from the destination."""
+    behind: Durable | None = None
+    """What a crash leaves of the record, while it is written beside its effect. None: it is durable as it is."""
+
+    @property
+    def durable(self) -> str | None:
+        """The state that a crash leaves."""
+        return self.state if self.behind is None else self.behind.state
 
 
 class Side(StrEnum):

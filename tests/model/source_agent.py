@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from agent.handshake.decision import source_obeys
 from agent.handshake.destination import DestinationState
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
-from tests.model.agents import NO_WORK, finish_work, restarted, take
+from tests.model.agents import NO_WORK, finish_work, restarted, take, written
 from tests.model.hosts import AT_HOME, aborted, guest_dies, source_domain
 from tests.model.parts import Agent, Copy, Cost, Guest, Hosts, Stage, Stream, Work
 from tests.model.world import World
@@ -17,11 +17,15 @@ Step = tuple[str, Agent, Hosts, Cost]
 
 def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
     """What the agent may do next with its hypervisor and its journal."""
+    if hosts.locked and world.undone and not _holds_lock(agent):
+        yield "hosts: the source lets go of the guest with the connection", agent, hosts._replace(locked=False), Cost.FREE
     if not agent.up:
         yield "source: restarts", tidy(restarted(world, world.source, agent, _E.RESTARTED)), hosts, Cost.FREE
         if not agent.dead and hosts.guest is not Guest.REMOVED and hosts.stream is not Stream.POSTCOPY:
             yield "hosts: the source's host dies, too", agent._replace(dead=True), guest_dies(hosts), Cost.HOST
         return
+    if agent.behind is not None:
+        yield f"source: the journal has {agent.state}", written(agent), hosts, Cost.FREE
     for work in sorted(agent.work):
         for label, after, hosts_after, cost in _work(world, agent, hosts, work):
             yield label, tidy(after), hosts_after, cost
@@ -45,15 +49,24 @@ def _begin(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Ste
     if hosts.guest not in AT_HOME:
         yield "source: Begin finds no guest that runs", failed, hosts, Cost.FREE
         return
-    yield "source: Begin locks the guest", finish_work(agent, work, _E.BEGIN_DONE), hosts, Cost.FREE
+    if hosts.locked:  # by the call of a life before, whose end libvirtd has not noticed: it waits for that, or not for long enough
+        yield "source: Begin finds the guest held", failed, hosts, Cost.FREE
+        return
+    done = finish_work(agent, work, _E.BEGIN_DONE)
+    yield "source: Begin locks the guest", done, hosts._replace(locked=True), Cost.FREE
     yield "source: Begin fails", failed, hosts, Cost.FAIL
+
+
+def _holds_lock(agent: Agent) -> bool:
+    """This life of the agent began, and its connection is open."""
+    return agent.up and agent.state in (_S.BEGINNING, _S.BEGUN) and Work(Stage.START, _F.BEGIN) not in agent.work
 
 
 def _perform(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     failed = finish_work(agent, work, _E.PERFORM_FAILED)
     if hosts.guest in AT_HOME and (hosts.copy, hosts.stream) == (Copy.INCOMING, Stream.NONE):
         called = agent._replace(work=agent.work - {work} | {Work(Stage.CALLED, _F.PERFORM)})
-        yield "source: Perform, the memory flows", called, hosts._replace(stream=Stream.FLOWING), Cost.FREE
+        yield "source: Perform, the memory flows", called, hosts._replace(stream=Stream.FLOWING, locked=False), Cost.FREE
         yield "source: Perform fails before it connects", failed, hosts, Cost.FAIL
     else:
         yield "source: Perform finds nobody to connect to", failed, hosts, Cost.FREE

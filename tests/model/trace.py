@@ -50,7 +50,7 @@ def _row(number: int, label: str, parts: tuple[Agent, Agent, Hosts, Talk, Budget
 
 def _agent(agent: Agent) -> str:
     attempt = f"{agent.attempt}:" if agent.attempt > 1 else ""
-    return f"{attempt}{agent.state or '-'}{'' if agent.up else ' (down)'}"
+    return f"{attempt}{agent.state or '-'}{'~' if agent.behind else ''}{'' if agent.up else ' (down)'}"
 
 
 def _driver(driver: Driver) -> str:

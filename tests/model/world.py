@@ -16,6 +16,10 @@ DestinationMachine = Machine[DestinationState, DestinationEvent, DestinationEffe
 Mind = Callable[..., frozenset[Call]]
 """`decide`, or a mutation of it."""
 
+BESIDE: frozenset[SourceEvent | DestinationEvent] = frozenset({SourceEvent.BEGIN, DestinationEvent.PREPARE})
+"""libvirt undoes these effects by itself. Where one outlives the agent (autostart, switched off), the record is written before it:
+that is one of the orders that are explored here."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -70,6 +74,10 @@ class World:
 
     fence: bool = True
     """A call for an earlier attempt is refused (`agent.handshake.attempts`)."""
+    beside: frozenset[SourceEvent | DestinationEvent] = BESIDE
+    """Events whose record is written while their effects are under way already: a crash may lose it."""
+    undone: bool = True
+    """libvirt undoes what Begin and Prepare did, once it notices that the connection is closed."""
     effect_first: frozenset[DestinationEvent] = frozenset()
     """Mutation: calls whose effect is started before the record is written."""
     answer_first: frozenset[DestinationEvent] = frozenset()
