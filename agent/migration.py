@@ -10,6 +10,7 @@ from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.handshake.driver import Driver
 from agent.handshake.records import Failure
+from agent.uptime import seconds_since
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -45,13 +46,18 @@ class Entry:
         self.telling: asyncio.TimerHandle | None = None
         """Runs when its driver has learned something that readers were not told yet."""
         self.changed = Bell()
-        self.began = time.monotonic() - max(0.0, time.time() - migration.create_time.ToNanoseconds() / 1e9)
-        """When it was asked for, by the monotonic clock; for one from an earlier life of this process, by the wall clock."""
+        self._taken_up = time.monotonic()
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was asked for."""
-        return time.monotonic() - self.began
+        """Seconds since it was asked for; where that cannot be measured, since it was taken up here."""
+        measured = seconds_since(self.migration.create_uptime)
+        return time.monotonic() - self._taken_up if measured is None else measured
+
+    @property
+    def wall(self) -> float | None:
+        """Unix time, where `elapsed` does not reach back to the request: on another machine, or before this one was started."""
+        return time.time() if seconds_since(self.migration.create_uptime) is None else None
 
     @property
     def final(self) -> bool:

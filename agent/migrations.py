@@ -22,6 +22,7 @@ from agent.handshake.plan import Plan
 from agent.migration import FINAL, Entry, MigrationLog
 from agent.planning import make_plan, resume_plan
 from agent.progress import describe, impossible
+from agent.uptime import uptime
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -115,7 +116,7 @@ class Migrations:
         self._ended.ring()
 
     async def _start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
-        began, clock = time.time(), time.monotonic()
+        began, moment = time.time(), uptime()
         if self.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
         ends = await self._directory.find(spec)
@@ -135,10 +136,10 @@ class Migrations:
             options=plan.options,
             warnings=warnings,
             driver=self._name,
+            create_uptime=moment,
         )
         migration.create_time.FromNanoseconds(int(began * 1e9))
         entry = Entry(migration, self._kept)
-        entry.began = clock
         entry.driver = self._driver(entry, ends.source, ends.destination, plan)
         await entry.driver.reserve()
         # Durable before it is acknowledged. Where it cannot be written, the guest was not touched and the slot ends with its lease;
@@ -300,7 +301,7 @@ class Migrations:
             self._publish(entry, impossible(entry.migration))
             self._ended.ring()
             return
-        self._publish(entry, describe(entry.migration, driver, entry.elapsed, ended=True))
+        self._publish(entry, describe(entry.migration, driver, entry.elapsed, ended=True, wall=entry.wall))
         entry.driver = None
         self._fence_if_in_doubt(entry)
         await entry.save_if_possible()
@@ -314,7 +315,7 @@ class Migrations:
     def _tell(self, entry: Entry) -> None:
         entry.telling = None
         if entry.driver is not None and entry.migration.migration_id in self._entries:
-            self._publish(entry, describe(entry.migration, entry.driver, entry.elapsed, ended=False))
+            self._publish(entry, describe(entry.migration, entry.driver, entry.elapsed, ended=False, wall=entry.wall))
             entry.forget_refuted()
             self._fence_if_in_doubt(entry)
 

@@ -36,9 +36,12 @@ _SKEW: Final = "the clocks of both hosts differ"
 _GUEST_STATES: Final = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
 
 
-def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: bool) -> pb.Migration:
-    """The migration as it is now, from what it was and what the driver knows. `elapsed`: seconds since its request."""
-    now = before.create_time.ToNanoseconds() / 1e9 + elapsed  # a wall clock that is set meanwhile changes no duration and no order
+def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: bool, wall: float | None = None) -> pb.Migration:
+    """The migration as it is now, from what it was and what the driver knows. `elapsed`: measured seconds since its request; with
+    `wall` (Unix time) only since it was taken up.
+    """
+    # A wall clock that is set meanwhile changes no duration and no order.
+    now = max(before.create_time.ToNanoseconds() / 1e9 + elapsed, wall or 0.0)
     src, dst = driver.source_state, driver.destination_state
     migration = pb.Migration()
     migration.CopyFrom(before)
@@ -72,8 +75,10 @@ def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: boo
         migration.other_failures.extend(failure_to_proto(other) for other in failures if _adds(other, failure))
     if ended:
         migration.end_time.FromNanoseconds(int(now * 1e9))
-        migration.duration.CopyFrom(duration(elapsed))
-        migration.hypervisor_duration.CopyFrom(duration(union(call for calls in driver.hypervisor_calls.values() for call in calls)))
+        in_calls = union(call for calls in driver.hypervisor_calls.values() for call in calls)
+        migration.duration_is_least = wall is not None
+        migration.duration.CopyFrom(duration(max(elapsed, in_calls) if migration.duration_is_least else elapsed))
+        migration.hypervisor_duration.CopyFrom(duration(in_calls))
     return migration
 
 

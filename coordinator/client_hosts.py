@@ -69,6 +69,8 @@ class Host:
     """A limit on the rate can be enforced."""
     split_phases: bool
     draining: bool
+    last_seen_age: float | None
+    """Seconds since it was last heard of, as the coordinator measured when it answered. None: not told."""
     clock_skew: float | None
     """Seconds by which its wall clock is ahead of the coordinator's; negative: behind. None: not known."""
     proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
@@ -100,6 +102,7 @@ class Host:
             bandwidth=features.bandwidth,
             split_phases=features.split_phases,
             draining=host.draining,
+            last_seen_age=seconds_of(message.last_seen_age) if message.HasField("last_seen_age") else None,
             clock_skew=seconds_of(message.clock_skew) if message.HasField("clock_skew") else None,
             proto=message,
         )

@@ -137,11 +137,17 @@ class Migration:
     waiting_for: str
     warnings: tuple[str, ...]
     created: datetime | None
+    """When it was accepted, by the wall clock of its driver."""
+    age: float | None
+    """Seconds since then, as the server measured when it answered. None: an older server does not tell."""
     committed: datetime | None
     """When the guest was known to run at the destination."""
     ended: datetime | None
     duration: float
-    """Seconds from the request to the end (or to now)."""
+    """Seconds from the request to the end."""
+    duration_is_least: bool
+    """It took at least that: its driver's machine was restarted meanwhile, or another driver took over, and what was before is not
+    measured."""
     hypervisor_duration: float
     """Seconds of it in calls of a hypervisor."""
     driver: str
@@ -183,7 +189,9 @@ class Migration:
             created=time_of(message.create_time) if message.HasField("create_time") else None,
             committed=time_of(message.commit_time) if message.HasField("commit_time") else None,
             ended=time_of(message.end_time) if message.HasField("end_time") else None,
+            age=seconds_of(message.age) if message.HasField("age") else None,
             duration=seconds_of(message.duration),
+            duration_is_least=message.duration_is_least,
             hypervisor_duration=seconds_of(message.hypervisor_duration),
             driver=message.driver,
             revision=message.revision,

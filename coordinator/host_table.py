@@ -79,7 +79,9 @@ class HostTable:
                 result = await self._store.txn([Compare(key, before.mod_revision if before else 0)], operations)
                 if isinstance(result, int):
                     self._drop([*renamed, host.name])
-                    self._enter(known, result).link.hurry()
+                    entry = self._enter(known, result)
+                    entry.heard_at = self._clock()  # it was asked just now
+                    entry.link.hurry()
                     log.info("host.registered", host=host.name, host_uuid=host.host_uuid, address=known.agent_address)
                     if before is not None and before.known.host.host_uuid != host.host_uuid:
                         was = before.known.host.host_uuid

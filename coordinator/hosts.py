@@ -9,7 +9,6 @@ which nothing is heard for three heartbeats. It is opened again and again.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from copy import deepcopy
 from typing import Final, TypeVar
 
 import grpc.aio
@@ -19,7 +18,7 @@ from agent.errors import DroverError, Reason
 from coordinator.claims import Proofs, check_claim
 from coordinator.host_link import HostLink, Lanes, Word, answer_of
 from coordinator.host_table import HostTable
-from coordinator.known_host import KnownHost, find, heard, is_worth_saving
+from coordinator.known_host import KnownHost, find, heard, is_worth_saving, shown
 from coordinator.store import Store
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
@@ -45,6 +44,7 @@ class HostRegistry:
     ) -> None:
         self.heartbeat_seconds = heartbeat_seconds
         self._coordinator = coordinator
+        self._clock = clock
         self._wall = wall
         self._lanes = Lanes()
         self._proofs = Proofs()
@@ -87,14 +87,14 @@ class HostRegistry:
 
     async def get(self, name: str) -> pb.ClusterHost:
         """A copy of what is known. Errors: HOST_NOT_FOUND."""
-        return deepcopy(self._find(name).known)
+        return self._shown(self._find(name))
 
     def names(self) -> list[str]:
         return sorted(self._table.hosts)
 
     async def list_hosts(self, among: Sequence[str] | None = None) -> list[pb.ClusterHost]:
         """Those `among`, or every one by name."""
-        return [deepcopy(entry.known) for entry in self._among(among)]
+        return [self._shown(entry) for entry in self._among(among)]
 
     def has(self, name: str, host_uuid: str) -> bool:
         """Whether that host has the name now."""
@@ -136,6 +136,9 @@ class HostRegistry:
     def _among(self, names: Sequence[str] | None) -> list[KnownHost]:
         return [self._table.hosts[name] for name in (self.names() if names is None else names)]
 
+    def _shown(self, entry: KnownHost) -> pb.ClusterHost:
+        return shown(entry, self._clock(), self._wall())
+
     def _find(self, name: str) -> KnownHost:
         return find(self._table.hosts, name)
 
@@ -151,6 +154,7 @@ class HostRegistry:
             return
         entry.check_identity(word.host)
         self._tell_rivals(entry, frozenset(word.host.coordinators) - {self._coordinator})
+        entry.heard_at = self._clock()
         before, entry.known = entry.known, heard(entry.known, word, self._wall())
         if before.state != entry.known.state:
             log.info("host.up", host=entry.name)

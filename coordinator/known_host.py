@@ -23,6 +23,8 @@ class KnownHost:
     saved: float
     """When it was last saved, by the monotonic clock."""
     link: HostLink
+    heard_at: float | None = None
+    """When it was last heard of, by the monotonic clock. None: not in this life of the coordinator."""
     rivals: frozenset[str] = frozenset()
     """Other coordinators that claim it, as last told."""
 
@@ -62,6 +64,16 @@ def heard(known: pb.ClusterHost, word: Word, wall: float) -> pb.ClusterHost:
     if word.send_time_ns:
         after.clock_skew.FromNanoseconds(word.send_time_ns - int(wall * 1e9))
     return after
+
+
+def shown(entry: KnownHost, monotonic: float, wall: float) -> pb.ClusterHost:
+    """A copy, for an answer at that moment. Pure."""
+    host = pb.ClusterHost()
+    host.CopyFrom(entry.known)
+    by_wall = wall - entry.known.last_seen_time.ToNanoseconds() / 1e9
+    age = by_wall if entry.heard_at is None else monotonic - entry.heard_at
+    host.last_seen_age.FromNanoseconds(int(max(0.0, age) * 1e9))
+    return host
 
 
 def is_worth_saving(before: pb.ClusterHost, after: pb.ClusterHost, saved_ago: float) -> bool:

@@ -7,6 +7,7 @@ import grpc.aio
 
 from agent.migrations import Migrations, newest_first
 from agent.paging import Paging
+from agent.uptime import with_age
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
 
@@ -22,27 +23,27 @@ class MigrationServicer(rpc.MigrationServiceServicer):
         self._migrations = migrations
 
     async def StartMigration(self, request: pb.StartMigrationRequest, context: _Context) -> pb.StartMigrationResponse:  # noqa: N802
-        return pb.StartMigrationResponse(migration=await self._migrations.start(request.migration_id, request.spec))
+        return pb.StartMigrationResponse(migration=with_age(await self._migrations.start(request.migration_id, request.spec)))
 
     async def GetMigration(self, request: pb.GetMigrationRequest, context: _Context) -> pb.GetMigrationResponse:  # noqa: N802
-        return pb.GetMigrationResponse(migration=self._migrations.get(request.migration_id))
+        return pb.GetMigrationResponse(migration=with_age(self._migrations.get(request.migration_id)))
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: _Context) -> pb.ListMigrationsResponse:  # noqa: N802
         paging = Paging(request, int, str, default=100)
         listed = self._migrations.list(active_only=request.active_only)
-        page = paging.take((newest_first(migration), migration) for migration in listed)
+        page = paging.take((newest_first(migration), with_age(migration)) for migration in listed)
         return pb.ListMigrationsResponse(migrations=page.items, next_page_token=page.token)
 
     async def WatchMigration(  # noqa: N802
         self, request: pb.WatchMigrationRequest, context: _Context
     ) -> AsyncIterator[pb.WatchMigrationResponse]:
         async for migration in self._migrations.watch(request.migration_id, request.from_revision):
-            yield pb.WatchMigrationResponse(migration=migration)
+            yield pb.WatchMigrationResponse(migration=with_age(migration))
 
     async def ResolveMigration(  # noqa: N802
         self, request: pb.ResolveMigrationRequest, context: _Context
     ) -> pb.ResolveMigrationResponse:
-        return pb.ResolveMigrationResponse(migration=await self._migrations.resolve(request.migration_id, request.word))
+        return pb.ResolveMigrationResponse(migration=with_age(await self._migrations.resolve(request.migration_id, request.word)))
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: _Context) -> pb.CancelMigrationResponse:  # noqa: N802
-        return pb.CancelMigrationResponse(migration=await self._migrations.cancel(request.migration_id))
+        return pb.CancelMigrationResponse(migration=with_age(await self._migrations.cancel(request.migration_id)))

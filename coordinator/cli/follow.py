@@ -11,7 +11,7 @@ from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
 from coordinator.cli.show import Stage, lost_or_stuck, print_json, print_pairs, print_table, to_json, to_type
 from coordinator.cli.text import printable
-from coordinator.cli.units import age, eta, rate, seconds, size
+from coordinator.cli.units import eta, rate, seconds, size
 from coordinator.client import (
     UNKNOWN_PATIENCE,
     Migration,
@@ -147,7 +147,7 @@ def _describe_progress(progress: Progress) -> list[str]:
 
 def print_summary(migration: Migration) -> None:
     """How it ended: phases with their milliseconds, bytes, downtime, total."""
-    after = f"in {seconds(migration.duration)}" if migration.state.ended else f"after {_elapsed(migration)}"
+    after = f"in {took_words(migration)}" if migration.state.ended else f"after {_elapsed(migration)}"
     click.echo(f"{printable(_verdict(migration))} {after}.")
     print_timings(migration)
     print_pairs(transfer_pairs(migration))
@@ -161,7 +161,12 @@ def print_warnings(warnings: Iterable[str]) -> None:
 
 def _elapsed(migration: Migration) -> str:
     """Since its start, for one that has not ended: its duration is told at the end only."""
-    return age(migration.created).removesuffix(" ago") or "?"
+    return seconds(migration.age) if migration.age is not None else "?"
+
+
+def took_words(migration: Migration) -> str:
+    """How long it took, of one that has ended."""
+    return f"{'at least ' if migration.duration_is_least else ''}{seconds(migration.duration)}"
 
 
 def _verdict(migration: Migration) -> str:
@@ -188,8 +193,12 @@ def transfer_pairs(migration: Migration) -> list[tuple[str, str]]:
     progress = migration.progress
     # Where the guest did not move, there was no downtime, and the time outside of hypervisor calls was mostly spent waiting.
     moved = migration.state is MigrationState.SUCCEEDED
-    overhead = f"{seconds(migration.overhead)} outside hypervisor calls" if moved and migration.hypervisor_duration else ""
-    pairs = [("total", seconds(migration.duration) if migration.duration else ""), ("overhead", overhead)]
+    measured = moved and migration.hypervisor_duration and not migration.duration_is_least
+    overhead = f"{seconds(migration.overhead)} outside hypervisor calls" if measured else ""
+    total = took_words(migration) if migration.duration else ""
+    if migration.duration_is_least:
+        total += " (its driver's machine was restarted, or another driver took over: what was before is not measured)"
+    pairs = [("total", total), ("overhead", overhead)]
     if progress is None:
         return pairs
     way = f" over {migration.network}" if migration.network else ""

@@ -5,7 +5,7 @@ import click
 from coordinator.cli.session import Session, run
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
 from coordinator.cli.text import printable
-from coordinator.cli.units import age, rate, seconds, size
+from coordinator.cli.units import ago, rate, seconds, size
 from coordinator.client import Domain, Host, HostState
 
 SKEW_SECONDS = 2.0
@@ -95,7 +95,7 @@ def _print_host(host: Host) -> None:
             ("name", host.name),
             ("state", _state(host)),
             ("address", host.address),
-            ("last seen", age(host.last_seen)),
+            ("last seen", ago(host.last_seen_age)),
             ("clock", _clock(host)),
             ("hypervisor", f"{host.hypervisor} ({host.driver})"),
             ("agent", host.agent_version),

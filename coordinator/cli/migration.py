@@ -7,7 +7,7 @@ import sys
 import click
 
 from coordinator.cli.exit_codes import EPILOG, ExitCode
-from coordinator.cli.follow import describe, follow, print_timings, show_to_the_end, transfer_pairs
+from coordinator.cli.follow import describe, follow, print_timings, show_to_the_end, took_words, transfer_pairs
 from coordinator.cli.session import Session, ask, run
 from coordinator.cli.show import (
     lost_or_stuck,
@@ -20,7 +20,7 @@ from coordinator.cli.show import (
     to_type,
 )
 from coordinator.cli.text import printable
-from coordinator.cli.units import age, seconds
+from coordinator.cli.units import ago
 from coordinator.client import (
     DeadlineExceeded,
     Migration,
@@ -65,9 +65,9 @@ def list_(active: bool, limit: int, output: str) -> None:
 
 
 def _row(migration: Migration) -> tuple[str, ...]:
-    took = seconds(migration.duration) if migration.state.ended else migration.phase
+    took = took_words(migration) if migration.state.ended else migration.phase
     names = (migration.domain, migration.source, migration.destination)
-    return (migration.id[:8], migration.state.value, *names, age(migration.created), took)
+    return (migration.id[:8], migration.state.value, *names, ago(migration.age), took)
 
 
 @migration.command()
@@ -100,7 +100,7 @@ def _print_migration(migration: Migration) -> None:
             ("network", migration.network),
             ("uri", migration.uri),
             ("attempt", str(migration.attempt)),
-            ("started", age(migration.created)),
+            ("started", ago(migration.age)),
             ("now", "" if migration.state.ended else describe(migration)),
             ("failure", to_type(f"{failure.reason}: {failure.message}") if failure else ""),
             *(("also", other.message) for other in migration.other_failures),

@@ -1,7 +1,5 @@
 """Numbers for people."""
 
-from datetime import UTC, datetime
-
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -37,5 +35,6 @@ def eta(low: float | None, high: float | None) -> str:
     return seconds(high) if high - low < max(0.1 * high, 0.1) else f"{seconds(low)} to {seconds(high)}"
 
 
-def age(moment: datetime | None) -> str:
-    return seconds(max(0.0, (datetime.now(UTC) - moment).total_seconds())) + " ago" if moment is not None else ""
+def ago(age: float | None) -> str:
+    """For what was so many seconds ago by the word of the server; empty where it did not say."""
+    return f"{seconds(age)} ago" if age is not None else ""

@@ -217,6 +217,7 @@ def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step
         network="mig0",
         revision=revision,
         create_time=Timestamp(seconds=1_700_000_000),
+        age=Duration(seconds=90),
         driver="fake",
         **step,  # type: ignore[arg-type]
     )
@@ -255,6 +256,8 @@ class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
         state = cluster_pb2.HOST_STATE_UP if name == "a" else cluster_pb2.HOST_STATE_UNREACHABLE
         host = cluster_pb2.ClusterHost(host=HOST, agent_address=f"unix:/{name}.sock", state=state)
         host.host.name = name
+        host.last_seen_time.FromSeconds(1_700_000_000)
+        host.last_seen_age.FromSeconds(90)
         host.clock_skew.FromSeconds(3600 if name == "b" else 0)
         return host
 

@@ -34,3 +34,12 @@ def test_6_16_a_clock_that_differs_is_told(drover: Drover) -> None:
     assert "1 h 00 min ahead of the coordinator's" in drover("host", "show", "b").stdout
     assert "clock" not in drover("host", "show", "a").stdout
     assert drover.json("host", "show", "b")["clock_skew"] == "3600s"
+
+
+def test_6_16_how_long_ago_is_what_the_server_says(drover: Drover) -> None:
+    """Its times are of 2023: no clock of this side is compared with them."""
+    drover("migrate", "vm1", "--to", "b")
+    assert "1 min 30 s ago" in drover("migration", "list").stdout
+    migration_id = drover.json("migration", "list")["migrations"][0]["migration_id"]
+    assert "1 min 30 s ago" in drover("migration", "show", migration_id).stdout
+    assert "1 min 30 s ago" in drover("host", "show", "a").stdout

@@ -232,6 +232,9 @@ class Migration(message.Message):
     SOURCE_GUEST_FIELD_NUMBER: builtins.int
     DESTINATION_GUEST_FIELD_NUMBER: builtins.int
     OTHER_FAILURES_FIELD_NUMBER: builtins.int
+    CREATE_UPTIME_FIELD_NUMBER: builtins.int
+    DURATION_IS_LEAST_FIELD_NUMBER: builtins.int
+    AGE_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chose."""
     state: MigrationState.ValueType
@@ -262,6 +265,8 @@ class Migration(message.Message):
     """Rises with every change of any migration here."""
     driver: builtins.str
     """Who drives it: name of the coordinator, or of the source's agent."""
+    duration_is_least: builtins.bool
+    """The machine of its driver was restarted, or it was taken over: `duration` is what was measured since then, so it took at least that."""
     @builtins.property
     def spec(self) -> MigrationSpec:
         """What the user wants."""
@@ -296,7 +301,7 @@ class Migration(message.Message):
 
     @builtins.property
     def duration(self) -> duration_pb2.Duration:
-        """From the request to the end."""
+        """From the request to the end. See duration_is_least."""
 
     @builtins.property
     def hypervisor_duration(self) -> duration_pb2.Duration:
@@ -340,6 +345,18 @@ class Migration(message.Message):
         empty without a failure.
         """
 
+    @builtins.property
+    def create_uptime(self) -> Uptime:
+        """When it was accepted, by the clock of its driver's machine that nobody sets: durations are measured by it, over restarts of the
+        driver. Unset for a migration that was taken over.
+        """
+
+    @builtins.property
+    def age(self) -> duration_pb2.Duration:
+        """How long ago it was accepted, as the server measures it when it answers; it does not depend on the clock of who asks. After a
+        restart of the server's machine, or a take-over, the difference of two readings of its wall clock. Set in every answer.
+        """
+
     def __init__(
         self,
         *,
@@ -375,10 +392,39 @@ class Migration(message.Message):
         source_guest: handshake_pb2.GuestFact | None = ...,
         destination_guest: handshake_pb2.GuestFact | None = ...,
         other_failures: abc.Iterable[handshake_pb2.Failure] | None = ...,
+        create_uptime: Uptime | None = ...,
+        duration_is_least: builtins.bool = ...,
+        age: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Uptime(message.Message):
+    """A moment on one machine."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    BOOT_ID_FIELD_NUMBER: builtins.int
+    SINCE_BOOT_FIELD_NUMBER: builtins.int
+    boot_id: builtins.str
+    """Id of the boot, as Linux tells it: another one, another machine or another start of it."""
+    @builtins.property
+    def since_boot(self) -> duration_pb2.Duration:
+        """Time since that boot."""
+
+    def __init__(
+        self,
+        *,
+        boot_id: builtins.str = ...,
+        since_boot: duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["since_boot", b"since_boot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["boot_id", b"boot_id", "since_boot", b"since_boot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,6 +56,7 @@ class ClusterHost(message.Message):
     STATE_FIELD_NUMBER: builtins.int
     LAST_SEEN_TIME_FIELD_NUMBER: builtins.int
     CLOCK_SKEW_FIELD_NUMBER: builtins.int
+    LAST_SEEN_AGE_FIELD_NUMBER: builtins.int
     agent_address: builtins.str
     """Address of its agent."""
     state: HostState.ValueType
@@ -72,6 +73,12 @@ class ClusterHost(message.Message):
     def clock_skew(self) -> duration_pb2.Duration:
         """By how much its wall clock was ahead of the coordinator's when it was last heard of; negative: behind. Unset: not known."""
 
+    @builtins.property
+    def last_seen_age(self) -> duration_pb2.Duration:
+        """How long ago it was last heard of, as the coordinator measures it when it answers; it does not depend on the clock of who asks.
+        Of a host that was not heard of since the coordinator was started, the difference of two readings of its wall clock.
+        """
+
     def __init__(
         self,
         *,
@@ -80,10 +87,11 @@ class ClusterHost(message.Message):
         state: HostState.ValueType = ...,
         last_seen_time: timestamp_pb2.Timestamp | None = ...,
         clock_skew: duration_pb2.Duration | None = ...,
+        last_seen_age: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["clock_skew", b"clock_skew", "host", b"host", "last_seen_time", b"last_seen_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "clock_skew", b"clock_skew", "host", b"host", "last_seen_time", b"last_seen_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_time", b"last_seen_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
