@@ -17,6 +17,7 @@ FINISH_STARTS = Work(Stage.START, "finish")
 FINAL = "an ended record stays"
 FENCE = "a stale attempt is refused"
 ONLY_COPY = "the only copy that can run is kept"
+PATH = "memory goes only where the destination listens"
 
 
 def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:
@@ -84,6 +85,22 @@ def _first_call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: 
 def _lagging(agent: Agent) -> frozenset[Work]:
     """A call of the attempt before that the hypervisor has not got yet."""
     return agent.work & {FINISH_STARTS}
+
+
+def waits_for_turn(agent: Agent, what: str) -> Agent:
+    """A call that has been checked."""
+    return agent._replace(work=agent.work | {Work(Stage.TURN, what)}, quiet=False)
+
+
+def take_turn(world: World, machine: Machine[S, E, F], agent: Agent, work: Work, event: E, *, unchecked: bool) -> Agent:
+    """Its turn comes. `unchecked`: in this state it would have been checked otherwise than it was."""
+    agent = finish_work(agent, work)
+    if unchecked and event in world.looks_again:
+        return agent
+    try:
+        return take(world, machine, agent, event)
+    except Refused:
+        return agent
 
 
 def _too_early(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> tuple[Agent, Answer] | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from agent.handshake.decision import destination_yields
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.source import SourceState
-from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, write_late, written
+from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, take_turn, write_late, written
 from tests.model.hosts import WAITS, destination_domain, prepared, without_copy
 from tests.model.parts import Agent, Copy, Cost, Finish, Guest, Hosts, Stage, Stream, Violation, Work
 from tests.model.world import World
@@ -52,6 +52,9 @@ def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step
         after = take(world, world.destination, finish_work(agent, work), _E(what))
         after = after._replace(word=after.word or what == _E.DISOWNED)
         yield f"destination: records {what}", after, hosts, Cost.FREE
+    elif work.stage is Stage.TURN:
+        after = take_turn(world, world.destination, agent, work, _E(what), unchecked=agent.state == _S.ARMED)
+        yield f"destination: the turn of {what} comes", after, hosts, Cost.FREE
     elif work.stage is Stage.WRITE:
         after = write_late(world, world.destination, agent, work, _E(what))
         yield f"destination: records {what}, late", after, hosts, Cost.FREE

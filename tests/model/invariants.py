@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from agent.handshake.destination import DestinationState as Dst
 from agent.handshake.source import SourceState as Src
 from tests.model import network
-from tests.model.agents import FENCE, FINAL, ONLY_COPY
+from tests.model.agents import FENCE, FINAL, ONLY_COPY, PATH
 from tests.model.hosts import AT_HOME, WAITS, undoes
 from tests.model.parts import Agent, Answer, Copy, Finish, Guest, Hosts, Mode, Talk
 
@@ -96,7 +96,7 @@ FORGOTTEN = "a cancel that was acknowledged is kept"
 HARM = frozenset({TWO_RUN, LOST, GOES_BACK})
 """What a user would call a disaster. The other rules are why these hold."""
 
-ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, FORGOTTEN, network.DECIDE, FINAL, FENCE, ONLY_COPY})
+ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, FORGOTTEN, network.DECIDE, FINAL, FENCE, ONLY_COPY, PATH})
 
 
 def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:

@@ -12,7 +12,7 @@ from agent.handshake.facts import destination_fact, source_fact
 from agent.handshake.machine import Transition
 from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import Job
-from tests.model.agents import FENCE
+from tests.model.agents import FENCE, PATH
 from tests.model.invariants import (
     CANCEL,
     FORGOTTEN,
@@ -29,7 +29,7 @@ from tests.model.invariants import (
 )
 from tests.model.network import DECIDE
 from tests.model.parts import Side, budget
-from tests.model.world import BESIDE, World
+from tests.model.world import BESIDE, CHECKED, World
 from tests.model.worlds import BUT_ONLY_COPY
 
 _S, _SE, _SF = SourceState, SourceEvent, SourceEffect
@@ -223,6 +223,46 @@ MUTATIONS: tuple[Mutation, ...] = (
         LOST,
         in_flight=2,
         reads=frozenset({Side.DESTINATION}),
+        budget=budget(by_hand=1),
+    ),
+    _mutation(
+        "claim_applied_unseen",
+        "a claim of GONE that came when nothing had to be read is applied after Perform without reading",
+        RESUMED_ON_GONE,
+        TWO_RUN,
+        in_flight=2,
+        turns=True,
+        looks_again=CHECKED - {_SE.CONFIRM_GONE},
+        budget=budget(by_hand=1),
+    ),
+    _mutation(
+        "removal_applied_unseen",
+        "a claim of RUNNING that came when it had no place is applied after Perform without reading",
+        REMOVED_ON_RUNNING,
+        LOST,
+        in_flight=2,
+        turns=True,
+        looks_again=CHECKED - {_SE.CONFIRM_RUNNING},
+        budget=budget(by_hand=1),
+    ),
+    _mutation(
+        "abandon_applied_unseen",
+        "a claim that the source kept the guest, which came before the copy was armed, is applied to the armed copy without reading",
+        LOST,
+        LOST,
+        in_flight=2,
+        turns=True,
+        looks_again=CHECKED - {_DE.ABANDON_SOURCE_KEPT},
+        budget=budget(by_hand=1),
+    ),
+    _mutation(
+        "uri_applied_unseen",
+        "a Perform that came while Begin was under way is applied after it, and nobody has compared its URI",
+        PATH,
+        None,
+        in_flight=2,
+        turns=True,
+        looks_again=CHECKED - {_SE.PERFORM},
         budget=budget(by_hand=1),
     ),
     _mutation(

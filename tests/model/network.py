@@ -6,7 +6,7 @@ from agent.handshake.decide import Call, assume, disputed, ended
 from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.source import SourceEvent, SourceState
 from tests.model import destination_agent, source_agent
-from tests.model.agents import call, crashed
+from tests.model.agents import call, crashed, waits_for_turn
 from tests.model.parts import NOBODY, Agent, Answer, Cost, Driver, Message, Mode, Side, Talk, Unanswered, Violation
 from tests.model.world import World
 
@@ -307,8 +307,23 @@ def _by_hand(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Ste
     """Anybody may make any call at any moment, and claim what he likes; a record of another host he cannot relay."""
     for made in sorted(Call):
         if _side(made) is side:
-            after, _ = _called(world, agent, Message(NOBODY, agent.attempt or 1, made, foreign=made not in _NAMES_PEER), side)
-            yield f"somebody: calls {made} by hand", talk, after, Cost.BY_HAND
+            for astray in (False, True) if world.turns and made is Call.PERFORM else (False,):
+                message = Message(NOBODY, agent.attempt or 1, made, foreign=made not in _NAMES_PEER, astray=astray)
+                after, _ = _called(world, agent, message, side)
+                yield f"somebody: calls {made} by hand{', astray' if astray else ''}", talk, after, Cost.BY_HAND
+
+
+_TURNS = frozenset({Call.PERFORM, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE, Call.ABANDON_SOURCE_KEPT})
+
+
+def _waits_for_turn(agent: Agent, message: Message) -> Agent:
+    """A call that needs no record of the other host, as things are, or a Perform whose URI was found to be right."""
+    if message.call is not Call.PERFORM:
+        return waits_for_turn(agent, str(message.call))
+    if agent.state == SourceState.BEGUN:
+        return agent if message.astray else waits_for_turn(agent, str(message.call))
+    astray = source_agent.ASTRAY if message.astray else ""
+    return waits_for_turn(agent, f"{message.call}{source_agent.UNCHECKED}{astray}")
 
 
 def _called(world: World, agent: Agent, message: Message, side: Side) -> tuple[Agent, Answer]:
@@ -321,6 +336,8 @@ def _called(world: World, agent: Agent, message: Message, side: Side) -> tuple[A
         return after, Answer(agent.state, word=after.word, exists=message.foreign and world.checks_peer)
     if reads and message.call is Call.ABANDON_SOURCE_KEPT and agent.state == DestinationState.ARMED:
         return destination_agent.begins_to_read(agent, relayed=relayed, word=message.word), Answer(agent.state)
+    if world.turns and here and message.call in _TURNS:
+        return _waits_for_turn(agent, message), Answer(agent.state, word=agent.word)
     if side is Side.SOURCE:
         after, answer = call(world, world.source, agent, message.attempt, SourceEvent(message.call))
         if message.word and after.attempt == message.attempt and after.state in (SourceState.RESUMING, SourceState.KEPT):

@@ -77,6 +77,8 @@ class Stage(StrEnum):
     """The hypervisor works on it."""
     NEWS = "news"
     """The hypervisor has answered; that is not journalled yet."""
+    TURN = "turn"
+    """A call that was checked, and waits until the record is free. It is applied in the state that it finds then."""
     WRITE = "write"
     """Only in mutations: a record that is written too late."""
 
@@ -189,6 +191,8 @@ class Message(NamedTuple):
     """It rests on an operator's word."""
     foreign: bool = False
     """Its driver's destination is a third host."""
+    astray: bool = False
+    """A Perform whose URI is not where the destination of the record listens."""
 
 
 class Talk(NamedTuple):

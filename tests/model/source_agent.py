@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from agent.handshake.decision import source_obeys
 from agent.handshake.destination import DestinationState
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
-from tests.model.agents import NO_WORK, finish_work, restarted, take, written
+from tests.model.agents import NO_WORK, PATH, finish_work, restarted, take, take_turn, written
 from tests.model.hosts import AT_HOME, aborted, guest_dies, source_domain
-from tests.model.parts import Agent, Copy, Cost, Guest, Hosts, Stage, Stream, Work
+from tests.model.parts import Agent, Copy, Cost, Guest, Hosts, Stage, Stream, Violation, Work
 from tests.model.world import World
 
 _S, _E, _F = SourceState, SourceEvent, SourceEffect
@@ -36,12 +36,26 @@ def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step
         event, word = _E(work.what.removesuffix(_BY_WORD)), work.what.endswith(_BY_WORD)
         after = take(world, world.source, finish_work(agent, work), event)
         yield f"source: records {work.what}", after._replace(word=after.word or word), hosts, Cost.FREE
+    elif work.stage is Stage.TURN:
+        yield f"source: the turn of {work.what} comes", _turn(world, agent, work), hosts, Cost.FREE
     elif work.what in _READS:
         return  # it waits for the destination's answer: see `reads`
     elif work.stage is Stage.CALLED:
         yield from _performing(agent, hosts, work)
     else:
         yield from _EFFECTS[_F(work.what)](world, agent, hosts, work)
+
+
+UNCHECKED, ASTRAY = ", unchecked", ", astray"
+
+
+def _turn(world: World, agent: Agent, work: Work) -> Agent:
+    event = _E(work.what.split(",")[0])
+    unchecked = agent.state in DECIDED_BY_OTHER if event in _CONFIRMS else agent.state == _S.BEGUN and UNCHECKED in work.what
+    after = take_turn(world, world.source, agent, work, event, unchecked=unchecked)
+    if ASTRAY in work.what and (agent.state, after.state) == (_S.BEGUN, _S.PERFORMING) and world.checked(PATH):
+        raise Violation(PATH, "a Perform whose URI nobody has compared with the destination's record")
+    return after
 
 
 def _begin(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
@@ -176,7 +190,7 @@ def tidy(agent: Agent) -> Agent:
     if agent.state != _S.PERFORMING:
         work -= {Work(Stage.START, _F.ABORT)}
     if agent.state not in DECIDED_BY_OTHER:
-        work = frozenset(w for w in work if w.what not in _READS and not w.what.startswith(_CONFIRMS))
+        work = frozenset(w for w in work if w.stage is Stage.TURN or (w.what not in _READS and not w.what.startswith(_CONFIRMS)))
     if agent.state in (_S.REMOVED, _S.KEPT):
         work = NO_WORK
     return agent if work == agent.work else agent._replace(work=work)

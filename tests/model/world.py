@@ -20,6 +20,11 @@ BESIDE: frozenset[SourceEvent | DestinationEvent] = frozenset({SourceEvent.BEGIN
 """libvirt undoes these effects by itself. Where one outlives the agent (autostart, switched off), the record is written before it:
 that is one of the orders that are explored here."""
 
+CHECKED: frozenset[SourceEvent | DestinationEvent] = frozenset(
+    {SourceEvent.PERFORM, SourceEvent.CONFIRM_RUNNING, SourceEvent.CONFIRM_GONE, DestinationEvent.ABANDON_SOURCE_KEPT}
+)
+"""Calls for which the other host's record is read in some states."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -76,6 +81,10 @@ class World:
     """A call for an earlier attempt is refused (`agent.handshake.attempts`)."""
     beside: frozenset[SourceEvent | DestinationEvent] = BESIDE
     """Events whose record is written while their effects are under way already: a crash may lose it."""
+    turns: bool = False
+    """A call waits for its turn between its checks and its application; anything may happen meanwhile."""
+    looks_again: frozenset[SourceEvent | DestinationEvent] = CHECKED
+    """Calls that are refused when their turn comes in a state for which they were not checked."""
     undone: bool = True
     """libvirt undoes what Begin and Prepare did, once it notices that the connection is closed."""
     effect_first: frozenset[DestinationEvent] = frozenset()

@@ -73,6 +73,14 @@ SMALL: tuple[World, ...] = (
         budget=budget(by_hand=1, lose=1),
     ),
     World(
+        "turns",
+        "a call that was checked waits for its turn, and the state changes meanwhile; somebody makes a call by hand",
+        takeover=False,
+        in_flight=2,
+        turns=True,
+        budget=budget(by_hand=1),
+    ),
+    World(
         "declared_dead",
         "the destination's host dies, an operator says so, and it comes back",
         takeover=False,
@@ -230,6 +238,14 @@ FULL: tuple[World, ...] = (
         takeover=False,
         in_flight=2,
         budget=budget(by_hand=2, lose=1, fail=1),
+    ),
+    World(
+        "turns_and_crashes",
+        "a call that was checked waits for its turn; somebody makes a call by hand, a driver cancels, the source dies",
+        takeover=False,
+        in_flight=2,
+        turns=True,
+        budget=budget(by_hand=1, cancel=1, crash_source=1),
     ),
     World(
         "wrong_words",
