@@ -20,6 +20,16 @@ RESERVED_MIB = 4
 """Memory below this address holds the guest's own code and tables; the rest is the memory that it tests."""
 
 
+FIRMWARE = (Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd"))
+"""Its code, and the variables with which a guest begins."""
+TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+
+
+def _disk(image: Path) -> str:
+    source = f"<driver name='qemu' type='raw'/><source file={quoteattr(str(image))}/>"
+    return f"<disk type='file' device='disk'>{source}<target dev='vda' bus='virtio'/></disk>"
+
+
 @cache
 def machine_type(emulator: str = EMULATOR) -> str:
     """The machine type to use with this QEMU: the preferred one, else its newest q35."""
@@ -62,6 +72,13 @@ class Guest:
     """Features that the CPU must have (policy 'require'); one that the host cannot give makes the guest foreign."""
     metadata: str = ""
     """Raw XML for inside <metadata>."""
+    disk: Path | None = None
+    """A raw image, which must exist; the guest itself does not look at it."""
+    nvram: Path | None = None
+    """Where its firmware variables are; libvirt makes the file. The guest has UEFI firmware then (the package ovmf), which does not
+    boot the test guest: it runs, and logs nothing."""
+    tpm: bool = False
+    """It has an emulated TPM (the packages swtpm and swtpm-tools)."""
 
     def with_(self, **changes: Any) -> "Guest":
         """A copy with some fields changed."""
@@ -99,6 +116,13 @@ class Guest:
         }
         return " ".join(f"{key}={value}" for key, value in options.items() if value is not None)
 
+    def _boot(self) -> str:
+        if self.nvram:
+            code, variables = FIRMWARE
+            nvram = f"<nvram template='{variables}'>{escape(str(self.nvram))}</nvram>"
+            return f"<loader readonly='yes' type='pflash'>{code}</loader>{nvram}"
+        return f"<kernel>{escape(str(self.kernel or guest_kernel()))}</kernel><cmdline>{escape(self.cmdline())}</cmdline>"
+
     def xml(self) -> str:
         """The domain XML."""
         features = "".join(f"<feature policy='require' name={quoteattr(name)}/>" for name in self.cpu_features)
@@ -111,8 +135,7 @@ class Guest:
   <vcpu>1</vcpu>
   <os>
     <type arch='x86_64' machine={quoteattr(self.machine or machine_type())}>hvm</type>
-    <kernel>{escape(str(self.kernel or guest_kernel()))}</kernel>
-    <cmdline>{escape(self.cmdline())}</cmdline>
+    {self._boot()}
   </os>
   <features><acpi/></features>
   <cpu mode='custom' match='exact' check='none'>
@@ -131,6 +154,8 @@ class Guest:
     </serial>
     <memballoon model='none'/>
     <video><model type='none'/></video>
+    {_disk(self.disk) if self.disk else ""}
+    {TPM if self.tpm else ""}
   </devices>
 </domain>
 """

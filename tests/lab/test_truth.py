@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from agent.errors import Reason
 from clusterkit import GuestSpec, cluster
 from clusterkit.platforms import LabCluster
 from drover.agent.v1 import migration_pb2 as pb
+from labkit.domain import FIRMWARE
 from tests.scenarios.conversation import MIB, Talk, assert_idle, state
 
 pytestmark = pytest.mark.timeout(150)
@@ -21,11 +23,16 @@ GUESTS = [
     for name in ("dies-cancelled", "dies", "copy-dies", "walled", "walled-cancelled", "copy-stopped", "stopped", "idle")
 ]
 PORTS = "49152:49215"
+FULL = {
+    False: "failed to write master key file for domain: see whether the disk with libvirt's folder there, /var/lib/libvirt, is full",
+    True: "_VARS.fd.new': No space left on device: make room on that disk",
+}
+"""What libvirt says on a full disk of a guest without and with firmware variables, and what would help."""
 
 
 @pytest.fixture(name="cluster", scope="module")
 def _cluster(_real_hosts: None) -> Iterator[LabCluster]:
-    with cluster("libvirt", GUESTS, lab_id=f"tr{os.getpid()}", settings={}) as made:
+    with cluster("libvirt", GUESTS, lab_id=f"tr{os.getpid()}", lab={"disk_mib": 16}) as made:
         assert isinstance(made, LabCluster)
         yield made
 
@@ -77,6 +84,47 @@ async def test_6_14_the_death_of_the_copy_is_told_by_its_host_and_the_echo_secon
     assert cluster.copies(guest.name) == {"h1": "running"}
 
 
+@pytest.mark.parametrize("firmware", [False, True])
+async def test_6_14_a_full_disk_of_the_destination_is_told_by_its_host(cluster: LabCluster, firmware: bool) -> None:
+    """libvirt's own folder there; a guest's firmware variables are made in it too, where the hosts share none."""
+    if firmware and not FIRMWARE[0].exists():
+        pytest.skip("ovmf is not installed")
+    h1, disk = cluster.lab["h1"], cluster.lab["h2"].disks["libvirt"]
+    variables = Path("/var/lib/libvirt/qemu/nvram/full_VARS.fd") if firmware else None
+    guest = cluster.lab.guest("full", memory_mib=64, nvram=variables)
+    h1.start(guest, persistent=True)
+    try:
+        async with Talk(cluster.server) as talk:
+            disk.fill()
+            try:
+                end = await talk.migrate(guest.name, "h2")
+            finally:
+                disk.free()
+            assert (state(end), end.runs_on) == ("failed", "h1")
+            assert end.failure.message.startswith("h2: ")
+            assert FULL[firmware] in end.failure.message
+            shown = drover(cluster, "migration", "show", end.migration_id).stdout
+            assert f": {end.failure.message}" in next(line for line in shown.splitlines() if line.startswith("failure "))
+            error = json.loads(drover(cluster, "migration", "watch", end.migration_id, "-o", "json").stderr)["error"]
+            assert error["message"].startswith(end.failure.message)
+            assert error["guest"] == '"full" runs on h1'
+            assert cluster.copies(guest.name) == {"h1": "running"}
+            await assert_idle(cluster)
+            assert state(await talk.migrate(guest.name, "h2")) == "succeeded"
+    finally:
+        for host in cluster.lab.hosts:
+            host.end(guest.name)
+
+
+async def test_6_14_storage_is_not_copied_and_that_is_told_before(cluster: LabCluster) -> None:
+    """So no disk of the destination can become full by it."""
+    guest = cluster.start_guest("idle")
+    refused = drover(cluster, "migrate", guest.name, "--to", "h2", "--option", "copy_storage=on")
+    assert refused.returncode == 4, refused.stderr
+    assert "copy_storage=on cannot be honoured" in refused.stderr
+    assert cluster.copies(guest.name) == {"h1": "running"}
+
+
 @pytest.mark.parametrize("cancelled", [True, False])
 async def test_6_8_a_firewall_that_drops_the_migration_port(cluster: LabCluster, cancelled: bool) -> None:
     guest = cluster.start_guest("walled-cancelled" if cancelled else "walled")
@@ -102,26 +150,52 @@ async def test_6_8_a_firewall_that_drops_the_migration_port(cluster: LabCluster,
     await assert_idle(cluster)
 
 
-@pytest.mark.parametrize(("guest_name", "host"), [("stopped", "h1"), ("copy-stopped", "h2")])
-async def test_6_8_a_qemu_that_stands_still_is_told_and_promises_no_end(cluster: LabCluster, guest_name: str, host: str) -> None:
-    guest = cluster.start_guest(guest_name)
+async def standing_still(talk: Talk, migration_id: str) -> pb.Migration:
+    """What is told of a migration one of whose QEMUs is stopped."""
+    told = await talk.watch(migration_id, lambda m: "is stopped; `kill -CONT" in m.waiting_for)
+    still = await talk.watch(migration_id, lambda m: "nothing was sent for" in m.progress.reason)
+    assert not still.progress.HasField("eta_low"), "it promises no end"
+    return told
+
+
+async def test_6_8_a_qemu_that_stands_still_is_told_and_promises_no_end(cluster: LabCluster) -> None:
+    guest = cluster.start_guest("stopped")
     async with Talk(cluster.server) as talk:
         migration_id = await flowing(talk, guest.name)
-        cluster.lab[host].signal_qemu(guest.name, signal.SIGSTOP)
+        cluster.lab["h1"].signal_qemu(guest.name, signal.SIGSTOP)
         try:
-            still = await talk.watch(migration_id, lambda m: "is stopped; `kill -CONT" in m.waiting_for)
-            assert f"{host}: the QEMU of {guest.name}" in still.waiting_for or f"copy on {host}" in still.waiting_for
-            still = await talk.watch(migration_id, lambda m: "nothing was sent for" in m.progress.reason)
-            assert not still.progress.HasField("eta_low")
+            assert f"h1: the QEMU of {guest.name}" in (await standing_still(talk, migration_id)).waiting_for
             await talk.cancel(migration_id)
             stuck = await talk.watch(migration_id, lambda m: m.state == pb.MIGRATION_STATE_CANCELLING and bool(m.waiting_for))
             assert stuck.runs_on == "h1"
         finally:
-            cluster.lab[host].signal_qemu(guest.name, signal.SIGCONT)
+            cluster.lab["h1"].signal_qemu(guest.name, signal.SIGCONT)
         end = await talk.end(migration_id)
     assert (state(end), end.runs_on) == ("cancelled", "h1")
     guest.wait_lines(5)
     assert guest.judge().problems() == []
+
+
+@pytest.mark.parametrize("agent", ["as it was", "restarted"])
+async def test_6_08_a_copy_whose_qemu_is_stopped_is_ended_when_it_is_given_up(cluster: LabCluster, agent: str) -> None:
+    """Nobody lets it go on: it has never run, and libvirt kills a process that is stopped."""
+    guest = cluster.guest("copy-stopped")
+    h2 = cluster.lab["h2"]
+    async with Talk(cluster.server) as talk:
+        migration_id = await flowing(talk, guest.name)
+        h2.signal_qemu(guest.name, signal.SIGSTOP)
+        assert f"copy on h2 to take its stream: the QEMU of {guest.name}" in (await standing_still(talk, migration_id)).waiting_for
+        if agent == "restarted":
+            cluster.agents["h2"].kill()
+            cluster.agents["h2"].start()
+        await talk.cancel(migration_id)
+        end = await talk.end(migration_id)
+    assert (state(end), end.runs_on) == ("cancelled", "h1")
+    assert cluster.copies(guest.name) == {"h1": "running"}
+    assert h2.qemu() == []
+    guest.wait_lines(5)
+    assert guest.judge().problems() == []
+    await assert_idle(cluster)
 
 
 async def test_6_8_a_guest_whose_qemu_is_stopped_is_refused_with_the_reason(cluster: LabCluster) -> None:

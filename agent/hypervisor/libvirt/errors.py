@@ -66,6 +66,8 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     ("Connection refused", "look at the firewall between the hosts' migration addresses"),
     ("No route to host", "look at routes and firewall between the hosts' migration addresses"),
     ("Network is unreachable", "look at the routes between the hosts' migration addresses"),
+    ("failed to write master key file", "see whether the disk with libvirt's folder there, /var/lib/libvirt, is full (df)"),
+    ("No space left on device", "make room on that disk"),
     ("Postcopy is not supported", "set vm.unprivileged_userfaultfd to 1 there, or say --option post_copy=off"),
 )  # fmt: skip
 """What would help, by words in libvirt's message."""

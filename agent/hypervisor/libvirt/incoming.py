@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import libvirt
 
@@ -26,6 +28,8 @@ from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
+from agent.hypervisor.libvirt.process import stopped
+from agent.hypervisor.libvirt.service import behind
 from agent.hypervisor.libvirt.stored import finish_cookie
 from agent.uri import MigrationUri
 
@@ -34,6 +38,9 @@ NEVER_RAN = frozenset({"failed", "daemon"})
 
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_FAILED)
 """What Finish(cancelled) says when there is nothing to cancel any more: look again."""
+
+STOPPED_SECONDS = 2.0
+"""After which it is looked whether the QEMU of a copy that cannot be given up is stopped. One that runs answers in milliseconds."""
 
 TRANSPORTS = ("tcp",)
 """Schemes of a migration URI that this driver honours."""
@@ -113,7 +120,14 @@ class LibvirtIncoming:
             self._has_run |= event.uuid == self._uuid and event.kind == RESUMED
 
     async def abandon(self) -> None:
-        await self._pool.call(self._abandon)
+        giving_up = asyncio.create_task(self._pool.call(self._abandon), name="libvirt-abandon")
+        try:
+            done, _ = await asyncio.wait({giving_up}, timeout=STOPPED_SECONDS)
+            if not done:
+                await self._pool.call(self._end_stopped)
+            await giving_up
+        finally:
+            giving_up.cancel()
 
     async def close(self) -> None:
         """A Finish that still waits goes on inside libvirtd, and the connection closes at its end: `abandon` first."""
@@ -156,6 +170,24 @@ class LibvirtIncoming:
         if not domain.has_run and (self._prepared is not None or domain.reason in NEVER_RAN):
             self._clear(connection)
 
+    def _end_stopped(self, connection: Any) -> None:
+        """End a copy whose QEMU is stopped (SIGSTOP, a debugger); nothing for any other.
+
+        Before it destroys the copy, Finish(cancelled) asks QEMU's monitor how it is, without a deadline: it lasts as long as QEMU
+        stands still. `destroy` asks nobody: SIGTERM, and SIGKILL ten seconds later. It hits no guest that has run: libvirtd starts
+        one that arrives by that monitor, and calls it paused no more.
+        """
+        run = behind(self._pool.uri).run
+        try:
+            domain = domains.by_uuid(connection, self._uuid)
+            name, (code, reason) = domain.name(), domain.state()
+            waits = domains.state_of(code) is DomainState.PAUSED and domains.reason_words(code, reason) == domains.MIGRATION
+            if waits and not self._has_run and stopped(name, run) and arrives(name, run):
+                domain.destroy()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
+                raise
+
     def _clear(self, connection: Any) -> None:
         """Bring the stored definition back to what it was before Prepare."""
         if self._before is not None:
@@ -166,6 +198,17 @@ class LibvirtIncoming:
             except libvirt.libvirtError as error:  # `finish` and `abandon` both see to it, and may meet here
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                     raise
+
+
+def arrives(name: str, run: Path | None) -> bool:
+    """Whether libvirt's own status file says that this is the copy of an incoming migration. Asking libvirt would take the job lock,
+    for which a QEMU that is stopped lets everybody wait. `run` is libvirt's run folder.
+    """
+    try:
+        job = ElementTree.parse(run / "qemu" / f"{name}.xml").find("job") if run else None
+    except (OSError, ElementTree.ParseError):
+        return False
+    return job is not None and job.get("async") == "migration in"
 
 
 def _definition(connection: Any, uuid: str) -> str | None:
