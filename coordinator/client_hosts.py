@@ -71,6 +71,8 @@ class Host:
     draining: bool
     last_seen_age: float | None
     """Seconds since it was last heard of, as the coordinator measured when it answered. None: not told."""
+    unreachable_reason: str
+    """Why it is unreachable; empty for one that is up."""
     clock_skew: float | None
     """Seconds by which its wall clock is ahead of the coordinator's; negative: behind. None: not known."""
     proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
@@ -103,6 +105,7 @@ class Host:
             split_phases=features.split_phases,
             draining=host.draining,
             last_seen_age=seconds_of(message.last_seen_age) if message.HasField("last_seen_age") else None,
+            unreachable_reason=message.unreachable_reason,
             clock_skew=seconds_of(message.clock_skew) if message.HasField("clock_skew") else None,
             proto=message,
         )

@@ -15,6 +15,7 @@ import grpc.aio
 import structlog
 
 from agent.errors import DroverError, Reason
+from agent.handshake.records import cut
 from coordinator.claims import Proofs, check_claim
 from coordinator.host_link import HostLink, Lanes, Word, answer_of
 from coordinator.host_table import HostTable
@@ -172,6 +173,8 @@ class HostRegistry:
             log.warning("host.unreachable", host=entry.name, why=why)
             entry.known.state = pb.HOST_STATE_UNREACHABLE
             self._table.save_soon(entry)
+        if entry is not None:
+            entry.known.unreachable_reason = cut(why, 1024)
 
     def _entry_of(self, link: HostLink) -> KnownHost | None:
         """None for a link that was dropped and is not closed yet."""

@@ -9,8 +9,9 @@ encoded, and in the Status, in base64). So everything here is cut: what arrives 
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Final, TypeVar
 from urllib.parse import quote
 
 import grpc
@@ -223,7 +224,14 @@ _BARE: Mapping[grpc.StatusCode, tuple[Reason, str]] = {
 """What a call that failed without a word from Drover means."""
 
 
+_ANSWER_TOO_LARGE: Final = re.compile(r"(?:SERVER: Sent|CLIENT: Received) message larger than max \((\d+) vs\. (\d+)\)")
+"""gRPC's words for an answer over the bound, on whichever side it was noticed; for a request, Sent and Received are swapped."""
+
+
 def _without_details(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
+    if sizes := _ANSWER_TOO_LARGE.search(error.details() or ""):
+        text = f"the answer of {peer} is too large to be taken: {sizes[1]} bytes; at most {sizes[2]} are allowed"
+        return DroverError(Reason.FIELD_TOO_LARGE, text, metadata={"peer": peer, "size": sizes[1], "bound": sizes[2]})
     # gRPC's own words end with the cause: "failed to connect to all addresses; last error: ...: Connection refused".
     code, details = error.code(), (error.details() or "no details").rpartition(": ")[2]
     reason, text = _BARE.get(code, (Reason.INTERNAL, "{peer} failed with {code}: {details}"))

@@ -31,6 +31,8 @@ def list_hosts(output: str) -> None:
         if not hosts:
             click.echo("no hosts", err=True)
         for host in hosts:
+            if host.unreachable_reason:
+                click.echo(printable(f"{host.name} is unreachable: {host.unreachable_reason}"), err=True)
             if clock := _clock(host):
                 click.echo(printable(f"warning: the clock of {host.name} is {clock}"), err=True)
 
@@ -94,6 +96,7 @@ def _print_host(host: Host) -> None:
         [
             ("name", host.name),
             ("state", _state(host)),
+            ("because", host.unreachable_reason),
             ("address", host.address),
             ("last seen", ago(host.last_seen_age)),
             ("clock", _clock(host)),
@@ -144,6 +147,12 @@ def list_domains(host: str, output: str) -> None:
         if not rows:
             click.echo("no guests", err=True)
         if found.unreachable_hosts:
-            click.echo(printable(f"guests are missing here of: {', '.join(found.unreachable_hosts)} (no answer)"), err=True)
+            click.echo(
+                printable(
+                    f"guests are missing here of: {', '.join(found.unreachable_hosts)} (no answer that can be "
+                    "taken; `drover domain list --host NAME` says why)"
+                ),
+                err=True,
+            )
 
     run(body, output)

@@ -30,7 +30,7 @@ def test_6_24_a_host_is_removed_on_the_command_line(drover: Drover) -> None:
 def test_6_16_a_clock_that_differs_is_told(drover: Drover) -> None:
     """In the list beside the table, as a program reads that."""
     listed = drover("host", "list")
-    assert listed.stderr == "warning: the clock of b is 1 h 00 min ahead of the coordinator's: look at the time service of both\n"
+    assert "\nwarning: the clock of b is 1 h 00 min ahead of the coordinator's: look at the time service of both\n" in listed.stderr
     assert "1 h 00 min ahead of the coordinator's" in drover("host", "show", "b").stdout
     assert "clock" not in drover("host", "show", "a").stdout
     assert drover.json("host", "show", "b")["clock_skew"] == "3600s"
@@ -43,3 +43,14 @@ def test_6_16_how_long_ago_is_what_the_server_says(drover: Drover) -> None:
     migration_id = drover.json("migration", "list")["migrations"][0]["migration_id"]
     assert "1 min 30 s ago" in drover("migration", "show", migration_id).stdout
     assert "1 min 30 s ago" in drover("host", "show", "a").stdout
+
+
+def test_6_19_an_answer_that_cannot_be_taken_is_not_told_as_silence(drover: Drover) -> None:
+    why = "the answer of unix:/b.sock is not taken: host.name has 999 bytes"
+    listed = drover("host", "list").stderr
+    assert listed.startswith(f"b is unreachable: {why}\n")
+    assert "a is" not in listed
+    assert why in drover("host", "show", "b").stdout
+    assert "because" not in drover("host", "show", "a").stdout
+    missing = drover("domain", "list").stderr
+    assert missing == "guests are missing here of: b (no answer that can be taken; `drover domain list --host NAME` says why)\n"

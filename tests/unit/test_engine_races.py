@@ -5,11 +5,12 @@ import asyncio
 import pytest
 
 from agent.errors import DroverError, Reason
-from agent.handshake.records import OperatorWord, Role
-from agent.hypervisor.base import DomainState, HypervisorUnavailable
+from agent.handshake.records import OperatorWord, Role, state_from_proto
+from agent.hypervisor.base import RESUMED, DomainState, HypervisorUnavailable
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import REF, begin, confirm, fails, perform, record, reserve, until, word
+from tests.unit.asking import PATIENCE, REF, begin, confirm, fails, finish, perform, record, reserve, until, word
 from tests.unit.fake_hypervisor import guest
+from tests.unit.test_engine import to_armed
 from tests.unit.two_agents import Pair, quicker
 
 AWAY = HypervisorUnavailable("libvirtd is being restarted")
@@ -231,3 +232,20 @@ async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_l
     else:
         assert answer.record.operator_word.dead_host == "h2"
         assert answer.record.failure.reason == Reason.DECLARED_DEAD
+
+
+async def test_6_19_an_event_of_the_start_that_beats_finish_drops_no_cookie(pair: Pair) -> None:
+    agent = pair.destination
+    pair.wire.starts.clear()
+    await to_armed(pair)
+    await until(lambda: bool(agent.hypervisor._news))
+    pair.wire.arrived.set()
+    agent.hypervisor.put(RUNS)
+    agent.hypervisor.tell(RESUMED, "migrated")
+    async with asyncio.timeout(PATIENCE):
+        answer = await agent.engine.finish(finish(wait={"seconds": 10}))
+    assert (state_from_proto(answer.record), answer.cookie_out) == ("running", b""), "the event was first"
+    pair.wire.starts.set()  # and now Finish returns
+    await until(lambda: not any(attempt.running("finish") for attempt in agent.engine._attempts.all()))
+    assert (await agent.engine.finish(finish())).cookie_out == b"finished"
+    assert agent.durable.state == "running"

@@ -6,7 +6,7 @@ from agent.errors import DroverError, Reason
 from coordinator.host_table import PREFIX
 from coordinator.hosts import HostRegistry
 from coordinator.store import MemoryStore
-from tests.unit.fake_agents import UNREACHABLE, register, until
+from tests.unit.fake_agents import UNREACHABLE, UP, register, until
 
 
 async def test_6_25_a_host_that_cannot_be_saved_stops_no_other(registry: HostRegistry, store: MemoryStore, agents: Any) -> None:
@@ -31,4 +31,9 @@ async def test_6_25_an_agent_whose_word_is_too_large_is_not_heard(registry: Host
     await register(registry, agent)
     agent.change(hypervisor="x" * 200_000)
     await until(store, "alpha", lambda known: known.state == UNREACHABLE)
-    assert len((await registry.get("alpha")).host.hypervisor) < 300
+    known = await registry.get("alpha")
+    assert len(known.host.hypervisor) < 300
+    assert "is not taken: host: has 200028 bytes" in known.unreachable_reason  # it does answer, and the reader is told
+    agent.change(hypervisor="QEMU")
+    await register(registry, agent)
+    assert not (await until(store, "alpha", lambda known: known.state == UP)).unreachable_reason

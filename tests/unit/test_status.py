@@ -1,3 +1,5 @@
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import grpc
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from agent.errors import CODES, DroverError, FieldViolation, Reason
 from agent.features import from_hypervisor
 from agent.hypervisor.base import DomainNotFound
-from agent.service.status import STATUS_KEY, error_from_rpc, to_status, trailing_metadata
+from agent.service.channel import MAX_MESSAGE_BYTES, open_channel
+from agent.service.status import STATUS_KEY, error_from_rpc, errors_of, to_status, trailing_metadata
+from drover.agent.v1 import host_pb2, host_pb2_grpc
 
 
 def as_rpc_error(error: DroverError) -> grpc.aio.AioRpcError:
@@ -83,6 +87,43 @@ def test_a_failure_without_our_details_names_the_peer(
     got = error_from_rpc(error, "agent b at 10.0.0.1:7400")
     assert got.reason is reason
     assert "agent b at 10.0.0.1:7400" in got.message
+
+
+@pytest.mark.parametrize(
+    ("details", "said"),
+    [
+        (
+            "SERVER: Sent message larger than max (9 vs. 8)",
+            "the answer of b is too large to be taken: 9 bytes; at most 8",
+        ),
+        ("Stream removed (CLIENT: Received message larger than max (9 vs. 8))", "the answer of b is too large to be taken: 9 bytes"),
+        ("CLIENT: Sent message larger than max (9 vs. 8)", "b did not take the message"),
+        ("SERVER: Received message larger than max (9 vs. 8)", "b did not take the message"),
+    ],
+)
+def test_6_19_an_answer_that_is_too_large_is_no_request_that_was_not_taken(details: str, said: str) -> None:
+    error = grpc.aio.AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
+    got = error_from_rpc(error, "b")
+    assert got.reason is Reason.FIELD_TOO_LARGE
+    assert said in got.message
+
+
+class _Large(host_pb2_grpc.HostServiceServicer):
+    async def GetHost(self, request: Any, context: Any) -> host_pb2.GetHostResponse:  # noqa: N802
+        return host_pb2.GetHostResponse(host=host_pb2.Host(name="x" * MAX_MESSAGE_BYTES))
+
+
+@pytest.mark.parametrize("bound", [MAX_MESSAGE_BYTES, -1])
+async def test_6_19_these_are_the_words_of_grpc_for_an_answer_that_is_too_large(tmp_path: Path, bound: int) -> None:
+    """Of a server that keeps to the bound, and of one that does not."""
+    server = grpc.aio.server(options=[("grpc.max_send_message_length", bound)])
+    host_pb2_grpc.add_HostServiceServicer_to_server(_Large(), server)  # type: ignore[abstract]
+    server.add_insecure_port(f"unix:{tmp_path}/s")
+    await server.start()
+    async with open_channel(f"unix:{tmp_path}/s") as channel:
+        with pytest.raises(DroverError, match="the answer of b is too large to be taken"), errors_of("b"):
+            await host_pb2_grpc.HostServiceStub(channel).GetHost(host_pb2.GetHostRequest(), timeout=10)
+    await server.stop(0)
 
 
 def test_6_11_a_reason_and_a_code_of_a_newer_peer_are_kept() -> None:

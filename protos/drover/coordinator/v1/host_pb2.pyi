@@ -57,10 +57,13 @@ class ClusterHost(message.Message):
     LAST_SEEN_TIME_FIELD_NUMBER: builtins.int
     CLOCK_SKEW_FIELD_NUMBER: builtins.int
     LAST_SEEN_AGE_FIELD_NUMBER: builtins.int
+    UNREACHABLE_REASON_FIELD_NUMBER: builtins.int
     agent_address: builtins.str
     """Address of its agent."""
     state: HostState.ValueType
     """Whether its agent answers."""
+    unreachable_reason: builtins.str
+    """Why it is unreachable: its agent does not answer, or its answer cannot be taken. Empty for a host that is up."""
     @builtins.property
     def host(self) -> host_pb2.Host:
         """As its agent sees it; the last word of it while it is unreachable."""
@@ -88,10 +91,11 @@ class ClusterHost(message.Message):
         last_seen_time: timestamp_pb2.Timestamp | None = ...,
         clock_skew: duration_pb2.Duration | None = ...,
         last_seen_age: duration_pb2.Duration | None = ...,
+        unreachable_reason: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_time", b"last_seen_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_time", b"last_seen_time", "state", b"state", "unreachable_reason", b"unreachable_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
