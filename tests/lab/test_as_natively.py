@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ import pytest
 from clusterkit import GuestSpec
 from clusterkit import cluster as make_cluster
 from clusterkit.platforms import LabCluster
-from labkit import Guest, wait_until
+from labkit import Guest, Host, wait_until
+from labkit.domain import FIRMWARE
 from labkit.guestlog import judge_file
 from tests.scenarios.conversation import MIB, Talk, state
 
@@ -24,19 +25,6 @@ pytestmark = pytest.mark.timeout(300)
 
 DEATHS = {"nobody": (), "source": ("h1",), "destination": ("h2",), "both": ("h1", "h2")}
 """Whose agents are killed while the memory flows; they come back when the guest has arrived."""
-
-
-@dataclass(frozen=True)
-class DiskGuest(Guest):
-    """A guest with a disk, or without one where `disk` is None."""
-
-    disk: Path | None = None
-
-    def xml(self) -> str:
-        """The domain XML."""
-        disk = f"""<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{self.disk}'/>
-            <target dev='vda' bus='virtio'/></disk>"""
-        return super().xml().replace("</devices>", f"{disk if self.disk else ''}</devices>")
 
 
 class Listener:
@@ -69,35 +57,53 @@ class Listener:
         return [line.rpartition(": ")[2] for line in lines if f"domain '{domain}'" in line]
 
 
+Guests = tuple[Guest, ...]
+"""That move together: the first one logs, has a disk, and a TPM where swtpm is installed; the second one, where ovmf is, has
+firmware variables and boots nothing."""
+
+
 @dataclass
 class Hosts:
-    """A cluster with a listener on each host, and a folder for disks that libvirt takes for shared, where there can be one."""
+    """A cluster with a listener on each host, and a folder for files that libvirt takes for shared, where there can be one."""
 
     cluster: LabCluster
     listeners: dict[str, Listener]
     disks: Path | None
 
-    def start(self, name: str) -> DiskGuest:
-        made = self.cluster.lab.guest(name, memory_mib=64, dirty=100)
-        disk = self.disks / f"{name}.raw" if self.disks else None
-        guest = DiskGuest(**{field.name: getattr(made, field.name) for field in fields(made)}, disk=disk)
-        if disk is not None:
-            self.file(disk).write_bytes(bytes(MIB))
-        self.cluster.lab["h1"].start(guest, persistent=True)
-        guest.wait_lines(10)
-        return guest
+    def start(self, name: str) -> Guests:
+        lab, shared = self.cluster.lab, self.disks
+        tpm = shutil.which("swtpm_setup") is not None
+        guests = [lab.guest(name, memory_mib=64, dirty=100, disk=shared / f"{name}.raw" if shared else None, tpm=tpm)]
+        if shared:
+            self.file(shared / f"{name}.raw").write_bytes(bytes(MIB))
+        if FIRMWARE[0].exists():
+            variables = shared / f"{name}.fd" if shared else Path(f"/var/lib/libvirt/qemu/nvram/{name}.fd")
+            guests.append(lab.guest(f"{name}-uefi", memory_mib=64, nvram=variables))
+        for guest in guests:
+            lab["h1"].start(guest, persistent=True)
+        guests[0].wait_lines(10)
+        return tuple(guests)
 
-    def told(self, guest: Guest) -> dict[str, list[str]]:
-        """What each host's libvirt told of a guest, from its start on."""
+    def told(self, guests: Guests) -> list[dict[str, list[str]]]:
+        """Of each guest what each host's libvirt told of it, from its start on."""
         for listener in self.listeners.values():
             listener.flush()
-        return {host: listener.of(guest.name) for host, listener in self.listeners.items()}
+        return [{host: listener.of(guest.name) for host, listener in self.listeners.items()} for guest in guests]
 
-    def owner(self, guest: DiskGuest) -> str:
-        """User and group of the disk's file."""
-        assert guest.disk is not None
-        file = self.file(guest.disk)
-        return f"{file.owner()}:{file.group()}"
+    def owners(self, guests: Guests) -> dict[str, list[str]]:
+        """By host what it has of the guests' files: which, with user, group and mode."""
+        uefi = [("nvram", guest.nvram) for guest in guests[1:]]
+        paths = [("disk", guests[0].disk), ("tpm", Path(f"/var/lib/libvirt/swtpm/{guests[0].stable_uuid}")), *uefi]
+        script = '[ ! -e "$2" ] || find "$2" -printf "$1/%P %u:%g %m\n"'
+        return {
+            host.name: sorted(
+                line
+                for kind, path in paths
+                if path is not None
+                for line in host.exec(["sh", "-c", script, "sh", kind, path]).splitlines()
+            )
+            for host in self.cluster.lab.hosts
+        }
 
     def file(self, disk: Path) -> Path:
         """A disk's file, as it is seen from outside of the hosts."""
@@ -143,62 +149,83 @@ def shared_folder(cluster: LabCluster, stack: ExitStack) -> Path:
 
 
 @pytest.fixture(name="natively", scope="module")
-def _natively(hosts: Hosts) -> DiskGuest:
-    """A guest that libvirt has moved by itself."""
-    guest = hosts.start("native")
+def _natively(hosts: Hosts) -> Guests:
+    """Guests that libvirt has moved by itself."""
+    guests = hosts.start("native")
     h1, h2 = hosts.cluster.lab["h1"], hosts.cluster.lab["h2"]
     words = ["--live", "--persistent", "--undefinesource", "--unsafe", "--listen-address", h2.addresses["mig1"]]
-    h1.virsh("migrate", *words, guest.name, h2.destination_uri, "--migrateuri", f"tcp://{h2.addresses['mig1']}", timeout=60)
-    guest.wait_lines(5)
-    return guest
+    for guest in guests:
+        h1.virsh("migrate", *words, guest.name, h2.destination_uri, "--migrateuri", f"tcp://{h2.addresses['mig1']}", timeout=60)
+    guests[0].wait_lines(5)
+    return guests
 
 
 @pytest.fixture(name="moved", scope="module", params=list(DEATHS))
-def _moved(hosts: Hosts, request: pytest.FixtureRequest) -> DiskGuest:
-    """A guest that Drover has moved, while these agents were dead."""
-    guest = hosts.start(f"while-{request.param}")
-    asyncio.run(move(hosts, guest, DEATHS[request.param]))
-    verdict = judge_file(guest.serial_log)
+def _moved(hosts: Hosts, request: pytest.FixtureRequest) -> Guests:
+    """Guests that Drover has moved, while these agents were dead."""
+    guests = hosts.start(f"while-{request.param}")
+    asyncio.run(move(hosts, guests, DEATHS[request.param]))
+    verdict = judge_file(guests[0].serial_log)
     assert verdict.perfect, verdict.problems()
-    return guest
+    return guests
 
 
-async def move(hosts: Hosts, guest: Guest, dead: tuple[str, ...], restart_libvirtd: str = "") -> None:
+async def move(hosts: Hosts, guests: Guests, dead: tuple[str, ...], restart_libvirtd: str = "") -> None:
     cluster = hosts.cluster
     async with Talk(cluster.server) as talk:
-        migration = await talk.start(guest.name, "h2", bandwidth_bytes_per_second=10 * MIB, options={"unsafe": True})
-        await talk.watch(migration.migration_id, lambda m: m.progress.processed_bytes > 0)
+        moving = [
+            await talk.start(guest.name, "h2", bandwidth_bytes_per_second=bandwidth * MIB, options={"unsafe": True})
+            for guest, bandwidth in zip(guests, (10, 6), strict=False)
+        ]
+        for migration in moving:
+            await talk.watch(migration.migration_id, lambda m: m.progress.processed_bytes > 0)
         for host in dead:
             cluster.agents[host].kill()
-        await asyncio.to_thread(wait_until, lambda: "running" in cluster.lab["h2"].domain_state(guest.name), 60.0, "it arrives")
+        for guest in guests:
+            await asyncio.to_thread(arrives, cluster.lab["h2"], guest.name)
         if restart_libvirtd:
             await asyncio.to_thread(cluster.lab[restart_libvirtd].kill_libvirtd)
             await asyncio.to_thread(cluster.lab[restart_libvirtd].start_libvirtd)
         for host in dead:
             cluster.agents[host].start()
-        end = await talk.end(migration.migration_id)
-    assert state(end) == "succeeded", end.failure.message
-    assert cluster.copies(guest.name) == {"h2": "running"}
-    await asyncio.to_thread(guest.wait_lines, 5)
+        for guest, migration in zip(guests, moving, strict=True):
+            end = await talk.end(migration.migration_id)
+            assert state(end) == "succeeded", end.failure.message
+            assert cluster.copies(guest.name) == {"h2": "running"}
+    await asyncio.to_thread(guests[0].wait_lines, 5)
 
 
-def test_6_34_whoever_listens_to_libvirt_hears_a_native_migration(hosts: Hosts, natively: DiskGuest, moved: DiskGuest) -> None:
+def arrives(host: Host, guest: str) -> None:
+    wait_until(lambda: "running" in host.domain_state(guest), 60.0, f"{guest} arrives", 0.05)
+
+
+def test_6_34_whoever_listens_to_libvirt_hears_a_native_migration(hosts: Hosts, natively: Guests, moved: Guests) -> None:
     native = hosts.told(natively)
-    assert native["h1"][-2:] == ["Suspended Migrated", "Stopped Migrated"]
+    for told in native:
+        assert told["h1"][-2:] == ["Suspended Migrated", "Stopped Migrated"]
     assert hosts.told(moved) == native
 
 
-def test_6_31_the_files_of_a_guest_belong_to_the_qemu_that_runs(hosts: Hosts, natively: DiskGuest, moved: DiskGuest) -> None:
+def test_6_31_the_files_of_a_guest_belong_to_the_qemu_that_runs(hosts: Hosts, natively: Guests, moved: Guests) -> None:
+    """Its disk, its firmware variables, and the state of its TPM."""
     if hosts.disks is None:
         pytest.skip("bindfs is not installed, so no file system here is taken for shared")
-    assert hosts.owner(natively).startswith("libvirt-qemu:"), "of a plain virsh migrate"
-    assert hosts.owner(moved) == hosts.owner(natively)
+    native = hosts.owners(natively)
+    assert_belongs_to_qemu(native, natively)
+    assert hosts.owners(moved) == native
+
+
+def assert_belongs_to_qemu(owners: dict[str, list[str]], guests: Guests) -> None:
+    there = {line.split()[0]: line.split()[1] for line in owners["h2"]}
+    assert there["disk/"] == "libvirt-qemu:libvirt-qemu"
+    assert len(guests) == 1 or there["nvram/"] == "libvirt-qemu:libvirt-qemu"
+    assert not guests[0].tpm or there["tpm/tpm2/tpm2-00.permall"] == "tss:tss", "swtpm runs as its own user"
 
 
 async def test_6_31_the_files_of_a_guest_stay_when_the_sources_libvirtd_dies_too(hosts: Hosts) -> None:
     """Last in this file: with its libvirtd, the listener on the source dies."""
     if hosts.disks is None:
         pytest.skip("bindfs is not installed, so no file system here is taken for shared")
-    guest = hosts.start("libvirtd-died")
-    await move(hosts, guest, ("h1",), restart_libvirtd="h1")
-    assert hosts.owner(guest).startswith("libvirt-qemu:")
+    guests = hosts.start("libvirtd-died")
+    await move(hosts, guests, ("h1",), restart_libvirtd="h1")
+    assert_belongs_to_qemu(hosts.owners(guests), guests)
