@@ -108,9 +108,12 @@ class Attempts:
         """Raises DOMAIN_BUSY where an attempt at this guest is under way here, with its migration's id."""
         unfinished = [a for a in self._by_id.values() if a.busy or not a.record.final]
         here = [a for a in unfinished if a.record.domain_uuid == uuid]
-        others = [a.record.migration_id for a in here if not a.record.final or a.running(*_HOLDS)]
-        if others or uuid in self._claimed:
-            raise _busy(name, others[0] if others else "")
+        others = sorted((a for a in here if not a.record.final or a.running(*_HOLDS)), key=lambda a: a.record.final)
+        if others:
+            raise _busy(name, others[0])
+        if uuid in self._claimed:
+            text = f"guest {name} is being migrated already, by another migration that begins at this moment; try again in a moment"
+            raise DroverError(Reason.DOMAIN_BUSY, text)
 
     async def cared_for(self, uuid: str, name: str) -> None:
         """Waits until nothing is left to put right of this guest by attempts that have ended here.
@@ -125,7 +128,7 @@ class Attempts:
                     if attempt.record.final:
                         await attempt.ended(AFTERCARE)
         except TimeoutError:
-            raise _busy(name, here[0].record.migration_id) from None
+            raise _busy(name, next((a for a in here if a.running(AFTERCARE)), here[0])) from None
 
     def active(self, role: Role) -> list[Attempt]:
         """Those that have not ended. One that is made for a call that has no place yet is none."""
@@ -203,11 +206,23 @@ def _seen(task: asyncio.Task[None]) -> None:
         task.exception()
 
 
-def _busy(domain: str, migration: str) -> DroverError:
-    which = f"migration {migration}; watch or cancel it" if migration else "another one that begins at this moment"
-    return DroverError(
-        Reason.DOMAIN_BUSY, f"guest {domain} is being migrated already, by {which}", metadata={"migration_id": migration}
-    )
+def _busy(domain: str, attempt: Attempt) -> DroverError:
+    """What helps depends on whether that migration has ended: then there is nothing to cancel."""
+    record, migration = attempt.record, attempt.record.migration_id
+    if record.final:
+        calls = bool(attempt.running(*_HOLDS))
+        left = "its last call to the hypervisor has not returned" if calls else "what it left of the guest is still being put right"
+        waits = f" ({record.waiting_for})" if record.waiting_for else ""
+        text = (
+            f"migration {migration} of guest {domain} has ended, but {left}{waits}. Try again in a moment; if it stays so, see "
+            f"whether the hypervisor answers there: `virsh domjobinfo {domain}`"
+        )
+    else:
+        text = (
+            f"guest {domain} is being migrated already, by migration {migration}: "
+            f"`drover migration watch {migration}` or `drover migration cancel {migration}`"
+        )
+    return DroverError(Reason.DOMAIN_BUSY, text, metadata={"migration_id": migration})
 
 
 def _new(ref: pb.AttemptRef, role: Role) -> AttemptRecord:

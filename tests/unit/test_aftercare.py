@@ -4,12 +4,14 @@ import asyncio
 
 import pytest
 
+from agent.errors import Reason
+from agent.handshake import attempts
 from agent.handshake.records import AttemptRecord, Role, decode, encode
 from agent.hypervisor.base import HypervisorError, Stored
 from agent.migration import FINAL
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import migration_pb2
-from tests.unit.asking import ID, finished, record, until
+from tests.unit.asking import ID, begin, fails, finished, record, until
 from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import DOCUMENT, UUID, FakeOutgoing, guest
 from tests.unit.two_agents import Agent, Pair
@@ -63,6 +65,23 @@ async def test_6_2_a_restart_after_the_end_still_gives_the_autostart_back(pair: 
     await source.restart()
     await settled(source)
     assert has_autostart(pair) == {"h1": True, "h2": False}
+
+
+async def test_6_15_who_comes_while_the_end_is_put_right_is_told_that_and_of_no_cancel(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "AFTERCARE_WITHIN", 0.05)
+    source = pair.source
+    source.hypervisor.autostarts.add(UUID)
+    source.hypervisor.fails_always["autostart on"] = HypervisorError("libvirtd is away")
+    source.hypervisor.fails["begin"].append(HypervisorError("no memory for the job"))
+    await finished(pair.driver())
+    await until(lambda: "libvirtd is away" in source.durable.waiting_for)
+    later = pb.AttemptRef(migration_id=ID.replace("6f1c", "7f1c"), attempt=1)
+    busy = await fails(source.engine.begin(begin(ref=later)), Reason.DOMAIN_BUSY)
+    assert f"migration {ID} of guest web1 has ended, but what it left of the guest is still being put right" in busy.message
+    assert "libvirtd is away" in busy.message
+    assert "cancel" not in busy.message
 
 
 async def test_6_2_a_restart_after_the_commit_still_switches_the_autostart_on(pair: Pair) -> None:

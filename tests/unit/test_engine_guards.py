@@ -65,6 +65,7 @@ async def test_a_guest_does_not_come_back_before_its_old_copy_is_removed(pair: P
     await until(lambda: "remove" in h1.effects)
     busy = await fails(h1.engine.reserve_slot(reserve(ref=NEXT, source_host="h2")), Reason.DOMAIN_BUSY)
     assert busy.metadata["migration_id"] == ID
+    assert f"`drover migration cancel {ID}`" in busy.message
 
 
 async def test_a_copy_that_is_being_given_up_is_not_prepared_again(pair: Pair) -> None:
@@ -90,7 +91,9 @@ async def test_an_abort_on_its_way_holds_up_the_next_migration(pair: Pair) -> No
     await until(lambda: "abort" in source.effects)
     pair.wire.broken.set()
     await source.reaches("kept")
-    await fails(source.engine.begin(begin(ref=NEXT)), Reason.DOMAIN_BUSY)
+    busy = await fails(source.engine.begin(begin(ref=NEXT)), Reason.DOMAIN_BUSY)
+    assert f"migration {ID} of guest web1 has ended, but its last call to the hypervisor has not returned" in busy.message
+    assert "cancel" not in busy.message, "there is nothing to cancel"
     held.set()
     await aborting
     await until(lambda: not source.engine._attempts.all()[0].running("abort"))
