@@ -20,7 +20,7 @@ from agent.handshake.destination_side import DestinationSide
 from agent.handshake.owner import Owner
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.peer_record import PeerRecords
-from agent.handshake.phases import LocalHost, hindrance, see
+from agent.handshake.phases import LocalHost, hindrance, is_driver, see
 from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_side import SourceSide
@@ -142,8 +142,12 @@ class Engine:
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
         """Conflates: a slow reader misses readings in between, never the last word."""
         attempt = await self._attempts.find(request.ref)
-        async with attempt.called() if request.driving else contextlib.nullcontext():
+        async with contextlib.AsyncExitStack() as stack:
+            counts = False
             async for record in attempt.changes():
+                if not counts and is_driver(record, request.driver):
+                    await stack.enter_async_context(attempt.called())
+                    counts = True
                 yield pb.WatchRecordResponse(record=self.host.show(record, attempt.progress))
 
     async def list_records(self, request: pb.ListRecordsRequest) -> pb.ListRecordsResponse:

@@ -117,6 +117,11 @@ def phase_changes(attempt: Attempt, phase: str, request: Message) -> dict[str, A
     return {}
 
 
+def is_driver(record: AttemptRecord, driver: str) -> bool:
+    """Whether a request of that driver began a phase here: their ids are its name, "-" and a number, and are told to nobody."""
+    return bool(driver) and any(request_id.rpartition("-")[0] == driver for request_id in record.request_ids.values())
+
+
 def check_ports(host: LocalHost) -> None:
     """A port for the stream must be free. Raises BUSY."""
     first, last = host.features.first_port, host.features.last_port

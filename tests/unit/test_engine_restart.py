@@ -208,6 +208,37 @@ async def test_a_lock_that_nobody_asks_about_is_let_go(brief: Pair) -> None:
     await until(lambda: brief.source.hypervisor.closed_sessions == 1)
 
 
+@pytest.mark.parametrize("driver", ["", "begin", "another", "driver-1"])
+async def test_6_6_a_watch_of_somebody_else_keeps_no_silent_driver_unnoticed(brief: Pair, driver: str) -> None:
+    await brief.source.engine.begin(begin(request_id="driver-1"))
+    async with asyncio.timeout(PATIENCE):
+        last = [r.record async for r in brief.source.engine.watch_record(pb.WatchRecordRequest(ref=REF, driver=driver))][-1]
+    assert last.failure.reason == Reason.DRIVER_SILENT
+
+
+async def test_6_6_a_driver_that_watches_is_not_silent(brief: Pair) -> None:
+    """It watched before Begin was taken, and its id counts from then on."""
+    agent = brief.source
+    held = agent.hypervisor.held["begin"] = asyncio.Event()
+    beginning = asyncio.create_task(agent.engine.begin(begin(request_id="driver-1")))
+    await until(lambda: agent.journalled == "beginning")
+    seen: list[str] = []
+
+    async def watch() -> None:
+        async for response in agent.engine.watch_record(pb.WatchRecordRequest(ref=REF, driver="driver")):
+            seen.append(state_from_proto(response.record))  # noqa: PERF401 - looked at as they come
+
+    watching = asyncio.create_task(watch())
+    await until(lambda: seen == ["beginning"])
+    held.set()
+    await beginning
+    await asyncio.sleep(0.6)  # twice the patience
+    assert agent.journalled == "begun"
+    watching.cancel()
+    await asyncio.wait({watching})
+    assert (await agent.reaches("kept")).failure.reason == Reason.DRIVER_SILENT
+
+
 async def test_a_lock_that_comes_late_is_let_go_too(brief: Pair) -> None:
     """The caller went away while the hypervisor took its time: longer than the patience."""
     agent = brief.source
