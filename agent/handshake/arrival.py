@@ -51,7 +51,7 @@ async def _has_definition(host: LocalHost, found: Awaitable[Domain], uuid: str, 
 
 async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, object]:
     """What the record of an attempt that was not known here says. It names the guest, and so decides for its source, only where
-    the hypervisor has no such guest: a journal may have been lost, and the guest runs.
+    the hypervisor has no such guest, or a stored definition of one that did not run here: a journal may have been lost.
     """
     try:
         domain = await host.hypervisor.get_domain(request.domain_uuid)
@@ -59,8 +59,8 @@ async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, o
         domain = None
     except HypervisorError as error:
         raise from_hypervisor(error, host.name) from None
-    if domain is None or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+    if domain is None or (domain.state in (DomainState.SHUTOFF, DomainState.CRASHED) and not domain.has_run):
         failure = Failure(Reason.GIVEN_UP, "the migration was given up before it got here")
         return {"failure": failure, "domain_uuid": request.domain_uuid, "peer_host": request.source_host}
-    text = f"{host.name} has no record of this attempt, and guest {domain.name} is here ({domain.state}): nothing is decided"
+    text = f"{host.name} has no record of this attempt, and guest {domain.name} is here ({domain.state}, {domain.reason}): nothing is decided"
     return {"failure": Failure(Reason.GIVEN_UP, text)}

@@ -10,7 +10,7 @@ from agent.handshake import peer_record
 from agent.handshake.driver import Driver
 from agent.handshake.path import PathProbe, prove
 from agent.handshake.records import Role, state_from_proto
-from agent.hypervisor.base import DomainState, HypervisorUnavailable, Incompatible, Job
+from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Incompatible, Job
 from agent.service.handshake_service import QUESTION_SECONDS
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
@@ -126,17 +126,30 @@ async def test_6_01_another_agent_at_the_destinations_address_is_not_the_destina
     assert pair.source.journalled == "performed"
 
 
-async def test_6_01_a_record_that_was_made_by_giving_up_decides_only_where_the_guest_is_not(pair: Pair) -> None:
-    """The destination lost its journal, and the guest runs there."""
+@pytest.mark.parametrize(
+    ("here", "shown"),
+    [
+        (guest(), "is here (running, booted)"),
+        (guest(state=DomainState.SHUTOFF, reason="shutdown"), "is here (shutoff, shutdown)"),
+    ],
+    ids=["runs", "has_run"],
+)
+@pytest.mark.parametrize("stored", [True, False])
+async def test_6_01_a_record_that_was_made_by_giving_up_decides_only_where_the_guest_is_not(
+    pair: Pair, here: Domain, shown: str, *, stored: bool
+) -> None:
+    """The destination lost its journal, and the guest runs there, or its user has shut it down there since."""
     pair.source.hypervisor.put(PAUSED)
     pair.source.keep(record(Role.SOURCE, "performed"))
     await pair.source.restart()
-    pair.destination.hypervisor.put(guest())
+    pair.destination.hypervisor.put(here)
     giving_up = pb.AbandonRequest(ref=REF, domain_uuid=UUID, source_host="h1")
     gone = await pair.destination.engine.abandon(giving_up)
-    assert "guest web1 is here (running)" in gone.record.failure.message
+    assert f"guest web1 {shown}" in gone.record.failure.message
     await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE)), Reason.UNDECIDED)
     pair.destination.hypervisor.domains.clear()
+    if stored:
+        pair.destination.hypervisor.put(guest(state=DomainState.SHUTOFF, reason="unknown"))
     await pair.destination.engine.abandon(giving_up)
     answer = await pair.source.engine.confirm(confirm(pb.DECISION_GONE))
     assert state_from_proto(answer.record) == "kept"
