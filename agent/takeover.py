@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from agent.handshake.attempt import Attempt
-from agent.handshake.peer import HandshakePeer
+from agent.handshake.peer import OtherHost
 from agent.handshake.records import AttemptRecord, options_to_proto, timestamp
 from agent.migrations import Migrations
 from agent.peers import Channels
@@ -39,7 +39,7 @@ class TakeOver:
         log.warning("taking over from a silent driver", migration=record.migration_id, state=record.state, peer=record.peer_host)
         self.migrations.take_over(taken_over(record, self._host))
 
-    def other_side(self, attempt: Attempt) -> HandshakePeer | None:
+    def other_side(self, attempt: Attempt) -> OtherHost | None:
         """The agent on the other side of an attempt; None where its address was not told, or is none."""
         record = attempt.record
         if not record.peer_agent:

@@ -62,5 +62,6 @@ async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, o
     if domain is None or (domain.state in (DomainState.SHUTOFF, DomainState.CRASHED) and not domain.has_run):
         failure = Failure(Reason.GIVEN_UP, "the migration was given up before it got here")
         return {"failure": failure, "domain_uuid": request.domain_uuid, "peer_host": request.source_host}
-    text = f"{host.name} has no record of this attempt, and guest {domain.name} is here ({domain.state}, {domain.reason}): nothing is decided"
+    here = f"guest {domain.name} is here ({domain.state}, {domain.reason})"
+    text = f"{host.name} has no record of this attempt, and {here}: nothing is decided"
     return {"failure": Failure(Reason.GIVEN_UP, text)}

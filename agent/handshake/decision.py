@@ -31,3 +31,10 @@ def source_obeys(destination: Dst | None, *, answered: bool, stated_dead: bool) 
 def destination_yields(source: Src | None, *, answered: bool, stated_dead: bool) -> bool:
     """Whether the source's record lets an armed copy be given up. The arguments are those of `source_obeys`, from the other side."""
     return source in NOTHING_FLOWS or (stated_dead and not answered)
+
+
+def yields_unrecorded(guest: SourceEvent | None) -> bool:
+    """Whether an armed copy may be given up where its source answers that it has no record of the attempt (it ended long ago: only
+    the last ones stay), by what the source's hypervisor says of the guest: it must be there as before, held by no job.
+    """
+    return guest is SourceEvent.SAW_UNTOUCHED

@@ -18,7 +18,7 @@ from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent
 from agent.handshake.destination_side import DestinationSide
 from agent.handshake.owner import Owner
-from agent.handshake.peer import HandshakePeer
+from agent.handshake.peer import OtherHost
 from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import LocalHost, hindrance, is_driver, see
 from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role
@@ -41,7 +41,7 @@ class Engine:
         journal: Journal,
         slots: Slots,
         take_over: Callable[[Attempt], None],
-        other_side: Callable[[Attempt], HandshakePeer | None],
+        other_side: Callable[[Attempt], OtherHost | None],
     ) -> None:
         self.host = host
         self.slots = slots

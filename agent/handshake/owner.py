@@ -11,12 +11,17 @@ from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
+from agent.handshake.decision import yields_unrecorded
 from agent.handshake.destination import DestinationEvent, DestinationState
-from agent.handshake.peer import HandshakePeer
+from agent.handshake.facts import source_fact
+from agent.handshake.peer import OtherHost
 from agent.handshake.peer_record import differs
 from agent.handshake.phases import LocalHost
-from agent.handshake.records import AttemptRecord, OperatorWord
+from agent.handshake.records import AttemptRecord, Failure, OperatorWord
+from agent.handshake.source import SourceEvent
+from agent.hypervisor.base import Domain, DomainState, Job
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
 
 log = structlog.get_logger()
 
@@ -26,12 +31,15 @@ OWNER_SECONDS: Final = 5.0
 _ENDED: Final = (pb.RECORD_STATE_REMOVED, pb.RECORD_STATE_KEPT)
 _SENDS: Final = (pb.RECORD_STATE_PERFORMING, pb.RECORD_STATE_PERFORMED)
 _KEEPS: Final = (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT)
+_NO_RECORD: Final = (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT)
+"""What a source answers that keeps no record of the attempt, or none any more."""
+_STATES: Final = {host_pb2.DomainState.Value(f"DOMAIN_STATE_{state.name}"): state for state in DomainState}
 
 
 class Owner:
     """Asks the sources of guests that come, or came, to this host."""
 
-    def __init__(self, host: LocalHost, attempts: Attempts, source_of: Callable[[Attempt], HandshakePeer | None]) -> None:
+    def __init__(self, host: LocalHost, attempts: Attempts, source_of: Callable[[Attempt], OtherHost | None]) -> None:
         self._host = host
         self._attempts = attempts
         self._source_of = source_of
@@ -43,16 +51,32 @@ class Owner:
 
     async def may_come(self, attempt: Attempt) -> bool:
         """Whether the memory of a copy whose driver is silent may still come. Asks the source, whose word that it kept the guest
-        ends the copy. One that is only prepared waits no longer where the source does not say that it sends.
+        ends the copy; where it has no record, its hypervisor says whether it did. One that is only prepared waits no longer where
+        the source does not say that it sends.
         """
         record = None
         try:
             record = await self._source_record(attempt)
         except DroverError as error:
             log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
+            if attempt.record.state == DestinationState.ARMED and error.reason in _NO_RECORD and await self._stayed(attempt):
+                text = f"{attempt.record.peer_host} has no record of this migration any more, and the guest is there as before"
+                await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, failure=Failure(Reason.GIVEN_UP, text))
         if record is not None and record.state == pb.RECORD_STATE_KEPT:
             await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, **self._word_in(record))
         return attempt.record.state == DestinationState.ARMED or (record is not None and record.state in _SENDS)
+
+    async def _stayed(self, attempt: Attempt) -> bool:
+        """Whether the hypervisor of a source without a record has the guest as before."""
+        source = self._source_of(attempt)
+        if source is None:
+            return False
+        try:
+            found = await source.get_domain(host_pb2.GetDomainRequest(domain=attempt.record.domain_uuid))
+        except DroverError as error:
+            log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
+            return False
+        return yields_unrecorded(_fact(found.domain))
 
     async def run(self) -> None:
         """Ask the source of every commit, until its record has ended, whether an operator's statement took the guest from this host.
@@ -101,7 +125,7 @@ class Owner:
         try:
             source = await self._source_record(attempt)
         except DroverError as error:
-            if error.reason not in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
+            if error.reason not in _NO_RECORD:
                 raise
             await attempt.note(settled=True)  # it keeps no record that could still be decided
             return
@@ -136,3 +160,9 @@ class Owner:
             return {}
         word = OperatorWord.of(source.operator_word)
         return {"failure": word.failure(), "operator_word": word}
+
+
+def _fact(guest: host_pb2.Domain) -> SourceEvent | None:
+    """What a source's hypervisor says of a guest, as that agent shows it."""
+    here = Domain("", guest.uuid, _STATES.get(guest.state, DomainState.OTHER), guest.reason, 0, 0, persistent=guest.persistent)
+    return source_fact(here) if guest.job == Job.NONE else None

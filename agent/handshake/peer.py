@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
 
 
 class HandshakePeer(Protocol):
@@ -28,3 +29,9 @@ class HandshakePeer(Protocol):
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse: ...
 
     def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]: ...
+
+
+class OtherHost(HandshakePeer, Protocol):
+    """The host on the other side of an attempt, which is asked for what is true there as well."""
+
+    async def get_domain(self, request: host_pb2.GetDomainRequest) -> host_pb2.GetDomainResponse: ...

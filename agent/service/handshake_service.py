@@ -1,4 +1,4 @@
-"""`drover.agent.v1.HandshakeService`, both ends of the wire: the servicer of an engine, and a peer that is far away.
+"""`drover.agent.v1.HandshakeService`, both ends of the wire: the servicer of an engine, and the other host, far away.
 
 Neither decides anything. The servicer hands a request to the engine; the peer makes a call of a method and gives it a deadline
 that leaves the other side's `wait` room.
@@ -15,6 +15,7 @@ from agent.service.bounds import checked_answer
 from agent.service.status import errors_of
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
+from drover.agent.v1 import host_pb2, host_pb2_grpc
 
 CALL_SECONDS = MAX_WAIT + 10.0
 """Deadline of a call that lasts as long as the hypervisor takes."""
@@ -125,6 +126,11 @@ class RemotePeer:
 
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
         return await self._call("GetRecord", request, QUESTION_SECONDS)  # type: ignore[no-any-return]
+
+    async def get_domain(self, request: host_pb2.GetDomainRequest) -> host_pb2.GetDomainResponse:
+        call = host_pb2_grpc.HostServiceStub(self._channel()).GetDomain
+        with errors_of(self._name):
+            return checked_answer(await call(request, timeout=QUESTION_SECONDS), self._name)
 
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
         with errors_of(self._name):

@@ -107,7 +107,7 @@ class Model:
             self._one(talk, lambda t: network.steps(world, t)),
             self._two(talk, source, lambda t, a: network.at_source(world, t, a)),
             self._two(talk, destination, lambda t, a: network.at_destination(world, t, a)),
-            self._two(source, destination, destination_agent.asks),
+            self._two(source, destination, lambda a, b: destination_agent.asks(world, a, b)),
             self._two(source, destination, source_agent.reads),
         )
         self._budget = budget

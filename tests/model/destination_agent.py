@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from agent.handshake.decision import destination_yields
+from agent.handshake.decision import destination_yields, yields_unrecorded
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.source import SourceState
 from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, take_turn, write_late, written
-from tests.model.hosts import WAITS, destination_domain, prepared, without_copy
+from tests.model.hosts import WAITS, destination_domain, prepared, source_domain, without_copy
 from tests.model.parts import Agent, Copy, Cost, Finish, Guest, Hosts, Stage, Stream, Violation, Work
 from tests.model.world import World
 
@@ -59,7 +59,7 @@ def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step
         after = write_late(world, world.destination, agent, work, _E(what))
         yield f"destination: records {what}, late", after, hosts, Cost.FREE
     elif work.stage is Stage.CALLED:
-        yield from _UNDER_WAY[what](agent, hosts, work)
+        yield from _UNDER_WAY[what](world, agent, hosts, work)
     else:
         yield from _EFFECTS[_F(what)](world, agent, hosts, work)
 
@@ -82,7 +82,7 @@ def _finish(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[St
         yield "destination: Finish finds no copy", finish_work(agent, work, _E.FINISH_FAILED), hosts, Cost.FREE
 
 
-def _finishing(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+def _finishing(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     """Finish ends when the guest has started, or the copy is gone."""
     if hosts.finish is Finish.DONE:
         yield "destination: Finish returns", finish_work(agent, work, _E.FINISH_DONE), hosts, Cost.FREE
@@ -114,7 +114,7 @@ def _abandon(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[S
         yield "destination: destroys the copy", done, without_copy(hosts), Cost.FREE
 
 
-def _abandoning(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+def _abandoning(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     done = finish_work(agent, work, _E.ABANDON_DONE)
     yield "destination: destroys the copy", done, without_copy(hosts), Cost.FREE
 
@@ -134,9 +134,16 @@ def _disown(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[St
     )
 
 
-def _asking(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+def _asking(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     """It waits for the source's answer, not for the hypervisor's: see `asks`."""
     yield from ()
+
+
+def _asks_for_guest(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
+    """The source has no record: what its hypervisor says of the guest counts."""
+    yields = yields_unrecorded(world.source_fact(source_domain(hosts)))
+    after = finish_work(agent, work, _E.ABANDON_SOURCE_KEPT if yields else None)
+    yield "destination: asks the source's hypervisor", after, hosts, Cost.FREE
 
 
 _YIELDS = {"read": None, "read, relayed": SourceState.KEPT, "read, stated dead": None}
@@ -147,6 +154,7 @@ _UNDER_WAY = {
     _F.FINISH: _finishing,
     _F.ABANDON: _abandoning,
     **dict.fromkeys(("ask", "ask whose", *_YIELDS), _asking),
+    "ask for the guest": _asks_for_guest,
 }
 _EFFECTS = {_F.PREPARE: _prepare, _F.FINISH: _finish, _F.ABANDON: _abandon, _F.LOOK: _look, _F.DISOWN: _disown}
 
@@ -157,13 +165,14 @@ def tidy(agent: Agent) -> Agent:
     if agent.state != _S.ARMED:
         seen = {Work(Stage.NEWS, _E.SAW_RUNNING), Work(Stage.NEWS, _E.SAW_ABSENT)}
         reads = {Work(Stage.CALLED, what) for what in _YIELDS}
-        work -= {Work(Stage.START, _F.LOOK), _ASKS, _SOURCE_KEPT, *seen, *reads}
+        work -= {Work(Stage.START, _F.LOOK), _ASKS, _ASKS_FOR_GUEST, _SOURCE_KEPT, *seen, *reads}
     if agent.state in _FINAL:
         work &= {FINISH_STARTS, _ASKS_OWNER, _DISOWNED}
     return agent if work == agent.work else agent._replace(work=work)
 
 
 _ASKS = Work(Stage.CALLED, "ask")
+_ASKS_FOR_GUEST = Work(Stage.CALLED, "ask for the guest")
 _ASKS_OWNER = Work(Stage.CALLED, "ask whose")
 _DISOWNED = Work(Stage.NEWS, _E.DISOWNED)
 _SOURCE_KEPT = Work(Stage.NEWS, _E.ABANDON_SOURCE_KEPT)
@@ -176,7 +185,7 @@ def begins_to_ask(world: World, agent: Agent) -> Agent:
     return agent._replace(work=agent.work | {_ASKS})
 
 
-def asks(source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
+def asks(world: World, source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
     """The source's record, as it is when it is read; what follows from it is taken later."""
     for work in sorted(agent.work):
         if work.stage is Stage.CALLED and work.what in _YIELDS:
@@ -192,7 +201,11 @@ def asks(source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]
     goes_on_there = here and source.word and source.state in (SourceState.RESUMING, SourceState.KEPT)
     if _ASKS in agent.work:
         left = agent.work - {_ASKS}
-        yield "destination: asks the source", source, agent._replace(work=left | {_SOURCE_KEPT} if kept else left), Cost.FREE
+        if kept:
+            left |= {_SOURCE_KEPT}
+        elif source.state is None and world.asks_for_guest:
+            left |= {_ASKS_FOR_GUEST}
+        yield "destination: asks the source", source, agent._replace(work=left), Cost.FREE
     ended = source.attempt > agent.attempt or (here and source.state in (SourceState.REMOVED, SourceState.KEPT))
     if _ASKS_OWNER in agent.work and (goes_on_there or ended):  # until then it asks again and again
         left = agent.work - {_ASKS_OWNER}

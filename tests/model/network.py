@@ -190,6 +190,8 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
             yield f"driver {index}: looks at the source", _with(talk, index, looked), agent, Cost.FREE
     if source_agent.may_be_silent(agent):
         yield from _silence(world, talk, agent)
+    if agent.state == SourceState.KEPT and not agent.word and not agent.work and not _driven(talk):
+        yield "source: its journal has no room for the record", talk, Agent(), Cost.FORGET
     if agent.state is not None and world.may(Cost.CRASH_SOURCE):
         yield "source: dies", _without_takeover(world, talk), crashed(agent), Cost.CRASH_SOURCE
 
@@ -281,7 +283,11 @@ def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterat
 
 def _timer(talk: Talk) -> Cost:
     """What it costs that a driver is believed to be silent: nothing, when it is."""
-    return Cost.EXPIRE if any(d.mode in (Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION, Mode.ON) for d in talk.drivers) else Cost.FREE
+    return Cost.EXPIRE if _driven(talk) else Cost.FREE
+
+
+def _driven(talk: Talk) -> bool:
+    return any(d.mode in (Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION, Mode.ON) for d in talk.drivers)
 
 
 # ---- arrival

@@ -228,6 +228,8 @@ class Cost(IntEnum):
     """An operator says so, at one driver."""
     BY_HAND = 11
     """Somebody else makes a call."""
+    FORGET = 12
+    """A journal keeps only its last ended records, and the source's record of this attempt is none of them any more."""
 
 
 Budget = tuple[int, ...]

@@ -91,6 +91,8 @@ class World:
     """Mutation: calls whose effect is started before the record is written."""
     answer_first: frozenset[DestinationEvent] = frozenset()
     """Mutation: calls that are answered before the record is written."""
+    asks_for_guest: bool = True
+    """Where the source has no record, it asks its hypervisor for the guest."""
     destination_asks: bool = True
     """An armed destination whose driver is silent asks the source whether it kept the guest."""
     abandon_awaits_finish: bool = True

@@ -81,6 +81,14 @@ SMALL: tuple[World, ...] = (
         budget=budget(by_hand=1),
     ),
     World(
+        "trimmed",
+        "the driver dies for good; the source keeps the guest, and its journal keeps no record of that",
+        in_flight=1,
+        driver_returns=False,
+        break_noticed=False,
+        budget=budget(crash_driver=1, fail=1, forget=1),
+    ),
+    World(
         "declared_dead",
         "the destination's host dies, an operator says so, and it comes back",
         takeover=False,

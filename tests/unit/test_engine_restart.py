@@ -309,6 +309,25 @@ async def test_no_lease_ends_an_armed_copy_and_the_source_is_asked(brief: Pair) 
     await agent.reaches("gone")
 
 
+async def test_6_08_an_armed_copy_does_not_wait_for_a_source_that_keeps_no_record(brief: Pair) -> None:
+    """It was trimmed. While a job holds the guest there, or has left it paused, the memory may still come."""
+    source, agent = brief.source, brief.destination
+    agent.hypervisor.put(WAITS)
+    agent.keep(record(Role.DESTINATION, "armed"))
+    source.hypervisor.put(guest(job=Job.OUTGOING))
+    await agent.restart()
+    await until(lambda: brief.to_source.count["get_domain"] >= 2)
+    assert agent.journalled == "armed"
+    source.hypervisor.put(guest(state=DomainState.PAUSED, reason="migration"))
+    asked = brief.to_source.count["get_domain"]
+    await until(lambda: brief.to_source.count["get_domain"] >= asked + 2)
+    assert agent.journalled == "armed"
+    source.hypervisor.put(guest())
+    ended = await agent.reaches("gone")
+    assert "h1 has no record" in ended.failure.message
+    assert brief.runs_on == ["h1"]
+
+
 # --- a hypervisor that is away ----------------------------------------------------------------------------------------
 
 

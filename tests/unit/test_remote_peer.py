@@ -17,10 +17,12 @@ from agent.service.handshake_service import SERVICE, HandshakeServicer, RemotePe
 from agent.service.server import start_server
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
+from drover.agent.v1 import host_pb2
 from tests.unit.asking import REF, fails, finished, make_plan
 from tests.unit.two_agents import Pair
 
 LOOK = pb.GetRecordRequest(ref=REF)
+GUEST = host_pb2.GetDomainRequest(domain="web1")
 
 
 class Servicer(HandshakeServicer):
@@ -88,12 +90,17 @@ async def watched(peer: HandshakePeer) -> None:
         pass
 
 
-@pytest.mark.parametrize("call", ["question", "watch"])
+@pytest.mark.parametrize("call", ["question", "guest", "watch"])
 async def test_a_channel_that_is_closed_makes_the_host_unreachable_now_and_later(mute: grpc.aio.Channel, call: str) -> None:
     peer = RemotePeer(lambda: mute, "h2")
 
     def made() -> "asyncio.Future[object]":
-        return asyncio.ensure_future(peer.get_record(LOOK) if call == "question" else watched(peer))
+        questions = {
+            "question": lambda: peer.get_record(LOOK),
+            "guest": lambda: peer.get_domain(GUEST),
+            "watch": lambda: watched(peer),
+        }
+        return asyncio.ensure_future(questions[call]())
 
     under_way = made()
     await asyncio.sleep(0.1)

@@ -22,16 +22,18 @@ import agent.handshake.source_side
 import agent.journal
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
-from agent.features import features_to_proto
+from agent.features import features_to_proto, from_hypervisor
 from agent.handshake.attempt import Attempt
 from agent.handshake.driver import Driver
 from agent.handshake.engine import Engine
-from agent.handshake.peer import HandshakePeer
+from agent.handshake.peer import OtherHost
 from agent.handshake.phases import LocalHost
 from agent.handshake.plan import Plan
 from agent.handshake.records import AttemptRecord, decode, state_from_proto
+from agent.hypervisor.base import HypervisorError
 from agent.intact import add_functions
 from agent.journal import Journal
+from agent.service.host_service import domain_to_proto
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ADDRESSES, ID, PATIENCE, REF, make_plan, until
@@ -115,7 +117,7 @@ class Agent:
         self.hypervisor = FakeHypervisor(name, wire, self.calls)
         self.journal = FakeJournal(self.calls)
         self.taken_over: asyncio.Queue[Attempt] = asyncio.Queue()
-        self.other_side: HandshakePeer | None = None
+        self.other_side: OtherHost | None = None
         self.lease, self.takeover, self.slots = lease, takeover, slots
         self.engine = self._engine()
         self._settling: asyncio.Task[None] | None = None
@@ -187,7 +189,7 @@ class Agent:
 
 
 class Line:
-    """A `HandshakePeer` that loses calls (`lose`), answers (`lose_answer`), or is cut. Counts what is called."""
+    """An `OtherHost` that loses calls (`lose`), answers (`lose_answer`), or is cut. Counts what is called."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
@@ -267,6 +269,16 @@ class Line:
 
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
         return await self._call("get_record", request)  # type: ignore[no-any-return]
+
+    async def get_domain(self, request: host_pb2.GetDomainRequest) -> host_pb2.GetDomainResponse:
+        self.count["get_domain"] += 1
+        if self.cut:
+            raise self.unreachable()
+        try:
+            domain = await self.agent.hypervisor.get_domain(request.domain)
+        except HypervisorError as error:
+            raise from_hypervisor(error, self.agent.name) from None
+        return host_pb2.GetDomainResponse(domain=domain_to_proto(domain))
 
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
         if self.cut:
