@@ -95,12 +95,9 @@ async def test_a_channel_that_is_closed_makes_the_host_unreachable_now_and_later
     peer = RemotePeer(lambda: mute, "h2")
 
     def made() -> "asyncio.Future[object]":
-        questions = {
-            "question": lambda: peer.get_record(LOOK),
-            "guest": lambda: peer.get_domain(GUEST),
-            "watch": lambda: watched(peer),
-        }
-        return asyncio.ensure_future(questions[call]())
+        if call == "guest":
+            return asyncio.ensure_future(peer.get_domain(GUEST))
+        return asyncio.ensure_future(peer.get_record(LOOK) if call == "question" else watched(peer))
 
     under_way = made()
     await asyncio.sleep(0.1)
