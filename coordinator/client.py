@@ -44,17 +44,11 @@ from coordinator.client_errors import (
     raise_unless_succeeded,
 )
 from coordinator.client_options import OptionWords, option_names, options_message
-from coordinator.client_types import (
-    Failure,
-    Migration,
-    MigrationState,
-    PhaseTiming,
-    Progress,
-)
 from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
 
 if TYPE_CHECKING:
     from coordinator.client_hosts import Domain, DomainList, DomainState, Host, HostQuestions, HostState, Network
+    from coordinator.client_types import Failure, Migration, MigrationState, PhaseTiming, Progress
 
 __all__ = [
     "Busy",
@@ -88,10 +82,14 @@ __all__ = [
 T = TypeVar("T")
 
 
+_LATER = ("coordinator.client_types", "coordinator.client_hosts")
+"""Modules of the types that the client returns, imported when one is asked for: a migration starts that much sooner."""
+
+
 def __getattr__(name: str) -> Any:
-    """Types of hosts and guests, imported when they are asked for: a migration needs none, and starts that much sooner."""
-    if name in __all__:
-        return getattr(importlib.import_module("coordinator.client_hosts"), name)
+    for module in _LATER if name in __all__ else ():
+        if hasattr(found := importlib.import_module(module), name):
+            return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -145,7 +143,7 @@ class Client:
         options: OptionWords | None = None,
         migration_id: str = "",
         timeout: float | None = None,
-    ) -> Migration:
+    ) -> "Migration":
         """Move a guest to the host `to`, and return when it runs there and nothing is left at the source.
 
         Arguments as in `start_migration`; `timeout` bounds the waiting in seconds (None: as long as the migration takes).
@@ -178,7 +176,7 @@ class Client:
         bandwidth: int = 0,
         options: OptionWords | None = None,
         migration_id: str = "",
-    ) -> Migration:
+    ) -> "Migration":
         """Start a migration: all is checked and the slot is taken when this returns. A refusal has changed nothing.
 
         `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer).
@@ -200,34 +198,34 @@ class Client:
         )
         request = migration_pb2.StartMigrationRequest(migration_id=migration_id or str(uuid.uuid4()), spec=spec)
         response = await self._call(self._migrations.StartMigration(request, timeout=self.start_timeout))
-        return Migration.from_proto(response.migration)
+        return _migration(response.migration)
 
-    async def get_migration(self, migration_id: str) -> Migration:
+    async def get_migration(self, migration_id: str) -> "Migration":
         """Raises `NotFound`."""
         request = migration_pb2.GetMigrationRequest(migration_id=migration_id)
         response = await self._call(self._migrations.GetMigration(request, timeout=self.timeout))
-        return Migration.from_proto(response.migration)
+        return _migration(response.migration)
 
-    async def list_migrations(self, *, active_only: bool = False, limit: int = 100) -> list[Migration]:
+    async def list_migrations(self, *, active_only: bool = False, limit: int = 100) -> "list[Migration]":
         """The newest first, at most `limit`."""
         request = migration_pb2.ListMigrationsRequest(active_only=active_only, page_size=limit)
         found: list[Migration] = []
         async for page in self._pages(self._migrations.ListMigrations, request):
-            found += map(Migration.from_proto, page.migrations)
+            found += map(_migration, page.migrations)
             if len(found) >= limit:
                 break
         return found[:limit]
 
-    async def cancel_migration(self, migration_id: str) -> Migration:
+    async def cancel_migration(self, migration_id: str) -> "Migration":
         """Ask for the end of a migration: possible until the commit, and the guest runs on at the source.
 
         Too late, or twice, is no error. The migration may still be CANCELLING when this returns: see `wait`.
         """
         request = migration_pb2.CancelMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()))
         response = await self._call(self._migrations.CancelMigration(request, timeout=self.timeout))
-        return Migration.from_proto(response.migration)
+        return _migration(response.migration)
 
-    async def resolve_migration(self, migration_id: str, *, dead_host: str, reason: str, said_by: str) -> Migration:
+    async def resolve_migration(self, migration_id: str, *, dead_host: str, reason: str, said_by: str) -> "Migration":
         """State that a host which does not answer is dead, so that the migration can end without its word.
 
         If that is wrong, two copies of the guest may run. Raises `Refused` when the host answers or the migration has ended.
@@ -235,11 +233,11 @@ class Client:
         word = handshake_pb2.OperatorWord(dead_host=dead_host, reason=reason, said_by=said_by)
         request = migration_pb2.ResolveMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()), word=word)
         response = await self._call(self._migrations.ResolveMigration(request, timeout=self.timeout))
-        return Migration.from_proto(response.migration)
+        return _migration(response.migration)
 
     async def watch_migration(
         self, migration_id: str, *, from_revision: int = 0, reconnect: float = RECONNECT
-    ) -> AsyncGenerator[Migration, None]:
+    ) -> "AsyncGenerator[Migration, None]":
         """The migration as it is now, and again at every change, until it has ended. Leaving the loop ends the watch.
 
         Use ``contextlib.aclosing`` around it where the end of the watch must not wait for the garbage collector.
@@ -272,7 +270,7 @@ class Client:
 
     async def wait(
         self, migration_id: str, *, timeout: float | None = None, unknown_patience: float = UNKNOWN_PATIENCE
-    ) -> Migration:
+    ) -> "Migration":
         """Wait for the end of a migration, and return it when it succeeded.
 
         `timeout` in seconds (None: as long as it takes); `unknown_patience`: seconds for an unknown outcome to become known.
@@ -290,8 +288,7 @@ class Client:
                 bound = min((time for time in (end, unknown_until) if time is not None), default=None)
                 async with asyncio.timeout_at(bound):
                     last = await anext(changes)
-                unknown = last.state is MigrationState.OUTCOME_UNKNOWN
-                unknown_until = (unknown_until or loop.time() + unknown_patience) if unknown else None
+                unknown_until = (unknown_until or loop.time() + unknown_patience) if last.state.in_doubt else None
         except TimeoutError:
             if unknown_until is not None and last is not None:
                 raise outcome_unknown(last) from None
@@ -320,7 +317,7 @@ class Client:
         """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
         return await self._questions.list_domains(host)
 
-    async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> AsyncGenerator[Migration, None]:
+    async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> "AsyncGenerator[Migration, None]":
         """One watch stream. `again`: the server was there before, so wait until it can be connected to."""
         request = migration_pb2.WatchMigrationRequest(migration_id=migration_id, from_revision=from_revision)
         call = self._migrations.WatchMigration(request, wait_for_ready=again)
@@ -332,7 +329,7 @@ class Client:
                 if response is grpc.aio.EOF:
                     return
                 bound = None
-                yield Migration.from_proto(response.migration)
+                yield _migration(response.migration)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"{self.address} did not answer within {self.timeout:g} s", reason=Reason.DEADLINE_EXCEEDED
@@ -366,3 +363,8 @@ class Client:
             module = importlib.import_module("coordinator.client_hosts")
             self._host_questions = module.HostQuestions(self._open, self.address, self.timeout, self._call)
         return self._host_questions
+
+
+def _migration(message: migration_pb2.Migration) -> "Migration":
+    types = importlib.import_module("coordinator.client_types")
+    return cast("Migration", types.Migration.from_proto(message))

@@ -18,11 +18,14 @@
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import grpc
 
 from agent.errors import DroverError, Reason
-from coordinator.client_types import Migration, MigrationState
+
+if TYPE_CHECKING:
+    from coordinator.client_types import Migration
 
 
 class DroverClientError(Exception):
@@ -35,7 +38,7 @@ class DroverClientError(Exception):
         reason: str = "",
         metadata: Mapping[str, str] | None = None,
         retry_after: float | None = None,
-        migration: Migration | None = None,
+        migration: "Migration | None" = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -116,8 +119,10 @@ def client_error(error: DroverError) -> DroverClientError:
     return kind(error.message, reason=error.reason, metadata=error.metadata, retry_after=error.retry_after)
 
 
-def raise_unless_succeeded(migration: Migration) -> Migration:
+def raise_unless_succeeded(migration: "Migration") -> "Migration":
     """The migration, if it succeeded; the error that says how it stands otherwise. For one that has ended (or is unknown)."""
+    from coordinator.client_types import MigrationState  # noqa: PLC0415 - a migration's start need not wait for the import
+
     if migration.state is MigrationState.SUCCEEDED:
         return migration
     if migration.state is MigrationState.OUTCOME_UNKNOWN:
@@ -132,13 +137,13 @@ def no_such_host(name: str, host: str, address: str) -> NotFound:
     return NotFound(text, reason=Reason.HOST_NOT_FOUND, metadata={"host": name})
 
 
-def outcome_unknown(migration: Migration) -> DroverClientError:
+def outcome_unknown(migration: "Migration") -> DroverClientError:
     """The `OutcomeUnknown` of a migration."""
     text = f"the outcome of migration {migration.id} is not known yet; it goes on asking"
     return _of_migration(OutcomeUnknown, migration, text)
 
 
-def _of_migration(kind: type[DroverClientError], migration: Migration, otherwise: str) -> DroverClientError:
+def _of_migration(kind: type[DroverClientError], migration: "Migration", otherwise: str) -> DroverClientError:
     failure = migration.failure
     default = Reason.CANCELLED if kind is MigrationCancelled else Reason.OUTCOME_UNKNOWN
     happened = failure.message if failure and failure.message else otherwise

@@ -1,6 +1,5 @@
 """The user's word on the options of a migration."""
 
-import difflib
 from collections.abc import Mapping
 from typing import TypedDict, cast
 
@@ -45,6 +44,8 @@ def options_message(words: OptionWords | None) -> options_pb2.Options | None:
     known = option_names()
     for name, value in cast(Mapping[str, object], words).items():
         if name not in known:
+            import difflib  # noqa: PLC0415 - only a mistake needs it
+
             close = difflib.get_close_matches(name, known, n=1)
             hint = f'; did you mean "{close[0]}"?' if close else f"; known: {', '.join(known)}"
             raise InvalidRequest(f'unknown option "{name}"{hint}', reason=Reason.UNKNOWN_OPTION, metadata={"option": name})

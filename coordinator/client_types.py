@@ -30,6 +30,10 @@ class MigrationState(OpenEnum):
     def ended(self) -> bool:
         return self in (MigrationState.SUCCEEDED, MigrationState.FAILED, MigrationState.CANCELLED)
 
+    @property
+    def in_doubt(self) -> bool:
+        return self is MigrationState.OUTCOME_UNKNOWN
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -7,7 +7,6 @@ from typing import cast
 import click
 
 from coordinator.cli.exit_codes import EPILOG
-from coordinator.cli.follow import follow, print_warnings
 from coordinator.cli.parse import OptionWord, Rate
 from coordinator.cli.session import Session, run
 from coordinator.cli.show import Stage, output_option, print_json, to_json, to_type
@@ -75,6 +74,8 @@ def migrate(
             options=options,
             migration_id=migration_id,
         )
+        from coordinator.cli.follow import follow, print_warnings  # noqa: PLC0415 - now that the migration is under way
+
         print_warnings(migration.warnings)  # before anything is done to the guest
         if not detach:
             return await follow(session, migration_id, warned=migration.warnings)

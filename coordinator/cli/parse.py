@@ -1,6 +1,5 @@
 """Values on the command line."""
 
-import difflib
 import re
 from typing import Any
 
@@ -48,6 +47,8 @@ class OptionWord(click.ParamType):  # type: ignore[type-arg]
         name = name.strip().replace("-", "_")
         names = _option_names()
         if name not in names:
+            import difflib  # noqa: PLC0415 - only a mistake needs it
+
             close = difflib.get_close_matches(name, names, n=1)
             hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(names)}"
             self.fail(f'unknown option "{name}"; {hint}', param, ctx)

@@ -4,7 +4,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -17,13 +17,15 @@ from coordinator.client import (
     Busy,
     DroverClientError,
     InvalidRequest,
-    Migration,
     MigrationFailed,
     NotFound,
     OutcomeUnknown,
     Refused,
     Unreachable,
 )
+
+if TYPE_CHECKING:
+    from coordinator.client import Migration
 
 output_option = click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Form of the output."
@@ -159,7 +161,7 @@ def _where(error: DroverClientError, stage: Stage, server: str) -> str:
     return migration.whereabouts.sentence
 
 
-def lost_or_stuck(migration: Migration) -> bool:
+def lost_or_stuck(migration: "Migration") -> bool:
     """It has ended, and the guest runs nowhere, or stands still though nobody wanted that."""
     return migration.state.ended and not migration.whereabouts.usual
 

@@ -50,7 +50,9 @@ OTHERS = {
     "grpc_tools",
     "typing_extensions",
 }
-NOT_FOR_A_SUCCESS = {"google.protobuf.json_format", "google.protobuf.any_pb2"}
+NOT_FOR_A_SUCCESS = {"difflib", "google.protobuf.json_format", "google.protobuf.any_pb2", "ssl", "_ssl"}
+FOR_THE_COURSE = {"agent.whereabouts", "coordinator.cli.follow", "coordinator.client_types"}
+"""Of ours, what a migration that is under way needs, and its start does not wait for."""
 
 PROGRAM = """
 import json, sys
@@ -62,10 +64,11 @@ finally:
 """
 
 
-def modules(drover: Drover, *args: str) -> set[str]:
+def modules(drover: Drover, *args: str, code: int = 0) -> set[str]:
     """Those that a command has imported when it has done its work."""
     command = [sys.executable, "-c", PROGRAM, "--server", drover.server, *args]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode == code, done.stderr
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
@@ -77,6 +80,18 @@ def test_6_bar_migrate_imports_what_it_needs(drover: Drover) -> None:
     foreign = {name for name in packages - known if not name.startswith("_") and name not in ("google", "sitecustomize")}
     assert not foreign
     assert not loaded & NOT_FOR_A_SUCCESS
+
+
+def test_6_bar_what_shows_the_course_is_imported_once_it_is_under_way(drover: Drover) -> None:
+    """To a server that is not there: all that is imported by then is in the way of every start."""
+    nowhere = Drover(f"{drover.server}.not")
+    loaded = modules(nowhere, "migrate", "vm1", "--to", "b", code=3)
+    assert {name for name in loaded if name.split(".")[0] in ("agent", "coordinator", "drover")} & FOR_THE_COURSE == set()
+    assert {"coordinator.client", "grpc.aio"} <= loaded
+
+
+def test_6_bar_help_imports_neither_grpc_nor_protobuf(drover: Drover) -> None:
+    assert not {name for name in modules(drover, "--help") if name.split(".")[0] in ("asyncio", "grpc", "google", "rich")}
 
 
 def test_6_bar_what_others_need_is_imported_for_them(drover: Drover) -> None:
