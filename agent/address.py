@@ -4,8 +4,11 @@ Host names are not addresses here: what a name means can change between two look
 goes.
 """
 
-import ipaddress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import ipaddress
 
 MAX_SOCKET_PATH = 107
 """Bytes that Linux leaves for the path of a unix socket."""
@@ -24,7 +27,7 @@ class UnixAddress:
 
 @dataclass(frozen=True)
 class TcpAddress:
-    host: ipaddress.IPv4Address | ipaddress.IPv6Address
+    host: "ipaddress.IPv4Address | ipaddress.IPv6Address"
     port: int
     """0 to 65535; 0 lets the system choose, for listening only."""
 
@@ -39,6 +42,8 @@ def parse_address(text: str) -> Address:
     """Raises `ValueError` with a sentence for a person."""
     if text.startswith("unix:"):
         return _unix(text.removeprefix("unix:"))
+    import ipaddress  # noqa: PLC0415 - a command that speaks to its own host starts sooner
+
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ValueError(f'"{text}" is not an address with a port; expected {EXAMPLES}')

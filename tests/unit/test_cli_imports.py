@@ -50,7 +50,7 @@ OTHERS = {
     "grpc_tools",
     "typing_extensions",
 }
-NOT_FOR_A_SUCCESS = {"difflib", "google.protobuf.json_format", "google.protobuf.any_pb2", "ssl", "_ssl"}
+NOT_FOR_A_SUCCESS = {"difflib", "ipaddress", "google.protobuf.json_format", "google.protobuf.any_pb2", "ssl", "_ssl"}
 FOR_THE_COURSE = {"agent.whereabouts", "coordinator.cli.follow", "coordinator.client_types"}
 """Of ours, what a migration that is under way needs, and its start does not wait for."""
 
