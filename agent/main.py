@@ -14,6 +14,7 @@ from agent.config import AgentConfig, ConfigError, NetworkConfig, convert, load,
 from agent.daemon import run_until_stopped
 from agent.features import features_to_proto
 from agent.handshake.engine import Engine
+from agent.handshake.heard import Heard
 from agent.handshake.phases import LocalHost
 from agent.host import AgentHost
 from agent.hypervisor.base import HypervisorUnavailable
@@ -70,11 +71,12 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             takeover_after=config.takeover_after_seconds,
             simulated=config.hypervisor == "sim",
         )
-        engine = Engine(local, journal, Slots(config.incoming_limit), take_over, take_over.other_side)
+        heard = Heard()
+        engine = Engine(local, journal, Slots(config.incoming_limit), take_over, take_over.other_side, heard)
         stack.push_async_callback(engine.close)
         host = AgentHost(info, hypervisor, engine)
         address = config.advertised_address()
-        directory = PeerDirectory(host, address, config.peers, named)
+        directory = PeerDirectory(host, address, config.peers, named, heard)
         migrations = take_over.migrations = Migrations(config.name, directory, journal, config.fencing)
         stack.push_async_callback(migrations.close)
         await engine.recover()

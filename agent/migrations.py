@@ -19,6 +19,8 @@ from agent.handshake.driver import Driver
 from agent.handshake.guest_fact import fact_of_description
 from agent.handshake.pause import see_pause
 from agent.handshake.plan import Plan
+from agent.handshake.records import timing_to_proto
+from agent.handshake.stopwatch import Stopwatch
 from agent.migration import FINAL, Entry, MigrationLog
 from agent.planning import make_plan, resume_plan
 from agent.progress import describe, impossible
@@ -116,10 +118,12 @@ class Migrations:
         self._ended.ring()
 
     async def _start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
-        began, moment = time.time(), uptime()
+        began, moment, watch = time.time(), uptime(), Stopwatch("plan")
         if self.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
         ends = await self._directory.find(spec)
+        planned = timing_to_proto(watch.timing)
+        planned.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)
         plan, warnings = make_plan(spec, ends.source.host, ends.destination.host, ends.guest, ends.source.agent_address,
                                    ends.destination.agent_address)  # fmt: skip
         migration = pb.Migration(
@@ -135,6 +139,7 @@ class Migrations:
             network=plan.network,
             options=plan.options,
             warnings=warnings,
+            timings=[planned],
             driver=self._name,
             create_uptime=moment,
         )

@@ -1,14 +1,17 @@
 """Other agents, without a coordinator: the peers of the configuration, or any agent's address (requirement H9)."""
 
 import asyncio
+import functools
 from collections.abc import Mapping
 from typing import Final
 
 import grpc.aio
 
 from agent.address import parse_address
+from agent.alongside import alongside
 from agent.ends import Ends, Side
 from agent.errors import DroverError, Reason
+from agent.handshake.heard import Heard
 from agent.host import AgentHost
 from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel
@@ -61,7 +64,8 @@ def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
 class PeerDirectory:
     """The source is this host; the destination is a peer."""
 
-    def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels) -> None:
+    def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels, heard: Heard) -> None:
+        self._heard = heard
         self._host = host
         self._own_address = own_address
         self._peers = peers
@@ -78,12 +82,9 @@ class PeerDirectory:
         if spec.destination_host == own.name:
             raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
         address = self.address_of(spec.destination_host)
-        asking = asyncio.ensure_future(ask_host(self._channels.get(address), spec.destination_host))
-        try:
+        async with alongside(ask_host(self._channels.get(address), spec.destination_host)) as asking:
             guest = await get_domain(self._host, leaving_request(spec))  # what is wrong with the source is told first
             host = await asking
-        finally:
-            asking.cancel()
         return Ends(self._source(), Side(host, self.peer(host.name, address), address), guest)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
@@ -98,7 +99,7 @@ class PeerDirectory:
         return Side(self._host.describe(), self._host.engine, self._own_address)
 
     def peer(self, name: str, address: str) -> RemotePeer:
-        return RemotePeer(lambda: self._channels.get(address), name)
+        return RemotePeer(lambda: self._channels.get(address), name, functools.partial(self._heard.note, address))
 
     def address_of(self, name_or_address: str) -> str:
         """Raises HOST_NOT_FOUND for what is neither a peer of the configuration nor an address."""

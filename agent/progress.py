@@ -26,7 +26,7 @@ _PHASE_OF_SOURCE: Final = {
 }
 _PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
 
-_ORDER: Final = {name: place for place, name in enumerate(("reserve", "begin", "prepare", "perform", "finish", "confirm"))}
+_ORDER: Final = {name: place for place, name in enumerate(("plan", "reserve", "begin", "prepare", "perform", "finish", "confirm"))}
 """Of the phases, by the protocol."""
 
 SKEW_SECONDS: Final = 2.0
@@ -75,7 +75,8 @@ def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: boo
         migration.other_failures.extend(failure_to_proto(other) for other in failures if _adds(other, failure))
     if ended:
         migration.end_time.FromNanoseconds(int(now * 1e9))
-        in_calls = union(call for calls in driver.hypervisor_calls.values() for call in calls)
+        planning = sum(t.hypervisor_duration.ToNanoseconds() / 1e9 for t in migration.timings if t.phase == "plan")
+        in_calls = planning + union(call for calls in driver.hypervisor_calls.values() for call in calls)
         migration.duration_is_least = wall is not None
         migration.duration.CopyFrom(duration(max(elapsed, in_calls) if migration.duration_is_least else elapsed))
         migration.hypervisor_duration.CopyFrom(duration(in_calls))
@@ -194,8 +195,8 @@ def impossible(before: pb.Migration) -> pb.Migration:
 
 def _copy_records(migration: pb.Migration, driver: Driver) -> None:
     records = [record for record in (driver.source_record, driver.destination_record) if record is not None]
-    timings = sorted((t for r in records for t in r.timings), key=lambda t: _ORDER.get(t.phase, len(_ORDER)))
-    if timings:
+    told = [*(t for t in migration.timings if t.phase == "plan"), *(t for r in records for t in r.timings)]
+    if timings := sorted(told, key=lambda t: _ORDER.get(t.phase, len(_ORDER))):
         del migration.timings[:]
         migration.timings.extend(timings)
     for fact, record in ((migration.source_guest, driver.source_record), (migration.destination_guest, driver.destination_record)):

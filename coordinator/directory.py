@@ -42,12 +42,14 @@ class ClusterDirectory:
     async def _source(self, spec: pb.MigrationSpec) -> tuple[Side, host_pb2.GetDomainResponse]:
         if spec.source_host:
             return await asyncio.gather(self._side(spec.source_host), self._guest(spec.source_host, spec))
-        name = await self._find_guest(spec.domain)
-        return await self._known(name), await self._guest(name, spec)  # it has just answered: what it said of itself is news enough
+        name, guest = await self._find_guest(spec)
+        return await self._known(name), guest  # it has just answered: what it said of itself is news enough
 
-    async def _find_guest(self, domain: str) -> str:
-        """Where the guest runs. Neither a definition that is shut off elsewhere counts, nor a copy that waits for its memory."""
-        found, silent = await self._registry.find_domain(domain)
+    async def _find_guest(self, spec: pb.MigrationSpec) -> tuple[str, host_pb2.GetDomainResponse]:
+        """Where the guest runs, and what is said of it there. Neither counts a definition that is shut off elsewhere, nor a copy
+        that waits for its memory."""
+        domain = spec.domain
+        found, silent = await self._registry.find_domain(leaving_request(spec))
         if text := ambiguity(domain, [(guest.domain.name, guest.domain.uuid) for _, guest in found]):
             where = ",".join(host for host, _ in found)
             raise DroverError(Reason.DOMAIN_AMBIGUOUS, text, metadata={"domain": domain, "hosts": where})
@@ -61,7 +63,7 @@ class ClusterDirectory:
             )
         candidates = candidates or found
         if len(candidates) == 1:
-            return candidates[0][0]
+            return candidates[0]
         hosts = [host for host, _ in candidates]
         if not candidates:
             raise DroverError(

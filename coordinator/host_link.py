@@ -142,12 +142,12 @@ class HostLink:
         """End the watch, and every other call on the channel."""
         await close_links([self])
 
-    async def get_domain(self, name_or_uuid: str) -> Sequence[pb.GetDomainResponse]:
+    async def get_domain(self, request: pb.GetDomainRequest) -> Sequence[pb.GetDomainResponse]:
         """The guest and what it needs, or nothing if this host has none of that name. Raises what the agent says, HOST_UNREACHABLE,
         DEADLINE_EXCEEDED."""
         call = rpc.HostServiceStub(self.channel).GetDomain
         try:
-            return (await self._ask(call(pb.GetDomainRequest(domain=name_or_uuid), timeout=QUESTION_SECONDS)),)
+            return (await self._ask(call(request, timeout=QUESTION_SECONDS)),)
         except DroverError as error:
             if error.reason is Reason.DOMAIN_NOT_FOUND:
                 return ()

@@ -109,10 +109,10 @@ class HostRegistry:
 
     # ---- questions to agents
 
-    async def find_domain(self, name_or_uuid: str) -> Answers[agent_pb.GetDomainResponse]:
-        """The hosts that have such a guest, running or not, and the hosts that did not answer within 2 s (those that are
+    async def find_domain(self, request: agent_pb.GetDomainRequest) -> Answers[agent_pb.GetDomainResponse]:
+        """What the hosts say that have such a guest, running or not, and the hosts that did not answer within 2 s (those that are
         unreachable are not asked). Both by name."""
-        return await self._ask_all(lambda link: link.get_domain(name_or_uuid))
+        return await self._ask_all(lambda link: link.get_domain(request))
 
     async def list_domains(self, host: str = "", among: Sequence[str] | None = None) -> Answers[agent_pb.Domain]:
         """Every guest of that host, or of those `among` (None: all); and the hosts that did not answer within 2 s.

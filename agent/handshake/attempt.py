@@ -18,6 +18,7 @@ from agent.failpoints import failpoint
 from agent.handshake.guest_fact import GuestFact
 from agent.handshake.machine import Refused
 from agent.handshake.records import MACHINES, AttemptRecord
+from agent.handshake.stopwatch import Stopwatch
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -58,6 +59,8 @@ class Attempt:
         self.record = record
         self.progress: pb.Progress | None = None
         """The latest reading of the transfer; not journalled."""
+        self.stopwatch: Stopwatch | None = None
+        """Of the phase that makes this attempt known; not journalled."""
         self.opening: asyncio.Task[None] | None = None
         """What makes this attempt known, while that is under way."""
         self._journal = journal

@@ -23,7 +23,6 @@ from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import (
     MAX_WAIT,
     LocalHost,
-    Stopwatch,
     check_same,
     check_word,
     failed,
@@ -32,10 +31,10 @@ from agent.handshake.phases import (
     overtaken,
     phase_changes,
     stated_changes,
-    timed,
     wait_of,
 )
 from agent.handshake.records import Failure, Role, options_from_proto
+from agent.handshake.stopwatch import Stopwatch, timed
 from agent.handshake.stored import changes_of, check_documents
 from agent.hypervisor.base import RESUMED, DomainBusy, DomainNotFound, DomainState, TransferFailed
 from agent.hypervisor.interface import Incoming

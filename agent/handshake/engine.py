@@ -17,6 +17,7 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEvent
 from agent.handshake.destination_side import DestinationSide
+from agent.handshake.heard import Heard
 from agent.handshake.owner import Owner
 from agent.handshake.peer import OtherHost
 from agent.handshake.peer_record import PeerRecords
@@ -42,6 +43,7 @@ class Engine:
         slots: Slots,
         take_over: Callable[[Attempt], None],
         other_side: Callable[[Attempt], OtherHost | None],
+        heard: Heard,
     ) -> None:
         self.host = host
         self.slots = slots
@@ -49,7 +51,7 @@ class Engine:
         self._attempts = Attempts(journal, functools.partial(see, host), functools.partial(hindrance, host), self._ended)
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
-        peers = PeerRecords(host.name, other_side)
+        peers = PeerRecords(host.name, other_side, heard)
         self._source = SourceSide(host, self._attempts, take_over, peers)
         transfers = Transfers(host, self._attempts, self._source.session, other_side)
         self._destination = DestinationSide(host, self._attempts, slots, self._owner, peers)

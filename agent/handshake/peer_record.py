@@ -11,6 +11,7 @@ from agent.errors import DroverError, Reason
 from agent.handshake.attempt import Attempt
 from agent.handshake.decision import NOTHING_FLOWS, destination_yields, source_obeys
 from agent.handshake.destination import DestinationState
+from agent.handshake.heard import Heard
 from agent.handshake.peer import HandshakePeer
 from agent.handshake.records import AttemptRecord, Role, state_from_proto
 from agent.handshake.source import SourceEvent, SourceState
@@ -51,17 +52,30 @@ class Decision:
 
 
 class PeerRecords:
-    """`peer_of` gives the agent on the other side of an attempt; None where its address was not told."""
+    """`peer_of` gives the agent on the other side of an attempt; None where its address was not told. `heard`: what it has just
+    answered this process itself."""
 
-    def __init__(self, host: str, peer_of: Callable[[Attempt], HandshakePeer | None]) -> None:
+    def __init__(self, host: str, peer_of: Callable[[Attempt], HandshakePeer | None], heard: Heard) -> None:
         self._host = host
         self._peer_of = peer_of
+        self._heard = heard
 
-    async def read(self, attempt: Attempt, relayed: pb.Record | None = None, *, within: float | None = None) -> Reading:
-        """Ask the other host. Where it cannot be reached, a record that a driver relays counts, if it names the attempt, the guest
-        and both hosts. Takes no longer than the deadline of a question (`handshake_service.QUESTION_SECONDS`), or than `within`.
+    async def read(
+        self,
+        attempt: Attempt,
+        relayed: pb.Record | None = None,
+        *,
+        will_do: Callable[[pb.Record], bool] = lambda _: False,
+        within: float | None = None,
+    ) -> Reading:
+        """Ask the other host, unless it has just said what will do. Where it cannot be reached, a record that a driver relays
+        counts, if it names the attempt, the guest and both hosts. Takes no longer than the deadline of a question
+        (`handshake_service.QUESTION_SECONDS`), or than `within`.
         """
         ours = attempt.record
+        heard = self._heard.of(ours)
+        if heard is not None and will_do(heard) and not differs(ours, heard, self._host):
+            return Reading(heard, answered=True)
         peer = self._peer_of(attempt)
         why = "the address of its agent was not told"
         if peer is not None:
@@ -92,7 +106,7 @@ class PeerRecords:
         Raises:
             DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a destination that answers.
         """
-        reading = await self.read(attempt, relayed)
+        reading = await self.read(attempt, relayed, will_do=_decides)
         state = _known(DestinationState, reading)
         event = source_obeys(state, answered=reading.answered, stated_dead=stated_dead)
         if event is None:
@@ -115,7 +129,7 @@ class PeerRecords:
 
     async def check_uri(self, attempt: Attempt, uri: MigrationUri, relayed: pb.Record) -> None:
         """That the destination of this attempt listens on `uri`. Raises URI_NOT_ALLOWED, UNDECIDED."""
-        reading = await self.read(attempt, relayed, within=READ_SECONDS)
+        reading = await self.read(attempt, relayed, will_do=lambda record: bool(record.uri), within=READ_SECONDS)
         untouched = f"Guest {attempt.record.domain_name} was not touched and runs on {self._host}"
         if reading.record is None or not reading.record.uri:
             raise self._undecided(attempt, reading, f"{untouched}; nobody says where its copy listens", stated=False)
@@ -155,6 +169,11 @@ def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool 
     }
     wrong = [f"its {what} is {got or 'not said'}, not {want}" for what, (got, want) in named.items() if got != want]
     return "; ".join(wrong)
+
+
+def _decides(record: pb.Record) -> bool:
+    """A destination's record that stays as it is."""
+    return record.state in (pb.RECORD_STATE_RUNNING, pb.RECORD_STATE_GONE)
 
 
 def _known(states: type[_S], reading: Reading) -> _S | None:

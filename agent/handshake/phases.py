@@ -3,9 +3,8 @@
 import asyncio
 import contextlib
 import hashlib
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any, Final
 
@@ -20,7 +19,7 @@ from agent.features import from_hypervisor
 from agent.handshake.attempt import Attempt, waits_for
 from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_of, fact_of_event, silent
-from agent.handshake.records import AttemptRecord, Failure, OperatorWord, Role, Timing, record_to_proto
+from agent.handshake.records import AttemptRecord, Failure, OperatorWord, Role, record_to_proto
 from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError
 from agent.hypervisor.interface import Hypervisor
 from agent.interfaces import is_own
@@ -296,31 +295,3 @@ def _digest(request: Message) -> str:
         if name in copy.DESCRIPTOR.fields_by_name:
             copy.ClearField(name)
     return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
-
-
-@dataclass
-class Stopwatch:
-    """Times one phase; `timing` can be read when the block has ended."""
-
-    phase: str
-    start: float = field(default_factory=time.time)
-    _mark: float = field(default_factory=time.perf_counter)
-    _seconds: float | None = None
-
-    def stop(self) -> None:
-        self._seconds = time.perf_counter() - self._mark
-
-    @property
-    def timing(self) -> Timing:
-        seconds = self._seconds if self._seconds is not None else time.perf_counter() - self._mark
-        return Timing(self.phase, self.start, seconds, seconds)
-
-
-@contextlib.contextmanager
-def timed(phase: str) -> Iterator[Stopwatch]:
-    """A call of the hypervisor, timed."""
-    watch = Stopwatch(phase)
-    try:
-        yield watch
-    finally:
-        watch.stop()

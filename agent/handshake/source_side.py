@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from agent.alongside import alongside
 from agent.errors import Reason, invalid_field
 from agent.features import check_bandwidth, settled
 from agent.handshake.aftercare import pause_seen
@@ -31,11 +32,11 @@ from agent.handshake.phases import (
     overtaken,
     phase_changes,
     stated_changes,
-    timed,
     wait_of,
 )
 from agent.handshake.records import Failure, Role, options_from_proto, progress_to_proto
 from agent.handshake.source import SourceEffect, SourceEvent, SourceState
+from agent.handshake.stopwatch import Stopwatch, timed
 from agent.handshake.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.waits import Follower, tell_broken
 from agent.hypervisor.base import (
@@ -112,26 +113,34 @@ class SourceSide:
         return changes
 
     async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
-        domain = await self._departures.check(request)
-        await self._attempts.cared_for(domain.uuid, domain.name)
-        proved = await prove(request.probe, self._host.name, request.destination_host) if request.HasField("probe") else ""
-        with self._attempts.claim(domain.uuid, domain.name):
-            attempt.saw(fact_of(domain))
-            stored = await read_stored(self._host, domain)
-            await attempt.apply(
-                _E.BEGIN,
-                lambda: phase_changes(attempt, "begin", request),
-                domain_name=domain.name,
-                domain_uuid=domain.uuid,
-                destination_name=request.destination_name or domain.name,
-                peer_host=request.destination_host,
-                peer_agent=request.destination_agent,
-                options=options_from_proto(settled(request.options, self._host.features)),
-                epoch=request.slot_epoch,
-                **changes_of(stored, arrives=False),
-                proved=proved,
-            )
+        watch = attempt.stopwatch = Stopwatch("begin")
+        async with alongside(self._prove(request)) as proving:
+            with watch.asking():
+                domain = await self._departures.check(request)
+            await self._attempts.cared_for(domain.uuid, domain.name)
+            with self._attempts.claim(domain.uuid, domain.name):
+                attempt.saw(fact_of(domain))
+                with watch.asking():
+                    stored = await read_stored(self._host, domain)
+                proved = await proving
+                await attempt.apply(
+                    _E.BEGIN,
+                    lambda: phase_changes(attempt, "begin", request),
+                    domain_name=domain.name,
+                    domain_uuid=domain.uuid,
+                    destination_name=request.destination_name or domain.name,
+                    peer_host=request.destination_host,
+                    peer_agent=request.destination_agent,
+                    options=options_from_proto(settled(request.options, self._host.features)),
+                    epoch=request.slot_epoch,
+                    **changes_of(stored, arrives=False),
+                    proved=proved,
+                )
         self.recover(attempt)
+
+    async def _prove(self, request: pb.BeginRequest) -> str:
+        """The address that leads to the destination's agent; empty where none was told, so that no memory will be sent."""
+        return await prove(request.probe, self._host.name, request.destination_host) if request.HasField("probe") else ""
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
@@ -258,7 +267,8 @@ class SourceSide:
     async def _begin(self, attempt: Attempt) -> None:
         record = attempt.record
         try:
-            with timed("begin") as watch:
+            watch = attempt.stopwatch or Stopwatch("begin")  # it also timed what was asked to begin with
+            with watch.asking():
                 if record.autostart:  # see `aftercare`
                     await self._host.hypervisor.set_autostart(record.domain_uuid, False)
                 async with attempt.telling(f"the hypervisor of {self._host.name} to begin"):

@@ -79,19 +79,24 @@ class HandshakeServicer(rpc.HandshakeServiceServicer):
 
 class RemotePeer:
     """A `HandshakePeer` over a channel, asked for at every call: it is another one when the agent has moved. What asking for it
-    raises, the call raises. `name` is the host's, for errors.
+    raises, the call raises. `name` is the host's, for errors. `heard` is handed every record that it answers with.
     """
 
-    def __init__(self, channel: Callable[[], grpc.aio.Channel], name: str) -> None:
+    def __init__(
+        self, channel: Callable[[], grpc.aio.Channel], name: str, heard: Callable[[pb.Record], None] = lambda _: None
+    ) -> None:
         self._channel = channel
         self._name = name
+        self._heard = heard
         self._made: tuple[grpc.aio.Channel, rpc.HandshakeServiceAsyncStub] | None = None
 
     async def _call(self, method: str, request: Any, timeout: float = CALL_SECONDS) -> Any:
         if "wait" in request.DESCRIPTOR.fields_by_name:
             timeout = wait_of(request.wait, unset=0.0) + QUESTION_SECONDS
         with errors_of(self._name):
-            return checked_answer(await getattr(self._stub(), method)(request, timeout=timeout), self._name)
+            response = checked_answer(await getattr(self._stub(), method)(request, timeout=timeout), self._name)
+        self._heard(response.record)
+        return response
 
     def _stub(self) -> "rpc.HandshakeServiceAsyncStub":
         """Made once for each channel: it holds an object for each of its methods."""

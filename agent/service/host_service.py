@@ -9,6 +9,7 @@ import grpc.aio
 from agent.errors import DroverError
 from agent.features import from_hypervisor
 from agent.handshake.records import cut, duration
+from agent.handshake.stopwatch import timed
 from agent.host import AgentHost
 from agent.hypervisor.base import Domain, DomainState, HypervisorError, Requirements
 from agent.paging import Paging
@@ -56,18 +57,20 @@ def _identity(domain: pb.Domain) -> tuple[str, str]:
 
 async def get_domain(host: AgentHost, request: pb.GetDomainRequest) -> pb.GetDomainResponse:
     """The guest and, when it runs, what it needs, and what keeps it from leaving if that is asked."""
-    try:
-        domain, needs = await host.hypervisor.describe(request.domain)
-    except HypervisorError as error:
-        raise from_hypervisor(error, host.name, request.domain) from None
-    response = pb.GetDomainResponse(domain=domain_to_proto(domain))
-    if domain.state in (DomainState.RUNNING, DomainState.PAUSED):
-        response.requirements.CopyFrom(requirements_to_proto(needs))
-        if request.HasField("leaving"):
-            try:
-                await host.engine.check_leaving(domain, request.leaving)
-            except DroverError as error:
-                response.obstacle.CopyFrom(obstacle_to_proto(error))
+    with timed("plan") as watch:
+        try:
+            domain, needs = await host.hypervisor.describe(request.domain)
+        except HypervisorError as error:
+            raise from_hypervisor(error, host.name, request.domain) from None
+        response = pb.GetDomainResponse(domain=domain_to_proto(domain))
+        if domain.state in (DomainState.RUNNING, DomainState.PAUSED):
+            response.requirements.CopyFrom(requirements_to_proto(needs))
+            if request.HasField("leaving"):
+                try:
+                    await host.engine.check_leaving(domain, request.leaving)
+                except DroverError as error:
+                    response.obstacle.CopyFrom(obstacle_to_proto(error))
+    response.hypervisor_duration.CopyFrom(duration(watch.timing.hypervisor))
     return response
 
 

@@ -22,7 +22,7 @@ async def test_there_and_back(cluster: Cluster) -> None:
             assert state(migration) == "succeeded", migration.failure.message
             assert (migration.source_host, migration.runs_on, migration.network) == (source, destination, "mig1")
             assert migration.domain_uuid == guest.uuid
-            assert [t.phase for t in migration.timings] == ["reserve", "begin", "prepare", "perform", "finish", "confirm"]
+            assert [t.phase for t in migration.timings] == ["plan", "reserve", "begin", "prepare", "perform", "finish", "confirm"]
             assert migration.HasField("commit_time")
             assert migration.end_time.ToNanoseconds() >= migration.commit_time.ToNanoseconds()
             assert cluster.copies(guest.name) == {destination: "running"}

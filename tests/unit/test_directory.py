@@ -98,7 +98,7 @@ class Asked:
     def __init__(self, *found: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> None:
         self.answer = list(found), silent
 
-    async def find_domain(self, name_or_uuid: str) -> object:
+    async def find_domain(self, request: host_pb2.GetDomainRequest) -> object:
         return self.answer
 
 
@@ -110,13 +110,13 @@ async def test_6_03_the_name_of_one_guest_and_the_uuid_of_another() -> None:
         found_copy = copy("h2", state)
         found_copy[1].domain.MergeFrom(domain)
         registry: HostRegistry = Asked(copy("h1", "RUNNING", uuid=uuid), found_copy, silent=[])  # type: ignore[assignment]
-        error = await fails(ClusterDirectory(registry)._find_guest(uuid), Reason.DOMAIN_AMBIGUOUS)
+        error = await fails(ClusterDirectory(registry)._find_guest(pb.MigrationSpec(domain=uuid)), Reason.DOMAIN_AMBIGUOUS)
         assert "web1" in error.message
 
 
 async def found(*copies: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> str:
     registry: HostRegistry = Asked(*copies, silent=silent)  # type: ignore[assignment]
-    return await ClusterDirectory(registry)._find_guest("web1")
+    return (await ClusterDirectory(registry)._find_guest(pb.MigrationSpec(domain="web1")))[0]
 
 
 @pytest.mark.parametrize(

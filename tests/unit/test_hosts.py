@@ -206,13 +206,13 @@ async def test_find_domain(registry: HostRegistry, store: MemoryStore, agents: A
     gamma.hangs = True
     await delta.stop()
     await until(store, "delta", lambda known: known.state == UNREACHABLE)
-    found, silent = await registry.find_domain("vm-alpha")
+    found, silent = await registry.find_domain(agent_pb.GetDomainRequest(domain="vm-alpha"))
     assert [(host, guest.domain.uuid) for host, guest in found] == [("alpha", "u-alpha"), ("beta", "u-other")]
     assert silent == ["delta", "gamma"]
-    found, silent = await registry.find_domain("u-beta")
+    found, silent = await registry.find_domain(agent_pb.GetDomainRequest(domain="u-beta"))
     assert [(host, guest.domain) for host, guest in found] == [("beta", beta.domains[0])]
     assert silent == ["delta", "gamma"]
-    assert await registry.find_domain("none") == ([], ["delta", "gamma"])
+    assert await registry.find_domain(agent_pb.GetDomainRequest(domain="none")) == ([], ["delta", "gamma"])
 
 
 async def test_restart_of_the_coordinator(tmp_path: Path, agents: Any) -> None:

@@ -42,7 +42,7 @@ async def test_from_accepted_to_succeeded(driving: Driving) -> None:
     assert not ended.HasField("failure")
     assert ended.HasField("commit_time")
     assert ended.end_time.ToNanoseconds() >= ended.commit_time.ToNanoseconds() >= ended.create_time.ToNanoseconds()
-    assert [t.phase for t in ended.timings] == ["reserve", "begin", "prepare", "perform", "finish", "confirm"]
+    assert [t.phase for t in ended.timings] == ["plan", "reserve", "begin", "prepare", "perform", "finish", "confirm"]
     assert 0 < ended.hypervisor_duration.ToNanoseconds() <= ended.duration.ToNanoseconds()
     await until(lambda: driving.log.rows[ID] == (ended.SerializeToString(), True))
 

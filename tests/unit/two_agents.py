@@ -26,6 +26,7 @@ from agent.features import features_to_proto, from_hypervisor
 from agent.handshake.attempt import Attempt
 from agent.handshake.driver import Driver
 from agent.handshake.engine import Engine
+from agent.handshake.heard import Heard
 from agent.handshake.peer import OtherHost
 from agent.handshake.phases import LocalHost
 from agent.handshake.plan import Plan
@@ -118,6 +119,7 @@ class Agent:
         self.journal = FakeJournal(self.calls)
         self.taken_over: asyncio.Queue[Attempt] = asyncio.Queue()
         self.other_side: OtherHost | None = None
+        self.heard = Heard()
         self.lease, self.takeover, self.slots = lease, takeover, slots
         self.engine = self._engine()
         self._settling: asyncio.Task[None] | None = None
@@ -129,7 +131,7 @@ class Agent:
         host = LocalHost(
             self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover, simulated=True
         )
-        return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side)
+        return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side, self.heard)
 
     async def restart(self, *, settling: bool = False) -> None:
         await self._close_engine()

@@ -40,8 +40,9 @@ log = structlog.get_logger()
 LIST_SECONDS = 1.0
 """A list of guests that takes longer waits for one that does not answer."""
 
-CHECK_SECONDS = 2.0
-"""Libvirt asks QEMU whether a guest can leave, some milliseconds; what takes longer waits for something else."""
+CHECK_SECONDS = 1.5
+"""Libvirt asks QEMU whether a guest can leave, some milliseconds; what takes longer waits for something else. Within the 2 s after
+which a coordinator takes a host for silent."""
 
 CPU_CACHE = 64
 """CPU comparisons kept: guests of a fleet share a handful of CPU models."""

@@ -40,10 +40,10 @@ class Guard:
         self._uuid = uuid
         self._name = ""
 
-    async def watch(self, name: str) -> None:
-        """From now on, whoever mends after a death of libvirtd minds this guest. Before Perform."""
+    def watch(self, name: str) -> None:
+        """From now on, whoever mends after a death of libvirtd minds this guest. Before Perform. Blocks."""
         self._name = name
-        await self._do(lambda run: switchover.mark(run, self._uuid, name))
+        self._try(lambda run: switchover.mark(run, self._uuid, name))
 
     async def mend(self) -> None:
         """libvirtd was lost in Perform. If it is dead, see to it that its next life does not resume a guest that has left."""
@@ -61,15 +61,26 @@ class Guard:
             await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: remove(run))))
 
     async def _do(self, function: Callable[[Path], T]) -> T | None:
-        """In a thread. What goes wrong with files, or for want of a thread, is logged and no more: `settle` remains."""
+        """In a thread; for want of one, as `_try`."""
+        try:
+            return await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: self._try(function))))
+        except HypervisorUnavailable as error:
+            self._failed(error)
+            return None
+
+    def _try(self, function: Callable[[Path], T]) -> T | None:
+        """What goes wrong with files is logged and no more: `settle` remains."""
         run = self.service.run
         if run is None:
             return None
         try:
-            return await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: function(run))))
-        except (OSError, HypervisorUnavailable) as error:
-            log.warning("the guard against a second copy has failed", domain=self._name, error=str(error))
+            return function(run)
+        except OSError as error:
+            self._failed(error)
             return None
+
+    def _failed(self, error: Exception) -> None:
+        log.warning("the guard against a second copy has failed", domain=self._name, error=str(error))
 
 
 def settle(domain: Any) -> None:

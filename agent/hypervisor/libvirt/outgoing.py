@@ -123,6 +123,7 @@ class LibvirtOutgoing:
 
         def perform(connection: Any) -> tuple[bytes, Progress]:
             domain = domains.by_uuid(connection, self._uuid)
+            self._guard.watch(domain.name())
             out = phases.perform(domain, params, cookie, flags)
             self._performed = True  # here and not where it is awaited: an await may be cancelled, the fact stays
             return out, _final(domain)
@@ -130,13 +131,9 @@ class LibvirtOutgoing:
         self._remember(domain_xml, options, destination_name)
         link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
 
-        async def guarded() -> tuple[bytes, Progress]:
-            await self._guard.watch(self._name or await self._call(lambda domain: str(domain.name())))
-            return await self._session.call(perform, on=link, bounded=False)
-
         live = words.wants(options, "live") and "paused" not in words.marks_of(domain_xml)
         stopping = asyncio.create_task(self._see_it_stop(self._events(), live), name="libvirt-switch-over")
-        self._performing = asyncio.ensure_future(guarded())
+        self._performing = asyncio.ensure_future(self._session.call(perform, on=link, bounded=False))
         try:
             out, final = await asyncio.shield(self._performing)
         except HypervisorUnavailable:

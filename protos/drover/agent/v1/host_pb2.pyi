@@ -543,6 +543,7 @@ class GetDomainResponse(message.Message):
     DOMAIN_FIELD_NUMBER: builtins.int
     REQUIREMENTS_FIELD_NUMBER: builtins.int
     OBSTACLE_FIELD_NUMBER: builtins.int
+    HYPERVISOR_DURATION_FIELD_NUMBER: builtins.int
     @builtins.property
     def domain(self) -> Domain:
         """The guest."""
@@ -555,15 +556,20 @@ class GetDomainResponse(message.Message):
     def obstacle(self) -> Obstacle:
         """What keeps it from leaving in the way that was asked about; from the hypervisor itself. Unset: nothing, or not asked."""
 
+    @builtins.property
+    def hypervisor_duration(self) -> duration_pb2.Duration:
+        """How long the hypervisor took to say all this."""
+
     def __init__(
         self,
         *,
         domain: Domain | None = ...,
         requirements: GuestRequirements | None = ...,
         obstacle: Obstacle | None = ...,
+        hypervisor_duration: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "hypervisor_duration", b"hypervisor_duration", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "hypervisor_duration", b"hypervisor_duration", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

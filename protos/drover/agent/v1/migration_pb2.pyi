@@ -277,7 +277,7 @@ class Migration(message.Message):
 
     @builtins.property
     def timings(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.PhaseTiming]:
-        """Phases that ended, on both hosts, in order."""
+        """Phases that ended, on both hosts, in order; before them "plan", in which both hosts were asked what they have and can."""
 
     @builtins.property
     def failure(self) -> handshake_pb2.Failure:
