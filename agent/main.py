@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from ipaddress import ip_address
 from typing import Final
@@ -28,6 +29,7 @@ from agent.registration import keep_registered
 from agent.service import handshake_service, host_service, migration_service
 from agent.service.channel import open_channel
 from agent.service.server import Server, start_server
+from agent.supervision import supervise
 from agent.takeover import TakeOver
 from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc, migration_pb2_grpc
 
@@ -83,15 +85,13 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         await migrations.recover()
         server = await _serve(config, host, migrations)
         log.info("serving", host=config.name, addresses=server.addresses)
-        settling = asyncio.create_task(engine.settle(), name="settle")
-        stack.callback(settling.cancel)
-        refreshing = asyncio.create_task(host.keep_current(), name="keep current")
-        stack.callback(refreshing.cancel)
+        stack.callback(supervise("settle", engine.settle).cancel)
+        stack.callback(supervise("keep current", host.keep_current).cancel)
         if config.coordinator:
             coordinator = open_channel(config.coordinator)
             stack.push_async_callback(coordinator.close)
-            registering = asyncio.create_task(keep_registered(coordinator, host, address))
-            stack.callback(registering.cancel)
+            registering = functools.partial(keep_registered, coordinator, host, address)
+            stack.callback(supervise("keep registered", registering).cancel)
         yield server
         await _stop(local, migrations, engine, server)
 

@@ -4,6 +4,7 @@ Who serves it differs only in how names become hosts (a `Directory`) and in wher
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from agent.handshake.stopwatch import Stopwatch
 from agent.migration import FINAL, Entry, MigrationLog
 from agent.planning import make_plan, resume_plan
 from agent.progress import describe, impossible
+from agent.supervision import supervise
 from agent.uptime import uptime
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -66,7 +68,7 @@ class Migrations:
             self._revision = max(self._revision, migration.revision)
             entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
             if not entry.final:
-                entry.task = asyncio.create_task(self._resume(entry), name=f"resume {migration.migration_id[:8]}")
+                entry.task = self._resuming("resume", entry)
 
     async def close(self) -> None:
         """Let go of every driver; the records remain, and the source ends what runs."""
@@ -154,7 +156,7 @@ class Migrations:
         self._entries[migration_id] = entry
         self._tell(entry)
         accepted = entry.migration
-        entry.task = asyncio.create_task(self._run(entry), name=f"drive {migration_id[:8]}")
+        entry.task = supervise(f"drive {migration_id[:8]}", functools.partial(self._run, entry))
         return accepted
 
     def take_over(self, migration: pb.Migration) -> None:
@@ -165,7 +167,7 @@ class Migrations:
         self._trim()
         entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
         self._publish(entry, migration)
-        entry.task = asyncio.create_task(self._resume(entry), name=f"take over {migration.migration_id[:8]}")
+        entry.task = self._resuming("take over", entry)
 
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`. The driver is told at once; the answer is given once the log has it.
@@ -270,6 +272,9 @@ class Migrations:
             driver.declare_dead(entry.side(word.dead_host), word)
         return driver
 
+    def _resuming(self, why: str, entry: Entry) -> asyncio.Task[None]:
+        return supervise(f"{why} {entry.migration.migration_id[:8]}", functools.partial(self._resume, entry))
+
     async def _resume(self, entry: Entry) -> None:
         """Go on after a restart of this process: the records say where."""
         while True:
@@ -297,7 +302,7 @@ class Migrations:
                 raise
             log.error("a driver was broken off, and nobody asked for it", migration=entry.migration.migration_id, exc_info=True)
             await asyncio.sleep(1.0)
-            entry.task = asyncio.create_task(self._resume(entry), name=f"resume {entry.migration.migration_id[:8]}")
+            entry.task = self._resuming("resume", entry)
             return
         except Exception:
             log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
@@ -334,8 +339,8 @@ class Migrations:
             entry.fencing.cancel()
         entry.fenced_side = side
         if side and driver is not None and self._fences is not None:
-            fencing = self._fence(entry, driver, side, self._fences)
-            entry.fencing = asyncio.create_task(fencing, name=f"fence {entry.migration.migration_id[:8]}")
+            fencing = functools.partial(self._fence, entry, driver, side, self._fences)
+            entry.fencing = supervise(f"fence {entry.migration.migration_id[:8]}", fencing)
 
     async def _fence(self, entry: Entry, driver: Driver, side: str, fences: Fences) -> None:
         """Until that host is dead for certain, and the statement about it was taken. Cancelled when it answers."""

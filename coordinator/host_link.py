@@ -15,6 +15,7 @@ from agent.errors import DroverError, Reason
 from agent.service.bounds import checked_answer
 from agent.service.channel import all_pages, open_channel
 from agent.service.status import error_from_rpc, errors_of
+from agent.supervision import supervise
 from drover.agent.v1 import host_pb2 as pb
 from drover.agent.v1 import host_pb2_grpc as rpc
 
@@ -112,7 +113,7 @@ class HostLink:
         self._on_word = on_word
         self._on_silence = on_silence
         self._hurry = asyncio.Event()
-        self._task = asyncio.create_task(self._keep_watching(), name=f"watch-host-{name}")
+        self._task = supervise(f"watch-host-{name}", self._keep_watching)
 
     @property
     def channel(self) -> grpc.aio.Channel:

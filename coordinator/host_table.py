@@ -11,6 +11,7 @@ from typing import Final
 import structlog
 
 from agent.errors import DroverError, Reason
+from agent.supervision import supervise
 from coordinator.claims import check_free
 from coordinator.host_link import CLOSE_SECONDS, HostLink, close_links
 from coordinator.known_host import RETRY_SECONDS, KnownHost, find
@@ -48,7 +49,7 @@ class HostTable:
             for item in page.items:
                 self._adopt(item.key, item)
             after, more = page.items[-1].key if page.items else "", page.more
-        self._saver = asyncio.create_task(self._keep_saving(), name="save-hosts")
+        self._saver = supervise("save-hosts", self._keep_saving)
 
     async def close(self) -> None:
         """End every watch, close every channel, save what is not saved yet. Can be called again."""

@@ -16,6 +16,7 @@ from agent.service.channel import KEEPALIVE_OPTIONS
 from agent.service.connections import MAX_CALLS, Calls, Connections, most_connections
 from agent.service.interceptor import ErrorInterceptor
 from agent.service.reflection import add_reflection
+from agent.supervision import supervise
 
 PROBE_SECONDS = 1.0
 """How long to wait for a sign of life from a unix socket that is already there."""
@@ -50,7 +51,7 @@ class Server:
         self._servers = servers
         self._health = health
         ports = [address.port for address in map(parse_address, addresses) if isinstance(address, TcpAddress)]
-        self._bounding = asyncio.create_task(Connections(ports).keep_bounded(), name="bound connections") if ports else None
+        self._bounding = supervise("bound connections", Connections(ports).keep_bounded) if ports else None
         self.addresses = addresses
         """The real addresses, in the order in which they were given: a port 0 is the system's choice here."""
 

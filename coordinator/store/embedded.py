@@ -15,6 +15,7 @@ from typing import Final, Generic, Self, TypeVar
 import structlog
 
 from agent.errors import DroverError, Reason
+from agent.supervision import supervise
 from coordinator.store import rows as core
 from coordinator.store.base import (
     MAX_LIST,
@@ -90,7 +91,7 @@ class EmbeddedStore(ABC):
         revision, ttls = await self._run_read(lambda rows: (rows.revision(), rows.leases()))
         self._history = History(revision)
         self._leases.start(ttls)
-        self._sweeper = asyncio.create_task(self._sweep(), name="store-leases")
+        self._sweeper = supervise("store-leases", self._sweep)
 
     async def close(self) -> None:
         if self._history is not None:

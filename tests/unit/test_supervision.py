@@ -1,0 +1,123 @@
+"""agent.supervision: work in the background does not end unseen."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+import agent.main
+from agent import supervision
+from agent.config import AgentConfig
+from agent.handshake.engine import Engine
+from agent.host import AgentHost
+from agent.supervision import pause_after, supervise
+from coordinator import host_link
+from coordinator.hosts import HostRegistry
+from coordinator.store import MemoryStore
+from drover.agent.v1 import migration_pb2 as pb
+from tests.unit.asking import ID, PATIENCE
+from tests.unit.asking import until as so
+from tests.unit.fake_agents import UNREACHABLE, UP, register, until
+from tests.unit.fake_directory import Driving
+from tests.unit.test_migrations import flowing
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "FIRST_PAUSE_SECONDS", 0.001)
+
+
+def test_pauses_grow_up_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "FIRST_PAUSE_SECONDS", 1.0)
+    assert [pause_after(failures) for failures in (1, 2, 3, 7, 10_000)] == [1.0, 2.0, 4.0, 60.0, 60.0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), asyncio.CancelledError()], ids=["error", "broken off"])
+async def test_work_that_ends_as_nobody_foresaw_begins_again_and_is_told(error: BaseException) -> None:
+    """A CancelledError comes out of a gRPC channel that is closed, too."""
+    runs: list[int] = []
+
+    async def work() -> None:
+        runs.append(1)
+        if len(runs) < 3:
+            raise error
+
+    with capture_logs() as logs:
+        async with asyncio.timeout(PATIENCE):
+            await supervise("the work", work)
+    assert len(runs) == 3
+    assert [(entry["work"], entry["exc_info"], entry["log_level"]) for entry in logs] == [("the work", True, "error")] * 2
+
+
+async def test_a_cancellation_ends_it() -> None:
+    began = asyncio.Event()
+
+    async def work() -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    task = supervise("the work", work)
+    await began.wait()
+    task.cancel()
+    await asyncio.wait({task}, timeout=PATIENCE)
+    assert task.cancelled()
+
+
+async def test_a_migration_goes_on_after_an_error_that_nobody_foresaw_at_its_resumption(driving: Driving) -> None:
+    await flowing(driving)
+    driving.directory.fails = [RuntimeError("a bug"), KeyError("another")]
+    with capture_logs() as logs:
+        await driving.restart()
+        driving.pair.wire.all_sent.set()
+        ended = await driving.ended(ID)
+    assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
+    told = [entry for entry in logs if entry.get("work") == f"resume {ID[:8]}"]
+    assert [entry["exc_info"] for entry in told] == [True, True]
+
+
+async def test_what_an_agent_does_in_the_background_is_supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = dict.fromkeys(("settle", "keep current", "keep registered"), 0)
+
+    def breaks(name: str) -> Any:
+        async def work(*_: object) -> None:
+            runs[name] += 1
+            raise RuntimeError(name)
+
+        return work
+
+    monkeypatch.setattr(Engine, "settle", breaks("settle"))
+    monkeypatch.setattr(AgentHost, "keep_current", breaks("keep current"))
+    monkeypatch.setattr(agent.main, "keep_registered", breaks("keep registered"))
+    config = AgentConfig(
+        name="h1",
+        listen=(f"unix:{tmp_path}/a.sock",),
+        state_dir=str(tmp_path / "state"),
+        hypervisor="sim",
+        coordinator=f"unix:{tmp_path}/none.sock",
+    )
+    async with agent.main.agent(config, asyncio.Event()):
+        await so(lambda: all(count > 1 for count in runs.values()))
+
+
+async def test_a_host_whose_watch_breaks_in_an_unforeseen_way_is_watched_again(
+    registry: HostRegistry, store: MemoryStore, agents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = await agents("alpha")
+    await register(registry, agent)
+    agent.change(incoming_in_use=1)
+    await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
+    broken = [RuntimeError("a bug")]
+
+    def pause(failures: int) -> float:
+        if broken:
+            raise broken.pop()
+        return 0.01
+
+    monkeypatch.setattr(host_link, "pause_after", pause)
+    await agent.stop()
+    await until(store, "alpha", lambda known: known.state == UNREACHABLE)
+    await agent.start()
+    await until(store, "alpha", lambda known: known.state == UP)
+    assert not broken
