@@ -33,9 +33,12 @@ def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
             yield "hosts: the destination's host dies", crashed(agent)._replace(dead=True), off, Cost.HOST
     if agent.behind is not None:
         yield f"destination: the journal has {agent.state}", written(agent), hosts, Cost.FREE
+    if running and agent.state == _S.RUNNING and not (world.asks_before_leaving and agent.work & {_ASKS_OWNER, _DISOWNED}):
+        yield "hosts: the guest moves on to a third host", agent, hosts._replace(copy=Copy.AWAY), Cost.MOVE
     for work in sorted(agent.work):
         for label, after, hosts_after, cost in _work(world, agent, hosts, work):
-            yield label, tidy(after), hosts_after, cost
+            came = after.state == _S.RUNNING != agent.state and world.may(Cost.MOVE)
+            yield label, tidy(after._replace(work=after.work | {_ASKS_OWNER}) if came else after), hosts_after, cost
 
 
 def back(world: World, agent: Agent) -> Agent:
@@ -126,12 +129,9 @@ def _look(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step
 
 
 def _disown(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    yield (
-        "destination: removes the copy that it was told is not its own",
-        finish_work(agent, work, _E.ABANDON_DONE),
-        without_copy(hosts),
-        Cost.FREE,
-    )
+    stopped = hosts._replace(copy=Copy.RAN) if hosts.copy is Copy.RUNNING else without_copy(hosts)
+    done = finish_work(agent, work, _E.ABANDON_DONE)
+    yield "destination: removes the copy that it was told is not its own", done, stopped, Cost.FREE
 
 
 def _asking(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:

@@ -7,7 +7,7 @@ world belongs among those of `worlds`, and the bound of `tests.model.world.World
 from dataclasses import dataclass
 
 from tests.model.agents import ONLY_COPY
-from tests.model.invariants import GOES_BACK, LOST, TWO_RUN
+from tests.model.invariants import ALL, GOES_BACK, LOST, STUCK, TWO_RUN
 from tests.model.parts import budget
 from tests.model.world import World
 from tests.model.worlds import BUT_ONLY_COPY
@@ -43,6 +43,19 @@ FINDINGS: tuple[Finding, ...] = (
             checks=BUT_ONLY_COPY,
         ),
         GOES_BACK,
+    ),
+    Finding(
+        World(
+            "moved_on_unasked",
+            "a destination that runs the guest is declared dead, and lets it move on to a third host before it has asked the source: "
+            "it runs there and at the source for ever",
+            in_flight=1,
+            wrong_word=True,
+            budget=budget(word=1, crash_destination=1, move=1),
+            asks_before_leaving=False,
+            checks=ALL - {TWO_RUN, GOES_BACK},
+        ),
+        STUCK,
     ),
     Finding(
         World(

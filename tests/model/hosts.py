@@ -70,7 +70,7 @@ def _cut(hosts: Hosts) -> Hosts:
 
 def without_copy(hosts: Hosts) -> Hosts:
     """The copy is destroyed: by libvirt, by its own failure, or by hand."""
-    copy = Copy.KILLED if hosts.copy is Copy.RUNNING else Copy.NONE
+    copy = {Copy.RUNNING: Copy.KILLED, Copy.AWAY: Copy.AWAY}.get(hosts.copy, Copy.NONE)
     finish = Finish.FAILED if hosts.finish is Finish.WAITING else hosts.finish
     return _cut(hosts)._replace(copy=copy, finish=finish, owned=False)
 
@@ -101,7 +101,7 @@ def source_domain(hosts: Hosts) -> Domain | None:
 
 def destination_domain(hosts: Hosts) -> Domain | None:
     """What the destination's hypervisor answers when it is asked about the copy."""
-    if hosts.copy in (Copy.NONE, Copy.KILLED):
+    if hosts.copy in (Copy.NONE, Copy.KILLED, Copy.AWAY):
         return None
     if hosts.copy in WAITS:
         return _domain(DomainState.PAUSED, "migration", Job.INCOMING, incoming=True)

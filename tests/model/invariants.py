@@ -20,12 +20,12 @@ Rule = Callable[[Agent, Agent, Hosts], bool]
 
 
 def _two_run(source: Agent, destination: Agent, hosts: Hosts) -> bool:
-    return hosts.guest is Guest.RUNNING and hosts.copy is Copy.RUNNING
+    return hosts.guest is Guest.RUNNING and hosts.copy in (Copy.RUNNING, Copy.AWAY)
 
 
 def _lost(source: Agent, destination: Agent, hosts: Hosts) -> bool:
     """A guest that ran was destroyed, or the only copy that could run was."""
-    gone = hosts.guest is Guest.REMOVED and hosts.copy not in (Copy.RUNNING, Copy.RAN)
+    gone = hosts.guest is Guest.REMOVED and hosts.copy not in (Copy.RUNNING, Copy.RAN, Copy.AWAY)
     return hosts.copy is Copy.KILLED or gone
 
 
@@ -53,7 +53,7 @@ def _gone_is_not_gone(source: Agent, destination: Agent, hosts: Hosts) -> bool:
 
 
 def _running_is_not_running(source: Agent, destination: Agent, hosts: Hosts) -> bool:
-    return destination.state == Dst.RUNNING and hosts.copy not in (Copy.RUNNING, Copy.RAN)
+    return destination.state == Dst.RUNNING and hosts.copy not in (Copy.RUNNING, Copy.RAN, Copy.AWAY)
 
 
 def _kept_is_not_kept(source: Agent, destination: Agent, hosts: Hosts) -> bool:

@@ -44,6 +44,8 @@ class Copy(IntEnum):
     """It ran, and its QEMU died since."""
     KILLED = 5
     """It ran, and the migration destroyed it. Never right."""
+    AWAY = 6
+    """It has moved on and runs at a third host, by a migration of its own."""
 
 
 class Finish(IntEnum):
@@ -230,6 +232,8 @@ class Cost(IntEnum):
     """Somebody else makes a call."""
     FORGET = 12
     """A journal keeps only its last ended records, and the source's record of this attempt is none of them any more."""
+    MOVE = 13
+    """The guest moves on from the destination to a third host."""
 
 
 Budget = tuple[int, ...]

@@ -91,6 +91,8 @@ class World:
     """Mutation: calls whose effect is started before the record is written."""
     answer_first: frozenset[DestinationEvent] = frozenset()
     """Mutation: calls that are answered before the record is written."""
+    asks_before_leaving: bool = True
+    """A destination that lets the guest move on has learnt from the source that it has ended, and was not told to keep the guest."""
     asks_for_guest: bool = True
     """Where the source has no record, it asks its hypervisor for the guest."""
     destination_asks: bool = True

@@ -7,7 +7,7 @@ with two or three faults together, so each world has those that belong together.
 from agent.handshake.destination import DESTINATION
 from agent.handshake.source import SOURCE
 from tests.model.agents import ONLY_COPY
-from tests.model.invariants import ALL
+from tests.model.invariants import ALL, GOES_BACK, TWO_RUN
 from tests.model.parts import budget
 from tests.model.world import World
 
@@ -79,6 +79,14 @@ SMALL: tuple[World, ...] = (
         in_flight=2,
         turns=True,
         budget=budget(by_hand=1),
+    ),
+    World(
+        "moves_on",
+        "an operator states of a destination that is only cut off that it is dead, and its guest is to move on to a third host",
+        in_flight=1,
+        wrong_word=True,
+        budget=budget(word=1, crash_destination=1, move=1),
+        checks=ALL - {TWO_RUN, GOES_BACK},
     ),
     World(
         "trimmed",
