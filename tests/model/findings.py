@@ -47,7 +47,7 @@ FINDINGS: tuple[Finding, ...] = (
     Finding(
         World(
             "moved_on_unasked",
-            "a destination that runs the guest is declared dead, and lets it move on to a third host before it has asked the source: "
+            "a destination that runs the guest is declared dead, and lets it move on to a third host before it asks the source: "
             "it runs there and at the source for ever",
             in_flight=1,
             wrong_word=True,
