@@ -21,6 +21,7 @@ MAX_HOSTS: Final = 4096
 PROOF_SECONDS: Final = 3.0
 """Deadline of the question to an agent who it is; shorter than an agent waits for the answer to its registration."""
 MAX_PROOFS: Final = 32
+_NO_ANSWER: Final = (Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED)
 _NAME: Final = re.compile(NAME_PATTERN)
 
 
@@ -87,6 +88,12 @@ class Proofs:
         self._asking += 1
         try:
             said = await _ask(host, address)
+        except DroverError as error:
+            if error.reason in _NO_ANSWER:
+                raise
+            # Anything may listen there and say anything; its words are not those of this coordinator.
+            text = f"what answers at {address} is no agent that can be asked: {error.message}"
+            raise DroverError(Reason.HOST_UNREACHABLE, text, metadata={"peer": address}) from None
         finally:
             self._asking -= 1
         if (said.name, said.host_uuid) != (host.name, host.host_uuid):

@@ -52,6 +52,23 @@ async def test_6_24_an_address_counts_once_the_agent_there_has_answered_with_tha
     assert await store.get(PREFIX + "beta") is None
 
 
+@pytest.mark.parametrize("reason", [Reason.INTERNAL, Reason.UNIMPLEMENTED, Reason.HOST_NAME_TAKEN])
+async def test_6_29_what_answers_at_an_address_does_not_speak_for_the_coordinator(
+    registry: HostRegistry, agents: Any, monkeypatch: pytest.MonkeyPatch, reason: Reason
+) -> None:
+    async def get_host(*_: object) -> agent_pb.GetHostResponse:
+        raise DroverError(reason, "so it is")
+
+    alpha = await agents("alpha")
+    monkeypatch.setattr(alpha, "GetHost", get_host)
+    await alpha.stop()
+    await alpha.start()
+    with pytest.raises(DroverError, match="is no agent that can be asked: so it is") as caught:
+        await register(registry, alpha)
+    assert caught.value.reason is Reason.HOST_UNREACHABLE
+    assert await registry.list_hosts() == []
+
+
 async def test_6_24_questions_to_those_who_register_are_bounded(
     registry: HostRegistry, agents: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
