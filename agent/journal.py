@@ -182,14 +182,18 @@ class Journal:
         rest = "WHERE kind <= ? AND (?2 IS NULL OR number < ?2) ORDER BY number DESC LIMIT ?"
         return self._records(await self._read(rest, last, before, limit))
 
-    async def brought(self, record: AttemptRecord) -> bool:
-        """Whether the guest, where it is here, is here by this attempt: no later one brought it again or took it away."""
+    async def arrival(self, domain_uuid: str) -> tuple[str, int] | None:
+        """The attempt by which the guest, where it is here, is here, and whose source is not known to have ended."""
 
-        def read(connection: sqlite3.Connection) -> bool:
-            found = connection.execute("SELECT migration_id, attempt FROM arrivals WHERE domain_uuid = ?", (record.domain_uuid,))
-            return bool(found.fetchone() == record.key)
+        def read(connection: sqlite3.Connection) -> tuple[str, int] | None:
+            found = connection.execute("SELECT migration_id, attempt FROM arrivals WHERE domain_uuid = ?", (domain_uuid,)).fetchone()
+            return None if found is None else (found[0], found[1])
 
         return await self._db.read(read)
+
+    async def brought(self, record: AttemptRecord) -> bool:
+        """Whether the guest, where it is here, is here by this attempt: no later one brought it again or took it away."""
+        return await self.arrival(record.domain_uuid) == record.key
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
         """Keeps a migration that this agent drives (`agent.migration.MigrationLog`)."""

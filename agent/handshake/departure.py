@@ -4,6 +4,7 @@ from agent.errors import DroverError
 from agent.features import check_options, from_hypervisor, settled
 from agent.handshake.attempts import Attempts
 from agent.handshake.facts import check_movable
+from agent.handshake.owner import Owner
 from agent.handshake.phases import LocalHost, check_address
 from agent.handshake.records import options_from_proto
 from agent.hypervisor.base import Domain, DomainBusy, HypervisorError, Options
@@ -14,9 +15,10 @@ from drover.agent.v1 import host_pb2
 class Departures:
     """Refuses guests that cannot leave, before anything is done to them."""
 
-    def __init__(self, host: LocalHost, attempts: Attempts) -> None:
+    def __init__(self, host: LocalHost, attempts: Attempts, owner: Owner) -> None:
         self._host = host
         self._attempts = attempts
+        self._owner = owner
 
     async def check(self, request: pb.BeginRequest) -> Domain:
         """The guest of a Begin. Raises `DroverError` for everything that can be refused by looking."""
@@ -33,6 +35,11 @@ class Departures:
             raise from_hypervisor(error, self._host.name, request.domain or request.domain_uuid) from None
         self._check_movable(domain)
         return domain
+
+    async def settle(self, domain: Domain) -> None:
+        """What earlier migrations have left to do for the guest comes first. Raises DOMAIN_BUSY, DECLARED_DEAD."""
+        await self._attempts.cared_for(domain.uuid, domain.name)
+        await self._owner.ask_before_leaving(domain.uuid)
 
     def _check_movable(self, domain: Domain) -> None:
         self._attempts.check_free(domain.uuid, domain.name)  # before the job that it holds in the hypervisor is told

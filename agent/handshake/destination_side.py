@@ -375,6 +375,11 @@ class DestinationSide:
 
         if await self._brought(attempt):  # else it has left, or came again by a later attempt, which the word is not about
             await retry(attempt, "removing the copy that an operator's word took from this host", disown)
+        else:
+            log.critical(
+                "a guest that a statement took from this host has left since; it may run twice",
+                migration=attempt.record.migration_id,
+            )
         await attempt.report(_E.ABANDON_DONE)
 
     async def _brought(self, attempt: Attempt) -> bool:

@@ -15,6 +15,7 @@ from agent.errors import DroverError, Reason
 from agent.handshake.aftercare import Aftercare
 from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
+from agent.handshake.departure import Departures
 from agent.handshake.destination import DestinationEvent
 from agent.handshake.destination_side import DestinationSide
 from agent.handshake.heard import Heard
@@ -52,7 +53,7 @@ class Engine:
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
         peers = PeerRecords(host.name, other_side, heard)
-        self._source = SourceSide(host, self._attempts, take_over, peers)
+        self._source = SourceSide(host, self._attempts, take_over, peers, Departures(host, self._attempts, self._owner))
         transfers = Transfers(host, self._attempts, self._source.session, other_side)
         self._destination = DestinationSide(host, self._attempts, slots, self._owner, peers)
         self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}

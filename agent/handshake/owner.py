@@ -28,6 +28,11 @@ log = structlog.get_logger()
 OWNER_SECONDS: Final = 5.0
 """Between two questions to a source whose record has not ended."""
 
+LEAVING_SECONDS: Final = 2.0
+"""For which a guest that is to leave again waits until the source from which it came has ended."""
+
+_ASK_AGAIN: Final = 0.1
+
 _ENDED: Final = (pb.RECORD_STATE_REMOVED, pb.RECORD_STATE_KEPT)
 _SENDS: Final = (pb.RECORD_STATE_PERFORMING, pb.RECORD_STATE_PERFORMED)
 _KEEPS: Final = (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT)
@@ -77,6 +82,31 @@ class Owner:
             log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
             return False
         return yields_unrecorded(_fact(found.domain))
+
+    async def ask_before_leaving(self, domain_uuid: str) -> None:
+        """Before a guest moves on that came here: its source has ended, or says that a statement took the guest from this host.
+        Beyond this host nobody could stop its copy any more. A source that does not say so in time keeps no guest here.
+
+        Raises:
+            DroverError: DECLARED_DEAD; JOURNAL_UNAVAILABLE.
+        """
+        came_by = await self._attempts.journal.arrival(domain_uuid)
+        if came_by is None:
+            return
+        attempt = await self._attempts.find(pb.AttemptRef(migration_id=came_by[0], attempt=came_by[1]))
+        try:
+            async with asyncio.timeout(LEAVING_SECONDS):
+                await self._until_settled(attempt)
+        except (DroverError, TimeoutError) as error:
+            log.warning("a guest leaves whose source does not say that it has ended", migration=came_by[0], error=str(error))
+        if attempt.record.state != DestinationState.RUNNING and attempt.record.failure is not None:
+            raise attempt.record.failure.error()
+
+    async def _until_settled(self, attempt: Attempt) -> None:
+        while _can_settle(attempt.record):
+            await self._settle(attempt)
+            if _can_settle(attempt.record):
+                await asyncio.sleep(_ASK_AGAIN)
 
     async def run(self) -> None:
         """Ask the source of every commit, until its record has ended, whether an operator's statement took the guest from this host.
@@ -160,6 +190,11 @@ class Owner:
             return {}
         word = OperatorWord.of(source.operator_word)
         return {"failure": word.failure(), "operator_word": word}
+
+
+def _can_settle(record: AttemptRecord) -> bool:
+    """A commit whose source has not ended, as far as is known, and can be asked."""
+    return record.state == DestinationState.RUNNING and not record.settled and bool(record.peer_agent)
 
 
 def _fact(guest: host_pb2.Domain) -> SourceEvent | None:

@@ -70,13 +70,14 @@ class SourceSide:
         attempts: Attempts,
         take_over: Callable[[Attempt], None],
         peers: PeerRecords,
+        departures: Departures,
     ) -> None:
         self._host = host
         self._attempts = attempts
         self._take_over = take_over
         self._peers = peers
-        self._departures = Departures(host, attempts)
-        self.check_leaving = self._departures.check_leaving
+        self._departures = departures
+        self.check_leaving = departures.check_leaving
         self._sessions: dict[Attempt, Outgoing] = {}
         self._followers: dict[Attempt, Follower] = {}
 
@@ -117,7 +118,7 @@ class SourceSide:
         async with alongside(self._prove(request)) as proving:
             with watch.asking():
                 domain = await self._departures.check(request)
-            await self._attempts.cared_for(domain.uuid, domain.name)
+            await self._departures.settle(domain)
             with self._attempts.claim(domain.uuid, domain.name):
                 attempt.saw(fact_of(domain))
                 with watch.asking():

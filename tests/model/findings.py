@@ -47,8 +47,8 @@ FINDINGS: tuple[Finding, ...] = (
     Finding(
         World(
             "moved_on_unasked",
-            "a destination that runs the guest is declared dead, and lets it move on to a third host before it asks the source: "
-            "it runs there and at the source for ever",
+            "a destination that runs the guest is declared dead, and lets it move on to a third host while its source cannot be "
+            "asked: it runs there and at the source for ever",
             in_flight=1,
             wrong_word=True,
             budget=budget(word=1, crash_destination=1, move=1),

@@ -97,6 +97,7 @@ async def test_a_guest_that_has_gone_on_since_is_not_touched(pair: Pair) -> None
     await pair.destination.restart(settling=True)
     await until(lambda: pair.destination.journalled == "gone")
     assert pair.destination.effects == []
+    assert any("it may run twice" in entry["event"] for entry in pair.logs)
 
 
 async def test_6_6_a_guest_that_came_again_is_not_taken_for_the_one_that_was_disowned(pair: Pair) -> None:
@@ -133,13 +134,38 @@ async def test_6_6_a_copy_that_is_about_to_leave_is_disowned_once_it_has_stayed(
     agent = pair.destination
     await agent.restart()
     leaving = pb.AttemptRef(migration_id="leaving", attempt=1)
+    pair.to_source.cut = True
     await agent.engine.begin(begin(ref=leaving))
+    pair.to_source.cut = False
     agent.settle()
     await until(lambda: pair.to_source.count["get_record"] >= 2)
     assert agent.journalled == "running"
     await agent.engine.abort(pb.AbortRequest(ref=leaving))
     await until(lambda: agent.journalled == "gone")
     assert pair.runs_on == []
+
+
+async def test_6_01_a_guest_does_not_move_on_before_its_source_was_asked_whether_it_kept_it(pair: Pair) -> None:
+    """This host was declared dead, and has not asked yet: at a third host nobody would stop the copy."""
+    await declared_dead(pair)
+    agent = pair.destination
+    await agent.restart()
+    leaving = pb.AttemptRef(migration_id="leaving", attempt=1)
+    error = await fails(agent.engine.begin(begin(ref=leaving)), Reason.DECLARED_DEAD)
+    assert "root@admin1" in error.message
+    await until(lambda: agent.journalled == "gone")
+    assert pair.runs_on == []
+    assert "begin" not in agent.effects
+
+
+async def test_6_01_a_guest_moves_on_once_its_source_has_ended(pair: Pair) -> None:
+    pair.source.keep(record(Role.SOURCE, "removed"))
+    agent = pair.destination
+    agent.keep(record(Role.DESTINATION, "running"))
+    agent.hypervisor.put(RUNS)
+    await agent.restart()
+    await agent.engine.begin(begin(ref=pb.AttemptRef(migration_id="leaving", attempt=1)))
+    assert await agent.journal.unsettled() == []
 
 
 async def test_6_6_what_runs_on_is_asked_about_until_its_source_has_ended(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
