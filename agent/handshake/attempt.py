@@ -6,7 +6,7 @@ The work belongs to the attempt, not to whoever asked: a caller that goes away c
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -15,9 +15,11 @@ import structlog
 from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
+from agent.handshake.destination import DestinationEffect
 from agent.handshake.guest_fact import GuestFact
 from agent.handshake.machine import Refused
 from agent.handshake.records import MACHINES, AttemptRecord
+from agent.handshake.source import SourceEffect
 from agent.handshake.stopwatch import Stopwatch
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
@@ -27,6 +29,13 @@ log = structlog.get_logger()
 
 EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 """Carries out one effect and reports what came of it with `Attempt.apply`."""
+
+LetGo = Callable[["Attempt"], Awaitable[None]]
+"""Closes the attempt's connection to the hypervisor, now or when what is under way on it has ended. Raises nothing."""
+
+_UNDONE: Final = frozenset({SourceEffect.BEGIN, DestinationEffect.PREPARE})
+"""Effects that the hypervisor undoes by itself when their connection closes, as it does when the agent dies: a record that is lost
+with the agent does no harm, so it is written beside them (as in tests/model)."""
 
 Look = Callable[["Attempt"], Awaitable[None]]
 """Asks the hypervisor what is true of the guest, within a deadline, and hands the answer to `Attempt.saw`. Raises nothing."""
@@ -52,6 +61,7 @@ class Attempt:
         record: AttemptRecord,
         journal: Journal,
         run_effect: EffectRunner,
+        let_go: LetGo,
         look: Look,
         hindrance: Hindrance,
         on_final: Callable[["Attempt"], None],
@@ -65,6 +75,7 @@ class Attempt:
         """What makes this attempt known, while that is under way."""
         self._journal = journal
         self._run_effect = run_effect
+        self._let_go = let_go
         self._look = look
         self._hindrance = hindrance
         self._seen_at = float("-inf")
@@ -105,12 +116,34 @@ class Attempt:
         changes = {**changes, **told()}
         if transition.state in self._machine.final and transition.state != state:
             await self._see_the_end()
-        if transition.state != state or changes:
-            failpoint(self.record.role, event, "journal.before")
-            await self._put(self.record.changed(state=transition.state, **changes))
-            failpoint(self.record.role, event, "journal.after")
-        for effect in transition.effects:
-            self.start(effect, self._carry_out(effect))
+        if transition.state == state and not changes:
+            self._begin(transition.effects)
+            return
+        record = self.record.changed(state=transition.state, **changes)
+        failpoint(self.record.role, event, "journal.before")
+        if _is_undone(record, transition.effects):
+            await self._put_beside(record, transition.effects)
+        else:
+            await self._put(record)
+            self._begin(transition.effects)
+        failpoint(self.record.role, event, "journal.after")
+
+    def _begin(self, effects: Iterable[str]) -> "list[asyncio.Task[None]]":
+        return [self.start(effect, self._carry_out(effect)) for effect in effects]
+
+    async def _put_beside(self, record: AttemptRecord, effects: Iterable[str]) -> None:
+        """Write the record while its effects are under way. Where it cannot be written, they are undone, and nothing was."""
+        before, self.record = self.record, record
+        tasks = self._begin(effects)
+        try:
+            await self._put(record)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await self._let_go(self)
+            self.record = msgspec.structs.replace(before, seen=self.record.seen)
+            self.wake()
+            raise
 
     def saw(self, fact: GuestFact | None, *, look_again: bool = False) -> None:
         """Remember what the hypervisor has said of the guest. `look_again`: it said so only by the success of a phase, and a record
@@ -237,11 +270,15 @@ class Attempt:
 
     async def close(self) -> None:
         """The agent stops: let go of the tasks. What they did is found again from the journal and the facts."""
+        await asyncio.gather(*self.drop(), return_exceptions=True)
+
+    def drop(self) -> "list[asyncio.Task[None]]":
+        """Nothing of this attempt goes on. What has to end for that."""
         self._disarm()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        return tasks
 
     # ---- waiting
 
@@ -291,6 +328,11 @@ class Attempt:
         finally:
             self._calls -= 1
             self._rearm()
+
+
+def _is_undone(record: AttemptRecord, effects: Collection[str]) -> bool:
+    """Whether nothing of the effects outlives this agent. An autostart flag that they switch off does."""
+    return bool(effects) and _UNDONE.issuperset(effects) and not record.autostart and not record.had_definition
 
 
 def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> DroverError:

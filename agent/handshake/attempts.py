@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from agent.bell import Bell
 from agent.errors import DroverError, Reason, invalid_field
-from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, Look
+from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, LetGo, Look
 from agent.handshake.destination import DestinationState
 from agent.handshake.records import AttemptRecord, Role
 from agent.handshake.source import SourceEffect, SourceState
@@ -36,6 +36,7 @@ class Attempts:
     def __init__(self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None]) -> None:
         self.journal = journal
         self.effects: Mapping[Role, EffectRunner] = {}
+        self.let_go: Mapping[Role, LetGo] = {}
         self._look = look
         self._hindrance = hindrance
         self._on_final = on_final
@@ -48,7 +49,8 @@ class Attempts:
 
     def adopt(self, record: AttemptRecord) -> Attempt:
         """Make the attempt of a record."""
-        attempt = Attempt(record, self.journal, self.effects[record.role], self._look, self._hindrance, self._on_final)
+        role = record.role
+        attempt = Attempt(record, self.journal, self.effects[role], self.let_go[role], self._look, self._hindrance, self._on_final)
         self._by_id.pop(record.migration_id, None)
         self._by_id[record.migration_id] = attempt
         self._trim()
@@ -80,6 +82,7 @@ class Attempts:
         """An attempt whose first event was refused never was."""
         if not attempt.record.state and attempt.opening is None and self._by_id.get(attempt.record.migration_id) is attempt:
             del self._by_id[attempt.record.migration_id]
+            attempt.drop()
 
     @contextlib.asynccontextmanager
     async def forgotten_unless_known(self, attempt: Attempt) -> AsyncIterator[None]:

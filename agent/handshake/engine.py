@@ -57,6 +57,7 @@ class Engine:
         transfers = Transfers(host, self._attempts, self._source.session, other_side)
         self._destination = DestinationSide(host, self._attempts, slots, self._owner, peers)
         self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
+        self._attempts.let_go = {Role.SOURCE: self._source.let_go, Role.DESTINATION: self._destination.let_go}
         self.changed = self._attempts.changed
         """Rings whenever an attempt begins or ends here."""
         self.reserve_slot = self._destination.reserve_slot

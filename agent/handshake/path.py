@@ -109,12 +109,15 @@ class PathProbes:
                 del self._open[attempt]
 
 
-async def prove(probe: pb.PathProbe, host: str, peer: str) -> str:
-    """Connect to where the destination answers, and compare. The IP address that was proved.
+async def prove(probe: pb.PathProbe | None, host: str, peer: str) -> str:
+    """Connect to where the destination answers, and compare. The IP address that was proved; empty, and no memory will be sent, where
+    no probe was told.
 
     Raises:
         DroverError: INVALID_FIELD; PATH_NOT_PROVED, saying what was found there.
     """
+    if probe is None:
+        return ""
     if not NONCE_BYTES // 2 <= len(probe.nonce) <= _MAX_NONCE:
         raise invalid_field("probe.nonce", f"must have {NONCE_BYTES // 2} to {_MAX_NONCE} bytes")
     try:

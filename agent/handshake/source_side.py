@@ -115,7 +115,8 @@ class SourceSide:
 
     async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
         watch = attempt.stopwatch = Stopwatch("begin")
-        async with alongside(self._prove(request)) as proving:
+        probe = request.probe if request.HasField("probe") else None
+        async with alongside(prove(probe, self._host.name, request.destination_host)) as proving:
             with watch.asking():
                 domain = await self._departures.check(request)
             await self._departures.settle(domain)
@@ -138,10 +139,6 @@ class SourceSide:
                     proved=proved,
                 )
         self.recover(attempt)
-
-    async def _prove(self, request: pb.BeginRequest) -> str:
-        """The address that leads to the destination's agent; empty where none was told, so that no memory will be sent."""
-        return await prove(request.probe, self._host.name, request.destination_host) if request.HasField("probe") else ""
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
@@ -345,7 +342,7 @@ class SourceSide:
             try:
                 await session.abort()
             except HypervisorError as error:
-                log.warning("abort failed, trying again", migration=record_id(attempt), error=str(error))
+                log.warning("abort failed, trying again", migration=attempt.record.migration_id, error=str(error))
             await asyncio.wait(transfer, timeout=0.1)
 
     async def _look(self, attempt: Attempt) -> None:
@@ -376,7 +373,7 @@ class SourceSide:
         with timed("confirm") as watch:
             await retry(attempt, "removing the copy at the source", remove)
         await attempt.report(_E.REMOVE_DONE, timings=(*attempt.record.timings, watch.timing))
-        await self._close(attempt)
+        await self.let_go(attempt)
 
     async def _resume(self, attempt: Attempt) -> None:
         changes: dict[str, object] = {}
@@ -396,14 +393,11 @@ class SourceSide:
 
     async def _release(self, attempt: Attempt) -> None:
         await attempt.ended(_F.BEGIN, _F.PERFORM, _F.RESUME, _F.ABORT)
-        await self._close(attempt)
+        await self.let_go(attempt)
 
-    async def _close(self, attempt: Attempt) -> None:
+    async def let_go(self, attempt: Attempt) -> None:
+        """See `attempt.LetGo`."""
         attempt.stop("guest")
         self._followers.pop(attempt, None)
         if session := self._sessions.pop(attempt, None):
             await session.close()
-
-
-def record_id(attempt: Attempt) -> str:
-    return f"{attempt.record.migration_id}/{attempt.record.attempt}"
