@@ -1,6 +1,8 @@
 """Whose the guest is: what a destination asks its source when nobody tells it."""
 
 import asyncio
+import contextlib
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any, Final
@@ -30,6 +32,12 @@ OWNER_SECONDS: Final = 5.0
 
 LEAVING_SECONDS: Final = 2.0
 """For which a guest that is to leave again waits until the source from which it came has ended."""
+
+UNTOLD_SECONDS: Final = 30 * 86400.0
+"""For which a commit stays whose source cannot be asked, so that a source that is back can ask; then it goes the way of other ended
+records, of which the last ones stay."""
+
+UNTOLD_LOOK_SECONDS: Final = 3600.0
 
 _ASK_AGAIN: Final = 0.1
 
@@ -118,7 +126,7 @@ class Owner:
         while True:
             arrived = self._arrived.next
             try:
-                unsettled = [record for record in await self._attempts.journal.unsettled() if record.peer_agent]
+                unsettled = [record for record in await self._attempts.journal.unsettled() if record.peer_agent or _outlived(record)]
             except DroverError as error:
                 log.warning("the journal cannot be read; trying again", error=error.message)
                 await asyncio.sleep(OWNER_SECONDS)
@@ -128,7 +136,8 @@ class Owner:
             if unsettled:
                 await asyncio.sleep(OWNER_SECONDS)
             else:
-                await arrived.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(arrived.wait(), UNTOLD_LOOK_SECONDS)
 
     async def _ask_all(self, records: Collection[AttemptRecord]) -> None:
         """All sources at once; of each, one question after the other."""
@@ -160,6 +169,8 @@ class Owner:
             await attempt.note(settled=True)  # it keeps no record that could still be decided
             return
         if source is None:
+            if _outlived(attempt.record):
+                await attempt.note(settled=True)
             return
         word = self._word_in(source)
         if word and source.state in _KEEPS:
@@ -190,6 +201,11 @@ class Owner:
             return {}
         word = OperatorWord.of(source.operator_word)
         return {"failure": word.failure(), "operator_word": word}
+
+
+def _outlived(record: AttemptRecord) -> bool:
+    """A commit whose source cannot be asked, since the address of its agent was not told, and has not asked for so long."""
+    return not record.peer_agent and time.time() - max(record.created, record.updated) > UNTOLD_SECONDS
 
 
 def _can_settle(record: AttemptRecord) -> bool:

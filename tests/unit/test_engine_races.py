@@ -1,6 +1,7 @@
 """agent.handshake.engine: copies that were disowned, and races between calls and news."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -183,6 +184,18 @@ async def test_6_6_what_runs_on_is_asked_about_until_its_source_has_ended(pair: 
     await pair.source.engine.confirm(confirm(pb.DECISION_RUNNING))
     await until(lambda: agent.durable.settled)
     assert await agent.journal.unsettled() == []  # so it is not asked any more
+
+
+async def test_6_08_a_commit_whose_source_cannot_be_asked_does_not_stay_for_ever(pair: Pair) -> None:
+    """The address of its agent was not told. It stays for as long as a source may be away, then it may be trimmed."""
+    agent, old = pair.destination, time.time() - 31 * 86400
+    agent.other_side = None
+    agent.keep(record(Role.DESTINATION, "running", migration_id="young", peer_agent="", created=time.time() - 29 * 86400))
+    agent.keep(record(Role.DESTINATION, "running", migration_id="old", peer_agent="", created=old))
+    agent.keep(record(Role.DESTINATION, "running", migration_id="told", created=old))
+    await agent.restart(settling=True)
+    await until(lambda: "journal running" in agent.calls)
+    assert [each.migration_id for each in await agent.journal.unsettled()] == ["young", "told"]
 
 
 async def test_6_6_an_answer_that_makes_no_sense_keeps_no_other_copy(pair: Pair) -> None:
