@@ -351,7 +351,7 @@ class DestinationSide:
             if domain is not None and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED) and not domain.has_run:
                 await self._host.hypervisor.disown(domain.uuid)
 
-        await retry(attempt, "giving up the copy at the destination", abandon)
+        await retry(attempt, "giving up the copy at the destination (a process that is stopped is killed within 15 s)", abandon)
         with contextlib.suppress(TimeoutError):  # its call to the hypervisor must not outlive the attempt and meet the next one
             async with asyncio.timeout(_FINISH_ENDS_WITHIN):
                 await attempt.ended(_F.FINISH)
