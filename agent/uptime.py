@@ -36,15 +36,12 @@ def seconds_since(moment: pb.Uptime) -> float | None:
     return max(0.0, _seconds() - moment.since_boot.ToNanoseconds() / 1e9)
 
 
-def age_of(migration: pb.Migration) -> float:
-    """Seconds since it was accepted: measured where that can be, else by the wall clock of this machine."""
-    measured = seconds_since(migration.create_uptime)
-    return max(0.0, time.time() - migration.create_time.ToNanoseconds() / 1e9) if measured is None else measured
-
-
 def with_age(migration: pb.Migration) -> pb.Migration:
-    """For an answer that is given now."""
+    """For an answer that is given now: how long ago it was accepted, measured where that can be, else by the wall clock."""
     shown = pb.Migration()
     shown.CopyFrom(migration)
-    shown.age.FromNanoseconds(int(age_of(migration) * 1e9))
+    measured = seconds_since(migration.create_uptime)
+    shown.age_by_wall_clock = measured is None
+    age = time.time() - migration.create_time.ToNanoseconds() / 1e9 if measured is None else measured
+    shown.age.FromNanoseconds(int(max(0.0, age) * 1e9))
     return shown

@@ -71,6 +71,8 @@ class Host:
     draining: bool
     last_seen_age: float | None
     """Seconds since it was last heard of, as the coordinator measured when it answered. None: not told."""
+    last_seen_by_wall_clock: bool
+    """That was not measured, but is the difference of two readings of the coordinator's wall clock."""
     unreachable_reason: str
     """Why it is unreachable; empty for one that is up."""
     clock_skew: float | None
@@ -105,6 +107,7 @@ class Host:
             split_phases=features.split_phases,
             draining=host.draining,
             last_seen_age=seconds_of(message.last_seen_age) if message.HasField("last_seen_age") else None,
+            last_seen_by_wall_clock=message.last_seen_by_wall_clock,
             unreachable_reason=message.unreachable_reason,
             clock_skew=seconds_of(message.clock_skew) if message.HasField("clock_skew") else None,
             proto=message,

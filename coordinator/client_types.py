@@ -144,6 +144,8 @@ class Migration:
     """When it was accepted, by the wall clock of its driver."""
     age: float | None
     """Seconds since then, as the server measured when it answered. None: an older server does not tell."""
+    age_by_wall_clock: bool
+    """It was not measured, but is the difference of two readings of the server's wall clock."""
     committed: datetime | None
     """When the guest was known to run at the destination."""
     ended: datetime | None
@@ -195,6 +197,7 @@ class Migration:
             ended=time_of(message.end_time) if message.HasField("end_time") else None,
             age=seconds_of(message.age) if message.HasField("age") else None,
             duration=seconds_of(message.duration),
+            age_by_wall_clock=message.age_by_wall_clock,
             duration_is_least=message.duration_is_least,
             hypervisor_duration=seconds_of(message.hypervisor_duration),
             driver=message.driver,

@@ -98,7 +98,7 @@ def _print_host(host: Host) -> None:
             ("state", _state(host)),
             ("because", host.unreachable_reason),
             ("address", host.address),
-            ("last seen", ago(host.last_seen_age)),
+            ("last seen", ago(host.last_seen_age, by_wall_clock=host.last_seen_by_wall_clock)),
             ("clock", _clock(host)),
             ("hypervisor", f"{host.hypervisor} ({host.driver})"),
             ("agent", host.agent_version),

@@ -67,7 +67,11 @@ def list_(active: bool, limit: int, output: str) -> None:
 def _row(migration: Migration) -> tuple[str, ...]:
     took = took_words(migration) if migration.state.ended else migration.phase
     names = (migration.domain, migration.source, migration.destination)
-    return (migration.id[:8], migration.state.value, *names, ago(migration.age), took)
+    return (migration.id[:8], migration.state.value, *names, _started(migration), took)
+
+
+def _started(migration: Migration) -> str:
+    return ago(migration.age, by_wall_clock=migration.age_by_wall_clock)
 
 
 @migration.command()
@@ -100,7 +104,7 @@ def _print_migration(migration: Migration) -> None:
             ("network", migration.network),
             ("uri", migration.uri),
             ("attempt", str(migration.attempt)),
-            ("started", ago(migration.age)),
+            ("started", _started(migration)),
             ("now", "" if migration.state.ended else describe(migration)),
             ("failure", to_type(f"{failure.reason}: {failure.message}") if failure else ""),
             *(("also", other.message) for other in migration.other_failures),

@@ -35,6 +35,7 @@ def eta(low: float | None, high: float | None) -> str:
     return seconds(high) if high - low < max(0.1 * high, 0.1) else f"{seconds(low)} to {seconds(high)}"
 
 
-def ago(age: float | None) -> str:
-    """For what was so many seconds ago by the word of the server; empty where it did not say."""
-    return f"{seconds(age)} ago" if age is not None else ""
+def ago(age: float | None, *, by_wall_clock: bool) -> str:
+    """For what was so many seconds ago by the word of the server; empty where it did not say. By its wall clock that is not certain:
+    it may have been set."""
+    return f"{'about ' if by_wall_clock else ''}{seconds(age)} ago" if age is not None else ""

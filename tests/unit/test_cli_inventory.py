@@ -43,6 +43,8 @@ def test_6_16_how_long_ago_is_what_the_server_says(drover: Drover) -> None:
     migration_id = drover.json("migration", "list")["migrations"][0]["migration_id"]
     assert "1 min 30 s ago" in drover("migration", "show", migration_id).stdout
     assert "1 min 30 s ago" in drover("host", "show", "a").stdout
+    assert "about" not in drover("host", "show", "a").stdout
+    assert "about 1 min 30 s ago" in drover("host", "show", "b").stdout  # of which its wall clock alone tells
 
 
 def test_6_19_an_answer_that_cannot_be_taken_is_not_told_as_silence(drover: Drover) -> None:

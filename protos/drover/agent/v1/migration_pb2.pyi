@@ -235,6 +235,7 @@ class Migration(message.Message):
     CREATE_UPTIME_FIELD_NUMBER: builtins.int
     DURATION_IS_LEAST_FIELD_NUMBER: builtins.int
     AGE_FIELD_NUMBER: builtins.int
+    AGE_BY_WALL_CLOCK_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chose."""
     state: MigrationState.ValueType
@@ -267,6 +268,10 @@ class Migration(message.Message):
     """Who drives it: name of the coordinator, or of the source's agent."""
     duration_is_least: builtins.bool
     """The machine of its driver was restarted, or it was taken over: `duration` is what was measured since then, so it took at least that."""
+    age_by_wall_clock: builtins.bool
+    """`age` is the difference of two readings of the server's wall clock, and wrong by as much as that was set meanwhile: its machine was
+    restarted, or the migration was taken over. Set in every answer.
+    """
     @builtins.property
     def spec(self) -> MigrationSpec:
         """What the user wants."""
@@ -353,8 +358,8 @@ class Migration(message.Message):
 
     @builtins.property
     def age(self) -> duration_pb2.Duration:
-        """How long ago it was accepted, as the server measures it when it answers; it does not depend on the clock of who asks. After a
-        restart of the server's machine, or a take-over, the difference of two readings of its wall clock. Set in every answer.
+        """How long ago it was accepted, as the server measures it when it answers; it does not depend on the clock of who asks. Set in every
+        answer.
         """
 
     def __init__(
@@ -395,10 +400,11 @@ class Migration(message.Message):
         create_uptime: Uptime | None = ...,
         duration_is_least: builtins.bool = ...,
         age: duration_pb2.Duration | None = ...,
+        age_by_wall_clock: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

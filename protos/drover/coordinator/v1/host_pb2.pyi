@@ -58,12 +58,17 @@ class ClusterHost(message.Message):
     CLOCK_SKEW_FIELD_NUMBER: builtins.int
     LAST_SEEN_AGE_FIELD_NUMBER: builtins.int
     UNREACHABLE_REASON_FIELD_NUMBER: builtins.int
+    LAST_SEEN_BY_WALL_CLOCK_FIELD_NUMBER: builtins.int
     agent_address: builtins.str
     """Address of its agent."""
     state: HostState.ValueType
     """Whether its agent answers."""
     unreachable_reason: builtins.str
     """Why it is unreachable: its agent does not answer, or its answer cannot be taken. Empty for a host that is up."""
+    last_seen_by_wall_clock: builtins.bool
+    """`last_seen_age` is the difference of two readings of the coordinator's wall clock, and wrong by as much as that was set meanwhile:
+    the host was not heard of since the coordinator was started.
+    """
     @builtins.property
     def host(self) -> host_pb2.Host:
         """As its agent sees it; the last word of it while it is unreachable."""
@@ -78,9 +83,7 @@ class ClusterHost(message.Message):
 
     @builtins.property
     def last_seen_age(self) -> duration_pb2.Duration:
-        """How long ago it was last heard of, as the coordinator measures it when it answers; it does not depend on the clock of who asks.
-        Of a host that was not heard of since the coordinator was started, the difference of two readings of its wall clock.
-        """
+        """How long ago it was last heard of, as the coordinator measures it when it answers; it does not depend on the clock of who asks."""
 
     def __init__(
         self,
@@ -92,10 +95,11 @@ class ClusterHost(message.Message):
         clock_skew: duration_pb2.Duration | None = ...,
         last_seen_age: duration_pb2.Duration | None = ...,
         unreachable_reason: builtins.str = ...,
+        last_seen_by_wall_clock: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_time", b"last_seen_time", "state", b"state", "unreachable_reason", b"unreachable_reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_address", b"agent_address", "clock_skew", b"clock_skew", "host", b"host", "last_seen_age", b"last_seen_age", "last_seen_by_wall_clock", b"last_seen_by_wall_clock", "last_seen_time", b"last_seen_time", "state", b"state", "unreachable_reason", b"unreachable_reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
