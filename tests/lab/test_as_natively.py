@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from agent.errors import DroverError, Reason
 from clusterkit import GuestSpec
 from clusterkit import cluster as make_cluster
 from clusterkit.platforms import LabCluster
-from labkit import Guest, Host, wait_until
+from labkit import Guest, Host, LabError, wait_until
 from labkit.domain import FIRMWARE
 from labkit.guestlog import judge_file
 from tests.scenarios.conversation import MIB, Talk, state
@@ -61,6 +62,9 @@ Guests = tuple[Guest, ...]
 """That move together: the first one logs, has a disk, and a TPM where swtpm is installed; the second one, where ovmf is, has
 firmware variables and boots nothing."""
 
+SWTPM = Path("/var/lib/libvirt/swtpm")
+"""Where each libvirt keeps the state of its guests' TPMs."""
+
 
 @dataclass
 class Hosts:
@@ -93,7 +97,7 @@ class Hosts:
     def owners(self, guests: Guests) -> dict[str, list[str]]:
         """By host what it has of the guests' files: which, with user, group and mode."""
         uefi = [("nvram", guest.nvram) for guest in guests[1:]]
-        paths = [("disk", guests[0].disk), ("tpm", Path(f"/var/lib/libvirt/swtpm/{guests[0].stable_uuid}")), *uefi]
+        paths = [("disk", guests[0].disk), ("tpm", SWTPM / str(guests[0].stable_uuid)), *uefi]
         script = '[ ! -e "$2" ] || find "$2" -printf "$1/%P %u:%g %m\n"'
         return {
             host.name: sorted(
@@ -134,18 +138,23 @@ def _hosts(_real_hosts: None) -> Iterator[Hosts]:
 
 
 def shared_folder(cluster: LabCluster, stack: ExitStack) -> Path:
-    """A folder on a file system that libvirt takes for shared by its type, as it does with NFS; mounted on each host."""
+    """A folder on a file system that libvirt takes for shared."""
     real, seen = cluster.lab.shared / "images", cluster.lab.shared / "gluster"
     real.mkdir()
     seen.mkdir()
-    mount = ["bindfs", "-f", "-o", "subtype=glusterfs,allow_other", str(real), str(seen)]
+    mount_as_shared(cluster, stack, real, seen)
+    return seen
+
+
+def mount_as_shared(cluster: LabCluster, stack: ExitStack, real: Path, seen: Path) -> None:
+    """Mount a folder on each host as a file system that libvirt takes for shared by its type, as it does with NFS."""
+    mount = ["bindfs", "-f", "-o", "subtype=glusterfs,allow_other,nonempty", str(real), str(seen)]
     for host in cluster.lab.hosts:
         process = host.popen(mount)
         stack.callback(process.wait)
         stack.callback(process.kill)
         mounts = Path(f"/proc/{process.pid}/mounts")
-        wait_until(lambda mounts=mounts: "fuse.glusterfs" in mounts.read_text(), 10.0, f"{host.name} mounts {seen}")  # type: ignore[misc]
-    return seen
+        wait_until(lambda mounts=mounts: f" {seen} fuse.glusterfs" in mounts.read_text(), 10.0, f"{host.name} mounts {seen}")  # type: ignore[misc]
 
 
 @pytest.fixture(name="natively", scope="module")
@@ -223,9 +232,39 @@ def assert_belongs_to_qemu(owners: dict[str, list[str]], guests: Guests) -> None
 
 
 async def test_6_31_the_files_of_a_guest_stay_when_the_sources_libvirtd_dies_too(hosts: Hosts) -> None:
-    """Last in this file: with its libvirtd, the listener on the source dies."""
+    """After all that listen: with its libvirtd, the listener on the source dies."""
     if hosts.disks is None:
         pytest.skip("bindfs is not installed, so no file system here is taken for shared")
     guests = hosts.start("libvirtd-died")
     await move(hosts, guests, ("h1",), restart_libvirtd="h1")
     assert_belongs_to_qemu(hosts.owners(guests), guests)
+
+
+async def test_6_31_a_guest_whose_tpm_is_on_storage_that_both_hosts_share_is_refused_as_libvirt_refuses_it(hosts: Hosts) -> None:
+    """Last in this file: it hides the state of all other TPMs."""
+    if hosts.disks is None or shutil.which("swtpm_setup") is None:
+        pytest.skip("bindfs or swtpm is not installed")
+    if "cmdarg-migration" in hosts.cluster.lab["h1"].exec(["swtpm", "socket", "--print-capabilities"]):
+        pytest.skip("this swtpm can be moved so")
+    words = "the running swtpm does not support migration with shared storage"
+    h1, h2 = hosts.cluster.lab["h1"], hosts.cluster.lab["h2"]
+    real = hosts.cluster.lab.shared / "swtpm"
+    real.mkdir(mode=0o711)
+    with ExitStack() as stack:
+        for host in (h1, h2):
+            host.exec(["mkdir", "-p", SWTPM])
+        mount_as_shared(hosts.cluster, stack, real, SWTPM)
+        guest = hosts.cluster.lab.guest("tpm-shared", memory_mib=32, tpm=True)
+        h1.start(guest)
+        guest.wait_lines(5)
+        with pytest.raises(LabError, match=words):
+            h1.virsh("migrate", "--live", guest.name, h2.destination_uri, "--migrateuri", f"tcp://{h2.addresses['mig1']}")
+        async with Talk(hosts.cluster.server) as talk:
+            with pytest.raises(DroverError) as refused:
+                await talk.start(guest.name, "h2")
+        assert refused.value.reason is Reason.INCOMPATIBLE_GUEST
+        assert words in refused.value.message
+        assert "Nothing was done to the guest" in refused.value.message
+        assert hosts.cluster.copies(guest.name) == {"h1": "running"}
+        guest.wait_lines(5)
+        h1.end(guest.name)
