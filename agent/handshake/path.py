@@ -110,8 +110,8 @@ class PathProbes:
 
 
 async def prove(probe: pb.PathProbe | None, host: str, peer: str) -> str:
-    """Connect to where the destination answers, and compare. The IP address that was proved; empty, and no memory will be sent, where
-    no probe was told.
+    """Connect to where the destination answers, and compare. The IP address that was proved; it is empty, and no memory will be
+    sent, where no probe was told.
 
     Raises:
         DroverError: INVALID_FIELD; PATH_NOT_PROVED, saying what was found there.

@@ -1,6 +1,7 @@
 """Reads the record of the other host of an attempt, so that nobody's word is taken for it."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -99,6 +100,17 @@ class PeerRecords:
         if wrong:
             log.warning("a relayed record is not of this attempt", migration=ours.migration_id, why=wrong)
         return Reading(None if wrong else relayed, answered=False, why=f"{why}; {wrong}" if wrong else why)
+
+    async def follow(self, attempt: Attempt) -> None:
+        """Hear the other host's record as it changes, so that it need not be asked when a call rests on it. Ends with that record,
+        or as soon as anything is wrong: then it is asked. Nothing where this process drives, and hears it anyway.
+        """
+        peer = self._peer_of(attempt)
+        if peer is None or self._heard.of(attempt.record) is not None:
+            return
+        with contextlib.suppress(DroverError):
+            async for response in peer.watch_record(pb.WatchRecordRequest(ref=attempt.record.ref)):
+                self._heard.note(attempt.record.peer_agent, response.record)
 
     async def decision(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> Decision:
         """What a source that has stopped its guest is to do, by the destination's record.

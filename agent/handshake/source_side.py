@@ -274,6 +274,7 @@ class SourceSide:
         except Exception as error:
             await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error, self._host.name))
             return
+        attempt.start("peer", self._peers.follow(attempt))
         await attempt.report(
             _E.BEGIN_DONE,
             domain_xml=begun.domain_xml,
@@ -398,6 +399,7 @@ class SourceSide:
     async def let_go(self, attempt: Attempt) -> None:
         """See `attempt.LetGo`."""
         attempt.stop("guest")
+        attempt.stop("peer")
         self._followers.pop(attempt, None)
         if session := self._sessions.pop(attempt, None):
             await session.close()

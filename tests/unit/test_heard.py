@@ -7,7 +7,7 @@ from agent.handshake import heard
 from agent.handshake.records import Role, record_to_proto, state_from_proto
 from agent.hypervisor.base import DomainState
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import REF, confirm, fails, record
+from tests.unit.asking import REF, begin, confirm, fails, perform, prepare, record, reserve, until
 from tests.unit.fake_hypervisor import guest
 from tests.unit.two_agents import Pair
 
@@ -66,3 +66,31 @@ def test_memory_is_bounded() -> None:
         known.note(f"192.0.2.1:{number + 1}", pb.Record(ref=REF))
     assert len(known._records) <= 64
     assert known.of(ours) is None
+
+
+async def test_a_source_that_another_one_drives_hears_its_destination(pair: Pair) -> None:
+    """From Begin on, so that no call that rests on the destination's record has to ask for it."""
+    await pair.destination.engine.reserve_slot(reserve())
+    await pair.source.engine.begin(begin())
+    prepared = await pair.destination.engine.prepare(prepare())
+    ours = pair.source.durable
+    await until(lambda: (told := pair.source.heard.of(ours)) is not None and told.uri == prepared.uri_out)
+    await pair.source.engine.perform(perform(uri=prepared.uri_out))
+    assert pair.to_destination.count["get_record"] == 0
+    await pair.source.engine.abort(pb.AbortRequest(ref=REF))
+    await until(lambda: not follows(pair))
+
+
+def follows(pair: Pair) -> list[object]:
+    """What the source hears its destination by."""
+    return [task for attempt in pair.source.engine._attempts.all() for task in attempt.running("peer")]
+
+
+async def test_a_source_that_drives_itself_needs_no_watch(pair: Pair) -> None:
+    ours = record(Role.SOURCE, "begun")
+    pair.source.heard.note(ours.peer_agent, record_to_proto(record(Role.DESTINATION, "reserved"), "h2"))
+    await pair.source.engine.begin(begin())
+    await until(lambda: not follows(pair))
+    told = pair.source.heard.of(ours)
+    assert told is not None
+    assert told.state == pb.RECORD_STATE_RESERVED  # and nothing newer
