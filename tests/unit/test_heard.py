@@ -77,7 +77,7 @@ async def test_a_source_that_another_one_drives_hears_its_destination(pair: Pair
     await until(lambda: (told := pair.source.heard.of(ours)) is not None and told.uri == prepared.uri_out)
     await pair.source.engine.perform(perform(uri=prepared.uri_out))
     assert pair.to_destination.count["get_record"] == 0
-    await pair.source.engine.abort(pb.AbortRequest(ref=REF))
+    await pair.destination.engine.abandon(pb.AbandonRequest(ref=REF))
     await until(lambda: not follows(pair))
 
 
