@@ -108,6 +108,7 @@ class HostLink:
         self._silence_seconds = HEARTBEATS_MISSED * heartbeat_seconds
         self._channel: grpc.aio.Channel | None = None
         self._lanes = lanes
+        self._repeats = True
         self.connected = False
         """The watch is open, and something was heard on it."""
         self._on_word = on_word
@@ -199,7 +200,9 @@ class HostLink:
         return "the agent ended the watch"
 
     async def _watch(self) -> None:
-        """Until the stream ends. HTTP/2 pings find a dead peer, missed heartbeats a hanging one. Raises `TimeoutError`."""
+        """Until the stream ends. HTTP/2 pings find a dead peer, missed heartbeats a hanging one; an agent of an older version
+        neither repeats its word nor says when it sent it. Raises `TimeoutError`.
+        """
         call = None
         try:
             async with self._lanes.turn(self._hurry), asyncio.timeout(FIRST_WORD_SECONDS):
@@ -207,7 +210,7 @@ class HostLink:
                 call = rpc.HostServiceStub(self.channel).WatchHost(self._request, wait_for_ready=True)
                 more = self._heard(await call.read())
             while more:
-                async with asyncio.timeout(self._silence_seconds):
+                async with asyncio.timeout(self._silence_seconds if self._repeats else None):
                     response = await call.read()
                 more = self._heard(response)
         finally:
@@ -218,6 +221,7 @@ class HostLink:
         """Take one answer of the watch; False at the end of the stream."""
         if not isinstance(response, pb.WatchHostResponse):
             return False
+        self._repeats = response.HasField("send_time")
         self._on_word(self, Word(checked_answer(response, self.address).host, response.send_time.ToNanoseconds()))
         self.connected = True
         return True

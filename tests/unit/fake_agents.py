@@ -45,6 +45,8 @@ class FakeAgent(agent_rpc.HostServiceServicer):
         self.host = agent_pb.Host(name=name, host_uuid=uuid or f"uuid-{name}", incarnation="1", incoming_limit=2)
         self.domains = [agent_pb.Domain(name=f"vm-{name}", uuid=f"u-{name}", state=agent_pb.DOMAIN_STATE_RUNNING)]
         self.address = f"unix:{directory}/{name}.sock"
+        self.older = False
+        """Of a version that neither repeats its word nor says when it sent it."""
         self.hangs = False
         self.watches = 0
         self.watches_ever = 0
@@ -79,11 +81,12 @@ class FakeAgent(agent_rpc.HostServiceServicer):
             while True:
                 changed = self._changed
                 response = agent_pb.WatchHostResponse(host=self.host)
-                response.send_time.FromNanoseconds(int((self.clock or time.time)() * 1e9))
+                if not self.older:
+                    response.send_time.FromNanoseconds(int((self.clock or time.time)() * 1e9))
                 yield response
                 self.words += 1
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(request.repeat_interval.ToNanoseconds() / 1e9 or None):
+                    async with asyncio.timeout(None if self.older else request.repeat_interval.ToNanoseconds() / 1e9 or None):
                         await changed.wait()
                 while self.hangs:
                     await self._changed.wait()

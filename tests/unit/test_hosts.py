@@ -170,6 +170,17 @@ async def test_an_agent_that_repeats_its_word_stays_up_and_one_that_hangs_does_n
     await registry.close()
 
 
+async def test_an_agent_of_an_older_version_repeats_nothing_and_stays_up(store: MemoryStore, agents: Any) -> None:
+    agent = await agents("alpha")
+    agent.older = True
+    registry = HostRegistry(store, 0.05)
+    await registry.open()
+    await register(registry, agent)
+    await asyncio.sleep(1.0)  # many times three heartbeats: what is shown is that nothing happens
+    assert (agent.watches_ever, agent.words, await names(registry)) == (1, 1, {"alpha": UP})
+    await registry.close()
+
+
 async def test_channel_is_kept_and_rebuilt_with_the_address(
     registry: HostRegistry, store: MemoryStore, agents: Any, tmp_path: Path
 ) -> None:
