@@ -140,7 +140,7 @@ SMALL: tuple[World, ...] = (
         budget=budget(host=1, word=1, crash_driver=1),
     ),
 )
-"""Some seconds in all."""
+"""A minute in all, on a core that is idle."""
 
 FULL: tuple[World, ...] = (
     World(
@@ -279,7 +279,7 @@ FULL: tuple[World, ...] = (
         budget=budget(host=1, word=1, crash_destination=1, lose=1),
     ),
 )
-"""Millions of states, the longest first; about a minute on two cores."""
+"""Some sixteen million states: a quarter of an hour on one core that others use as well, a third of that on one that is idle."""
 
 ROWS = frozenset((state and str(state), str(event)) for state, event in [*SOURCE.table, *DESTINATION.table])
 """The rows of both tables."""
