@@ -7,7 +7,7 @@ from agent.handshake.facts import check_movable
 from agent.handshake.owner import Owner
 from agent.handshake.phases import LocalHost, check_address
 from agent.handshake.records import options_from_proto
-from agent.hypervisor.base import Domain, DomainBusy, HypervisorError, Options
+from agent.hypervisor.base import Domain, HypervisorError, Options
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -36,10 +36,10 @@ class Departures:
         self._check_movable(domain)
         return domain
 
-    async def settle(self, domain: Domain) -> None:
+    async def settle(self, uuid: str, name: str) -> None:
         """What earlier migrations have left to do for the guest comes first. Raises DOMAIN_BUSY, DECLARED_DEAD."""
-        await self._attempts.cared_for(domain.uuid, domain.name)
-        await self._owner.ask_before_leaving(domain.uuid)
+        await self._attempts.cared_for(uuid, name)
+        await self._owner.ask_before_leaving(uuid)
 
     def _check_movable(self, domain: Domain) -> None:
         self._attempts.check_free(domain.uuid, domain.name)  # before the job that it holds in the hypervisor is told
@@ -50,8 +50,6 @@ class Departures:
         self._check_movable(domain)
         options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
         try:
-            if why := await self._host.hypervisor.hindrance(domain.name):
-                raise DomainBusy(why)
             await self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
         except HypervisorError as error:
             ours = from_hypervisor(error, self._host.name)

@@ -92,7 +92,8 @@ class PathProbes:
         """Raises NETWORK_NOT_FOUND; see `PathProbe.open`."""
         features = self._host.features
         probe = self._open[attempt] = await PathProbe.open(address, (features.first_port, features.last_port))
-        attempt.start("probe", self._hold(attempt, probe))
+        # However that ends: a task that is cancelled before it began runs none of its own code.
+        attempt.start("probe", self._used(attempt)).add_done_callback(lambda _: self._close(attempt, probe))
         return probe
 
     async def of(self, attempt: Attempt) -> pb.PathProbe:
@@ -100,13 +101,13 @@ class PathProbes:
         probe = self._open.get(attempt) or await self.open(attempt, attempt.record.listen)
         return probe.to_proto()
 
-    async def _hold(self, attempt: Attempt, probe: PathProbe) -> None:
-        try:
-            await attempt.until(_USED, 2 * self._host.lease_seconds)
-        finally:
-            probe.close()
-            if self._open.get(attempt) is probe:
-                del self._open[attempt]
+    async def _used(self, attempt: Attempt) -> None:
+        await attempt.until(_USED, 2 * self._host.lease_seconds)
+
+    def _close(self, attempt: Attempt, probe: PathProbe) -> None:
+        probe.close()
+        if self._open.get(attempt) is probe:
+            del self._open[attempt]
 
 
 async def prove(probe: pb.PathProbe | None, host: str, peer: str) -> str:

@@ -116,10 +116,15 @@ class SourceSide:
     async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
         watch = attempt.stopwatch = Stopwatch("begin")
         probe = request.probe if request.HasField("probe") else None
-        async with alongside(prove(probe, self._host.name, request.destination_host)) as proving:
+        async with (
+            alongside(prove(probe, self._host.name, request.destination_host)) as proving,
+            alongside(self._departures.settle(request.domain_uuid, request.domain)) as settling,
+        ):
             with watch.asking():
                 domain = await self._departures.check(request)
-            await self._departures.settle(domain)
+            await settling
+            if not request.domain_uuid:
+                await self._departures.settle(domain.uuid, domain.name)
             with self._attempts.claim(domain.uuid, domain.name):
                 attempt.saw(fact_of(domain))
                 with watch.asking():

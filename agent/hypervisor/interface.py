@@ -163,7 +163,8 @@ class Hypervisor(Protocol):
         ...
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
-        """Whether `Outgoing.begin` with these would succeed: raises what it would raise. The guest is left as it is."""
+        """Whether `Outgoing.begin` with these would succeed: raises what it would raise, and `DomainBusy` with its `hindrance` for a
+        guest that would not answer. The guest is left as it is."""
         ...
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:

@@ -178,6 +178,8 @@ class FakeHypervisor:
         return domain, Requirements(domain.name, domain.uuid, domain.memory_bytes, domain.vcpus, "x86_64", "pc", "kvm", "")
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
+        if why := await self.hindrance(self.domains[uuid].name):
+            raise DomainBusy(why)
         await self.called("check_leaving", uuid, options, destination_name, quiet=True)
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:

@@ -164,6 +164,11 @@ class Session:
                 self._leave_behind()
             raise _no_answer(self._pool.uri, self._call_timeout) from None
 
+    @staticmethod
+    def start(function: Callable[[Any], T], link: Link) -> "asyncio.Future[T | HypervisorError]":
+        """Like an unbounded `call` on that link, under way when this returns. The future has libvirt's error: see `unwrap`."""
+        return _in_thread(lambda: link.run(function))
+
     async def close(self) -> None:
         """Let go of the connection: it closes now, or when the last call on it returns."""
         link, self._link = self._link, None
@@ -253,6 +258,11 @@ class Pool:
 async def _result(running: "asyncio.Future[T | HypervisorError]", timeout: float | None) -> T:
     async with asyncio.timeout(timeout):
         result = await asyncio.shield(running)
+    return unwrap(result)
+
+
+def unwrap(result: T | HypervisorError) -> T:
+    """What a call gave back, or its error raised."""
     if isinstance(result, HypervisorError):
         raise result
     return result

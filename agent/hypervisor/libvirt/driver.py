@@ -122,12 +122,18 @@ class LibvirtHypervisor:
         return await self._pool.call(lambda connection: _describe(connection, domains.find(connection, reference)))
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
+        service = behind(self._uri)
+
+        def check(connection: Any) -> None:
+            domain = domains.by_uuid(connection, uuid)
+            if why := process.stopped(domain.name(), service.run):
+                raise DomainBusy(why)
+            leaving.check(domain, service, options, destination_name)
+
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 with leaving.refusals():
-                    await self._pool.call(
-                        lambda c: leaving.check(domains.by_uuid(c, uuid), behind(self._uri), options, destination_name)
-                    )
+                    await self._pool.call(check)
         except TimeoutError:
             raise DomainBusy(
                 f"libvirt has waited {CHECK_SECONDS:g} s for another job of the guest (a save, a snapshot, a device) or for "

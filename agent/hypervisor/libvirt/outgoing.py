@@ -34,7 +34,7 @@ from agent.hypervisor.base import (
 from agent.hypervisor.libvirt import connecting, leaving, phases, threads
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
-from agent.hypervisor.libvirt.connection import Link, Pool, Session
+from agent.hypervisor.libvirt.connection import Link, Pool, Session, unwrap
 from agent.hypervisor.libvirt.events import QEMU_MIGRATION
 from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle, stopped_by_user
 from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, refuse_half_a_guest, remove, state_of
@@ -77,7 +77,7 @@ class LibvirtOutgoing:
         self._must_hold = False  # it was aborted all the same
         self._begun: Link | None = None  # the connection that holds libvirt's migration job
         self._performed = False  # Perform succeeded on it: only now is there something to confirm
-        self._performing: asyncio.Future[tuple[bytes, Progress]] | None = None
+        self._performing: asyncio.Future[tuple[bytes, Progress] | HypervisorError] | None = None
         self._outcome_is_known = False  # libvirtd itself has said how Perform ended, or it was settled
         self._remember("", Options(), "")
 
@@ -133,9 +133,9 @@ class LibvirtOutgoing:
 
         live = words.wants(options, "live") and "paused" not in words.marks_of(domain_xml)
         stopping = asyncio.create_task(self._see_it_stop(self._events(), live), name="libvirt-switch-over")
-        self._performing = asyncio.ensure_future(self._session.call(perform, on=link, bounded=False))
+        self._performing = self._session.start(perform, link)
         try:
-            out, final = await asyncio.shield(self._performing)
+            out, final = unwrap(await asyncio.shield(self._performing))
         except HypervisorUnavailable:
             await self._guard.mend()
             raise

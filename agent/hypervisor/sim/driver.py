@@ -94,8 +94,11 @@ class SimHypervisor:
         return guest
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
+        guest = self._host.guest(uuid)
+        if why := await self.hindrance(guest.name):
+            raise DomainBusy(why)
         await self._host.gate("check_leaving")
-        await self._answering(self._host.guest(uuid))
+        await self._answering(guest)
         SimOutgoing(self._host, uuid).check(options)
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
