@@ -197,7 +197,7 @@ class SourceSide:
             if attempt.record.state in _STOPPED:
                 await self._obey(attempt, claimed, request)
             elif attempt.record.state != _S.PERFORMING:
-                await self._known(attempt, claimed, lambda: self._told(attempt, claimed, request, by_word=False))
+                await self._known(attempt, claimed, lambda: self._told_unread(attempt, claimed, request))
             record = await attempt.until(_ENDED, wait)
             return pb.ConfirmResponse(record=self._host.show(record, attempt.progress))
 
@@ -207,6 +207,12 @@ class SourceSide:
         decision = await self._peers.decision(attempt, request.destination_record, stated_dead=stated)
         told = functools.partial(self._told, attempt, decision.event, request, by_word=decision.by_statement)
         await attempt.apply(decision.event, told)
+
+    def _told_unread(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest) -> dict[str, object]:
+        """Of a Confirm for which no decision had to be read, when it came."""
+        if attempt.record.state in _STOPPED:
+            raise overtaken(attempt)
+        return self._told(attempt, event, request, by_word=False)
 
     def _told(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest, *, by_word: bool) -> dict[str, object]:
         """What a Confirm adds to the record. `by_word`: an operator's statement stands in for the destination's record."""
