@@ -54,7 +54,7 @@ Told = Callable[[], Mapping[str, Any]]
 
 
 class Attempt:
-    """One attempt on this host. `record` is what is durable; `changed` wakes whoever waits for more."""
+    """One attempt on this host. `record` is what is durable, or is being written; `changed` wakes whoever waits for more."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Attempt:
     # ---- events
 
     async def apply(self, event: str, told: Told = dict, **changes: Any) -> None:
-        """Take one event: step, make it durable, then start the effects. Survives the cancellation of its caller.
+        """Take one event: step, make it durable, then start the effects (beside it those of `_UNDONE`). Survives the cancellation of its caller.
 
         Raises:
             DroverError: WRONG_PHASE for a call that has no place in this state; what `told` raises; JOURNAL_UNAVAILABLE. Nothing

@@ -155,7 +155,7 @@ async def test_6_11_a_state_of_tomorrow_decides_nothing_and_is_asked_again(pair:
         if driver.waiting_for:
             told.append(driver.waiting_for)
 
-    for call in ("finish", "get_record"):
+    for call in ("finish", "get_record", "watch_record"):
         pair.to_destination.answer[call] = newer
     driver = pair.driver(on_change=noticed)
     await finished(driver)

@@ -293,7 +293,7 @@ class Line:
                     return
                 if self.is_cut():
                     raise self.unreachable()
-                yield response
+                yield self.answer.get("watch_record", lambda answer: answer)(response)
 
 
 class Pair:
