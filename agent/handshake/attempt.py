@@ -92,7 +92,8 @@ class Attempt:
     # ---- events
 
     async def apply(self, event: str, told: Told = dict, **changes: Any) -> None:
-        """Take one event: step, make it durable, then start the effects (beside it those of `_UNDONE`). Survives the cancellation of its caller.
+        """Take one event: step, make it durable, then start the effects (those of `_UNDONE` beside it). Survives the cancellation of
+        its caller.
 
         Raises:
             DroverError: WRONG_PHASE for a call that has no place in this state; what `told` raises; JOURNAL_UNAVAILABLE. Nothing
