@@ -1,8 +1,13 @@
 """What all tests share."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from clusterkit import Cluster
+
+# How long an example takes says how busy the machine is, and no more.
+settings.register_profile("drover", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("drover")
 
 for _module in ("documents", "migrating", "phases", "refusing"):
     pytest.register_assert_rewrite(f"tests.scenarios.{_module}")

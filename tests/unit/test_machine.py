@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.handshake.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
@@ -169,7 +169,6 @@ def test_stale_news_is_ignored_and_a_call_out_of_turn_is_refused(role: str) -> N
                 assert machine.step(state, event) is None
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(list(DestinationEvent)), max_size=40))
 def test_gone_is_for_ever(events: list[DestinationEvent]) -> None:
     """Whatever comes: a destination that has said GONE never prepares, starts or keeps a copy of this attempt."""
@@ -186,7 +185,6 @@ def test_gone_is_for_ever(events: list[DestinationEvent]) -> None:
             was_gone = was_gone or state is _D.GONE
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(list(SourceEvent)), max_size=40))
 def test_nothing_leaves_a_source_that_kept_its_guest(events: list[SourceEvent]) -> None:
     state: SourceState | None = None

@@ -222,7 +222,7 @@ def taken(check: Callable[[], Listen | str]) -> Listen | str | bool:
         return False
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.one_of(_uris, st.text(max_size=60)))
 def test_whatever_is_taken_points_at_an_address_of_the_destination(uri: str) -> None:
     if not taken(lambda: check_destination_uri(uri, NETWORKS, FEATURES)):
@@ -234,7 +234,7 @@ def test_whatever_is_taken_points_at_an_address_of_the_destination(uri: str) -> 
     assert FEATURES.first_port <= int(port) <= FEATURES.last_port
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.one_of(_uris, st.text(max_size=60)), st.sampled_from(["", "mig", "mgmt", "nowhere"]))
 def test_whatever_is_listened_on_is_an_own_address(uri: str, named: str) -> None:
     listen = taken(lambda: listen_on(NETWORKS, FEATURES, named, uri))

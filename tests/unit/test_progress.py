@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import Reason
@@ -280,7 +280,6 @@ def test_an_expected_end_needs_a_rate_and_a_guest_that_can_be_caught_up_with() -
 _amount = st.integers(0, 2**62)
 
 
-@settings(deadline=None)
 @given(_amount, _amount, _amount)
 def test_an_expected_end_is_a_range(remaining: int, rate: int, dirty: int) -> None:
     reading = handshake_pb2.Progress(remaining_bytes=remaining, bytes_per_second=rate, dirty_bytes_per_second=dirty)
@@ -295,7 +294,6 @@ def timing(name: str, start: float, seconds: float) -> handshake_pb2.PhaseTiming
     return handshake_pb2.PhaseTiming(phase=name, start_time=timestamp(start), hypervisor_duration=duration(seconds))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=8))
 def test_the_hypervisors_time_is_that_of_the_union(spans: list[tuple[int, int]]) -> None:
     covered = {second for start, length in spans for second in range(start, start + length)}

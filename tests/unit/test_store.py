@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import DroverError, Reason
@@ -392,7 +392,7 @@ _STEP = st.one_of(
 
 
 @given(st.lists(_STEP, max_size=25))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 async def test_same_answers(steps: list[tuple]) -> None:  # type: ignore[type-arg]
     model, clock = Model(), Clock()
     with tempfile.TemporaryDirectory() as directory:
