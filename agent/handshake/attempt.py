@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 import structlog
@@ -27,11 +27,17 @@ from drover.agent.v1 import handshake_pb2 as pb
 log = structlog.get_logger()
 
 
-EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
-"""Carries out one effect and reports what came of it with `Attempt.apply`."""
+class Effects(Protocol):
+    """What a machine does to the hypervisor."""
 
-LetGo = Callable[["Attempt"], Awaitable[None]]
-"""Closes the attempt's connection to the hypervisor, now or when what is under way on it has ended. Raises nothing."""
+    async def run(self, attempt: "Attempt", effect: str) -> None:
+        """Carry out one effect, and report what came of it with `Attempt.report`."""
+        ...
+
+    async def let_go(self, attempt: "Attempt") -> None:
+        """Close the attempt's connection to the hypervisor, now or when what is under way on it has ended. Raises nothing."""
+        ...
+
 
 _UNDONE: Final = frozenset({SourceEffect.BEGIN, DestinationEffect.PREPARE})
 """Effects that the hypervisor undoes by itself when their connection closes, as it does when the agent dies: a record that is lost
@@ -60,8 +66,7 @@ class Attempt:
         self,
         record: AttemptRecord,
         journal: Journal,
-        run_effect: EffectRunner,
-        let_go: LetGo,
+        effects: Effects,
         look: Look,
         hindrance: Hindrance,
         on_final: Callable[["Attempt"], None],
@@ -74,8 +79,7 @@ class Attempt:
         self.opening: asyncio.Task[None] | None = None
         """What makes this attempt known, while that is under way."""
         self._journal = journal
-        self._run_effect = run_effect
-        self._let_go = let_go
+        self._effects = effects
         self._look = look
         self._hindrance = hindrance
         self._seen_at = float("-inf")
@@ -141,7 +145,7 @@ class Attempt:
         except BaseException:
             for task in tasks:
                 task.cancel()
-            await self._let_go(self)
+            await self._effects.let_go(self)
             self.record = msgspec.structs.replace(before, seen=self.record.seen)
             self.wake()
             raise
@@ -195,7 +199,7 @@ class Attempt:
     async def _carry_out(self, effect: str) -> None:
         """The effect itself is told from what came of it: `report` stands between them."""
         failpoint(self.record.role, effect, "effect.before")
-        await self._run_effect(self, effect)
+        await self._effects.run(self, effect)
 
     async def report(self, event: str, **changes: Any) -> None:
         """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened. News that something

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from agent.bell import Bell
 from agent.errors import DroverError, Reason, invalid_field
-from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, LetGo, Look
+from agent.handshake.attempt import Attempt, Effects, Hindrance, Look
 from agent.handshake.destination import DestinationState
 from agent.handshake.records import AttemptRecord, Role
 from agent.handshake.source import SourceEffect, SourceState
@@ -35,8 +35,7 @@ class Attempts:
 
     def __init__(self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None]) -> None:
         self.journal = journal
-        self.effects: Mapping[Role, EffectRunner] = {}
-        self.let_go: Mapping[Role, LetGo] = {}
+        self.effects: Mapping[Role, Effects] = {}
         self._look = look
         self._hindrance = hindrance
         self._on_final = on_final
@@ -49,8 +48,7 @@ class Attempts:
 
     def adopt(self, record: AttemptRecord) -> Attempt:
         """Make the attempt of a record."""
-        role = record.role
-        attempt = Attempt(record, self.journal, self.effects[role], self.let_go[role], self._look, self._hindrance, self._on_final)
+        attempt = Attempt(record, self.journal, self.effects[record.role], self._look, self._hindrance, self._on_final)
         self._by_id.pop(record.migration_id, None)
         self._by_id[record.migration_id] = attempt
         self._trim()

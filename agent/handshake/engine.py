@@ -17,6 +17,7 @@ from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.departure import Departures
 from agent.handshake.destination import DestinationEvent
+from agent.handshake.destination_effects import DestinationEffects
 from agent.handshake.destination_side import DestinationSide
 from agent.handshake.heard import Heard
 from agent.handshake.owner import Owner
@@ -25,6 +26,7 @@ from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import LocalHost, hindrance, is_driver, see
 from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role
 from agent.handshake.source import SourceEvent
+from agent.handshake.source_effects import SourceEffects
 from agent.handshake.source_side import SourceSide
 from agent.handshake.transfer import Transfers
 from agent.journal import Journal
@@ -54,10 +56,10 @@ class Engine:
         self._owner = Owner(host, self._attempts, other_side)
         peers = PeerRecords(host.name, other_side, heard)
         self._source = SourceSide(host, self._attempts, take_over, peers, Departures(host, self._attempts, self._owner))
-        transfers = Transfers(host, self._attempts, self._source.session, other_side)
-        self._destination = DestinationSide(host, self._attempts, slots, self._owner, peers)
-        self._attempts.effects = {Role.SOURCE: self._source.run, Role.DESTINATION: self._destination.run}
-        self._attempts.let_go = {Role.SOURCE: self._source.let_go, Role.DESTINATION: self._destination.let_go}
+        self._destination = DestinationSide(host, self._attempts, slots, peers, self._owner)
+        leaving, self._arriving = SourceEffects(host, peers), DestinationEffects(host, journal)
+        self._attempts.effects = {Role.SOURCE: leaving, Role.DESTINATION: self._arriving}
+        transfers = Transfers(host, self._attempts, leaving.session, other_side)
         self.changed = self._attempts.changed
         """Rings whenever an attempt begins or ends here."""
         self.reserve_slot = self._destination.reserve_slot
@@ -106,6 +108,7 @@ class Engine:
     def _ended(self, attempt: Attempt) -> None:
         if attempt.record.role is Role.DESTINATION:
             self._destination.on_final(attempt)
+            attempt.start("close", self._arriving.close(attempt))
         self._aftercare.start(attempt)
         self.changed.ring()
 

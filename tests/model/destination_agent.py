@@ -1,4 +1,4 @@
-"""The destination's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.destination_side`."""
+"""The destination's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.destination_effects`."""
 
 from collections.abc import Iterator
 

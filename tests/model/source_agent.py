@@ -1,4 +1,4 @@
-"""The source's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.source_side`."""
+"""The source's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.source_effects`."""
 
 from collections.abc import Iterator
 

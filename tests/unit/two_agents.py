@@ -14,11 +14,11 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 import agent.handshake.attempt
-import agent.handshake.destination_side
+import agent.handshake.destination_effects
 import agent.handshake.driver
 import agent.handshake.owner
 import agent.handshake.phases
-import agent.handshake.source_side
+import agent.handshake.source_effects
 import agent.journal
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
@@ -365,7 +365,7 @@ class QuickAsyncio:
 def quicker(monkeypatch: pytest.MonkeyPatch, by: float = 20) -> None:
     """The pauses of the handshake before it tries again are shorter; everything else is as it is."""
     of = agent.handshake
-    for module in (of.driver, of.attempt, of.source_side, of.destination_side, of.owner, of.phases):
+    for module in (of.driver, of.attempt, of.source_effects, of.destination_effects, of.owner, of.phases):
         monkeypatch.setattr(module, "asyncio", QuickAsyncio(by))
     monkeypatch.setattr(agent.handshake.driver, "LONG_POLL", 0.1)
 
