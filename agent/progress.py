@@ -195,7 +195,7 @@ def impossible(before: pb.Migration) -> pb.Migration:
 
 def _copy_records(migration: pb.Migration, driver: Driver) -> None:
     records = [record for record in (driver.source_record, driver.destination_record) if record is not None]
-    told = [*(t for t in migration.timings if t.phase == "plan"), *(t for r in records for t in r.timings)]
+    told = [*(t for t in migration.timings if t.phase == "plan"), *(t for r in records for t in r.timings if t.phase != "plan")]
     if timings := sorted(told, key=lambda t: _ORDER.get(t.phase, len(_ORDER))):
         del migration.timings[:]
         migration.timings.extend(timings)

@@ -7,7 +7,6 @@ import grpc.aio
 import structlog
 
 from agent.host import AgentHost
-from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2, host_pb2_grpc
 
 log = structlog.get_logger()
@@ -23,9 +22,8 @@ async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: s
     while True:
         pause = _RETRY_SECONDS
         try:
-            is_here = host.describe()
-            identity = agent_pb.Host(name=is_here.name, host_uuid=is_here.host_uuid)
-            request = host_pb2.RegisterHostRequest(host=identity, agent_address=address)
+            # Name and UUID would do; a coordinator of an older version takes all of it from here.
+            request = host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address)
             response = await stub.RegisterHost(request, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             if told != (told := f"{error.code().name}: {error.details()}"):

@@ -92,7 +92,7 @@ class Proofs:
             if error.reason in _NO_ANSWER:
                 raise
             # Anything may listen there and say anything; its words are not those of this coordinator.
-            text = f"what answers at {address} is no agent that can be asked: {error.message}"
+            text = f"what answers at {address} is no agent, or cannot be asked now: {error.message}"
             raise DroverError(Reason.HOST_UNREACHABLE, text, metadata={"peer": address}) from None
         finally:
             self._asking -= 1

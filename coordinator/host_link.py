@@ -108,7 +108,8 @@ class HostLink:
         self._silence_seconds = HEARTBEATS_MISSED * heartbeat_seconds
         self._channel: grpc.aio.Channel | None = None
         self._lanes = lanes
-        self._repeats = True
+        self.repeats = True
+        """The agent repeats its word when nothing changes."""
         self.connected = False
         """The watch is open, and something was heard on it."""
         self._on_word = on_word
@@ -210,7 +211,7 @@ class HostLink:
                 call = rpc.HostServiceStub(self.channel).WatchHost(self._request, wait_for_ready=True)
                 more = self._heard(await call.read())
             while more:
-                async with asyncio.timeout(self._silence_seconds if self._repeats else None):
+                async with asyncio.timeout(self._silence_seconds if self.repeats else None):
                     response = await call.read()
                 more = self._heard(response)
         finally:
@@ -221,7 +222,7 @@ class HostLink:
         """Take one answer of the watch; False at the end of the stream."""
         if not isinstance(response, pb.WatchHostResponse):
             return False
-        self._repeats = response.HasField("send_time")
+        self.repeats = response.HasField("send_time")
         self._on_word(self, Word(checked_answer(response, self.address).host, response.send_time.ToNanoseconds()))
         self.connected = True
         return True

@@ -72,6 +72,8 @@ def shown(entry: KnownHost, monotonic: float, wall: float) -> pb.ClusterHost:
     host.CopyFrom(entry.known)
     by_wall = wall - entry.known.last_seen_time.ToNanoseconds() / 1e9
     age = by_wall if entry.heard_at is None else monotonic - entry.heard_at
+    if entry.link.connected and not entry.link.repeats:
+        age = 0.0  # an agent of an older version, whose watch stands
     host.last_seen_by_wall_clock = entry.heard_at is None
     host.last_seen_age.FromNanoseconds(int(max(0.0, age) * 1e9))
     return host

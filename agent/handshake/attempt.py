@@ -6,8 +6,8 @@ The work belongs to the attempt, not to whoever asked: a caller that goes away c
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
-from typing import Any, Final, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -15,11 +15,9 @@ import structlog
 from agent.bell import Bell
 from agent.errors import DroverError, Reason
 from agent.failpoints import failpoint
-from agent.handshake.destination import DestinationEffect
 from agent.handshake.guest_fact import GuestFact
 from agent.handshake.machine import Refused
 from agent.handshake.records import MACHINES, AttemptRecord
-from agent.handshake.source import SourceEffect
 from agent.handshake.stopwatch import Stopwatch
 from agent.journal import Journal
 from drover.agent.v1 import handshake_pb2 as pb
@@ -27,21 +25,8 @@ from drover.agent.v1 import handshake_pb2 as pb
 log = structlog.get_logger()
 
 
-class Effects(Protocol):
-    """What a machine does to the hypervisor."""
-
-    async def run(self, attempt: "Attempt", effect: str) -> None:
-        """Carry out one effect, and report what came of it with `Attempt.report`."""
-        ...
-
-    async def let_go(self, attempt: "Attempt") -> None:
-        """Close the attempt's connection to the hypervisor, now or when what is under way on it has ended. Raises nothing."""
-        ...
-
-
-_UNDONE: Final = frozenset({SourceEffect.BEGIN, DestinationEffect.PREPARE})
-"""Effects that the hypervisor undoes by itself when their connection closes, as it does when the agent dies: a record that is lost
-with the agent does no harm, so it is written beside them (as in tests/model)."""
+EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
+"""Carries out one effect and reports what came of it with `Attempt.apply`."""
 
 Look = Callable[["Attempt"], Awaitable[None]]
 """Asks the hypervisor what is true of the guest, within a deadline, and hands the answer to `Attempt.saw`. Raises nothing."""
@@ -60,16 +45,17 @@ Told = Callable[[], Mapping[str, Any]]
 
 
 class Attempt:
-    """One attempt on this host. `record` is what is durable, or is being written; `changed` wakes whoever waits for more."""
+    """One attempt on this host. `record` is what is durable; `changed` wakes whoever waits for more."""
 
     def __init__(
         self,
         record: AttemptRecord,
         journal: Journal,
-        effects: Effects,
+        run_effect: EffectRunner,
         look: Look,
         hindrance: Hindrance,
         on_final: Callable[["Attempt"], None],
+        on_idle: Callable[["Attempt"], None],
     ) -> None:
         self.record = record
         self.progress: pb.Progress | None = None
@@ -79,12 +65,14 @@ class Attempt:
         self.opening: asyncio.Task[None] | None = None
         """What makes this attempt known, while that is under way."""
         self._journal = journal
-        self._effects = effects
+        self._run_effect = run_effect
         self._look = look
         self._hindrance = hindrance
         self._seen_at = float("-inf")
         self._told = ""
         self._on_final = on_final
+        self._on_idle = on_idle
+        self._applying = 0
         self._machine = MACHINES[record.role]
         self._lock = asyncio.Lock()
         self._bell = Bell()
@@ -96,8 +84,7 @@ class Attempt:
     # ---- events
 
     async def apply(self, event: str, told: Told = dict, **changes: Any) -> None:
-        """Take one event: step, make it durable, then start the effects (those of `_UNDONE` beside it). Survives the cancellation of
-        its caller.
+        """Take one event: step, make it durable, then start the effects. Survives the cancellation of its caller.
 
         Raises:
             DroverError: WRONG_PHASE for a call that has no place in this state; what `told` raises; JOURNAL_UNAVAILABLE. Nothing
@@ -106,8 +93,13 @@ class Attempt:
         await asyncio.shield(asyncio.ensure_future(self._apply(event, told, changes)))
 
     async def _apply(self, event: str, told: Told, changes: Mapping[str, Any]) -> None:
-        async with self._lock:
-            await self._step(event, told, changes)
+        self._applying += 1
+        try:
+            async with self._lock:
+                await self._step(event, told, changes)
+        finally:
+            self._applying -= 1
+            self._tell_idle()
 
     async def _step(self, event: str, told: Told, changes: Mapping[str, Any]) -> None:
         state = self.record.state or None
@@ -121,34 +113,12 @@ class Attempt:
         changes = {**changes, **told()}
         if transition.state in self._machine.final and transition.state != state:
             await self._see_the_end()
-        if transition.state == state and not changes:
-            self._begin(transition.effects)
-            return
-        record = self.record.changed(state=transition.state, **changes)
-        failpoint(self.record.role, event, "journal.before")
-        if _is_undone(record, transition.effects):
-            await self._put_beside(record, transition.effects)
-        else:
-            await self._put(record)
-            self._begin(transition.effects)
-        failpoint(self.record.role, event, "journal.after")
-
-    def _begin(self, effects: Iterable[str]) -> "list[asyncio.Task[None]]":
-        return [self.start(effect, self._carry_out(effect)) for effect in effects]
-
-    async def _put_beside(self, record: AttemptRecord, effects: Iterable[str]) -> None:
-        """Write the record while its effects are under way. Where it cannot be written, they are undone, and nothing was."""
-        before, self.record = self.record, record
-        tasks = self._begin(effects)
-        try:
-            await self._put(record)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await self._effects.let_go(self)
-            self.record = msgspec.structs.replace(before, seen=self.record.seen)
-            self.wake()
-            raise
+        if transition.state != state or changes:
+            failpoint(self.record.role, event, "journal.before")
+            await self._put(self.record.changed(state=transition.state, **changes))
+            failpoint(self.record.role, event, "journal.after")
+        for effect in transition.effects:
+            self.start(effect, self._carry_out(effect))
 
     def saw(self, fact: GuestFact | None, *, look_again: bool = False) -> None:
         """Remember what the hypervisor has said of the guest. `look_again`: it said so only by the success of a phase, and a record
@@ -199,7 +169,7 @@ class Attempt:
     async def _carry_out(self, effect: str) -> None:
         """The effect itself is told from what came of it: `report` stands between them."""
         failpoint(self.record.role, effect, "effect.before")
-        await self._effects.run(self, effect)
+        await self._run_effect(self, effect)
 
     async def report(self, event: str, **changes: Any) -> None:
         """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened. News that something
@@ -257,6 +227,15 @@ class Attempt:
     def busy(self) -> bool:
         """A call or an effect is under way."""
         return bool(self._calls or self._tasks or self.opening is not None)
+
+    @property
+    def in_use(self) -> bool:
+        """A call is under way, or an event is being taken whose caller may have gone away."""
+        return bool(self._calls or self._applying)
+
+    def _tell_idle(self) -> None:
+        if not self.in_use:
+            self._on_idle(self)
 
     def running(self, *names: str) -> list[asyncio.Task[None]]:
         return [task for task, name in self._tasks.items() if name in names]
@@ -333,11 +312,7 @@ class Attempt:
         finally:
             self._calls -= 1
             self._rearm()
-
-
-def _is_undone(record: AttemptRecord, effects: Collection[str]) -> bool:
-    """Whether nothing of the effects outlives this agent. An autostart flag that they switch off does."""
-    return bool(effects) and _UNDONE.issuperset(effects) and not record.autostart and not record.had_definition
+            self._tell_idle()
 
 
 def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> DroverError:

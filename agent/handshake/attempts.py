@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final
 
 from agent.bell import Bell
 from agent.errors import DroverError, Reason, invalid_field
-from agent.handshake.attempt import Attempt, Effects, Hindrance, Look
+from agent.handshake.attempt import Attempt, EffectRunner, Hindrance, Look
 from agent.handshake.destination import DestinationState
 from agent.handshake.records import AttemptRecord, Role
 from agent.handshake.source import SourceEffect, SourceState
@@ -35,7 +35,7 @@ class Attempts:
 
     def __init__(self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None]) -> None:
         self.journal = journal
-        self.effects: Mapping[Role, Effects] = {}
+        self.effects: Mapping[Role, EffectRunner] = {}
         self._look = look
         self._hindrance = hindrance
         self._on_final = on_final
@@ -48,7 +48,15 @@ class Attempts:
 
     def adopt(self, record: AttemptRecord) -> Attempt:
         """Make the attempt of a record."""
-        attempt = Attempt(record, self.journal, self.effects[record.role], self._look, self._hindrance, self._on_final)
+        attempt = Attempt(
+            record,
+            self.journal,
+            self.effects[record.role],
+            self._look,
+            self._hindrance,
+            self._on_final,
+            self._forget_unless_known,
+        )
         self._by_id.pop(record.migration_id, None)
         self._by_id[record.migration_id] = attempt
         self._trim()
@@ -74,21 +82,14 @@ class Attempts:
             self.changed.ring()
         finally:
             attempt.opening = None
-            self.forget_unless_known(attempt)
+            self._forget_unless_known(attempt)
 
-    def forget_unless_known(self, attempt: Attempt) -> None:
-        """An attempt whose first event was refused never was."""
-        if not attempt.record.state and attempt.opening is None and self._by_id.get(attempt.record.migration_id) is attempt:
+    def _forget_unless_known(self, attempt: Attempt) -> None:
+        """One that `of` made for a call, and that is not known when nobody uses it any more, never was."""
+        is_used = bool(attempt.record.state) or attempt.opening is not None or attempt.in_use
+        if not is_used and self._by_id.get(attempt.record.migration_id) is attempt:
             del self._by_id[attempt.record.migration_id]
             attempt.drop()
-
-    @contextlib.asynccontextmanager
-    async def forgotten_unless_known(self, attempt: Attempt) -> AsyncIterator[None]:
-        """Around a call that asks before it applies its event: it may be refused, or its caller leave, while it asks."""
-        try:
-            yield
-        finally:
-            self.forget_unless_known(attempt)
 
     @contextlib.contextmanager
     def claim(self, uuid: str, name: str) -> Iterator[None]:

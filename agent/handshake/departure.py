@@ -20,11 +20,14 @@ class Departures:
         self._attempts = attempts
         self._owner = owner
 
-    async def check(self, request: pb.BeginRequest) -> Domain:
-        """The guest of a Begin. Raises `DroverError` for everything that can be refused by looking."""
+    def check_request(self, request: pb.BeginRequest) -> None:
+        """What of a Begin can be refused without asking anybody. Raises `DroverError`."""
         self._host.check_not_draining()
         check_address(request.destination_agent, "destination_agent")
         check_options(request.options, self._host.features, f"the source {self._host.name}")
+
+    async def check(self, request: pb.BeginRequest) -> Domain:
+        """The guest of a Begin. Raises `DroverError` for everything that can be refused by looking."""
         hypervisor = self._host.hypervisor
         try:
             if request.domain_uuid:

@@ -196,9 +196,5 @@ class DestinationEffects:
         """An attempt has ended: let go of its hypervisor once nothing is under way there."""
         self._copies.stop(attempt)
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
-        await self.let_go(attempt)
-
-    async def let_go(self, attempt: Attempt) -> None:
-        """See `attempt.LetGo`."""
         if session := self._sessions.pop(attempt, None):
             await session.close()

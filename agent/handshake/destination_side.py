@@ -9,7 +9,7 @@ from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
 from agent.features import settled
 from agent.handshake.arrival import check_arrival, never_here
-from agent.handshake.attempt import Attempt, Told
+from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
 from agent.handshake.owner import Owner
@@ -119,7 +119,7 @@ class DestinationSide:
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.PREPARE):
-            await self._known(attempt, _E.PREPARE, lambda: self._prepared(attempt, request))
+            await attempt.apply(_E.PREPARE, lambda: self._prepared(attempt, request))
             record = await attempt.until(_AFTER_PREPARE, MAX_WAIT)
             if record.state == _S.GONE and record.failure is not None:
                 raise record.failure.error()
@@ -153,7 +153,7 @@ class DestinationSide:
     async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.FINISH):
-            await self._known(attempt, _E.FINISH, lambda: self._finished(attempt, request))
+            await attempt.apply(_E.FINISH, lambda: self._finished(attempt, request))
             record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
             return pb.FinishResponse(record=self._host.show(record), cookie_out=record.cookies.get("finish", b""))
 
@@ -169,7 +169,7 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
         stated = request.HasField("operator_word")
-        async with attempt.called(event), self._attempts.forgotten_unless_known(attempt):
+        async with attempt.called(event):
             check_same(attempt, self._host.name, domain_uuid=request.domain_uuid, peer_host=request.source_host)
             told: dict[str, object] = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
             if stated:
@@ -190,13 +190,6 @@ class DestinationSide:
             await attempt.apply(event, changes)
             record = await attempt.until(_DECIDED, MAX_WAIT)
             return pb.AbandonResponse(record=self._host.show(record))
-
-    async def _known(self, attempt: Attempt, event: DestinationEvent, told: Told) -> None:
-        """Apply a call; an attempt that was made for a call that was refused is forgotten again."""
-        try:
-            await attempt.apply(event, told)
-        finally:
-            self._attempts.forget_unless_known(attempt)
 
     # ---- the lease
 

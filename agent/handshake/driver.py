@@ -239,7 +239,7 @@ class Driver(Knowledge):
         if side not in self._followed():
             return
         try:
-            async for response in peer.watch_record(pb.WatchRecordRequest(ref=self.ref, driver=self._token)):
+            async for response in peer.watch_record(pb.WatchRecordRequest(ref=self.ref, driver=self._token, driving=True)):
                 saw(response.record)
                 if side not in self._followed():
                     return

@@ -58,7 +58,7 @@ class Engine:
         self._source = SourceSide(host, self._attempts, take_over, peers, Departures(host, self._attempts, self._owner))
         self._destination = DestinationSide(host, self._attempts, slots, peers, self._owner)
         leaving, self._arriving = SourceEffects(host, peers), DestinationEffects(host, journal)
-        self._attempts.effects = {Role.SOURCE: leaving, Role.DESTINATION: self._arriving}
+        self._attempts.effects = {Role.SOURCE: leaving.run, Role.DESTINATION: self._arriving.run}
         transfers = Transfers(host, self._attempts, leaving.session, other_side)
         self.changed = self._attempts.changed
         """Rings whenever an attempt begins or ends here."""

@@ -20,10 +20,17 @@ class Heard:
     def __init__(self) -> None:
         self._records: dict[tuple[str, str, int], tuple[float, pb.Record]] = {}
 
-    def note(self, address: str, record: pb.Record) -> None:
-        """An agent at that address has answered with its record."""
-        key = (address, record.ref.migration_id, record.ref.attempt)
-        self._records.pop(key, None)
+    def note(self, address: str, ref: pb.AttemptRef, record: pb.Record | None) -> None:
+        """An agent at that address has answered with its record of an attempt. None: it gave none, and nothing is known.
+        An answer that was overtaken by a newer one changes nothing.
+        """
+        key = (address, ref.migration_id, ref.attempt)
+        known = self._records.pop(key, None)
+        if record is None:
+            return
+        if known is not None and known[1].revision > record.revision:
+            self._records[key] = known
+            return
         self._records[key] = (time.monotonic(), record)
         if len(self._records) > _KEPT:
             del self._records[next(iter(self._records))]

@@ -24,8 +24,7 @@ class Refused(Exception):  # noqa: N818 - an answer, not a fault
 
 @dataclass(frozen=True)
 class Transition(Generic[S, F]):
-    """Where an event leads. The new state is made durable first, then the effects are started, but for those that the
-    hypervisor undoes by itself (`attempt`)."""
+    """Where an event leads. The new state is made durable first, then the effects are started."""
 
     state: S
     effects: tuple[F, ...] = ()

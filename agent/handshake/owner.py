@@ -85,11 +85,13 @@ class Owner:
         if source is None:
             return False
         try:
+            name = (await source.get_host(host_pb2.GetHostRequest())).host.name  # an address can pass to another agent
             found = await source.get_domain(host_pb2.GetDomainRequest(domain=attempt.record.domain_uuid))
         except DroverError as error:
             log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
             return False
-        return yields_unrecorded(_fact(found.domain))
+        is_its_guest = (name, found.domain.uuid) == (attempt.record.peer_host, attempt.record.domain_uuid)
+        return is_its_guest and yields_unrecorded(_fact(found.domain))
 
     async def ask_before_leaving(self, domain_uuid: str) -> None:
         """Before a guest moves on that came here: its source has ended, or says that a statement took the guest from this host.
@@ -174,16 +176,19 @@ class Owner:
             return
         word = self._word_in(source)
         if word and source.state in _KEEPS:
-            await self._disown(attempt, word)
+            # Whoever waits may go away; the guest is claimed until the record says that it is not this host's.
+            await asyncio.shield(attempt.start("disowning", self._disown(attempt, word)))
         elif source.state in _ENDED:
             await attempt.note(settled=True)
 
     async def _disown(self, attempt: Attempt, word: dict[str, Any]) -> None:
         record = attempt.record
-        # A later attempt at the guest that is under way ends first.
-        with self._attempts.claim(record.domain_uuid, record.domain_name):
-            log.error("this host was declared dead; its copy is disowned", migration=record.migration_id)
-            await attempt.report(DestinationEvent.DISOWNED, **word)
+        try:
+            with self._attempts.claim(record.domain_uuid, record.domain_name):
+                log.error("this host was declared dead; its copy is disowned", migration=record.migration_id)
+                await attempt.report(DestinationEvent.DISOWNED, **word)
+        except DroverError as error:  # a later attempt at the guest that is under way ends first
+            log.info("a copy is not disowned yet", migration=record.migration_id, error=error.message)
 
     async def _source_record(self, attempt: Attempt) -> pb.Record | None:
         """None where the address of the source's agent was not told. Raises what keeps it from saying."""

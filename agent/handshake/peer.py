@@ -34,4 +34,6 @@ class HandshakePeer(Protocol):
 class OtherHost(HandshakePeer, Protocol):
     """The host on the other side of an attempt, which is asked for what is true there as well."""
 
+    async def get_host(self, request: host_pb2.GetHostRequest) -> host_pb2.GetHostResponse: ...
+
     async def get_domain(self, request: host_pb2.GetDomainRequest) -> host_pb2.GetDomainResponse: ...

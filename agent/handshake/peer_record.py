@@ -1,7 +1,6 @@
 """Reads the record of the other host of an attempt, so that nobody's word is taken for it."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -108,9 +107,13 @@ class PeerRecords:
         peer = self._peer_of(attempt)
         if peer is None or self._heard.of(attempt.record) is not None:
             return
-        with contextlib.suppress(DroverError):
-            async for response in peer.watch_record(pb.WatchRecordRequest(ref=attempt.record.ref)):
-                self._heard.note(attempt.record.peer_agent, response.record)
+        address, ref = attempt.record.peer_agent, attempt.record.ref
+        try:
+            async for response in peer.watch_record(pb.WatchRecordRequest(ref=ref)):
+                self._heard.note(address, ref, response.record)
+        except DroverError as error:
+            log.info("the other host is not heard any more", migration=ref.migration_id, error=error.message)
+            self._heard.note(address, ref, None)
 
     async def decision(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> Decision:
         """What a source that has stopped its guest is to do, by the destination's record.

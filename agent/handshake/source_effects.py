@@ -174,7 +174,7 @@ class SourceEffects:
         with timed("confirm") as watch:
             await retry(attempt, "removing the copy at the source", remove)
         await attempt.report(_E.REMOVE_DONE, timings=(*attempt.record.timings, watch.timing))
-        await self.let_go(attempt)
+        await self._let_go(attempt)
 
     async def _resume(self, attempt: Attempt) -> None:
         changes: dict[str, object] = {}
@@ -194,10 +194,9 @@ class SourceEffects:
 
     async def _release(self, attempt: Attempt) -> None:
         await attempt.ended(_F.BEGIN, _F.PERFORM, _F.RESUME, _F.ABORT)
-        await self.let_go(attempt)
+        await self._let_go(attempt)
 
-    async def let_go(self, attempt: Attempt) -> None:
-        """See `attempt.LetGo`."""
+    async def _let_go(self, attempt: Attempt) -> None:
         attempt.stop("guest")
         attempt.stop("peer")
         self._followers.pop(attempt, None)

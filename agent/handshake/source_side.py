@@ -9,7 +9,7 @@ import structlog
 from agent.alongside import alongside
 from agent.errors import Reason, invalid_field
 from agent.features import check_bandwidth, settled
-from agent.handshake.attempt import Attempt, Told
+from agent.handshake.attempt import Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.departure import Departures
 from agent.handshake.guest_fact import fact_of
@@ -94,6 +94,7 @@ class SourceSide:
         return changes
 
     async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
+        self._departures.check_request(request)
         watch = attempt.stopwatch = Stopwatch("begin")
         probe = request.probe if request.HasField("probe") else None
         async with (
@@ -132,7 +133,7 @@ class SourceSide:
                 uri = read_uri(request.uri, self._host.features.uri_transports)
                 check_proved(attempt.record, str(uri.host), self._host.name)
                 await self._peers.check_uri(attempt, uri, request.destination_record)
-            await self._known(attempt, _E.PERFORM, lambda: self._performed(attempt, request, checked=checked))
+            await attempt.apply(_E.PERFORM, lambda: self._performed(attempt, request, checked=checked))
             record = await attempt.until(_AFTER_PERFORM, wait_of(request.wait, unset=0.0))
             return pb.PerformResponse(
                 record=self._host.show(record, attempt.progress), cookie_out=record.cookies.get("perform", b"")
@@ -157,7 +158,7 @@ class SourceSide:
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.ABORT):
-            await self._known(attempt, _E.ABORT, lambda: self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
+            await attempt.apply(_E.ABORT, lambda: self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
             return pb.AbortResponse(record=self._host.show(record, attempt.progress))
 
@@ -177,7 +178,7 @@ class SourceSide:
             if attempt.record.state in _STOPPED:
                 await self._obey(attempt, claimed, request)
             elif attempt.record.state != _S.PERFORMING:
-                await self._known(attempt, claimed, lambda: self._told_unread(attempt, claimed, request))
+                await attempt.apply(claimed, lambda: self._told_unread(attempt, claimed, request))
             record = await attempt.until(_ENDED, wait)
             return pb.ConfirmResponse(record=self._host.show(record, attempt.progress))
 
@@ -204,13 +205,6 @@ class SourceSide:
         if request.cookie_in:
             told["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
         return told
-
-    async def _known(self, attempt: Attempt, event: SourceEvent, told: Told) -> None:
-        """Apply a call that cannot be the first one; an attempt that it would have made is forgotten again."""
-        try:
-            await attempt.apply(event, told)
-        finally:
-            self._attempts.forget_unless_known(attempt)
 
     @staticmethod
     def _why(attempt: Attempt, reason: Reason, message: str) -> dict[str, object]:

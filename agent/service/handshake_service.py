@@ -79,11 +79,15 @@ class HandshakeServicer(rpc.HandshakeServiceServicer):
 
 class RemotePeer:
     """A `HandshakePeer` over a channel, asked for at every call: it is another one when the agent has moved. What asking for it
-    raises, the call raises. `name` is the host's, for errors. `heard` is handed every record that it answers with.
+    raises, the call raises. `name` is the host's, for errors. `heard` is handed every record that it answers a call about an attempt
+    with; None where it answers none.
     """
 
     def __init__(
-        self, channel: Callable[[], grpc.aio.Channel], name: str, heard: Callable[[pb.Record], None] = lambda _: None
+        self,
+        channel: Callable[[], grpc.aio.Channel],
+        name: str,
+        heard: Callable[[pb.AttemptRef, pb.Record | None], None] = lambda _ref, _record: None,
     ) -> None:
         self._channel = channel
         self._name = name
@@ -93,9 +97,13 @@ class RemotePeer:
     async def _call(self, method: str, request: Any, timeout: float = CALL_SECONDS) -> Any:
         if "wait" in request.DESCRIPTOR.fields_by_name:
             timeout = wait_of(request.wait, unset=0.0) + QUESTION_SECONDS
-        with errors_of(self._name):
-            response = checked_answer(await getattr(self._stub(), method)(request, timeout=timeout), self._name)
-        self._heard(response.record)
+        record = None
+        try:
+            with errors_of(self._name):
+                response = checked_answer(await getattr(self._stub(), method)(request, timeout=timeout), self._name)
+            record = response.record
+        finally:
+            self._heard(request.ref, record)
         return response
 
     def _stub(self) -> "rpc.HandshakeServiceAsyncStub":
@@ -131,6 +139,11 @@ class RemotePeer:
 
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
         return await self._call("GetRecord", request, QUESTION_SECONDS)  # type: ignore[no-any-return]
+
+    async def get_host(self, request: host_pb2.GetHostRequest) -> host_pb2.GetHostResponse:
+        call = host_pb2_grpc.HostServiceStub(self._channel()).GetHost
+        with errors_of(self._name):
+            return checked_answer(await call(request, timeout=QUESTION_SECONDS), self._name)
 
     async def get_domain(self, request: host_pb2.GetDomainRequest) -> host_pb2.GetDomainResponse:
         call = host_pb2_grpc.HostServiceStub(self._channel()).GetDomain

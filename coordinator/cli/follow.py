@@ -197,7 +197,9 @@ def transfer_pairs(migration: Migration) -> list[tuple[str, str]]:
     overhead = f"{seconds(migration.overhead)} outside hypervisor calls" if measured else ""
     total = took_words(migration) if migration.duration else ""
     if migration.duration_is_least:
-        total += " (its driver's machine was restarted, or another driver took over: what was before is not measured)"
+        total += (
+            " (its driver's machine was restarted, another took over, or an older version began it; what was before is not measured)"
+        )
     pairs = [("total", total), ("overhead", overhead)]
     if progress is None:
         return pairs

@@ -137,7 +137,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         RECORDED,
         LOST,
         budget=budget(crash_destination=1),
-        beside=BESIDE | {_DE.FINISH},
+        beside=frozenset({_DE.FINISH}),
     ),
     _mutation(
         "perform_beside_its_record",
@@ -145,7 +145,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         KEPT_IS_KEPT,
         LOST,
         budget=budget(crash_source=1),
-        beside=BESIDE | {_SE.PERFORM},
+        beside=frozenset({_SE.PERFORM}),
     ),
     _mutation(
         "confirm_beside_its_record",
@@ -155,7 +155,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         in_flight=1,
         careless_abandon=False,
         budget=budget(host=1, word=1, crash_source=1),
-        beside=BESIDE | {_SE.CONFIRM_GONE},
+        beside=frozenset({_SE.CONFIRM_GONE}),
         checks=BUT_ONLY_COPY,
     ),
     _mutation(
@@ -164,6 +164,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         STUCK,
         None,
         budget=budget(crash_destination=1, expire=1),
+        beside=BESIDE,
         undone=False,
     ),
     _mutation(

@@ -17,8 +17,7 @@ Mind = Callable[..., frozenset[Call]]
 """`decide`, or a mutation of it."""
 
 BESIDE: frozenset[SourceEvent | DestinationEvent] = frozenset({SourceEvent.BEGIN, DestinationEvent.PREPARE})
-"""libvirt undoes these effects by itself. Where one outlives the agent (autostart, switched off), the record is written before it:
-that is one of the orders that are explored here."""
+"""libvirt undoes these effects by itself, so their records could be written beside them. The product does not: ADR 12."""
 
 CHECKED: frozenset[SourceEvent | DestinationEvent] = frozenset(
     {SourceEvent.PERFORM, SourceEvent.CONFIRM_RUNNING, SourceEvent.CONFIRM_GONE, DestinationEvent.ABANDON_SOURCE_KEPT}
@@ -79,7 +78,7 @@ class World:
 
     fence: bool = True
     """A call for an earlier attempt is refused (`agent.handshake.attempts`)."""
-    beside: frozenset[SourceEvent | DestinationEvent] = BESIDE
+    beside: frozenset[SourceEvent | DestinationEvent] = frozenset()
     """Events whose record is written while their effects are under way already: a crash may lose it."""
     turns: bool = False
     """A call waits for its turn between its checks and its application; anything may happen meanwhile."""

@@ -9,7 +9,7 @@ from agent.handshake.source import SOURCE
 from tests.model.agents import ONLY_COPY
 from tests.model.invariants import ALL, GOES_BACK, TWO_RUN
 from tests.model.parts import budget
-from tests.model.world import World
+from tests.model.world import BESIDE, World
 
 BUT_ONLY_COPY = ALL - {ONLY_COPY}
 """Where a source's QEMU dies, the copy may be given up with it (`findings`)."""
@@ -19,6 +19,14 @@ SMALL: tuple[World, ...] = (
     World("cancel", "cancelled at any moment", in_flight=2, budget=budget(cancel=1)),
     World(
         "crashes", "either agent dies at any moment", takeover=False, in_flight=2, budget=budget(crash_source=1, crash_destination=1)
+    ),
+    World(
+        "written_beside",
+        "the records of Begin and Prepare are written beside their effects, and either agent dies",
+        takeover=False,
+        in_flight=2,
+        beside=BESIDE,
+        budget=budget(crash_source=1, crash_destination=1),
     ),
     World("failures", "the stream breaks, calls of the hypervisor fail or give no answer", takeover=False, budget=budget(fail=2)),
     World(

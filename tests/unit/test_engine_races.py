@@ -6,6 +6,7 @@ import time
 import pytest
 
 from agent.errors import DroverError, Reason
+from agent.handshake import owner
 from agent.handshake.records import OperatorWord, Role, state_from_proto
 from agent.hypervisor.base import RESUMED, DomainState, HypervisorUnavailable
 from drover.agent.v1 import handshake_pb2 as pb
@@ -154,6 +155,21 @@ async def test_6_01_a_guest_does_not_move_on_before_its_source_was_asked_whether
     leaving = pb.AttemptRef(migration_id="leaving", attempt=1)
     error = await fails(agent.engine.begin(begin(ref=leaving)), Reason.DECLARED_DEAD)
     assert "root@admin1" in error.message
+    await until(lambda: agent.journalled == "gone")
+    assert pair.runs_on == []
+    assert "begin" not in agent.effects
+
+
+async def test_6_01_a_guest_is_busy_while_it_is_written_that_its_source_kept_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes: nobody waits for it any more, and it happens all the same."""
+    monkeypatch.setattr(owner, "LEAVING_SECONDS", 0.05)
+    await declared_dead(pair)
+    agent = pair.destination
+    await agent.restart()
+    held = agent.journal.held = asyncio.Event()
+    leaving = pb.AttemptRef(migration_id="leaving", attempt=1)
+    await fails(agent.engine.begin(begin(ref=leaving)), Reason.DOMAIN_BUSY)
+    held.set()
     await until(lambda: agent.journalled == "gone")
     assert pair.runs_on == []
     assert "begin" not in agent.effects

@@ -9,7 +9,9 @@ import pytest
 from agent.errors import Reason
 from agent.handshake.records import Role, state_from_proto
 from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Job, TransferFailed
+from agent.service.host_service import domain_to_proto
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
 from tests.unit.asking import ID, PATIENCE, REF, begin, confirm, fails, finish, perform, prepare, record, reserve, until
 from tests.unit.fake_hypervisor import UUID, guest
 from tests.unit.two_agents import Agent, Pair, pair_of_agents, quicker
@@ -326,6 +328,27 @@ async def test_6_08_an_armed_copy_does_not_wait_for_a_source_that_keeps_no_recor
     ended = await agent.reaches("gone")
     assert "h1 has no record" in ended.failure.message
     assert brief.runs_on == ["h1"]
+
+
+@pytest.mark.parametrize("other", ["host", "guest"])
+async def test_6_08_who_else_answers_there_gives_no_copy_up(brief: Pair, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The address has passed to another agent; or another guest has the UUID as its name."""
+    source, agent = brief.source, brief.destination
+    if other == "host":
+        monkeypatch.setattr(source, "name", "h9")
+    else:
+        another = host_pb2.GetDomainResponse(domain=domain_to_proto(guest(uuid="8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002", name=UUID)))
+
+        async def get_domain(_: object) -> host_pb2.GetDomainResponse:
+            brief.to_source.count["get_domain"] += 1
+            return another
+
+        monkeypatch.setattr(brief.to_source, "get_domain", get_domain)
+    agent.hypervisor.put(WAITS)
+    agent.keep(record(Role.DESTINATION, "armed"))
+    await agent.restart()
+    await until(lambda: brief.to_source.count["get_domain"] >= 2)
+    assert agent.journalled == "armed"
 
 
 # --- a hypervisor that is away ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ async def stopped(pair: Pair, said: str, *, really: str = "armed", address: str 
     pair.destination.keep(theirs)
     await pair.source.restart()
     await pair.destination.restart()
-    pair.source.heard.note(address or ours.peer_agent, record_to_proto(record(Role.DESTINATION, said), host))
+    pair.source.heard.note(address or ours.peer_agent, REF, record_to_proto(record(Role.DESTINATION, said), host))
 
 
 async def test_a_decision_that_was_just_heard_is_not_asked_for(pair: Pair) -> None:
@@ -63,22 +63,59 @@ async def test_what_a_caller_relays_was_not_heard(pair: Pair) -> None:
 def test_memory_is_bounded() -> None:
     known, ours = heard.Heard(), record(Role.SOURCE, "performed")
     for number in range(200):
-        known.note(f"192.0.2.1:{number + 1}", pb.Record(ref=REF))
+        known.note(f"192.0.2.1:{number + 1}", REF, pb.Record(ref=REF))
     assert len(known._records) <= 64
     assert known.of(ours) is None
 
 
-async def test_a_source_that_another_one_drives_hears_its_destination(pair: Pair) -> None:
-    """From Begin on, so that no call that rests on the destination's record has to ask for it."""
+def test_an_answer_that_was_overtaken_changes_nothing_and_no_answer_ends_what_was_heard() -> None:
+    known, ours = heard.Heard(), record(Role.SOURCE, "performed")
+    known.note(ours.peer_agent, REF, pb.Record(ref=REF, revision=5))
+    known.note(ours.peer_agent, REF, pb.Record(ref=REF, revision=4))
+    told = known.of(ours)
+    assert told is not None
+    assert told.revision == 5
+    known.note(ours.peer_agent, REF, None)
+    assert known.of(ours) is None
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was heard stays fresh, however busy this machine is."""
+    monkeypatch.setattr(heard, "FRESH_SECONDS", 3600.0)
+
+
+async def hearing(pair: Pair) -> str:
+    """A source that another one drives has begun, and hears its destination, which has prepared. The URI."""
     await pair.destination.engine.reserve_slot(reserve())
     await pair.source.engine.begin(begin())
     prepared = await pair.destination.engine.prepare(prepare())
     ours = pair.source.durable
     await until(lambda: (told := pair.source.heard.of(ours)) is not None and told.uri == prepared.uri_out)
-    await pair.source.engine.perform(perform(uri=prepared.uri_out))
+    return prepared.uri_out
+
+
+async def test_a_source_that_another_one_drives_hears_its_destination(pair: Pair, patient: None) -> None:
+    """From Begin on, so that no call that rests on the destination's record has to ask for it."""
+    uri = await hearing(pair)
+    await pair.source.engine.perform(perform(uri=uri))
     assert pair.to_destination.count["get_record"] == 0
     await pair.destination.engine.abandon(pb.AbandonRequest(ref=REF))
     await until(lambda: not follows(pair))
+
+
+async def test_a_destination_that_is_not_heard_any_more_is_asked(pair: Pair, patient: None) -> None:
+    """It gave the copy up as the watch broke: its port may be another guest's by now."""
+    uri = await hearing(pair)
+
+    def broken(_: object) -> object:
+        raise pair.to_destination.unreachable()
+
+    pair.to_destination.answer["watch_record"] = broken
+    await pair.destination.engine.abandon(pb.AbandonRequest(ref=REF))
+    await until(lambda: not follows(pair))
+    await fails(pair.source.engine.perform(perform(uri=uri)), Reason.UNDECIDED)
+    assert pair.source.journalled == "begun"
 
 
 def follows(pair: Pair) -> list[object]:
@@ -86,11 +123,9 @@ def follows(pair: Pair) -> list[object]:
     return [task for attempt in pair.source.engine._attempts.all() for task in attempt.running("peer")]
 
 
-async def test_a_source_that_drives_itself_needs_no_watch(pair: Pair) -> None:
-    ours = record(Role.SOURCE, "begun")
-    pair.source.heard.note(ours.peer_agent, record_to_proto(record(Role.DESTINATION, "reserved"), "h2"))
+async def test_a_source_that_drives_itself_needs_no_watch(pair: Pair, patient: None) -> None:
+    reserved = await pair.destination.engine.reserve_slot(reserve())
+    pair.source.heard.note(record(Role.SOURCE, "begun").peer_agent, REF, reserved.record)
     await pair.source.engine.begin(begin())
     await until(lambda: not follows(pair))
-    told = pair.source.heard.of(ours)
-    assert told is not None
-    assert told.state == pb.RECORD_STATE_RESERVED  # and nothing newer
+    assert pair.to_destination.count["watch_record"] == 0

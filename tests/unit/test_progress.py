@@ -360,3 +360,12 @@ def test_the_timings_of_both_hosts_in_their_order() -> None:
     driver.source_record.timings.extend([timing("begin", 2.0, 1.0), timing("perform", 5.0, 1.0)])
     driver.destination_record.timings.extend([timing("reserve", 1.0, 1.0), timing("prepare", 4.0, 1.0)])
     assert [t.phase for t in seen(driver).timings] == ["reserve", "begin", "prepare", "perform"]
+
+
+def test_a_host_that_tells_of_the_drivers_own_phase_adds_nothing() -> None:
+    """A record with "plan" in it is forged, and would be told once more at each change."""
+    driver = knows(Src.PERFORMING, Dst.ARMED)
+    assert driver.source_record is not None
+    driver.source_record.timings.extend([timing("plan", 2.0, 1.0), timing("begin", 2.0, 1.0)])
+    told = seen(driver, before=seen(driver))
+    assert [t.phase for t in told.timings] == ["begin"]

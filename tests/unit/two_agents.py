@@ -272,6 +272,11 @@ class Line:
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
         return await self._call("get_record", request)  # type: ignore[no-any-return]
 
+    async def get_host(self, request: host_pb2.GetHostRequest) -> host_pb2.GetHostResponse:
+        if self.cut:
+            raise self.unreachable()
+        return host_pb2.GetHostResponse(host=host_pb2.Host(name=self.agent.name))
+
     async def get_domain(self, request: host_pb2.GetDomainRequest) -> host_pb2.GetDomainResponse:
         self.count["get_domain"] += 1
         if self.cut:
@@ -283,6 +288,7 @@ class Line:
         return host_pb2.GetDomainResponse(domain=domain_to_proto(domain))
 
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
+        self.count["watch_record"] += 1
         if self.cut:
             raise self.unreachable()
         async with contextlib.aclosing(self.agent.engine.watch_record(request)) as watch:  # type: ignore[type-var]

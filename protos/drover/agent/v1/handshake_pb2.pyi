@@ -1386,11 +1386,14 @@ class WatchRecordRequest(message.Message):
 
     REF_FIELD_NUMBER: builtins.int
     DRIVER_FIELD_NUMBER: builtins.int
+    DRIVING_FIELD_NUMBER: builtins.int
     driver: builtins.str
     """A caller that drives this attempt says what stands before the last "-" in the ids of its requests, such as "5f0c" where they are
     "5f0c-1", "5f0c-2". If one of them began a phase here, the driver is not silent while this watch is open, however long the other
     host takes. Only who makes those requests knows their ids: nobody else keeps a silent driver unnoticed. Empty for other readers.
     """
+    driving: builtins.bool
+    """For agents of an older version, which know no `driver`: the caller drives this attempt. Means nothing to others."""
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt; attempt 0: the newest."""
@@ -1400,10 +1403,11 @@ class WatchRecordRequest(message.Message):
         *,
         ref: AttemptRef | None = ...,
         driver: builtins.str = ...,
+        driving: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["driver", b"driver", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["driver", b"driver", "driving", b"driving", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
