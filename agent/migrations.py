@@ -68,7 +68,7 @@ class Migrations:
             self._revision = max(self._revision, migration.revision)
             entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
             if not entry.final:
-                entry.task = self._resuming("resume", entry)
+                entry.task = self._driving(entry)
 
     async def close(self) -> None:
         """Let go of every driver; the records remain, and the source ends what runs."""
@@ -156,7 +156,7 @@ class Migrations:
         self._entries[migration_id] = entry
         self._tell(entry)
         accepted = entry.migration
-        entry.task = supervise(f"drive {migration_id[:8]}", functools.partial(self._run, entry))
+        entry.task = self._driving(entry)
         return accepted
 
     def take_over(self, migration: pb.Migration) -> None:
@@ -167,7 +167,7 @@ class Migrations:
         self._trim()
         entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
         self._publish(entry, migration)
-        entry.task = self._resuming("take over", entry)
+        entry.task = self._driving(entry)
 
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`. The driver is told at once; the answer is given once the log has it.
@@ -272,11 +272,22 @@ class Migrations:
             driver.declare_dead(entry.side(word.dead_host), word)
         return driver
 
-    def _resuming(self, why: str, entry: Entry) -> asyncio.Task[None]:
-        return supervise(f"{why} {entry.migration.migration_id[:8]}", functools.partial(self._resume, entry))
+    def _driving(self, entry: Entry) -> asyncio.Task[None]:
+        return supervise(f"drive {entry.migration.migration_id[:8]}", functools.partial(self._drive, entry))
 
-    async def _resume(self, entry: Entry) -> None:
-        """Go on after a restart of this process: the records say where."""
+    async def _drive(self, entry: Entry) -> None:
+        """To its end. Without a driver (after a restart of this process, as a take-over, or once one was broken off), the records
+        say where to go on.
+        """
+        try:
+            if entry.driver is None:
+                await self._take_up(entry)
+            await self._run(entry)
+        except asyncio.CancelledError:
+            entry.driver = None  # the next one looks first
+            raise
+
+    async def _take_up(self, entry: Entry) -> None:
         while True:
             try:
                 source, destination = await self._directory.ends(entry.migration)
@@ -286,8 +297,7 @@ class Migrations:
                 log.warning("cannot go on yet", migration=entry.migration.migration_id, error=error.message)
                 await asyncio.sleep(1.0)
             else:
-                break
-        await self._run(entry)
+                return
 
     async def _run(self, entry: Entry) -> None:
         """Drive to the end, tell, and make that durable: a next life would learn it from the records again."""
@@ -297,13 +307,6 @@ class Migrations:
         try:
             await driver.run()
             await see_pause(driver)
-        except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is None or task.cancelling():
-                raise
-            log.error("a driver was broken off, and nobody asked for it", migration=entry.migration.migration_id, exc_info=True)
-            await asyncio.sleep(1.0)
-            entry.task = self._resuming("resume", entry)
-            return
         except Exception:
             log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
             entry.driver, entry.gave_up = None, True

@@ -13,12 +13,12 @@ from typing import Final
 
 import structlog
 
-from agent.errors import DroverError, Reason
+from agent.errors import DroverError
 from agent.handshake.attempt import Attempt, retry
 from agent.handshake.attempts import AFTERCARE
 from agent.handshake.destination import DestinationEffect, DestinationState
 from agent.handshake.peer import HandshakePeer
-from agent.handshake.peer_record import differs
+from agent.handshake.peer_record import NO_RECORD, differs
 from agent.handshake.phases import LocalHost, see
 from agent.handshake.records import Role
 from agent.handshake.source import SourceEffect, SourceState
@@ -116,7 +116,7 @@ class Aftercare:
                             if response.record.state != pb.RECORD_STATE_PERFORMING:
                                 return False
                     except DroverError as error:
-                        if error.reason in (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT):
+                        if error.reason in NO_RECORD:
                             return False
                     await asyncio.sleep(_ASK_AGAIN)
         return False

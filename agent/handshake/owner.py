@@ -17,7 +17,7 @@ from agent.handshake.decision import yields_unrecorded
 from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.facts import source_fact
 from agent.handshake.peer import OtherHost
-from agent.handshake.peer_record import differs
+from agent.handshake.peer_record import NO_RECORD, differs
 from agent.handshake.phases import LocalHost
 from agent.handshake.records import AttemptRecord, Failure, OperatorWord
 from agent.handshake.source import SourceEvent
@@ -44,8 +44,6 @@ _ASK_AGAIN: Final = 0.1
 _ENDED: Final = (pb.RECORD_STATE_REMOVED, pb.RECORD_STATE_KEPT)
 _SENDS: Final = (pb.RECORD_STATE_PERFORMING, pb.RECORD_STATE_PERFORMED)
 _KEEPS: Final = (pb.RECORD_STATE_RESUMING, pb.RECORD_STATE_KEPT)
-_NO_RECORD: Final = (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT)
-"""What a source answers that keeps no record of the attempt, or none any more."""
 _STATES: Final = {host_pb2.DomainState.Value(f"DOMAIN_STATE_{state.name}"): state for state in DomainState}
 
 
@@ -72,7 +70,7 @@ class Owner:
             record = await self._source_record(attempt)
         except DroverError as error:
             log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
-            if attempt.record.state == DestinationState.ARMED and error.reason in _NO_RECORD and await self._stayed(attempt):
+            if attempt.record.state == DestinationState.ARMED and error.reason in NO_RECORD and await self._stayed(attempt):
                 text = f"{attempt.record.peer_host} has no record of this migration any more, and the guest is there as before"
                 await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, failure=Failure(Reason.GIVEN_UP, text))
         if record is not None and record.state == pb.RECORD_STATE_KEPT:
@@ -166,7 +164,7 @@ class Owner:
         try:
             source = await self._source_record(attempt)
         except DroverError as error:
-            if error.reason not in _NO_RECORD:
+            if error.reason not in NO_RECORD:
                 raise
             await attempt.note(settled=True)  # it keeps no record that could still be decided
             return

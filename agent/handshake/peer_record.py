@@ -24,6 +24,9 @@ _UNREACHABLE: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEED
 """Errors of a call that say nothing of the host itself. Any other error is an answer."""
 
 
+NO_RECORD: Final = (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT)
+"""What a host answers that keeps no record of the attempt, or none any more."""
+
 READ_SECONDS: Final = 3.0
 """Deadline of a reading before Perform: its caller waits 5 s for the answer, and a record that it relays must count by then."""
 

@@ -286,10 +286,16 @@ async def test_records_that_contradict_each_other_stop_it_for_good(driving: Driv
     assert stopped.failure.reason == Reason.INTERNAL
     assert "contradict" in stopped.failure.message
     driving.pair.wire.all_sent.set()
-    calls = driving.pair.to_source.count + driving.pair.to_destination.count
+
+    def calls() -> dict[str, int]:
+        """Of the driver: the agents watch each other's records, too."""
+        made = driving.pair.to_source.count + driving.pair.to_destination.count
+        return {call: count for call, count in made.items() if call != "watch_record"}
+
+    before = calls()
     after = await driving.migrations.cancel(ID)
     await asyncio.sleep(0.05)
-    assert driving.pair.to_source.count + driving.pair.to_destination.count == calls
+    assert calls() == before
     assert after.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN
     assert after.failure.reason == Reason.INTERNAL
 

@@ -73,7 +73,7 @@ async def test_a_migration_goes_on_after_an_error_that_nobody_foresaw_at_its_res
         driving.pair.wire.all_sent.set()
         ended = await driving.ended(ID)
     assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
-    told = [entry for entry in logs if entry.get("work") == f"resume {ID[:8]}"]
+    told = [entry for entry in logs if entry.get("work") == f"drive {ID[:8]}"]
     assert [entry["exc_info"] for entry in told] == [True, True]
 
 
