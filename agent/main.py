@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from ipaddress import ip_address
 from typing import Final
 
@@ -17,6 +17,7 @@ from agent.features import features_to_proto
 from agent.handshake.engine import Engine
 from agent.handshake.heard import Heard
 from agent.handshake.phases import LocalHost
+from agent.handshake.records import AttemptRecord
 from agent.host import AgentHost
 from agent.hypervisor.base import HypervisorUnavailable
 from agent.hypervisor.interface import Hypervisor
@@ -81,6 +82,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         directory = PeerDirectory(host, address, config.peers, named, heard)
         migrations = take_over.migrations = Migrations(config.name, directory, journal, config.fencing)
         stack.push_async_callback(migrations.close)
+        check_name(config.name, [*await journal.active(), *await journal.unsettled()])
         await engine.recover()
         await migrations.recover()
         server = await _serve(config, host, migrations)
@@ -94,6 +96,17 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             stack.callback(supervise("keep registered", registering).cancel)
         yield server
         await _stop(local, migrations, engine, server)
+
+
+def check_name(name: str, records: Iterable[AttemptRecord]) -> None:
+    """Other hosts know this one's open migrations, and guests that came here lately, by its name. Raises `ConfigError`."""
+    for record in records:
+        if record.host not in ("", name):
+            raise ConfigError(
+                f"name: this host was {record.host}, and others know it by that name until all has ended (migration "
+                f'{record.migration_id} with {record.peer_host}); start the agent as "{record.host}" until '
+                "`drover migration list --active` shows nothing there and on the other hosts, then change the name"
+            )
 
 
 def check_networks(config: AgentConfig) -> None:

@@ -204,6 +204,11 @@ def _copy_records(migration: pb.Migration, driver: Driver) -> None:
             fact.CopyFrom(record.guest)
         elif record is not None and record.state == handshake_pb2.RECORD_STATE_RUNNING:  # an older agent gives no facts
             fact.CopyFrom(handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, see_time=record.update_time))
+    if driver.states[1] is Dst.RUNNING and driver.destination_state is not Dst.RUNNING and driver.source_record is not None:
+        # The source has read that from the destination, which this driver does not hear.
+        started = handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, reason="migrated")
+        started.see_time.CopyFrom(driver.source_record.update_time)
+        migration.destination_guest.CopyFrom(started)
     if driver.source_record is not None and driver.source_record.HasField("progress"):
         progress = driver.source_record.progress
         migration.progress.CopyFrom(with_eta(progress) if driver.source_state is Src.PERFORMING else progress)

@@ -89,14 +89,14 @@ class ClusterDirectory:
         """A host that is up has told its news on its watch; another one is asked, so that its error says what is wrong."""
         known = await self._registry.get(name)
         host = known.host if known.state == HOST_STATE_UP else await ask_host(self._registry.channel(name), name)
-        return Side(host, self._peer(known.host), known.agent_address)
+        return Side(host, self._peer(known.host, known.agent_address), known.agent_address)
 
-    def _peer(self, host: host_pb2.Host) -> RemotePeer:
+    def _peer(self, host: host_pb2.Host, address: str) -> RemotePeer:
         """The agent of that host, wherever it registers next. A name can pass to another host, which knows nothing of what this
-        one did: that is not the peer."""
+        one did: that is not the peer. One of that name at the same address is, though its libvirt has another UUID by now."""
 
         def channel() -> grpc.aio.Channel:
-            if not self._registry.has(host.name, host.host_uuid):
+            if not self._registry.has(host.name, host.host_uuid, address):
                 raise DroverError(
                     Reason.HOST_UNREACHABLE,
                     f'host {host.host_uuid} is not registered as "{host.name}" any more',
@@ -113,7 +113,7 @@ class ClusterDirectory:
     async def _known(self, name: str) -> Side:
         """From the last word of the host: it need not answer now."""
         known = await self._registry.get(name)
-        return Side(known.host, self._peer(known.host), known.agent_address)
+        return Side(known.host, self._peer(known.host, known.agent_address), known.agent_address)
 
 
 def _alive(found: Found) -> Found:

@@ -97,10 +97,10 @@ class HostRegistry:
         """Those `among`, or every one by name."""
         return [self._shown(entry) for entry in self._among(among)]
 
-    def has(self, name: str, host_uuid: str) -> bool:
-        """Whether that host has the name now."""
+    def has(self, name: str, host_uuid: str, address: str) -> bool:
+        """Whether that host has the name now: by its UUID, or by the address of its agent where the UUID was changed."""
         entry = self._table.hosts.get(name)
-        return entry is not None and entry.known.host.host_uuid == host_uuid
+        return entry is not None and (entry.known.host.host_uuid == host_uuid or entry.known.agent_address == address)
 
     def channel(self, name: str) -> grpc.aio.Channel:
         """The channel to the host's agent, whether it answers or not; not yours to close. Ask again for each use: it is

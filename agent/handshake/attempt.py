@@ -34,6 +34,9 @@ Look = Callable[["Attempt"], Awaitable[None]]
 Hindrance = Callable[["Attempt"], Awaitable[str]]
 """Why calls about the guest may get no answer from the hypervisor; empty: not known. Raises nothing."""
 
+_DRIVERS: Final = 4
+"""Names of drivers that are remembered, besides those in the record: one that was restarted has another."""
+
 TELL_SECONDS: Final = 2.0
 """A call to the hypervisor that lasts longer is told as what is waited for."""
 
@@ -80,6 +83,8 @@ class Attempt:
         self._timer: asyncio.TimerHandle | None = None
         self._calls = 0
         self._silence: tuple[float, Callable[[], None]] | None = None
+        self._silent_at = 0.0
+        self._drivers: list[str] = []
 
     # ---- events
 
@@ -286,15 +291,16 @@ class Attempt:
     # ---- silence
 
     def on_silence(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` once nobody has called for this attempt for so long."""
+        """Call `act` once the driver of this attempt has given no sign of life for so long."""
         self._silence = (seconds, act)
+        self._silent_at = time.monotonic() + seconds
         self._rearm()
 
     def _rearm(self) -> None:
         self._disarm()
         if self._silence is not None and self._calls == 0 and not self.record.final:
-            seconds, act = self._silence
-            self._timer = asyncio.get_running_loop().call_later(seconds, act)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._silent_at - time.monotonic(), self._silence[1])
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -302,17 +308,35 @@ class Attempt:
             self._timer = None
 
     @contextlib.asynccontextmanager
-    async def called(self, call: str = "") -> AsyncIterator[None]:
-        """A call for this attempt (or a driver's watch) is under way: its driver is not silent."""
+    async def called(self, call: str = "", request_id: str = "") -> AsyncIterator[None]:
+        """A call for this attempt (or its driver's watch) is under way. It is a sign of life of the driver if it is taken, or comes
+        from a driver of which one was taken before: anybody may make calls that are refused.
+        """
         self._calls += 1
         self._disarm()
+        driver = driver_of(request_id)
+        is_sign = self.is_driver(driver)
         try:
             yield
             failpoint(self.record.role, call or "watch", "reply")
+            is_sign = True
+            if driver:
+                self._drivers = [*(other for other in self._drivers if other != driver), driver][-_DRIVERS:]
         finally:
             self._calls -= 1
+            if is_sign and self._silence is not None:
+                self._silent_at = time.monotonic() + self._silence[0]
             self._rearm()
             self._tell_idle()
+
+    def is_driver(self, driver: str) -> bool:
+        """Whether a request of that driver was taken here. Its name is told to nobody."""
+        return bool(driver) and (driver in self._drivers or driver in map(driver_of, self.record.request_ids.values()))
+
+
+def driver_of(request_id: str) -> str:
+    """The name of the driver that made a request, if it gave the request an id: that is its name, "-" and a number."""
+    return request_id.rpartition("-")[0]
 
 
 def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> DroverError:

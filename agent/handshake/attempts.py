@@ -157,7 +157,7 @@ class Attempts:
         """The attempt that was named, made when it is not known here (in memory only, with no state).
 
         Raises:
-            DroverError: STALE_ATTEMPT, WRONG_PHASE (no attempt may follow the older one), SAME_HOST, INVALID_FIELD.
+            DroverError: STALE_ATTEMPT, WRONG_PHASE (no attempt may follow the older one), MIGRATION_EXISTS, INVALID_FIELD.
         """
         if ref.attempt < 1:
             raise invalid_field("ref.attempt", "must be 1 or more")
@@ -167,8 +167,10 @@ class Attempts:
                 return self.adopt(_new(ref, role))
             if current.record.role is not role:
                 raise DroverError(
-                    Reason.SAME_HOST,
-                    f"this host is the {current.record.role} of migration {ref.migration_id}, it cannot be its {role} too",
+                    Reason.MIGRATION_EXISTS,
+                    f"this host is the {current.record.role} of migration {ref.migration_id}, and cannot be its {role} too; nothing "
+                    "was done. Choose a new UUID for a new migration",
+                    metadata={"migration_id": ref.migration_id},
                 )
             if ref.attempt < current.record.attempt:
                 raise _stale(ref, current.record)

@@ -34,11 +34,13 @@ def ended(src: Src | None, dst: Dst | None) -> bool:
 
 
 def assume(src: Src | None, dst: Dst | None, *, source_dead: bool, destination_dead: bool) -> tuple[Src | None, Dst | None]:
-    """What to act on where a host does not answer and was declared dead. That changes nothing about a commit that is known: a
-    source that removes its copy proves one.
+    """What to act on where a host does not answer, or was declared dead. That changes nothing about a commit that is known: a
+    source that removes its copy has read it from the destination.
     """
+    if src in (Src.REMOVING, Src.REMOVED) and dst is not Dst.GONE:
+        dst = Dst.RUNNING
     if destination_dead and dst is not Dst.RUNNING:
-        dst = Dst.RUNNING if src in (Src.REMOVING, Src.REMOVED) else Dst.GONE
+        dst = Dst.GONE
     if source_dead:
         src = Src.REMOVED if dst is Dst.RUNNING else Src.KEPT
     return src, dst

@@ -56,7 +56,7 @@ class DestinationSide:
 
     async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
-        async with attempt.called(_E.RESERVE):
+        async with attempt.called(_E.RESERVE, request.request_id):
             if attempt.record.state:
                 self._joined(attempt, request)  # another migration with this id learns that, whatever may be called now
                 await attempt.apply(_E.RESERVE, expires=self._expiry())
@@ -92,6 +92,7 @@ class DestinationSide:
                 _E.RESERVE,
                 lambda: phase_changes(attempt, "reserve", request),
                 epoch=self._attempts.journal.next_epoch(),
+                host=self._host.name,
                 had_definition=had_definition,
                 expires=self._expiry(),
                 domain_name=request.destination_name or request.requirements.name,
@@ -118,7 +119,7 @@ class DestinationSide:
 
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
-        async with attempt.called(_E.PREPARE):
+        async with attempt.called(_E.PREPARE, request.request_id):
             await attempt.apply(_E.PREPARE, lambda: self._prepared(attempt, request))
             record = await attempt.until(_AFTER_PREPARE, MAX_WAIT)
             if record.state == _S.GONE and record.failure is not None:
@@ -152,7 +153,7 @@ class DestinationSide:
 
     async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
-        async with attempt.called(_E.FINISH):
+        async with attempt.called(_E.FINISH, request.request_id):
             await attempt.apply(_E.FINISH, lambda: self._finished(attempt, request))
             record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
             return pb.FinishResponse(record=self._host.show(record), cookie_out=record.cookies.get("finish", b""))
@@ -169,7 +170,7 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
         stated = request.HasField("operator_word")
-        async with attempt.called(event):
+        async with attempt.called(event, request.request_id):
             check_same(attempt, self._host.name, domain_uuid=request.domain_uuid, peer_host=request.source_host)
             told: dict[str, object] = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
             if stated:

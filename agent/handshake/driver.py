@@ -115,9 +115,13 @@ class Driver(Knowledge):
         return True
 
     async def answers(self, side: str) -> bool:
-        """Ask a side now. One that answers with an error answers."""
+        """Ask a side now, and where it is the destination that is silent, its source too. One that answers with an error answers."""
         await self._try_to_look(side)
-        return side not in self.silent_since
+        if side == "destination" and side in self.silent_since:
+            with contextlib.suppress(DroverError):
+                await self._look("source")
+            await self._ask_the_source()
+        return side not in self.silent_since or self.is_vouched_for(side) or self.ended
 
     async def run(self) -> None:
         """Until both records have ended and agree, or are of another migration (`foreign`). Ends earlier only by cancellation, which
@@ -205,6 +209,19 @@ class Driver(Knowledge):
         await asyncio.sleep(0.2)  # before the same call is made again; a look at the record is one too
         with contextlib.suppress(DroverError):
             await self._look(side)
+        if "destination" in self.silent_since:
+            await self._ask_the_source()
+
+    async def _ask_the_source(self) -> None:
+        """It may hear a destination that this driver does not, and then does what that one has decided: a Confirm is a nudge."""
+        if self.source_state is not Src.PERFORMED:
+            return
+        try:
+            await self._confirm(pb.DECISION_RUNNING)
+        except DroverError as error:
+            self.missed("source", error)
+            if error.metadata.get("answers") == "yes":
+                self.vouched_for("destination")
 
     @property
     def _sides(self) -> Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]]:

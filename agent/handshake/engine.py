@@ -23,7 +23,7 @@ from agent.handshake.heard import Heard
 from agent.handshake.owner import Owner
 from agent.handshake.peer import OtherHost
 from agent.handshake.peer_record import PeerRecords
-from agent.handshake.phases import LocalHost, hindrance, is_driver, see
+from agent.handshake.phases import LocalHost, hindrance, see
 from agent.handshake.records import MACHINES, AttemptRecord, Failure, Role
 from agent.handshake.source import SourceEvent
 from agent.handshake.source_effects import SourceEffects
@@ -152,7 +152,7 @@ class Engine:
         async with contextlib.AsyncExitStack() as stack:
             counts = False
             async for record in attempt.changes():
-                if not counts and is_driver(record, request.driver):
+                if not counts and attempt.is_driver(request.driver):
                     await stack.enter_async_context(attempt.called())
                     counts = True
                 yield pb.WatchRecordResponse(record=self.host.show(record, attempt.progress))

@@ -30,6 +30,9 @@ class Parties:
     domain_uuid: str
 
 
+VOUCHED_SECONDS: Final = 30.0
+"""For which a host counts as alive that another one has heard. Longer than a driver needs to ask again."""
+
 _NO_ANSWER: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED})
 """Errors that say that nobody answered."""
 
@@ -60,6 +63,7 @@ class Knowledge:
         self.waiting_for = ""
         self.silent_since: dict[str, float] = {}
         """Sides that do not answer at all, and since when by `time.monotonic`."""
+        self._vouched: dict[str, float] = {}
         self.words: dict[str, pb.OperatorWord] = {}
         """Sides that were declared dead, and have not answered since."""
         self.hypervisor_calls: dict[str, list[tuple[float, float]]] = {"source": [], "destination": []}
@@ -107,7 +111,7 @@ class Knowledge:
     @property
     def outcome_unknown(self) -> bool:
         """The guest is paused at the source and the destination, which alone knows, does not answer (or the other way round)."""
-        if self.destination_state in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.words:
+        if self.states[1] in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.words:
             return False
         return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
 
@@ -116,7 +120,15 @@ class Knowledge:
         """The side whose death would settle an unknown outcome. Empty where both are silent: it may well be this driver that is cut
         off, and the guest may run on as before.
         """
-        return next(iter(self.silent_since)) if self.outcome_unknown and len(self.silent_since) == 1 else ""
+        side = next(iter(self.silent_since)) if self.outcome_unknown and len(self.silent_since) == 1 else ""
+        return "" if self.is_vouched_for(side) else side
+
+    def vouched_for(self, side: str) -> None:
+        """The other host says that it hears this side: it is this driver that is cut off from it."""
+        self._vouched[side] = time.monotonic()
+
+    def is_vouched_for(self, side: str) -> bool:
+        return time.monotonic() - self._vouched.get(side, float("-inf")) < VOUCHED_SECONDS
 
     def cancel(self, failure: Failure) -> None:
         """Stop if it is not too late; the records say what came of it. The first reason is kept."""

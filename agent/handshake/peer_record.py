@@ -96,6 +96,8 @@ class PeerRecords:
                     wrong = differs(ours, record, self._host, unnamed=ours.role is Role.DESTINATION)
                     return Reading(None if wrong else record, answered=True, why=wrong)
                 why = f"the agent at its address is that of {record.host or 'a host without a name'}"
+                if not differs(ours, _renamed(record, ours.peer_host), self._host):
+                    return Reading(None, answered=True, why=f"{why}, and has the record of this attempt: its name was changed")
         if relayed is None or not relayed.host:
             return Reading(None, answered=False, why=why)
         wrong = differs(ours, relayed, self._host)
@@ -169,7 +171,11 @@ class PeerRecords:
                 metadata={"host": peer},
             )
         heard = f"{peer} answers" if reading.answered else f"{self._host} cannot ask {peer}"
-        return DroverError(Reason.UNDECIDED, f"{heard}, and nothing is decided: {says}. {consequence}", metadata={"host": peer})
+        return DroverError(
+            Reason.UNDECIDED,
+            f"{heard}, and nothing is decided: {says}. {consequence}",
+            metadata={"host": peer, "answers": "yes" if reading.answered else "no"},
+        )
 
 
 def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool = False) -> str:
@@ -187,6 +193,13 @@ def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool 
     }
     wrong = [f"its {what} is {got or 'not said'}, not {want}" for what, (got, want) in named.items() if got != want]
     return "; ".join(wrong)
+
+
+def _renamed(record: pb.Record, host: str) -> pb.Record:
+    renamed = pb.Record()
+    renamed.CopyFrom(record)
+    renamed.host = host
+    return renamed
 
 
 def _decides(record: pb.Record) -> bool:

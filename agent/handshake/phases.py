@@ -52,8 +52,8 @@ class LocalHost:
     draining: bool = False
 
     def show(self, record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
-        """A record of this host, as others may see it."""
-        return record_to_proto(record, self.name, progress)
+        """A record of this host, as others may see it: under the name that it had then."""
+        return record_to_proto(record, record.host or self.name, progress)
 
     def check_not_draining(self) -> None:
         if self.draining:
@@ -114,11 +114,6 @@ def phase_changes(attempt: Attempt, phase: str, request: Message) -> dict[str, A
             metadata={"request_id": request_id},
         )
     return {}
-
-
-def is_driver(record: AttemptRecord, driver: str) -> bool:
-    """Whether a request of that driver began a phase here: their ids are its name, "-" and a number, and are told to nobody."""
-    return bool(driver) and any(request_id.rpartition("-")[0] == driver for request_id in record.request_ids.values())
 
 
 def check_ports(host: LocalHost) -> None:

@@ -101,6 +101,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     role: Role
     state: str
+    host: str = ""
+    """This host's name when the record was made. Empty: an older version made it, or it is of an attempt that never got here."""
     domain_name: str = ""
     domain_uuid: str = ""
     destination_name: str = ""

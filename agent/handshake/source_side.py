@@ -65,7 +65,7 @@ class SourceSide:
 
     async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
-        async with attempt.called(_E.BEGIN):
+        async with attempt.called(_E.BEGIN, request.request_id):
             if not attempt.record.state:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
                 self._joined(attempt, request)  # it may have been another one that opened it meanwhile
@@ -114,6 +114,7 @@ class SourceSide:
                 await attempt.apply(
                     _E.BEGIN,
                     lambda: phase_changes(attempt, "begin", request),
+                    host=self._host.name,
                     domain_name=domain.name,
                     domain_uuid=domain.uuid,
                     destination_name=request.destination_name or domain.name,
@@ -128,7 +129,7 @@ class SourceSide:
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
-        async with attempt.called(_E.PERFORM):
+        async with attempt.called(_E.PERFORM, request.request_id):
             if checked := attempt.record.state == _S.BEGUN:
                 uri = read_uri(request.uri, self._host.features.uri_transports)
                 check_proved(attempt.record, str(uri.host), self._host.name)
@@ -157,7 +158,7 @@ class SourceSide:
 
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
-        async with attempt.called(_E.ABORT):
+        async with attempt.called(_E.ABORT, request.request_id):
             await attempt.apply(_E.ABORT, lambda: self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
             return pb.AbortResponse(record=self._host.show(record, attempt.progress))
@@ -168,7 +169,7 @@ class SourceSide:
             raise invalid_field("decision", "must be DECISION_RUNNING or DECISION_GONE")
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         wait = wait_of(request.wait, unset=MAX_WAIT)
-        async with attempt.called(claimed):
+        async with attempt.called(claimed, request.request_id):
             if request.HasField("operator_word"):
                 check_word(attempt, request.operator_word)
             if attempt.record.state == _S.PERFORMING:

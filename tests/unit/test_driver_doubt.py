@@ -31,6 +31,53 @@ async def test_the_outcome_is_unknown_while_the_destination_is_silent_and_known_
     pair.moved()
 
 
+async def cut_off(pair: Pair) -> tuple[Driver, "asyncio.Task[None]"]:
+    """The driver alone loses the destination, while all has left the source."""
+    driver_line = Line(pair.destination)
+    driver = Driver(REF, pair.to_source, driver_line, make_plan(), lambda: None)
+    running = asyncio.create_task(finished(driver))
+    pair.wire.all_sent.clear()
+    await pair.are("performing", "armed")
+    pair.wire.starts.clear()
+    driver_line.cut = True
+    pair.wire.all_sent.set()
+    await until(lambda: driver.source_state == "performed" and "destination" in driver.silent_since)
+    return driver, running
+
+
+async def test_6_13_a_driver_that_is_cut_off_alone_learns_the_outcome_from_the_source(pair: Pair) -> None:
+    driver, running = await cut_off(pair)
+    pair.wire.starts.set()
+    await running
+    pair.moved()
+    assert driver.states == ("removed", "running")
+    assert not driver.outcome_unknown
+
+
+async def test_6_12_a_destination_that_its_source_hears_is_not_fenced(pair: Pair) -> None:
+    """It is the driver that is cut off; a statement does not count either."""
+    driver, running = await cut_off(pair)
+    await until(lambda: driver.is_vouched_for("destination"))
+    assert driver.outcome_unknown
+    assert driver.hangs_on == ""
+    assert await driver.answers("destination")
+    pair.wire.starts.set()
+    await running
+
+
+async def test_6_01_an_id_that_a_guest_came_by_moves_nothing_on(pair: Pair) -> None:
+    """A driver with the id of a migration that brought the guest here is told so, and gives its slot back."""
+    await finished(pair.driver())
+    async with pair_of_agents() as others:
+        third = Line(others.destination)
+        third.agent.name = "h2"
+        driver = Driver(REF, pair.to_destination, third, make_plan(source_host="h2"), lambda: None)
+        await finished(driver)
+        assert driver.foreign is not None
+        assert driver.foreign.reason is Reason.MIGRATION_EXISTS
+        assert others.destination.journalled in ("", "gone")
+
+
 async def test_silence_before_the_guest_has_left_is_no_doubt(pair: Pair) -> None:
     pair.wire.all_sent.clear()
     driver = pair.driver()

@@ -317,7 +317,7 @@ async def test_an_older_attempt_is_refused_and_a_newer_one_waits_for_its_end(sou
 async def test_attempts_count_from_one_and_a_host_has_one_role(source: Agent) -> None:
     await fails(source.engine.begin(begin(ref=pb.AttemptRef(migration_id=ID))), Reason.INVALID_FIELD)
     await source.engine.begin(begin())
-    await fails(source.engine.reserve_slot(reserve()), Reason.SAME_HOST)
+    await fails(source.engine.reserve_slot(reserve()), Reason.MIGRATION_EXISTS)
 
 
 @pytest.mark.parametrize("call", ["perform", "confirm"])

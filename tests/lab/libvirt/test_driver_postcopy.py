@@ -28,6 +28,7 @@ async def test_postcopy(start: Start, sides: tuple[Side, Side], guest: Guest) ->
     await migration.flowing()
     await migration.outgoing.start_postcopy()
     await becomes(lambda: sides[0].state(guest), ("paused", "post-copy"))
+    await becomes(lambda: sides[1].state(guest), ("running", "post-copy"))
     domain = await sides[1].driver.get_named(guest.name)
     assert domain.postcopy
     assert domain.state is DomainState.RUNNING
