@@ -84,6 +84,21 @@ async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRe
     assert "uuid-2" in error.message
 
 
+async def test_6_17_a_host_whose_uuid_was_changed_stays_the_peer_of_its_migrations(
+    registry: HostRegistry, registers: Registers
+) -> None:
+    """As the remedy for two hosts of one UUID has it: the same name, at the same address."""
+    await registers("a", "h1", "uuid-1")
+    before = await registers("b", "h2", "uuid-2")
+    _, destination = await ClusterDirectory(registry).ends(MIGRATION)
+    await before.stop(0)
+    async with asyncio.timeout(PATIENCE):
+        while (await registry.get("h2")).state != HOST_STATE_UNREACHABLE:  # noqa: ASYNC110 - of a host that comes no watch tells
+            await asyncio.sleep(0.005)
+    await registers("b", "h2", "uuid-3")
+    await fails(destination.handshake.get_record(LOOK), Reason.RECORD_NOT_FOUND)  # it is asked, and answers
+
+
 # --- where a guest is -------------------------------------------------------------------------------------------------
 
 
