@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from labkit.errors import LabError
 from labkit.processes import run
 
 CHUNK = bytes(1 << 16)
@@ -25,7 +26,12 @@ class Disk:
         run(["mount", "-t", "tmpfs", "-o", f"size={mib}m,mode=755", "tmpfs", self.folder])
 
     def fill(self) -> None:
-        """From now on nothing more can be written to it (ENOSPC), not even one page."""
+        """From now on nothing more can be written to it (ENOSPC), not even one page.
+
+        Raises `LabError` for a folder that is no mount of its own: it would be the machine's disk that is filled.
+        """
+        if not self.folder.is_mount():
+            raise LabError(f"{self.folder} is no disk of its own, so it is not filled: make the lab with `disk_mib`")
         with contextlib.suppress(OSError), self._filler.open("ab", buffering=0) as filler:
             while filler.write(CHUNK):
                 pass
