@@ -44,6 +44,8 @@ class Attempts:
         self._by_id: dict[str, Attempt] = {}
         self._claimed: set[str] = set()
         """Guests (UUIDs) whose first record is being written."""
+        self._claimed_names: set[str] = set()
+        """Names under which a guest is to arrive whose first record is being written."""
         self._lock = asyncio.Lock()
 
     def adopt(self, record: AttemptRecord) -> Attempt:
@@ -105,6 +107,26 @@ class Attempts:
             yield
         finally:
             self._claimed.discard(uuid)
+
+    @contextlib.contextmanager
+    def claim_name(self, name: str, host: str) -> Iterator[None]:
+        """While an arrival at this host under that name is opened: no other one may be under way here. Its copy is unknown to the
+        hypervisor before Prepare, so only the records can tell.
+
+        Raises:
+            DroverError: DOMAIN_EXISTS.
+        """
+        arrivals = [a.record for a in self.active(Role.DESTINATION) if a.record.destination_name == name]
+        if arrivals or name in self._claimed_names:
+            by = f"migration {arrivals[0].migration_id} of guest {arrivals[0].domain_uuid}" if arrivals else "another migration"
+            text = f"a guest is to arrive on {host} under the name {name} already, by {by}: choose another name with --name"
+            metadata = {"host": host, "domain": name} | ({"migration_id": arrivals[0].migration_id} if arrivals else {})
+            raise DroverError(Reason.DOMAIN_EXISTS, f"{text}. Nothing was done to the guest", metadata=metadata)
+        self._claimed_names.add(name)
+        try:
+            yield
+        finally:
+            self._claimed_names.discard(name)
 
     def check_free(self, uuid: str, name: str) -> None:
         """Raises DOMAIN_BUSY where an attempt at this guest is under way here, with its migration's id."""

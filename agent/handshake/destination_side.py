@@ -82,7 +82,9 @@ class DestinationSide:
 
     async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> None:
         self._check_room(attempt)
-        with self._attempts.claim(request.requirements.uuid, request.requirements.name):
+        wanted = request.requirements
+        name = request.destination_name or wanted.name
+        with self._attempts.claim(wanted.uuid, wanted.name), self._attempts.claim_name(name, self._host.name):
             with timed("reserve") as watch:
                 had_definition = await check_arrival(self._host, request)
             listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
@@ -95,9 +97,9 @@ class DestinationSide:
                 host=self._host.name,
                 had_definition=had_definition,
                 expires=self._expiry(),
-                domain_name=request.destination_name or request.requirements.name,
-                domain_uuid=request.requirements.uuid,
-                destination_name=request.destination_name or request.requirements.name,
+                domain_name=name,
+                domain_uuid=wanted.uuid,
+                destination_name=name,
                 peer_host=request.source_host,
                 peer_agent=request.source_agent,
                 options=options_from_proto(settled(request.options, self._host.features)),

@@ -10,7 +10,7 @@ from agent.handshake import owner
 from agent.handshake.records import OperatorWord, Role, state_from_proto
 from agent.hypervisor.base import RESUMED, DomainState, HypervisorUnavailable
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import PATIENCE, REF, begin, confirm, fails, finish, perform, record, reserve, until, word
+from tests.unit.asking import PATIENCE, REF, begin, confirm, fails, finish, perform, record, requirements, reserve, until, word
 from tests.unit.fake_hypervisor import guest
 from tests.unit.test_engine import to_armed
 from tests.unit.two_agents import Pair, quicker
@@ -261,6 +261,40 @@ async def test_one_guest_is_taken_by_one_migration(pair: Pair) -> None:
     assert [error.reason for error in refused] == [Reason.DOMAIN_BUSY] * 2
     assert agent.effects == ["begin"]
     assert len(agent.engine.active()) == 1
+
+
+OTHER_UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002"
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_6_15_two_guests_that_are_to_arrive_under_one_name(pair: Pair, *, at_once: bool) -> None:
+    """The hypervisor knows of neither before Prepare: the second is refused before it has a slot, and has its own name free."""
+    agent = pair.destination
+    agent.journal.pause = 0.01
+    first = reserve(destination_name="same")
+    ref = pb.AttemptRef(migration_id="6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b02", attempt=1)
+    other = {"ref": ref, "requirements": requirements(OTHER_UUID)}
+    second = reserve(**other, destination_name="same")
+    if at_once:
+        answers = await asyncio.gather(*map(agent.engine.reserve_slot, (first, second)), return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, DroverError)]
+    else:
+        await agent.engine.reserve_slot(first)
+        errors = [await fails(agent.engine.reserve_slot(second), Reason.DOMAIN_EXISTS)]
+        assert first.ref.migration_id in errors[0].message
+    assert [error.reason for error in errors] == [Reason.DOMAIN_EXISTS]
+    assert "h2 under the name same already" in errors[0].message
+    assert len(agent.engine.active()) == 1
+    if not at_once:
+        await agent.engine.reserve_slot(reserve(**other, destination_name="another"))
+
+
+async def test_6_15_a_name_is_free_again_when_the_guest_that_was_to_have_it_does_not_come(pair: Pair) -> None:
+    agent = pair.destination
+    await agent.engine.reserve_slot(reserve(destination_name="same"))
+    await agent.engine.abandon(pb.AbandonRequest(ref=REF))
+    ref = pb.AttemptRef(migration_id="6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b02", attempt=1)
+    await agent.engine.reserve_slot(reserve(ref=ref, requirements=requirements(OTHER_UUID), destination_name="same"))
 
 
 @pytest.mark.parametrize("decision", ["running", "gone"])
