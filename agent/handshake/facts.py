@@ -54,15 +54,22 @@ def loss_of(domain: str, host: str, fact: GuestFact) -> Failure:
 
 
 def check_place_is_free(found: Domain, uuid: str, name: str, host: str) -> None:
-    """Of what a destination has under the guest's UUID or name, only a stored definition of that guest, under that name, may stay.
+    """Of what a destination has under the guest's UUID or name, only a stored definition of that guest, under that name, may stay,
+    and no memory with it: the guest's next start would bring that back, over the disk of a later time.
 
     Raises:
         DroverError: DOMAIN_EXISTS.
     """
     stored = found.state in (DomainState.SHUTOFF, DomainState.CRASHED)
-    if found.uuid == uuid and found.name == name and stored:
+    if found.uuid == uuid and found.name == name and stored and not found.saved_image:
         return
-    if found.uuid == uuid and stored:
+    state = f"{found.state}, with a saved image of its memory" if found.saved_image else str(found.state)
+    if found.uuid == uuid and found.saved_image:
+        advice = (
+            "its next start there would bring that memory back, over the disk as it is by then: remove the image there, "
+            f"`virsh managedsave-remove {found.name}`"
+        )
+    elif found.uuid == uuid and stored:
         advice = f"undefine it there (virsh undefine {found.name}), or let the guest arrive under that name with --name {found.name}"
     elif found.uuid == uuid:
         advice = "it is this guest, or has its UUID: look at both before anything else"
@@ -70,7 +77,7 @@ def check_place_is_free(found: Domain, uuid: str, name: str, host: str) -> None:
         advice = "it is another guest: choose another host, or another name with --name"
     raise DroverError(
         Reason.DOMAIN_EXISTS,
-        f"{host} already has a guest {found.name} ({found.uuid}), {found.state}; {advice}. Nothing was done to the guest",
+        f"{host} already has a guest {found.name} ({found.uuid}), {state}; {advice}. Nothing was done to the guest",
         metadata={"host": host, "domain": found.name, "state": found.state},
     )
 

@@ -213,6 +213,8 @@ class Domain:
     """Version of the hypervisor that runs it. Empty: not told, or it does not run. In lists only, as the next one."""
     installed_version: str = ""
     """Version of the binary that the next start would run."""
+    saved_image: bool = False
+    """It does not run, and its next start would not boot it but restore a memory that was saved here."""
 
     @property
     def unstarted(self) -> bool:

@@ -122,6 +122,10 @@ class Cluster(ABC):
     def _end(self, guest: ClusterGuest) -> None:
         """Destroy and undefine it on every host that has it, by its UUID."""
 
+    @abstractmethod
+    def save(self, guest: ClusterGuest, host: str) -> None:
+        """Have a host save the memory of a guest that runs there, for its next start there, and end it."""
+
     def running_on(self, guest: str) -> list[str]:
         """The hosts whose hypervisor says that the guest runs there."""
         return [host for host, state in self.copies(guest).items() if state == "running"]

@@ -137,6 +137,9 @@ class LabCluster(Cluster):
         for host in self.lab.hosts:
             host.end(guest.uuid)
 
+    def save(self, guest: ClusterGuest, host: str) -> None:
+        self.lab[host].virsh("managedsave", guest.name)
+
     def copies(self, guest: str) -> dict[str, str]:
         states = {host.name: host.domain_state(guest).split(" ")[0] for host in self.lab.hosts}
         return {name: state for name, state in states.items() if state != "absent"}
@@ -214,6 +217,9 @@ class SimCluster(Cluster):
     def _end(self, guest: ClusterGuest) -> None:
         for host in self.hosts:
             ask(self._control(host), {"end": guest.uuid})
+
+    def save(self, guest: ClusterGuest, host: str) -> None:
+        ask(self._control(host), {"save": guest.uuid})
 
     def copies(self, guest: str) -> dict[str, str]:
         """From the agents, which are the hypervisors here."""

@@ -358,7 +358,7 @@ class Host(Node):
 
     def end(self, guest: UUID | str) -> None:
         """Destroys and undefines a guest, by name or UUID; nothing where it is not here."""
-        for words in (["destroy", str(guest)], ["undefine", str(guest), "--nvram"]):
+        for words in (["destroy", str(guest)], ["undefine", str(guest), "--nvram", "--managed-save"]):
             try:
                 self.virsh(*words)
             except LabError as error:

@@ -16,6 +16,7 @@ GUESTS = {
         GuestSpec("cancelled-at-once"),
         GuestSpec("renamed"),
         GuestSpec("twice"),
+        GuestSpec("saved"),
         GuestSpec("busy-1", memory_mib=128),
         GuestSpec("busy-2"),
         GuestSpec("by-hand"),

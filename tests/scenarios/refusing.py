@@ -114,6 +114,22 @@ async def test_6_32_a_guest_that_is_paused_but_not_by_its_user_stays_as_it_is(cl
     await assert_idle(cluster)
 
 
+async def test_6_2_a_memory_that_was_saved_at_the_destination_is_told_before(cluster: Cluster) -> None:
+    """It would come back with the guest's next start there, over a disk that has gone on since."""
+    guest = cluster.start_guest("saved", "h2")
+    cluster.save(guest, "h2")
+    cluster.start_guest("saved", "h1")
+    async with Talk(cluster.server) as talk:
+        with pytest.raises(DroverError) as refusal:
+            await talk.start(guest.name, "h2")
+    assert refusal.value.reason is Reason.DOMAIN_EXISTS, refusal.value.message
+    assert "h2 already has a guest saved" in refusal.value.message
+    assert "`virsh managedsave-remove saved`" in refusal.value.message
+    assert cluster.running_on(guest.name) == ["h1"]
+    guest.wait_lines(2)
+    await assert_idle(cluster)
+
+
 async def test_guest_already_there(cluster: Cluster) -> None:
     guest = cluster.guest("refused")
     async with Talk(cluster.server) as talk:

@@ -15,6 +15,16 @@ def test_6_15_a_stored_definition_of_the_same_guest_may_stay() -> None:
     check_place_is_free(guest(state=DomainState.SHUTOFF), UUID, "web1", "h2")
 
 
+def test_6_2_a_definition_with_a_memory_that_was_saved_may_not_stay() -> None:
+    saved = guest(state=DomainState.SHUTOFF, reason="saved", saved_image=True)
+    with pytest.raises(DroverError, match="`virsh managedsave-remove web1`") as error:
+        check_place_is_free(saved, UUID, "web1", "h2")
+    assert error.value.reason is Reason.DOMAIN_EXISTS
+    assert "h2 already has a guest web1" in error.value.message
+    with pytest.raises(DroverError, match="another guest"):
+        check_place_is_free(saved, "6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01", "web1", "h2")
+
+
 @pytest.mark.parametrize(
     ("uuid", "name", "state", "words"),
     [

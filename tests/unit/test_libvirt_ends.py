@@ -75,6 +75,9 @@ class FakeDomain:
     def isPersistent(self) -> bool:  # noqa: N802
         return True
 
+    def hasManagedSaveImage(self) -> bool:  # noqa: N802
+        return False
+
     def undefineFlags(self, _flags: int) -> None:  # noqa: N802
         self.done.append("undefine")
 

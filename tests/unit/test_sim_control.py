@@ -59,3 +59,13 @@ async def test_a_guest_that_is_ended_under_way_is_nowhere() -> None:
             await performing
         await b._host.end(UUID)
         assert [await a.list_domains(), await b.list_domains()] == [[], []]
+
+
+async def test_6_2_a_memory_that_is_saved_waits_for_the_next_start(control: tuple[SimHypervisor, Path]) -> None:
+    host, path = control
+    await asked(path, {"start": WEB})
+    await asked(path, {"save": UUID})
+    saved = await host.get_domain(UUID)
+    assert (saved.state, saved.reason, saved.saved_image) == (DomainState.SHUTOFF, "saved", True)
+    host.start(UUID)
+    assert not (await host.get_domain(UUID)).saved_image

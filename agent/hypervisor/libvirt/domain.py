@@ -131,6 +131,7 @@ def read(domain: Any, silent_for: float = 0.0) -> Domain:
         incoming=job is Job.INCOMING and state is DomainState.PAUSED and reason == MIGRATION,
         postcopy=reason.startswith("post-copy"),
         silent_for=silent_for,
+        saved_image=state in (DomainState.SHUTOFF, DomainState.CRASHED) and bool(domain.hasManagedSaveImage()),
     )
 
 

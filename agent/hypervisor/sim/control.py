@@ -1,7 +1,7 @@
 """What the users of simulated guests do to them from outside of the agent's process, as `virsh` does for libvirt.
 
-One request for each connection, a line of JSON: ``{"start": a SimGuest}`` or ``{"end": UUID}``. The answer is a line: empty when it
-is done, else why not.
+One request for each connection, a line of JSON: ``{"start": a SimGuest}``, ``{"end": UUID}`` or ``{"save": UUID}``. The answer is a
+line: empty when it is done, else why not.
 """
 
 import asyncio
@@ -27,6 +27,8 @@ class Request(Base, kw_only=True, frozen=True):
     start: SimGuest | None = None
     end: str = ""
     """The guest's UUID."""
+    save: str = ""
+    """The UUID of a guest whose memory is saved."""
 
 
 async def serve(host: Host) -> asyncio.Server:
@@ -40,6 +42,8 @@ async def serve(host: Host) -> asyncio.Server:
                 host.save()
             if request.end:
                 await host.end(request.end)
+            if request.save:
+                host.save_memory(request.save)
         except (msgspec.DecodeError, HypervisorError) as error:
             return str(error)
         return ""

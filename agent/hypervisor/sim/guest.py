@@ -106,6 +106,8 @@ class Guest:
         self.stored = stored
         self.autostart = False
         """It starts with its host; only a stored definition can."""
+        self.saved_image = False
+        """A memory that its user has saved waits for its next start."""
         self.state = DomainState.SHUTOFF
         self.reason = "unknown"
         self.wants_run = False
@@ -172,6 +174,7 @@ class Guest:
             incoming=self.incoming,
             postcopy=self.postcopy,
             silent_for=0.0 if self.silent_since is None else self._now() - self.silent_since,
+            saved_image=self.saved_image and not self.active,
         )
 
     def requirements(self) -> Requirements:
@@ -182,7 +185,7 @@ class Guest:
     def boot(self) -> None:
         """Begin from nothing."""
         self._clock, self._since, self._logged = 0.0, None, 0
-        self.wants_run = True
+        self.wants_run, self.saved_image = True, False
         if self.logs:
             line = serial.boot_line(self.definition.guest.memory_bytes)
             serial.write(self.definition.guest.log, [(0, line)], 0.0, time.monotonic())

@@ -154,6 +154,12 @@ class Host:
             self.release(guest)
             self.drop(guest, "destroyed")
 
+    def save_memory(self, uuid: str) -> None:
+        """Its user has the memory of a persistent guest saved, and ends it. That is not kept beyond the process."""
+        guest = self.guest(uuid)
+        guest.saved_image = guest.stored is not None
+        self.drop(guest, "saved")
+
     def notify(self, guest: Guest, kind: str, detail: str) -> None:
         self.events.put(DomainEvent(guest.uuid, kind, detail, time.monotonic()))
         self.save()
