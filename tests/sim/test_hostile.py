@@ -14,7 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from agent.errors import DroverError, Reason
 from agent.service.channel import open_channel
-from agent.service.status import error_from_rpc
+from agent.service.status import STATUS_KEY, error_from_rpc
 from benchkit.hostile import Hostile
 from clusterkit import Cluster, GuestSpec, cluster
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2
@@ -61,7 +61,7 @@ async def one_call(channel: grpc.aio.Channel, method: Any, request: Any, leave_a
         if leave_after is not None and error.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             return None
         found = error_from_rpc(error, "server")
-        if "grpc_code" in found.metadata:  # gRPC's own words, not ours
+        if STATUS_KEY not in dict(error.trailing_metadata() or ()):  # gRPC's own words, not ours
             raise AssertionError(f"{method.full_name} of {request} gets {error.code()}: {error.details()}") from None
         return found
     return None
