@@ -78,8 +78,8 @@ def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: boo
         planning = sum(t.hypervisor_duration.ToNanoseconds() / 1e9 for t in migration.timings if t.phase == "plan")
         in_calls = planning + union(call for calls in driver.hypervisor_calls.values() for call in calls)
         migration.duration_is_least = wall is not None
-        migration.duration.CopyFrom(duration(max(elapsed, in_calls) if migration.duration_is_least else elapsed))
-        migration.hypervisor_duration.CopyFrom(duration(in_calls))
+        migration.duration.CopyFrom(_seconds(max(elapsed, in_calls) if migration.duration_is_least else elapsed))
+        migration.hypervisor_duration.CopyFrom(_seconds(in_calls))
     return migration
 
 
@@ -231,6 +231,7 @@ def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:
 
 
 def _seconds(seconds: float) -> Duration:
+    """What hosts tell may add up to more than a duration can hold."""
     return duration(min(seconds, 1e9))
 
 

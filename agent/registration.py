@@ -7,11 +7,14 @@ import grpc.aio
 import structlog
 
 from agent.host import AgentHost
+from agent.service.implausible import drop_implausible
 from drover.coordinator.v1 import host_pb2, host_pb2_grpc
 
 log = structlog.get_logger()
 
 _RETRY_SECONDS: Final = 1.0
+_LONGEST_PAUSE_SECONDS: Final = 60.0
+"""Whatever heartbeat the coordinator asks for."""
 _CALL_SECONDS: Final = 5.0
 
 
@@ -29,7 +32,9 @@ async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: s
             if told != (told := f"{error.code().name}: {error.details()}"):
                 log.warning("the coordinator does not take this host", code=error.code().name, error=error.details())
         else:
-            pause = response.heartbeat_interval.ToNanoseconds() / 1e9
+            drop_implausible(response)
+            asked = response.heartbeat_interval.ToNanoseconds() / 1e9
+            pause = min(max(asked, _RETRY_SECONDS), _LONGEST_PAUSE_SECONDS)
             if told != (told := "registered"):
                 log.info("registered with the coordinator")
         await asyncio.sleep(pause)

@@ -105,7 +105,7 @@ def _state(fact: handshake_pb2.GuestFact) -> str:
 
 
 def _clock(fact: handshake_pb2.GuestFact) -> str:
-    return f"{fact.see_time.ToDatetime():%H:%M:%S} UTC"
+    return f"{fact.see_time.ToDatetime():%H:%M:%S} UTC" if fact.HasField("see_time") else "a time that it did not tell"
 
 
 def _why_nowhere(host: str, fact: handshake_pb2.GuestFact) -> str:

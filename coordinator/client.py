@@ -24,9 +24,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc.aio
+from google.protobuf.message import Message
 
 from agent.errors import Reason
 from agent.service.channel import all_pages, open_channel
+from agent.service.implausible import drop_implausible
 from coordinator.client_errors import (
     Busy,
     DeadlineExceeded,
@@ -342,10 +344,13 @@ class Client:
 
     async def _call(self, call: Awaitable[T]) -> T:
         try:
-            return await call
+            answer = await call
         except grpc.aio.AioRpcError as error:
             status = importlib.import_module("agent.service.status")  # here: reading errors needs much that a success does not
             raise client_error(status.error_from_rpc(error, f"the server at {self.address}")) from error
+        if isinstance(answer, Message):  # not so at the end of a stream
+            drop_implausible(answer)
+        return answer
 
     @property
     def _open(self) -> grpc.aio.Channel:

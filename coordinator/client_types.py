@@ -215,6 +215,6 @@ def time_of(timestamp: Timestamp) -> datetime:
 
 
 def word_of(enum: type, number: int, prefix: str) -> str:
-    """The value's name as a word of ours; of a value that only a newer server knows, its number: "unknown_99"."""
+    """The value's name as a word of ours; of a value that only a newer server knows, its number: "unknown_99", "unknown_minus_1"."""
     names = {value: name for name, value in enum.items()}  # type: ignore[attr-defined]
-    return str(names.get(number, f"UNKNOWN_{number}")).removeprefix(prefix).lower()
+    return str(names.get(number, f"UNKNOWN_{number}".replace("-", "MINUS_"))).removeprefix(prefix).lower()

@@ -182,7 +182,8 @@ class Knowledge:
         known = self.source_record if side == "source" else self.destination_record
         if known is not None and record.revision <= known.revision:
             return  # the answer to a call that joined: the record may have been changed long ago
-        self._wall_offsets.setdefault(side, record.update_time.ToNanoseconds() / 1e9 - time.monotonic())
+        if record.HasField("update_time"):
+            self._wall_offsets.setdefault(side, record.update_time.ToNanoseconds() / 1e9 - time.monotonic())
 
     @property
     def clock_skew(self) -> float:

@@ -7,6 +7,7 @@ It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, 
 - a string that may have at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals
   and XML); only longer ones, such as the XML, may have several lines;
 - a time is one that a calendar has, and a network's address is an IP address (in an answer, too);
+- of an answer, what cannot be meant counts as not told (`agent.service.implausible`);
 - an order holds nothing that is not understood: `Options` and `MigrationSpec` no unknown field, they and the requests
   themselves no unknown enum value. Reports (a `Host`) may: a newer agent may say more;
 - a record that a driver relays is the answer of another host, and checked like one: a call must not be refused for what that
@@ -32,6 +33,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from agent.errors import DroverError, Reason, invalid_field
 from agent.hypervisor.names import name_problem
+from agent.service.implausible import drop_implausible, is_duration, is_time
 from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2, options_pb2
 
 MAX_STRING = 253
@@ -42,11 +44,6 @@ MAX_ITEMS = 64
 """Items of a repeated field or map that has no max_items of its own."""
 MAX_LINE = 1024
 """A string whose bound is no higher than this is a single line."""
-MAX_DURATION_SECONDS = 315_576_000_000
-"""10,000 years: the bound of google.protobuf.Duration itself."""
-
-MAX_TIME_SECONDS = 253_402_300_799
-"""The end of the year 9999: the bound of google.protobuf.Timestamp itself."""
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -75,6 +72,7 @@ def check_request(message: Message) -> None:
 
 def checked_answer(answer: _M, peer: str) -> _M:
     """The answer of that peer, if nothing in it is too large: it goes to the hypervisor, into the store, or to whoever watches.
+    What cannot be meant has been dropped from it.
 
     Raises FIELD_TOO_LARGE.
     """
@@ -87,11 +85,13 @@ def checked_answer(answer: _M, peer: str) -> _M:
 
 
 def check_answer(message: Message) -> None:
-    """Raise FIELD_TOO_LARGE, with the path of the field, for the first thing in a peer's answer that is too large.
+    """Drop what cannot be meant, and raise FIELD_TOO_LARGE, with the path of the field, for the first thing in a peer's answer that
+    is too large.
 
-    Sizes are all that counts: what a record says of itself may be clumsy, and it must be read all the same, for nothing else
+    It is refused for its size alone: what a record says of itself may be clumsy, and it must be read all the same, for nothing else
     tells where the guest runs.
     """
+    drop_implausible(message)
     _walk(message, "", answer=True)
 
 
@@ -179,7 +179,7 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
         if field.message_type.full_name == Timestamp.DESCRIPTOR.full_name:
             return _timestamp
         if field.message_type.full_name == handshake_pb2.Record.DESCRIPTOR.full_name:
-            return _answer
+            return _relayed
         return _message if max_bytes is None else _message_check(max_bytes, _message)
     if field.enum_type is not None:
         return _enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None
@@ -294,6 +294,11 @@ def _answer(value: Message, path: str) -> None:
     _walk(value, path + ".", answer=True)
 
 
+def _relayed(value: Message, path: str) -> None:
+    drop_implausible(value)
+    _answer(value, path)
+
+
 def _uuid(value: str, path: str) -> None:
     _check_size(len(value), 36, path)
     if _UUID.fullmatch(value) is None:
@@ -320,14 +325,14 @@ def _ip_address(value: str, path: str) -> None:
 
 
 def _timestamp(value: Timestamp, path: str) -> None:
-    if not 0 <= value.seconds <= MAX_TIME_SECONDS or not 0 <= value.nanos < 1_000_000_000:
+    if not is_time(value):
         raise invalid_field(path, "is no time between the years 1970 and 9999")
 
 
 def _duration(value: Duration, path: str) -> None:
     if value.seconds < 0 or value.nanos < 0:
         raise invalid_field(path, "is negative; a duration cannot be")
-    if value.seconds > MAX_DURATION_SECONDS or value.nanos >= 1_000_000_000:
+    if not is_duration(value):
         raise invalid_field(path, "is no valid duration")
 
 

@@ -22,11 +22,13 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
 
 from agent.errors import DOMAIN, DroverError, FieldViolation, Reason, said_by_peer
+from agent.service.implausible import drop_implausible
 
 MAX_MESSAGE = 1536
 """Bytes of the message, percent encoded as ``grpc-message`` is."""
 MAX_METADATA = 1024
 """Bytes of all keys and values of the metadata together."""
+MAX_METADATA_KEY = 253
 MAX_METADATA_VALUE = 512
 MAX_VIOLATIONS = 4
 MAX_DESCRIPTION = 200
@@ -160,6 +162,8 @@ def _cut_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     kept: dict[str, str] = {}
     room = MAX_METADATA
     for key, value in metadata.items():
+        if len(key.encode()) > MAX_METADATA_KEY:
+            continue
         value = value.encode("utf-8", "replace")[:MAX_METADATA_VALUE].decode("utf-8", "ignore")
         room -= len(key.encode()) + len(value.encode())
         if room < 0:
@@ -187,6 +191,7 @@ def _detail(status: status_pb2.Status, kind: type[_M]) -> _M | None:
                 packed.Unpack(detail)
             except DecodeError:
                 return None
+            drop_implausible(detail)
             return detail
     return None
 
@@ -202,8 +207,8 @@ def _from_status(status: status_pb2.Status, info: error_details_pb2.ErrorInfo, c
     return said_by_peer(
         info.reason,
         status.message,
-        info.metadata,
-        retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None,
+        _cut_metadata(info.metadata),
+        retry_after=retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None and retry.HasField("retry_delay") else None,
         violations=tuple(FieldViolation(v.field, v.description) for v in bad.field_violations) if bad is not None else (),
         code=code,
     )

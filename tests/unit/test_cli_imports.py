@@ -13,6 +13,7 @@ OURS = {
     "agent.open_enum",
     "agent.service",
     "agent.service.channel",
+    "agent.service.implausible",
     "agent.whereabouts",
     "coordinator",
     "coordinator.cli",
