@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import itertools
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
@@ -14,6 +16,7 @@ from agent.features import PROTOCOL_VERSION, features_to_proto
 from agent.handshake.engine import Engine
 from agent.hypervisor.base import HypervisorError, HypervisorInfo
 from agent.hypervisor.interface import Hypervisor
+from agent.seldom import Seldom
 from drover.agent.v1 import host_pb2 as pb
 
 log = structlog.get_logger()
@@ -25,7 +28,7 @@ SHORTEST_REPEAT_SECONDS: Final = 0.1
 """Between two words of a watch on which nothing changes."""
 
 MAX_COORDINATORS: Final = 8
-"""That are told of."""
+"""That are told of: those whose watches have been open longest, so that no newcomer hides them."""
 
 
 class AgentHost:
@@ -36,7 +39,8 @@ class AgentHost:
         self.engine = engine
         self._info = info
         self._coordinators: Counter[str] = Counter()
-        """Open watches by coordinator."""
+        """Open watches by coordinator, the oldest first."""
+        self._warnings = Seldom()
         self._incarnation = str(uuid.uuid4())
         self._version = version("drover")
 
@@ -61,8 +65,12 @@ class AgentHost:
             incoming_in_use=self.engine.incoming_in_use,
             incarnation=self._incarnation,
             draining=local.draining,
-            coordinators=sorted(self._coordinators)[:MAX_COORDINATORS],
+            coordinators=self._told_coordinators,
         )
+
+    @property
+    def _told_coordinators(self) -> list[str]:
+        return sorted(itertools.islice(self._coordinators, MAX_COORDINATORS))
 
     async def keep_current(self) -> None:
         """Ask the hypervisor again what it can, for ever: a sysctl is set, a libvirtd comes back with another QEMU."""
@@ -96,7 +104,7 @@ class AgentHost:
     def _claimed_by(self, coordinator: str) -> Iterator[None]:
         self._coordinators[coordinator] += 1
         if len(self._coordinators) > 1:
-            log.warning("more than one coordinator claims this host", coordinators=sorted(self._coordinators))
+            self._warn()
         self.engine.changed.ring()
         try:
             yield
@@ -104,3 +112,15 @@ class AgentHost:
             self._coordinators[coordinator] -= 1
             self._coordinators = +self._coordinators
             self.engine.changed.ring()
+
+    def _warn(self) -> None:
+        """Anybody may claim this host, as often as they like."""
+        now = time.monotonic()
+        if not self._warnings.due(now):
+            self._warnings.held_back += 1
+            return
+        log.warning(
+            "more than one coordinator claims this host",
+            coordinators=self._told_coordinators,
+            held_back=self._warnings.told(now),
+        )

@@ -163,9 +163,18 @@ class HostRegistry:
             self._table.save_soon(entry)
 
     def _tell_rivals(self, entry: KnownHost, rivals: frozenset[str]) -> None:
-        if others := rivals - entry.rivals:
-            log.warning("host.claimed_by_another_coordinator", host=entry.name, others=sorted(others))
-        entry.rivals = rivals
+        """Each once, but seldom; one that came too soon after another is told of later, if it is still there."""
+        came, entry.rivals = rivals - entry.rivals, rivals
+        entry.named_rivals &= rivals
+        now, others = self._clock(), rivals - entry.named_rivals
+        if not others:
+            return
+        if not entry.warnings.due(now):
+            entry.warnings.held_back += bool(came)
+            return
+        held_back = entry.warnings.told(now)
+        log.warning("host.claimed_by_another_coordinator", host=entry.name, others=sorted(others), held_back=held_back)
+        entry.named_rivals = rivals
 
     def _silence(self, link: HostLink, why: str) -> None:
         entry = self._entry_of(link)

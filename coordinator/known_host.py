@@ -1,10 +1,11 @@
 """One host as this coordinator knows it, and what a word of its agent changes in that."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from agent.errors import DroverError, Reason
+from agent.seldom import Seldom
 from coordinator.host_link import HostLink, Word
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
@@ -27,6 +28,10 @@ class KnownHost:
     """When it was last heard of, by the monotonic clock. None: not in this life of the coordinator."""
     rivals: frozenset[str] = frozenset()
     """Other coordinators that claim it, as last told."""
+    named_rivals: frozenset[str] = frozenset()
+    """Those of them that the log has named."""
+    warnings: Seldom = field(default_factory=Seldom)
+    """About its rivals."""
 
     @property
     def name(self) -> str:

@@ -146,7 +146,9 @@ class Host(message.Message):
 
     @builtins.property
     def coordinators(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Coordinators that watch this host now, as they call themselves. More than one: each of them is told here."""
+        """Coordinators that watch this host now, as they call themselves; of many, those that have done so longest. More than one: each of
+        them is told here.
+        """
 
     def __init__(
         self,
