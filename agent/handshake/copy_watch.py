@@ -1,6 +1,7 @@
 """The copy at the destination while it waits for its stream: what its hypervisor says of it, and why it came to nothing."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Final
 
 from agent.errors import DroverError
@@ -10,6 +11,7 @@ from agent.handshake.phases import LocalHost, failed, failure_of, follow_guest
 from agent.handshake.records import Failure, causes_first
 from agent.handshake.waits import mind
 from agent.hypervisor.base import HypervisorError
+from agent.hypervisor.interface import Incoming
 
 _WAITS: Final = frozenset({Dst.PREPARING, Dst.PREPARED, Dst.ARMED})
 """The copy is there, or is being made, and has not got its stream."""
@@ -18,8 +20,9 @@ _WAITS: Final = frozenset({Dst.PREPARING, Dst.PREPARED, Dst.ARMED})
 class CopyWatch:
     """Watches the copies of one host."""
 
-    def __init__(self, host: LocalHost) -> None:
+    def __init__(self, host: LocalHost, session_of: Callable[[Attempt], Incoming]) -> None:
         self._host = host
+        self._session_of = session_of
 
     def start(self, attempt: Attempt) -> None:
         """Until `stop`. Harmless to repeat."""
@@ -33,13 +36,14 @@ class CopyWatch:
         attempt.stop("mind")
 
     async def cause(self, attempt: Attempt, error: HypervisorError | None = None) -> Failure | None:
-        """Why the copy came to nothing: how its process died, where it did, is nearer to the cause than Finish's own error."""
+        """Why the copy came to nothing: where it is known how its process ended, that is nearer to the cause than Finish's error."""
         death = await self._host.hypervisor.death(attempt.record.destination_name)
-        failures = causes_first(failure_of(one, self._host.name) for one in (death, error) if one is not None)
+        destroyed = await self._session_of(attempt).destroyed()
+        failures = causes_first(failure_of(one, self._host.name) for one in (death, destroyed, error) if one is not None)
         return failures[0] if failures else None
 
     async def explain(self, attempt: Attempt) -> dict[str, object]:
-        """What the record of a copy that was given up must say besides: it may have died just before, and only the source has
+        """What the record of a copy that was given up must say besides: it may have ended just before, and only the source has
         noticed by then.
         """
         was_there = any(timing.phase == "prepare" for timing in attempt.record.timings)  # else the death is that of an earlier one

@@ -37,7 +37,7 @@ class DestinationEffects:
     def __init__(self, host: LocalHost, journal: Journal) -> None:
         self._host = host
         self._journal = journal
-        self._copies = CopyWatch(host)
+        self._copies = CopyWatch(host, self._session)
         self._sessions: dict[Attempt, Incoming] = {}
 
     async def run(self, attempt: Attempt, effect: str) -> None:

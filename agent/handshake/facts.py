@@ -24,13 +24,13 @@ def source_fact(domain: Domain | None) -> SourceEvent | None:
 
 
 def destination_fact(domain: Domain | None) -> DestinationEvent | None:
-    """What the hypervisor's word on the copy means for its destination; None while it waits for its stream."""
+    """What the hypervisor's word on the copy means for its destination; None while it waits for its stream, or ends."""
     if domain is None:
         return DestinationEvent.SAW_ABSENT
     if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
         # A copy that never ran can be seen as failed, destroyed, crashed or (after libvirtd's restart) unknown.
         return DestinationEvent.SAW_RUNNING if domain.has_run else DestinationEvent.SAW_ABSENT
-    return None if domain.unstarted else DestinationEvent.SAW_RUNNING
+    return None if domain.unstarted or domain.ending else DestinationEvent.SAW_RUNNING
 
 
 _BY_SOMEBODY = frozenset({"destroyed", "shutdown", "saved"})

@@ -271,14 +271,14 @@ def _unanswered(attempt: Attempt, before: GuestFact | None, error: Exception) ->
 
 async def follow_guest(host: LocalHost, attempt: Attempt, on_end: Callable[[], Awaitable[None]] | None = None) -> None:
     """Take what the hypervisor says of the guest as it happens, until this task is cancelled. `on_end` is called when its process
-    has died, or a copy that waited for its stream was ended.
+    has ended, whoever ended it.
     """
     async for event in host.hypervisor.events():
         if event.uuid == attempt.record.domain_uuid and (fact := fact_of_event(event)) is not None:
             waits = attempt.record.seen is not None and attempt.record.seen.state is GuestState.WAITING
             if not waits or fact.state is GuestState.RUNNING:  # an empty copy is no guest that was paused, or died
                 attempt.saw(fact, look_again=True)
-            if fact.state is GuestState.CRASHED and on_end is not None:
+            if fact.state in NO_PROCESS and on_end is not None:
                 await on_end()
 
 

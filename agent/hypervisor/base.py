@@ -184,6 +184,8 @@ PAUSED_BY_USER: Final = "user"
 """`Domain.reason` of a guest that its user has paused: the only pause that it may travel with."""
 POSTCOPY_FAILED: Final = "post-copy failed"
 """`Domain.reason` of a half whose post-copy broke: it may yet be recovered."""
+ENDING: Final = "in shutdown"
+"""`Domain.reason` of a guest whose process is about to end: by its user, by the guest itself, or by a signal."""
 _NEVER_RAN = frozenset({"migration", "starting up", "unknown"})
 """Reasons for being paused that a copy can have which waits for its memory."""
 _HAS_RUN = frozenset({"shutdown", "saved", "migrated"})
@@ -221,6 +223,11 @@ class Domain:
         """For a destination: an active copy that has never run. A daemon that has just come back knows the reason of the pause
         some milliseconds before it knows the job again, so the job alone does not say it."""
         return self.state is DomainState.PAUSED and (self.incoming or self.reason in _NEVER_RAN)
+
+    @property
+    def ending(self) -> bool:
+        """Its process ends at this moment. Whether it ran is told when it has ended: a waiting copy that is destroyed is so, too."""
+        return self.state is DomainState.OTHER and self.reason == ENDING
 
     @property
     def has_run(self) -> bool:

@@ -119,6 +119,11 @@ class Incoming(Protocol):
         """
         ...
 
+    async def destroyed(self) -> HypervisorError | None:
+        """That the copy which this handle has prepared was destroyed, and neither by this handle nor with its connection. None where
+        that is not so, or not known. Raises nothing."""
+        ...
+
     async def abandon(self) -> None:
         """Destroy the copy: afterwards there is none. Idempotent, from any connection.
         Raises `DomainBusy` for one that has run, even if it is stopped by now.

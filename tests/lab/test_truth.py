@@ -20,7 +20,17 @@ pytestmark = pytest.mark.timeout(150)
 
 GUESTS = [
     GuestSpec(name)
-    for name in ("dies-cancelled", "dies", "copy-dies", "walled", "walled-cancelled", "copy-stopped", "stopped", "idle")
+    for name in (
+        "dies-cancelled",
+        "dies",
+        "copy-dies",
+        "copy-destroyed",
+        "walled",
+        "walled-cancelled",
+        "copy-stopped",
+        "stopped",
+        "idle",
+    )
 ]
 PORTS = "49152:49215"
 FULL = {
@@ -82,6 +92,25 @@ async def test_6_14_the_death_of_the_copy_is_told_by_its_host_and_the_echo_secon
     assert error["guest"] == f'"{guest.name}" runs on h1'
     assert error["also"][0].startswith("h1: ")
     assert cluster.copies(guest.name) == {"h1": "running"}
+
+
+async def test_6_14_a_copy_that_somebody_destroyed_is_told_by_its_host_and_the_echo_second(cluster: LabCluster) -> None:
+    guest = cluster.guest("copy-destroyed")
+    async with Talk(cluster.server) as talk:
+        migration_id = await flowing(talk, guest.name)
+        cluster.lab["h2"].virsh("destroy", guest.name)
+        end = await talk.end(migration_id)
+    told = f"h2: the copy of {guest.name} was destroyed by somebody, and not by Drover"
+    assert (state(end), end.runs_on) == ("failed", "h1")
+    assert end.failure.message.startswith(told)
+    assert [other.message[:4] for other in end.other_failures] == ["h1: "]
+    shown = drover(cluster, "migration", "show", migration_id).stdout
+    assert shown.index(told) < shown.index("also ")
+    error = json.loads(drover(cluster, "migration", "watch", migration_id, "-o", "json").stderr)["error"]
+    assert error["message"].startswith(told)
+    assert error["also"][0].startswith("h1: ")
+    assert cluster.copies(guest.name) == {"h1": "running"}
+    await assert_idle(cluster)
 
 
 @pytest.mark.parametrize("firmware", [False, True])

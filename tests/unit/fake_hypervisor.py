@@ -95,6 +95,8 @@ class FakeHypervisor:
         """Repeats of a request to connect that nobody answers."""
         self.deaths: dict[str, HypervisorError] = {}
         """By guest: how its process died."""
+        self.destructions: dict[str, HypervisorError] = {}
+        """By guest (UUID): that its copy was destroyed by somebody."""
         self.wire = wire or Wire()
         self.calls: list[str] = calls if calls is not None else []
         """Every call that does something, in order; a journal that is told to writes here too."""
@@ -343,6 +345,9 @@ class FakeIncoming:
             raise TransferFailed("the stream broke: the copy is gone")
         host.change(self._uuid, state=DomainState.RUNNING, reason="migrated", job=Job.NONE, incoming=False)
         return Finished(b"finished")
+
+    async def destroyed(self) -> HypervisorError | None:
+        return self._host.destructions.get(self._uuid)
 
     async def abandon(self) -> None:
         await self._host.called("abandon")

@@ -36,6 +36,7 @@ from tests.unit.asking import (
     word,
 )
 from tests.unit.fake_hypervisor import UUID, guest
+from tests.unit.test_engine import to_armed
 from tests.unit.two_agents import Pair, pair_of_agents, quicker
 
 NEXT = pb.AttemptRef(migration_id=ID.replace("6f", "7f"), attempt=1)
@@ -186,6 +187,30 @@ async def test_6_14_a_copy_that_died_just_before_it_was_given_up_says_so(pair: P
         await fails(preparing, Reason.GIVEN_UP)
     ended = (await giving_up).record
     assert ended.failure.message == ("h2: the QEMU of web1 died" if prepared else "the copy was given up before its commit")
+
+
+@pytest.mark.parametrize("first", ["event", "finish", "abandon"])
+async def test_6_14_a_copy_that_somebody_destroyed_is_told_as_the_cause(pair: Pair, first: str) -> None:
+    """Finish may wait on, and its own error is only an echo."""
+    agent = pair.destination
+    agent.hypervisor.held["finish"] = asyncio.Event()
+    agent.hypervisor.fails["finish"] = [TransferFailed("is not processing incoming migration", {ECHO: "true"})]
+    await to_armed(pair)
+    await until(lambda: bool(agent.hypervisor._news))
+    agent.hypervisor.destructions[UUID] = TransferFailed("the copy of web1 was destroyed by somebody")
+    if first == "event":
+        agent.hypervisor.tell("stopped", "destroyed")
+        await until(lambda: agent.durable.failure is not None)
+    if first == "abandon":  # libvirt takes its time to end the process: the source has seen its stream break by then
+        pair.source.keep(record(Role.SOURCE, "kept"))
+        await pair.source.restart()
+        giving_up = asyncio.create_task(agent.engine.abandon(pb.AbandonRequest(ref=REF, source_kept=True)))
+        await agent.reaches("abandoning")
+        agent.hypervisor.held["finish"].set()
+        await giving_up
+    agent.hypervisor.held["finish"].set()
+    await agent.reaches("gone")
+    assert (await agent.record()).failure.message == "h2: the copy of web1 was destroyed by somebody"
 
 
 async def test_6_14_a_cause_replaces_the_giving_up_that_was_recorded_before(pair: Pair) -> None:

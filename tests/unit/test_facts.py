@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from agent.errors import DroverError, Reason
-from agent.handshake.facts import check_movable, check_place_is_free
+from agent.handshake.destination import DestinationEvent
+from agent.handshake.facts import check_movable, check_place_is_free, destination_fact
 from agent.handshake.guest_fact import GuestState, fact_of
-from agent.hypervisor.base import DomainState, Job
+from agent.hypervisor.base import ENDING, DomainState, Job
 from tests.unit.fake_hypervisor import UUID, guest
 
 
@@ -40,6 +41,13 @@ def test_6_15_what_is_in_the_place_of_the_guest_is_told_before_a_slot_is_taken(
         check_place_is_free(guest(uuid, name, state=state), UUID, "web1", "h2")
     assert error.value.reason is Reason.DOMAIN_EXISTS
     assert "h2 already has" in error.value.message
+
+
+def test_6_13_a_copy_whose_process_ends_has_not_run_for_that() -> None:
+    """As it is destroyed, or gets a signal, libvirt calls it "in shutdown": what it was is told when it has ended."""
+    assert destination_fact(guest(state=DomainState.OTHER, reason=ENDING)) is None
+    assert destination_fact(guest(state=DomainState.SHUTOFF, reason="destroyed")) is DestinationEvent.SAW_ABSENT
+    assert destination_fact(guest(state=DomainState.OTHER, reason="unknown")) is DestinationEvent.SAW_RUNNING, "it sleeps"
 
 
 @pytest.mark.parametrize("reason", ["unknown", "migration", "ioerror", "watchdog", "crashing", "save", "dump", "post-copy failed"])

@@ -264,6 +264,19 @@ async def test_a_copy_that_never_ran_leaves_no_definition(libvirtd: Libvirtd, mo
     assert libvirtd.domain.done == ["undefine"]
 
 
+async def test_6_13_a_copy_that_somebody_destroys_at_this_moment_has_not_run_for_that(
+    libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libvirt takes some 200 ms to end it, and calls it "in shutdown" for a part of that, as a guest that its user has stopped."""
+    made = await prepare(libvirtd, monkeypatch)
+    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTDOWN, 0)
+    with pytest.raises(HypervisorUnavailable, match="in shutdown"):
+        await made.abandon()
+    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED)
+    await made.abandon()
+    assert libvirtd.domain.done == ["undefine"]
+
+
 async def test_a_guest_that_was_stopped_here_before_a_prepare_that_failed_is_no_copy(
     libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,13 @@ import pytest
 pytest.importorskip("libvirt")
 
 from agent.hypervisor.base import ECHO
-from agent.hypervisor.libvirt.qemu_log import death
+from agent.hypervisor.libvirt.qemu_log import death, destroyed
 
 START = "2026-11-25 18:37:55.100+0000: starting up libvirt version: 9.0.0, qemu version: 7.2.22\nPATH=/usr/bin \\\n-S\n"
 OOM = "2026-11-25T18:37:56.1Z qemu-system-x86_64: cannot set up guest memory 'pc.ram': Cannot allocate memory\n"
 STREAM = "2026-11-25T18:37:57.1Z qemu-system-x86_64: load of migration failed: Input/output error\n"
 CRASHED = "2026-11-25 18:37:58.412+0000: shutting down, reason=crashed\n"
+FAILED = "2026-11-25 18:37:58.412+0000: shutting down, reason=failed\n"
 DESTROYED = "2026-11-25 18:37:58.412+0000: shutting down, reason=destroyed\n"
 
 
@@ -37,6 +38,25 @@ def test_6_14_a_death_with_the_last_words(tmp_path: Path, log: str, says: str | 
     found = death("vm1", tmp_path)
     assert (str(found) if found else None) == says
     assert found is None or ECHO not in found.native
+
+
+@pytest.mark.parametrize(
+    ("log", "is_so"),
+    [
+        (START + DESTROYED, True),
+        (START + CRASHED, False),
+        (START + FAILED, False),
+        (START, False),
+        (START + DESTROYED + START, False),
+        (START + FAILED + START + DESTROYED, True),
+        ("", False),
+    ],
+)
+def test_6_14_a_copy_that_was_destroyed(tmp_path: Path, log: str, is_so: bool) -> None:
+    (tmp_path / "vm1.log").write_text(log)
+    found = destroyed("vm1", tmp_path)
+    assert (found is not None) == is_so
+    assert found is None or "the copy of vm1 was destroyed by somebody" in str(found)
 
 
 def test_6_14_a_stream_that_ended_is_an_echo_and_no_cause(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import libvirt
 
-from agent.hypervisor.base import Domain, DomainAmbiguous, DomainState, Job, Progress
+from agent.hypervisor.base import ENDING, Domain, DomainAmbiguous, DomainState, Job, Progress
 from agent.hypervisor.libvirt.events import words
 from agent.hypervisor.names import ambiguity, is_uuid
 
@@ -25,7 +25,7 @@ _REASONS: Mapping[int, Mapping[int, str]] = {
     libvirt.VIR_DOMAIN_RUNNING: words("VIR_DOMAIN_RUNNING_", _SPECIAL),
     libvirt.VIR_DOMAIN_BLOCKED: words("VIR_DOMAIN_BLOCKED_"),
     libvirt.VIR_DOMAIN_PAUSED: words("VIR_DOMAIN_PAUSED_", _SPECIAL),
-    libvirt.VIR_DOMAIN_SHUTDOWN: words("VIR_DOMAIN_SHUTDOWN_"),
+    libvirt.VIR_DOMAIN_SHUTDOWN: dict.fromkeys(words("VIR_DOMAIN_SHUTDOWN_"), ENDING),
     libvirt.VIR_DOMAIN_SHUTOFF: words("VIR_DOMAIN_SHUTOFF_"),
     libvirt.VIR_DOMAIN_CRASHED: words("VIR_DOMAIN_CRASHED_"),
     libvirt.VIR_DOMAIN_PMSUSPENDED: words("VIR_DOMAIN_PMSUSPENDED_"),

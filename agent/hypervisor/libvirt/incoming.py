@@ -1,6 +1,7 @@
 """One migration on its destination."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -26,7 +27,7 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
-from agent.hypervisor.libvirt import phases
+from agent.hypervisor.libvirt import phases, qemu_log, threads
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.process import stopped
 from agent.hypervisor.libvirt.service import behind
@@ -70,6 +71,8 @@ class LibvirtIncoming:
         self._before: str | None = None  # the definition that was here before Prepare
         self._arrives = False  # Prepare succeeded: what is here now is its copy, and none that was here before
         self._has_run = False  # the copy was seen to start
+        self._name = ""  # of the copy
+        self._killed = False  # it was destroyed by this handle
 
     async def prepare(
         self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
@@ -87,7 +90,7 @@ class LibvirtIncoming:
             self._arrives = True  # here and not where it is awaited: an await may be cancelled, the fact stays
             return prepared
 
-        self._begin_cookie = cookie
+        self._begin_cookie, self._name = cookie, destination_name
         link = self._prepared = await self._session.open()
         uri_out, out = await self._session.call(prepare, on=link)
         return Prepared(uri_out or str(asked), out)  # libvirt says nothing where the port was given
@@ -118,6 +121,14 @@ class LibvirtIncoming:
         """libvirt tells that the guest has started well before it can tell that it ended."""
         async for event in events:
             self._has_run |= event.uuid == self._uuid and event.kind == RESUMED
+
+    async def destroyed(self) -> HypervisorError | None:
+        if self._prepared is None or not self._prepared.alive or self._killed:
+            return None
+        reading = threads.submit(lambda: qemu_log.destroyed(self._name, behind(self._pool.uri).logs))
+        with contextlib.suppress(HypervisorError):
+            return await asyncio.wrap_future(reading)
+        return None
 
     async def abandon(self) -> None:
         giving_up = asyncio.create_task(self._pool.call(self._abandon), name="libvirt-abandon")
@@ -162,7 +173,7 @@ class LibvirtIncoming:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return
             raise
-        if domain.unstarted:
+        if domain.unstarted or domain.ending:
             raise HypervisorUnavailable(f"the copy of {domain.name} is still here, {domain.state} ({domain.reason})")
         if domain.state is not DomainState.SHUTOFF or (self._arrives and domain.has_run):
             raise DomainBusy(f"the guest {domain.name} is {domain.state} ({domain.reason}) here: it has run")
@@ -183,6 +194,7 @@ class LibvirtIncoming:
             name, (code, reason) = domain.name(), domain.state()
             waits = domains.state_of(code) is DomainState.PAUSED and domains.reason_words(code, reason) == domains.MIGRATION
             if waits and not self._has_run and stopped(name, run) and arrives(name, run):
+                self._killed = True
                 domain.destroy()
         except libvirt.libvirtError as error:
             if error.get_error_code() not in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):

@@ -179,6 +179,9 @@ class SimIncoming:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
+    async def destroyed(self) -> HypervisorError | None:
+        return None  # Finish tells it
+
     async def abandon(self) -> None:
         await self._host.gate("abandon")
         receiver = self._host.receivers.get(self._uuid)
