@@ -101,7 +101,8 @@ class Driver(Knowledge):
         is silent the other one goes on, so it is looked at again.
         """
         while True:
-            if all(await asyncio.gather(*(self._try_to_look(side) for side in self._sides))):
+            looked = await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
+            if all(looked) or self.ended:  # a source that has removed its copy tells enough
                 return
             await asyncio.sleep(0.5)
 

@@ -54,6 +54,16 @@ async def test_6_13_a_driver_that_is_cut_off_alone_learns_the_outcome_from_the_s
     assert not driver.outcome_unknown
 
 
+async def test_6_13_a_driver_that_takes_up_learns_from_the_source_alone_that_the_guest_has_left(pair: Pair) -> None:
+    await finished(pair.driver())
+    pair.to_destination.cut = True
+    driver = pair.driver()
+    async with asyncio.timeout(PATIENCE):
+        await driver.resume()
+    await finished(driver)
+    assert driver.states == ("removed", "running")
+
+
 async def test_6_12_a_destination_that_its_source_hears_is_not_fenced(pair: Pair) -> None:
     """It is the driver that is cut off; a statement does not count either."""
     driver, running = await cut_off(pair)

@@ -12,7 +12,7 @@ from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, fails, until, word
 from tests.unit.fake_directory import Driving
-from tests.unit.two_agents import JOURNAL_DOWN, Pair, QuickAsyncio
+from tests.unit.two_agents import JOURNAL_DOWN, Line, Pair, QuickAsyncio
 
 SPEC = pb.MigrationSpec(domain="web1", destination_host="h2")
 
@@ -414,3 +414,21 @@ async def test_nothing_is_fenced_without_the_configuration_or_once_closed(drivin
     await driving.restart()
     await asyncio.sleep(1.1)
     assert fence.runs == []
+
+
+async def test_6_13_a_host_that_the_other_one_hears_is_not_declared_dead(driving: Driving) -> None:
+    """It is this driver that is cut off; who believes the host dead is told so."""
+    pair = driving.pair
+    pair.source.other_side = Line(pair.destination)
+    pair.wire.all_sent.clear()
+    await driving.migrations.start(ID, SPEC)
+    await pair.are("performing", "armed")
+    pair.wire.starts.clear()
+    pair.to_destination.cut = True
+    pair.wire.all_sent.set()
+    await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+    error = await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    assert "the other host of the migration hears it" in error.message
+    pair.wire.starts.set()
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")
