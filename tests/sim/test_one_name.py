@@ -9,7 +9,8 @@ from clusterkit import GuestSpec, cluster
 
 def test_6_15_one_of_two_is_refused_before_anything_is_done_to_it() -> None:
     guests = ["a", "b"]
-    with cluster("sim", [GuestSpec(name) for name in guests]) as made:
+    slow = {"sim": {"latencies": {"begin": 3.0}}}  # both have asked for a slot before either has a copy at the destination
+    with cluster("sim", [GuestSpec(name) for name in guests], settings=slow) as made:
         for name in guests:
             made.start_guest(name)
         commands = [made.drover("migrate", name, "--to", "h2", "--name", "same", "-o", "json") for name in guests]
