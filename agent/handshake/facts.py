@@ -11,14 +11,14 @@ from agent.hypervisor.base import PAUSED_BY_USER, Domain, DomainState, Job
 
 
 def source_fact(domain: Domain | None) -> SourceEvent | None:
-    """What the hypervisor's word on the guest means for its source; None while a job holds it."""
+    """What the hypervisor's word on the guest means for its source; None while a job holds it, or it ends."""
     if domain is None:
         return SourceEvent.SAW_DEAD
     if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
         return (
             SourceEvent.SAW_STOPPED if domain.reason == "migrated" else SourceEvent.SAW_DEAD
         )  # a post-copy that ended leaves it so
-    if domain.job is not Job.NONE:
+    if domain.job is not Job.NONE or domain.ending:
         return None
     return SourceEvent.SAW_UNTOUCHED if domain.state is DomainState.RUNNING else SourceEvent.SAW_STOPPED
 

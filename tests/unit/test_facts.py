@@ -6,8 +6,9 @@ import pytest
 
 from agent.errors import DroverError, Reason
 from agent.handshake.destination import DestinationEvent
-from agent.handshake.facts import check_movable, check_place_is_free, destination_fact
+from agent.handshake.facts import check_movable, check_place_is_free, destination_fact, source_fact
 from agent.handshake.guest_fact import GuestState, fact_of
+from agent.handshake.source import SourceEvent
 from agent.hypervisor.base import ENDING, DomainState, Job
 from tests.unit.fake_hypervisor import UUID, guest
 
@@ -48,6 +49,12 @@ def test_6_13_a_copy_whose_process_ends_has_not_run_for_that() -> None:
     assert destination_fact(guest(state=DomainState.OTHER, reason=ENDING)) is None
     assert destination_fact(guest(state=DomainState.SHUTOFF, reason="destroyed")) is DestinationEvent.SAW_ABSENT
     assert destination_fact(guest(state=DomainState.OTHER, reason="unknown")) is DestinationEvent.SAW_RUNNING, "it sleeps"
+
+
+def test_6_13_a_guest_whose_process_ends_was_not_stopped_by_its_migration() -> None:
+    """Its source would wait for a decision, and then resume what is not there any more."""
+    assert source_fact(guest(state=DomainState.OTHER, reason=ENDING)) is None
+    assert source_fact(guest(state=DomainState.SHUTOFF, reason="shutdown")) is SourceEvent.SAW_DEAD
 
 
 @pytest.mark.parametrize("reason", ["unknown", "migration", "ioerror", "watchdog", "crashing", "save", "dump", "post-copy failed"])
