@@ -128,7 +128,10 @@ class DestinationEffects:
         self._copies.start(attempt)
         fact: DestinationEvent | None = None
         while fact is None and attempt.record.state == _S.ARMED:
-            fact = destination_fact(await look_up(self._host, attempt))
+            domain = await look_up(self._host, attempt)
+            fact = destination_fact(domain)
+            if domain is not None and domain.has_run and self._session(attempt).never_ran:
+                fact = _E.SAW_ABSENT  # a signal ended it, as a shutdown of this host sends it
             if fact is None:
                 await asyncio.sleep(0.1)  # no event tells that an incoming copy has gone away with its daemon
         if fact is not None:

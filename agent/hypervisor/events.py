@@ -15,10 +15,13 @@ class EventStream:
 
     def __init__(self) -> None:
         self._events: deque[DomainEvent] = deque(maxlen=BACKLOG)
+        self.lost = False
+        """It was too slow once."""
         self._changed = asyncio.Event()
         self._closed = False
 
     def put(self, event: DomainEvent) -> None:
+        self.lost |= len(self._events) == BACKLOG
         self._events.append(event)
         self._changed.set()
 

@@ -119,6 +119,12 @@ class Incoming(Protocol):
         """
         ...
 
+    @property
+    def never_ran(self) -> bool:
+        """The process of the copy which this handle has prepared has ended, and certainly had not started the guest. False where
+        that is not known."""
+        ...
+
     async def destroyed(self) -> HypervisorError | None:
         """That the copy which this handle has prepared was destroyed, and neither by this handle nor with its connection. None where
         that is not so, or not known. Raises nothing."""

@@ -25,6 +25,7 @@ GUESTS = [
         "dies",
         "copy-dies",
         "copy-destroyed",
+        "copy-terminated",
         "walled",
         "walled-cancelled",
         "copy-stopped",
@@ -109,6 +110,18 @@ async def test_6_14_a_copy_that_somebody_destroyed_is_told_by_its_host_and_the_e
     error = json.loads(drover(cluster, "migration", "watch", migration_id, "-o", "json").stderr)["error"]
     assert error["message"].startswith(told)
     assert error["also"][0].startswith("h1: ")
+    assert cluster.copies(guest.name) == {"h1": "running"}
+    await assert_idle(cluster)
+
+
+async def test_6_13_a_copy_that_a_signal_ends_has_not_run(cluster: LabCluster) -> None:
+    """As a host that shuts down ends every QEMU: libvirt calls it shut off, as a guest that its user shut down after it came."""
+    guest = cluster.guest("copy-terminated")
+    async with Talk(cluster.server) as talk:
+        migration_id = await flowing(talk, guest.name)
+        cluster.lab["h2"].signal_qemu(guest.name, signal.SIGTERM)
+        end = await talk.end(migration_id)
+    assert (state(end), end.runs_on) == ("failed", "h1")
     assert cluster.copies(guest.name) == {"h1": "running"}
     await assert_idle(cluster)
 

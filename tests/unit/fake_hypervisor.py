@@ -111,6 +111,8 @@ class FakeHypervisor:
         self.autostarts: set[str] = set()
         """Guests that start with this host."""
         self.closed_sessions = 0
+        self.unrun: set[str] = set()
+        """Copies whose process has ended, and which certainly had not started."""
         self._jobs: set[asyncio.Task[Any]] = set()
         self._news: list[asyncio.Queue[DomainEvent]] = []
 
@@ -345,6 +347,10 @@ class FakeIncoming:
             raise TransferFailed("the stream broke: the copy is gone")
         host.change(self._uuid, state=DomainState.RUNNING, reason="migrated", job=Job.NONE, incoming=False)
         return Finished(b"finished")
+
+    @property
+    def never_ran(self) -> bool:
+        return self._uuid in self._host.unrun
 
     async def destroyed(self) -> HypervisorError | None:
         return self._host.destructions.get(self._uuid)

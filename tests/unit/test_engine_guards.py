@@ -8,7 +8,7 @@ import pytest
 from agent.errors import Reason
 from agent.handshake.guest_fact import GuestFact, GuestState
 from agent.handshake.phases import look_up
-from agent.handshake.records import Failure, OperatorWord, Role
+from agent.handshake.records import Failure, OperatorWord, Role, state_from_proto
 from agent.hypervisor.base import (
     ECHO,
     Domain,
@@ -27,6 +27,7 @@ from tests.unit.asking import (
     begin,
     confirm,
     fails,
+    finish,
     finished,
     perform,
     prepare,
@@ -419,3 +420,15 @@ async def test_6_13_a_question_without_an_answer_forgets_no_news(pair: Pair) -> 
     assert attempt.record.seen is not None
     assert (attempt.record.seen.state, attempt.record.seen.silence) == (GuestState.RUNNING, "")
     held.set()
+
+
+async def test_6_13_a_copy_that_was_shut_off_before_it_started_has_not_run(pair: Pair) -> None:
+    """A signal ends it so, as an end by its user after it came would look; its handle has seen that it did not start."""
+    agent = pair.destination
+    await agent.engine.reserve_slot(reserve())
+    await agent.engine.prepare(prepare())
+    agent.hypervisor.unrun.add(UUID)
+    agent.hypervisor.fails["finish"] = [HypervisorUnavailable("libvirtd is away")]
+    agent.hypervisor.put(guest(state=DomainState.SHUTOFF, reason="shutdown"))
+    answer = await agent.engine.finish(finish(wait={"seconds": 20}))
+    assert state_from_proto(answer.record) == "gone"

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import libvirt
 
 from agent.hypervisor.base import (
     RESUMED,
+    Domain,
     DomainBusy,
-    DomainEvent,
     DomainNotFound,
     DomainState,
     Finished,
@@ -25,10 +25,12 @@ from agent.hypervisor.base import (
     Stored,
     TransferFailed,
 )
+from agent.hypervisor.events import EventStream
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases, qemu_log, threads
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
+from agent.hypervisor.libvirt.events import RECONNECTED
 from agent.hypervisor.libvirt.process import stopped
 from agent.hypervisor.libvirt.service import behind
 from agent.hypervisor.libvirt.stored import finish_cookie
@@ -39,6 +41,9 @@ NEVER_RAN = frozenset({"failed", "daemon"})
 
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_FAILED)
 """What Finish(cancelled) says when there is nothing to cancel any more: look again."""
+
+ENDS_SECONDS = 15.0
+"""For which a QEMU that is about to end is waited for: libvirt kills one that does not within ten."""
 
 STOPPED_SECONDS = 2.0
 """After which it is looked whether the QEMU of a copy that cannot be given up is stopped. One that runs answers in milliseconds."""
@@ -58,9 +63,7 @@ class LibvirtIncoming:
     copy that failed: its definition is its user's.
     """
 
-    def __init__(
-        self, uuid: str, session: Session, pool: Pool, ports: tuple[int, int], events: Callable[[], AsyncIterator[DomainEvent]]
-    ) -> None:
+    def __init__(self, uuid: str, session: Session, pool: Pool, ports: tuple[int, int], events: Callable[[], EventStream]) -> None:
         self._uuid = uuid
         self._session = session
         self._pool = pool
@@ -71,6 +74,9 @@ class LibvirtIncoming:
         self._before: str | None = None  # the definition that was here before Prepare
         self._arrives = False  # Prepare succeeded: what is here now is its copy, and none that was here before
         self._has_run = False  # the copy was seen to start
+        self._never_ran = False  # its process has ended, and it was not seen to start though nothing was missed
+        self._ended = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
         self._name = ""  # of the copy
         self._killed = False  # it was destroyed by this handle
 
@@ -92,6 +98,7 @@ class LibvirtIncoming:
 
         self._begin_cookie, self._name = cookie, destination_name
         link = self._prepared = await self._session.open()
+        self._following = asyncio.create_task(self._follow(self._events()), name="libvirt-copy")
         uri_out, out = await self._session.call(prepare, on=link)
         return Prepared(uri_out or str(asked), out)  # libvirt says nothing where the port was given
 
@@ -106,21 +113,43 @@ class LibvirtIncoming:
         # On the connection that prepared: libvirtd 9.0 dies when that one closes while Finish waits on another.
         link = self._prepared or await self._session.open()
 
-        starting = asyncio.create_task(self._see_it_start(self._events()), name="libvirt-arrival")
+        if self._following is None:
+            self._following = asyncio.create_task(self._follow(self._events()), name="libvirt-copy")
         try:
             out = await self._session.call(lambda c: phases.finish(c, params, cookie, flags), on=link, bounded=False)
         except HypervisorUnavailable:
             raise
         except HypervisorError as error:
             raise await self._failure(error) from None
-        finally:
-            starting.cancel()
         return Finished(out)
 
-    async def _see_it_start(self, events: AsyncIterator[DomainEvent]) -> None:
-        """libvirt tells that the guest has started well before it can tell that it ended."""
+    async def _follow(self, events: EventStream) -> None:
+        """Whether the copy has run, by libvirt's events, in their order. A QEMU that is ended by a signal (its host shuts down) is
+        shut off for the same reason as one whose guest was shut down after it had arrived.
+        """
+        begun = missed = False
         async for event in events:
-            self._has_run |= event.uuid == self._uuid and event.kind == RESUMED
+            missed |= event.kind == RECONNECTED or events.lost
+            if event.uuid != self._uuid:
+                continue
+            if event.kind == "started":
+                begun = True
+            elif event.kind == RESUMED:
+                self._has_run = True
+            elif event.kind == "stopped" and begun:
+                self._never_ran = not (self._has_run or missed)
+                self._ended.set()
+
+    async def _see_it_end(self) -> None:
+        """libvirt's event comes some time after the state."""
+        if self._following is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ENDS_SECONDS):
+                    await self._ended.wait()
+
+    @property
+    def never_ran(self) -> bool:
+        return self._never_ran
 
     async def destroyed(self) -> HypervisorError | None:
         if self._prepared is None or not self._prepared.alive or self._killed:
@@ -137,27 +166,43 @@ class LibvirtIncoming:
             if not done:
                 await self._pool.call(self._end_stopped)
             await giving_up
+        except DomainBusy:
+            if self._has_run:
+                raise
+            await self._see_it_end()
+            if not self._never_ran:
+                raise
+            await self._pool.call(self._abandon)
         finally:
             giving_up.cancel()
 
     async def close(self) -> None:
         """A Finish that still waits goes on inside libvirtd, and the connection closes at its end: `abandon` first."""
         self._prepared = None
+        if self._following is not None:
+            self._following.cancel()
         await self._session.close()
 
     async def _failure(self, error: HypervisorError) -> HypervisorError:
         """Finish failed: the copy is gone for certain, or else nothing is certain."""
         try:
             domain = await self._pool.call(lambda connection: domains.read_one(connection, self._uuid))
+            if domain.ending or (domain.has_run and not self._has_run):
+                await self._see_it_end()
+                domain = await self._pool.call(lambda connection: domains.read_one(connection, self._uuid))
         except DomainNotFound:
             if self._has_run:
                 return HypervisorUnavailable(f"{error}; the copy here has run, and is gone", error.native)
             return TransferFailed(str(error), error.native)
-        if self._has_run or domain.has_run or domain.state is not DomainState.SHUTOFF:
+        if self._has_run or self._ran(domain) or domain.state is not DomainState.SHUTOFF:
             return HypervisorUnavailable(f"{error}; the copy here is {domain.state} ({domain.reason})", error.native)
         if self._prepared is not None:
             await self._pool.call(self._clear)
         return TransferFailed(str(error), error.native)
+
+    def _ran(self, domain: Domain) -> bool:
+        """Of one that is shut off."""
+        return domain.has_run and not self._never_ran
 
     # What follows blocks: it runs in a thread.
 
@@ -175,10 +220,10 @@ class LibvirtIncoming:
             raise
         if domain.unstarted or domain.ending:
             raise HypervisorUnavailable(f"the copy of {domain.name} is still here, {domain.state} ({domain.reason})")
-        if domain.state is not DomainState.SHUTOFF or (self._arrives and domain.has_run):
+        if domain.state is not DomainState.SHUTOFF or (self._arrives and self._ran(domain)):
             raise DomainBusy(f"the guest {domain.name} is {domain.state} ({domain.reason}) here: it has run")
         # Without a copy of ours, one that has run did so before Prepare: its definition is none of our business.
-        if not domain.has_run and (self._prepared is not None or domain.reason in NEVER_RAN):
+        if not self._ran(domain) and (self._prepared is not None or domain.reason in NEVER_RAN):
             self._clear(connection)
 
     def _end_stopped(self, connection: Any) -> None:

@@ -179,6 +179,10 @@ class SimIncoming:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
+    @property
+    def never_ran(self) -> bool:
+        return False  # a copy that has not run leaves no guest that is shut off
+
     async def destroyed(self) -> HypervisorError | None:
         return None  # Finish tells it
 
