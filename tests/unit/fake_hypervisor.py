@@ -358,7 +358,7 @@ class FakeIncoming:
     async def abandon(self) -> None:
         await self._host.called("abandon")
         domain = self._host.domains.get(self._uuid)
-        if domain is not None and not domain.incoming:
+        if domain is not None and not domain.incoming and not self.never_ran:
             raise DomainBusy("it has run")
         self._host.domains.pop(self._uuid, None)
         self._host.wire.broken.set()
