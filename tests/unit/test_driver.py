@@ -121,7 +121,8 @@ async def test_one_lost_message_changes_nothing(pair: Pair, call: str, loss: str
     await finished(driver)
     pair.moved()
     assert driver.failure is None
-    assert not driver.silent_since
+    # A watch may tell that the guest runs, and all be over, before a lost answer to Finish is made up for.
+    assert not driver.silent_since or (call, loss) == ("finish", "answer")
     assert line.count[call] >= 2 or loss == "answer"
     assert pair.source.hypervisor.arguments["remove"][0] == b"finished" or (call, loss) == ("finish", "answer")
 
