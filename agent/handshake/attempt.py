@@ -34,6 +34,9 @@ Look = Callable[["Attempt"], Awaitable[None]]
 Hindrance = Callable[["Attempt"], Awaitable[str]]
 """Why calls about the guest may get no answer from the hypervisor; empty: not known. Raises nothing."""
 
+MAX_WAIT: Final = 30.0
+"""Longest time in seconds for which a call waits; whoever wants to wait longer calls again."""
+
 _DRIVERS: Final = 4
 """Names of drivers that are remembered, besides those in the record: one that was restarted has another."""
 
@@ -84,6 +87,8 @@ class Attempt:
         self._calls = 0
         self._silence: tuple[float, Callable[[], None]] | None = None
         self._silent_at = 0.0
+        self._signs = 0
+        """Of the calls that are under way: those of a driver of which one was taken before."""
         self._drivers: list[str] = []
 
     # ---- events
@@ -297,10 +302,11 @@ class Attempt:
         self._rearm()
 
     def _rearm(self) -> None:
+        """A call that nobody knows yet may turn out to be the driver's: it is waited for as long as a call lasts, and no longer."""
         self._disarm()
-        if self._silence is not None and self._calls == 0 and not self.record.final:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._silent_at - time.monotonic(), self._silence[1])
+        if self._silence is not None and not self._signs and not self.record.final:
+            silent_at = self._silent_at + (MAX_WAIT if self._calls else 0.0)
+            self._timer = asyncio.get_running_loop().call_later(silent_at - time.monotonic(), self._silence[1])
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -312,10 +318,11 @@ class Attempt:
         """A call for this attempt (or its driver's watch) is under way. It is a sign of life of the driver if it is taken, or comes
         from a driver of which one was taken before: anybody may make calls that are refused.
         """
-        self._calls += 1
-        self._disarm()
         driver = driver_of(request_id)
-        is_sign = self.is_driver(driver)
+        is_known = is_sign = self.is_driver(driver)
+        self._calls += 1
+        self._signs += is_known
+        self._rearm()
         try:
             yield
             failpoint(self.record.role, call or "watch", "reply")
@@ -324,6 +331,7 @@ class Attempt:
                 self._drivers = [*(other for other in self._drivers if other != driver), driver][-_DRIVERS:]
         finally:
             self._calls -= 1
+            self._signs -= is_known
             if is_sign and self._silence is not None:
                 self._silent_at = time.monotonic() + self._silence[0]
             self._rearm()

@@ -3,20 +3,17 @@
 import time
 from typing import Final
 
-import structlog
-
 from agent.admission.slots import Slots
 from agent.errors import DroverError, Reason
 from agent.features import settled
 from agent.handshake.arrival import check_arrival, never_here
-from agent.handshake.attempt import Attempt
+from agent.handshake.attempt import MAX_WAIT, Attempt
 from agent.handshake.attempts import Attempts
-from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.destination import DestinationEvent, DestinationState
 from agent.handshake.owner import Owner
 from agent.handshake.path import PathProbes
 from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import (
-    MAX_WAIT,
     LocalHost,
     check_same,
     check_word,
@@ -31,9 +28,7 @@ from agent.handshake.stored import changes_of, check_documents
 from agent.networks import listen_on
 from drover.agent.v1 import handshake_pb2 as pb
 
-log = structlog.get_logger()
-
-_S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
+_S, _E = DestinationState, DestinationEvent
 
 _AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONING}
 _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})

@@ -153,7 +153,7 @@ class Engine:
             counts = False
             async for record in attempt.changes():
                 if not counts and attempt.is_driver(request.driver):
-                    await stack.enter_async_context(attempt.called())
+                    await stack.enter_async_context(attempt.called(request_id=f"{request.driver}-"))
                     counts = True
                 yield pb.WatchRecordResponse(record=self.host.show(record, attempt.progress))
 

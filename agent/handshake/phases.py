@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from agent.address import Address, parse_address
 from agent.errors import DroverError, Reason, invalid_field
 from agent.features import from_hypervisor
-from agent.handshake.attempt import Attempt, waits_for
+from agent.handshake.attempt import MAX_WAIT, Attempt, waits_for
 from agent.handshake.destination import DestinationState
 from agent.handshake.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_of, fact_of_event, silent
 from agent.handshake.records import AttemptRecord, Failure, OperatorWord, Role, record_to_proto
@@ -29,9 +29,6 @@ from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 
 log = structlog.get_logger()
-
-MAX_WAIT: Final = 30.0
-"""Longest time in seconds for which a call waits; whoever wants to wait longer calls again."""
 
 SEE_SECONDS: Final = 1.0
 """A record that ends waits so long for its hypervisor's last word on the guest."""

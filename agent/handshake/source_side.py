@@ -4,19 +4,16 @@ import functools
 from collections.abc import Callable
 from typing import Final
 
-import structlog
-
 from agent.alongside import alongside
 from agent.errors import Reason, invalid_field
 from agent.features import check_bandwidth, settled
-from agent.handshake.attempt import Attempt
+from agent.handshake.attempt import MAX_WAIT, Attempt
 from agent.handshake.attempts import Attempts
 from agent.handshake.departure import Departures
 from agent.handshake.guest_fact import fact_of
 from agent.handshake.path import check_proved, prove
 from agent.handshake.peer_record import PeerRecords
 from agent.handshake.phases import (
-    MAX_WAIT,
     LocalHost,
     check_same,
     check_word,
@@ -26,15 +23,13 @@ from agent.handshake.phases import (
     wait_of,
 )
 from agent.handshake.records import Failure, Role, options_from_proto
-from agent.handshake.source import SourceEffect, SourceEvent, SourceState
+from agent.handshake.source import SourceEvent, SourceState
 from agent.handshake.stopwatch import Stopwatch
 from agent.handshake.stored import changes_of, read_stored, stored_to_proto
 from agent.networks import read_uri
 from drover.agent.v1 import handshake_pb2 as pb
 
-log = structlog.get_logger()
-
-_S, _E, _F = SourceState, SourceEvent, SourceEffect
+_S, _E = SourceState, SourceEvent
 
 _AFTER_BEGIN: Final = frozenset(_S) - {_S.BEGINNING}
 _AFTER_PERFORM: Final = frozenset(_S) - {_S.BEGINNING, _S.BEGUN, _S.PERFORMING}

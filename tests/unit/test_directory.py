@@ -60,6 +60,12 @@ async def registers(registry: HostRegistry, pair: Pair, tmp_path: Path) -> Async
         await server.stop(0)
 
 
+async def is_unreachable(registry: HostRegistry, name: str) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while (await registry.get(name)).state != HOST_STATE_UNREACHABLE:  # noqa: ASYNC110 - of a host that comes no watch tells
+            await asyncio.sleep(0.005)
+
+
 async def test_the_peer_follows_its_agent_to_another_address(registry: HostRegistry, registers: Registers) -> None:
     await registers("a", "h1", "uuid-1")
     before = await registers("b", "h2", "uuid-2")
@@ -76,9 +82,7 @@ async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRe
     before = await registers("b", "h2", "uuid-2")
     _, destination = await ClusterDirectory(registry).ends(MIGRATION)
     await before.stop(0)
-    async with asyncio.timeout(PATIENCE):
-        while (await registry.get("h2")).state != HOST_STATE_UNREACHABLE:  # noqa: ASYNC110 - of a host that comes no watch tells
-            await asyncio.sleep(0.005)
+    await is_unreachable(registry, "h2")
     await registers("c", "h2", "uuid-3")
     error = await fails(destination.handshake.get_record(LOOK), Reason.HOST_UNREACHABLE)
     assert "uuid-2" in error.message
@@ -92,9 +96,7 @@ async def test_6_17_a_host_whose_uuid_was_changed_stays_the_peer_of_its_migratio
     before = await registers("b", "h2", "uuid-2")
     _, destination = await ClusterDirectory(registry).ends(MIGRATION)
     await before.stop(0)
-    async with asyncio.timeout(PATIENCE):
-        while (await registry.get("h2")).state != HOST_STATE_UNREACHABLE:  # noqa: ASYNC110 - of a host that comes no watch tells
-            await asyncio.sleep(0.005)
+    await is_unreachable(registry, "h2")
     await registers("b", "h2", "uuid-3")
     await fails(destination.handshake.get_record(LOOK), Reason.RECORD_NOT_FOUND)  # it is asked, and answers
 

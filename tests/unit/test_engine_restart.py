@@ -311,21 +311,6 @@ async def test_no_lease_ends_an_armed_copy_and_the_source_is_asked(brief: Pair) 
     await agent.reaches("gone")
 
 
-@pytest.mark.parametrize("call", ["other content", "out of place"])
-async def test_6_08_refused_calls_of_anybody_keep_no_silent_driver_unnoticed(brief: Pair, call: str) -> None:
-    source = brief.source
-    await source.engine.begin(begin(request_id="driver-1"))
-    for _ in range(2000):
-        if source.journalled == "kept":
-            break
-        if call == "other content":
-            await fails(source.engine.begin(begin(destination_host="h9", request_id="another-1")), Reason.MIGRATION_EXISTS)
-        else:
-            await fails(source.engine.confirm(confirm(pb.DECISION_RUNNING)), Reason.WRONG_PHASE, Reason.UNDECIDED)
-        await asyncio.sleep(0.01)
-    assert source.journalled == "kept"
-
-
 async def test_6_08_an_armed_copy_does_not_wait_for_a_source_that_keeps_no_record(brief: Pair) -> None:
     """It was trimmed. While a job holds the guest there, or has left it paused, the memory may still come."""
     source, agent = brief.source, brief.destination

@@ -20,10 +20,10 @@ from agent.hypervisor.base import (
     Options,
     TransferFailed,
 )
-from agent.hypervisor.sim import Latencies, SimConfig, SimGuest, SimHypervisor
+from agent.hypervisor.sim import Latencies, SimGuest, SimHypervisor
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.stream import connect
-from tests.unit.test_sim_migration import MIB, UUID, Move, facts, host, lines_of, said, slow, until, web
+from tests.unit.test_sim_migration import MIB, UUID, Move, facts, host, said, slow, until, web
 
 Hosts = Callable[..., Awaitable[tuple[SimHypervisor, SimHypervisor]]]
 
@@ -418,44 +418,3 @@ async def test_a_frozen_hypervisor_says_that_nothing_is_known(hosts: Hosts) -> N
         await a.get_domain(UUID)
     a.thaw()
     assert said(await facts(a)) == "running (booted)"
-
-
-async def writes(log: Path, more: int) -> None:
-    """Until the guest has written so many lines more."""
-
-    before = await lines_of(log)
-    await until(lambda: lines_of(log), lambda now: now >= before + more)
-
-
-async def test_guests_outlive_the_process_by_the_state_file(tmp_path: Path) -> None:
-    log, state = tmp_path / "web.log", str(tmp_path / "state")
-    config = SimConfig(host_uuid="a", guests=(web(log=str(log)),), log_root=str(tmp_path), state_path=state)
-    first = SimHypervisor(config)
-    await first.open()
-    await writes(log, 2)
-    for task in first._host._tasks:  # as if the process were killed here: nobody says goodbye
-        task.cancel()
-    await asyncio.sleep(0)
-    second = SimHypervisor(config)
-    await second.open()
-    await writes(log, 2)
-    assert said(await facts(second)) == "running (booted)"
-    await second.close()
-    numbers = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("S ")]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) >= 4
-
-
-async def test_a_source_that_was_paused_by_a_migration_is_still_so_after_a_restart(tmp_path: Path) -> None:
-    state = {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}
-    async with host("b", state_path=state["b"]) as b:
-        async with host("a", web(), state_path=state["a"]) as a:
-            move = Move(a, b)
-            await move.prepare()
-            await move.perform()
-        await move.finish()
-        async with host("a", web(), state_path=state["a"]) as a:
-            assert said(await facts(a)) == "paused (migration)"
-            await a.outgoing(UUID).remove(b"", Options())
-        async with host("a", web(), state_path=state["a"]) as a:
-            assert await a.list_domains() == []
