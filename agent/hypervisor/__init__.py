@@ -1,1 +1,2 @@
-"""Hypervisor drivers behind one small interface (`base`): `libvirt` and `sim`. Nothing outside this room knows libvirt."""
+"""Hypervisor drivers behind one small interface: values in `base`, methods in `interface`, drivers in `libvirt` and `sim`.
+Nothing outside this folder imports libvirt."""

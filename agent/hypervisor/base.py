@@ -1,26 +1,26 @@
-"""The values and errors that a hypervisor driver speaks in; what it must offer is `interface`.
+"""Values and errors of a hypervisor driver. `interface` has the methods that a driver must offer.
 
-A driver is stateless towards migrations: it is told what to do and reports what is true. Who decides, and in which order,
-is the business of `agent.handshake`; a driver never resumes, removes or starts a guest by its own judgement.
+A driver is stateless towards migrations: it does what it is asked and reports what is true. `agent.handshake` decides what is
+done and in which order; a driver never resumes, removes or starts a guest by its own judgement.
 
 Units: memory in bytes, rates in bytes per second, times in seconds (float) unless a name says otherwise.
-`None` in an option means that the user said nothing and the driver's default holds (requirement O1).
+`None` in an option means that the user did not set it and the driver's default holds (requirement O1).
 
 Errors (every driver method raises only these, and `asyncio.CancelledError`)::
 
-    HypervisorError              the call failed; the facts on the host say what is true now
-     ├── DomainNotFound          no such domain here
-     ├── DomainAmbiguous         a name or UUID does not say which domain is meant
+    HypervisorError              the call failed; `get_domain` says what is true now
+     ├── DomainNotFound          no such domain on this host
+     ├── DomainAmbiguous         the reference is the name of one domain and the UUID of another
      ├── DomainBusy              another job holds the domain
-     ├── InvalidDocument         a peer's domain document or cookie is none that a host of ours would send
+     ├── InvalidDocument         a peer sent a domain document or cookie that no Drover host would send
      ├── Incompatible            this host cannot run or move that guest (CPU, machine type, disk, option)
      ├── Exhausted               this host has no room for another migration now (ports)
-     ├── NoTransfer              no transfer runs that could be changed
-     ├── TransferFailed          the transfer ended without success: the source never stopped, or is paused
-     └── HypervisorUnavailable   the hypervisor did not answer, so nothing is known: ask again
+     ├── NoTransfer              no transfer is running that could be changed
+     ├── TransferFailed          the transfer ended without success: the guest at the source never stopped, or is paused
+     └── HypervisorUnavailable   the hypervisor did not answer, so the effect of the call is unknown: ask again
 
-Deadlines: every method ends within its own bound (a driver's `call_timeout`) and raises `HypervisorUnavailable` past it,
-except `Outgoing.perform` and `Incoming.finish`, which last as long as the guest's memory flows and are ended by
+Deadlines: every method returns within its own bound (a driver's `call_timeout`) or raises `HypervisorUnavailable`.
+`Outgoing.perform` and `Incoming.finish` have no bound: they last as long as the guest's memory flows and are ended by
 `abort` and `abandon`. Cancelling an await of any method leaves the hypervisor consistent: the effect either happened or
 will happen; ask `Hypervisor.get_domain`.
 """
@@ -31,8 +31,8 @@ from enum import StrEnum
 from typing import Final
 
 ECHO: Final = "echo"
-"""Key in `HypervisorError.native` of an error that tells only how this end noticed that the other one, or who aborted, had ended the
-transfer, such as "Broken pipe": the cause stands elsewhere."""
+"""Key in `HypervisorError.native` of an error that is only a consequence: this end noticed, for example by "Broken pipe", that the
+other end failed or that somebody aborted. The cause is in another error."""
 
 
 class HypervisorError(Exception):
@@ -48,7 +48,7 @@ class DomainNotFound(HypervisorError):  # noqa: N818 - reads as the fact that it
 
 
 class DomainAmbiguous(HypervisorError):  # noqa: N818
-    """The name of one domain and the UUID of another."""
+    """The reference is the name of one domain and the UUID of another."""
 
 
 class DomainBusy(HypervisorError):  # noqa: N818
@@ -56,7 +56,7 @@ class DomainBusy(HypervisorError):  # noqa: N818
 
 
 class InvalidDocument(HypervisorError):  # noqa: N818
-    """The domain document, or the cookie, cannot be used: a caller's mistake."""
+    """The domain document or the cookie cannot be used. It is the caller's mistake."""
 
 
 class Incompatible(HypervisorError):  # noqa: N818
@@ -64,11 +64,11 @@ class Incompatible(HypervisorError):  # noqa: N818
 
 
 class Exhausted(HypervisorError):  # noqa: N818
-    """This host lacks for now what a migration needs of it; later it may have it."""
+    """A resource that the migration needs on this host is used up for now; a later try may succeed."""
 
 
 class NoTransfer(HypervisorError):  # noqa: N818
-    """No transfer runs that could be changed: it has not begun, or is over."""
+    """No transfer is running that could be changed: it has not begun, or has ended."""
 
 
 class TransferFailed(HypervisorError):  # noqa: N818
@@ -80,7 +80,7 @@ class HypervisorUnavailable(HypervisorError):  # noqa: N818
 
 
 class Support(StrEnum):
-    """What a driver says of an option (requirement H4)."""
+    """Support of a driver for an option (requirement H4)."""
 
     SUPPORTED = "supported"
     ALWAYS_ON = "always_on"
@@ -89,40 +89,40 @@ class Support(StrEnum):
 
 @dataclass(frozen=True)
 class Options:
-    """The user's word on each option: True, False, or None for the driver's default (requirements O1 to O6)."""
+    """The user's choice for each option: True, False, or None for the driver's default (requirements O1 to O6)."""
 
     live: bool | None = None
     """Guest CPUs run during the transfer. Default on."""
     persist_destination: bool | None = None
-    """The definition is stored at the destination. Default: as it is at the source, so off for a transient guest."""
+    """The definition is stored at the destination. Default: as at the source, so off for a transient guest."""
     undefine_source: bool | None = None
     """The definition is removed from the source. Default on."""
     paused: bool | None = None
-    """Not resumed on arrival. Default off; a guest that its user had paused always arrives paused."""
+    """The guest is not resumed on arrival. Default off; a guest that its user had paused always arrives paused."""
     offline: bool | None = None
     """Only the definition of a stopped guest moves. Default off."""
     change_protection: bool | None = None
-    """Device changes are locked out from Begin on. Default on."""
+    """Device changes are refused from Begin on. Default on."""
     abort_on_error: bool | None = None
     """A disk I/O error of the guest during the transfer aborts the migration. Default off."""
     unsafe: bool | None = None
-    """Accept a disk that the hypervisor believes is not shared. Default off."""
+    """Accept a disk that the hypervisor takes for not shared. Default off."""
     copy_storage: bool | None = None
     """Copy the disks that are not shared. Default: when needed."""
     auto_converge: bool | None = None
-    """Throttle the guest's CPUs when it dirties faster than the link. Default off."""
+    """Throttle the guest's CPUs when it dirties memory faster than the link sends. Default off."""
     post_copy: bool | None = None
-    """Arm the switch to post-copy. Default: armed whenever both ends can."""
+    """Arm the switch to post-copy. Default: armed whenever both ends support it."""
     compressed: bool | None = None
     """Compress memory pages. Default off."""
     parallel: bool | None = None
-    """Several connections for the stream. Default off."""
+    """Send the stream over several connections. Default off."""
     tunnelled: bool | None = None
-    """The stream through the hypervisor daemons' own connection. Default off."""
+    """Send the stream through the hypervisor daemons' own connection. Default off."""
     rdma: bool | None = None
-    """The stream over RDMA. Default off."""
+    """Send the stream over RDMA. Default off."""
     encrypted: bool | None = None
-    """TLS on the stream. Default on where certificates are there."""
+    """Use TLS on the stream. Default on where certificates are installed."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +132,17 @@ class Features:
     options: Mapping[str, Support]
     """Support for each field of `Options`; one that is missing is unsupported."""
     uri_transports: tuple[str, ...]
-    """Schemes that `Prepare` takes in a migration URI, such as ``tcp``."""
+    """Schemes that Prepare accepts in a migration URI, such as ``tcp``."""
     ports: tuple[int, int]
     """First and last port that the destination listens on."""
     bandwidth: bool
-    """A limit on the transfer's rate can be enforced, and changed while it runs."""
+    """A limit on the transfer's rate can be enforced, and changed while the transfer runs."""
     split_phases: bool
     """Begin, Prepare, Perform, Finish and Confirm can be called one by one."""
     bandwidth_unit: int = 1
-    """Bytes per second: a limit is enforced in multiples of it."""
+    """Bytes per second. A limit is enforced in multiples of it."""
     reasons: Mapping[str, str] = field(default_factory=dict)
-    """For an option that this host lacks though the driver has it: what forbids it, and what would allow it."""
+    """By name of an option that the driver supports but this host does not: what forbids it, and what would allow it."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,16 @@ class HypervisorInfo:
     driver: str
     """``libvirt`` or ``sim``."""
     hypervisor: str
-    """What runs the guests and its version, such as ``QEMU 7.2.22``."""
+    """Program that runs the guests, and its version, such as ``QEMU 7.2.22``."""
     library_version: str
     """Version of the driver's library, such as ``libvirt 9.0.0``."""
     host_uuid: str
-    """The hypervisor's identity of this host; two agents with the same one are the same host."""
+    """Identity that the hypervisor gives this host; two agents with the same one are on the same host."""
     features: Features
 
 
 MAX_DOMAIN_XML: Final = 512 * 1024
-"""Bytes of a domain XML that can travel: the bound of the wire (`PrepareRequest.domain_xml`)."""
+"""Most bytes of a domain XML that can be sent: the bound of `PrepareRequest.domain_xml`."""
 
 
 class DomainState(StrEnum):
@@ -171,73 +171,73 @@ class DomainState(StrEnum):
 
 
 class Job(StrEnum):
-    """The migration job that the hypervisor itself says holds the domain now."""
+    """Migration job that holds the domain now, as the hypervisor reports it."""
 
     NONE = "none"
     OUTGOING = "outgoing"
     INCOMING = "incoming"
     UNKNOWN = "unknown"
-    """The guest's process does not answer, and nothing can be said without it."""
+    """The guest's process does not answer, and the job cannot be read without it."""
 
 
 PAUSED_BY_USER: Final = "user"
-"""`Domain.reason` of a guest that its user has paused: the only pause that it may travel with."""
+"""`Domain.reason` of a guest that its user has paused: the only pause with which a guest may be migrated."""
 POSTCOPY_FAILED: Final = "post-copy failed"
-"""`Domain.reason` of a half whose post-copy broke: it may yet be recovered."""
+"""`Domain.reason` of a copy, on either side, whose post-copy transfer broke: it can still be recovered."""
 ENDING: Final = "in shutdown"
-"""`Domain.reason` of a guest whose process is about to end: by its user, by the guest itself, or by a signal."""
+"""`Domain.reason` of a guest whose process is about to end, because of its user, the guest itself, or a signal."""
 _NEVER_RAN = frozenset({"migration", "starting up", "unknown"})
-"""Reasons for being paused that a copy can have which waits for its memory."""
+"""Reasons of the pause of a copy that waits for its memory."""
 _HAS_RUN = frozenset({"shutdown", "saved", "migrated"})
-"""Reasons for being shut off that only a guest can have that ran here: its user ended it before we looked."""
+"""Reasons of the shut-off state that only a guest that ran here can have: its user ended it before the agent looked."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What is true of a domain on this host at this moment, from the hypervisor and from nothing else."""
+    """Facts of a domain on this host at this moment, read from the hypervisor and from nothing else."""
 
     name: str
     uuid: str
     state: DomainState
     reason: str
-    """The hypervisor's reason for the state, in its own lower-case words, such as ``migration`` or ``post-copy``."""
+    """The hypervisor's reason for the state, in its own lower-case terms, such as ``migration`` or ``post-copy``."""
     memory_bytes: int
     vcpus: int
     persistent: bool
     job: Job = Job.NONE
     incoming: bool = False
-    """A copy that waits for (the rest of) an incoming stream; it never ran here."""
+    """This is a copy that waits for (the rest of) an incoming stream; it never ran here."""
     postcopy: bool = False
-    """The switch to post-copy happened: part of the memory is on the other host."""
+    """The guest was switched to post-copy: part of its memory is on the other host."""
     silent_for: float = 0.0
-    """Seconds for which its process has owed the hypervisor an answer; 0 where it owes none."""
+    """Seconds since the hypervisor asked the guest's process something that is not answered yet; 0 where nothing is open."""
     running_version: str = ""
-    """Version of the hypervisor that runs it. Empty: not told, or it does not run. In lists only, as the next one."""
+    """Version of the hypervisor that runs it. Empty: not known, or it does not run. Set by `list_domains` only, as the next one."""
     installed_version: str = ""
     """Version of the binary that the next start would run."""
     saved_image: bool = False
-    """It does not run, and its next start would not boot it but restore a memory that was saved here."""
+    """The guest does not run, and its next start would restore a memory image that was saved here instead of booting."""
 
     @property
     def unstarted(self) -> bool:
-        """For a destination: an active copy that has never run. A daemon that has just come back knows the reason of the pause
-        some milliseconds before it knows the job again, so the job alone does not say it."""
+        """Whether this is an active copy that has never run; asked at a destination. The job alone does not show it: a daemon that
+        has just restarted knows the reason of the pause some milliseconds before it knows the job again."""
         return self.state is DomainState.PAUSED and (self.incoming or self.reason in _NEVER_RAN)
 
     @property
     def ending(self) -> bool:
-        """Its process ends at this moment. Whether it ran is told when it has ended: a waiting copy that is destroyed is so, too."""
+        """Whether the process is ending now; `has_run` is known only afterwards. A waiting copy that is destroyed passes this state, too."""
         return self.state is DomainState.OTHER and self.reason == ENDING
 
     @property
     def has_run(self) -> bool:
-        """For a destination that had a copy: it is stopped now, and ran here before. False where that cannot be told."""
+        """Whether the copy ran here and is stopped now; asked at a destination that had one. False where that cannot be told."""
         return self.state in (DomainState.SHUTOFF, DomainState.CRASHED) and self.reason in _HAS_RUN
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a guest needs of the host that takes it; checked before the guest is touched (requirement H6)."""
+    """Needs of a guest that a destination must meet; checked before the guest is touched (requirement H6)."""
 
     name: str
     uuid: str
@@ -252,16 +252,16 @@ class Requirements:
     cpu: str
     """The guest's CPU in the driver's own notation (libvirt: the ``<cpu>`` element), at most 64 KiB."""
     host_cpu: str = ""
-    """For a guest that has whatever CPU its host's QEMU gives: that CPU, as words in the driver's notation (libvirt: ``model=EPYC
-    vendor=AMD +avx2 -vme``), at most 64 KiB; another host must give the very same. Empty for a guest whose CPU is named."""
+    """The CPU that the source's QEMU gives, for a guest that takes its host's CPU; the destination must give the very same. In the
+    driver's notation (libvirt: ``model=EPYC vendor=AMD +avx2 -vme``), at most 64 KiB. Empty for a guest whose CPU is named."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a host stores of a persistent guest beside the copy that runs. It goes with the guest."""
+    """Data that a host stores for a persistent guest beside the running copy. It migrates with the guest."""
 
     definition: str = ""
-    """For the next boot, in the driver's own notation, secrets included. Empty: the one that runs."""
+    """Definition for the next boot, in the driver's own notation, secrets included. Empty: the one that runs."""
     autostart: bool = False
     """The guest starts with its host."""
 
@@ -269,20 +269,20 @@ class Stored:
 @dataclass(frozen=True)
 class Begun:
     domain_xml: str
-    """For the destination, in the driver's own notation. It also says whether the guest is persistent, and paused by its user."""
+    """Domain document for the destination, in the driver's own notation. Tells whether the guest is persistent, or paused by its user."""
     cookie: bytes
 
 
 @dataclass(frozen=True)
 class Prepared:
     uri: str
-    """The migration URI with the port on which the destination now listens: `uri_out`."""
+    """`uri_out`: the migration URI with the port on which the destination now listens."""
     cookie: bytes
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One reading of a running transfer. Zero where the hypervisor does not say."""
+    """One reading of a running transfer. A field is zero where the hypervisor does not report it."""
 
     elapsed: float = 0.0
     iteration: int = 0
@@ -295,14 +295,14 @@ class Progress:
     dirty_rate: int = 0
     """Bytes per second that the guest dirties; 0 during the first iteration."""
     downtime: float = 0.0
-    """Expected downtime while running; the real one at the end."""
+    """The expected downtime while the transfer runs; the measured one at its end."""
     postcopy: bool = False
     postcopy_requests: int = 0
 
 
 @dataclass(frozen=True)
 class Performed:
-    """The whole state left the source, whose guest is paused now (post-copy: which is empty now)."""
+    """Result of a successful Perform: the whole state has left the source, whose guest is paused now (after post-copy: empty)."""
 
     cookie: bytes
     final: Progress
@@ -310,22 +310,22 @@ class Performed:
 
 @dataclass(frozen=True)
 class Finished:
-    """The guest runs here (or is paused here, where that was asked)."""
+    """Result of a successful Finish: the guest runs here (or is paused here, where that was requested)."""
 
     cookie: bytes
 
 
 RESUMED = "resumed"
-"""The one kind of event that every driver has: a guest starts to run, or goes on."""
+"""The only `DomainEvent.kind` that every driver has: a guest starts or continues to run."""
 
 
 @dataclass(frozen=True)
 class DomainEvent:
-    """Something happened to a domain: ask `get_domain` what is true now."""
+    """A change of a domain. It is a hint only: ask `get_domain` what is true now."""
 
     uuid: str
     kind: str
-    """The driver's own word, such as ``resumed``, ``suspended``, ``stopped``, ``job-completed``."""
+    """The driver's own term, such as ``resumed``, ``suspended``, ``stopped``, ``job-completed``."""
     detail: str = ""
     monotonic: float = field(default=0.0, compare=False)
-    """`time.monotonic()` at which the driver heard of it."""
+    """`time.monotonic()` when the driver received it."""

@@ -1,4 +1,4 @@
-"""Domain events for any number of consumers of one driver, each with a bounded queue that loses the oldest."""
+"""Domain events of one driver for any number of consumers. Each consumer has a bounded queue; a full queue drops the oldest."""
 
 import asyncio
 import weakref
@@ -7,16 +7,16 @@ from collections import deque
 from agent.hypervisor.base import DomainEvent
 
 BACKLOG = 256
-"""Events that a consumer may be behind; one that is slower loses the oldest."""
+"""Most events that wait for one consumer; a slower consumer loses the oldest."""
 
 
 class EventStream:
-    """One consumer's view: an async iterator that ends with its driver, and is forgotten with its last reference."""
+    """Events for one consumer: an async iterator that ends when the driver closes, and is dropped with its last reference."""
 
     def __init__(self) -> None:
         self._events: deque[DomainEvent] = deque(maxlen=BACKLOG)
         self.lost = False
-        """It was too slow once."""
+        """At least one event was dropped because the consumer was too slow."""
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -42,13 +42,13 @@ class EventStream:
 
 
 class Fanout:
-    """Hands each event to every consumer of one driver."""
+    """Distributor of each event to every consumer of one driver."""
 
     def __init__(self) -> None:
         self._streams: weakref.WeakSet[EventStream] = weakref.WeakSet()
 
     def stream(self) -> EventStream:
-        """A new consumer, from now on."""
+        """Add a consumer: it receives the events from now on."""
         stream = EventStream()
         self._streams.add(stream)
         return stream

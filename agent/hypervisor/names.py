@@ -1,4 +1,4 @@
-"""What a guest may be called, and which guest a name or UUID means. Pure, and the same for every driver."""
+"""Rules for the names of guests, and for which guest a name or UUID means. Pure functions, the same for every driver."""
 
 import re
 import unicodedata
@@ -11,16 +11,16 @@ _LONGEST_FILE_NAME: Final = 255
 """NAME_MAX of Linux file systems, in bytes."""
 
 _FILES: Final = ("{}.xml.new", "{}.pid", "{}.monitor", "{}.log.0", "{}.save", "{}_VARS.qcow2", "{}-swtpm.log", ".{}.xml.drover")
-"""Files that libvirt, its log daemon and Drover's hook name after a guest."""
+"""Patterns of the files that libvirt, its log daemon and Drover's hook name after a guest."""
 
 MAX_NAME: Final = _LONGEST_FILE_NAME - max(len(pattern.format("").encode()) for pattern in _FILES)
-"""Bytes of a guest's name for which every one of those files can be made."""
+"""Most bytes of a guest's name with which every one of those files can be created."""
 
 
 def name_problem(name: str) -> str:
-    """Why no host takes a guest of that name; empty where every host does.
+    """Return why no host accepts a guest with that name; empty where every host does.
 
-    libvirt forms paths from the name before it checks it, as root, so this is checked before libvirt sees it.
+    Check a name with this before libvirt sees it: libvirt, as root, builds paths from the name before it checks it.
     """
     size = len(name.encode(errors="replace"))
     if not name:
@@ -36,13 +36,14 @@ def name_problem(name: str) -> str:
 
 
 def is_uuid(text: str) -> bool:
-    """Whether it is a UUID as libvirt prints it, in either case. Anything else (braces, no dashes, ``urn:uuid:``) is a name."""
+    """Return whether the text is a UUID as libvirt prints it, in either case. Any other form (braces, no dashes, ``urn:uuid:``) is a
+    name."""
     return _UUID.fullmatch(text) is not None
 
 
 def ambiguity(reference: str, guests: Iterable[tuple[str, str]]) -> str:
-    """Why a reference does not say which of these guests (name, UUID) is meant: it is the name of one and the UUID of another.
-    Empty where it says so.
+    """Return why a reference is ambiguous among these guests (name, UUID): it is the name of one and the UUID of another.
+    Empty where it is not.
     """
     known = set(guests)
     owners = sorted(name for name, uuid in known if uuid == reference.lower())
@@ -51,5 +52,5 @@ def ambiguity(reference: str, guests: Iterable[tuple[str, str]]) -> str:
         return ""
     return (
         f'"{reference}" is the UUID of guest "{owners[0]}" and the name of guest {namesakes[0]}; '
-        f'say "{owners[0]}" for the first, {namesakes[0]} for the second'
+        f'use "{owners[0]}" for the first, {namesakes[0]} for the second'
     )
