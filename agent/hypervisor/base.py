@@ -226,7 +226,7 @@ class Domain:
 
     @property
     def ending(self) -> bool:
-        """Whether the process is ending now; `has_run` is known only afterwards. A waiting copy that is destroyed passes this state, too."""
+        """Whether the process is ending now; `has_run` is known only afterwards. A destroyed waiting copy passes this state, too."""
         return self.state is DomainState.OTHER and self.reason == ENDING
 
     @property
@@ -269,7 +269,7 @@ class Stored:
 @dataclass(frozen=True)
 class Begun:
     domain_xml: str
-    """Domain document for the destination, in the driver's own notation. Tells whether the guest is persistent, or paused by its user."""
+    """Document for the destination, in the driver's own notation. Tells whether the guest is persistent, or paused by its user."""
     cookie: bytes
 
 
