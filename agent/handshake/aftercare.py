@@ -1,9 +1,10 @@
-"""What is put right of a guest after its migration has ended on a host. Done until it is done, also after a restart of the agent.
+"""Restores settings of a guest after its migration has ended on this host. Retried until it succeeds, also after a restart.
 
-- Whether it starts with its host. A guest that starts with its host must not do so on either while it can be decided where it
-  runs: a host that reboots then would make a second copy. So the source switches that off at Begin, before anything leaves,
-  and the host on which the guest stays switches it on again: the destination after the commit, the source after the abort.
-- That its user paused it during the transfer. A hypervisor forgets that: the guest runs at the destination, or again here.
+- Autostart. While it is undecided where a guest runs, it must not start with either host: a host that reboots then would
+  make a second copy. So the source switches autostart off at Begin, before anything leaves, and the host on which the guest
+  stays switches it on again: the destination after the commit, the source after the abort.
+- A pause by the guest's user during the transfer. The hypervisor forgets it and lets the guest run at the destination, or
+  again here.
 """
 
 import asyncio
@@ -29,33 +30,33 @@ from drover.agent.v1 import handshake_pb2 as pb
 log = structlog.get_logger()
 
 ASK_SECONDS: Final = 30.0
-"""For which a source is asked whether the guest was paused there. Its user has seen it run for so long: then it goes on."""
+"""For how long the source is asked whether the guest was paused there. After that the guest goes on: its user has seen it run."""
 
 _ASK_AGAIN: Final = 0.5
 _KEEPS_GUEST: Final = {Role.SOURCE: SourceState.KEPT, Role.DESTINATION: DestinationState.RUNNING}
 
 
 def pause_seen(attempt: Attempt, session: Outgoing) -> dict[str, object]:
-    """What the source's record must say of the guest's user, who may have paused it during the transfer."""
+    """Return the changes of the source's record once the guest's user has paused it during the transfer; else none."""
     return {"paused_by_user": True, "aftercare": True} if session.paused_by_user and not attempt.record.paused_by_user else {}
 
 
 async def note_pause(attempt: Attempt, session: Outgoing) -> None:
-    """Write it down while the transfer still runs; its end writes it again where that failed."""
+    """Record such a pause while the transfer still runs. Ignores an error: the end of the transfer records it again."""
     if seen := pause_seen(attempt, session):
         with contextlib.suppress(DroverError):
             await attempt.note(**seen)
 
 
 class Aftercare:
-    """Works on attempts that have ended here."""
+    """The work that is left to do for attempts that have ended here. `source_of` gives the agent of an attempt's source."""
 
     def __init__(self, host: LocalHost, source_of: Callable[[Attempt], HandshakePeer | None]) -> None:
         self._host = host
         self._source_of = source_of
 
     def start(self, attempt: Attempt) -> None:
-        """Nothing where all is settled."""
+        """Start the work for an attempt that has ended, if its record says that some is left."""
         if attempt.record.aftercare and not attempt.running(AFTERCARE):
             attempt.start(AFTERCARE, self._care(attempt))
 
@@ -70,7 +71,7 @@ class Aftercare:
         await retry(attempt, "recording that the guest is settled", note)
 
     async def _autostart(self, attempt: Attempt) -> None:
-        await attempt.ended(*SourceEffect, *DestinationEffect)  # each may hold a job of libvirt's
+        await attempt.ended(*SourceEffect, *DestinationEffect)  # each may hold a libvirt job on the guest
         record = attempt.record
 
         async def switch() -> None:
@@ -80,7 +81,7 @@ class Aftercare:
         await retry(attempt, f"switching the guest's autostart {'on' if record.autostart else 'off'}", switch)
 
     async def _pause(self, attempt: Attempt) -> bool:
-        """Whether its user had paused it; then it is paused."""
+        """Pause the guest again if its user had paused it. Return whether he had."""
         if attempt.record.role is Role.SOURCE:
             await attempt.ended(*SourceEffect)
             paused = attempt.record.paused_by_user
@@ -99,7 +100,7 @@ class Aftercare:
         return True
 
     async def _was_paused(self, attempt: Attempt) -> bool:
-        """What the source says, which knows it for certain as soon as its Perform has ended."""
+        """Ask the source whether the user paused the guest: certain once its Perform has ended. False after `ASK_SECONDS`."""
         source = self._source_of(attempt)
         if source is None:
             return False

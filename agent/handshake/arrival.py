@@ -1,4 +1,4 @@
-"""Whether a guest may come to this host, or is here already: what is asked of the hypervisor before anything is recorded."""
+"""Checks whether a guest may come to this host, by asking the hypervisor, before anything is recorded."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -13,7 +13,11 @@ from drover.agent.v1 import handshake_pb2 as pb
 
 
 async def check_arrival(host: LocalHost, request: pb.ReserveSlotRequest) -> bool:
-    """Everything that can be refused is refused before the guest is touched. Whether a definition of the guest is here."""
+    """Refuse what can be refused before the guest is touched. Return whether a definition of the guest is stored here.
+
+    Raises:
+        DroverError: the reason for the refusal.
+    """
     here = f"the destination {host.name}"
     host.check_not_draining()
     check_address(request.source_agent, "source_agent")
@@ -50,8 +54,10 @@ async def _has_definition(host: LocalHost, found: Awaitable[Domain], uuid: str, 
 
 
 async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, object]:
-    """What the record of an attempt that was not known here says. It names the guest, and so decides for its source, only where
-    the hypervisor has no such guest, or a stored definition of one that did not run here: a journal may have been lost.
+    """Return the fields of the GONE record for an attempt that was not known here.
+
+    The record names the guest, and so decides for its source, only where the hypervisor has no such guest, or only a stored
+    definition of one that did not run here: this host's journal may have been lost.
     """
     try:
         domain = await host.hypervisor.get_domain(request.domain_uuid)
@@ -60,8 +66,10 @@ async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, o
     except HypervisorError as error:
         raise from_hypervisor(error, host.name) from None
     if domain is None or (domain.state in (DomainState.SHUTOFF, DomainState.CRASHED) and not domain.has_run):
-        failure = Failure(Reason.GIVEN_UP, "the migration was given up before it got here")
+        failure = Failure(Reason.GIVEN_UP, f"the migration was given up before it reached {host.name}")
         return {"failure": failure, "domain_uuid": request.domain_uuid, "peer_host": request.source_host}
-    here = f"guest {domain.name} is here ({domain.state}, {domain.reason})"
-    text = f"{host.name} has no record of this attempt, and {here}: nothing is decided"
+    text = (
+        f"{host.name} has no record of this attempt, but guest {domain.name} is there ({domain.state}, {domain.reason}), so "
+        f"{host.name} does not decide where it runs"
+    )
     return {"failure": Failure(Reason.GIVEN_UP, text)}

@@ -1,6 +1,6 @@
 """Runs one state machine for one attempt: journal first, then the effect, one event at a time.
 
-The work belongs to the attempt, not to whoever asked: a caller that goes away cancels nothing.
+The work belongs to the attempt, not to the caller that asked for it: a caller that goes away cancels nothing.
 """
 
 import asyncio
@@ -26,32 +26,33 @@ log = structlog.get_logger()
 
 
 EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
-"""Carries out one effect and reports what came of it with `Attempt.apply`."""
+"""Carries out one effect and reports its result with `Attempt.report`."""
 
 Look = Callable[["Attempt"], Awaitable[None]]
-"""Asks the hypervisor what is true of the guest, within a deadline, and hands the answer to `Attempt.saw`. Raises nothing."""
+"""Asks the hypervisor for the state of the guest, within a deadline, and hands the answer to `Attempt.saw`. Raises nothing."""
 
 Hindrance = Callable[["Attempt"], Awaitable[str]]
-"""Why calls about the guest may get no answer from the hypervisor; empty: not known. Raises nothing."""
+"""Returns why the hypervisor may not answer calls about the guest; empty: not known. Raises nothing."""
 
 MAX_WAIT: Final = 30.0
-"""Longest time in seconds for which a call waits; whoever wants to wait longer calls again."""
+"""Longest time in seconds for which a call waits; a caller that wants to wait longer calls again."""
 
 _DRIVERS: Final = 4
-"""Names of drivers that are remembered, besides those in the record: one that was restarted has another."""
+"""How many names of drivers are remembered, besides those in the record: a driver that was restarted has a new name."""
 
 TELL_SECONDS: Final = 2.0
-"""A call to the hypervisor that lasts longer is told as what is waited for."""
+"""Seconds after which a call to the hypervisor that has not returned appears in `waiting_for`."""
 
 FRESH_SECONDS: Final = 0.1
-"""A record that ends says what the hypervisor said of the guest at most so long ago."""
+"""Maximum age of the guest's state in a record that ends; an older one is asked for again."""
 
-Told = Callable[[], Mapping[str, Any]]
-"""What a request adds to the record, looked up when nothing else changes it; raises what is wrong with the request."""
+_LateChanges = Callable[[], Mapping[str, Any]]
+"""Returns what a request adds to the record. Called under the attempt's lock, so that nothing changes the record meanwhile; raises
+`DroverError` for a request that must be refused."""
 
 
 class Attempt:
-    """One attempt on this host. `record` is what is durable; `changed` wakes whoever waits for more."""
+    """One attempt on this host. `record` is what the journal holds, besides `seen` and what `tell` sets, which may be newer."""
 
     def __init__(
         self,
@@ -67,15 +68,16 @@ class Attempt:
         self.progress: pb.Progress | None = None
         """The latest reading of the transfer; not journalled."""
         self.stopwatch: Stopwatch | None = None
-        """Of the phase that makes this attempt known; not journalled."""
+        """Times the phase that opens this attempt; not journalled."""
         self.opening: asyncio.Task[None] | None = None
-        """What makes this attempt known, while that is under way."""
+        """The task that opens this attempt (`Attempts.open`), while it runs."""
         self._journal = journal
         self._run_effect = run_effect
         self._look = look
         self._hindrance = hindrance
         self._seen_at = float("-inf")
-        self._told = ""
+        self._own_wait = ""
+        """What `tell` set last."""
         self._on_final = on_final
         self._on_idle = on_idle
         self._applying = 0
@@ -88,41 +90,41 @@ class Attempt:
         self._silence: tuple[float, Callable[[], None]] | None = None
         self._silent_at = 0.0
         self._signs = 0
-        """Of the calls that are under way: those of a driver of which one was taken before."""
+        """How many of the calls under way come from a known driver: one of which a call was accepted before."""
         self._drivers: list[str] = []
 
     # ---- events
 
-    async def apply(self, event: str, told: Told = dict, **changes: Any) -> None:
-        """Take one event: step, make it durable, then start the effects. Survives the cancellation of its caller.
+    async def apply(self, event: str, late: _LateChanges = dict, **changes: Any) -> None:
+        """Take one event: step, make the new record durable, then start the effects. Goes on if its caller is cancelled.
 
         Raises:
-            DroverError: WRONG_PHASE for a call that has no place in this state; what `told` raises; JOURNAL_UNAVAILABLE. Nothing
+            DroverError: WRONG_PHASE for a call that this state does not allow; what `late` raises; JOURNAL_UNAVAILABLE. Nothing
                 was done then.
         """
-        await asyncio.shield(asyncio.ensure_future(self._apply(event, told, changes)))
+        await asyncio.shield(asyncio.ensure_future(self._apply(event, late, changes)))
 
-    async def _apply(self, event: str, told: Told, changes: Mapping[str, Any]) -> None:
+    async def _apply(self, event: str, late: _LateChanges, changes: Mapping[str, Any]) -> None:
         self._applying += 1
         try:
             async with self._lock:
-                await self._step(event, told, changes)
+                await self._step(event, late, changes)
         finally:
             self._applying -= 1
-            self._tell_idle()
+            self._report_idle()
 
-    async def _step(self, event: str, told: Told, changes: Mapping[str, Any]) -> None:
+    async def _step(self, event: str, late: _LateChanges, changes: Mapping[str, Any]) -> None:
         state = self.record.state or None
         try:
             transition = self._machine.step(state, event)
         except Refused as refused:
             raise wrong_phase(self.record, refused, self._machine.allowed(state)) from None
         if transition is None:
-            log.debug("stale news", migration=self.record.migration_id, state=state, event_name=event)
+            log.debug("stale event ignored", migration=self.record.migration_id, state=state, event_name=event)
             return
-        changes = {**changes, **told()}
+        changes = {**changes, **late()}
         if transition.state in self._machine.final and transition.state != state:
-            await self._see_the_end()
+            await self._look_before_the_end()
         if transition.state != state or changes:
             failpoint(self.record.role, event, "journal.before")
             await self._put(self.record.changed(state=transition.state, **changes))
@@ -131,26 +133,27 @@ class Attempt:
             self.start(effect, self._carry_out(effect))
 
     def saw(self, fact: GuestFact | None, *, look_again: bool = False) -> None:
-        """Remember what the hypervisor has said of the guest. `look_again`: it said so only by the success of a phase, and a record
-        that ends with it asks once more.
+        """Remember the guest's state as the hypervisor reported it. `look_again`: it was only concluded from an event or from the
+        success of a phase, so the hypervisor is asked once more before the record ends.
         """
-        changed = self._says(fact) != self._says(self.record.seen)
+        changed = self._summary(fact) != self._summary(self.record.seen)
         self.record = msgspec.structs.replace(self.record, seen=fact)
         self._seen_at = float("-inf") if look_again else time.monotonic()
         if changed:
             self.wake()
 
     def tell(self, what: str) -> None:
-        """Say what is waited for now (empty: nothing), or let it be said no more. Not journalled: it changes every second."""
+        """Set `waiting_for`; empty clears it, unless something else has set it since. Not journalled: it changes every second."""
         what = what[:500]
-        if what != self.record.waiting_for and (what or self.record.waiting_for == self._told):
+        if what != self.record.waiting_for and (what or self.record.waiting_for == self._own_wait):
             self.record = msgspec.structs.replace(self.record, waiting_for=what)
-            self._told = what
+            self._own_wait = what
             self.wake()
 
     @contextlib.asynccontextmanager
     async def telling(self, what: str) -> AsyncIterator[None]:
-        """Around a call to the hypervisor: one that lasts long is told, with how long, and why where that is known."""
+        """Put `what` into `waiting_for` while a call to the hypervisor lasts longer than `TELL_SECONDS`, with its duration and, if
+        known, why it lasts."""
         task = self.start("telling", self._tell_while(what))
         try:
             yield
@@ -164,26 +167,25 @@ class Attempt:
         while True:
             why = await self._hindrance(self)
             because = f": {why}" if why else ""
-            self.tell(f"{what}, asked {time.monotonic() - began:.0f} s ago{because}; asked again until it is answered")
+            self.tell(f"{what}, asked {time.monotonic() - began:.0f} s ago and not answered yet{because}")
             await asyncio.sleep(1.0)
 
     @staticmethod
-    def _says(fact: GuestFact | None) -> tuple[str, ...]:
+    def _summary(fact: GuestFact | None) -> tuple[str, ...]:
         return (fact.state, fact.reason, fact.silence) if fact is not None else ()
 
-    async def _see_the_end(self) -> None:
-        """What this record says last of the guest stays said: ask once more, unless the answer is as young as can be."""
+    async def _look_before_the_end(self) -> None:
+        """Ask for the guest's state unless it is fresh: a record that has ended keeps the one that it ends with."""
         if self.record.domain_uuid and time.monotonic() - self._seen_at > FRESH_SECONDS:
             await self._look(self)
 
     async def _carry_out(self, effect: str) -> None:
-        """The effect itself is told from what came of it: `report` stands between them."""
         failpoint(self.record.role, effect, "effect.before")
         await self._run_effect(self, effect)
 
     async def report(self, event: str, **changes: Any) -> None:
-        """Take news of an effect; where the journal cannot be written, keep trying: the effect has happened. News that something
-        newer has overtaken is dropped."""
+        """Take the event that an effect results in. Retries until the journal can be written: the effect has happened. Drops an
+        event that the state no longer allows."""
         failpoint(self.record.role, event, "news")
 
         async def take() -> None:
@@ -192,12 +194,12 @@ class Attempt:
             except DroverError as error:
                 if error.reason is not Reason.WRONG_PHASE:
                     raise
-                log.info("overtaken news", migration=self.record.migration_id, event_name=event, error=error.message)
+                log.info("event dropped", migration=self.record.migration_id, event_name=event, error=error.message)
 
         await retry(self, f"recording {event}", take)
 
     async def note(self, **changes: Any) -> None:
-        """Record facts that change no state, such as a failure or what is waited for."""
+        """Record changes that leave the state as it is, such as a failure or `waiting_for`."""
         await asyncio.shield(asyncio.ensure_future(self._note(changes)))
 
     async def _note(self, changes: dict[str, Any]) -> None:
@@ -206,7 +208,7 @@ class Attempt:
 
     async def _put(self, record: AttemptRecord) -> None:
         await self._journal.put_attempt(record)
-        record = msgspec.structs.replace(record, seen=self.record.seen)  # it may have been asked meanwhile
+        record = msgspec.structs.replace(record, seen=self.record.seen)  # `saw` may have changed it meanwhile
         log.info("record", migration=record.migration_id, role=record.role.value, state=record.state, was=self.record.state)
         ends, self.record = record.final and not self.record.final, record
         if ends:
@@ -215,13 +217,13 @@ class Attempt:
         self.wake()
 
     def wake(self) -> None:
-        """Tell every waiter to look again (progress is not journalled, but is worth a look)."""
+        """Wake every waiter, also for what is not journalled, such as progress."""
         self._bell.ring()
 
     # ---- effects
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run work that belongs to this attempt."""
+        """Run work as a task of this attempt, under a name that `running`, `stop` and `ended` take."""
         task = asyncio.create_task(work, name=f"{self.record.migration_id[:8]} {self.record.role} {name}")
         self._tasks[task] = name
         task.add_done_callback(self._effect_ended)
@@ -243,7 +245,7 @@ class Attempt:
         """A call is under way, or an event is being taken whose caller may have gone away."""
         return bool(self._calls or self._applying)
 
-    def _tell_idle(self) -> None:
+    def _report_idle(self) -> None:
         if not self.in_use:
             self._on_idle(self)
 
@@ -251,23 +253,23 @@ class Attempt:
         return [task for task, name in self._tasks.items() if name in names]
 
     def stop(self, name: str) -> None:
-        """Cancel an effect that only looks on."""
+        """Cancel a task that only observes."""
         for task in self.running(name):
             task.cancel()
 
     async def ended(self, *names: str) -> None:
-        """Wait until none of these effects is under way; an effect never waits for itself."""
+        """Wait until none of these tasks runs, except the calling one."""
         current = asyncio.current_task()
         tasks = [task for task in self.running(*names) if task is not current]
         if tasks:
             await asyncio.wait(tasks)
 
     async def close(self) -> None:
-        """The agent stops: let go of the tasks. What they did is found again from the journal and the facts."""
+        """Cancel the tasks and wait for their end: the agent stops. Its next start goes on from the journal and the hypervisor."""
         await asyncio.gather(*self.drop(), return_exceptions=True)
 
     def drop(self) -> "list[asyncio.Task[None]]":
-        """Nothing of this attempt goes on. What has to end for that."""
+        """Cancel every task and the timer. Return the tasks that have yet to end."""
         self._disarm()
         tasks = list(self._tasks)
         for task in tasks:
@@ -277,7 +279,7 @@ class Attempt:
     # ---- waiting
 
     async def until(self, states: Collection[str], wait: float) -> AttemptRecord:
-        """The record once it is in one of the states, or as it is after `wait` seconds."""
+        """Return the record once it is in one of the states, or as it is after `wait` seconds."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 while self.record.state not in states:
@@ -285,7 +287,7 @@ class Attempt:
         return self.record
 
     async def changes(self) -> AsyncIterator[AttemptRecord]:
-        """The record now, and whenever it has changed since it was last looked at, until it has ended."""
+        """Yield the record now and after each change, until it has ended. A slow reader skips records, never the last one."""
         while True:
             changed, record = self._bell.next, self.record
             yield record
@@ -296,13 +298,13 @@ class Attempt:
     # ---- silence
 
     def on_silence(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` once the driver of this attempt has given no sign of life for so long."""
+        """Call `act` once the driver of this attempt has given no sign of life (see `called`) for so many seconds."""
         self._silence = (seconds, act)
         self._silent_at = time.monotonic() + seconds
         self._rearm()
 
     def _rearm(self) -> None:
-        """A call that nobody knows yet may turn out to be the driver's: it is waited for as long as a call lasts, and no longer."""
+        """Restart the timer. A call under way may turn out to be a new driver's, so it adds the time that a call can last."""
         self._disarm()
         if self._silence is not None and not self._signs and not self.record.final:
             silent_at = self._silent_at + (MAX_WAIT if self._calls else 0.0)
@@ -315,8 +317,10 @@ class Attempt:
 
     @contextlib.asynccontextmanager
     async def called(self, call: str = "", request_id: str = "") -> AsyncIterator[None]:
-        """A call for this attempt (or its driver's watch) is under way. It is a sign of life of the driver if it is taken, or comes
-        from a driver of which one was taken before: anybody may make calls that are refused.
+        """Count a call for this attempt (or its driver's watch) as under way.
+
+        A sign of life of the driver is a call that is accepted, or one from a driver of which a call was accepted before. Other
+        calls that are refused do not count: anybody may make them.
         """
         driver = driver_of(request_id)
         is_known = is_sign = self.is_driver(driver)
@@ -335,32 +339,32 @@ class Attempt:
             if is_sign and self._silence is not None:
                 self._silent_at = time.monotonic() + self._silence[0]
             self._rearm()
-            self._tell_idle()
+            self._report_idle()
 
     def is_driver(self, driver: str) -> bool:
-        """Whether a request of that driver was taken here. Its name is told to nobody."""
+        """Return whether a request of that driver was accepted here. Drivers' names are secret: no answer contains one."""
         return bool(driver) and (driver in self._drivers or driver in map(driver_of, self.record.request_ids.values()))
 
 
 def driver_of(request_id: str) -> str:
-    """The name of the driver that made a request, if it gave the request an id: that is its name, "-" and a number."""
+    """Return the name of the driver that made a request: a request id is that name, "-" and a number. Empty without an id."""
     return request_id.rpartition("-")[0]
 
 
 def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> DroverError:
-    """The error for a call that has no place in the record's state."""
+    """Return the error for a call that the record's state does not allow."""
     state = refused.state or "unknown here"
     return DroverError(
         Reason.WRONG_PHASE,
-        f"{refused.event} has no place now: attempt {record.attempt} of migration {record.migration_id} is {state} on this "
-        f"{record.role}; it takes {', '.join(allowed) if allowed else 'no call that changes it'}",
+        f"{refused.event} is not allowed now: attempt {record.attempt} of migration {record.migration_id} is {state} on this "
+        f"{record.role}, and allows {', '.join(allowed) if allowed else 'no call that changes it'}",
         metadata={"state": state, "event": refused.event, "allowed": ",".join(allowed), "role": record.role.value},
     )
 
 
 async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Do what must be done until it is done; the record says what is waited for. Backs off from 0.1 to 5 seconds."""
-    pause, told = 0.1, False
+    """Call `work` until it succeeds, with pauses that grow from 0.1 to 5 s. Meanwhile `waiting_for` is `what` and the last error."""
+    pause, recorded = 0.1, False
     while True:
         try:
             async with attempt.telling(what):
@@ -368,16 +372,16 @@ async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]
         except Exception as error:
             log.warning("will be tried again", migration=attempt.record.migration_id, what=what, error=str(error))
             await waits_for(attempt, f"{what}: {error}")
-            told = True
+            recorded = True
             await asyncio.sleep(pause)
             pause = min(pause * 2, 5.0)
         else:
-            if told:
+            if recorded:
                 await waits_for(attempt, "")
             return
 
 
 async def waits_for(attempt: Attempt, what: str) -> None:
-    """Record what is waited for. A journal that cannot be written must not end the waiting."""
+    """Record `waiting_for`. Ignores an error of the journal, which must not end the waiting."""
     with contextlib.suppress(DroverError):
         await attempt.note(waiting_for=what[:500])

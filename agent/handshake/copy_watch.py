@@ -1,4 +1,4 @@
-"""The copy at the destination while it waits for its stream: what its hypervisor says of it, and why it came to nothing."""
+"""Watches a copy at the destination while it waits for its stream, and finds out why a copy failed."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from agent.hypervisor.base import HypervisorError
 from agent.hypervisor.interface import Incoming
 
 _WAITS: Final = frozenset({Dst.PREPARING, Dst.PREPARED, Dst.ARMED})
-"""The copy is there, or is being made, and has not got its stream."""
+"""States in which the copy exists or is being created, and has not received its whole stream."""
 
 
 class CopyWatch:
-    """Watches the copies of one host."""
+    """The watch over the copies of one host."""
 
     def __init__(self, host: LocalHost, session_of: Callable[[Attempt], Incoming]) -> None:
         self._host = host
         self._session_of = session_of
 
     def start(self, attempt: Attempt) -> None:
-        """Until `stop`. Harmless to repeat."""
+        """Watch until `stop`. Does nothing if it is watched already."""
         if not attempt.running("guest"):
             attempt.start("guest", follow_guest(self._host, attempt, lambda: self._ended(attempt)))
             attempt.start("mind", mind(self._host, attempt, lambda: attempt.record.state in _WAITS))
@@ -36,22 +36,22 @@ class CopyWatch:
         attempt.stop("mind")
 
     async def cause(self, attempt: Attempt, error: HypervisorError | None = None) -> Failure | None:
-        """Why the copy came to nothing: where it is known how its process ended, that is nearer to the cause than Finish's error."""
+        """Return why the copy failed, or None. How its process ended, if known, is nearer to the cause than `error` from Finish."""
         death = await self._host.hypervisor.death(attempt.record.destination_name)
         destroyed = await self._session_of(attempt).destroyed()
         failures = causes_first(failure_of(one, self._host.name) for one in (death, destroyed, error) if one is not None)
         return failures[0] if failures else None
 
     async def explain(self, attempt: Attempt) -> dict[str, object]:
-        """What the record of a copy that was given up must say besides: it may have ended just before, and only the source has
-        noticed by then.
+        """Return the failure to add to the record of a copy that was given up: its process may have died just before, and so far
+        only the source has noticed.
         """
-        was_there = any(timing.phase == "prepare" for timing in attempt.record.timings)  # else the death is that of an earlier one
+        was_there = any(timing.phase == "prepare" for timing in attempt.record.timings)  # else an earlier attempt's copy died
         cause = await self.cause(attempt) if was_there else None
         return failed(attempt, cause) if cause is not None else {}
 
     async def _ended(self, attempt: Attempt) -> None:
-        """Finish may not be under way to tell it, and what the source sees is only that its stream broke."""
+        """Record why the copy ended: no Finish may be under way to report it, and the source sees only that its stream broke."""
         if attempt.record.state in (Dst.PREPARED, Dst.ARMED) and (cause := await self.cause(attempt)) is not None:
-            with contextlib.suppress(DroverError):  # the journal: then Finish tells it
+            with contextlib.suppress(DroverError):  # the journal failed: then Finish reports it
                 await attempt.note(**failed(attempt, cause))

@@ -1,7 +1,7 @@
-"""The driver's whole mind: from what both records say and whether it was cancelled, the calls to make next.
+"""The driver's decisions, as pure functions: from both records, and whether it was cancelled, to the calls to make next.
 
-It keeps no state of its own. So two drivers at once are harmless, a driver that was restarted goes on from the records, and
-a source that takes over from a dead driver runs this same function.
+They keep no state. So two drivers at once are harmless, a restarted driver goes on from the records, and a source that takes
+over from a dead driver uses the same functions.
 """
 
 from enum import StrEnum
@@ -11,7 +11,7 @@ from agent.handshake.source import SourceState as Src
 
 
 class Call(StrEnum):
-    """A call to one of the two hosts; repeating one that is under way joins it."""
+    """A call to one of the two hosts. Repeating a call that is under way joins it."""
 
     RESERVE = "reserve"
     BEGIN = "begin"
@@ -29,13 +29,13 @@ _END_STATES = {(Src.REMOVED, Dst.RUNNING), (Src.KEPT, Dst.GONE)}
 
 
 def ended(src: Src | None, dst: Dst | None) -> bool:
-    """Both records are final and agree."""
+    """Return whether both records are final and agree."""
     return (src, dst) in _END_STATES
 
 
 def assume(src: Src | None, dst: Dst | None, *, source_dead: bool, destination_dead: bool) -> tuple[Src | None, Dst | None]:
-    """What to act on where a host does not answer, or was declared dead. That changes nothing about a commit that is known: a
-    source that removes its copy has read it from the destination.
+    """Return the states to act on if a host was declared dead, or the destination's state follows from the source's: a source
+    that removes its copy has read the commit from the destination. A known commit stays a commit, whoever is dead.
     """
     if src in (Src.REMOVING, Src.REMOVED) and dst is not Dst.GONE:
         dst = Dst.RUNNING
@@ -47,20 +47,26 @@ def assume(src: Src | None, dst: Dst | None, *, source_dead: bool, destination_d
 
 
 def disputed(src: Src | None, dst: Dst | None, *, by_word: bool) -> bool:
-    """The source goes on by an operator's word, and the destination, which is back, has not learned yet that it lost the guest."""
+    """Return whether the source resumed by an operator's statement while the destination, now back, still believes that it has
+    the guest.
+    """
     return by_word and dst is Dst.RUNNING and src in (Src.RESUMING, Src.KEPT)
 
 
 def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = False, by_word: bool = False) -> frozenset[Call]:
-    """The calls to have under way now. Empty when it has `ended`.
+    """Return the calls that must be under way now; none once it has `ended`.
 
-    `stalled`: the source has sent everything long ago, and the armed copy still waits, so its last bytes were lost on their way.
-    `by_word`: the source's record says that it goes on by an operator's word.
-    `None` means that the host has no record of this attempt. Raises `AssertionError` for a pair that the rule excludes
-    (the source kept the guest, and it runs at the destination): that must stop everything.
+    Args:
+        src, dst: the states of both records; None for a host without a record of this attempt.
+        cancel: the migration is to be cancelled if it is not too late.
+        stalled: the source sent everything long ago and the armed copy still waits, so the last bytes were lost on the way.
+        by_word: the source's record says that it resumes by an operator's statement.
+
+    Raises:
+        AssertionError: the guest was kept at the source and runs at the destination, which the rule excludes: all must stop.
     """
     if disputed(src, dst, by_word=by_word):
-        # The destination's agent asks when it starts, and ends what runs there: to be looked at again, not to be told.
+        # The destination's agent asks the source by itself when it starts, and ends its copy: watch it, but call nothing there.
         return frozenset({Call.CONFIRM_GONE} if src is Src.RESUMING else ())
     assert (src, dst) != (Src.KEPT, Dst.RUNNING), "the guest was kept at the source and runs at the destination"
     if ended(src, dst):
@@ -70,18 +76,18 @@ def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = Fa
     if dst is Dst.GONE:
         return frozenset({Call.CONFIRM_GONE})
     if src in (Src.KEPT, Src.LOST):
-        # Nothing flows any more. A copy that got everything before that refuses to be given up, and is RUNNING then.
+        # Nothing flows any more. A copy that received everything before that refuses to be given up and becomes RUNNING.
         return frozenset({Call.ABANDON_SOURCE_KEPT})
     if dst is Dst.ABANDONING:
         return frozenset({Call.ABANDON})
     if stalled and (src, dst) == (Src.PERFORMED, Dst.ARMED):
-        # A copy that starts at this very moment refuses to be given up, and is RUNNING then.
+        # A copy that starts at this very moment refuses to be given up and becomes RUNNING.
         return frozenset({Call.FINISH, Call.ABANDON_SOURCE_KEPT})
     return _stop(src, dst) if cancel else _go(src, dst)
 
 
 def _stop(src: Src | None, dst: Dst | None) -> frozenset[Call]:
-    """Cancel goes to the source first; once nothing is left to stop there, the destination's word is what is missing."""
+    """Return the calls of a cancel: first Abort at the source; once nothing is left to stop there, ask the destination to decide."""
     if src not in (Src.PERFORMED, Src.REMOVING, Src.REMOVED, Src.RESUMING):
         return frozenset({Call.ABORT})
     return frozenset({Call.FINISH if dst is Dst.ARMED else Call.ABANDON})
@@ -89,11 +95,11 @@ def _stop(src: Src | None, dst: Dst | None) -> frozenset[Call]:
 
 def _go(src: Src | None, dst: Dst | None) -> frozenset[Call]:
     if dst is None:
-        # The slot comes before the guest is touched. A source that is further on has lost its destination for good.
+        # The slot is reserved before the guest is touched. A source that is further on has lost its destination for good.
         return frozenset({Call.RESERVE if src in (None, Src.BEGINNING, Src.BEGUN) else Call.ABANDON})
     if src in (None, Src.BEGINNING):
         return frozenset({Call.BEGIN})
-    if src is Src.BEGUN:  # a destination that is armed already was so by hand
+    if src is Src.BEGUN:  # ARMED already: somebody called Finish by hand
         return frozenset({Call.PERFORM if dst in (Dst.PREPARED, Dst.ARMED) else Call.PREPARE})
-    # Armed early: while the memory still flows.
+    # Finish is called early, while the memory still flows.
     return frozenset({Call.FINISH} | ({Call.PERFORM} if src is Src.PERFORMING else set()))

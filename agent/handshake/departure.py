@@ -1,4 +1,4 @@
-"""Whether a guest may leave this host: what is asked of the hypervisor before the guest is touched."""
+"""Checks whether a guest may leave this host, by asking the hypervisor, before the guest is touched."""
 
 from agent.errors import DroverError
 from agent.features import check_options, from_hypervisor, settled
@@ -13,7 +13,7 @@ from drover.agent.v1 import host_pb2
 
 
 class Departures:
-    """Refuses guests that cannot leave, before anything is done to them."""
+    """The checks of a Begin, made before anything is done to the guest."""
 
     def __init__(self, host: LocalHost, attempts: Attempts, owner: Owner) -> None:
         self._host = host
@@ -21,13 +21,13 @@ class Departures:
         self._owner = owner
 
     def check_request(self, request: pb.BeginRequest) -> None:
-        """What of a Begin can be refused without asking anybody. Raises `DroverError`."""
+        """Check what needs no other host and no hypervisor. Raises `DroverError`."""
         self._host.check_not_draining()
         check_address(request.destination_agent, "destination_agent")
         check_options(request.options, self._host.features, f"the source {self._host.name}")
 
     async def check(self, request: pb.BeginRequest) -> Domain:
-        """The guest of a Begin. Raises `DroverError` for everything that can be refused by looking."""
+        """Return the guest of a Begin. Raises `DroverError` if the hypervisor does not have it or it cannot be moved now."""
         hypervisor = self._host.hypervisor
         try:
             if request.domain_uuid:
@@ -40,16 +40,16 @@ class Departures:
         return domain
 
     async def settle(self, uuid: str, name: str) -> None:
-        """What earlier migrations have left to do for the guest comes first. Raises DOMAIN_BUSY, DECLARED_DEAD."""
+        """Wait for the work that earlier migrations left to do for the guest. Raises DOMAIN_BUSY, DECLARED_DEAD."""
         await self._attempts.cared_for(uuid, name)
         await self._owner.ask_before_leaving(uuid)
 
     def _check_movable(self, domain: Domain) -> None:
-        self._attempts.check_free(domain.uuid, domain.name)  # before the job that it holds in the hypervisor is told
+        self._attempts.check_free(domain.uuid, domain.name)  # first: its error names the migration, not only the hypervisor's job
         check_movable(domain, self._host.name)
 
     async def check_leaving(self, domain: Domain, leaving: host_pb2.Leaving) -> None:
-        """Whether Begin would be taken now, as far as that can be known. Changes nothing. Raises `DroverError`."""
+        """Raise the `DroverError` that Begin would raise now, as far as that can be known. Changes nothing."""
         self._check_movable(domain)
         options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
         try:

@@ -1,7 +1,8 @@
-"""The destination's machine. Its record is the decision: RUNNING is the commit, GONE the abort, and both are final.
+"""The destination's state machine. Its record is the decision: RUNNING is the commit, GONE the abort, and both are final.
 
 The rule that everything rests on: from ARMED on the guest may start here at any moment, so an armed copy is never killed by
-hand; only the facts (`SAW_…`), the end of Finish, or the source's durable word that it kept the guest lead out of ARMED.
+hand. Only what the hypervisor reports (`SAW_…`), the end of Finish, or the source's durable record that it kept the guest leads
+out of ARMED.
 """
 
 from enum import StrEnum
@@ -13,17 +14,17 @@ class DestinationState(StrEnum):
     RESERVED = "reserved"
     """A slot is leased."""
     PREPARING = "preparing"
-    """The empty copy is being made."""
+    """The empty copy is being created."""
     PREPARED = "prepared"
     """The copy waits for the memory; nothing will start it."""
     ARMED = "armed"
-    """The copy starts by itself as soon as its whole state is here."""
+    """The hypervisor starts the copy as soon as its whole state has arrived."""
     RUNNING = "running"
     """The guest runs here; the copy at the source may only be removed."""
     ABANDONING = "abandoning"
     """The copy is being destroyed; nothing will start it."""
     GONE = "gone"
-    """No copy here, and none ever for this attempt."""
+    """There is no copy here, and never will be for this attempt."""
 
 
 class DestinationEvent(StrEnum):
@@ -33,8 +34,8 @@ class DestinationEvent(StrEnum):
     FINISH = "finish"
     ABANDON = "abandon"
     ABANDON_SOURCE_KEPT = "abandon_source_kept"
-    """With the source's word that its record is KEPT."""
-    # news
+    """An Abandon that says that the source's record is KEPT."""
+    # reports
     PREPARE_DONE = "prepare_done"
     PREPARE_FAILED = "prepare_failed"
     FINISH_DONE = "finish_done"
@@ -44,14 +45,14 @@ class DestinationEvent(StrEnum):
     """The hypervisor did not answer: it may or may not start the copy."""
     ABANDON_DONE = "abandon_done"
     ABANDON_REFUSED = "abandon_refused"
-    """The hypervisor says that the copy has run."""
+    """The hypervisor refused to destroy the copy because it has run."""
     SAW_RUNNING = "saw_running"
     SAW_ABSENT = "saw_absent"
     LEASE_EXPIRED = "lease_expired"
     DISOWNED = "disowned"
-    """The source kept the guest because an operator said that this host was dead: whatever is here must not run."""
+    """The source kept the guest because an operator stated that this host was dead: the copy here must not run."""
     RESTARTED = "restarted"
-    """The agent was started and read this state from its journal."""
+    """The agent has started and read this state from its journal."""
 
 
 class DestinationEffect(StrEnum):
@@ -59,9 +60,9 @@ class DestinationEffect(StrEnum):
     FINISH = "finish"
     ABANDON = "abandon"
     DISOWN = "disown"
-    """Stop a copy that runs, and remove the definition of one that does not."""
+    """Stop a copy that runs, or remove the definition of one that does not."""
     LOOK = "look"
-    """Ask the hypervisor until it says that the copy runs or is absent."""
+    """Ask the hypervisor until the copy runs or is absent."""
 
 
 _S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
@@ -72,7 +73,7 @@ _give_up = _T(_S.ABANDONING, (_F.ABANDON,))
 DESTINATION = Machine[DestinationState, DestinationEvent, DestinationEffect](
     table={
         (None, _E.RESERVE): _T(_S.RESERVED),
-        # A tombstone: a call that was on its way when the attempt was given up finds it GONE.
+        # A tombstone: a call that was still on its way when the attempt was given up finds it GONE.
         (None, _E.ABANDON): _T(_S.GONE),
         (None, _E.ABANDON_SOURCE_KEPT): _T(_S.GONE),
         (_S.RESERVED, _E.RESERVE): _T(_S.RESERVED),
@@ -96,12 +97,12 @@ DESTINATION = Machine[DestinationState, DestinationEvent, DestinationEffect](
         (_S.ARMED, _E.PREPARE): _T(_S.ARMED),
         (_S.ARMED, _E.FINISH): _T(_S.ARMED),
         (_S.ARMED, _E.FINISH_DONE): _T(_S.RUNNING),
-        # Nothing waits to start it any more; should it run after all, ABANDON_REFUSED says so.
+        # Nothing waits to start the copy any more; if it runs after all, ABANDON_REFUSED reports it.
         (_S.ARMED, _E.FINISH_FAILED): _give_up,
         (_S.ARMED, _E.FINISH_UNKNOWN): _T(_S.ARMED, (_F.LOOK,)),
         (_S.ARMED, _E.RESTARTED): _T(_S.ARMED, (_F.LOOK,)),
         (_S.ARMED, _E.SAW_RUNNING): _T(_S.RUNNING),
-        # What its Finish left behind (a stored definition) goes first.
+        # What Finish left behind (a stored definition) is removed before GONE.
         (_S.ARMED, _E.SAW_ABSENT): _give_up,
         (_S.ARMED, _E.ABANDON_SOURCE_KEPT): _give_up,
         (_S.RUNNING, _E.PREPARE): _T(_S.RUNNING),
@@ -110,7 +111,7 @@ DESTINATION = Machine[DestinationState, DestinationEvent, DestinationEffect](
         (_S.ABANDONING, _E.ABANDON): _T(_S.ABANDONING),
         (_S.ABANDONING, _E.ABANDON_SOURCE_KEPT): _T(_S.ABANDONING),
         (_S.ABANDONING, _E.ABANDON_DONE): _T(_S.GONE),
-        # GONE was told to nobody yet, so the facts may still win.
+        # Nobody has read GONE yet, so a copy that runs may still become RUNNING.
         (_S.ABANDONING, _E.ABANDON_REFUSED): _T(_S.RUNNING),
         (_S.ABANDONING, _E.RESTARTED): _give_up,
         (_S.GONE, _E.ABANDON): _T(_S.GONE),

@@ -1,4 +1,4 @@
-"""The effects of a destination: what its machine does to the hypervisor, and the news of it."""
+"""The effects of the destination's machine: they act on the hypervisor and report the result as events."""
 
 import asyncio
 import contextlib
@@ -28,11 +28,11 @@ log = structlog.get_logger()
 _S, _E, _F = DestinationState, DestinationEvent, DestinationEffect
 
 _FINISH_ENDS_WITHIN: Final = 5.0
-"""Seconds after its copy was given up within which a waiting Finish ends."""
+"""Seconds for which the end of a waiting Finish is awaited after its copy was given up."""
 
 
 class DestinationEffects:
-    """Carries them out, by the hypervisor's handle for each attempt."""
+    """The runner of the effects. Keeps the hypervisor's handle for each attempt."""
 
     def __init__(self, host: LocalHost, journal: Journal) -> None:
         self._host = host
@@ -58,10 +58,10 @@ class DestinationEffects:
         record = attempt.record
         try:
             with timed("prepare") as watch:
-                if record.had_definition:  # what a migration left behind does not start by itself; see `aftercare`
+                if record.had_definition:  # it must not start with the host before the decision; see `aftercare`
                     with contextlib.suppress(DomainNotFound):
                         await self._host.hypervisor.set_autostart(record.domain_uuid, False)
-                async with attempt.telling(f"the hypervisor of {self._host.name} to prepare"):
+                async with attempt.telling(f"the hypervisor of {self._host.name} to prepare the copy"):
                     prepared = await self._session(attempt).prepare(
                         record.domain_xml,
                         record.cookies["begin"],
@@ -93,29 +93,30 @@ class DestinationEffects:
                         record.domain_xml, cookie, record.user_options, record.destination_name, record.stored
                     )
                 finally:
-                    arrival.cancel()  # Finish tells it all now
+                    arrival.cancel()  # Finish has returned and reports the result
         except TransferFailed as error:
             cause = await self._copies.cause(attempt, error)
             await attempt.report(_E.FINISH_FAILED, **(failed(attempt, cause) if cause else {}))
         except Exception as error:
             await attempt.report(
-                _E.FINISH_UNKNOWN, waiting_for=f"Finish gave no answer: {failure_of(error, self._host.name).message}"[:500]
+                _E.FINISH_UNKNOWN,
+                waiting_for=f"the copy to run or end, as Finish gave no answer: {failure_of(error, self._host.name).message}"[:500],
             )
         else:
             if attempt.record.state == _S.ARMED:
-                attempt.saw(GuestFact(GuestState.RUNNING, "migrated", time.time()), look_again=True)  # or it arrived paused
+                attempt.saw(GuestFact(GuestState.RUNNING, "migrated", time.time()), look_again=True)  # it may have arrived paused
             await attempt.report(
                 _E.FINISH_DONE,
                 cookies={**attempt.record.cookies, "finish": finished.cookie},
                 timings=(*attempt.record.timings, watch.timing),
                 failure=None,
             )
-            if attempt.record.cookies.get("finish") != finished.cookie:  # the event of its start was quicker
+            if attempt.record.cookies.get("finish") != finished.cookie:  # `_arrival` reported the start first
                 await attempt.note(cookies={**attempt.record.cookies, "finish": finished.cookie})
 
     async def _arrival(self, attempt: Attempt, finish: Stopwatch) -> None:
-        """Finish returns some time after the guest has started here (in post-copy long after): the start is the commit, so
-        look for it.
+        """Report the start of the copy as soon as the hypervisor's event shows it. The start is the commit, and Finish returns
+        later (in post-copy much later).
         """
         async for event in self._host.hypervisor.events():
             started = event.uuid == attempt.record.domain_uuid and event.kind == RESUMED
@@ -124,16 +125,17 @@ class DestinationEffects:
                 return
 
     async def _look(self, attempt: Attempt) -> None:
-        """Ask until the copy runs or is absent. One that waits for its stream is waited for: libvirtd may still start it."""
+        """Ask until the copy runs or is absent, and report it. Waits for a copy that waits for its stream: libvirtd may still start
+        it."""
         self._copies.start(attempt)
         fact: DestinationEvent | None = None
         while fact is None and attempt.record.state == _S.ARMED:
             domain = await look_up(self._host, attempt)
             fact = destination_fact(domain)
             if domain is not None and domain.has_run and self._session(attempt).never_ran:
-                fact = _E.SAW_ABSENT  # a signal ended it, as a shutdown of this host sends it
+                fact = _E.SAW_ABSENT  # a signal ended it before it ran, as a shutdown of this host does
             if fact is None:
-                await asyncio.sleep(0.1)  # no event tells that an incoming copy has gone away with its daemon
+                await asyncio.sleep(0.1)  # libvirt has no event for an incoming copy that ended with its daemon
         if fact is not None:
             await attempt.report(fact, waiting_for="")
 
@@ -149,22 +151,22 @@ class DestinationEffects:
                 ran = True
 
         async def clear() -> None:
-            """A definition that Finish stored, where there was none before; a guest that has run here has a right to its own."""
+            """Remove a definition that Finish stored where there was none before, unless the guest has run here."""
             domain = await look_up(self._host, attempt)
             if domain is not None and domain.state in (DomainState.SHUTOFF, DomainState.CRASHED) and not domain.has_run:
                 await self._host.hypervisor.disown(domain.uuid)
 
-        await retry(attempt, "giving up the copy at the destination (a process that is stopped is killed within 15 s)", abandon)
-        with contextlib.suppress(TimeoutError):  # its call to the hypervisor must not outlive the attempt and meet the next one
+        await retry(attempt, "destroying the copy at the destination (a process that is stopped is killed within 15 s)", abandon)
+        with contextlib.suppress(TimeoutError):  # its call must not outlive the attempt and hit the guest's next one
             async with asyncio.timeout(_FINISH_ENDS_WITHIN):
                 await attempt.ended(_F.FINISH)
         if not ran and not attempt.record.had_definition:
             await retry(attempt, "removing what the copy left at the destination", clear)
         if ran:
-            log.critical("a copy that was to be given up runs", migration=attempt.record.migration_id)
+            log.critical("a copy that was to be destroyed has run", migration=attempt.record.migration_id)
         word = attempt.record.operator_word
         if ran and word is not None and word.dead_host == self._host.name:
-            await self._disown(attempt)  # it was under way when this agent was restarted
+            await self._disown(attempt)  # the agent was restarted during a disown
             return
         if ran:
             await attempt.report(_E.ABANDON_REFUSED, failure=None)
@@ -176,27 +178,28 @@ class DestinationEffects:
             with contextlib.suppress(DomainNotFound):
                 await self._host.hypervisor.disown(attempt.record.domain_uuid)
 
-        if await self._brought(attempt):  # else it has left, or came again by a later attempt, which the word is not about
-            await retry(attempt, "removing the copy that an operator's word took from this host", disown)
+        if await self._brought(attempt):  # else it has left, or came again by a later attempt, which the statement is not about
+            await retry(attempt, "removing the copy here, as an operator stated that this host was dead", disown)
         else:
             log.critical(
-                "a guest that a statement took from this host has left since; it may run twice",
+                "a guest that was resumed elsewhere by an operator's statement has already left this host; two copies may run",
                 migration=attempt.record.migration_id,
             )
         await attempt.report(_E.ABANDON_DONE)
 
     async def _brought(self, attempt: Attempt) -> bool:
+        """Return whether it is this attempt by which the guest is here."""
         brought = True
 
         async def ask() -> None:
             nonlocal brought
             brought = await self._journal.brought(attempt.record)
 
-        await retry(attempt, "reading by which attempt the guest came here", ask)
+        await retry(attempt, "reading from the journal by which attempt the guest came here", ask)
         return brought
 
     async def close(self, attempt: Attempt) -> None:
-        """An attempt has ended: let go of its hypervisor once nothing is under way there."""
+        """Close the hypervisor's handle of an attempt that has ended, once its effects have ended."""
         self._copies.stop(attempt)
         await attempt.ended(_F.PREPARE, _F.FINISH, _F.ABANDON, _F.LOOK)
         if session := self._sessions.pop(attempt, None):

@@ -1,4 +1,4 @@
-"""The destination of a migration: ReserveSlot, Prepare, Finish, Abandon."""
+"""The destination's calls: ReserveSlot, Prepare, Finish and Abandon, and the lease of its slot."""
 
 import time
 from typing import Final
@@ -35,7 +35,7 @@ _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 
 
 class DestinationSide:
-    """Serves the destination's calls."""
+    """The destination's calls on one host."""
 
     def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots, peers: PeerRecords, owner: Owner) -> None:
         self._host = host
@@ -45,7 +45,7 @@ class DestinationSide:
         self._peers = peers
         self._probes = PathProbes(host)
         self._held_since: dict[Attempt, float] = {}
-        """When a slot was taken, in this life of the agent, by the monotonic clock."""
+        """Since when a slot is taken, by the monotonic clock; not for slots taken before the agent's last start."""
 
     # ---- calls
 
@@ -53,16 +53,16 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.RESERVE, request.request_id):
             if attempt.record.state:
-                self._joined(attempt, request)  # another migration with this id learns that, whatever may be called now
+                self._joined(attempt, request)  # first: refuse another migration with this id, whatever the state
                 await attempt.apply(_E.RESERVE, expires=self._expiry())
             else:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
-                self._joined(attempt, request)  # it may have been another one that opened it meanwhile
+                self._joined(attempt, request)  # a concurrent call of another migration may have opened it
             probe = await self._probes.of(attempt) if attempt.record.state == _S.RESERVED else None
             return pb.ReserveSlotResponse(record=self._host.show(attempt.record), probe=probe)
 
     def _joined(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> dict[str, object]:
-        """What a ReserveSlot of a known attempt adds to the record: nothing. It must be about the same migration."""
+        """Check that a ReserveSlot of a known attempt is about the same migration. Raises MIGRATION_EXISTS, REQUEST_ID_REUSED."""
         changes = phase_changes(attempt, "reserve", request)
         check_same(
             attempt,
@@ -121,11 +121,11 @@ class DestinationSide:
             record = await attempt.until(_AFTER_PREPARE, MAX_WAIT)
             if record.state == _S.GONE and record.failure is not None:
                 raise record.failure.error()
-            uri = record.uri if record.state != _S.PREPARING else ""  # its port is not known yet
+            uri = record.uri if record.state != _S.PREPARING else ""  # while PREPARING, the port is not known yet
             return pb.PrepareResponse(record=self._host.show(record), cookie_out=record.cookies.get("prepare", b""), uri_out=uri)
 
     def _prepared(self, attempt: Attempt, request: pb.PrepareRequest) -> dict[str, object]:
-        """What the first Prepare adds to the record."""
+        """Return what the first Prepare adds to the record; nothing for one that joins it."""
         changes = phase_changes(attempt, "prepare", request)
         if attempt.record.state != _S.RESERVED:
             return {}
@@ -144,7 +144,7 @@ class DestinationSide:
         if epoch != attempt.record.epoch:
             raise DroverError(
                 Reason.STALE_LEASE,
-                f"slot epoch {epoch} is not the one of this lease ({attempt.record.epoch}); reserve the slot again",
+                f"slot epoch {epoch} is stale: this lease has epoch {attempt.record.epoch}; reserve the slot again",
                 metadata={"epoch": str(attempt.record.epoch)},
             )
 
@@ -157,7 +157,7 @@ class DestinationSide:
 
     @staticmethod
     def _finished(attempt: Attempt, request: pb.FinishRequest) -> dict[str, object]:
-        """What the first Finish adds to the record."""
+        """Return what the first Finish adds to the record; nothing for one that joins it."""
         changes = phase_changes(attempt, "finish", request)
         if attempt.record.state != _S.PREPARED:
             return {}
@@ -169,21 +169,23 @@ class DestinationSide:
         stated = request.HasField("operator_word")
         async with attempt.called(event, request.request_id):
             check_same(attempt, self._host.name, domain_uuid=request.domain_uuid, peer_host=request.source_host)
-            told: dict[str, object] = {"failure": Failure(Reason.GIVEN_UP, "the copy was given up before its commit")}
+            outcome: dict[str, object] = {
+                "failure": Failure(Reason.GIVEN_UP, "the copy at the destination was given up before it ran")
+            }
             if stated:
                 check_word(attempt, request.operator_word)
             if asked := event is _E.ABANDON_SOURCE_KEPT and attempt.record.state == _S.ARMED:
                 by_word = await self._peers.check_nothing_flows(attempt, request.source_record, stated_dead=stated)
-                told = stated_changes(attempt, request.operator_word) if by_word else told
+                outcome = stated_changes(attempt, request.operator_word) if by_word else outcome
             elif not attempt.record.domain_uuid and request.domain_uuid:
-                told = await never_here(self._host, request)
+                outcome = await never_here(self._host, request)
 
             def changes() -> dict[str, object]:
                 record = attempt.record
                 if record.state == _S.ARMED and not asked:
                     raise overtaken(attempt)
-                explained = record.failure is not None or record.final  # why it ended, or it will not be changed any more
-                return {} if told.keys() <= {"failure"} and explained else told
+                explained = record.failure is not None or record.final
+                return {} if outcome.keys() <= {"failure"} and explained else outcome  # never replace the reason of the end
 
             await attempt.apply(event, changes)
             record = await attempt.until(_DECIDED, MAX_WAIT)
@@ -192,22 +194,22 @@ class DestinationSide:
     # ---- the lease
 
     def recover(self, attempt: Attempt) -> None:
-        """The lease runs from now on, and is renewed by every call. It has no say over a copy that is armed."""
+        """Start the lease. Every call renews it; its end does not touch an armed copy."""
         attempt.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
 
     def _expired(self, attempt: Attempt) -> None:
         attempt.start("lease", self._end_or_renew(attempt))
 
     async def _end_or_renew(self, attempt: Attempt) -> None:
-        """A silent driver ends no transfer: a copy whose source sends keeps its slot."""
+        """End the lease, or renew it while the source may still send: a silent driver ends no transfer."""
         if attempt.record.state in (_S.PREPARED, _S.ARMED) and await self._owner.may_come(attempt):
             self.recover(attempt)
             return
-        text = f"nobody asked for the next phase within {self._host.lease_seconds:g} s; the slot is free again"
+        text = f"no driver called the next phase on {self._host.name} within {self._host.lease_seconds:g} s, so the slot was freed"
         await attempt.report(_E.LEASE_EXPIRED, failure=Failure(Reason.LEASE_EXPIRED, text))
 
     def on_final(self, attempt: Attempt) -> None:
-        """Its slot is free."""
+        """Take note that an attempt has ended, which frees its slot."""
         since = self._held_since.pop(attempt, None)
         if since is not None and attempt.record.state == _S.RUNNING:
             self._slots.arrived(time.monotonic() - since)

@@ -1,4 +1,4 @@
-"""What a hypervisor said last of a guest: the only ground for a sentence about where a guest runs."""
+"""The last state of a guest that a hypervisor reported: the only basis for a statement to users about where a guest runs."""
 
 import time
 from enum import StrEnum
@@ -14,7 +14,7 @@ _SILENCE_CHARACTERS = 120
 
 
 class GuestState(StrEnum):
-    """As `GuestState` on the wire."""
+    """The states of `GuestState` on the wire."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -38,22 +38,24 @@ NO_PROCESS = frozenset({GuestState.SHUTOFF, GuestState.CRASHED, GuestState.ABSEN
 
 
 class GuestFact(msgspec.Struct, frozen=True):
-    """One answer of a hypervisor, or its silence after the last one."""
+    """One report of a hypervisor about a guest, perhaps with a failed question after it (`silence`)."""
 
     state: GuestState
     reason: str = ""
     time: float = 0.0
-    """When the hypervisor said it, by this host's wall clock."""
+    """When the hypervisor reported it, by this host's wall clock."""
     silence: str = ""
-    """Why the hypervisor does not answer now; `state` is what it said before. Empty: it answered."""
+    """Why the hypervisor does not answer now; `state` is then its last report. Empty: it answered."""
 
 
 def fact_of(domain: Domain | None, *, arriving: bool = False) -> GuestFact:
-    """The fact in a hypervisor's answer; None for a guest that the host does not have. `arriving`: for a destination's copy."""
+    """Return the fact in a hypervisor's answer. `domain`: None if the host does not have the guest. `arriving`: it is the copy of
+    a destination that is not RUNNING yet.
+    """
     now = time.time()
     if domain is None:
         return GuestFact(GuestState.ABSENT, "", now)
-    # One that has started is still held by its incoming job for a moment, and in post-copy for long.
+    # The incoming job still holds a copy for a moment after its start, and in post-copy for long.
     if (domain.incoming and domain.state is not DomainState.RUNNING) or (arriving and domain.unstarted):
         return GuestFact(GuestState.WAITING, domain.reason, now)
     if domain.state is DomainState.SHUTOFF and domain.reason == "crashed":
@@ -62,15 +64,15 @@ def fact_of(domain: Domain | None, *, arriving: bool = False) -> GuestFact:
 
 
 _REASONS = {"migrated": "migration", "paused": "user"}
-"""Details of libvirt's events whose state has another word for its reason."""
+"""From the detail of libvirt's event to the reason that libvirt gives with the guest's state, where they differ."""
 
 
 def fact_of_event(event: DomainEvent) -> GuestFact | None:
-    """The fact in an event of the hypervisor; None for one that says nothing of the guest's state."""
+    """Return the fact in an event of the hypervisor; None for an event that says nothing about the guest's state."""
     reason, now = _REASONS.get(event.detail, event.detail), time.time()
     match event.kind:
         case "stopped":
-            died = event.detail in ("crashed", "failed")  # libvirt's event says "failed" of a process that died
+            died = event.detail in ("crashed", "failed")  # libvirt's event has "failed" for a process that died
             return GuestFact(GuestState.CRASHED, "crashed", now) if died else GuestFact(GuestState.SHUTOFF, event.detail, now)
         case "suspended":
             return GuestFact(GuestState.PAUSED, reason, now)
@@ -81,7 +83,7 @@ def fact_of_event(event: DomainEvent) -> GuestFact | None:
 
 
 def silent(before: GuestFact | None, error: Exception) -> GuestFact | None:
-    """What is known once a question got no answer; None where nothing was known before."""
+    """Return the fact after the hypervisor failed to answer: the one before with `error` as its silence; None if there was none."""
     if before is None:
         return None
     return msgspec.structs.replace(before, silence=str(error)[:_SILENCE_CHARACTERS] or type(error).__name__)
@@ -103,7 +105,7 @@ _OF_DOMAIN = {
 
 
 def fact_of_description(domain: host_pb2.Domain) -> pb.GuestFact:
-    """The fact in an agent's description of a guest, which its hypervisor has just given."""
+    """Return the fact in an agent's description of a guest, which is as old as its answer."""
     fact = pb.GuestFact(state=_OF_DOMAIN.get(domain.state, pb.GUEST_STATE_OTHER), reason=domain.reason[:60])
     fact.see_time.GetCurrentTime()
     return fact

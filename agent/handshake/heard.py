@@ -1,4 +1,4 @@
-"""What other agents have answered this process lately: as good as asking them again."""
+"""A cache of the records that other agents answered this process with in the last seconds, to save asking them again."""
 
 import time
 from typing import Final
@@ -7,23 +7,20 @@ from agent.handshake.records import AttemptRecord
 from drover.agent.v1 import handshake_pb2 as pb
 
 FRESH_SECONDS: Final = 2.0
-"""A source that drives its own migration makes the next call with an answer at once. What is older is asked for."""
+"""Maximum age of a cached answer. Long enough: a source that drives its own migration makes its next call right after an answer."""
 
 _KEPT: Final = 64
-"""Answers, at most 1 MiB each; more are forgotten, and asked for."""
+"""Maximum number of cached answers, at most 1 MiB each; the oldest are dropped first."""
 
 
 class Heard:
-    """The last record that came from each address, by attempt. Only answers to calls of this process: whoever calls it could claim
-    anything."""
+    """The last record from each address, by attempt. Only answers to calls of this process: a caller could claim anything."""
 
     def __init__(self) -> None:
         self._records: dict[tuple[str, str, int], tuple[float, pb.Record]] = {}
 
     def note(self, address: str, ref: pb.AttemptRef, record: pb.Record | None) -> None:
-        """An agent at that address has answered with its record of an attempt. None: it gave none, and nothing is known.
-        An answer that was overtaken by a newer one changes nothing.
-        """
+        """Store the record that the agent at `address` answered with; None forgets it. Ignores an older revision than the stored."""
         key = (address, ref.migration_id, ref.attempt)
         known = self._records.pop(key, None)
         if record is None:
@@ -36,6 +33,6 @@ class Heard:
             del self._records[next(iter(self._records))]
 
     def of(self, ours: AttemptRecord) -> pb.Record | None:
-        """The record of the other host of an attempt, as its agent told it within the last seconds."""
+        """Return the other host's record of an attempt if its agent sent it within `FRESH_SECONDS`; else None."""
         heard_at, record = self._records.get((ours.peer_agent, *ours.key), (float("-inf"), None))
         return record if time.monotonic() - heard_at <= FRESH_SECONDS else None

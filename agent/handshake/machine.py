@@ -16,7 +16,7 @@ F = TypeVar("F", bound=StrEnum)
 
 @dataclass(frozen=True)
 class Refused(Exception):  # noqa: N818 - an answer, not a fault
-    """The event is a call that has no place in this state; nothing changes."""
+    """The event is a call that this state does not allow; nothing changes."""
 
     state: str | None
     event: str
@@ -32,17 +32,17 @@ class Transition(Generic[S, F]):
 
 @dataclass(frozen=True)
 class Machine(Generic[S, E, F]):
-    """The table, and which events are calls: a call without a row is refused, news without a row is stale and ignored."""
+    """A table, and which events are calls: a call without a row is refused; any other event without a row is stale and ignored."""
 
     table: Mapping[tuple[S | None, E], Transition[S, F]]
     calls: frozenset[E]
     final: frozenset[S]
 
     def step(self, state: S | None, event: E) -> Transition[S, F] | None:
-        """The transition, or None where stale news changes nothing.
+        """Return the transition, or None for a stale event, which changes nothing.
 
         Raises:
-            Refused: a call that has no place in this state.
+            Refused: a call that this state does not allow.
         """
         transition = self.table.get((state, event))
         if transition is None and event in self.calls:
@@ -50,5 +50,5 @@ class Machine(Generic[S, E, F]):
         return transition
 
     def allowed(self, state: S | None) -> list[E]:
-        """The calls that have a place in this state."""
+        """Return the calls that this state allows."""
         return [event for (at, event) in self.table if at == state and event in self.calls]

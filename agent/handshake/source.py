@@ -1,7 +1,7 @@
-"""The source's machine: it obeys the destination's decision.
+"""The source's state machine: it obeys the destination's decision.
 
-A source whose Perform failed never stopped. A source that was paused by a completed Perform resumes only on GONE and removes
-its copy only on RUNNING; while it can learn neither, the guest stays paused here.
+A guest whose Perform failed never stopped. A guest that was paused by a completed Perform resumes only on GONE and is removed
+only on RUNNING; while the source can learn neither, the guest stays paused here.
 """
 
 from enum import StrEnum
@@ -11,23 +11,23 @@ from agent.handshake.machine import Machine, Transition
 
 class SourceState(StrEnum):
     BEGINNING = "beginning"
-    """The guest is being locked against changes."""
+    """The guest is being protected against changes."""
     BEGUN = "begun"
-    """The guest runs here, locked; nothing has left."""
+    """The guest runs here, protected against changes; no memory was sent."""
     PERFORMING = "performing"
-    """The memory flows; the guest runs here until the switch-over."""
+    """The memory is sent; the guest runs here until the switch-over."""
     PERFORMED = "performed"
-    """The guest is paused here; the destination's record says where it runs."""
+    """The guest is paused here; the destination's record decides where it runs."""
     LOST = "lost"
-    """The guest's process died here during the transfer; the destination's record says whether it runs there."""
+    """The guest's process died here during the transfer; the destination's record decides whether it runs there."""
     REMOVING = "removing"
-    """It runs at the destination; the copy here is being removed."""
+    """The guest runs at the destination; the copy here is being removed."""
     REMOVED = "removed"
-    """No copy here any more."""
+    """There is no copy here any more."""
     RESUMING = "resuming"
-    """There is no other copy; the guest is being let run on here."""
+    """There is no other copy; the guest is being resumed here."""
     KEPT = "kept"
-    """The guest stayed here; nothing of this attempt will ever leave."""
+    """The guest stayed here; this attempt will never send anything."""
 
 
 class SourceEvent(StrEnum):
@@ -37,22 +37,22 @@ class SourceEvent(StrEnum):
     ABORT = "abort"
     CONFIRM_RUNNING = "confirm_running"
     CONFIRM_GONE = "confirm_gone"
-    # news
+    # reports
     BEGIN_DONE = "begin_done"
     BEGIN_FAILED = "begin_failed"
     PERFORM_DONE = "perform_done"
     PERFORM_FAILED = "perform_failed"
-    """It ended without success, or the hypervisor did not answer: the facts say which."""
+    """Perform failed, or the hypervisor did not answer: LOOK finds out which."""
     SAW_UNTOUCHED = "saw_untouched"
-    """The guest is here as before, and no migration job holds it."""
+    """The guest runs here as before, and no migration job holds it."""
     SAW_STOPPED = "saw_stopped"
-    """The guest is paused by the migration."""
+    """The migration has paused the guest."""
     SAW_DEAD = "saw_dead"
-    """The guest has no process here any more: nothing will flow."""
+    """The guest has no process here any more: nothing will be sent."""
     REMOVE_DONE = "remove_done"
     RESUME_DONE = "resume_done"
     DRIVER_SILENT = "driver_silent"
-    """Nobody asked for the next phase in time."""
+    """No driver called the next phase in time."""
     RESTARTED = "restarted"
 
 
@@ -61,11 +61,11 @@ class SourceEffect(StrEnum):
     PERFORM = "perform"
     ABORT = "abort"
     LOOK = "look"
-    """Ask the hypervisor until no job holds the guest, and tell what is true."""
+    """Ask the hypervisor until no job holds the guest, and report its state."""
     REMOVE = "remove"
     RESUME = "resume"
     RELEASE = "release"
-    """Let go of the change protection."""
+    """End the protection against changes."""
 
 
 _S, _E, _F = SourceState, SourceEvent, SourceEffect
@@ -76,7 +76,7 @@ _keep = _T(_S.KEPT, (_F.RELEASE,))
 SOURCE = Machine[SourceState, SourceEvent, SourceEffect](
     table={
         (None, _E.BEGIN): _T(_S.BEGINNING, (_F.BEGIN,)),
-        # Tombstones: a Begin or Perform that was on its way when the attempt was given up finds it KEPT.
+        # Tombstones: a Begin or Perform that was still on its way when the attempt was given up finds it KEPT.
         (None, _E.ABORT): _T(_S.KEPT),
         (None, _E.CONFIRM_GONE): _T(_S.KEPT),
         (_S.BEGINNING, _E.BEGIN): _T(_S.BEGINNING),
@@ -101,7 +101,7 @@ SOURCE = Machine[SourceState, SourceEvent, SourceEffect](
         (_S.PERFORMING, _E.SAW_DEAD): _T(_S.LOST),
         (_S.PERFORMING, _E.ABORT): _T(_S.PERFORMING, (_F.ABORT,)),
         (_S.PERFORMING, _E.CONFIRM_GONE): _T(_S.PERFORMING, (_F.ABORT,)),
-        # The decision may come before the word that Perform ended; the caller waits for that, then asks again.
+        # The decision may be known before Perform's end is reported; the caller waits for that, then asks again.
         (_S.PERFORMING, _E.CONFIRM_RUNNING): _T(_S.PERFORMING),
         (_S.PERFORMING, _E.RESTARTED): _T(_S.PERFORMING, (_F.LOOK,)),
         (_S.PERFORMED, _E.PERFORM): _T(_S.PERFORMED),

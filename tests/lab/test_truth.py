@@ -231,7 +231,7 @@ async def test_6_08_a_copy_whose_qemu_is_stopped_is_ended_when_it_is_given_up(cl
             cluster.agents["h2"].kill()
             cluster.agents["h2"].start()
         await talk.cancel(migration_id)
-        given_up = await talk.watch(migration_id, lambda m: "giving up the copy" in m.waiting_for)
+        given_up = await talk.watch(migration_id, lambda m: "destroying the copy" in m.waiting_for)
         assert "a process that is stopped is killed within 15 s" in given_up.waiting_for
         end = await talk.end(migration_id)
     assert (state(end), end.runs_on) == ("cancelled", "h1")

@@ -79,7 +79,7 @@ async def test_6_15_who_comes_while_the_end_is_put_right_is_told_that_and_of_no_
     await until(lambda: "libvirtd is away" in source.durable.waiting_for)
     later = pb.AttemptRef(migration_id=ID.replace("6f1c", "7f1c"), attempt=1)
     busy = await fails(source.engine.begin(begin(ref=later)), Reason.DOMAIN_BUSY)
-    assert f"migration {ID} of guest web1 has ended, but what it left of the guest is still being put right" in busy.message
+    assert f"migration {ID} of guest web1 has ended, but the guest's settings are still being restored" in busy.message
     assert "libvirtd is away" in busy.message
     assert "cancel" not in busy.message
 

@@ -129,8 +129,8 @@ async def test_6_01_another_agent_at_the_destinations_address_is_not_the_destina
 @pytest.mark.parametrize(
     ("here", "shown"),
     [
-        (guest(), "is here (running, booted)"),
-        (guest(state=DomainState.SHUTOFF, reason="shutdown"), "is here (shutoff, shutdown)"),
+        (guest(), "is there (running, booted)"),
+        (guest(state=DomainState.SHUTOFF, reason="shutdown"), "is there (shutoff, shutdown)"),
     ],
     ids=["runs", "has_run"],
 )

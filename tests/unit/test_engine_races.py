@@ -283,7 +283,7 @@ async def test_6_15_two_guests_that_are_to_arrive_under_one_name(pair: Pair, *, 
         errors = [await fails(agent.engine.reserve_slot(second), Reason.DOMAIN_EXISTS)]
         assert first.ref.migration_id in errors[0].message
     assert [error.reason for error in errors] == [Reason.DOMAIN_EXISTS]
-    assert "h2 under the name same already" in errors[0].message
+    assert "already arriving on h2 under the name same" in errors[0].message
     assert len(agent.engine.active()) == 1
     if not at_once:
         await agent.engine.reserve_slot(reserve(**other, destination_name="another"))

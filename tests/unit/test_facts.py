@@ -63,7 +63,7 @@ def test_6_32_a_pause_that_is_not_its_users_is_named_and_kept(reason: str) -> No
         check_movable(guest(state=DomainState.PAUSED, reason=reason), "h1")
     assert error.value.reason is Reason.DOMAIN_NOT_RUNNING
     assert f"paused ({reason})" in error.value.message
-    assert "paused as before" in error.value.message
+    assert "it is still paused there" in error.value.message
     assert "{" not in error.value.message
 
 

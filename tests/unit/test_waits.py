@@ -118,7 +118,7 @@ async def test_6_8_a_call_that_lasts_is_told_with_its_reason(pair: Pair, call: s
     agent.hypervisor.held[call] = asyncio.Event()
     driver = pair.driver()
     running = asyncio.create_task(finished(driver, within=20))
-    await told(agent, f"the hypervisor of {agent.name} to {call}, asked 0 s ago", STOPPED)
+    await told(agent, f"the hypervisor of {agent.name} to {call}", "asked 0 s ago and not answered yet", STOPPED)
     agent.hypervisor.held[call].set()
     await running
     pair.moved()
