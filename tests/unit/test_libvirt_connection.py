@@ -190,7 +190,7 @@ async def test_a_call_that_gets_no_thread_never_runs_and_keeps_no_place(
     with monkeypatch.context() as short:
         short.setattr(threads, "_idle", SimpleNamespace(acquire=lambda blocking: False, release=lambda: None))
         short.setattr(threading.Thread, "start", no_thread)
-        with pytest.raises(HypervisorUnavailable, match="no thread"):
+        with pytest.raises(HypervisorUnavailable, match="could not start a thread"):
             await pool.call(lambda _: ran.append(1))
         opened[1].close()  # so that the next has to open one
         with pytest.raises(HypervisorUnavailable, match="no thread"):

@@ -19,7 +19,7 @@ from agent.hypervisor.base import (  # noqa: E402 - after the skip
     Support,
 )
 from agent.hypervisor.libvirt import errors, host, options, phases  # noqa: E402
-from agent.hypervisor.libvirt.domain import progress_of, reason_words  # noqa: E402
+from agent.hypervisor.libvirt.domain import progress_of, reason_name  # noqa: E402
 from agent.hypervisor.libvirt.incoming import migration_uri  # noqa: E402
 
 MIB = 1 << 20
@@ -213,6 +213,6 @@ def test_progress_units() -> None:
 
 def test_reasons_in_words() -> None:
     paused, running = libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_RUNNING
-    assert reason_words(paused, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) == "migration"
-    assert reason_words(running, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY_FAILED) == "post-copy failed"
-    assert reason_words(paused, 999) == "999"
+    assert reason_name(paused, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) == "migration"
+    assert reason_name(running, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY_FAILED) == "post-copy failed"
+    assert reason_name(paused, 999) == "999"

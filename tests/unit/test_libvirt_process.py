@@ -18,7 +18,7 @@ def test_6_8_a_stopped_process_is_told(tmp_path: Path) -> None:
             os.waitid(os.P_PID, child.pid, os.WSTOPPED)
             assert (
                 stopped("vm1", tmp_path)
-                == f"the QEMU of vm1 (process {child.pid}) is stopped; `kill -CONT {child.pid}` lets it go on"
+                == f"the QEMU of vm1 (process {child.pid}) is stopped; `kill -CONT {child.pid}` lets it continue"
             )
         finally:
             child.kill()

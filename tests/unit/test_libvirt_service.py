@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from agent.hypervisor.libvirt.service import Service, behind
+from agent.hypervisor.libvirt.service import Service, service_of
 from agent.hypervisor.libvirt.switchover import ETC, HOOK
 
 
@@ -26,7 +26,7 @@ from agent.hypervisor.libvirt.switchover import ETC, HOOK
 )
 def test_6_36_the_daemon_follows_the_uri(tmp_path: Path, uri: str, name: str, run: str | None) -> None:
     folder = {None: None, "RUN": tmp_path}.get(run, Path(run or ""))
-    assert behind(uri, tmp_path) == Service(name, folder, ETC / HOOK if folder else None)
+    assert service_of(uri, tmp_path) == Service(name, folder, ETC / HOOK if folder else None)
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_6_36_the_daemon_follows_the_uri(tmp_path: Path, uri: str, name: str, ru
 def test_6_36_without_a_word_in_the_uri_the_sockets_tell(tmp_path: Path, sockets: tuple[str, ...], name: str) -> None:
     for socket in sockets:
         (tmp_path / socket).touch()
-    assert behind("qemu:///system", tmp_path).name == name
+    assert service_of("qemu:///system", tmp_path).name == name

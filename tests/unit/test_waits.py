@@ -15,7 +15,7 @@ from tests.unit.asking import CANCELLED, REF, finished, until
 from tests.unit.fake_hypervisor import guest
 from tests.unit.two_agents import Agent, Pair
 
-STOPPED = "the QEMU of web1 (process 7) is stopped; `kill -CONT 7` lets it go on"
+STOPPED = "the QEMU of web1 (process 7) is stopped; `kill -CONT 7` lets it continue"
 
 
 async def told(agent: Agent, *parts: str) -> pb.Record:

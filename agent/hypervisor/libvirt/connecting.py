@@ -1,9 +1,9 @@
-"""libvirtd's connection to the migration port while nobody answers it.
+"""libvirtd's connection to the migration port while the destination does not answer it.
 
-libvirtd connects by itself, with no deadline of its own: where a firewall drops the packets, `connect()` lasts until the kernel
-gives up (some 130 s), and no job can be aborted meanwhile. The socket is then in the state SYN-SENT, which the kernel shows, and
-which it can be told to end (SOCK_DESTROY, needs CAP_NET_ADMIN): `connect()` then fails at once, and Perform with it. The port
-belongs to the copy of one attempt, so no other connection is hit.
+libvirtd connects without a deadline of its own: where a firewall drops the packets, `connect()` lasts until the kernel
+gives up (some 130 s), and no job can be aborted meanwhile. The socket is then in the state SYN-SENT. The kernel lists such
+sockets, and can end one (SOCK_DESTROY, needs CAP_NET_ADMIN): `connect()` then fails at once, and Perform with it. The port
+belongs to the copy of one attempt, so no other connection is affected.
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 SYN_SENT: Final = "02"
-"""The state in /proc/net/tcp."""
+"""State of such a socket in /proc/net/tcp."""
 _TABLES: Final = {4: Path("/proc/self/net/tcp"), 6: Path("/proc/self/net/tcp6")}
 
 _NETLINK_SOCK_DIAG: Final = 4
@@ -33,16 +33,16 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True)
 class Unanswered:
-    """A connection that was asked for and not answered yet."""
+    """A connection that was requested and is not answered yet."""
 
     local: tuple[_Address, int]
     remote: tuple[_Address, int]
     retransmits: int
-    """How often the request was sent again."""
+    """How often the SYN was sent again."""
 
 
 def unanswered(uri: str) -> list[Unanswered]:
-    """The connections from this host to a migration URI that nobody has answered. Blocks briefly; raises OSError."""
+    """Return the unanswered connections from this host to a migration URI. Blocks briefly; raises OSError."""
     parts = urlsplit(uri)
     try:
         wanted = (ipaddress.ip_address(parts.hostname or ""), parts.port or 0)
@@ -57,7 +57,7 @@ def unanswered(uri: str) -> list[Unanswered]:
 
 
 def _endpoint(text: str) -> tuple[_Address, int]:
-    """As /proc/net/tcp writes it: 32-bit words of the address in the machine's byte order, then the port."""
+    """Parse an endpoint of /proc/net/tcp: 32-bit words of the address in the machine's byte order, then the port."""
     address, _, port = text.partition(":")
     words = [bytes.fromhex(address[at : at + 8]) for at in range(0, len(address), 8)]
     packed = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
@@ -65,7 +65,7 @@ def _endpoint(text: str) -> tuple[_Address, int]:
 
 
 def end(connection: Unanswered) -> bool:
-    """Let `connect()` fail now; False where it has ended by itself. Raises OSError: not permitted, or not in this kernel."""
+    """Make `connect()` fail now; return False where it had ended by itself. Raises OSError: not permitted, or not in this kernel."""
     (local, local_port), (remote, remote_port) = connection.local, connection.remote
     family = socket.AF_INET if remote.version == 4 else socket.AF_INET6
     ids = struct.pack("!HH16s16s", local_port, remote_port, local.packed, remote.packed)

@@ -1,16 +1,16 @@
-"""Connections to libvirtd: their blocking calls in threads, each with a deadline, and a closing that is certain.
+"""Connections to libvirtd: blocking calls run in threads with a deadline each, and every connection is certain to be closed.
 
-A connection is a unit of undoing: libvirtd takes back what was begun on it (change protection, a prepared copy) when it
-closes. So each migration has its own on each side, a `Session`, for its five phases and nothing else. Everything that
-is asked beside them (progress, abort, states) goes over a `Pool`.
+libvirtd undoes what was begun on a connection (change protection, a prepared copy) when that connection closes. So each
+migration has a connection of its own on each side, a `Session`, for its five phases and nothing else. All other calls
+(progress, abort, states) go over a `Pool`.
 
 **One call at a time on a connection.** libvirt's client, from 6.1 until 10.2, loses the wake-up of the thread that waits
 for replies when a second thread makes calls on the same connection in quick succession: seen with libvirt 9.0 as a
-`jobStats` that stood still for 5 s (until a keepalive packet came by) beside a Perform. And libvirtd stops reading from
-a connection with five calls under way. With one call on each, one that is stuck holds up no other.
+`jobStats` that hung for 5 s (until the next keepalive packet) beside a Perform. And libvirtd stops reading from
+a connection with five calls under way. With one call per connection, a stuck call holds up no other.
 
-A thread that is stuck in libvirt cannot be freed from outside, and a connection lives as long as a call on it. Past its
-deadline a call is therefore left behind together with its connection, which closes when the call returns. Keepalive
+A thread that is stuck in libvirt cannot be freed from outside, and a connection stays open as long as a call on it. A call
+past its deadline is therefore abandoned together with its connection, which closes when the call returns. Keepalive
 bounds that: a libvirtd that hangs is given up after `KEEPALIVE_SECONDS` times `KEEPALIVE_COUNT`, and then every call
 on the connection returns with an error.
 """
@@ -28,20 +28,20 @@ import structlog
 from agent.hypervisor.base import HypervisorError, HypervisorUnavailable
 from agent.hypervisor.libvirt import events, threads
 from agent.hypervisor.libvirt.errors import translate
-from agent.hypervisor.libvirt.service import behind
+from agent.hypervisor.libvirt.service import service_of
 
 T = TypeVar("T")
 
 log = structlog.get_logger()
 
 CONNECTIONS = 32
-"""Most calls at once of one driver beside its phases; more of them wait. Each call takes about 1 ms, unless the QEMU that
-it asks hangs: then it holds its connection until libvirt gives up, and the others go on.
+"""Most calls at once of one driver beside its phases; further calls wait. A call takes about 1 ms, unless the QEMU that
+it asks hangs: then it occupies its connection until libvirt gives up, and the others go on.
 """
 
 OPENINGS = 32
-"""Most connections that are being opened at once. A libvirtd that hangs answers none, nothing bounds its silence (keepalive begins
-with the open connection), and each keeps a thread: so its place is free again only when its call has returned.
+"""Most connections that are being opened at once. Opening one at a libvirtd that hangs has no bound (keepalive begins with the open
+connection) and occupies a thread, so the place is free again only when the call has returned.
 """
 
 IDLE_CONNECTIONS = 4
@@ -49,11 +49,11 @@ IDLE_CONNECTIONS = 4
 
 KEEPALIVE_SECONDS = 5
 KEEPALIVE_COUNT = 6
-"""30 s without an answer to a ping: far beyond any pause of a healthy libvirtd, whose main loop answers by itself."""
+"""Together 30 s without an answer to a ping: far beyond any pause of a healthy libvirtd, whose main loop answers by itself."""
 
 
 class Link:
-    """An open libvirt connection that closes itself when it was let go of and its last call has returned."""
+    """An open libvirt connection. It closes when it was released and its last call has returned."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -63,11 +63,11 @@ class Link:
 
     @property
     def alive(self) -> bool:
-        """The socket was up when last seen (no round trip)."""
+        """Whether the connection is not released and its socket was up when last used (no round trip)."""
         return not self._released and bool(self._connection.isAlive())
 
     def run(self, function: Callable[[Any], T]) -> T | HypervisorError:
-        """Call `function(connection)` here and now. libvirt's errors are returned, translated, rather than raised: a
+        """Call `function(connection)` in this thread. Return its result, or a translated error instead of raising it: a
         traceback would keep the frames of this thread, and with them the connection, alive.
         """
         if not self._enter():
@@ -82,7 +82,7 @@ class Link:
             self._leave()
 
     def release(self) -> None:
-        """Close now, or when the last call returns. Blocks for one round trip: call it in a thread."""
+        """Close the connection now, or when its last call returns. Blocks for one round trip: call it in a thread."""
         with self._lock:
             if self._released:
                 return
@@ -108,9 +108,9 @@ class Link:
     def _close(self) -> None:
         with contextlib.suppress(libvirt.libvirtError):  # a dead socket is as closed as it can be
             if left := self._connection.close():
-                # Domains that a cycle of references keeps (an exception that somebody stored) keep the connection open, and so the
-                # migration job that was begun on it. They go now, and with the last of them the connection.
-                log.warning("a connection to libvirt is still referred to; collecting garbage", references=left)
+                # A domain in a reference cycle (a stored exception) keeps the connection open, and with it the migration job that
+                # was begun on it. Collecting the cycle frees the domain, and the last domain closes the connection.
+                log.warning("libvirt connection stays open because objects still refer to it; collecting garbage", references=left)
                 gc.collect()
 
 
@@ -127,7 +127,7 @@ def connect(uri: str) -> Link:
 
 
 class Session:
-    """The connection of one side of one migration: opened when first used, and again after it was lost."""
+    """The connection of one side of one migration. It is opened when first used, and again after it was lost."""
 
     def __init__(self, pool: "Pool") -> None:
         self._pool = pool
@@ -137,11 +137,11 @@ class Session:
 
     @property
     def link(self) -> Link | None:
-        """The connection now in use while it lives; to tell later whether it is still the same one."""
+        """The connection in use, if it is alive; compare it later to see whether it is still the same one."""
         return self._link if self._link is not None and self._link.alive else None
 
     async def open(self) -> Link:
-        """The live connection, opened anew where there is none."""
+        """Return the live connection; open one where there is none."""
         async with self._turn:
             if self.link is None:
                 self._leave_behind()
@@ -150,10 +150,10 @@ class Session:
             return self._link
 
     async def call(self, function: Callable[[Any], T], *, on: Link | None = None, bounded: bool = True) -> T:
-        """Run `function(connection)` in a thread and return its result, or raise libvirt's error in our words.
+        """Run `function(connection)` in a thread and return its result, or raise libvirt's error as a `HypervisorError`.
 
-        `on` insists on that very connection. `bounded=False` is for Perform and Finish, which last as long as memory
-        flows. A cancelled await leaves the call running to its end: what it does, happens.
+        `on` demands that very connection. `bounded=False` is for Perform and Finish, which last as long as memory
+        flows. A cancelled await does not stop the call: it runs to its end, and its effect happens.
         """
         link = on or await self.open()
         running = _in_thread(lambda: link.run(function))
@@ -166,11 +166,11 @@ class Session:
 
     @staticmethod
     def start(function: Callable[[Any], T], link: Link) -> "asyncio.Future[T | HypervisorError]":
-        """Like an unbounded `call` on that link, under way when this returns. The future has libvirt's error: see `unwrap`."""
+        """Start an unbounded call on that link; it is under way when this returns. The future may hold an error: see `unwrap`."""
         return _in_thread(lambda: link.run(function))
 
     async def close(self) -> None:
-        """Let go of the connection: it closes now, or when the last call on it returns."""
+        """Release the connection: it closes now, or when the last call on it returns."""
         link, self._link = self._link, None
         if link is None:
             return
@@ -179,14 +179,14 @@ class Session:
                 await asyncio.shield(_in_thread(link.release))
 
     def _leave_behind(self) -> None:
-        """Forget a connection that is lost or stuck; it closes by itself, and nobody waits for it."""
+        """Drop a connection that is lost or stuck, without waiting; it closes when its last call returns."""
         if self._link is not None:
             _in_thread(self._link.release)
             self._link = None
 
 
 class Pool:
-    """Connections for short calls of all kinds: each call has one to itself."""
+    """Connections for short calls of all kinds; each call uses one alone."""
 
     def __init__(self, uri: str, call_timeout: float) -> None:
         self.uri = uri
@@ -197,7 +197,7 @@ class Pool:
         self._openings = asyncio.Semaphore(OPENINGS)
 
     async def call(self, function: Callable[[Any], T]) -> T:
-        """Like `Session.call`, on any connection that lives."""
+        """Run `function` as `Session.call` does, on any live connection."""
         try:
             async with asyncio.timeout(self.call_timeout):
                 await self._slots.acquire()
@@ -209,18 +209,18 @@ class Pool:
             self._slots.release()
             raise
         running = _in_thread(lambda: link.run(function))
-        running.add_done_callback(lambda _: self._give_back(link))  # whoever waits: the call may outlive its waiter
+        running.add_done_callback(lambda _: self._give_back(link))  # a callback, because the call may outlive its waiter
         try:
             return await _result(running, self.call_timeout)
         except TimeoutError:
             raise _no_answer(self.uri, self.call_timeout) from None
 
     async def give_away(self) -> Link:
-        """A connection that lives and belongs to the caller from now on: an idle one, or a new one."""
+        """Return a live connection, an idle or a new one; it belongs to the caller from now on."""
         return self._take() or await self._open()
 
     async def close(self) -> None:
-        """Close what is idle now, and what is in use when its call returns."""
+        """Close idle connections now, and each other one when its call returns."""
         self._keep = 0
         idle, self._idle = self._idle, []
         await asyncio.gather(*(_in_thread(link.release) for link in idle))
@@ -233,7 +233,7 @@ class Pool:
                 opening.add_done_callback(lambda _: self._openings.release())
                 try:
                     return await asyncio.shield(opening)
-                except asyncio.CancelledError:  # by the deadline, or by whoever waits
+                except asyncio.CancelledError:  # by the deadline, or by the caller
                     opening.add_done_callback(_release_late)
                     raise
         except TimeoutError:
@@ -262,18 +262,20 @@ async def _result(running: "asyncio.Future[T | HypervisorError]", timeout: float
 
 
 def unwrap(result: T | HypervisorError) -> T:
-    """What a call gave back, or its error raised."""
+    """Return the result of a call, or raise the error that it returned."""
     if isinstance(result, HypervisorError):
         raise result
     return result
 
 
 def _no_answer(uri: str, timeout: float) -> HypervisorUnavailable:
-    return HypervisorUnavailable(f"{behind(uri).name} did not answer within {timeout} s")
+    name = service_of(uri).name
+    return HypervisorUnavailable(f"{name} did not answer within {timeout:g} s; see `systemctl status {name}` on that host")
 
 
 def _in_thread(function: Callable[[], T]) -> "asyncio.Future[T]":
-    """An asyncio future of a call in a thread, whose exception nobody need retrieve (its waiter may be cancelled)."""
+    """Run a call in a thread and return its asyncio future, which does not warn if its exception is never retrieved (the waiter may
+    be cancelled)."""
     future = asyncio.wrap_future(threads.submit(function))
     future.add_done_callback(lambda done: done.cancelled() or done.exception())
     return future

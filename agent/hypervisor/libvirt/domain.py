@@ -6,7 +6,7 @@ from typing import Any
 import libvirt
 
 from agent.hypervisor.base import ENDING, Domain, DomainAmbiguous, DomainState, Job, Progress
-from agent.hypervisor.libvirt.events import words
+from agent.hypervisor.libvirt.events import constant_names
 from agent.hypervisor.names import ambiguity, is_uuid
 
 _STATES: Mapping[int, DomainState] = {
@@ -22,13 +22,13 @@ _STATES: Mapping[int, DomainState] = {
 _SPECIAL = {"POSTCOPY": "post-copy", "POSTCOPY_FAILED": "post-copy failed"}
 
 _REASONS: Mapping[int, Mapping[int, str]] = {
-    libvirt.VIR_DOMAIN_RUNNING: words("VIR_DOMAIN_RUNNING_", _SPECIAL),
-    libvirt.VIR_DOMAIN_BLOCKED: words("VIR_DOMAIN_BLOCKED_"),
-    libvirt.VIR_DOMAIN_PAUSED: words("VIR_DOMAIN_PAUSED_", _SPECIAL),
-    libvirt.VIR_DOMAIN_SHUTDOWN: dict.fromkeys(words("VIR_DOMAIN_SHUTDOWN_"), ENDING),
-    libvirt.VIR_DOMAIN_SHUTOFF: words("VIR_DOMAIN_SHUTOFF_"),
-    libvirt.VIR_DOMAIN_CRASHED: words("VIR_DOMAIN_CRASHED_"),
-    libvirt.VIR_DOMAIN_PMSUSPENDED: words("VIR_DOMAIN_PMSUSPENDED_"),
+    libvirt.VIR_DOMAIN_RUNNING: constant_names("VIR_DOMAIN_RUNNING_", _SPECIAL),
+    libvirt.VIR_DOMAIN_BLOCKED: constant_names("VIR_DOMAIN_BLOCKED_"),
+    libvirt.VIR_DOMAIN_PAUSED: constant_names("VIR_DOMAIN_PAUSED_", _SPECIAL),
+    libvirt.VIR_DOMAIN_SHUTDOWN: dict.fromkeys(constant_names("VIR_DOMAIN_SHUTDOWN_"), ENDING),
+    libvirt.VIR_DOMAIN_SHUTOFF: constant_names("VIR_DOMAIN_SHUTOFF_"),
+    libvirt.VIR_DOMAIN_CRASHED: constant_names("VIR_DOMAIN_CRASHED_"),
+    libvirt.VIR_DOMAIN_PMSUSPENDED: constant_names("VIR_DOMAIN_PMSUSPENDED_"),
 }
 
 MIGRATION = "migration"
@@ -115,7 +115,7 @@ def read(domain: Any, silent_for: float = 0.0) -> Domain:
     # Five short questions, 0.7 ms: domainListGetStats takes twice that, and asks QEMU, which may hang.
     _, maximum_kib, _, vcpus, _ = domain.info()
     code, reason_code = domain.state()
-    state, reason = state_of(code), reason_words(code, reason_code)
+    state, reason = state_of(code), reason_name(code, reason_code)
     job = Job.NONE
     if state in (DomainState.RUNNING, DomainState.PAUSED):
         job = Job.UNKNOWN if silent_for else read_job(domain)
@@ -139,7 +139,7 @@ def state_of(code: int) -> DomainState:
     return _STATES.get(code, DomainState.OTHER)
 
 
-def reason_words(state: int, reason: int) -> str:
+def reason_name(state: int, reason: int) -> str:
     return _REASONS.get(state, {}).get(reason, str(reason))
 
 

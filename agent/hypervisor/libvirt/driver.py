@@ -30,7 +30,7 @@ from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing
-from agent.hypervisor.libvirt.service import behind
+from agent.hypervisor.libvirt.service import service_of
 from agent.hypervisor.libvirt.switchover import is_installed
 from agent.hypervisor.libvirt.versions import Versions
 from agent.hypervisor.libvirt.watch import Watch
@@ -60,12 +60,12 @@ class LibvirtHypervisor:
         self._pool = Pool(uri, call_timeout)
         self._fanout = Fanout()
         self._watch = Watch(Session(self._pool), self._fanout)
-        self._versions = Versions(behind(uri).logs)
+        self._versions = Versions(service_of(uri).logs)
         self._known: _Known | None = None
         self._reading = asyncio.Lock()
 
     async def open(self) -> None:
-        hook = behind(self._uri).hook
+        hook = service_of(self._uri).hook
         if hook is not None and not is_installed(hook):
             log.warning("libvirt's hook is not installed, or is another Drover's: see docs/operations.md", hook=str(hook))
         await self._watch.start()
@@ -122,7 +122,7 @@ class LibvirtHypervisor:
         return await self._pool.call(lambda connection: _describe(connection, domains.find(connection, reference)))
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
-        service = behind(self._uri)
+        service = service_of(self._uri)
 
         def check(connection: Any) -> None:
             domain = domains.by_uuid(connection, uuid)
@@ -156,12 +156,12 @@ class LibvirtHypervisor:
 
     async def hindrance(self, name: str) -> str:
         with contextlib.suppress(HypervisorError):
-            return await asyncio.wrap_future(threads.submit(lambda: process.stopped(name, behind(self._uri).run)))
+            return await asyncio.wrap_future(threads.submit(lambda: process.stopped(name, service_of(self._uri).run)))
         return ""
 
     async def death(self, name: str) -> HypervisorError | None:
         with contextlib.suppress(HypervisorError):
-            return await asyncio.wrap_future(threads.submit(lambda: qemu_log.death(name, behind(self._uri).logs)))
+            return await asyncio.wrap_future(threads.submit(lambda: qemu_log.death(name, service_of(self._uri).logs)))
         return None
 
     async def stored(self, uuid: str) -> Stored | None:

@@ -1,9 +1,9 @@
 """libvirt's event loop in one daemon thread, and its domain events for asyncio.
 
-libvirt takes one event loop for the whole process, for good, and before the first connection is opened; it also feeds
-keepalive. An asyncio loop cannot be it: a process may have several, one after the other (every test has its own), and a
-loop that is busy would stop the keepalive of all connections. So libvirt's own loop runs in a thread here, and events
-cross over with `call_soon_threadsafe`.
+libvirt accepts one event loop for the whole life of the process, registered before the first connection is opened. The loop
+also drives keepalive. An asyncio loop cannot take that role: a process may have several, one after the other (every test
+has its own), and a busy one would stop the keepalive of all connections. So libvirt's own loop runs in a thread here, and
+events are passed to asyncio with `call_soon_threadsafe`.
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import phases
 
 RECONNECTED = "reconnected"
-"""Kind of the event, with an empty UUID, that says: the connection was lost and is back, so events may be missing."""
+"""Kind of an event with an empty UUID: the connection was lost and is back, so events may be missing."""
 
 QEMU_MIGRATION = "qemu-migration"
-"""Kind of the event of a migration as QEMU itself tells it; the detail is its state, such as ``pre-switchover``."""
+"""Kind of an event that QEMU itself sends about a migration; the detail is its state, such as ``pre-switchover``."""
 
 _starting = threading.Lock()
 _started = False
@@ -48,8 +48,9 @@ def _run() -> None:
         libvirt.virEventRunDefaultImpl()
 
 
-def words(prefix: str, special: Mapping[str, str] | None = None) -> Mapping[int, str]:
-    """libvirt's constants of one prefix as lower-case words: `VIR_DOMAIN_PAUSED_MIGRATION` as 3 → ``migration``."""
+def constant_names(prefix: str, special: Mapping[str, str] | None = None) -> Mapping[int, str]:
+    """Return libvirt's constants with that prefix as value → lower-case name: 3 → ``migration`` for `VIR_DOMAIN_PAUSED_MIGRATION`.
+    `special` replaces single names."""
     named = {name.removeprefix(prefix): getattr(libvirt, name) for name in dir(libvirt) if name.startswith(prefix)}
     return {
         value: (special or {}).get(name, name.lower().replace("_", " "))
@@ -61,7 +62,7 @@ def words(prefix: str, special: Mapping[str, str] | None = None) -> Mapping[int,
 _KINDS: Mapping[int, tuple[str, Mapping[int, str]]] = {
     getattr(libvirt, f"VIR_DOMAIN_EVENT_{kind}"): (
         kind.lower(),
-        words(f"VIR_DOMAIN_EVENT_{kind}_", {"POSTCOPY": "post-copy", "POSTCOPY_FAILED": "post-copy failed"}),
+        constant_names(f"VIR_DOMAIN_EVENT_{kind}_", {"POSTCOPY": "post-copy", "POSTCOPY_FAILED": "post-copy failed"}),
     )
     for kind in (
         "DEFINED",
@@ -78,7 +79,7 @@ _KINDS: Mapping[int, tuple[str, Mapping[int, str]]] = {
 
 
 class Subscription:
-    """The domain events of one connection, handed to `fanout` on `loop`."""
+    """Subscription to the domain events of one connection; it puts them into `fanout` on `loop`."""
 
     def __init__(self, fanout: Fanout, loop: asyncio.AbstractEventLoop) -> None:
         self._fanout = fanout
@@ -87,7 +88,7 @@ class Subscription:
         self._raw: int | None = None
 
     def register(self, connection: Any) -> None:
-        """Blocks for four round trips; called in a thread."""
+        """Register the callbacks on the connection. Blocks for four round trips: call it in a thread."""
         for kind, callback in (
             (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle),
             (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._iteration),
@@ -98,7 +99,7 @@ class Subscription:
             self._raw = libvirt_qemu.qemuMonitorEventRegister(connection, None, "MIGRATION", self._qemu_migration, None)
 
     def deregister(self, connection: Any) -> None:
-        """Without this the connection keeps itself open. Errors do not matter: the connection is on its way out."""
+        """Remove the callbacks, which would keep the connection open. Errors are ignored: the connection is about to be closed."""
         for callback in self._callbacks:
             with contextlib.suppress(libvirt.libvirtError):
                 connection.domainEventDeregisterAny(callback)
@@ -128,5 +129,5 @@ class Subscription:
 
     def _hand_over(self, domain: Any, kind: str, detail: str) -> None:
         event = DomainEvent(domain.UUIDString(), kind, detail, time.monotonic())
-        with contextlib.suppress(RuntimeError):  # the loop was closed under us: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: there is no consumer left
             self._loop.call_soon_threadsafe(self._fanout.put, event)

@@ -13,7 +13,7 @@ import structlog
 from agent.hypervisor.base import DomainState, HypervisorUnavailable
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import switchover, threads
-from agent.hypervisor.libvirt.service import behind
+from agent.hypervisor.libvirt.service import service_of
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Guard:
     """One guest that leaves. All calls are harmless where there is nothing to guard."""
 
     def __init__(self, uri: str, uuid: str) -> None:
-        self.service = behind(uri)
+        self.service = service_of(uri)
         self._uuid = uuid
         self._name = ""
 
@@ -133,7 +133,7 @@ def _is_running(domain: Any) -> bool:
 
 def _is(domain: Any, state: DomainState, reason: str) -> bool:
     code, why = domain.state()
-    return domains.state_of(code) is state and domains.reason_words(code, why) == reason
+    return domains.state_of(code) is state and domains.reason_name(code, why) == reason
 
 
 def _migration(domain: Any) -> str:

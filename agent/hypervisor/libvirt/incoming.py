@@ -32,7 +32,7 @@ from agent.hypervisor.libvirt import phases, qemu_log, threads
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.events import RECONNECTED
 from agent.hypervisor.libvirt.process import stopped
-from agent.hypervisor.libvirt.service import behind
+from agent.hypervisor.libvirt.service import service_of
 from agent.hypervisor.libvirt.stored import finish_cookie
 from agent.uri import MigrationUri
 
@@ -154,7 +154,7 @@ class LibvirtIncoming:
     async def destroyed(self) -> HypervisorError | None:
         if self._prepared is None or not self._prepared.alive or self._killed:
             return None
-        reading = threads.submit(lambda: qemu_log.destroyed(self._name, behind(self._pool.uri).logs))
+        reading = threads.submit(lambda: qemu_log.destroyed(self._name, service_of(self._pool.uri).logs))
         with contextlib.suppress(HypervisorError):
             return await asyncio.wrap_future(reading)
         return None
@@ -233,11 +233,11 @@ class LibvirtIncoming:
         stands still. `destroy` asks nobody: SIGTERM, and SIGKILL ten seconds later. It hits no guest that has run: libvirtd starts
         one that arrives by that monitor, and calls it paused no more.
         """
-        run = behind(self._pool.uri).run
+        run = service_of(self._pool.uri).run
         try:
             domain = domains.by_uuid(connection, self._uuid)
             name, (code, reason) = domain.name(), domain.state()
-            waits = domains.state_of(code) is DomainState.PAUSED and domains.reason_words(code, reason) == domains.MIGRATION
+            waits = domains.state_of(code) is DomainState.PAUSED and domains.reason_name(code, reason) == domains.MIGRATION
             if waits and not self._has_run and stopped(name, run) and arrives(name, run):
                 self._killed = True
                 domain.destroy()

@@ -10,7 +10,7 @@ import libvirt
 from agent.hypervisor.base import MAX_DOMAIN_XML, HypervisorError, Incompatible, Options
 from agent.hypervisor.libvirt import options as words
 from agent.hypervisor.libvirt import phases, unrun
-from agent.hypervisor.libvirt.domain import reason_words
+from agent.hypervisor.libvirt.domain import reason_name
 from agent.hypervisor.libvirt.service import Service
 
 
@@ -19,7 +19,7 @@ def begin(domain: Any, service: Service, options: Options, destination_name: str
     state, reason = domain.state()
     paused = state == libvirt.VIR_DOMAIN_PAUSED
     if paused and reason != libvirt.VIR_DOMAIN_PAUSED_USER:  # libvirt would let it go, and run it there
-        raise Incompatible(f"it is paused ({reason_words(state, reason)}), and not by its user: it would arrive running")
+        raise Incompatible(f"it is paused ({reason_name(state, reason)}), and not by its user: it would arrive running")
     if paused and (why := unrun.refusal(domain, service)):
         raise Incompatible(why)
     facts = [fact for fact, holds in (("paused", paused), ("transient", not domain.isPersistent())) if holds]

@@ -64,7 +64,7 @@ def _stop(domain: Any, undefine: bool) -> None:
 def state_of(domain: Any) -> tuple[DomainState, str]:
     """State and reason."""
     code, reason = domain.state()
-    return domains.state_of(code), domains.reason_words(code, reason)
+    return domains.state_of(code), domains.reason_name(code, reason)
 
 
 def flow(domain: Any) -> Mapping[str, int] | None:

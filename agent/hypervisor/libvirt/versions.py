@@ -1,4 +1,4 @@
-"""Which version of QEMU each guest runs, and which one is installed for it: they differ once a package was upgraded. Blocks."""
+"""The version of QEMU that each guest runs, and the one installed for it. They differ after a package upgrade. Blocks."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,18 +22,18 @@ class _Process:
 
 
 class Versions:
-    """Remembers what was read of each process: it stays as long as the process does."""
+    """Cache of the version and binary of each QEMU process; both are fixed for the life of the process."""
 
     def __init__(self, logs: Path | None) -> None:
         self._logs = logs
         self._known: Mapping[tuple[str, int], _Process] = {}
 
     def add(self, found: Iterable[tuple[Any, Domain]], installed: Mapping[str, str]) -> list[Domain]:
-        """The guests with the versions of those that run, where they can be told. `installed`: by QEMU binary."""
+        """Return the guests with the versions of those that run, where they are known. `installed`: version by QEMU binary."""
         known: dict[tuple[str, int], _Process] = {}
         result = []
         for libvirts, domain in found:
-            number = libvirts.ID()  # new for each process; below zero without one
+            number = libvirts.ID()  # new for each process; negative without one
             if number >= 0:
                 key = (domain.uuid, number)
                 process = known[key] = self._known.get(key) or self._read(libvirts, domain.name)
@@ -47,7 +47,7 @@ class Versions:
 
 
 def started_version(log: Path) -> str:
-    """The version of the QEMU that was started last, from the line that libvirt writes then; empty where there is none."""
+    """Return the version of the QEMU that was started last, from the line that libvirt logs at each start; empty without one."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - _LOG_BYTES))

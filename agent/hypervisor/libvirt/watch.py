@@ -1,7 +1,7 @@
-"""The connection that domain events arrive on: kept by itself, apart from all calls.
+"""The connection that domain events arrive on. It is used for nothing else.
 
-A connection with callbacks stays open until they are deregistered, even when all else let go of it; one that is used
-for nothing else never has to be left behind because a call got stuck on it.
+A connection with callbacks stays open until they are deregistered, even when everything else has released it. Because no
+other call runs on this one, none can get stuck on it and force the driver to abandon it.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from agent.hypervisor.libvirt.connection import Link, Session
 from agent.hypervisor.libvirt.events import RECONNECTED, Subscription
 
 RECONNECT_SECONDS = (0.1, 2.0)
-"""First and longest pause between attempts to reach a libvirtd that went away."""
+"""First and longest pause between attempts to reach a libvirtd that is gone."""
 
 
 class Watch:
-    """Feeds a `Fanout` with the events of one libvirtd, across its restarts."""
+    """Source of a `Fanout`'s events: one libvirtd, across its restarts."""
 
     def __init__(self, session: Session, fanout: Fanout) -> None:
         self._session = session
@@ -32,11 +32,11 @@ class Watch:
 
     @property
     def link(self) -> Link | None:
-        """The connection of the events while it lives."""
+        """The connection of the events, if it is alive."""
         return self._session.link
 
     async def start(self) -> None:
-        """Subscribe. Raises `HypervisorUnavailable`; afterwards the watch mends itself."""
+        """Subscribe. Raises `HypervisorUnavailable`; afterwards the watch reconnects by itself."""
         await self._subscribe()
         self._keeper = asyncio.create_task(self._keep(), name="libvirt-watch")
 
