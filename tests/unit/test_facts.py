@@ -31,7 +31,7 @@ def test_6_2_a_definition_with_a_memory_that_was_saved_may_not_stay() -> None:
     ("uuid", "name", "state", "words"),
     [
         (UUID, "web1-old", DomainState.SHUTOFF, "virsh undefine web1-old"),
-        (UUID, "web1", DomainState.RUNNING, "has its UUID"),
+        (UUID, "web1", DomainState.RUNNING, "has the same UUID"),
         ("6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01", "web1", DomainState.SHUTOFF, "another guest"),
     ],
 )
