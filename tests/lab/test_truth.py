@@ -35,7 +35,7 @@ GUESTS = [
 ]
 PORTS = "49152:49215"
 FULL = {
-    False: "failed to write master key file for domain: check whether the disk with libvirt's folder there, /var/lib/libvirt, is full",
+    False: "write master key file for domain: check whether the disk with libvirt's folder there, /var/lib/libvirt, is full",
     True: "_VARS.fd.new': No space left on device: free some space on that disk",
 }
 """What libvirt says on a full disk of a guest without and with firmware variables, and what would help."""
