@@ -1,7 +1,7 @@
-"""Drives one attempt to its end: asks `decide` what to call, calls, and looks at what the records say then.
+"""Drives one attempt to its end: asks `decide` what to call, makes the calls, and reads the records that they answer with.
 
-One piece of code with three callers: the coordinator, a source agent peer to peer, and a source agent that takes over from a
-driver that went silent. It keeps nothing that is needed for safety: stop it anywhere, and another one goes on.
+Used by three callers: the coordinator, a source agent peer to peer, and a source agent that takes over from a driver that went
+silent. It keeps nothing that is needed for safety: it may be stopped anywhere, and another driver goes on.
 """
 
 import asyncio
@@ -28,38 +28,39 @@ from drover.agent.v1 import host_pb2
 log = structlog.get_logger()
 
 LONG_POLL: Final = 5.0
-"""Seconds for which a call waits before it is made again, so that a host which stands still is noticed soon."""
+"""Seconds for which a call waits before it is made again, so that a host that hangs is noticed soon."""
 
 PATIENCE: Final = 20.0
-"""Seconds for which a host may be out of reach before the transfer is asked for; then the migration is given up. Long enough for an
-agent that is being restarted (it waits up to 10 s for what runs). While memory may flow, silence ends nothing: a transfer needs no
-driver."""
+"""Seconds for which a host may be unreachable before the transfer is started; then the migration is given up. Long enough for the
+restart of an agent (it waits up to 10 s for running work). Once memory may flow, silence ends nothing: a transfer needs no driver.
+"""
 
 STALLED: Final = 10.0
-"""Seconds after which a destination that still waits, though all was sent, has lost the last bytes (a link that was cut). More than
-any link in working order needs for what was on its way."""
+"""Seconds after the source has sent everything after which an armed copy that still waits has lost the last bytes (the link was
+cut). More than any working link needs to deliver what was on its way."""
 
 FOLLOW_AFTER: Final = 0.25
-"""Seconds after which a side that is waited for is watched: most phases are over by then, and a watch costs two calls."""
+"""Seconds after which the record of a side is watched: most phases are over by then, and a watch costs two calls."""
 
 _TRANSIENT: Final = frozenset({Reason.HYPERVISOR_UNAVAILABLE, Reason.JOURNAL_UNAVAILABLE, Reason.DRAINING, Reason.OVERLOADED})
-"""Errors of a host that answers, after which the same call is made again."""
+"""Errors of a host that answers after which the same call is made again."""
 
 _STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
-"""Errors that say that the record is not what the driver believed: look again."""
+"""Errors that mean that the record is not in the state that the driver believed: it reads the record again."""
 
 _LISTENS: Final = frozenset({pb.RECORD_STATE_PREPARED, pb.RECORD_STATE_ARMED, pb.RECORD_STATE_RUNNING})
-"""States of a destination that has told where it listens. One that needs longer for its copy than a call may last says that it is
-still PREPARING, and is called again: that call waits too."""
+"""States of a destination that has answered with the URI at which it listens. If Prepare takes longer than a call may last, the
+answer is still PREPARING, and the call is made again: it waits too."""
 
 _MAY_BE_REFUSED: Final = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE, Call.PERFORM})
-"""Calls whose error ends the migration: it changes nothing, and the next would not go better."""
+"""Calls whose error ends the migration: nothing was changed, and another try would fail too."""
 
 _SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 
 
 class Driver(Knowledge):
-    """One attempt. `on_change` is called after every change of what is known."""
+    """The driver of one attempt. `on_change` is called after every change of what it knows. `plan`: None for a driver that takes
+    over, which can make none of the calls before Perform."""
 
     def __init__(
         self,
@@ -91,23 +92,23 @@ class Driver(Knowledge):
     # ---- the loop
 
     async def reserve(self) -> None:
-        """Take the slot, once, with no retry: a refusal is the caller's answer and has changed nothing."""
+        """Reserve the slot, without a retry: a refusal is raised as it is, and has changed nothing."""
         failpoint("driver", Call.RESERVE, "before")
         await self._reserve()
         failpoint("driver", Call.RESERVE, "after")
 
     async def resume(self) -> None:
-        """Learn both records first, however long it takes: another driver, or an earlier life of this one, has begun. While one side
-        is silent the other one goes on, so it is looked at again.
+        """Read both records first, however long it takes: another driver, or this one before a restart, has begun the attempt. Both
+        are read again until both are known, since one side goes on while the other is silent.
         """
         while True:
             looked = await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
-            if all(looked) or self.ended:  # a source that has removed its copy tells enough
+            if all(looked) or self.ended:  # the record of a source that has removed its copy is enough
                 return
             await asyncio.sleep(0.5)
 
     async def _try_to_look(self, side: str) -> bool:
-        """Whether what is known of that side is enough to go on: its record, or a statement that it is dead."""
+        """Read a side's record. Return whether enough is known of it to go on: the record, or a statement that it is dead."""
         try:
             await self._look(side)
         except DroverError as error:
@@ -116,7 +117,9 @@ class Driver(Knowledge):
         return True
 
     async def answers(self, side: str) -> bool:
-        """Ask a side now, and where it is the destination that is silent, its source too. One that answers with an error answers."""
+        """Ask a side now, and the source too if the destination is silent. Return whether it answers, with an error or not, whether
+        the source hears it, or whether the attempt has ended.
+        """
         await self._try_to_look(side)
         if side == "destination" and side in self.silent_since:
             with contextlib.suppress(DroverError):
@@ -125,8 +128,8 @@ class Driver(Knowledge):
         return side not in self.silent_since or self.is_vouched_for(side) or self.ended
 
     async def run(self) -> None:
-        """Until both records have ended and agree, or are of another migration (`foreign`). Ends earlier only by cancellation, which
-        leaves everything as it is.
+        """Drive until both records have ended and agree, or turn out to be of another migration (`foreign`). Cancelling this
+        coroutine only ends the driver, not the migration.
         """
         tasks: dict[Call | str, asyncio.Task[object]] = {}
         try:
@@ -154,13 +157,13 @@ class Driver(Knowledge):
             await asyncio.gather(*tasks.values(), return_exceptions=True)
 
     async def _give_back(self) -> None:
-        """The slot that was taken for a migration which turned out to be another one's. Its lease ends by itself otherwise."""
+        """Give back the slot that was taken under an id that belongs to another migration. On an error, its lease ends by itself."""
         if self.destination_record is not None and self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED):
             with contextlib.suppress(DroverError):
                 await self._abandon(source_kept=False)
 
     def _stalls(self) -> bool:
-        """Whether both records have stood at PERFORMED and ARMED for `STALLED` seconds; wakes the loop when that time is over."""
+        """Return whether the records have been PERFORMED and ARMED for `STALLED` seconds. Wakes the loop when that time is over."""
         if self.states != (Src.PERFORMED, Dst.ARMED):
             if self._stalled is not None:
                 self._stalled.cancel()
@@ -170,14 +173,16 @@ class Driver(Knowledge):
         return self._is_stalled
 
     def _stall(self) -> None:
-        log.warning("all was sent, and the destination still waits for it", migration=self.ref.migration_id)
+        log.warning("the source has sent everything, but the destination still waits", migration=self.ref.migration_id)
         self._is_stalled = True
-        told = f"all was sent {STALLED:g} s ago, and its last bytes are lost on the way"
-        self.waiting_for = f"the destination to start the guest, or to give its copy up: {told}"
+        self.waiting_for = (
+            f"the destination to start the guest or give up its copy: the source sent everything {STALLED:g} s ago, so the last "
+            "bytes were lost on the way"
+        )
         self._wake.set()
 
     async def _make(self, call: Call) -> None:
-        """Make one call; an error is turned into knowledge."""
+        """Make one call. An error is not raised; it changes what is known."""
         side = "source" if call in _SOURCE_CALLS else "destination"
         failpoint("driver", call, "before")
         try:
@@ -187,7 +192,7 @@ class Driver(Knowledge):
             log.info("call failed", migration=self.ref.migration_id, call=call.value, reason=error.reason.value, error=error.message)
             await self._failed(call, side, error)
         else:
-            if not self.silent_since:  # the other side's silence is still what is waited for
+            if not self.silent_since:  # else the migration still waits for the silent side
                 self.waiting_for = ""
 
     async def _failed(self, call: Call, side: str, error: DroverError) -> None:
@@ -198,7 +203,7 @@ class Driver(Knowledge):
             self.refuted("destination" if side == "source" else "source")
         self.missed(side, error)
         if error.reason is Reason.PATH_NOT_PROVED and self._probe.nonce and not self._probe_renewed:
-            # A destination whose agent was restarted answers at another place now: ask it once more where that is.
+            # A destination whose agent was restarted answers at another port now: reserve once more to learn it.
             self._probe, self._probe_renewed = pb.PathProbe(), True
         elif side in self.silent_since:
             not_begun = not self._transfer_asked and self.source_state in (None, Src.BEGINNING, Src.BEGUN)
@@ -207,14 +212,14 @@ class Driver(Knowledge):
         elif call in _MAY_BE_REFUSED and error.reason not in _TRANSIENT | _STALE and not isinstance(error, StateUnknownError):
             self.waiting_for = ""
             self.cancel(Failure.of(error))
-        await asyncio.sleep(0.2)  # before the same call is made again; a look at the record is one too
+        await asyncio.sleep(0.2)  # before the same call is made again, and before the record is read
         with contextlib.suppress(DroverError):
             await self._look(side)
         if "destination" in self.silent_since:
             await self._ask_the_source()
 
     async def _ask_the_source(self) -> None:
-        """It may hear a destination that this driver does not, and then does what that one has decided: a Confirm is a nudge."""
+        """Call Confirm at the source. It may reach a destination that this driver cannot reach, and then obeys its decision."""
         if self.source_state is not Src.PERFORMED:
             return
         try:
@@ -232,7 +237,7 @@ class Driver(Knowledge):
         }
 
     async def _look(self, side: str) -> None:
-        """Ask a side for its record. It may have none."""
+        """Read a side's record; it may have none. Raises `DroverError`."""
         peer, saw = self._sides[side]
         try:
             saw((await peer.get_record(pb.GetRecordRequest(ref=self.ref))).record)
@@ -242,16 +247,16 @@ class Driver(Knowledge):
             self.heard(side)
 
     def _followed(self) -> list[str]:
-        """The sides to watch now: where nothing else is called for while the other side takes its time, and where memory flows."""
+        """Return the sides to watch now: those that no call is made to while the other side works, and a source that sends."""
         watched = {
-            # A source that has not answered Begin yet has a record that says what it waits for.
+            # While Begin lasts, the source's record shows what it waits for.
             "source": self.source_state in (Src.BEGUN, Src.PERFORMING) or self.states == (None, Dst.RESERVED),
             "destination": self.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED, Dst.ABANDONING) or self.disputed,
         }
         return [side for side, wanted in watched.items() if wanted]
 
     async def _follow(self, side: str) -> None:
-        """A side's record as it changes. That it is watched also tells that side that its driver lives."""
+        """Watch a side's record while it is to be followed. The watch is also a sign of life of the driver there."""
         peer, saw = self._sides[side]
         await asyncio.sleep(FOLLOW_AFTER)
         if side not in self._followed():
@@ -288,13 +293,13 @@ class Driver(Knowledge):
 
     def _planned(self) -> Plan:
         if self._plan is None:
-            raise DroverError(Reason.DRIVER_SILENT, "the driver went away before the memory flowed; the migration is given up")
+            raise DroverError(Reason.DRIVER_SILENT, "the driver went away before the transfer started, so the migration is given up")
         return self._plan
 
     async def _reserve(self) -> None:
         plan = self._planned()
         if plan.requirements is None and self.destination_record is None:
-            raise DroverError(Reason.LEASE_EXPIRED, "the slot at the destination was lost while the driver was away")
+            raise DroverError(Reason.LEASE_EXPIRED, f"the slot on {plan.destination_host} was lost while the driver was away")
         needs = plan.requirements or host_pb2.GuestRequirements(name=plan.domain_name, uuid=plan.domain_uuid)
         response = await self._destination.reserve_slot(
             pb.ReserveSlotRequest(
@@ -317,7 +322,7 @@ class Driver(Knowledge):
     async def _begin(self) -> None:
         plan = self._planned()
         if not self._probe.nonce and self.source_state is None and self.destination_state in (None, Dst.RESERVED):
-            await self._make(Call.RESERVE)  # its answer was lost, or an earlier life of this driver had it
+            await self._make(Call.RESERVE)  # its answer was lost, or was received before this driver was restarted
             return
         self._begun = await self._source.begin(
             pb.BeginRequest(
@@ -364,7 +369,7 @@ class Driver(Knowledge):
         self.saw_destination(prepared.record)
 
     async def _perform(self) -> None:
-        """Start it, or join it: the first call answers as soon as the memory flows, so that Finish can be armed."""
+        """Start the transfer, or wait for its end. The first call returns as soon as it runs, so that Finish can be called."""
         if self.source_state is Src.BEGUN:
             if not self._prepared.uri_out:
                 await self._make(Call.PREPARE)  # its answer was lost

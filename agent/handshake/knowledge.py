@@ -1,4 +1,4 @@
-"""What a driver knows of its attempt: the records as last heard, who is silent, and what was said about them."""
+"""What a driver knows of its attempt: both records as last read, which hosts are silent, and statements about dead hosts."""
 
 import asyncio
 import time
@@ -18,12 +18,12 @@ from drover.agent.v1 import handshake_pb2 as pb
 log = structlog.get_logger()
 
 _LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
-"""The guest may not run at the source any more, or not yet again."""
+"""States in which the guest does not run at the source any more, or not yet again."""
 
 
 @dataclass(frozen=True)
 class Parties:
-    """Who takes part, by what the driver was asked for."""
+    """The hosts and the guest of the migration, as requested from the driver."""
 
     source: str
     destination: str
@@ -31,30 +31,30 @@ class Parties:
 
 
 VOUCHED_SECONDS: Final = 30.0
-"""For which a host counts as alive that another one has heard. Longer than a driver needs to ask again."""
+"""How long a host counts as alive after the other host reported an answer from it. Longer than a driver needs to ask again."""
 
 _NO_ANSWER: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED})
-"""Errors that say that nobody answered."""
+"""Errors that mean that the host did not answer."""
 
 
 class StateUnknownError(DroverError):
-    """A host answered with a record in a state that this version does not know. Nothing may be concluded from it."""
+    """A record is in a state that this version does not know. Nothing may be concluded from it."""
 
     def __init__(self, side: str, record: pb.Record) -> None:
         super().__init__(
             Reason.PROTOCOL_MISMATCH,
-            f"the {side} says that it is in {state_from_proto(record)}, which this version does not know. Nothing is done about it "
-            "here; it is asked again. Update this side too",
+            f"the {side} reports {state_from_proto(record)}, which this version of Drover does not know, so nothing is decided; the "
+            f"{side} is asked again. Upgrade Drover on this side too",
         )
 
 
 class Knowledge:
-    """`on_change` is called after every change of what is known; sides are named ``source`` and ``destination``."""
+    """What is known of one attempt. Sides are named ``source`` and ``destination``. `on_change` is called after every change."""
 
     def __init__(self, ref: pb.AttemptRef, parties: Parties | None, on_change: Callable[[], None]) -> None:
         self.ref = ref
         self.foreign: DroverError | None = None
-        """MIGRATION_EXISTS, once a record turned out to be of another migration with this id: nothing more is to be called."""
+        """MIGRATION_EXISTS once a record turned out to be of another migration with this id; then no more calls are made."""
         self._parties = parties
         self.source_record: pb.Record | None = None
         self.destination_record: pb.Record | None = None
@@ -62,14 +62,14 @@ class Knowledge:
         self.cancelling = False
         self.waiting_for = ""
         self.silent_since: dict[str, float] = {}
-        """Sides that do not answer at all, and since when by `time.monotonic`."""
+        """Sides that do not answer at all, with the time of the first missed answer by `time.monotonic`."""
         self._vouched: dict[str, float] = {}
         self.words: dict[str, pb.OperatorWord] = {}
-        """Sides that were declared dead, and have not answered since."""
+        """Statements about sides that were declared dead and have not answered since."""
         self.hypervisor_calls: dict[str, list[tuple[float, float]]] = {"source": [], "destination": []}
-        """Of each side: beginning and end of each phase's call of its hypervisor, by this process's monotonic clock."""
+        """For each side: start and end of each phase's hypervisor call, by this process's monotonic clock."""
         self._wall_offsets: dict[str, float] = {}
-        """Of each side: its wall clock less this process's monotonic one, when it answered the first call of this driver."""
+        """For each side: its wall clock minus this process's monotonic clock, at its first answer that `read_clock` could use."""
         self._on_change = on_change
         self._wake = asyncio.Event()
 
@@ -83,7 +83,7 @@ class Knowledge:
 
     @property
     def states(self) -> tuple[Src | None, Dst | None]:
-        """What to act on: the records, but for sides that were declared dead."""
+        """The states to act on: those of the records, corrected by `assume` for sides that are silent and declared dead."""
         dead = self.words.keys() & self.silent_since.keys()
         return assume(
             self.source_state, self.destination_state, source_dead="source" in dead, destination_dead="destination" in dead
@@ -91,7 +91,7 @@ class Knowledge:
 
     @property
     def by_word(self) -> bool:
-        """The source's record carries an operator's word."""
+        """Whether the source's record carries an operator's statement."""
         return self.source_record is not None and self.source_record.HasField("operator_word")
 
     @property
@@ -104,34 +104,36 @@ class Knowledge:
         return ended(*self.states)
 
     def declare_dead(self, side: str, word: pb.OperatorWord) -> None:
-        """Go on without the word of a side that does not answer. If it answers before the end, the statement is refuted for good."""
+        """Go on without a side that does not answer. If it answers before the end, the statement is dropped for good."""
         self.words[side] = word
         self._changed()
 
     @property
     def outcome_unknown(self) -> bool:
-        """The guest is paused at the source and the destination, which alone knows, does not answer (or the other way round)."""
+        """Whether it is unknown where the guest runs: no decision is known, a host is silent and none is declared dead, and either
+        the guest has stopped at the source (as last known) or both hosts are silent.
+        """
         if self.states[1] in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.words:
             return False
         return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
 
     @property
     def hangs_on(self) -> str:
-        """The side whose death would settle an unknown outcome. Empty where both are silent: it may well be this driver that is cut
-        off, and the guest may run on as before.
+        """The side whose death would settle an unknown outcome. Empty if both are silent, or the other host hears it: then this
+        driver may be the one that is cut off, and the guest may run on as before.
         """
         side = next(iter(self.silent_since)) if self.outcome_unknown and len(self.silent_since) == 1 else ""
         return "" if self.is_vouched_for(side) else side
 
     def vouched_for(self, side: str) -> None:
-        """The other host says that it hears this side: it is this driver that is cut off from it."""
+        """Note that the other host hears this side, so that it is this driver that is cut off from it."""
         self._vouched[side] = time.monotonic()
 
     def is_vouched_for(self, side: str) -> bool:
         return time.monotonic() - self._vouched.get(side, float("-inf")) < VOUCHED_SECONDS
 
     def cancel(self, failure: Failure) -> None:
-        """Stop if it is not too late; the records say what came of it. The first reason is kept."""
+        """Request a cancel, which has an effect only before the commit; the records show the outcome. Keeps the first failure."""
         self.failure = self.failure or failure
         self.cancelling = True
         self._changed()
@@ -141,7 +143,7 @@ class Knowledge:
         self._on_change()
 
     def saw_source(self, record: pb.Record) -> None:
-        """The source answered; an answer that was overtaken by a newer one changes nothing. Raises `StateUnknownError`."""
+        """Take an answer of the source. Keeps the newest revision of its record. Raises `StateUnknownError`."""
         if state_from_proto(record) not in set(Src):
             raise StateUnknownError("source", record)
         if self._is_of_another(record, "source"):
@@ -153,7 +155,7 @@ class Knowledge:
         self._changed()
 
     def saw_destination(self, record: pb.Record) -> None:
-        """Likewise."""
+        """Take an answer of the destination, as `saw_source`."""
         if state_from_proto(record) not in set(Dst):
             raise StateUnknownError("destination", record)
         if self._is_of_another(record, "destination"):
@@ -165,7 +167,7 @@ class Knowledge:
         self._changed()
 
     def _time_calls(self, side: str, record: pb.Record) -> None:
-        """Lay the calls that have ended since the last word of a side on this process's clock: the last one has ended just now.
+        """Add the calls that ended since a side's last answer to `hypervisor_calls`, on the assumption that the last ended just now.
 
         The wall clocks of two hosts need not agree, and each may be set at any moment, so nothing is computed from them.
         """
@@ -178,21 +180,23 @@ class Knowledge:
         known.extend(calls)
 
     def read_clock(self, side: str, record: pb.Record) -> None:
-        """Compare a side's wall clock, where it has just changed its record and answered with it: one that was not seen yet."""
+        """Compare a side's wall clock with this process's clock, if it changed its record for this call: the revision is new."""
         known = self.source_record if side == "source" else self.destination_record
         if known is not None and record.revision <= known.revision:
-            return  # the answer to a call that joined: the record may have been changed long ago
+            return  # the call joined a phase: the record may have been changed long ago
         if record.HasField("update_time"):
             self._wall_offsets.setdefault(side, record.update_time.ToNanoseconds() / 1e9 - time.monotonic())
 
     @property
     def clock_skew(self) -> float:
-        """Seconds by which the destination's wall clock is ahead of the source's; 0 where that is not known."""
+        """Seconds by which the destination's wall clock is ahead of the source's; 0 if unknown."""
         offsets = self._wall_offsets
         return offsets["destination"] - offsets["source"] if len(offsets) == 2 else 0.0
 
     def _is_of_another(self, record: pb.Record, side: str) -> bool:
-        """A record names its guest and the other host, unless the attempt was given up before it got there."""
+        """Return whether a record names another guest or other host than was requested; then `foreign` is set. Empty names, of an
+        attempt that was given up before it reached that host, count as the same.
+        """
         if self._parties is None:
             return False
         host, peer = self._parties.source, self._parties.destination
@@ -201,38 +205,38 @@ class Knowledge:
         named = ((record.peer_host, peer, "the other host"), (record.domain_uuid, self._parties.domain_uuid, "the guest"))
         differs = [f"{what} is {got}, not {wanted}" for got, wanted, what in named if got and got != wanted]
         if differs:
-            text = f"{host} knows migration {record.ref.migration_id} as another one: {'; '.join(differs)}"
+            text = f"the record of migration {record.ref.migration_id} on {host} is of another migration: {'; '.join(differs)}"
             self.is_foreign(DroverError(Reason.MIGRATION_EXISTS, f"{text}. Nothing more was done; choose a new UUID"))
         return bool(differs)
 
     def is_foreign(self, error: DroverError) -> None:
-        """Stop: the id is another migration's, which goes on as it was."""
+        """Stop driving, as the id belongs to another migration, which is left as it is."""
         self.foreign = self.foreign or error
         self.failure = self.failure or Failure.of(error)
         self._changed()
 
     def refuted(self, side: str) -> None:
-        """A side that was declared dead answers the other host: the statement does not count."""
+        """Drop the statement about a side that was declared dead, as it answers the other host."""
         if self.words.pop(side, None) is not None:
-            log.warning("a host that was declared dead answers the other one", migration=self.ref.migration_id, side=side)
+            log.warning("a host that was declared dead answers the other host", migration=self.ref.migration_id, side=side)
 
     def silent_for(self, side: str) -> float:
-        """Seconds for which a side has not answered; 0 for one that does."""
+        """Return for how many seconds a side has not answered; 0 if it answers."""
         since = self.silent_since.get(side)
         return 0.0 if since is None else time.monotonic() - since
 
     def heard(self, side: str) -> None:
-        """It answers, whatever it says: it is neither silent nor dead."""
+        """Note that a side has answered, with an error or not: it is neither silent nor dead."""
         if self.silent_since.pop(side, None) is not None and not self.silent_since:
             self.waiting_for = ""
         if self.words.pop(side, None) is not None:
             log.warning("a host that was declared dead answers", migration=self.ref.migration_id, side=side)
 
     def missed(self, side: str, error: DroverError) -> None:
-        """A question to it, or a call, failed: there was no answer, or the answer was an error."""
+        """Note that a call to a side failed: it did not answer, or answered with an error."""
         if error.reason in _NO_ANSWER:
             self.silent_since.setdefault(side, time.monotonic())
         else:
             self.heard(side)
-        self.waiting_for = f"{error.message} (trying again)"
+        self.waiting_for = f"{error.message} (retrying)"
         self._on_change()
