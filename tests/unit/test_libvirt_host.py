@@ -10,7 +10,7 @@ if os.environ.get("CI") != "true":
 
 from agent.hypervisor.libvirt.host import cpu_difference, given_cpu, parse_capabilities
 from agent.hypervisor.libvirt.postcopy import SYSCTL, read_sysctl, refusal
-from agent.hypervisor.libvirt.unrun import has_disk, is_mended
+from agent.hypervisor.libvirt.unrun import has_disk, is_fixed
 from agent.hypervisor.libvirt.versions import started_version
 
 
@@ -101,10 +101,10 @@ def test_6_33_the_version_that_runs_is_the_one_that_was_started_last(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("version", "mended"), [("7.2.22", False), ("9.2.0", False), ("10.0.0", True), ("10.0.2", True), ("11", True)]
+    ("version", "fixed"), [("7.2.22", False), ("9.2.0", False), ("10.0.0", True), ("10.0.2", True), ("11", True)]
 )
-def test_6_22_the_versions_of_qemu_that_hand_over_disks_that_are_not_active(version: str, mended: bool) -> None:
-    assert is_mended(version) is mended
+def test_6_22_the_versions_of_qemu_that_hand_over_disks_that_are_not_active(version: str, fixed: bool) -> None:
+    assert is_fixed(version) is fixed
 
 
 @pytest.mark.parametrize(

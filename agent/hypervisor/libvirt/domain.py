@@ -1,4 +1,4 @@
-"""What libvirt's answers about a domain mean: its state, its job, its progress. Blocking reads and pure translations."""
+"""A domain's state, job and progress, translated from libvirt's values. Blocking reads and pure translations."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,7 +32,7 @@ _REASONS: Mapping[int, Mapping[int, str]] = {
 }
 
 MIGRATION = "migration"
-"""Reason of a pause that a migration made (on either side)."""
+"""Reason of a pause that a migration caused (on either side)."""
 
 UNDEFINE: int = (
     libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
@@ -41,8 +41,8 @@ UNDEFINE: int = (
     | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
     | libvirt.VIR_DOMAIN_UNDEFINE_KEEP_TPM
 )
-"""Undefine whatever is stored with the definition; but firmware variables and TPM state, which may be on shared storage,
-belong to the copy that runs elsewhere.
+"""Flags that remove everything stored with the definition except firmware variables and TPM state: these may be on shared storage
+and then belong to the copy that runs elsewhere.
 """
 
 _JOBS: Mapping[int, Job] = {
@@ -52,17 +52,17 @@ _JOBS: Mapping[int, Job] = {
 
 
 def by_uuid(connection: Any, uuid: str) -> Any:
-    """libvirt's domain. Raises libvirt's NO_DOMAIN."""
+    """Return libvirt's domain with that UUID. Raises libvirt's NO_DOMAIN."""
     return connection.lookupByUUIDString(uuid)
 
 
 def by_name(connection: Any, name: str) -> Any:
-    """libvirt's domain. Raises libvirt's NO_DOMAIN."""
+    """Return libvirt's domain with that name. Raises libvirt's NO_DOMAIN."""
     return connection.lookupByName(name)
 
 
 def find(connection: Any, reference: str) -> Any:
-    """libvirt's domain that a user means by a name or a UUID. Raises libvirt's NO_DOMAIN, `DomainAmbiguous`."""
+    """Return libvirt's domain that a user means by a name or a UUID. Raises libvirt's NO_DOMAIN, `DomainAmbiguous`."""
     look_ups = (by_name, by_uuid) if is_uuid(reference) else (by_name,)
     found = [domain for look_up in look_ups if (domain := _look_up(look_up, connection, reference)) is not None]
     if text := ambiguity(reference, [(domain.name(), domain.UUIDString()) for domain in found]):
@@ -71,7 +71,8 @@ def find(connection: Any, reference: str) -> Any:
 
 
 def _look_up(look_up: Callable[[Any, str], Any], connection: Any, reference: str) -> Any | None:
-    """None where there is none. The error is not kept: with its traceback it would keep a domain, and that the connection, open."""
+    """Return the domain; None where there is none. The error is not kept: its traceback would keep a domain and so the connection
+    open."""
     try:
         return look_up(connection, reference)
     except libvirt.libvirtError as error:
@@ -81,12 +82,13 @@ def _look_up(look_up: Callable[[Any, str], Any], connection: Any, reference: str
 
 
 def read_one(connection: Any, uuid: str) -> Domain:
-    """What is true of one domain now."""
+    """Read the facts of the domain with that UUID. Raises libvirt's NO_DOMAIN."""
     return read(by_uuid(connection, uuid))
 
 
 def read_all(connection: Any) -> Iterator[tuple[Any, Domain]]:
-    """libvirt's domains, and what is true of each now. One that goes meanwhile is left out; one that is silent is not waited for."""
+    """Yield each of libvirt's domains with its facts. A domain that disappears meanwhile is left out; a silent one is not waited
+    for."""
     for domain in connection.listAllDomains():
         try:
             yield domain, read(domain, silent_for(domain))
@@ -96,12 +98,12 @@ def read_all(connection: Any) -> Iterator[tuple[Any, Domain]]:
 
 
 SILENT_SECONDS = 0.5
-"""A QEMU that owes libvirt an answer for longer is silent; a healthy one needs milliseconds."""
+"""A QEMU that leaves libvirt without an answer for longer than this is silent; a healthy one answers in milliseconds."""
 
 
 def silent_for(domain: Any) -> float:
-    """Seconds for which QEMU has owed libvirt an answer, once that is long: then libvirt would wait with every question that needs
-    the domain's job lock, as that about its job does. Asking this needs no lock.
+    """Return for how many seconds QEMU has not answered libvirt; 0 below `SILENT_SECONDS`. While QEMU is silent, every call that
+    needs the domain's job lock waits, such as the one that reads its job. This call needs no lock.
     """
     if not domain.isActive():
         return 0.0
@@ -111,8 +113,8 @@ def silent_for(domain: Any) -> float:
 
 
 def read(domain: Any, silent_for: float = 0.0) -> Domain:
-    """What is true of a domain of libvirt's now; of one that is silent, without a question that waits for it."""
-    # Five short questions, 0.7 ms: domainListGetStats takes twice that, and asks QEMU, which may hang.
+    """Read the facts of libvirt's domain. For a silent one (`silent_for` > 0), make no call that would wait for QEMU."""
+    # Five short calls take 0.7 ms; domainListGetStats takes twice that, and asks QEMU, which may hang.
     _, maximum_kib, _, vcpus, _ = domain.info()
     code, reason_code = domain.state()
     state, reason = state_of(code), reason_name(code, reason_code)
@@ -144,28 +146,28 @@ def reason_name(state: int, reason: int) -> str:
 
 
 def read_job(domain: Any) -> Job:
-    """The migration job that libvirt itself says holds the domain."""
+    """Return the migration job that holds the domain according to libvirt."""
     try:
         stats = domain.jobStats()
     except libvirt.libvirtError as error:
-        # libvirt refuses statistics of an incoming job, with a code of its own; no other job answers so.
+        # libvirt refuses the statistics of an incoming job with this code, and those of no other job.
         if error.get_error_code() == libvirt.VIR_ERR_OPERATION_UNSUPPORTED:
             return Job.INCOMING
         if error.get_error_code() in (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID):
-            return Job.NONE  # it stopped meanwhile
+            return Job.NONE  # the domain has stopped meanwhile
         raise
     return job_of(stats)
 
 
 def job_of(stats: Mapping[str, int]) -> Job:
-    """The migration job in libvirt's statistics of the running job."""
+    """Return the migration job in libvirt's statistics of the running job."""
     if stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
         return Job.NONE
     return _JOBS.get(stats.get("operation", 0), Job.NONE)
 
 
 def progress_of(stats: Mapping[str, int], postcopy: bool = False) -> Progress:
-    """libvirt's job statistics in our units. Milliseconds become seconds, pages per second bytes per second."""
+    """Convert libvirt's job statistics to `Progress`: milliseconds to seconds, pages per second to bytes per second."""
     return Progress(
         elapsed=stats.get("time_elapsed", 0) / 1000,
         iteration=stats.get("memory_iteration", 0),

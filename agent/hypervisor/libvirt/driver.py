@@ -25,7 +25,7 @@ from agent.hypervisor.base import (
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import host, leaving, phases, postcopy, process, qemu_log, stored, threads
-from agent.hypervisor.libvirt import options as words
+from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
@@ -38,22 +38,23 @@ from agent.hypervisor.libvirt.watch import Watch
 log = structlog.get_logger()
 
 LIST_SECONDS = 1.0
-"""A list of guests that takes longer waits for one that does not answer."""
+"""A list of guests that takes longer is waiting for a guest that does not answer."""
 
 CHECK_SECONDS = 1.5
-"""Libvirt asks QEMU whether a guest can leave, some milliseconds; what takes longer waits for something else. Within the 2 s after
-which a coordinator takes a host for silent."""
+"""Bound of the check whether a guest can leave. libvirt asks QEMU for some milliseconds; a longer call waits for something else.
+It is below the 2 s after which a coordinator treats a host as silent."""
 
 CPU_CACHE = 64
-"""CPU comparisons kept: guests of a fleet share a handful of CPU models."""
+"""Most CPU comparisons kept: the guests of a fleet share a handful of CPU models."""
 
 
 class LibvirtHypervisor:
-    """`base.Hypervisor`. Questions share a pool of connections; each migration has its own."""
+    """`interface.Hypervisor` on libvirt. Short calls share a pool of connections; each migration has its own connection."""
 
     def __init__(self, uri: str, ports: tuple[int, int] = (49152, 49215), call_timeout: float = 30.0) -> None:
-        """`uri` is libvirt's, such as ``qemu:///system``. `ports` are those of its qemu.conf (`migration_port_min` and
-        `_max`; the default is libvirt's own). `call_timeout` in seconds bounds every call but Perform and Finish.
+        """Store the settings; nothing is opened yet. `uri` is libvirt's, such as ``qemu:///system``. `ports` are those of its
+        qemu.conf (`migration_port_min` and `_max`; the default is libvirt's own). `call_timeout` in seconds bounds every call but
+        Perform and Finish.
         """
         self._uri = uri
         self._ports = ports
@@ -67,9 +68,11 @@ class LibvirtHypervisor:
     async def open(self) -> None:
         hook = service_of(self._uri).hook
         if hook is not None and not is_installed(hook):
-            log.warning("libvirt's hook is not installed, or is another Drover's: see docs/operations.md", hook=str(hook))
+            log.warning(
+                "libvirt's hook is not installed, or is of another version of Drover: see docs/operations.md", hook=str(hook)
+            )
         await self._watch.start()
-        await self._capabilities()  # read ahead: they take long the first time, and each migration needs them
+        await self._capabilities()  # read in advance: the first read is slow, and each migration needs them
 
     async def close(self) -> None:
         await self._watch.stop()
@@ -78,7 +81,7 @@ class LibvirtHypervisor:
 
     async def info(self) -> HypervisorInfo:
         known = await self._capabilities()
-        if await self._pool.call(_hypervisor) != known.hypervisor:  # libvirtd has seen that its QEMU was replaced
+        if await self._pool.call(_hypervisor) != known.hypervisor:  # libvirtd has noticed that QEMU was replaced
             self._known = None
             known = await self._capabilities()
         forbidden = postcopy.refusal(postcopy.read_sysctl(), known.capabilities.qemu_uid)
@@ -89,8 +92,8 @@ class LibvirtHypervisor:
             library_version=known.library,
             host_uuid=known.capabilities.host_uuid,
             features=Features(
-                bandwidth_unit=words.MIB,
-                options={**words.SUPPORT, **dict.fromkeys(reasons, Support.UNSUPPORTED)},
+                bandwidth_unit=option_flags.MIB,
+                options={**option_flags.SUPPORT, **dict.fromkeys(reasons, Support.UNSUPPORTED)},
                 reasons=reasons,
                 uri_transports=known.capabilities.uri_transports,
                 ports=self._ports,
@@ -109,7 +112,7 @@ class LibvirtHypervisor:
         try:
             async with asyncio.timeout(LIST_SECONDS):
                 return await self._pool.call(read)
-        except TimeoutError:  # one became silent while it was asked: the next time libvirt says so first
+        except TimeoutError:  # a guest stopped answering during the read: from now on `silent_for` shows it before any wait
             return await self._pool.call(read)
 
     async def get_domain(self, uuid: str) -> Domain:
@@ -136,20 +139,20 @@ class LibvirtHypervisor:
                     await self._pool.call(check)
         except TimeoutError:
             raise DomainBusy(
-                f"libvirt has waited {CHECK_SECONDS:g} s for another job of the guest (a save, a snapshot, a device) or for "
-                "its QEMU: see `virsh domjobinfo` and `virsh domcontrol`"
+                f"libvirt waited {CHECK_SECONDS:g} s for another job of the guest (a save, a snapshot, a device change) or for its "
+                f"QEMU; see `virsh domjobinfo {uuid}` and `virsh domcontrol {uuid}`"
             ) from None
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         known = await self._capabilities()
         found = host.misfits(known.capabilities, requirements, known.hypervisor)
         if found:
-            return found  # comparing the CPU needs a machine type that exists
+            return found  # the CPU can be compared only for a machine type that exists
         cpu = await self._compare_cpu(known, requirements)
         return [cpu] if cpu else []
 
     def check_document(self, uuid: str, domain_xml: str) -> None:
-        words.check_document(domain_xml, uuid)
+        option_flags.check_document(domain_xml, uuid)
 
     async def disown(self, uuid: str) -> None:
         await self._pool.call(lambda connection: _disown(domains.by_uuid(connection, uuid)))
@@ -183,9 +186,9 @@ class LibvirtHypervisor:
         return self._fanout.stream()
 
     async def _capabilities(self) -> "_Known":
-        """What the host can do, read once for each life of libvirtd: one that went away may come back upgraded."""
+        """Return what the host can do, read once for each run of libvirtd: a restarted one may be upgraded."""
         async with self._reading:
-            link = self._watch.link  # the connection that lasts as long as libvirtd does
+            link = self._watch.link  # the connection that lasts as long as libvirtd runs
             if self._known is None or link is None or self._known.link is not link:
                 self._known = _Known(link, *await self._pool.call(_read_host))
             return self._known
@@ -201,7 +204,7 @@ class LibvirtHypervisor:
 
 
 class _Known:
-    """What one libvirtd told of the host."""
+    """Properties of the host, as one run of libvirtd reported them."""
 
     def __init__(self, link: Link | None, capabilities: host.Capabilities, hypervisor: str, library: str) -> None:
         self.link = link
@@ -211,7 +214,7 @@ class _Known:
         self.cpus: dict[tuple[str, ...], str] = {}
         version = hypervisor.rpartition(" ")[2]
         self.installed = {arch.emulator: version for arch in capabilities.architectures.values()}
-        """By QEMU binary: its version, where that is libvirt's own choice."""
+        """Version by QEMU binary, for the binaries that libvirt chooses by default."""
 
 
 def _describe(connection: Any, domain: Any) -> tuple[Domain, Requirements]:
@@ -249,5 +252,5 @@ def _hypervisor(connection: Any) -> str:
 
 
 def _version(number: int) -> str:
-    """libvirt's notation: major times 1,000,000 + minor times 1,000 + release."""
+    """Format a version from libvirt's notation: major times 1,000,000 + minor times 1,000 + release."""
     return f"{number // 1_000_000}.{number // 1_000 % 1_000}.{number % 1_000}"

@@ -1,4 +1,4 @@
-"""`Options` as libvirt flags, and limits in bytes per second as libvirt's MiB/s. Each a table or a pure function."""
+"""Translation of `Options` to libvirt flags, and of limits in bytes per second to libvirt's MiB/s. Tables and pure functions."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
@@ -12,7 +12,7 @@ from agent.hypervisor.names import name_problem
 MIB = 1 << 20
 
 FLAGS: Mapping[str, tuple[bool, int]] = {
-    # option: (the default when the user said nothing, libvirt's flag)
+    # option: (the default when the user did not set it, libvirt's flag)
     "live": (True, libvirt.VIR_MIGRATE_LIVE),
     "persist_destination": (True, libvirt.VIR_MIGRATE_PERSIST_DEST),
     "undefine_source": (True, libvirt.VIR_MIGRATE_UNDEFINE_SOURCE),
@@ -23,7 +23,7 @@ FLAGS: Mapping[str, tuple[bool, int]] = {
     "auto_converge": (False, libvirt.VIR_MIGRATE_AUTO_CONVERGE),
     "post_copy": (True, libvirt.VIR_MIGRATE_POSTCOPY),
 }
-"""What this driver honours, each tried on the real thing. The same flags go to all phases on both sides."""
+"""The options that this driver supports, each tested on real libvirt. The same flags go to all phases on both sides."""
 
 SUPPORT: Mapping[str, Support] = {
     option.name: Support.SUPPORTED if option.name in FLAGS else Support.UNSUPPORTED for option in fields(Options)
@@ -31,14 +31,14 @@ SUPPORT: Mapping[str, Support] = {
 
 
 def wants(options: Options, name: str) -> bool:
-    """The user's word on a supported option, or else this driver's default."""
-    said: bool | None = getattr(options, name)
-    return FLAGS[name][0] if said is None else said
+    """Return the user's choice for a supported option, or this driver's default where there is none."""
+    chosen: bool | None = getattr(options, name)
+    return FLAGS[name][0] if chosen is None else chosen
 
 
 def settled(options: Options, facts: Collection[str]) -> Options:
-    """The options for a guest of which these facts (see `mark`) hold. Post-copy is armed by default only where it can be: libvirt
-    refuses it for guests that do not run meanwhile, or not afterwards. A transient guest stays so.
+    """Return the options that apply to a guest with these facts (see `mark`). By default, post-copy is armed only where libvirt
+    allows it (not for a guest that is paused during or after the transfer), and a transient guest stays transient.
     """
     if "paused" in facts:
         options = replace(options, paused=True)
@@ -50,45 +50,47 @@ def settled(options: Options, facts: Collection[str]) -> Options:
 
 
 def flags(options: Options) -> int:
-    """libvirt's flags. Raises `Incompatible` for an explicit word that this driver cannot honour."""
+    """Return libvirt's flags. Raises `Incompatible` for an option that the user switched on and this driver does not support."""
     refused = [name for name, support in SUPPORT.items() if support is Support.UNSUPPORTED and getattr(options, name)]
     if refused:
-        raise Incompatible(f"the libvirt driver does not support {', '.join(refused)}")
+        raise Incompatible(f"the libvirt driver does not support these options: {', '.join(refused)}")
     return sum(flag for name, (_, flag) in FLAGS.items() if wants(options, name))
 
 
 def mebibytes(bandwidth: int) -> int:
-    """A limit in libvirt's unit, rounded down so that it is never exceeded; 0 is no limit.
+    """Return a limit in libvirt's unit, rounded down so that it is never exceeded; 0 is no limit.
 
-    Raises `Incompatible` below 1 MiB/s: libvirt cannot enforce that, and no limit at all would be its opposite.
+    Raises `Incompatible` below 1 MiB/s: libvirt cannot enforce such a limit, and rounding down to 0 would remove it.
     """
     if bandwidth < 0 or 0 < bandwidth < MIB:
-        raise Incompatible(f"libvirt cannot limit a transfer to {bandwidth} bytes per second; its least is {MIB}")
+        raise Incompatible(
+            f"libvirt cannot limit a transfer to {bandwidth} bytes per second; the lowest limit is {MIB}, and 0 is no limit"
+        )
     return bandwidth // MIB
 
 
 _MARKS = {"paused": "<?drover paused-by-user?>", "transient": "<?drover transient?>"}
-"""Processing instructions ahead of the domain XML: libvirt ignores them, and the other side's driver reads them.
+"""Processing instructions put before the domain XML: libvirt ignores them, and the other side's driver reads them.
 
-Whether a guest was paused by its user, and whether it is persistent, is known at Begin on the source, and decides at Finish on
-the destination, which may be armed before any later cookie exists. libvirt itself lets a paused guest arrive running, and makes
+Whether the guest was paused by its user and whether it is persistent is known at Begin on the source and needed at Finish on
+the destination, which may be armed before any later cookie exists. libvirt alone would run a paused guest on arrival and make
 a transient one persistent.
 """
 
 
 def mark(domain_xml: str, *facts: str) -> str:
-    """With these facts of `_MARKS`."""
+    """Return the XML with the marks of these facts, which are keys of `_MARKS`."""
     return "".join(_MARKS[fact] for fact in _MARKS if fact in facts) + domain_xml
 
 
 def marks_of(domain_xml: str) -> frozenset[str]:
-    """The facts that `mark` put there."""
+    """Return the facts that `mark` wrote."""
     head = domain_xml[: domain_xml.find("<domain")]
     return frozenset(fact for fact, text in _MARKS.items() if text in head)
 
 
 def flags_for(options: Options, domain_xml: str) -> int:
-    """The flags of every phase after Begin, on both sides."""
+    """Return libvirt's flags of every phase after Begin, on both sides."""
     return flags(settled(options, marks_of(domain_xml)))
 
 
@@ -99,13 +101,13 @@ def unmarked(domain_xml: str) -> str:
 
 
 def check_document(domain_xml: str, uuid: str) -> None:
-    """See `base.Hypervisor.check_document`."""
+    """See `interface.Hypervisor.check_document`."""
     try:
         root = ElementTree.fromstring(unmarked(domain_xml))
     except (ElementTree.ParseError, ValueError) as error:
         raise InvalidDocument(f"the domain XML cannot be read: {error}") from None
     found = root.findtext("uuid", "")
     if root.tag != "domain" or found.lower() != uuid.lower():
-        raise InvalidDocument(f"the XML describes <{root.tag}> {found or 'without a UUID'}, not the domain {uuid}")
+        raise InvalidDocument(f"the XML describes a <{root.tag}> with UUID {found or 'missing'}, not the domain {uuid}")
     if problem := name_problem(root.findtext("name", "")):
         raise InvalidDocument(f"the name in the domain XML {problem}; no host takes a guest of that name")

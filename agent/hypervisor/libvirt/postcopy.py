@@ -1,8 +1,8 @@
-"""Whether the QEMU of this host may use post-copy.
+"""Check whether the QEMU of this host may use post-copy.
 
-Post-copy needs userfaultfd(2) for faults that the kernel itself takes (KVM's). The kernel grants that to a process with
+Post-copy needs userfaultfd(2) for faults inside the kernel (KVM's). The kernel grants that to a process with
 CAP_SYS_PTRACE, which only a QEMU that runs as root has, or to everybody with `vm.unprivileged_userfaultfd` = 1; its default is 0.
-QEMU says so only when it is started to receive: "Postcopy is not supported".
+QEMU reports the lack of it only when it is started as a destination: "Postcopy is not supported".
 """
 
 import pwd
@@ -13,7 +13,7 @@ _SYSCTL_FILE = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 
 def read_sysctl(file: Path = _SYSCTL_FILE) -> str:
-    """The value of `SYSCTL` now; empty where the kernel has none."""
+    """Return the current value of `SYSCTL`; empty where the kernel does not have it."""
     try:
         return file.read_text().strip()
     except OSError:
@@ -21,9 +21,9 @@ def read_sysctl(file: Path = _SYSCTL_FILE) -> str:
 
 
 def refusal(sysctl: str, qemu_uid: int | None) -> str:
-    """Why QEMU as that user may not use post-copy; empty where it may. `qemu_uid` is None where libvirt does not say."""
+    """Return why QEMU as that user may not use post-copy; empty where it may. `qemu_uid` is None where libvirt does not tell it."""
     if not sysctl:
-        return f"its kernel has no {SYSCTL}, so no userfaultfd for post-copy"
+        return f"its kernel has no {SYSCTL}, so it has no userfaultfd, which post-copy needs"
     if sysctl == "1" or qemu_uid == 0:
         return ""
     return f"{SYSCTL} is {sysctl} and QEMU runs as {_user(qemu_uid)}; `sysctl -w {SYSCTL}=1` on that host allows it"

@@ -1,13 +1,13 @@
-"""The copy that a migration left on its source: what it is, and how it is removed as libvirt itself removes it.
+"""Removal of the copy that a migration left on its source, with the same effects as libvirt's own removal.
 
 libvirt removes the copy in Confirm, which needs the migration job of the connection that called Perform. Where that connection
-is gone (the agent died), libvirt refuses it, and a plain `destroy` is no substitute:
+is gone (the agent died), libvirt refuses Confirm, and a plain `destroy` is no substitute:
 
 - it gives the files of the guest (disks, firmware variables, TPM) back to root, although on storage that both hosts share they
   are in use by the copy that runs at the destination;
-- whoever listens to libvirt hears "Stopped Destroyed" of a guest that runs on.
+- every listener of libvirt receives "Stopped Destroyed" for a guest that still runs.
 
-So a new migration job is begun only to be confirmed: nothing flows, and libvirt does all that it does at the end of its own.
+So a new migration job is begun only to be confirmed: no data flows, and libvirt does all that it does at the end of a migration.
 """
 
 from collections.abc import Mapping
@@ -21,26 +21,26 @@ from agent.hypervisor.libvirt import phases
 from agent.hypervisor.libvirt.errors import translate
 
 _BEGIN = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_UNSAFE | libvirt.VIR_MIGRATE_CHANGE_PROTECTION
-"""No flag with a condition of its own; CHANGE_PROTECTION keeps the job until Confirm, or until the connection closes."""
+"""Flags of that job: none with a condition of its own; CHANGE_PROTECTION keeps the job until Confirm or the connection closes."""
 
 _CAME_BACK = (DomainState.RUNNING, "migrated")
-"""Only a guest that arrived here is so, and stays so only until something stops it. The copy that a migration leaves behind was
-stopped: it is paused, or was resumed by a libvirtd that came back ("migration canceled").
+"""State and reason of a guest that arrived here, until something stops it. The copy that a migration leaves behind was stopped: it
+is paused, or was resumed by a restarted libvirtd ("migration canceled").
 """
 
-# All of this blocks: it runs in a thread, on libvirt's domain.
+# Every function below blocks: it runs in a thread, on libvirt's domain.
 
 
 def remove(domain: Any, undefine: bool) -> None:
-    """Stop and undefine, each only where there is something left of it, and it is what this migration left behind. Raises libvirt's
-    NO_DOMAIN where nothing is left after the first.
+    """Stop and undefine the copy that this migration left behind; each step only where there is still something to do. Raises
+    `DomainBusy` for any other copy, and libvirt's NO_DOMAIN where nothing is left after the stop.
 
-    To be called on a connection that is closed if this raises: a job that it began must not stay.
+    The caller must close the connection if this raises: otherwise a job that this began would stay.
     """
     if domain.isActive():
         refuse_arrival(domain)
         if state_of(domain) == _CAME_BACK:
-            raise DomainBusy("the guest has come back here by another migration")
+            raise DomainBusy("the guest has returned to this host by another migration")
         refuse_half_a_guest(domain)
         _stop(domain, undefine)
     if undefine and domain.isPersistent():
@@ -48,7 +48,7 @@ def remove(domain: Any, undefine: bool) -> None:
 
 
 def _stop(domain: Any, undefine: bool) -> None:
-    """Afterwards libvirt may not know the domain any more."""
+    """Stop the copy, as Confirm does. Afterwards libvirt may not know the domain any more."""
     flags = _BEGIN | (libvirt.VIR_MIGRATE_UNDEFINE_SOURCE if undefine else 0)
     try:
         phases.begin(domain, {}, flags)
@@ -56,19 +56,19 @@ def _stop(domain: Any, undefine: bool) -> None:
         failure = translate(error)
         if isinstance(failure, DomainBusy | HypervisorUnavailable):
             raise
-        domain.destroy()  # libvirt takes no migration of it
+        domain.destroy()  # libvirt refuses to migrate this domain
     else:
         phases.confirm(domain, {}, b"", flags, cancelled=False)
 
 
 def state_of(domain: Any) -> tuple[DomainState, str]:
-    """State and reason."""
+    """Return the state and its reason."""
     code, reason = domain.state()
     return domains.state_of(code), domains.reason_name(code, reason)
 
 
 def flow(domain: Any) -> Mapping[str, int] | None:
-    """The statistics of an outgoing transfer under way in QEMU itself; None for a job that is only between phases."""
+    """Return the statistics of an outgoing transfer that QEMU has started; None without one, also for a job between two phases."""
     try:
         stats: Mapping[str, int] = domain.jobStats()
     except libvirt.libvirtError as error:
@@ -83,13 +83,13 @@ def in_postcopy(domain: Any) -> bool:
 
 
 def refuse_half_a_guest(domain: Any) -> None:
-    """In post-copy the guest runs at the destination, and the rest of its memory is nowhere but here."""
+    """Raise `DomainBusy` in post-copy while memory remains here: the guest runs at the destination and needs it."""
     left = (flow(domain) or {}).get("data_remaining", 0)
     if left and in_postcopy(domain):
-        raise DomainBusy(f"{left} bytes of the guest's memory have yet to flow to the destination")
+        raise DomainBusy(f"post-copy is not complete: {left} bytes of the guest's memory are still only on this host")
 
 
 def refuse_arrival(domain: Any) -> None:
-    """A copy that arrives here is none that was left behind."""
+    """Raise `DomainBusy` for the copy of an incoming migration: no outgoing migration left it behind."""
     if domains.read_job(domain) is Job.INCOMING:
-        raise DomainBusy("this is the copy of a guest that arrives here")
+        raise DomainBusy("the copy here belongs to an incoming migration")

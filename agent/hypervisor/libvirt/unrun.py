@@ -1,7 +1,7 @@
-"""A paused guest whose disks QEMU has not activated since it arrived. Blocks.
+"""Detection of a paused guest whose disks QEMU has not activated since the guest arrived. Blocks.
 
-libvirt has QEMU activate the disks of a guest that arrives when it first runs there. A QEMU before 10.0 that is to hand over disks
-which are not active dies of an assertion (`bdrv_inactivate_recurse`), and the guest with it; `virsh migrate` does the same.
+QEMU activates the disks of an arrived guest when it first runs. A QEMU before 10.0 that hands over disks which are not active
+dies of an assertion (`bdrv_inactivate_recurse`), and the guest with it; `virsh migrate` has the same effect.
 """
 
 import re
@@ -12,42 +12,42 @@ from typing import Any, Final
 from agent.hypervisor.libvirt.service import Service
 from agent.hypervisor.libvirt.versions import started_version
 
-_MENDED: Final = (10, 0)
-"""The first version of QEMU that hands over disks that are not active."""
+_FIXED: Final = (10, 0)
+"""The first version of QEMU that can hand over disks that are not active."""
 
 _STARTED_SECONDS: Final = 0.02
-"""CPU time that the thread of a virtual CPU may need to start, as libvirt reads it: in ticks of 10 ms."""
+"""Most CPU time that the thread of a virtual CPU uses to start; libvirt reads it in ticks of 10 ms."""
 
 
 def refusal(domain: Any, service: Service) -> str:
-    """Why this guest, which its user has paused, may not be moved now; empty where it may."""
+    """Return why this guest, which its user has paused, must not be migrated now; empty where it may be."""
     process = _process(domain.name(), service)
     if _has_run(domain) or not has_disk(domain.XMLDesc()) or not _arrived(process) or _holds_images(process):
         return ""
     name = domain.name()
     version = started_version(service.logs / f"{name}.log") if service.logs else ""
-    if version and is_mended(version):
+    if version and is_fixed(version):
         return ""
     return (
-        f"it has a disk, is paused, and has not run since it arrived here: QEMU {version or 'before 10.0'} would die of a move, and "
-        f"the guest with it. Let it run for a moment (virsh resume {name}, virsh suspend {name}), and move it then"
+        f"the guest has a disk, is paused, and has not run since it arrived here: QEMU {version or 'before 10.0'} would crash when "
+        f"it is migrated. Let it run for a moment (`virsh resume {name}; virsh suspend {name}`), then migrate it"
     )
 
 
 def _has_run(domain: Any) -> bool:
-    """By the time of its virtual CPUs; one that ran very shortly is not told from one that did not."""
+    """Return whether the guest has run, by the time of its virtual CPUs. A very short run counts as none."""
     times = [nanoseconds / 1e9 for _, _, nanoseconds, _ in domain.vcpus()[0]]
     return any(seconds > _STARTED_SECONDS for seconds in times)
 
 
 def has_disk(xml: str) -> bool:
-    """Anything that QEMU opens as an image: a disk with a medium in it, firmware variables."""
+    """Return whether QEMU opens an image for this domain XML: a disk with a medium in it, firmware variables."""
     root = ET.fromstring(xml)
     return root.find("devices/disk/source") is not None or root.find("os/nvram") is not None
 
 
 def _process(name: str, service: Service) -> Path | None:
-    """The folder of its QEMU in /proc; None where that cannot be told."""
+    """Return the folder of its QEMU in /proc; None where that is not known."""
     try:
         return Path("/proc") / (service.run / "qemu" / f"{name}.pid").read_text().strip() if service.run else None
     except OSError:
@@ -55,7 +55,7 @@ def _process(name: str, service: Service) -> Path | None:
 
 
 def _arrived(process: Path | None) -> bool:
-    """Its QEMU was started to receive it, or that cannot be told."""
+    """Return whether its QEMU was started as a destination; True where that is not known."""
     try:
         return process is None or b"-incoming" in (process / "cmdline").read_bytes().split(b"\0")
     except OSError:
@@ -63,13 +63,15 @@ def _arrived(process: Path | None) -> bool:
 
 
 def _holds_images(process: Path | None) -> bool:
-    """QEMU locks the image of an active disk where its storage has such locks (OFD locks); False where it has not."""
+    """Return whether QEMU holds a lock on an image, which it does while the disk is active. False also where the storage does not
+    support such locks (OFD locks)."""
     try:
         return process is not None and any("OFDLCK" in fd.read_text() for fd in (process / "fdinfo").iterdir())
     except OSError:
         return False
 
 
-def is_mended(version: str) -> bool:
+def is_fixed(version: str) -> bool:
+    """Return whether this version of QEMU can hand over disks that are not active."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    return numbers >= _MENDED
+    return numbers >= _FIXED

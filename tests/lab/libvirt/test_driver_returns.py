@@ -117,7 +117,7 @@ async def test_libvirtd_that_hangs_is_unavailable_in_time(lab: Lab, guest: Guest
     try:
         began = perf_counter()
         for _ in range(2):  # on the open connection, and then on a new one
-            with pytest.raises(HypervisorUnavailable, match=r"2\.0 s"):
+            with pytest.raises(HypervisorUnavailable, match="within 2 s"):
                 await driver.get_named(guest.name)
         assert perf_counter() - began < 15
     finally:
