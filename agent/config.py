@@ -11,11 +11,11 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
-from agent.address import TcpAddress, parse_address
-from agent.config_errors import KeyProblem, explain
-from agent.fencing import FencingConfig
-from agent.log import LogLevel
-from agent.uri import address_problem
+from agent.migration.fencing import FencingConfig
+from agent.network.uri import address_problem
+from agent.runtime.address import TcpAddress, parse_address
+from agent.runtime.config_errors import KeyProblem, explain
+from agent.runtime.log import LogLevel
 
 T = TypeVar("T", bound=msgspec.Struct)
 

@@ -12,26 +12,26 @@ import structlog
 
 from agent.admission.slots import Slots
 from agent.config import AgentConfig, ConfigError, NetworkConfig, convert, load, make_state_dir
-from agent.daemon import run_until_stopped
-from agent.features import features_to_proto
-from agent.handshake.engine import Engine
-from agent.handshake.heard import Heard
-from agent.handshake.phases import LocalHost
-from agent.handshake.records import AttemptRecord
-from agent.host import AgentHost
+from agent.handshake.host.engine import Engine
+from agent.handshake.host.heard import Heard
+from agent.handshake.host.journal import Journal
+from agent.handshake.host.phases import LocalHost
+from agent.handshake.host.records import AttemptRecord
 from agent.hypervisor.base import HypervisorUnavailable
+from agent.hypervisor.features import features_to_proto
 from agent.hypervisor.interface import Hypervisor
-from agent.interfaces import is_own
-from agent.journal import Journal
-from agent.log import logging_to_stderr
-from agent.migrations import Migrations
-from agent.peers import Channels, PeerDirectory
-from agent.registration import keep_registered
+from agent.migration.migrations import Migrations
+from agent.migration.takeover import TakeOver
+from agent.network.interfaces import is_own
+from agent.runtime.daemon import run_until_stopped
+from agent.runtime.log import logging_to_stderr
+from agent.runtime.supervision import supervise
 from agent.service import handshake_service, host_service, migration_service
 from agent.service.channel import open_channel
+from agent.service.host import AgentHost
+from agent.service.peers import Channels, PeerDirectory
+from agent.service.registration import keep_registered
 from agent.service.server import Server, start_server
-from agent.supervision import supervise
-from agent.takeover import TakeOver
 from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc, migration_pb2_grpc
 
 log = structlog.get_logger()

@@ -5,8 +5,8 @@ from typing import Annotated
 import msgspec
 
 from agent.config import ConfigError, Name, check_listen, check_path, load
-from agent.fencing import FencingConfig
-from agent.log import LogLevel
+from agent.migration.fencing import FencingConfig
+from agent.runtime.log import LogLevel
 
 __all__ = ["ConfigError", "CoordinatorConfig", "load"]
 

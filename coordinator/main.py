@@ -9,17 +9,17 @@ import grpc.aio
 import structlog
 
 from agent.config import make_state_dir
-from agent.daemon import run_until_stopped
-from agent.log import logging_to_stderr
-from agent.migrations import Migrations
+from agent.migration.migrations import Migrations
+from agent.runtime.daemon import run_until_stopped
+from agent.runtime.log import logging_to_stderr
 from agent.service import migration_service
 from agent.service.server import Server, start_server
-from coordinator import host_service
 from coordinator.config import CoordinatorConfig, load
-from coordinator.directory import ClusterDirectory
-from coordinator.hosts import HostRegistry
-from coordinator.migration_log import ENDED, StoredMigrations
+from coordinator.hosts import host_service
+from coordinator.hosts.directory import ClusterDirectory
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import SqliteStore
+from coordinator.store.migration_log import ENDED, StoredMigrations
 from drover.agent.v1 import migration_pb2_grpc
 from drover.coordinator.v1 import host_pb2_grpc
 

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, settings
 
-from clusterkit import Cluster
+from tests.kit.cluster import Cluster
 
 # How long an example takes says how busy the machine is, and no more.
 settings.register_profile("drover", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 
 _TYPICAL_SECONDS: Final = 10.0
 """How long a migration is taken to last while none has arrived on this host."""

@@ -31,8 +31,8 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from agent.errors import DroverError, Reason, invalid_field
 from agent.hypervisor.names import name_problem
+from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.service.implausible import drop_implausible, is_duration, is_time
 from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2, options_pb2
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc.aio
 
-from agent.address import parse_address
+from agent.runtime.address import parse_address
 
 MAX_MESSAGE_BYTES = 1 << 20
 """1 MiB: domain XML (512 KiB) and a cookie (64 KiB) with room to spare. The same in both directions, on both ends."""
@@ -69,7 +69,7 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 
 async def all_pages(ask: Callable[[Any], Awaitable[Any]], request: Any) -> AsyncIterator[Any]:
-    """Every answer of a list call (`agent.paging`), as `ask` gets them. Changes `request`."""
+    """Every answer of a list call (`agent.runtime.paging`), as `ask` gets them. Changes `request`."""
     while True:
         response = await ask(request)
         yield response

@@ -18,7 +18,7 @@ from typing import Final
 
 import structlog
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 
 MAX_CONNECTIONS: Final = 16_384
 """From the network, to one listener, where the limit of open files allows it."""

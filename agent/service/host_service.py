@@ -6,13 +6,13 @@ from typing import Any
 
 import grpc.aio
 
-from agent.errors import DroverError
-from agent.features import from_hypervisor
-from agent.handshake.records import cut, duration
-from agent.handshake.stopwatch import timed
-from agent.host import AgentHost
+from agent.handshake.host.records import cut, duration
+from agent.handshake.host.stopwatch import timed
 from agent.hypervisor.base import Domain, DomainState, HypervisorError, Requirements
-from agent.paging import Paging
+from agent.hypervisor.features import from_hypervisor
+from agent.runtime.errors import DroverError
+from agent.runtime.paging import Paging
+from agent.service.host import AgentHost
 from drover.agent.v1 import host_pb2 as pb
 from drover.agent.v1 import host_pb2_grpc as rpc
 

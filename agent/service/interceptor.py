@@ -18,7 +18,7 @@ import grpc.aio
 import structlog
 from google.protobuf.message import Message
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import check_request
 from agent.service.connections import Calls
 from agent.service.status import to_status, trailing_metadata

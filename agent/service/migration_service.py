@@ -1,13 +1,13 @@
-"""`drover.agent.v1.MigrationService`: a thin adapter over `agent.migrations`, served by agents and by the coordinator."""
+"""`drover.agent.v1.MigrationService`: a thin adapter over `agent.migration.migrations`, served by agents and by the coordinator."""
 
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
 
-from agent.migrations import Migrations, newest_first
-from agent.paging import Paging
-from agent.uptime import with_age
+from agent.migration.migrations import Migrations, newest_first
+from agent.migration.uptime import with_age
+from agent.runtime.paging import Paging
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
 

@@ -11,12 +11,12 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyped]
 
-from agent.address import TcpAddress, UnixAddress, parse_address
+from agent.runtime.address import TcpAddress, UnixAddress, parse_address
+from agent.runtime.supervision import supervise
 from agent.service.channel import KEEPALIVE_OPTIONS
 from agent.service.connections import MAX_CALLS, Calls, Connections, most_connections
 from agent.service.interceptor import ErrorInterceptor
 from agent.service.reflection import add_reflection
-from agent.supervision import supervise
 
 PROBE_SECONDS = 1.0
 """How long to wait for a sign of life from a unix socket that is already there."""

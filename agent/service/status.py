@@ -21,7 +21,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
 
-from agent.errors import DOMAIN, DroverError, FieldViolation, Reason, said_by_peer
+from agent.runtime.errors import DOMAIN, DroverError, FieldViolation, Reason, said_by_peer
 from agent.service.implausible import drop_implausible
 
 MAX_MESSAGE = 1536

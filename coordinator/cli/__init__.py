@@ -90,7 +90,7 @@ def _without(modules: tuple[str, ...]) -> Iterator[None]:
 
 def _check_server(ctx: click.Context, param: click.Parameter, value: str) -> str:
     # Here, not at the top: help and completion need no addresses.
-    parse_address: Any = importlib.import_module("agent.address").parse_address
+    parse_address: Any = importlib.import_module("agent.runtime.address").parse_address
     try:
         parse_address(value)
     except ValueError as error:

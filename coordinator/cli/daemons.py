@@ -28,7 +28,7 @@ def coordinator(config: str) -> None:
 def _run(module: str, config: str) -> None:
     config_error = importlib.import_module("agent.config").ConfigError
     address_error = importlib.import_module("agent.service.server").AddressError
-    drover_error = importlib.import_module("agent.errors").DroverError  # a journal or store that cannot be used
+    drover_error = importlib.import_module("agent.runtime.errors").DroverError  # a journal or store that cannot be used
     try:
         importlib.import_module(module).run(config)
     except (config_error, address_error, drover_error) as error:

@@ -62,6 +62,6 @@ class OptionWord(click.ParamType):  # type: ignore[type-arg]
 
 
 def _option_names() -> tuple[str, ...]:
-    from coordinator.client_options import option_names  # noqa: PLC0415 - the wire's code is slow to import
+    from coordinator.client.options import option_names  # noqa: PLC0415 - the wire's code is slow to import
 
     return option_names()

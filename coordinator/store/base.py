@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from agent.errors import DroverError, Reason, invalid_field
+from agent.runtime.errors import DroverError, Reason, invalid_field
 
 MAX_KEY_BYTES: Final = 1024
 MAX_VALUE_BYTES: Final = 512 * 1024
@@ -108,7 +108,7 @@ class Changes:
 
 
 class Store(Protocol):
-    """Every method raises `JOURNAL_UNAVAILABLE` where the store does not answer (`agent.sqlite` says what its metadata
+    """Every method raises `JOURNAL_UNAVAILABLE` where the store does not answer (`agent.runtime.sqlite` says what its metadata
     tell about a write), and ends within the store's own deadline, but for `watch`."""
 
     async def get(self, key: str) -> KeyValue | None:

@@ -14,8 +14,8 @@ from typing import Final, Generic, Self, TypeVar
 
 import structlog
 
-from agent.errors import DroverError, Reason
-from agent.supervision import supervise
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.supervision import supervise
 from coordinator.store import rows as core
 from coordinator.store.base import (
     MAX_LIST,

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import Final
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from coordinator.store.base import Changes
 
 MAX_REVISIONS: Final = 4096

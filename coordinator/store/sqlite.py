@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final, Self, TypeVar
 
-from agent.intact import Damage, as_bytes, seal
-from agent.sqlite import Database
+from agent.runtime.intact import Damage, as_bytes, seal
+from agent.runtime.sqlite import Database
 from coordinator.store.base import KeyValue
 from coordinator.store.embedded import EmbeddedStore
 from coordinator.store.rows import FIRST_REVISION, Rows

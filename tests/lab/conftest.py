@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterkit import Cluster, cluster, why_not_libvirt
+from tests.kit.cluster import Cluster, cluster, why_not_libvirt
 from tests.scenarios.guests import GUESTS
 from tests.scenarios.settings import SETTINGS
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from clusterkit import GuestSpec
-from clusterkit import cluster as make_cluster
-from clusterkit.platforms import LabCluster
-from labkit import Guest, Host, LabError, wait_until
-from labkit.domain import FIRMWARE
-from labkit.guestlog import judge_file
+from agent.runtime.errors import DroverError, Reason
+from tests.kit.cluster import GuestSpec
+from tests.kit.cluster import cluster as make_cluster
+from tests.kit.cluster.platforms import LabCluster
+from tests.kit.lab import Guest, Host, LabError, wait_until
+from tests.kit.lab.domain import FIRMWARE
+from tests.kit.lab.guestlog import judge_file
 from tests.scenarios.conversation import MIB, Talk, state
 
 pytestmark = pytest.mark.timeout(300)

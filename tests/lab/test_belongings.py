@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from clusterkit import ClusterGuest, GuestSpec
-from clusterkit import cluster as make_cluster
-from clusterkit.platforms import LabCluster
-from labkit import Host, wait_until
+from tests.kit.cluster import ClusterGuest, GuestSpec
+from tests.kit.cluster import cluster as make_cluster
+from tests.kit.cluster.platforms import LabCluster
+from tests.kit.lab import Host, wait_until
 from tests.scenarios.conversation import MIB, Talk, state
 
 pytestmark = pytest.mark.timeout(180)

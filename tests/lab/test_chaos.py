@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from agent.failpoints import all_points
+from agent.handshake.machines.failpoints import all_points
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from benchkit.chaos import Result, new_arena, run
-from benchkit.chaos_plan import HOSTS, PHASES, POINTS, each_phase, plan
-from benchkit.chaos_report import tell, tell_round
-from benchkit.chaos_targets import FAULTS
+from tests.bench.chaos import Result, new_arena, run
+from tests.bench.chaos_plan import HOSTS, PHASES, POINTS, each_phase, plan
+from tests.bench.chaos_report import tell, tell_round
+from tests.bench.chaos_targets import FAULTS
 
 pytestmark = pytest.mark.timeout(1500)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from agent.failpoints import all_points
+from agent.handshake.machines.failpoints import all_points
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
-from benchkit.chaos_arena import Arena
-from benchkit.failpoints import DEADLINE, run
-from benchkit.failpoints_cases import MANAGED, P2P, TAKE_OVER, cases
-from benchkit.failpoints_report import tell_row
+from tests.bench.chaos_arena import Arena
+from tests.bench.failpoints import DEADLINE, run
+from tests.bench.failpoints_cases import MANAGED, P2P, TAKE_OVER, cases
+from tests.bench.failpoints_report import tell_row
 
 pytestmark = pytest.mark.timeout(240)
 

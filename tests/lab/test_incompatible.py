@@ -2,11 +2,11 @@
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from clusterkit import Cluster
-from clusterkit.platforms import LabCluster
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
+from tests.kit.cluster import Cluster
+from tests.kit.cluster.platforms import LabCluster
 from tests.scenarios.conversation import Talk, assert_idle, new_id
 
 

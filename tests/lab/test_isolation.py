@@ -1,7 +1,7 @@
 """Requirements N1, S3: no hypervisor port is open to the network, and memory travels on the migration network only."""
 
-from clusterkit import Cluster
-from clusterkit.platforms import PORT, LabCluster
+from tests.kit.cluster import Cluster
+from tests.kit.cluster.platforms import PORT, LabCluster
 from tests.scenarios.conversation import MIB, Talk, state
 
 

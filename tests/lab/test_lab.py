@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from labkit import Guest, Lab, LabError, missing_requirement, take_down, wait_until
-from labkit.guestlog import judge_file
-from labkit.processes import NETNS_DIR, in_namespace, namespace_inode, namespace_pids
+from tests.kit.lab import Guest, Lab, LabError, missing_requirement, take_down, wait_until
+from tests.kit.lab.guestlog import judge_file
+from tests.kit.lab.processes import NETNS_DIR, in_namespace, namespace_inode, namespace_pids
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -372,9 +372,9 @@ def harmed(lab: Lab, harm: str) -> list[int]:
 
 
 def test_an_up_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("labkit.hosts.Host.service", ("/bin/false",))
+    monkeypatch.setattr("tests.kit.lab.hosts.Host.service", ("/bin/false",))
     base, lab_id = Path(f"/tmp/df-{os.getpid()}"), f"f{os.getpid()}"
-    monkeypatch.setattr("labkit.hosts.Host.wait_ready", lambda self, timeout=1.0: self._accepts() or 1 / 0)
+    monkeypatch.setattr("tests.kit.lab.hosts.Host.wait_ready", lambda self, timeout=1.0: self._accepts() or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Lab.up(lab_id, base=base)
     assert traces(lab_id, base) == []
@@ -382,7 +382,7 @@ def test_an_up_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_up_that_was_killed_is_taken_down_by_its_id_alone() -> None:
     lab_id, base = f"k{os.getpid()}", Path(f"/tmp/dk-{os.getpid()}")
-    code = f"from pathlib import Path; from labkit import Lab; Lab.up({lab_id!r}, hosts=4, base=Path({str(base)!r}))"
+    code = f"from pathlib import Path; from tests.kit.lab import Lab; Lab.up({lab_id!r}, hosts=4, base=Path({str(base)!r}))"
     with subprocess.Popen([str(Path(".venv/bin/python").absolute()), "-c", code]) as child:
         wait_until(lambda: (NETNS_DIR / f"drv-{lab_id}-h3").exists(), 10, "the lab is half made", 0.001)
         child.kill()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from labkit import Lab, LabError
-from labkit.settings import SETTINGS
+from tests.kit.lab import Lab, LabError
+from tests.kit.lab.settings import SETTINGS
 
 pytestmark = [pytest.mark.timeout(40), pytest.mark.usefixtures("_real_hosts")]
 

@@ -26,8 +26,8 @@ from time import perf_counter
 import pytest
 
 from agent.hypervisor.base import Begun, DomainBusy, DomainNotFound, DomainState, HypervisorError, Options, Prepared
-from labkit import Guest, Lab, wait_until
-from labkit.guestlog import judge_file
+from tests.kit.lab import Guest, Lab, wait_until
+from tests.kit.lab.guestlog import judge_file
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.failpoints import VARIABLE
-from clusterkit import Cluster, GuestSpec, cluster
-from clusterkit.platforms import LabCluster
+from agent.handshake.machines.failpoints import VARIABLE
 from drover.agent.v1 import migration_pb2 as pb
+from tests.kit.cluster import Cluster, GuestSpec, cluster
+from tests.kit.cluster.platforms import LabCluster
 from tests.scenarios.conversation import MIB, Talk, state
 
 pytestmark = pytest.mark.timeout(120)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterkit import Cluster
+from tests.kit.cluster import Cluster
 from tests.scenarios.documents import sockets
 from tests.transcript import ROOT, run
 

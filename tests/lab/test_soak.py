@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from clusterkit import Cluster, Daemon
-from clusterkit.platforms import LabCluster
+from tests.kit.cluster import Cluster, Daemon
+from tests.kit.cluster.platforms import LabCluster
 from tests.scenarios.conversation import Talk, assert_idle, state
 
 pytestmark = pytest.mark.timeout(180)

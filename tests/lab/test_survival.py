@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from clusterkit import Cluster, GuestSpec
-from clusterkit import cluster as make_cluster
-from clusterkit.platforms import LabCluster
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
-from labkit import wait_until
+from tests.kit.cluster import Cluster, GuestSpec
+from tests.kit.cluster import cluster as make_cluster
+from tests.kit.cluster.platforms import LabCluster
+from tests.kit.lab import wait_until
 from tests.scenarios.conversation import MIB, Talk, assert_idle, record_state, state
 
 pytestmark = pytest.mark.timeout(120)

@@ -1,9 +1,9 @@
-"""What both agents do alike: take an event as `agent.handshake.attempt` does, and fence attempts as `attempts` does."""
+"""What both agents do alike: take an event as `agent.handshake.host.attempt` does, and fence attempts as `attempts` does."""
 
 from enum import StrEnum
 from typing import TypeVar, cast
 
-from agent.handshake.machine import Machine, Refused
+from agent.handshake.machines.machine import Machine, Refused
 from tests.model.parts import Agent, Answer, Durable, Stage, Violation, Work
 from tests.model.world import World
 

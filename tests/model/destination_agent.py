@@ -1,10 +1,10 @@
-"""The destination's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.destination_effects`."""
+"""The destination's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.host.destination_effects`."""
 
 from collections.abc import Iterator
 
-from agent.handshake.decision import destination_yields, yields_unrecorded
-from agent.handshake.destination import DestinationEffect, DestinationEvent, DestinationState
-from agent.handshake.source import SourceState
+from agent.handshake.machines.decision import destination_yields, yields_unrecorded
+from agent.handshake.machines.destination import DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.machines.source import SourceState
 from tests.model.agents import FINISH_STARTS, ONLY_COPY, crashed, finish_work, restarted, take, take_turn, write_late, written
 from tests.model.hosts import WAITS, destination_domain, prepared, source_domain, without_copy
 from tests.model.parts import Agent, Copy, Cost, Finish, Guest, Hosts, Stage, Stream, Violation, Work

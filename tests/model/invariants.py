@@ -8,8 +8,8 @@ guest has left. R5 KEPT: it runs at the source; no guest is destroyed. R6 all of
 
 from collections.abc import Callable, Iterator
 
-from agent.handshake.destination import DestinationState as Dst
-from agent.handshake.source import SourceState as Src
+from agent.handshake.machines.destination import DestinationState as Dst
+from agent.handshake.machines.source import SourceState as Src
 from tests.model import network
 from tests.model.agents import FENCE, FINAL, ONLY_COPY, PATH
 from tests.model.hosts import AT_HOME, WAITS, undoes

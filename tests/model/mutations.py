@@ -6,11 +6,11 @@ Nothing is patched: each mutation is a world with another table, another `decide
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from agent.handshake.decide import Call, decide
-from agent.handshake.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
-from agent.handshake.facts import destination_fact, source_fact
-from agent.handshake.machine import Transition
-from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
+from agent.handshake.machines.decide import Call, decide
+from agent.handshake.machines.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.machines.facts import destination_fact, source_fact
+from agent.handshake.machines.machine import Transition
+from agent.handshake.machines.source import SOURCE, SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import Job
 from tests.model.agents import FENCE, PATH
 from tests.model.invariants import (

@@ -1,10 +1,10 @@
-"""The drivers and their messages: what they call, what they learn, what gets lost. Mirrors `agent.handshake.driver`."""
+"""The drivers and their messages: what they call, what they learn, what gets lost. Mirrors `agent.handshake.drive.driver`."""
 
 from collections.abc import Iterator
 
-from agent.handshake.decide import Call, assume, disputed, ended
-from agent.handshake.destination import DestinationEvent, DestinationState
-from agent.handshake.source import SourceEvent, SourceState
+from agent.handshake.machines.decide import Call, assume, disputed, ended
+from agent.handshake.machines.destination import DestinationEvent, DestinationState
+from agent.handshake.machines.source import SourceEvent, SourceState
 from tests.model import destination_agent, source_agent
 from tests.model.agents import call, crashed, waits_for_turn
 from tests.model.parts import NOBODY, Agent, Answer, Cost, Driver, Message, Mode, Side, Talk, Unanswered, Violation

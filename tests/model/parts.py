@@ -3,9 +3,9 @@
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
-from agent.handshake.decide import Call
-from agent.handshake.destination import DestinationState as Dst
-from agent.handshake.source import SourceState as Src
+from agent.handshake.machines.decide import Call
+from agent.handshake.machines.destination import DestinationState as Dst
+from agent.handshake.machines.source import SourceState as Src
 
 
 class Guest(IntEnum):

@@ -1,10 +1,10 @@
-"""The source's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.source_effects`."""
+"""The source's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.host.source_effects`."""
 
 from collections.abc import Iterator
 
-from agent.handshake.decision import source_obeys
-from agent.handshake.destination import DestinationState
-from agent.handshake.source import SourceEffect, SourceEvent, SourceState
+from agent.handshake.machines.decision import source_obeys
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceEffect, SourceEvent, SourceState
 from tests.model.agents import NO_WORK, PATH, finish_work, restarted, take, take_turn, written
 from tests.model.hosts import AT_HOME, aborted, guest_dies, source_domain
 from tests.model.parts import Agent, Copy, Cost, Guest, Hosts, Stage, Stream, Violation, Work

@@ -1,6 +1,6 @@
 """A trace as a table: what happened, and what was so after it."""
 
-from agent.handshake.destination import DestinationState
+from agent.handshake.machines.destination import DestinationState
 from tests.model.explore import Result
 from tests.model.parts import Agent, Budget, Driver, Hosts, Mode, Talk, Unanswered
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.handshake.decide import Call, decide
-from agent.handshake.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
-from agent.handshake.facts import destination_fact, source_fact
-from agent.handshake.machine import Machine
-from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
+from agent.handshake.machines.decide import Call, decide
+from agent.handshake.machines.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.machines.facts import destination_fact, source_fact
+from agent.handshake.machines.machine import Machine
+from agent.handshake.machines.source import SOURCE, SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import Domain
 from tests.model.parts import NO_FAULTS, Budget, Cost, Side
 
@@ -77,7 +77,7 @@ class World:
     """At the last instant the destination gets everything, while the source believes that it failed and runs on."""
 
     fence: bool = True
-    """A call for an earlier attempt is refused (`agent.handshake.attempts`)."""
+    """A call for an earlier attempt is refused (`agent.handshake.host.attempts`)."""
     beside: frozenset[SourceEvent | DestinationEvent] = frozenset()
     """Events whose record is written while their effects are under way already: a crash may lose it."""
     turns: bool = False

@@ -4,8 +4,8 @@ Every one is explored whole. The bounds differ, because all faults at once would
 with two or three faults together, so each world has those that belong together.
 """
 
-from agent.handshake.destination import DESTINATION
-from agent.handshake.source import SOURCE
+from agent.handshake.machines.destination import DESTINATION
+from agent.handshake.machines.source import SOURCE
 from tests.model.agents import ONLY_COPY
 from tests.model.invariants import ALL, GOES_BACK, TWO_RUN
 from tests.model.parts import budget

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from clusterkit import Cluster
-from labkit.processes import wait_until
+from tests.kit.cluster import Cluster
+from tests.kit.lab.processes import wait_until
 from tests.scenarios.conversation import MIB, Talk, state
 
 

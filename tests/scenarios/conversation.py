@@ -6,14 +6,14 @@ from typing import Any
 
 import grpc.aio
 
-from agent.handshake.records import duration
+from agent.handshake.host.records import duration
 from agent.service.channel import open_channel
 from agent.service.handshake_service import RemotePeer
 from agent.service.status import error_from_rpc
-from clusterkit import Cluster
 from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
+from tests.kit.cluster import Cluster
 
 FINAL = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED)
 MIB = 1 << 20

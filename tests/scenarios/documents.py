@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clusterkit import Cluster
+from tests.kit.cluster import Cluster
 from tests.transcript import ROOT, run
 
 PROTOCOL = ROOT / "docs" / "protocol.md"

@@ -1,6 +1,6 @@
 """The guests of the scenarios. Each test has its own, so that tests do not depend on each other."""
 
-from clusterkit import GuestSpec
+from tests.kit.cluster import GuestSpec
 
 GUESTS = {
     spec.name: spec

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from clusterkit import Cluster
+from agent.runtime.errors import DroverError, Reason
+from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import MIB, Talk, assert_idle, new_id, state
 
 SLOW: dict[str, Any] = {"bandwidth_bytes_per_second": 20 * MIB}

@@ -4,9 +4,9 @@ import uuid
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from clusterkit import Cluster
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2, host_pb2
+from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import Talk, assert_idle, new_id, state
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from clusterkit import Cluster
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc, host_pb2
+from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import Talk, assert_idle, duration, new_id, record_state
 
 

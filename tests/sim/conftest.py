@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from clusterkit import Cluster, cluster
+from tests.kit.cluster import Cluster, cluster
 from tests.scenarios.guests import GUESTS
 from tests.scenarios.settings import SETTINGS
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from clusterkit import GuestSpec, cluster
+from tests.kit.cluster import GuestSpec, cluster
 
 WHY = "vm.unprivileged_userfaultfd is 0 and QEMU runs as user libvirt-qemu"
 

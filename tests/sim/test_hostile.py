@@ -12,13 +12,13 @@ import grpc.aio
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.service.channel import open_channel
 from agent.service.status import STATUS_KEY, error_from_rpc
-from benchkit.hostile import Hostile
-from clusterkit import Cluster, GuestSpec, cluster
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
+from tests.bench.hostile import Hostile
+from tests.kit.cluster import Cluster, GuestSpec, cluster
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -3,8 +3,8 @@
 import json
 import subprocess
 
-from agent.errors import Reason
-from clusterkit import GuestSpec, cluster
+from agent.runtime.errors import Reason
+from tests.kit.cluster import GuestSpec, cluster
 
 
 def test_6_15_one_of_two_is_refused_before_anything_is_done_to_it() -> None:

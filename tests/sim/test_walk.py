@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchkit import walk
+from tests.bench import walk
 
 
 @pytest.mark.timeout(180)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from agent.features import features_to_proto
-from agent.handshake.driver import Driver
-from agent.handshake.plan import Plan
-from agent.handshake.records import AttemptRecord, Failure, Role
+from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.plan import Plan
+from agent.handshake.host.records import AttemptRecord, Failure, Role
+from agent.hypervisor.features import features_to_proto
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 from tests.unit.fake_hypervisor import FEATURES, UUID

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.hosts import HostRegistry
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from tests.unit.fake_agents import Clock, FakeAgent
 from tests.unit.fake_directory import Driving

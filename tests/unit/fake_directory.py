@@ -2,14 +2,14 @@
 
 import asyncio
 
-from agent.ends import Ends, Side
-from agent.errors import DroverError, Reason
-from agent.fencing import FencingConfig
-from agent.host import AgentHost
+from agent.handshake.drive.ends import Ends, Side
 from agent.hypervisor.base import HypervisorInfo
-from agent.migrations import Migrations
-from agent.peers import leaving_request
+from agent.migration.fencing import FencingConfig
+from agent.migration.migrations import Migrations
+from agent.runtime.errors import DroverError, Reason
+from agent.service.host import AgentHost
 from agent.service.host_service import get_domain
+from agent.service.peers import leaving_request
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import PATIENCE
@@ -18,7 +18,7 @@ from tests.unit.two_agents import Agent, Line, Pair
 
 
 class FakeDirectory:
-    """`agent.ends.Directory`."""
+    """`agent.handshake.drive.ends.Directory`."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
@@ -59,7 +59,7 @@ def _side(agent: Agent, line: Line, address: str) -> Side:
 
 
 class FakeLog:
-    """`agent.migration.MigrationLog`."""
+    """`agent.migration.migration.MigrationLog`."""
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[bytes, bool]] = {}

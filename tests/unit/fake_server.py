@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.service.server import Server, start_server
 from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2

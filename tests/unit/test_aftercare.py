@@ -1,14 +1,14 @@
-"""agent.handshake.aftercare: a guest's autostart and its user's pause follow it, whatever dies in between."""
+"""agent.handshake.host.aftercare: a guest's autostart and its user's pause follow it, whatever dies in between."""
 
 import asyncio
 
 import pytest
 
-from agent.errors import Reason
-from agent.handshake import attempts
-from agent.handshake.records import AttemptRecord, Role, decode, encode
+from agent.handshake.host import attempts
+from agent.handshake.host.records import AttemptRecord, Role, decode, encode
 from agent.hypervisor.base import HypervisorError, Stored
-from agent.migration import FINAL
+from agent.migration.migration import FINAL
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import migration_pb2
 from tests.unit.asking import ID, begin, fails, finished, record, until
@@ -181,7 +181,7 @@ async def test_6_29_no_secret_of_a_guest_is_in_a_journal(pair: Pair, monkeypatch
         written.append(encode(one))
         return written[-1]
 
-    monkeypatch.setattr("agent.journal.encode", keep)
+    monkeypatch.setattr("agent.handshake.host.journal.encode", keep)
     await finished(pair.driver())
     pair.moved()
     assert len(written) > 10

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from agent.journal import Journal
-from benchkit.chaos_arena import whole_journal
+from agent.handshake.host.journal import Journal
+from tests.bench.chaos_arena import whole_journal
 
 
 async def test_the_mark_of_a_journal_is_evidence_too(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import check_answer, check_request
 from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2

@@ -1,4 +1,4 @@
-"""coordinator.claims: what a host that registers must show, and who gives way to it."""
+"""coordinator.hosts.claims: what a host that registers must show, and who gives way to it."""
 
 import asyncio
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from agent.errors import DroverError, Reason
-from coordinator import claims
-from coordinator.host_table import PREFIX
-from coordinator.hosts import HostRegistry
+from agent.runtime.errors import DroverError, Reason
+from coordinator.hosts import claims
+from coordinator.hosts.host_table import PREFIX
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb

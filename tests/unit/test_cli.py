@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from agent.errors import Reason
+from agent.runtime.errors import Reason
 from coordinator.cli import follow, main
 from coordinator.cli.units import eta, rate, seconds, size
 from tests.unit.running_drover import DROVER, UUID, Drover, serving, start

@@ -8,13 +8,15 @@ from tests.unit.running_drover import Drover
 
 OURS = {
     "agent",
-    "agent.address",
-    "agent.errors",
-    "agent.open_enum",
+    "agent.migration",
+    "agent.migration.whereabouts",
+    "agent.runtime",
+    "agent.runtime.address",
+    "agent.runtime.errors",
+    "agent.runtime.open_enum",
     "agent.service",
     "agent.service.channel",
     "agent.service.implausible",
-    "agent.whereabouts",
     "coordinator",
     "coordinator.cli",
     "coordinator.cli.exit_codes",
@@ -26,9 +28,10 @@ OURS = {
     "coordinator.cli.text",
     "coordinator.cli.units",
     "coordinator.client",
-    "coordinator.client_errors",
-    "coordinator.client_options",
-    "coordinator.client_types",
+    "coordinator.client.client",
+    "coordinator.client.errors",
+    "coordinator.client.options",
+    "coordinator.client.types",
     "drover",
     "drover.agent",
     "drover.agent.v1",
@@ -52,7 +55,7 @@ OTHERS = {
     "typing_extensions",
 }
 NOT_FOR_A_SUCCESS = {"difflib", "ipaddress", "google.protobuf.json_format", "google.protobuf.any_pb2", "ssl", "_ssl"}
-FOR_THE_COURSE = {"agent.whereabouts", "coordinator.cli.follow", "coordinator.client_types"}
+FOR_THE_COURSE = {"agent.migration.whereabouts", "coordinator.cli.follow", "coordinator.client.types"}
 """Of ours, what a migration that is under way needs, and its start does not wait for."""
 
 PROGRAM = """
@@ -98,4 +101,4 @@ def test_6_bar_help_imports_neither_grpc_nor_protobuf(drover: Drover) -> None:
 def test_6_bar_what_others_need_is_imported_for_them(drover: Drover) -> None:
     """The list above would say nothing if the program that makes it saw no imports."""
     assert "google.protobuf.json_format" in modules(drover, "migrate", "vm1", "--to", "b", "-o", "json")
-    assert "coordinator.client_hosts" in modules(drover, "host", "list")
+    assert "coordinator.client.hosts" in modules(drover, "host", "list")

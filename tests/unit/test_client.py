@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from coordinator.client import (
     Busy,
     Client,
@@ -26,7 +26,7 @@ from coordinator.client import (
     Unreachable,
     option_names,
 )
-from coordinator.client_errors import client_error, raise_unless_succeeded
+from coordinator.client.errors import client_error, raise_unless_succeeded
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.fake_server import MIB, FakeMigrations, serve_agent, serve_coordinator
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.address import parse_address
 from agent.config import AgentConfig, ConfigError, load
 from agent.main import check_networks
+from agent.runtime.address import parse_address
 from coordinator.config import CoordinatorConfig
 
 FULL = """

@@ -14,7 +14,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.service.channel import open_channel
 from agent.service.connections import (
     KEPT_FILES,

@@ -1,14 +1,14 @@
-"""agent.handshake.decide: what every pair of records means to a driver."""
+"""agent.handshake.machines.decide: what every pair of records means to a driver."""
 
 import itertools
 
 import pytest
 
-from agent.handshake.decide import Call, assume, decide, ended
-from agent.handshake.destination import DESTINATION, DestinationEvent
-from agent.handshake.destination import DestinationState as Dst
-from agent.handshake.source import SOURCE, SourceEvent
-from agent.handshake.source import SourceState as Src
+from agent.handshake.machines.decide import Call, assume, decide, ended
+from agent.handshake.machines.destination import DESTINATION, DestinationEvent
+from agent.handshake.machines.destination import DestinationState as Dst
+from agent.handshake.machines.source import SOURCE, SourceEvent
+from agent.handshake.machines.source import SourceState as Src
 
 PAIRS = [pair for pair in itertools.product((None, *Src), (None, *Dst)) if pair != (Src.KEPT, Dst.RUNNING)]
 ENDS = {(Src.REMOVED, Dst.RUNNING), (Src.KEPT, Dst.GONE)}

@@ -5,12 +5,12 @@ from collections.abc import Awaitable
 
 import pytest
 
-from agent.errors import Reason
-from agent.handshake import peer_record
-from agent.handshake.driver import Driver
-from agent.handshake.path import PathProbe, prove
-from agent.handshake.records import Role, state_from_proto
+from agent.handshake.drive.driver import Driver
+from agent.handshake.host import peer_record
+from agent.handshake.host.path import PathProbe, prove
+from agent.handshake.host.records import Role, state_from_proto
 from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Incompatible, Job
+from agent.runtime.errors import Reason
 from agent.service.handshake_service import QUESTION_SECONDS
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (

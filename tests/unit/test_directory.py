@@ -1,4 +1,4 @@
-"""coordinator.directory: which agent a migration speaks to while hosts come, move and go."""
+"""coordinator.hosts.directory: which agent a migration speaks to while hosts come, move and go."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,11 +7,11 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from agent.errors import Reason
+from agent.runtime.errors import Reason
 from agent.service.handshake_service import SERVICE, HandshakeServicer
 from agent.service.server import Server, start_server
-from coordinator.directory import ClusterDirectory
-from coordinator.hosts import HostRegistry
+from coordinator.hosts.directory import ClusterDirectory
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import Reason
-from agent.failpoints import all_points
+from agent.handshake.machines.failpoints import all_points
+from agent.runtime.errors import Reason
 from tests.transcript import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -1,15 +1,15 @@
-"""agent.handshake.driver: one attempt over two peers, whatever the lines between them do."""
+"""agent.handshake.drive.driver: one attempt over two peers, whatever the lines between them do."""
 
 import asyncio
 
 import pytest
 
-import agent.handshake.destination_side
-import agent.handshake.driver as driver_module
-from agent.errors import DroverError, Reason
-from agent.handshake.destination import DestinationState
-from agent.handshake.records import Failure
-from agent.handshake.source import SourceState
+import agent.handshake.drive.driver as driver_module
+import agent.handshake.host.destination_side
+from agent.handshake.host.records import Failure
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceState
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, fails, finished, make_plan, until
 from tests.unit.two_agents import Pair, pair_of_agents
@@ -96,7 +96,7 @@ async def test_a_destination_that_points_elsewhere_is_not_believed(pair: Pair, u
 
 
 async def test_a_copy_that_takes_longer_than_a_call_is_waited_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.handshake.destination_side, "MAX_WAIT", 0.2)
+    monkeypatch.setattr(agent.handshake.host.destination_side, "MAX_WAIT", 0.2)
     pair.destination.hypervisor.held["prepare"] = asyncio.Event()
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))

@@ -1,12 +1,12 @@
-"""agent.handshake.driver: hosts that stay silent, an operator's word, several drivers, and another life of one."""
+"""agent.handshake.drive.driver: hosts that stay silent, an operator's word, several drivers, and another life of one."""
 
 import asyncio
 
 import pytest
 
-import agent.handshake.driver
-from agent.errors import Reason
-from agent.handshake.driver import Driver
+import agent.handshake.drive.driver
+from agent.handshake.drive.driver import Driver
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, PATIENCE, REF, finished, make_plan, until, word
 from tests.unit.two_agents import Line, Pair, pair_of_agents, quicker
@@ -360,7 +360,7 @@ async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -
 async def test_6_10_a_lease_ends_no_transfer_though_the_driver_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finish never arrives, so the destination is only prepared; it asks its source, which sends."""
     quicker(monkeypatch)
-    monkeypatch.setattr(agent.handshake.driver, "FOLLOW_AFTER", 1000.0)  # the watch of a link that was cut has ended
+    monkeypatch.setattr(agent.handshake.drive.driver, "FOLLOW_AFTER", 1000.0)  # the watch of a link that was cut has ended
     async with pair_of_agents(lease=0.4) as pair:
         pair.wire.all_sent.clear()
         line = Line(pair.destination)

@@ -1,4 +1,4 @@
-"""agent.handshake.engine: the calls of one host. Journal first, then the hypervisor; whoever asks may go away."""
+"""agent.handshake.host.engine: the calls of one host. Journal first, then the hypervisor; whoever asks may go away."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from agent.errors import Reason
-from agent.handshake.records import state_from_proto
+from agent.handshake.host.records import state_from_proto
 from agent.hypervisor.base import HypervisorError
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import ID, PATIENCE, REF, begin, confirm, fails, finish, perform, prepare, requirements, reserve, until
 from tests.unit.fake_hypervisor import guest

@@ -1,14 +1,12 @@
-"""agent.handshake.engine: what one migration must not do to the next, errors that nobody foresaw, and words that do not fit."""
+"""agent.handshake.host.engine: what one migration must not do to the next, errors that nobody foresaw, and words that do not fit."""
 
 import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
-from agent.errors import Reason
-from agent.handshake.guest_fact import GuestFact, GuestState
-from agent.handshake.phases import look_up
-from agent.handshake.records import Failure, OperatorWord, Role, state_from_proto
+from agent.handshake.host.phases import look_up
+from agent.handshake.host.records import Failure, OperatorWord, Role, state_from_proto
 from agent.hypervisor.base import (
     ECHO,
     Domain,
@@ -19,6 +17,8 @@ from agent.hypervisor.base import (
     Job,
     TransferFailed,
 )
+from agent.hypervisor.guest_fact import GuestFact, GuestState
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
     CANCELLED,

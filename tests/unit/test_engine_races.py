@@ -1,14 +1,14 @@
-"""agent.handshake.engine: copies that were disowned, and races between calls and news."""
+"""agent.handshake.host.engine: copies that were disowned, and races between calls and news."""
 
 import asyncio
 import time
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from agent.handshake import owner
-from agent.handshake.records import OperatorWord, Role, state_from_proto
+from agent.handshake.host import owner
+from agent.handshake.host.records import OperatorWord, Role, state_from_proto
 from agent.hypervisor.base import RESUMED, DomainState, HypervisorUnavailable
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import PATIENCE, REF, begin, confirm, fails, finish, perform, record, requirements, reserve, until, word
 from tests.unit.fake_hypervisor import guest

@@ -1,4 +1,4 @@
-"""agent.handshake.engine: restarts, silence, leases, a hypervisor that is away, and copies that were disowned."""
+"""agent.handshake.host.engine: restarts, silence, leases, a hypervisor that is away, and copies that were disowned."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from agent.errors import Reason
-from agent.handshake.records import Role, state_from_proto
+from agent.handshake.host.records import Role, state_from_proto
 from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Job, TransferFailed
+from agent.runtime.errors import Reason
 from agent.service.host_service import domain_to_proto
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2

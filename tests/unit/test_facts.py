@@ -1,15 +1,15 @@
-"""agent.handshake.facts: what a hypervisor's word on a guest means."""
+"""agent.handshake.machines.facts: what a hypervisor's word on a guest means."""
 
 from typing import Any
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from agent.handshake.destination import DestinationEvent
-from agent.handshake.facts import check_movable, check_place_is_free, destination_fact, source_fact
-from agent.handshake.guest_fact import GuestState, fact_of
-from agent.handshake.source import SourceEvent
+from agent.handshake.machines.destination import DestinationEvent
+from agent.handshake.machines.facts import check_movable, check_place_is_free, destination_fact, source_fact
+from agent.handshake.machines.source import SourceEvent
 from agent.hypervisor.base import ENDING, DomainState, Job
+from agent.hypervisor.guest_fact import GuestState, fact_of
+from agent.runtime.errors import DroverError, Reason
 from tests.unit.fake_hypervisor import UUID, guest
 
 

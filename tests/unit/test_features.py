@@ -1,11 +1,12 @@
-"""agent.features: what both ends must be able to do, and how a hypervisor's words read on the wire."""
+"""agent.hypervisor.features: what both ends must be able to do, and how a hypervisor's words read on the wire."""
 
 import dataclasses
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from agent.features import (
+from agent.hypervisor import base
+from agent.hypervisor.base import Features, Support
+from agent.hypervisor.features import (
     PROTOCOL_VERSION,
     check_bandwidth,
     check_options,
@@ -15,8 +16,7 @@ from agent.features import (
     settled,
     support_of,
 )
-from agent.hypervisor import base
-from agent.hypervisor.base import Features, Support
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import bounds_pb2, options_pb2
 
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""agent.fencing: the command of the site, run once per host."""
+"""agent.migration.fencing: the command of the site, run once per host."""
 
 import asyncio
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import agent.fencing
-from agent.fencing import Fences, FencingConfig, fence
+import agent.migration.fencing
+from agent.migration.fencing import Fences, FencingConfig, fence
 from tests.unit.asking import until
 
 
@@ -86,7 +86,7 @@ async def test_6_12_the_output_is_bounded(tmp_path: Path) -> None:
 async def test_6_12_output_that_a_process_left_behind_keeps_open_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent.fencing, "_LAST_OUTPUT_SECONDS", 0.1)
+    monkeypatch.setattr(agent.migration.fencing, "_LAST_OUTPUT_SECONDS", 0.1)
     said = await asyncio.wait_for(fence(shell('sleep 5 & echo $! > "$0/pid"; echo pulled', tmp_path), "h2"), 3)
     os.kill(int((tmp_path / "pid").read_text()), 9)
     assert said == "the fencing command ended with status 0: pulled"

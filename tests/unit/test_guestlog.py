@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from labkit.guestlog import judge, judge_file
+from tests.kit.lab.guestlog import judge, judge_file
 
 PAGES = 100
 TICK_US = 10_000

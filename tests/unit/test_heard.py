@@ -1,11 +1,11 @@
-"""agent.handshake.heard: what another agent has just answered this process itself need not be asked again; all else must."""
+"""agent.handshake.host.heard: what another agent has just answered this process itself need not be asked again; all else must."""
 
 import pytest
 
-from agent.errors import Reason
-from agent.handshake import heard
-from agent.handshake.records import Role, record_to_proto, state_from_proto
+from agent.handshake.host import heard
+from agent.handshake.host.records import Role, record_to_proto, state_from_proto
 from agent.hypervisor.base import DomainState
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import REF, begin, confirm, fails, perform, prepare, record, reserve, until
 from tests.unit.fake_hypervisor import guest

@@ -1,14 +1,14 @@
-"""coordinator.host_link: how often, and how many at once, hosts that do not answer are asked."""
+"""coordinator.hosts.host_link: how often, and how many at once, hosts that do not answer are asked."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 
-from coordinator import host_link
-from coordinator.host_link import HostLink, Lanes, pause_after
-from coordinator.host_table import PREFIX
-from coordinator.hosts import HostRegistry
+from coordinator.hosts import host_link
+from coordinator.hosts.host_link import HostLink, Lanes, pause_after
+from coordinator.hosts.host_table import PREFIX
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb

@@ -1,4 +1,4 @@
-"""coordinator.hosts and coordinator.host_service, with agents that are real gRPC servers on unix sockets."""
+"""coordinator.hosts.hosts and coordinator.hosts.host_service, with agents that are real gRPC servers on unix sockets."""
 
 import asyncio
 import time
@@ -9,17 +9,17 @@ import grpc.aio
 import pytest
 from structlog.testing import capture_logs
 
-from agent.errors import DroverError, Reason
-from agent.host import SHORTEST_REPEAT_SECONDS, AgentHost
 from agent.hypervisor.base import HypervisorInfo
+from agent.runtime.errors import DroverError, Reason
 from agent.service.channel import open_channel
+from agent.service.host import SHORTEST_REPEAT_SECONDS, AgentHost
 from agent.service.host_service import HostServicer as AgentServicer
 from agent.service.server import start_server
 from agent.service.status import error_from_rpc
-from coordinator import host_link
-from coordinator.host_service import SERVICE, HostServicer
-from coordinator.host_table import PREFIX
-from coordinator.hosts import HostRegistry
+from coordinator.hosts import host_link
+from coordinator.hosts.host_service import SERVICE, HostServicer
+from coordinator.hosts.host_table import PREFIX
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore, SqliteStore
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
@@ -262,7 +262,7 @@ async def test_store_that_fails_makes_no_host_unreachable(
     tried = asyncio.Event()
     agent, newcomer = await agents("alpha"), await agents("new")
     await register(registry, agent)
-    monkeypatch.setattr("coordinator.host_table.RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("coordinator.hosts.host_table.RETRY_SECONDS", 0.05)
     with monkeypatch.context() as broken:
         broken.setattr(store, "txn", fail)
         agent.change(incoming_in_use=1)

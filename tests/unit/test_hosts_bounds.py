@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from agent.errors import DroverError, Reason
-from coordinator.host_table import PREFIX
-from coordinator.hosts import HostRegistry
+from agent.runtime.errors import DroverError, Reason
+from coordinator.hosts.host_table import PREFIX
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from tests.unit.fake_agents import UNREACHABLE, UP, register, until
 

@@ -20,29 +20,29 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent import registration
-from agent.errors import DOMAIN
-from agent.handshake.destination import DestinationState
-from agent.handshake.driver import Driver
-from agent.handshake.knowledge import StateUnknownError
-from agent.handshake.source import SourceState
-from agent.host import AgentHost
-from agent.progress import describe
-from agent.registration import keep_registered
+from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.knowledge import StateUnknownError
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceState
+from agent.migration.progress import describe
+from agent.migration.uptime import with_age
+from agent.migration.whereabouts import whereabouts
+from agent.runtime.errors import DOMAIN
+from agent.service import registration
 from agent.service.bounds import check_answer, check_request, checked_answer
 from agent.service.channel import open_channel
+from agent.service.host import AgentHost
 from agent.service.implausible import drop_implausible
+from agent.service.registration import keep_registered
 from agent.service.server import start_server
 from agent.service.status import error_from_rpc, to_status, trailing_metadata
-from agent.uptime import with_age
-from agent.whereabouts import whereabouts
 from coordinator.cli.follow import print_summary
 from coordinator.cli.inventory import _print_host
 from coordinator.cli.migration import _print_migration
 from coordinator.cli.show import to_json
 from coordinator.client import Client, Domain, Host, Migration
-from coordinator.client_types import word_of
-from coordinator.hosts import HostRegistry
+from coordinator.client.types import word_of
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, migration_pb2_grpc, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2

@@ -13,7 +13,7 @@ import pytest
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.service.channel import open_channel
 from agent.service.server import AddressError, Server, start_server
 from agent.service.status import error_from_rpc

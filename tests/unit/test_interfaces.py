@@ -1,14 +1,14 @@
-"""agent.interfaces: which addresses are this host's, by the word of the kernel."""
+"""agent.network.interfaces: which addresses are this host's, by the word of the kernel."""
 
 import socket
 from ipaddress import ip_address
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from agent.handshake.phases import LocalHost
-from agent.interfaces import is_own
-from agent.uri import MigrationUri
+from agent.handshake.host.phases import LocalHost
+from agent.network.interfaces import is_own
+from agent.network.uri import MigrationUri
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import options_pb2
 from tests.unit.fake_hypervisor import FakeHypervisor
 

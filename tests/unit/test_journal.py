@@ -1,4 +1,4 @@
-"""agent.journal: what is kept of what has ended, in the order of writing and not of the clock."""
+"""agent.handshake.host.journal: what is kept of what has ended, in the order of writing and not of the clock."""
 
 import sqlite3
 import time
@@ -10,16 +10,16 @@ from typing import Any
 import msgspec
 import pytest
 
-import agent.journal
-from agent.handshake.records import AttemptRecord, OperatorWord, Role, encode
-from agent.journal import Journal
+import agent.handshake.host.journal
+from agent.handshake.host.journal import Journal
+from agent.handshake.host.records import AttemptRecord, OperatorWord, Role, encode
 from tests.unit.asking import ID, record, word
 
 
 @pytest.fixture
 async def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Journal]:
     """It keeps three rows that nobody's decision depends on, so it is soon full."""
-    monkeypatch.setattr(agent.journal, "KEEP", 3)
+    monkeypatch.setattr(agent.handshake.host.journal, "KEEP", 3)
     journal = Journal(tmp_path / "journal.sqlite")
     await journal.open()
     yield journal
@@ -126,7 +126,7 @@ async def test_6_6_a_journal_of_an_earlier_drover_is_read(tmp_path: Path) -> Non
         (1, numbered(3, "kept", role=Role.SOURCE, operator_word=said)),
         (0, numbered(4, "performing", role=Role.SOURCE)),
     ]
-    first = agent.journal._SCHEMA[0]
+    first = agent.handshake.host.journal._SCHEMA[0]
     assert isinstance(first, str)
     connection = sqlite3.connect(path)
     connection.executescript(first)
@@ -149,7 +149,7 @@ async def test_6_6_a_journal_of_an_earlier_drover_is_read(tmp_path: Path) -> Non
 
 async def test_6_29_passwords_in_a_journal_of_an_earlier_drover_are_removed(tmp_path: Path) -> None:
     path, secret = tmp_path / "journal.sqlite", "passwd='open sesame'"
-    first = agent.journal._SCHEMA[0]
+    first = agent.handshake.host.journal._SCHEMA[0]
     assert isinstance(first, str)
     connection = sqlite3.connect(path)
     connection.executescript(first)

@@ -1,4 +1,4 @@
-"""agent.journal: what happens when its files are damaged."""
+"""agent.handshake.host.journal: what happens when its files are damaged."""
 
 import asyncio
 import sqlite3
@@ -14,10 +14,10 @@ from typing import Any, Final
 import pytest
 from structlog.testing import capture_logs
 
-from agent.errors import DroverError, Reason
-from agent.handshake.records import AttemptRecord, Role
-from agent.intact import Mark
-from agent.journal import Journal
+from agent.handshake.host.journal import Journal
+from agent.handshake.host.records import AttemptRecord, Role
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.intact import Mark
 from tests.unit.asking import ID, fails, record
 from tests.unit.test_sqlite import flip
 

@@ -1,10 +1,10 @@
-"""labkit.disks: only a disk of the lab's own is filled."""
+"""tests.kit.lab.disks: only a disk of the lab's own is filled."""
 
 from pathlib import Path
 
 import pytest
 
-from labkit import LabError, disks
+from tests.kit.lab import LabError, disks
 
 
 def test_a_folder_that_is_no_disk_of_its_own_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

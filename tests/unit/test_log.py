@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agent.stray_output import MAX_LINE, MAX_LINES
+from agent.runtime.stray_output import MAX_LINE, MAX_LINES
 from tests.transcript import ROOT
 
 FORGED = {"event": "the guest runs on h2", "level": "info"}
@@ -125,7 +125,7 @@ def test_6_23_a_raw_peer_writes_no_line_of_its_own(server: RawServer, tmp_path: 
 
 SCRIPT = """
 import logging, os, sys
-from agent.log import logging_to_stderr
+from agent.runtime.log import logging_to_stderr
 import structlog
 with logging_to_stderr():
     os.write(2, b'{"event": "forged"}\\x1b[31m\\n' + b"x" * 5000 + b"\\n")

@@ -1,4 +1,4 @@
-"""agent.handshake.machine and the two tables: what must hold for every row, whoever adds one."""
+"""agent.handshake.machines.machine and the two tables: what must hold for every row, whoever adds one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.handshake.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
-from agent.handshake.machine import Machine, Refused, Transition
-from agent.handshake.source import SOURCE, SourceEffect, SourceEvent, SourceState
+from agent.handshake.machines.destination import DESTINATION, DestinationEffect, DestinationEvent, DestinationState
+from agent.handshake.machines.machine import Machine, Refused, Transition
+from agent.handshake.machines.source import SOURCE, SourceEffect, SourceEvent, SourceState
 
 _D, _S = DestinationState, SourceState
 _DE, _SE = DestinationEvent, SourceEvent

@@ -1,13 +1,13 @@
-"""agent.migrations: start, get, list, watch, cancel."""
+"""agent.migration.migrations: start, get, list, watch, cancel."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-import agent.migrations
-from agent.errors import DroverError, Reason
-from agent.migrations import KEEP
+import agent.migration.migrations
+from agent.migration.migrations import KEEP
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import options_pb2
 from tests.unit.asking import ID, PATIENCE, fails, until
@@ -259,7 +259,7 @@ async def test_a_watch_says_at_once_how_it_is_and_ends_with_it(driving: Driving)
 
 
 async def test_a_slow_reader_misses_what_was_in_between_never_the_end(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migrations, "TELL_SECONDS", 0)
+    monkeypatch.setattr(agent.migration.migrations, "TELL_SECONDS", 0)
     await flowing(driving)
     slow, quick = driving.migrations.watch(ID, 0), driving.migrations.watch(ID, 0)
     first = await anext(slow)

@@ -1,13 +1,13 @@
-"""agent.migrations: another life of the process that drives, outcomes that are not known, and who may end them."""
+"""agent.migration.migrations: another life of the process that drives, outcomes that are not known, and who may end them."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 
-import agent.migrations
-from agent.errors import DroverError, Reason
-from agent.fencing import FencingConfig
+import agent.migration.migrations
+from agent.migration.fencing import FencingConfig
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, fails, until, word
@@ -92,7 +92,7 @@ async def test_what_has_ended_stays_ended_over_a_restart(driving: Driving) -> No
 
 
 async def test_a_directory_that_does_not_know_yet_is_asked_again(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migrations, "asyncio", QuickAsyncio(20))
+    monkeypatch.setattr(agent.migration.migrations, "asyncio", QuickAsyncio(20))
     await flowing(driving)
     driving.directory.fails = [DroverError(Reason.HOST_NOT_FOUND, "not registered yet")]
     driving.pair.wire.all_sent.set()
@@ -187,7 +187,7 @@ async def test_6_6_a_statement_that_cannot_be_written_down_changes_nothing(drivi
 
 
 async def test_a_driver_that_is_broken_off_by_nobody_goes_on(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migrations, "asyncio", QuickAsyncio(20))
+    monkeypatch.setattr(agent.migration.migrations, "asyncio", QuickAsyncio(20))
     driving.pair.to_destination.refuse["finish"] = [asyncio.CancelledError()]  # type: ignore[list-item]
     await driving.migrations.start(ID, SPEC)
     ended = await driving.ended(ID)

@@ -1,4 +1,4 @@
-"""agent.networks: which network carries a guest's memory, and which URIs are taken."""
+"""agent.network.networks: which network carries a guest's memory, and which URIs are taken."""
 
 import ipaddress
 from collections.abc import Callable
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import DroverError, Reason
-from agent.networks import Listen, check_destination_uri, common_network, listen_on, own_network, read_uri
+from agent.network.networks import Listen, check_destination_uri, common_network, listen_on, own_network, read_uri
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2, options_pb2
 
 ADDRESSES = ("10.92.0.2", "192.168.7.2", "fd00:92::2")

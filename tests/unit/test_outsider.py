@@ -1,11 +1,11 @@
-"""benchkit.outsider: its calls look right, so that what refuses them is the handshake."""
+"""tests.bench.outsider: its calls look right, so that what refuses them is the handshake."""
 
 import random
 from collections import Counter
 
 from agent.service.bounds import check_request
-from benchkit.outsider import AT_DESTINATION, Known, Outsider
 from drover.agent.v1 import handshake_pb2 as pb
+from tests.bench.outsider import AT_DESTINATION, Known, Outsider
 from tests.unit.asking import ID, REF
 
 AGENTS = {"h1": "unix:/run/h1.sock", "h2": "unix:/run/h2.sock", "h3": "unix:/run/h3.sock"}

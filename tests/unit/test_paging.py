@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from agent.errors import DroverError, Reason
-from agent.handshake.records import AttemptRecord, Failure, Role
-from agent.journal import Journal
-from agent.paging import MAX_ITEM_BYTES, PAGE_BYTES, Key, Paging
+from agent.handshake.host.journal import Journal
+from agent.handshake.host.records import AttemptRecord, Failure, Role
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.paging import MAX_ITEM_BYTES, PAGE_BYTES, Key, Paging
 from agent.service.bounds import MAX_BYTES, MAX_ITEMS, MAX_STRING, check_request
 from agent.service.channel import MAX_MESSAGE_BYTES, all_pages, open_channel
 from agent.service.handshake_service import HandshakeServicer
 from agent.service.migration_service import MigrationServicer
 from agent.service.server import start_server
 from coordinator.client import Client
-from coordinator.host_service import HostServicer
+from coordinator.hosts.host_service import HostServicer
 from drover.agent.v1 import bounds_pb2, handshake_pb2, handshake_pb2_grpc, host_pb2, migration_pb2, migration_pb2_grpc
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_rpc

@@ -1,13 +1,13 @@
-"""agent.planning: everything that can be refused by looking is refused by looking."""
+"""agent.migration.planning: everything that can be refused by looking is refused by looking."""
 
 from typing import Any
 
 import pytest
 from grpc import StatusCode
 
-from agent.errors import DroverError, Reason
-from agent.handshake.plan import Plan
-from agent.planning import make_plan, resume_plan
+from agent.handshake.drive.plan import Plan
+from agent.migration.planning import make_plan, resume_plan
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 

@@ -1,8 +1,8 @@
-"""agent.ports."""
+"""agent.network.ports."""
 
 import socket
 
-from agent.ports import any_is_free
+from agent.network.ports import any_is_free
 
 
 def test_6_15_a_range_of_ports_that_all_are_in_use() -> None:

@@ -1,4 +1,4 @@
-"""agent.progress: what a migration looks like from what its driver knows."""
+"""agent.migration.progress: what a migration looks like from what its driver knows."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import Reason
-from agent.handshake.destination import DestinationState as Dst
-from agent.handshake.driver import Driver
-from agent.handshake.guest_fact import GuestFact, GuestState, fact_to_proto
-from agent.handshake.records import Failure, duration, failure_to_proto, timestamp
-from agent.handshake.source import SourceState as Src
-from agent.progress import describe, impossible, phase, union, with_eta
+from agent.handshake.drive.driver import Driver
+from agent.handshake.host.records import Failure, duration, failure_to_proto, timestamp
+from agent.handshake.machines.destination import DestinationState as Dst
+from agent.handshake.machines.source import SourceState as Src
+from agent.hypervisor.guest_fact import GuestFact, GuestState, fact_to_proto
+from agent.migration.progress import describe, impossible, phase, union, with_eta
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import CANCELLED, REF, make_plan, word
@@ -328,7 +328,7 @@ def test_6_16_no_duration_is_taken_from_a_wall_clock() -> None:
 
 def test_6_16_calls_are_laid_on_the_drivers_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr("agent.handshake.knowledge.time.monotonic", lambda: clock)
+    monkeypatch.setattr("agent.handshake.drive.knowledge.time.monotonic", lambda: clock)
     driver = knows(Src.PERFORMED, Dst.RUNNING)
     for clock, side, name, seconds in (  # noqa: B007 - the clock is read above
         (101.0, "destination", "reserve", 0.5),

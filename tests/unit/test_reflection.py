@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2 as pb  # type: ignore[import-
 from agent.service import handshake_service, host_service, migration_service
 from agent.service.channel import open_channel
 from agent.service.server import start_server
-from coordinator import host_service as cluster_host_service
+from coordinator.hosts import host_service as cluster_host_service
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2
 
 SERVICES = [each.SERVICE for each in (handshake_service, host_service, migration_service, cluster_host_service)]

@@ -1,4 +1,4 @@
-"""agent.registration: a host makes itself known, again and again."""
+"""agent.service.registration: a host makes itself known, again and again."""
 
 import asyncio
 from pathlib import Path
@@ -9,11 +9,11 @@ import pytest
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
-from agent import registration
-from agent.errors import DroverError, Reason
-from agent.host import AgentHost
-from agent.registration import keep_registered
+from agent.runtime.errors import DroverError, Reason
+from agent.service import registration
 from agent.service.channel import open_channel
+from agent.service.host import AgentHost
+from agent.service.registration import keep_registered
 from agent.service.server import start_server
 from drover.agent.v1 import host_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2

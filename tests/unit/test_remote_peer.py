@@ -9,9 +9,9 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from agent.errors import Reason
-from agent.handshake.driver import Driver
-from agent.handshake.peer import HandshakePeer
+from agent.handshake.drive.driver import Driver
+from agent.handshake.host.peer import HandshakePeer
+from agent.runtime.errors import Reason
 from agent.service.channel import open_channel
 from agent.service.handshake_service import SERVICE, HandshakeServicer, RemotePeer
 from agent.service.server import start_server

@@ -3,8 +3,8 @@
 import pytest
 
 from agent.config import ConfigError
-from agent.errors import Reason
 from agent.main import check_name
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import REF, confirm, fails, reserve, word
 from tests.unit.test_decisions_read import stopped

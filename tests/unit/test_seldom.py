@@ -1,4 +1,4 @@
-"""agent.seldom, and the lines of two logs that grow by what a caller does (line 36)."""
+"""agent.runtime.seldom, and the lines of two logs that grow by what a caller does (line 36)."""
 
 import contextlib
 from contextlib import AsyncExitStack
@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from agent.host import MAX_COORDINATORS, AgentHost
 from agent.hypervisor.base import HypervisorInfo
-from agent.seldom import SECONDS, Seldom
-from coordinator.hosts import HostRegistry
+from agent.runtime.seldom import SECONDS, Seldom
+from agent.service.host import MAX_COORDINATORS, AgentHost
+from coordinator.hosts.hosts import HostRegistry
 from tests.unit.fake_agents import Clock, FakeAgent, register
 from tests.unit.fake_hypervisor import FEATURES
 from tests.unit.two_agents import Pair

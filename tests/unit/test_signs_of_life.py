@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from agent.errors import Reason
-from agent.handshake import attempt
+from agent.handshake.host import attempt
+from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import begin, confirm, fails
 from tests.unit.two_agents import Pair, pair_of_agents, quicker

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from agent.hypervisor.sim.model import (
+from agent.transfer.model import (
     LEAST_STOP,
     Limits,
     Load,

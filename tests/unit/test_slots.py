@@ -3,7 +3,7 @@
 import pytest
 
 from agent.admission.slots import Slots
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 
 
 def refused(slots: Slots, held: list[float]) -> DroverError:

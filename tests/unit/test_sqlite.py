@@ -1,4 +1,4 @@
-"""agent.sqlite: whole transactions, whatever happens to the waiter, the disk or the file."""
+"""agent.runtime.sqlite: whole transactions, whatever happens to the waiter, the disk or the file."""
 
 import asyncio
 import shutil
@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from agent.sqlite import TIDY_COMMITS, TIDY_PAGES, Database
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.sqlite import TIDY_COMMITS, TIDY_PAGES, Database
 
 SCHEMA = ("CREATE TABLE item (id INTEGER PRIMARY KEY, data BLOB)",)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason
 from coordinator.store import Changes, Compare, Conflict, Delete, Event, KeyValue, MemoryStore, Operation, Put, SqliteStore
 from coordinator.store.base import MAX_LIST, MAX_TXN_BYTES, MAX_TXN_OPERATIONS, MAX_VALUE_BYTES
 from coordinator.store.history import History

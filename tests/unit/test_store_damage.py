@@ -11,10 +11,10 @@ from typing import Any, Final
 import pytest
 from structlog.testing import capture_logs
 
-import coordinator.migration_log
-from agent.errors import DroverError, Reason
-from coordinator.migration_log import ENDED, StoredMigrations
+import coordinator.store.migration_log
+from agent.runtime.errors import DroverError, Reason
 from coordinator.store import KeyValue, MemoryStore, Put, SqliteStore
+from coordinator.store.migration_log import ENDED, StoredMigrations
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import fails
 from tests.unit.test_sqlite import flip
@@ -136,7 +136,7 @@ def migration(name: str, state: pb.MigrationState.ValueType) -> bytes:
 
 
 async def test_ended_migrations_are_kept_apart_and_the_oldest_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator.migration_log, "KEEP", 3)
+    monkeypatch.setattr(coordinator.store.migration_log, "KEEP", 3)
     async with await MemoryStore.open(clock=time.monotonic) as store:
         active, ended = pb.MIGRATION_STATE_ACTIVE, pb.MIGRATION_STATE_SUCCEEDED
         await store.txn([], [Put("/migrations/old", migration("old", ended))])  # as an earlier Drover kept it

@@ -1,4 +1,4 @@
-"""agent.supervision: work in the background does not end unseen."""
+"""agent.runtime.supervision: work in the background does not end unseen."""
 
 import asyncio
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 from structlog.testing import capture_logs
 
 import agent.main
-from agent import supervision
 from agent.config import AgentConfig
-from agent.handshake.engine import Engine
-from agent.host import AgentHost
-from agent.supervision import pause_after, supervise
-from coordinator import host_link
-from coordinator.hosts import HostRegistry
+from agent.handshake.host.engine import Engine
+from agent.runtime import supervision
+from agent.runtime.supervision import pause_after, supervise
+from agent.service.host import AgentHost
+from coordinator.hosts import host_link
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, PATIENCE

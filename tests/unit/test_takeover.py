@@ -1,15 +1,15 @@
-"""agent.takeover: whom it can ask, what it does where it cannot, and what can be done to what it drives."""
+"""agent.migration.takeover: whom it can ask, what it does where it cannot, and what can be done to what it drives."""
 
 from collections.abc import AsyncIterator
 
 import pytest
 from structlog.testing import capture_logs
 
-from agent.handshake.attempt import Attempt
-from agent.handshake.records import Role
-from agent.peers import MAX_CHANNELS, Channels
+from agent.handshake.host.attempt import Attempt
+from agent.handshake.host.records import Role
+from agent.migration.takeover import WARNING, TakeOver
 from agent.service.handshake_service import RemotePeer
-from agent.takeover import WARNING, TakeOver
+from agent.service.peers import MAX_CHANNELS, Channels
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, begin, finish, perform, prepare, record, reserve, until, word

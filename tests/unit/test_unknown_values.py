@@ -10,18 +10,18 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-import agent.handshake.driver
-from agent.errors import DroverError, Reason
-from agent.features import support_of
-from agent.handshake.driver import Driver
-from agent.handshake.records import AttemptRecord, Failure, Role, decode, encode
+import agent.handshake.drive.driver
+from agent.handshake.drive.driver import Driver
+from agent.handshake.host.records import AttemptRecord, Failure, Role, decode, encode
 from agent.hypervisor.base import Support
-from agent.migration import FINAL
+from agent.hypervisor.features import support_of
+from agent.migration.migration import FINAL
+from agent.migration.whereabouts import whereabouts
+from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import check_answer
 from agent.service.status import error_from_rpc, to_status, trailing_metadata
-from agent.whereabouts import whereabouts
 from coordinator.client import Domain, Host, Migration
-from coordinator.client_errors import Refused, client_error
+from coordinator.client.errors import Refused, client_error
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from tests.unit.asking import ID, finished, until
@@ -117,7 +117,7 @@ def test_6_11_what_can_be_no_reason_is_none(word: str) -> None:
 async def test_6_11_a_failure_for_a_reason_of_tomorrow_ends_the_migration_and_is_saved(
     driving: Driving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent.handshake.driver, "FOLLOW_AFTER", 1000.0)  # a watch would tell the reason of today
+    monkeypatch.setattr(agent.handshake.drive.driver, "FOLLOW_AFTER", 1000.0)  # a watch would tell the reason of today
     driving.pair.wire.all_sent.clear()
 
     def newer(answer: handshake_pb2.PerformResponse) -> handshake_pb2.PerformResponse:

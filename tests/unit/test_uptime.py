@@ -1,17 +1,17 @@
-"""agent.uptime, and the durations that are measured by it: issue 6, line 16."""
+"""agent.migration.uptime, and the durations that are measured by it: issue 6, line 16."""
 
 import time
 from typing import Any, cast
 
 import pytest
 
-from agent import uptime
-from agent.handshake.records import timestamp
+from agent.handshake.host.records import timestamp
+from agent.migration import uptime
 from agent.service.migration_service import MigrationServicer
 from coordinator.cli.follow import print_summary
 from coordinator.client import Migration
-from coordinator.host_table import PREFIX
-from coordinator.hosts import HostRegistry
+from coordinator.hosts.host_table import PREFIX
+from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb

@@ -1,4 +1,4 @@
-"""agent.uri: one reader of migration URIs, one normal form."""
+"""agent.network.uri: one reader of migration URIs, one normal form."""
 
 from contextlib import suppress
 from ipaddress import ip_address
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.uri import MigrationUri, same_address
+from agent.network.uri import MigrationUri, same_address
 
 
 @pytest.mark.parametrize(

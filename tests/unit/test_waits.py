@@ -1,14 +1,14 @@
-"""agent.handshake.waits: what a transfer waits for, why, and until when (issue 6, line 8)."""
+"""agent.handshake.host.waits: what a transfer waits for, why, and until when (issue 6, line 8)."""
 
 import asyncio
 
 import pytest
 
-from agent.errors import DroverError, Reason
-from agent.handshake import attempt as attempts
-from agent.handshake import waits
-from agent.handshake.waits import Flow, stands_still, unanswered
+from agent.handshake.host import attempt as attempts
+from agent.handshake.host import waits
+from agent.handshake.host.waits import Flow, stands_still, unanswered
 from agent.hypervisor.base import Progress
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import CANCELLED, REF, finished, until

@@ -1,10 +1,10 @@
-"""agent.whereabouts: one sentence, and one exit code, from the facts of both hosts."""
+"""agent.migration.whereabouts: one sentence, and one exit code, from the facts of both hosts."""
 
 from typing import Any
 
 import pytest
 
-from agent.whereabouts import Place, whereabouts
+from agent.migration.whereabouts import Place, whereabouts
 from drover.agent.v1 import handshake_pb2 as hs
 from drover.agent.v1 import migration_pb2 as pb
 

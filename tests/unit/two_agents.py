@@ -13,27 +13,27 @@ import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-import agent.handshake.attempt
-import agent.handshake.destination_effects
-import agent.handshake.driver
-import agent.handshake.owner
-import agent.handshake.phases
-import agent.handshake.source_effects
-import agent.journal
+import agent.handshake.drive.driver
+import agent.handshake.host.attempt
+import agent.handshake.host.destination_effects
+import agent.handshake.host.journal
+import agent.handshake.host.owner
+import agent.handshake.host.phases
+import agent.handshake.host.source_effects
 from agent.admission.slots import Slots
-from agent.errors import DroverError, Reason
-from agent.features import features_to_proto, from_hypervisor
-from agent.handshake.attempt import Attempt
-from agent.handshake.driver import Driver
-from agent.handshake.engine import Engine
-from agent.handshake.heard import Heard
-from agent.handshake.peer import OtherHost
-from agent.handshake.phases import LocalHost
-from agent.handshake.plan import Plan
-from agent.handshake.records import AttemptRecord, decode, state_from_proto
+from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.plan import Plan
+from agent.handshake.host.attempt import Attempt
+from agent.handshake.host.engine import Engine
+from agent.handshake.host.heard import Heard
+from agent.handshake.host.journal import Journal
+from agent.handshake.host.peer import OtherHost
+from agent.handshake.host.phases import LocalHost
+from agent.handshake.host.records import AttemptRecord, decode, state_from_proto
 from agent.hypervisor.base import HypervisorError
-from agent.intact import add_functions
-from agent.journal import Journal
+from agent.hypervisor.features import features_to_proto, from_hypervisor
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.intact import add_functions
 from agent.service.host_service import domain_to_proto
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
@@ -46,12 +46,12 @@ JOURNAL_DOWN = DroverError(Reason.JOURNAL_UNAVAILABLE, "the disk is full")
 
 
 class MemoryDatabase:
-    """Stands for `agent.sqlite.Database`: without a file and without a thread."""
+    """Stands for `agent.runtime.sqlite.Database`: without a file and without a thread."""
 
     def __init__(self) -> None:
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
         add_functions(self._connection)
-        for migration in agent.journal._SCHEMA:
+        for migration in agent.handshake.host.journal._SCHEMA:
             self._connection.executescript(migration) if isinstance(migration, str) else migration(self._connection)
 
     async def transaction(self, fn: Callable[[sqlite3.Connection], T]) -> T:
@@ -370,10 +370,10 @@ class QuickAsyncio:
 
 def quicker(monkeypatch: pytest.MonkeyPatch, by: float = 20) -> None:
     """The pauses of the handshake before it tries again are shorter; everything else is as it is."""
-    of = agent.handshake
-    for module in (of.driver, of.attempt, of.source_effects, of.destination_effects, of.owner, of.phases):
+    of = agent.handshake.host
+    for module in (agent.handshake.drive.driver, of.attempt, of.source_effects, of.destination_effects, of.owner, of.phases):
         monkeypatch.setattr(module, "asyncio", QuickAsyncio(by))
-    monkeypatch.setattr(agent.handshake.driver, "LONG_POLL", 0.1)
+    monkeypatch.setattr(agent.handshake.drive.driver, "LONG_POLL", 0.1)
 
 
 @contextlib.asynccontextmanager

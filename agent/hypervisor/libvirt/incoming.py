@@ -34,7 +34,7 @@ from agent.hypervisor.libvirt.events import RECONNECTED
 from agent.hypervisor.libvirt.process import stopped
 from agent.hypervisor.libvirt.service import service_of
 from agent.hypervisor.libvirt.stored import finish_cookie
-from agent.uri import MigrationUri
+from agent.network.uri import MigrationUri
 
 NEVER_RAN = frozenset({"failed", "daemon"})
 """libvirt's reasons for being shut off of a copy whose incoming migration failed, or was undone by a libvirtd that started anew."""

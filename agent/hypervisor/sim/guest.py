@@ -14,7 +14,7 @@ from agent.hypervisor.base import Domain, DomainState, InvalidDocument, Job, Req
 from agent.hypervisor.names import name_problem
 from agent.hypervisor.sim import serial
 from agent.hypervisor.sim.config import Base, Bytes, SimGuest, uuid_of
-from agent.hypervisor.sim.model import Load
+from agent.transfer.model import Load
 
 MAX_DOCUMENT = 512 * 1024
 """Bytes of a definition that comes from a peer."""

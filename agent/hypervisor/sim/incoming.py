@@ -20,7 +20,7 @@ from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.receiver import Receiver
-from agent.uri import MigrationUri
+from agent.network.uri import MigrationUri
 
 
 class SimIncoming:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from agent.hypervisor.sim.model import max_min
+from agent.transfer.model import max_min
 
 
 class Share:

@@ -22,7 +22,7 @@ from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.profiles import MIB
 from agent.hypervisor.sim.sender import Assignment, Sender
-from agent.uri import MigrationUri
+from agent.network.uri import MigrationUri
 
 
 class SimOutgoing:

@@ -16,7 +16,6 @@ from hmac import compare_digest
 from agent.hypervisor.base import DomainState, HypervisorError, Job, TransferFailed
 from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import Host
-from agent.hypervisor.sim.model import PAGE
 from agent.hypervisor.sim.stream import (
     MAGIC,
     TOKEN_BYTES,
@@ -33,6 +32,7 @@ from agent.hypervisor.sim.stream import (
     Switch,
     Welcome,
 )
+from agent.transfer.model import PAGE
 
 STRANGERS = 4
 """Connections that may wait to be greeted at the same time."""

@@ -18,11 +18,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from agent.hypervisor.base import HypervisorError, Progress, TransferFailed
-from agent.hypervisor.sim import model
 from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.link import Share
-from agent.hypervisor.sim.model import Limits, Phase
 from agent.hypervisor.sim.stream import (
     MAGIC,
     QUANTUM,
@@ -42,7 +40,9 @@ from agent.hypervisor.sim.stream import (
     Welcome,
     connect,
 )
-from agent.uri import MigrationUri
+from agent.network.uri import MigrationUri
+from agent.transfer import model
+from agent.transfer.model import Limits, Phase
 
 LEAST_STEP = 0.0005
 """Seconds: no waiting for less, so that a pass over nothing never spins."""

@@ -1,4 +1,4 @@
-"""The serial line of a simulated guest: the same lines as the lab's bare-metal guest writes (`scripts/labkit/guest`)::
+"""The serial line of a simulated guest: the same lines as the lab's bare-metal guest writes (`tests/kit/lab/guest`)::
 
     BOOT <mem MiB> <pages> <ticks/s>    once; a second one says that the guest was started again
     S <seq> <us> <checked> <bad>        one a tick: seq rises by one, us is the guest's own clock, which stands while it does

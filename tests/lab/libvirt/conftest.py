@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.hypervisor.base import Options
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

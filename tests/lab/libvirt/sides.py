@@ -17,8 +17,8 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.interface import Incoming, Outgoing
 from agent.hypervisor.libvirt import LibvirtHypervisor
-from labkit import Guest, Lab
-from labkit.guestlog import judge_file
+from tests.kit.lab import Guest, Lab
+from tests.kit.lab.guestlog import judge_file
 
 SLOW = 8 << 20
 """Bytes per second at which the 64 MiB guest takes some 8 s: long enough to act while memory flows."""

@@ -7,7 +7,7 @@ from time import perf_counter
 import pytest
 
 from agent.hypervisor.base import DomainState, HypervisorError, Incompatible, Job, Options
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from agent.hypervisor.base import DomainBusy, Job, Options, TransferFailed
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Options
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

@@ -9,7 +9,7 @@ import pytest
 
 from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorUnavailable, Job, Options, TransferFailed
 from agent.hypervisor.interface import Outgoing
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from agent.hypervisor.base import HypervisorUnavailable, Support
-from labkit import Guest, Lab
-from labkit.domain import EMULATOR
+from tests.kit.lab import Guest, Lab
+from tests.kit.lab.domain import EMULATOR
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

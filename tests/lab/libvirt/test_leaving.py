@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, Incompatible, Job, Options, TransferFailed
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

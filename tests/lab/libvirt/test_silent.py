@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from agent.hypervisor.base import DomainState, Job
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

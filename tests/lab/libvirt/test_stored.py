@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent.hypervisor.base import HypervisorError, Options
-from labkit import Guest, Lab
+from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")

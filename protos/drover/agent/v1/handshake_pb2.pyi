@@ -334,7 +334,7 @@ class Failure(message.Message):
     MESSAGE_FIELD_NUMBER: builtins.int
     METADATA_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """UPPER_SNAKE reason of agent/errors.py."""
+    """UPPER_SNAKE reason of agent/runtime/errors.py."""
     message: builtins.str
     """What happened, where the guest runs now, what to do next."""
     @builtins.property

@@ -1,0 +1,35 @@
+"""What a driver waits for when the guest's user paused it during the transfer.
+
+A hypervisor forgets that pause: the guest runs for a moment where it arrives, or stays, until the agent there has paused it again
+(`aftercare`). What is said of its end is what its hypervisor says after that.
+"""
+
+import asyncio
+import contextlib
+from typing import Final
+
+from agent.handshake.drive.driver import Driver
+from agent.handshake.machines.destination import DestinationState
+from drover.agent.v1 import handshake_pb2 as pb
+
+PAUSE_SECONDS: Final = 5.0
+"""Within which an agent has paused the guest, unless its hypervisor does not answer, or its user has let it run again."""
+
+ASK_SECONDS: Final = 0.1
+
+
+async def see_pause(driver: Driver) -> None:
+    """Of an attempt that has ended: asks the host that has the guest until it says that the guest is paused."""
+    records = (driver.source_record, driver.destination_record)
+    if not any(record is not None and record.paused_by_user for record in records):
+        return
+    arrived = driver.destination_state is DestinationState.RUNNING
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(PAUSE_SECONDS):
+            while _runs(driver.destination_record if arrived else driver.source_record):
+                await asyncio.sleep(ASK_SECONDS)
+                await driver.answers("destination" if arrived else "source")
+
+
+def _runs(record: pb.Record | None) -> bool:
+    return record is not None and record.guest.state == pb.GUEST_STATE_RUNNING

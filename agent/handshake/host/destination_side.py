@@ -1,0 +1,217 @@
+"""The destination's calls: ReserveSlot, Prepare, Finish and Abandon, and the lease of its slot."""
+
+import time
+from typing import Final
+
+from agent.admission.slots import Slots
+from agent.handshake.host.arrival import check_arrival, never_here
+from agent.handshake.host.attempt import MAX_WAIT, Attempt
+from agent.handshake.host.attempts import Attempts
+from agent.handshake.host.owner import Owner
+from agent.handshake.host.path import PathProbes
+from agent.handshake.host.peer_record import PeerRecords
+from agent.handshake.host.phases import (
+    LocalHost,
+    check_same,
+    check_word,
+    overtaken,
+    phase_changes,
+    stated_changes,
+    wait_of,
+)
+from agent.handshake.host.records import Failure, Role, options_from_proto
+from agent.handshake.host.stopwatch import timed
+from agent.handshake.host.stored import changes_of, check_documents
+from agent.handshake.machines.destination import DestinationEvent, DestinationState
+from agent.hypervisor.features import settled
+from agent.network.networks import listen_on
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2 as pb
+
+_S, _E = DestinationState, DestinationEvent
+
+_AFTER_PREPARE: Final = frozenset(_S) - {_S.RESERVED, _S.PREPARING, _S.ABANDONING}
+_DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
+
+
+class DestinationSide:
+    """The destination's calls on one host."""
+
+    def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots, peers: PeerRecords, owner: Owner) -> None:
+        self._host = host
+        self._attempts = attempts
+        self._slots = slots
+        self._owner = owner
+        self._peers = peers
+        self._probes = PathProbes(host)
+        self._held_since: dict[Attempt, float] = {}
+        """Since when a slot is taken, by the monotonic clock; not for slots taken before the agent's last start."""
+
+    # ---- calls
+
+    async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        async with attempt.called(_E.RESERVE, request.request_id):
+            if attempt.record.state:
+                self._joined(attempt, request)  # first: refuse another migration with this id, whatever the state
+                await attempt.apply(_E.RESERVE, expires=self._expiry())
+            else:
+                await self._attempts.open(attempt, lambda: self._open(attempt, request))
+                self._joined(attempt, request)  # a concurrent call of another migration may have opened it
+            probe = await self._probes.of(attempt) if attempt.record.state == _S.RESERVED else None
+            return pb.ReserveSlotResponse(record=self._host.show(attempt.record), probe=probe)
+
+    def _joined(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> dict[str, object]:
+        """Check that a ReserveSlot of a known attempt is about the same migration. Raises MIGRATION_EXISTS, REQUEST_ID_REUSED."""
+        changes = phase_changes(attempt, "reserve", request)
+        check_same(
+            attempt,
+            self._host.name,
+            agent=request.source_agent,
+            peer_host=request.source_host,
+            domain_uuid=request.requirements.uuid,
+            destination_name=request.destination_name or request.requirements.name,
+            options=options_from_proto(request.options),
+        )
+        return changes
+
+    async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> None:
+        self._check_room(attempt)
+        wanted = request.requirements
+        name = request.destination_name or wanted.name
+        with self._attempts.claim(wanted.uuid, wanted.name), self._attempts.claim_name(name, self._host.name):
+            with timed("reserve") as watch:
+                had_definition = await check_arrival(self._host, request)
+            listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
+            self._host.check_listens_on(listen.address)
+            await self._probes.open(attempt, listen.address)
+            await attempt.apply(
+                _E.RESERVE,
+                lambda: phase_changes(attempt, "reserve", request),
+                epoch=self._attempts.journal.next_epoch(),
+                host=self._host.name,
+                had_definition=had_definition,
+                expires=self._expiry(),
+                domain_name=name,
+                domain_uuid=wanted.uuid,
+                destination_name=name,
+                peer_host=request.source_host,
+                peer_agent=request.source_agent,
+                options=options_from_proto(settled(request.options, self._host.features)),
+                uri=listen.uri,
+                listen=listen.address,
+                timings=(watch.timing,),
+            )
+            if not attempt.record.final:
+                self._held_since[attempt] = time.monotonic()
+        self.recover(attempt)
+
+    def _expiry(self) -> float:
+        return time.time() + self._host.lease_seconds
+
+    def _check_room(self, newcomer: Attempt) -> None:
+        now = time.monotonic()
+        others = [a for a in self._attempts.active(Role.DESTINATION) if a is not newcomer]
+        self._slots.check([now - self._held_since.get(a, now) for a in others])
+
+    async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        async with attempt.called(_E.PREPARE, request.request_id):
+            await attempt.apply(_E.PREPARE, lambda: self._prepared(attempt, request))
+            record = await attempt.until(_AFTER_PREPARE, MAX_WAIT)
+            if record.state == _S.GONE and record.failure is not None:
+                raise record.failure.error()
+            uri = record.uri if record.state != _S.PREPARING else ""  # while PREPARING, the port is not known yet
+            return pb.PrepareResponse(record=self._host.show(record), cookie_out=record.cookies.get("prepare", b""), uri_out=uri)
+
+    def _prepared(self, attempt: Attempt, request: pb.PrepareRequest) -> dict[str, object]:
+        """Return what the first Prepare adds to the record; nothing for one that joins it."""
+        changes = phase_changes(attempt, "prepare", request)
+        if attempt.record.state != _S.RESERVED:
+            return {}
+        self._check_lease(attempt, request.slot_epoch)
+        stored = check_documents(self._host, attempt.record.domain_uuid, request)
+        cookies = {**attempt.record.cookies, "begin": request.cookie_in}
+        if request.network or request.uri_in:
+            listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
+            self._host.check_listens_on(listen.address)
+            changes |= {"uri": listen.uri, "listen": listen.address}
+        changes |= {"domain_xml": request.domain_xml, "cookies": cookies, "expires": self._expiry()}
+        return changes | changes_of(stored, arrives=True)
+
+    @staticmethod
+    def _check_lease(attempt: Attempt, epoch: int) -> None:
+        if epoch != attempt.record.epoch:
+            raise DroverError(
+                Reason.STALE_LEASE,
+                f"slot epoch {epoch} is stale: this lease has epoch {attempt.record.epoch}; reserve the slot again",
+                metadata={"epoch": str(attempt.record.epoch)},
+            )
+
+    async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        async with attempt.called(_E.FINISH, request.request_id):
+            await attempt.apply(_E.FINISH, lambda: self._finished(attempt, request))
+            record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
+            return pb.FinishResponse(record=self._host.show(record), cookie_out=record.cookies.get("finish", b""))
+
+    @staticmethod
+    def _finished(attempt: Attempt, request: pb.FinishRequest) -> dict[str, object]:
+        """Return what the first Finish adds to the record; nothing for one that joins it."""
+        changes = phase_changes(attempt, "finish", request)
+        if attempt.record.state != _S.PREPARED:
+            return {}
+        return changes | {"cookies": {**attempt.record.cookies, "perform": request.cookie_in}}
+
+    async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
+        attempt = await self._attempts.of(request.ref, Role.DESTINATION)
+        event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
+        stated = request.HasField("operator_word")
+        async with attempt.called(event, request.request_id):
+            check_same(attempt, self._host.name, domain_uuid=request.domain_uuid, peer_host=request.source_host)
+            outcome: dict[str, object] = {
+                "failure": Failure(Reason.GIVEN_UP, "the copy at the destination was given up before it ran")
+            }
+            if stated:
+                check_word(attempt, request.operator_word)
+            if asked := event is _E.ABANDON_SOURCE_KEPT and attempt.record.state == _S.ARMED:
+                by_word = await self._peers.check_nothing_flows(attempt, request.source_record, stated_dead=stated)
+                outcome = stated_changes(attempt, request.operator_word) if by_word else outcome
+            elif not attempt.record.domain_uuid and request.domain_uuid:
+                outcome = await never_here(self._host, request)
+
+            def changes() -> dict[str, object]:
+                record = attempt.record
+                if record.state == _S.ARMED and not asked:
+                    raise overtaken(attempt)
+                explained = record.failure is not None or record.final
+                return {} if outcome.keys() <= {"failure"} and explained else outcome  # never replace the reason of the end
+
+            await attempt.apply(event, changes)
+            record = await attempt.until(_DECIDED, MAX_WAIT)
+            return pb.AbandonResponse(record=self._host.show(record))
+
+    # ---- the lease
+
+    def recover(self, attempt: Attempt) -> None:
+        """Start the lease. Every call renews it; its end does not touch an armed copy."""
+        attempt.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
+
+    def _expired(self, attempt: Attempt) -> None:
+        attempt.start("lease", self._end_or_renew(attempt))
+
+    async def _end_or_renew(self, attempt: Attempt) -> None:
+        """End the lease, or renew it while the source may still send: a silent driver ends no transfer."""
+        if attempt.record.state in (_S.PREPARED, _S.ARMED) and await self._owner.may_come(attempt):
+            self.recover(attempt)
+            return
+        text = f"no driver called the next phase on {self._host.name} within {self._host.lease_seconds:g} s, so the slot was freed"
+        await attempt.report(_E.LEASE_EXPIRED, failure=Failure(Reason.LEASE_EXPIRED, text))
+
+    def on_final(self, attempt: Attempt) -> None:
+        """Take note that an attempt has ended, which frees its slot."""
+        since = self._held_since.pop(attempt, None)
+        if since is not None and attempt.record.state == _S.RUNNING:
+            self._slots.arrived(time.monotonic() - since)
+        if attempt.record.state == _S.RUNNING:
+            self._owner.arrived()

@@ -1,0 +1,165 @@
+"""The handshake of one host: both sides, the journal behind them, and the questions that anyone may ask.
+
+It is a `HandshakePeer`: the gRPC service and a driver in the same process call the very same methods.
+"""
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+from agent.admission.slots import Slots
+from agent.handshake.host.aftercare import Aftercare
+from agent.handshake.host.attempt import Attempt
+from agent.handshake.host.attempts import Attempts
+from agent.handshake.host.departure import Departures
+from agent.handshake.host.destination_effects import DestinationEffects
+from agent.handshake.host.destination_side import DestinationSide
+from agent.handshake.host.heard import Heard
+from agent.handshake.host.journal import Journal
+from agent.handshake.host.owner import Owner
+from agent.handshake.host.peer import OtherHost
+from agent.handshake.host.peer_record import PeerRecords
+from agent.handshake.host.phases import LocalHost, hindrance, see
+from agent.handshake.host.records import MACHINES, AttemptRecord, Failure, Role
+from agent.handshake.host.source_effects import SourceEffects
+from agent.handshake.host.source_side import SourceSide
+from agent.handshake.host.transfer import Transfers
+from agent.handshake.machines.destination import DestinationEvent
+from agent.handshake.machines.source import SourceEvent
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.paging import Paging
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+
+class Engine:
+    """Every attempt in which this host takes part."""
+
+    def __init__(
+        self,
+        host: LocalHost,
+        journal: Journal,
+        slots: Slots,
+        take_over: Callable[[Attempt], None],
+        other_side: Callable[[Attempt], OtherHost | None],
+        heard: Heard,
+    ) -> None:
+        self.host = host
+        self.slots = slots
+        self._journal = journal
+        self._attempts = Attempts(journal, functools.partial(see, host), functools.partial(hindrance, host), self._ended)
+        self._aftercare = Aftercare(host, other_side)
+        self._owner = Owner(host, self._attempts, other_side)
+        peers = PeerRecords(host.name, other_side, heard)
+        self._source = SourceSide(host, self._attempts, take_over, peers, Departures(host, self._attempts, self._owner))
+        self._destination = DestinationSide(host, self._attempts, slots, peers, self._owner)
+        leaving, self._arriving = SourceEffects(host, peers), DestinationEffects(host, journal)
+        self._attempts.effects = {Role.SOURCE: leaving.run, Role.DESTINATION: self._arriving.run}
+        transfers = Transfers(host, self._attempts, leaving.session, other_side)
+        self.changed = self._attempts.changed
+        """Rings whenever an attempt begins or ends here."""
+        self.reserve_slot = self._destination.reserve_slot
+        self.prepare = self._destination.prepare
+        self.finish = self._destination.finish
+        self.abandon = self._destination.abandon
+        self.begin = self._source.begin
+        self.perform = self._source.perform
+        self.abort = self._source.abort
+        self.confirm = self._source.confirm
+        self.check_leaving = self._source.check_leaving
+        self.start_post_copy = transfers.start_post_copy
+        self.set_bandwidth = transfers.set_bandwidth
+
+    async def recover(self) -> None:
+        """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
+        for record in await self._journal.active():
+            attempt = self._attempts.adopt(record)
+            log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
+            if record.role is Role.SOURCE:
+                self._source.recover(attempt)
+                await attempt.apply(SourceEvent.RESTARTED, functools.partial(self._why, record, SourceEvent.RESTARTED))
+            else:
+                self._destination.recover(attempt)
+                await attempt.apply(DestinationEvent.RESTARTED, functools.partial(self._why, record, DestinationEvent.RESTARTED))
+
+        for record in await self._journal.aftercare():
+            self._aftercare.start(self._attempts.adopt(record))
+
+    def _why(self, record: AttemptRecord, restarted: str) -> dict[str, object]:
+        """The failure of an attempt that a restart ends."""
+        transition = MACHINES[record.role].step(record.state, restarted)
+        if record.failure is not None or transition is None or transition.state == record.state:
+            return {}
+        message = f"the agent of {self.host.name} was restarted while this attempt was {record.state}; the guest was not touched"
+        return {"failure": Failure(Reason.RESTARTED, message)}
+
+    async def settle(self) -> None:
+        """Runs as long as the agent does: see `Owner.run`."""
+        await self._owner.run()
+
+    async def close(self) -> None:
+        """Let go; the hypervisor, the journal and the other side's questions remain."""
+        await asyncio.gather(*(attempt.close() for attempt in self._attempts.all()))
+
+    def _ended(self, attempt: Attempt) -> None:
+        if attempt.record.role is Role.DESTINATION:
+            self._destination.on_final(attempt)
+            attempt.start("close", self._arriving.close(attempt))
+        self._aftercare.start(attempt)
+        self.changed.ring()
+
+    def active(self) -> list[Attempt]:
+        """Every attempt that has not ended here."""
+        return [*self._attempts.active(Role.SOURCE), *self._attempts.active(Role.DESTINATION)]
+
+    @property
+    def incoming_in_use(self) -> int:
+        return len(self._attempts.active(Role.DESTINATION))
+
+    async def idle(self, timeout: float) -> bool:
+        """Wait until nothing is active any more; False when something still is after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.active():
+                    await self.changed.next.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # ---- questions
+
+    async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+        try:
+            attempt = await self._attempts.find(request.ref)
+        except DroverError as error:
+            older = await self._older(request.ref) if error.reason is Reason.STALE_ATTEMPT else None
+            if older is None:
+                raise
+            return pb.GetRecordResponse(record=self.host.show(older))
+        return pb.GetRecordResponse(record=self.host.show(attempt.record, attempt.progress))
+
+    async def _older(self, ref: pb.AttemptRef) -> AttemptRecord | None:
+        """A record that a later attempt has followed: it takes no call any more, but it still says what was decided."""
+        return await self._journal.get_attempt(ref.migration_id, ref.attempt)
+
+    async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
+        """Conflates: a slow reader misses readings in between, never the last word."""
+        attempt = await self._attempts.find(request.ref)
+        async with contextlib.AsyncExitStack() as stack:
+            counts = False
+            async for record in attempt.changes():
+                if not counts and attempt.is_driver(request.driver):
+                    await stack.enter_async_context(attempt.called(request_id=f"{request.driver}-"))
+                    counts = True
+                yield pb.WatchRecordResponse(record=self.host.show(record, attempt.progress))
+
+    async def list_records(self, request: pb.ListRecordsRequest) -> pb.ListRecordsResponse:
+        paging = Paging(request, int)
+        before = None if paging.after is None else -int(paging.after[0])
+        found = await self._journal.page_of_attempts(active_only=request.active_only, before=before, limit=paging.size + 1)
+        page = paging.take(((-number,), self.host.show(record)) for number, record in found)
+        return pb.ListRecordsResponse(records=page.items, next_page_token=page.token)

@@ -1,0 +1,321 @@
+"""The agent's journal: what this host did and decided, durable before it is told to anyone.
+
+One row per attempt (a record of `records`) and one per migration that this agent drives itself. A row is deleted
+only when nobody's decision can depend on it any more:
+
+- A record that has not ended stays.
+- A record that another host may still have to read stays, however old it is (`must_stay`).
+- Of all others, which answer late questions only, the last `KEEP` of each table stay.
+
+Each row carries checksums (`runtime.intact.seal`): `head` of what says which record it is and whether it still decides something,
+`sum` of its content. A damaged row of the last kind is emptied when the journal is opened; any other refuses the start.
+
+Rows are ordered by a number that rises with every write, over restarts. No order comes from a clock, which may go back, or from
+what happens to be in memory.
+"""
+
+import itertools
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+
+from agent.handshake.host.records import AttemptRecord, Role, decode, encode
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceState
+from agent.runtime.errors import DroverError
+from agent.runtime.intact import Damage, as_bytes, seal
+from agent.runtime.sqlite import Database, Migration
+from agent.runtime.sqlite_errors import unusable
+
+log = structlog.get_logger(__name__)
+
+KEEP: Final = 1000
+"""Rows of each table that are kept although nobody's decision depends on them."""
+
+_ACTIVE, _ENDED, _MUST_STAY = range(3)
+
+_LEAP: Final = 1 << 32
+"""More than the rows that a journal ever loses."""
+
+_SCHEMA: Final[tuple[Migration, ...]] = (
+    """
+    CREATE TABLE attempts (
+        migration_id TEXT NOT NULL, attempt INTEGER NOT NULL, kind INTEGER NOT NULL, number INTEGER NOT NULL,
+        body BLOB NOT NULL, PRIMARY KEY (migration_id, attempt)
+    ) WITHOUT ROWID;
+    CREATE INDEX attempts_kind ON attempts (kind, number);
+    CREATE TABLE migrations (
+        migration_id TEXT PRIMARY KEY, kind INTEGER NOT NULL, number INTEGER NOT NULL, body BLOB NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX migrations_kind ON migrations (kind, number);
+    """,
+    lambda connection: _add_arrivals_and_checksums(connection),
+)
+
+_TRIM = """
+    DELETE FROM {table} WHERE kind = ?1 AND number <= (
+        SELECT number FROM {table} WHERE kind = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2
+    )
+"""
+_PUT_ATTEMPT = """
+    INSERT OR REPLACE INTO attempts (migration_id, attempt, kind, number, body, head, sum)
+    VALUES (?1, ?2, ?3, ?4, ?5, seal(?1, ?2, ?3, ?4), seal(?1, ?2, ?5))
+"""
+_PUT_MIGRATION = """
+    INSERT OR REPLACE INTO migrations (migration_id, kind, number, body, head, sum)
+    VALUES (?1, ?2, ?3, ?4, seal(?1, ?2, ?3), seal(?1, ?4))
+"""
+_PUT_ARRIVAL = "INSERT OR REPLACE INTO arrivals VALUES (?1, ?2, ?3, seal(?1, ?2, ?3))"
+
+_Row = tuple[str, int, int, bytes, int]
+_ROWS = "SELECT migration_id, attempt, number, body, sum FROM attempts"
+
+_LOST = "nothing else is; ask the other host of that migration, and both hosts' hypervisors"
+_NEWER = "install the version of Drover again that wrote it"
+
+_NEWEST = "SELECT max(number) FROM (SELECT number FROM attempts UNION ALL SELECT number FROM migrations)"
+
+
+class Journal:
+    """Every method is one transaction and raises `JOURNAL_UNAVAILABLE` where it cannot be carried out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = Database(path, _SCHEMA, check=_damages)
+        self._numbers = itertools.count(1)
+        """Of rows and epochs, rising over restarts."""
+        self._ids: set[str] = set()
+        """Of all migrations with a record here, and perhaps some more: most questions are about one that has none yet."""
+
+    async def open(self) -> None:
+        await self._db.open()
+        newest = await self._db.read(lambda connection: connection.execute(_NEWEST).fetchone()[0])
+        rows = await self._db.read(lambda connection: connection.execute("SELECT migration_id FROM attempts").fetchall())
+        self._ids.update(row[0] for row in rows)
+        lost = _LEAP if self._db.lost else 0  # what was lost may have had greater ones
+        self._numbers = itertools.count((newest or 0) + 1 + lost)
+
+    async def close(self) -> None:
+        await self._db.close()
+
+    def next_epoch(self) -> int:
+        """A number greater than every epoch that was given before, in earlier lives of this agent too: the row that makes this one
+        durable gets a greater number still, and the row with the greatest number is never deleted.
+        """
+        return next(self._numbers)
+
+    async def put_attempt(self, record: AttemptRecord) -> None:
+        kind, number, body = _kind_of(record), next(self._numbers), encode(record)
+
+        def write(connection: sqlite3.Connection) -> None:
+            self._ids.add(record.migration_id)
+            _put_arrival(connection, record)
+            connection.execute(_PUT_ATTEMPT, (*record.key, kind, number, body))
+            if kind == _ENDED:
+                trimmed = connection.execute(f"{_TRIM} RETURNING migration_id".format(table="attempts"), (_ENDED, KEEP)).fetchall()
+                for (migration_id,) in trimmed:
+                    if connection.execute("SELECT 1 FROM attempts WHERE migration_id = ?", (migration_id,)).fetchone() is None:
+                        self._ids.discard(migration_id)
+
+        self._ids.add(record.migration_id)
+        await self._db.transaction(write)
+
+    async def get_attempt(self, migration_id: str, attempt: int = 0) -> AttemptRecord | None:
+        """The record; attempt 0 means the newest. Raises JOURNAL_UNAVAILABLE for one that damage has taken, too."""
+
+        if migration_id not in self._ids:
+            return None
+
+        def read(connection: sqlite3.Connection) -> _Row | None:
+            found: _Row | None = connection.execute(
+                f"{_ROWS} WHERE migration_id = ? AND (? = 0 OR attempt = ?) ORDER BY attempt DESC LIMIT 1",
+                (migration_id, attempt, attempt),
+            ).fetchone()
+            return found
+
+        row = await self._db.read(read)
+        return self._record(row) if row is not None else None
+
+    def _record(self, row: _Row) -> AttemptRecord:
+        migration_id, attempt, _, body, total = row
+        which = f"the record of attempt {attempt} of migration {migration_id}"
+        if not body or seal(migration_id, attempt, body) != total:
+            raise unusable(self.path, "DAMAGED_ROW", f"{which} was damaged on the disk, and is lost", "no", _LOST)
+        try:
+            return decode(body)
+        except msgspec.MsgspecError as error:
+            raise unusable(self.path, "UNREADABLE", f"{which} cannot be read: {error}", "no", _NEWER) from error
+
+    def _records(self, rows: list[_Row]) -> list[tuple[int, AttemptRecord]]:
+        """With their numbers, without those that cannot be read: one of them must not hide the others."""
+        records = []
+        for row in rows:
+            try:
+                records.append((row[2], self._record(row)))
+            except DroverError as error:
+                log.error("journal.unreadable", error=error.message)
+        return records
+
+    async def _read(self, rest: str, *parameters: int | None) -> list[_Row]:
+        return await self._db.read(lambda connection: connection.execute(f"{_ROWS} {rest}", parameters).fetchall())
+
+    async def active(self) -> list[AttemptRecord]:
+        """Every record that has not ended, the newest first. Raises for one that cannot be read."""
+        return [self._record(row) for row in await self._read("WHERE kind = ? ORDER BY number DESC", _ACTIVE)]
+
+    async def unsettled(self) -> list[AttemptRecord]:
+        """Every commit of this host whose source is not known to have ended, the oldest first."""
+        records = self._records(await self._read("WHERE kind = ? ORDER BY number", _MUST_STAY))
+        return [record for _, record in records if record.role is Role.DESTINATION and not record.settled]
+
+    async def aftercare(self) -> list[AttemptRecord]:
+        """Every attempt that has ended, and after which something of its guest has yet to be put right here, the oldest first."""
+        records = self._records(await self._read("WHERE kind = ? ORDER BY number", _MUST_STAY))
+        return [record for _, record in records if record.aftercare]
+
+    async def page_of_attempts(self, *, active_only: bool, before: int | None, limit: int) -> list[tuple[int, AttemptRecord]]:
+        """At most `limit` records with the numbers of their rows, the newest first, all written before the row `before`."""
+        last = _ACTIVE if active_only else _MUST_STAY
+        rest = "WHERE kind <= ? AND (?2 IS NULL OR number < ?2) ORDER BY number DESC LIMIT ?"
+        return self._records(await self._read(rest, last, before, limit))
+
+    async def arrival(self, domain_uuid: str) -> tuple[str, int] | None:
+        """The attempt by which the guest, where it is here, is here, and whose source is not known to have ended."""
+
+        def read(connection: sqlite3.Connection) -> tuple[str, int] | None:
+            found = connection.execute("SELECT migration_id, attempt FROM arrivals WHERE domain_uuid = ?", (domain_uuid,)).fetchone()
+            return None if found is None else (found[0], found[1])
+
+        return await self._db.read(read)
+
+    async def brought(self, record: AttemptRecord) -> bool:
+        """Whether the guest, where it is here, is here by this attempt: no later one brought it again or took it away."""
+        return await self.arrival(record.domain_uuid) == record.key
+
+    async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
+        """Keeps a migration that this agent drives (`agent.migration.migration.MigrationLog`)."""
+        kind, number = _ENDED if ended else _ACTIVE, next(self._numbers)
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(_PUT_MIGRATION, (migration_id, kind, number, body))
+            if ended:
+                connection.execute(_TRIM.format(table="migrations"), (_ENDED, KEEP))
+
+        await self._db.transaction(write)
+
+    async def load(self) -> list[bytes]:
+        """Every migration that is kept, the oldest first."""
+
+        def read(connection: sqlite3.Connection) -> list[bytes]:
+            rows = connection.execute("SELECT body FROM migrations WHERE length(body) > 0 ORDER BY number")
+            return [row[0] for row in rows]
+
+        return await self._db.read(read)
+
+
+def must_stay(record: AttemptRecord) -> bool:
+    """Whether another host's decision may depend on a record that has ended, or something of its guest has yet to be put right.
+
+    A commit, until its source has ended: a source that was away for long asks for it, and to have none means that the guest never
+    came. A guest that its source kept by an operator's statement: the other host, once it is back, must learn that it lost it.
+    """
+    if record.aftercare:
+        return True
+    if record.role is Role.DESTINATION:
+        return record.state == DestinationState.RUNNING and not record.settled
+    return record.state == SourceState.KEPT and record.operator_word is not None
+
+
+def _kind_of(record: AttemptRecord) -> int:
+    if not record.final:
+        return _ACTIVE
+    return _MUST_STAY if must_stay(record) else _ENDED
+
+
+def _may_run(record: AttemptRecord) -> bool:
+    """A copy of the guest runs here by this attempt, or may have started although a statement gives it up."""
+    if record.state == DestinationState.RUNNING:
+        return not record.settled
+    return record.state == DestinationState.ABANDONING and record.operator_word is not None
+
+
+def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:
+    """Keep which unsettled commit each guest's presence comes from, in the transaction that writes the record."""
+    if record.role is Role.SOURCE:
+        if record.state == SourceState.REMOVED:
+            connection.execute("DELETE FROM arrivals WHERE domain_uuid = ?", (record.domain_uuid,))
+    elif _may_run(record):
+        known = connection.execute("SELECT kind FROM attempts WHERE migration_id = ? AND attempt = ?", record.key).fetchone()
+        if known is None or known[0] == _ACTIVE:  # else it is only written again, and the guest may have left since
+            connection.execute(
+                "INSERT OR REPLACE INTO arrivals VALUES (?1, ?2, ?3, seal(?1, ?2, ?3))", (record.domain_uuid, *record.key)
+            )
+    elif record.final:
+        connection.execute("DELETE FROM arrivals WHERE migration_id = ? AND attempt = ?", record.key)
+
+
+def _add_arrivals_and_checksums(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA secure_delete = ON")
+    connection.execute(
+        """
+        CREATE TABLE arrivals (
+            domain_uuid TEXT PRIMARY KEY, migration_id TEXT NOT NULL, attempt INTEGER NOT NULL, sum INTEGER NOT NULL
+        ) WITHOUT ROWID
+        """
+    )
+    for table in ("attempts", "migrations"):
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN head INTEGER NOT NULL DEFAULT 0")
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN sum INTEGER NOT NULL DEFAULT 0")
+    for number, body in connection.execute("SELECT number, body FROM attempts ORDER BY number").fetchall():
+        try:
+            record = decode(body)
+        except msgspec.MsgspecError as error:
+            raise sqlite3.DatabaseError(f"a record of an earlier Drover cannot be read: {error}") from error
+        connection.execute(_PUT_ATTEMPT, (*record.key, _ACTIVE, number, body))  # as if it had been active just before
+        _put_arrival(connection, record)
+        # Earlier versions wrote cookies and XML, with the passwords in them; and what is written over must not stay in free pages.
+        connection.execute(_PUT_ATTEMPT, (*record.key, _kind_of(record), number, encode(record)))
+    for row in connection.execute("SELECT migration_id, kind, number, body FROM migrations").fetchall():
+        connection.execute(_PUT_MIGRATION, row)
+
+
+# ---- damage
+
+_EMPTY: Final = {
+    "attempts": "kind = 1, body = x'', head = seal(migration_id, attempt, 1, number), sum = seal(migration_id, attempt, x'')",
+    "migrations": "kind = 1, body = x'', head = seal(migration_id, 1, number), sum = seal(migration_id, x'')",
+}
+"""Leaves only the fact that there was such a record."""
+
+
+def _damages(connection: sqlite3.Connection) -> list[Damage]:
+    """Every row whose checksums do not hold."""
+    damages = []
+    for key, attempt, kind, number, body, head, total in connection.execute(
+        "SELECT migration_id, attempt, kind, number, body, head, sum FROM attempts"
+    ):
+        which = f"the record of attempt {attempt} of migration {key}"
+        sound = seal(key, attempt, kind, number) == head
+        if not sound or seal(key, attempt, body) != total:
+            damages.append(_damage("attempts", which, (key, attempt), ended=sound and kind == _ENDED, sound=sound))
+    for key, kind, number, body, head, total in connection.execute(
+        "SELECT migration_id, kind, number, body, head, sum FROM migrations"
+    ):
+        sound = seal(key, kind, number) == head
+        if not sound or seal(key, body) != total:
+            which = f"migration {key}, which this agent drives,"
+            damages.append(_damage("migrations", which, (key,), ended=sound and kind == _ENDED, sound=sound))
+    for *columns, total in connection.execute("SELECT domain_uuid, migration_id, attempt, sum FROM arrivals"):
+        if seal(*columns) != total:
+            remove = "DELETE FROM arrivals WHERE CAST(domain_uuid AS BLOB) = ?"
+            damages.append(Damage(f"the arrival of guest {columns[0]}", True, remove, (as_bytes(columns[0]),)))
+    return damages
+
+
+def _damage(table: str, which: str, key: tuple[str, int] | tuple[str], *, ended: bool, sound: bool) -> Damage:
+    where = "WHERE CAST(migration_id AS BLOB) = ?" + (" AND attempt IS ?" if len(key) > 1 else "")
+    mend = f"UPDATE {table} SET {_EMPTY[table]} {where}" if sound else f"DELETE FROM {table} {where}"
+    return Damage(which, matters=not ended, mend=mend, parameters=(as_bytes(key[0]), *key[1:]))

@@ -1,0 +1,220 @@
+"""Reads the record of the other host of an attempt, so that nobody's word is taken for it."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import structlog
+
+from agent.handshake.host.attempt import Attempt
+from agent.handshake.host.heard import Heard
+from agent.handshake.host.peer import HandshakePeer
+from agent.handshake.host.records import AttemptRecord, Role, state_from_proto
+from agent.handshake.machines.decision import NOTHING_FLOWS, destination_yields, source_obeys
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceEvent, SourceState
+from agent.network.uri import MigrationUri
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2 as pb
+
+log = structlog.get_logger()
+
+_UNREACHABLE: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED, Reason.UNIMPLEMENTED})
+"""Errors of a call that say nothing of the host itself. Any other error is an answer."""
+
+
+NO_RECORD: Final = (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT)
+"""What a host answers that keeps no record of the attempt, or none any more."""
+
+READ_SECONDS: Final = 3.0
+"""Deadline of a reading before Perform: its caller waits 5 s for the answer, and a record that it relays must count by then."""
+
+_S = TypeVar("_S", DestinationState, SourceState)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of the other host's record."""
+
+    record: pb.Record | None
+    """None where that host has no record of the attempt, or nothing is known."""
+    answered: bool
+    """That host itself answered."""
+    why: str = ""
+    """Why it did not, or what is wrong with its answer. Empty where a record was read."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a source is to do."""
+
+    event: SourceEvent
+    by_statement: bool
+    """It rests on an operator's statement, not on the destination's record."""
+
+
+class PeerRecords:
+    """`peer_of` gives the agent on the other side of an attempt; None where its address was not told. `heard`: what it has just
+    answered this process itself."""
+
+    def __init__(self, host: str, peer_of: Callable[[Attempt], HandshakePeer | None], heard: Heard) -> None:
+        self._host = host
+        self._peer_of = peer_of
+        self._heard = heard
+
+    async def read(
+        self,
+        attempt: Attempt,
+        relayed: pb.Record | None = None,
+        *,
+        will_do: Callable[[pb.Record], bool] = lambda _: False,
+        within: float | None = None,
+    ) -> Reading:
+        """Ask the other host, unless it has just said what will do. Where it cannot be reached, a record that a driver relays
+        counts, if it names the attempt, the guest and both hosts. Takes no longer than the deadline of a question
+        (`handshake_service.QUESTION_SECONDS`), or than `within`.
+        """
+        ours = attempt.record
+        heard = self._heard.of(ours)
+        if heard is not None and will_do(heard) and not differs(ours, heard, self._host):
+            return Reading(heard, answered=True)
+        peer = self._peer_of(attempt)
+        why = "the address of its agent was not told"
+        if peer is not None:
+            try:
+                async with asyncio.timeout(within):
+                    record = (await peer.get_record(pb.GetRecordRequest(ref=ours.ref))).record
+            except TimeoutError:
+                why = f"{ours.peer_host} did not answer within {within:g} s"
+            except DroverError as error:
+                if error.reason not in _UNREACHABLE:
+                    return Reading(None, answered=True, why=error.message)
+                why = error.message
+            else:
+                if record.host == ours.peer_host:
+                    wrong = differs(ours, record, self._host, unnamed=ours.role is Role.DESTINATION)
+                    return Reading(None if wrong else record, answered=True, why=wrong)
+                why = f"the agent at its address is that of {record.host or 'a host without a name'}"
+                if not differs(ours, _renamed(record, ours.peer_host), self._host):
+                    return Reading(None, answered=True, why=f"{why}, and has the record of this attempt: its name was changed")
+        if relayed is None or not relayed.host:
+            return Reading(None, answered=False, why=why)
+        wrong = differs(ours, relayed, self._host)
+        if wrong:
+            log.warning("a relayed record is not of this attempt", migration=ours.migration_id, why=wrong)
+        return Reading(None if wrong else relayed, answered=False, why=f"{why}; {wrong}" if wrong else why)
+
+    async def follow(self, attempt: Attempt) -> None:
+        """Hear the other host's record as it changes, so that it need not be asked when a call rests on it. Ends with that record,
+        or as soon as anything is wrong: then it is asked. Nothing where this process drives, and hears it anyway.
+        """
+        peer = self._peer_of(attempt)
+        if peer is None or self._heard.of(attempt.record) is not None:
+            return
+        address, ref = attempt.record.peer_agent, attempt.record.ref
+        try:
+            async for response in peer.watch_record(pb.WatchRecordRequest(ref=ref)):
+                self._heard.note(address, ref, response.record)
+        except DroverError as error:
+            log.info("the other host is not heard any more", migration=ref.migration_id, error=error.message)
+            self._heard.note(address, ref, None)
+
+    async def decision(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> Decision:
+        """What a source that has stopped its guest is to do, by the destination's record.
+
+        Raises:
+            DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a destination that answers.
+        """
+        reading = await self.read(attempt, relayed, will_do=_decides)
+        state = _known(DestinationState, reading)
+        event = source_obeys(state, answered=reading.answered, stated_dead=stated_dead)
+        if event is None:
+            stays = f"Guest {attempt.record.domain_name} stays stopped on {self._host} until {attempt.record.peer_host} says"
+            raise self._undecided(attempt, reading, f"{stays} whether it runs there", stated=stated_dead)
+        return Decision(event, by_statement=event is SourceEvent.CONFIRM_GONE and state is not DestinationState.GONE)
+
+    async def check_nothing_flows(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> bool:
+        """That an armed copy may be given up, by the source's record. True where only an operator's statement says so.
+
+        Raises:
+            DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a source that answers.
+        """
+        reading = await self.read(attempt, relayed)
+        state = _known(SourceState, reading)
+        if not destination_yields(state, answered=reading.answered, stated_dead=stated_dead):
+            stays = f"The copy of guest {attempt.record.domain_name} on {self._host} stays, and starts once all of it has come"
+            raise self._undecided(attempt, reading, stays, stated=stated_dead)
+        return state not in NOTHING_FLOWS
+
+    async def check_uri(self, attempt: Attempt, uri: MigrationUri, relayed: pb.Record) -> None:
+        """That the destination of this attempt listens on `uri`. Raises URI_NOT_ALLOWED, UNDECIDED."""
+        reading = await self.read(attempt, relayed, will_do=lambda record: bool(record.uri), within=READ_SECONDS)
+        untouched = f"Guest {attempt.record.domain_name} was not touched and runs on {self._host}"
+        if reading.record is None or not reading.record.uri:
+            raise self._undecided(attempt, reading, f"{untouched}; nobody says where its copy listens", stated=False)
+        if uri != _parsed(reading.record.uri):
+            peer = attempt.record.peer_host
+            raise DroverError(
+                Reason.URI_NOT_ALLOWED,
+                f"migration URI {uri} is refused: {peer} listens on {reading.record.uri} for this attempt. {untouched}",
+                metadata={"uri": str(uri), "host": peer},
+            )
+
+    def _undecided(self, attempt: Attempt, reading: Reading, consequence: str, *, stated: bool) -> DroverError:
+        peer = attempt.record.peer_host
+        says = f"its record is {state_from_proto(reading.record)}" if reading.record is not None else reading.why
+        if reading.answered and stated:
+            return DroverError(
+                Reason.NOT_IN_DOUBT,
+                f"{peer} answers {self._host}, so its own record counts and no statement that it is dead: {says}. {consequence}",
+                metadata={"host": peer},
+            )
+        heard = f"{peer} answers" if reading.answered else f"{self._host} cannot ask {peer}"
+        return DroverError(
+            Reason.UNDECIDED,
+            f"{heard}, and nothing is decided: {says}. {consequence}",
+            metadata={"host": peer, "answers": "yes" if reading.answered else "no"},
+        )
+
+
+def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool = False) -> str:
+    """What makes `theirs` no record of the other side of `ours`, in words; empty where it is one.
+
+    `unnamed`: one that names no guest will do. A source that was told to stop before it was told to begin has no more to say.
+    """
+    if unnamed and not theirs.domain_uuid and theirs.ref == ours.ref:
+        return ""
+    named = {
+        "attempt": ((theirs.ref.migration_id, theirs.ref.attempt), ours.key),
+        "guest": (theirs.domain_uuid, ours.domain_uuid),
+        "host": (theirs.host, ours.peer_host),
+        "other host": (theirs.peer_host, host),
+    }
+    wrong = [f"its {what} is {got or 'not said'}, not {want}" for what, (got, want) in named.items() if got != want]
+    return "; ".join(wrong)
+
+
+def _renamed(record: pb.Record, host: str) -> pb.Record:
+    renamed = pb.Record()
+    renamed.CopyFrom(record)
+    renamed.host = host
+    return renamed
+
+
+def _decides(record: pb.Record) -> bool:
+    """A destination's record that stays as it is."""
+    return record.state in (pb.RECORD_STATE_RUNNING, pb.RECORD_STATE_GONE)
+
+
+def _known(states: type[_S], reading: Reading) -> _S | None:
+    """The state that was read; None for one of a newer version, or of the other side, which decides nothing."""
+    word = "" if reading.record is None else state_from_proto(reading.record)
+    return states(word) if word in set(states) else None
+
+
+def _parsed(uri: str) -> MigrationUri | None:
+    try:
+        return MigrationUri.parse(uri)
+    except ValueError:
+        return None

@@ -1,0 +1,289 @@
+"""What source and destination share: the host that they stand on, and how a request begins or joins a phase."""
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any, Final
+
+import msgspec
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from agent.handshake.host.attempt import MAX_WAIT, Attempt, waits_for
+from agent.handshake.host.records import AttemptRecord, Failure, OperatorWord, Role, record_to_proto
+from agent.handshake.machines.destination import DestinationState
+from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError
+from agent.hypervisor.features import from_hypervisor
+from agent.hypervisor.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_of, fact_of_event, silent
+from agent.hypervisor.interface import Hypervisor
+from agent.network.interfaces import is_own
+from agent.network.ports import any_is_free
+from agent.network.uri import MigrationUri, address_problem
+from agent.runtime.address import Address, parse_address
+from agent.runtime.errors import DroverError, Reason, invalid_field
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2, options_pb2
+
+log = structlog.get_logger()
+
+SEE_SECONDS: Final = 1.0
+"""A record that ends waits so long for its hypervisor's last word on the guest."""
+
+
+@dataclass
+class LocalHost:
+    """The host on which an engine works."""
+
+    name: str
+    hypervisor: Hypervisor
+    networks: tuple[host_pb2.Network, ...]
+    features: options_pb2.MigrationFeatures
+    lease_seconds: float
+    takeover_after: float
+    simulated: bool = False
+    """Its hypervisor is a simulated one, in this process: several such hosts share the addresses of one machine."""
+    draining: bool = False
+
+    def show(self, record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
+        """A record of this host, as others may see it: under the name that it had then."""
+        return record_to_proto(record, record.host or self.name, progress)
+
+    def check_not_draining(self) -> None:
+        if self.draining:
+            raise DroverError(
+                Reason.DRAINING,
+                f"the agent of {self.name} is stopping and takes no new migration. Nothing was done to the guest",
+                retry_after=5.0,
+            )
+
+    def check_listens_on(self, address: str) -> None:
+        """The memory of guests comes in at an address of this host, by the word of the kernel now. Raises NETWORK_NOT_FOUND."""
+        own = ip_address(address)
+        problem = address_problem(own) or ("" if is_own(own) else "is no address of this host now")
+        if problem and not self.simulated:
+            raise DroverError(
+                Reason.NETWORK_NOT_FOUND,
+                f"{address} {problem}, so {self.name} takes no guest there. Nothing was done to the guest; see `ip address` on "
+                f"{self.name}, and the networks of its agent's configuration",
+                metadata={"host": self.name, "address": address},
+            )
+
+    def check_sends_to(self, uri: MigrationUri) -> None:
+        """The memory of a guest leaves this host: at its own addresses, other guests arrive. Raises URI_NOT_ALLOWED."""
+        problem = address_problem(uri.host) or ("is an address of this host itself" if is_own(uri.host) else "")
+        if problem and not self.simulated:
+            raise DroverError(
+                Reason.URI_NOT_ALLOWED,
+                f"migration URI {uri} is refused: {uri.host} {problem}. Nothing was sent, and the guest runs on {self.name}",
+                metadata={"uri": str(uri)},
+            )
+
+
+def wait_of(wait: Duration, *, unset: float) -> float:
+    """Seconds that a caller wants to wait, at most MAX_WAIT. A field that is not set has neither seconds nor nanos."""
+    seconds = wait.seconds + wait.nanos / 1e9
+    return min(max(seconds, 0.0), MAX_WAIT) if seconds else unset
+
+
+def phase_changes(attempt: Attempt, phase: str, request: Message) -> dict[str, Any]:
+    """What the record must remember of the request that begins a phase; nothing for one that joins it.
+
+    Raises:
+        DroverError: REQUEST_ID_REUSED when the same request id comes with another content.
+    """
+    request_id = str(getattr(request, "request_id", ""))
+    digest = _digest(request)
+    record = attempt.record
+    known = record.requests.get(phase)
+    if known is None:
+        return {
+            "requests": {**record.requests, phase: digest},
+            "request_ids": {**record.request_ids, phase: request_id},
+        }
+    if request_id and request_id == record.request_ids.get(phase) and digest != known:
+        raise DroverError(
+            Reason.REQUEST_ID_REUSED,
+            f"request id {request_id} was used for another {phase} of this attempt; nothing was changed",
+            metadata={"request_id": request_id},
+        )
+    return {}
+
+
+def check_ports(host: LocalHost) -> None:
+    """A port for the stream must be free. Raises BUSY."""
+    first, last = host.features.first_port, host.features.last_port
+    if not any_is_free(first, last):
+        raise DroverError(
+            Reason.BUSY,
+            f"all ports from {first} to {last} on which {host.name} takes migrations are in use; try again when one has ended, "
+            "or widen the range (migration_port_min and _max in its qemu.conf, first_port and last_port of its agent)",
+            metadata={"host": host.name, "limit": "ports"},
+            retry_after=5.0,
+        )
+
+
+def check_same(attempt: Attempt, host: str, *, agent: str = "", **told: object) -> None:
+    """A call that begins an attempt which is known here must be about the same: else two migrations would share one id.
+
+    Args:
+        agent: where the agent of the other host answers, as the call says. Whoever answers there decides where the guest runs, so
+            an attempt that somebody began with another address, or with none, is not the caller's.
+        told: what the call says, by field of the record. What is empty was not said.
+
+    Raises:
+        DroverError: MIGRATION_EXISTS, naming what differs.
+    """
+    record = attempt.record
+    differs = {name: value for name, value in told.items() if value and getattr(record, name) and value != getattr(record, name)}
+    if agent and record.requests and _address(agent) != _address(record.peer_agent):
+        differs["peer_agent"] = agent
+    if differs:
+        what = ", ".join(
+            f"{name.replace('_', ' ')} {getattr(record, name) or '(none)'}, not {value}" for name, value in differs.items()
+        )
+        raise DroverError(
+            Reason.MIGRATION_EXISTS,
+            f"migration {record.migration_id} is known on {host} as another one ({what}); nothing was done. Choose a new UUID for a "
+            f"new migration, or watch that one: `drover migration show {record.migration_id}`",
+            metadata={"migration_id": record.migration_id, "host": host, "peer_host": record.peer_host},
+        )
+
+
+def overtaken(attempt: Attempt) -> DroverError:
+    """For a call whose checks were those of an earlier state than the one in which its turn has come."""
+    record = attempt.record
+    return DroverError(
+        Reason.WRONG_PHASE,
+        f"attempt {record.attempt} of migration {record.migration_id} has become {record.state} at this moment; nothing was done, "
+        "make the call again",
+        metadata={"state": record.state},
+    )
+
+
+def _address(text: str) -> Address | str:
+    try:
+        return parse_address(text)
+    except ValueError:
+        return text
+
+
+def check_address(address: str, field: str) -> None:
+    """An agent that cannot be asked later must be refused now. Raises INVALID_FIELD; an empty one means that nobody is asked."""
+    if address:
+        try:
+            parse_address(address)
+        except ValueError as error:
+            raise invalid_field(field, str(error)) from None
+
+
+def check_word(attempt: Attempt, word: pb.OperatorWord) -> None:
+    """A word is about the other host of the attempt; one that names this very host is refuted by its being heard."""
+    peer = attempt.record.peer_host
+    if peer and word.dead_host != peer:
+        raise invalid_field("operator_word.dead_host", f"must be {peer}, the other host of this migration, not {word.dead_host}")
+
+
+def stated_changes(attempt: Attempt, message: pb.OperatorWord) -> dict[str, object]:
+    """What the record of an attempt that an operator's statement decides says of it."""
+    word = OperatorWord.of(message)
+    log.warning("an operator's statement decides", migration=attempt.record.migration_id, **msgspec.structs.asdict(word))
+    return {"failure": word.failure(), "operator_word": word}
+
+
+def failure_of(error: Exception, host: str) -> Failure:
+    """Of an effect on that host. What is no error of the hypervisor is a flaw of ours, and ends the phase all the same."""
+    if isinstance(error, HypervisorError):
+        return Failure.of(from_hypervisor(error, host))
+    log.error("unexpected error of the hypervisor's driver", exc_info=error)
+    text = f"{host}: unexpected error (bug) of the hypervisor's driver, {type(error).__name__}; see the agent's log there"
+    return Failure(Reason.INTERNAL, text, {"host": host})
+
+
+def failed(attempt: Attempt, failure: Failure) -> dict[str, Any]:
+    """What a failure changes in the record: one that is nearer to the cause than the one it has replaces that."""
+    known = attempt.record.failure
+    return {"failure": failure} if known is None or failure.distance < known.distance else {}
+
+
+async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
+    """The attempt's guest as it is now, None where there is none. Asks until the hypervisor answers."""
+    unanswered = False
+    while True:
+        try:
+            async with attempt.telling(f"the hypervisor of {host.name} to say what is true of the guest"):
+                domain = await _ask(host, attempt)
+        except Exception as error:
+            unanswered = True
+            await waits_for(attempt, f"the hypervisor of {host.name} does not answer: {error}")
+            await asyncio.sleep(0.5)
+            continue
+        if unanswered:
+            await waits_for(attempt, "")
+        return domain
+
+
+async def hindrance(host: LocalHost, attempt: Attempt) -> str:
+    """Why the hypervisor may not answer about the attempt's guest; empty: not known."""
+    record = attempt.record
+    why = await host.hypervisor.hindrance(record.destination_name if record.role is Role.DESTINATION else record.domain_name)
+    return f"{host.name}: {why}" if why else ""
+
+
+async def see(host: LocalHost, attempt: Attempt) -> None:
+    """Ask once what is true of the attempt's guest; the record then has the answer, or says that there was none."""
+    with contextlib.suppress(HypervisorError, TimeoutError):
+        async with asyncio.timeout(SEE_SECONDS):
+            await _ask(host, attempt)
+
+
+async def _ask(host: LocalHost, attempt: Attempt) -> Domain | None:
+    record = attempt.record
+    try:
+        domain = await host.hypervisor.get_domain(record.domain_uuid)
+    except DomainNotFound:
+        domain = None
+    except asyncio.CancelledError:
+        _unanswered(attempt, record.seen, TimeoutError("no answer yet"))
+        raise
+    except Exception as error:
+        _unanswered(attempt, record.seen, error)
+        raise
+    if domain is None and record.seen is not None and record.seen.state in NO_PROCESS:
+        attempt.saw(msgspec.structs.replace(record.seen, state=GuestState.ABSENT))  # the reason tells how it ended
+        return None
+    arriving = record.role is Role.DESTINATION and record.state != DestinationState.RUNNING
+    attempt.saw(fact_of(domain, arriving=arriving))
+    return domain
+
+
+def _unanswered(attempt: Attempt, before: GuestFact | None, error: Exception) -> None:
+    """The hypervisor was asked and gave no answer. What it has said meanwhile by an event, or as Finish returned, is newer."""
+    if attempt.record.seen == before:
+        attempt.saw(silent(before, error))
+
+
+async def follow_guest(host: LocalHost, attempt: Attempt, on_end: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Take what the hypervisor says of the guest as it happens, until this task is cancelled. `on_end` is called when its process
+    has ended, whoever ended it.
+    """
+    async for event in host.hypervisor.events():
+        if event.uuid == attempt.record.domain_uuid and (fact := fact_of_event(event)) is not None:
+            waits = attempt.record.seen is not None and attempt.record.seen.state is GuestState.WAITING
+            if not waits or fact.state is GuestState.RUNNING:  # an empty copy is no guest that was paused, or died
+                attempt.saw(fact, look_again=True)
+            if fact.state in NO_PROCESS and on_end is not None:
+                await on_end()
+
+
+def _digest(request: Message) -> str:
+    """Of the content, without the id and how long to wait."""
+    copy = type(request)()
+    copy.CopyFrom(request)
+    for name in ("request_id", "wait"):
+        if name in copy.DESCRIPTOR.fields_by_name:
+            copy.ClearField(name)
+    return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()

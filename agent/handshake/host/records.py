@@ -1,0 +1,308 @@
+"""What one host durably knows of one attempt, and how that reads on the wire.
+
+An `AttemptRecord` is a value: every change makes a new one, which is in the journal before it is used.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+import msgspec
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.handshake.machines.destination import DESTINATION, DestinationState
+from agent.handshake.machines.source import SOURCE, SourceState
+from agent.hypervisor.base import ECHO, Options, Progress, Stored
+from agent.hypervisor.guest_fact import GuestFact, fact_to_proto
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import options_pb2
+
+
+class Role(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+MACHINES: Mapping[Role, Any] = {Role.SOURCE: SOURCE, Role.DESTINATION: DESTINATION}
+_STATES: Mapping[Role, Any] = {Role.SOURCE: SourceState, Role.DESTINATION: DestinationState}
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An error as a value."""
+
+    reason: Reason
+    message: str
+    metadata: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, error: DroverError) -> "Failure":
+        return cls(error.reason, error.message, dict(error.metadata))
+
+    def error(self) -> DroverError:
+        return DroverError(self.reason, self.message, metadata=self.metadata)
+
+    @property
+    def distance(self) -> int:
+        """How far it is from the cause: 0 a cause, 1 an echo of what happened on the other host, 2 the giving up that follows."""
+        return 2 if self.reason is Reason.GIVEN_UP else int(ECHO in self.metadata)
+
+
+def causes_first(failures: Iterable[Failure | None]) -> list[Failure]:
+    """Each failure once: causes in the order in which they are given, then their echoes, then what was only given up."""
+    found: dict[tuple[str, str], Failure] = {}
+    for failure in failures:
+        if failure is not None:
+            found.setdefault((failure.reason, failure.message), failure)
+    return sorted(found.values(), key=lambda failure: failure.distance)
+
+
+class OperatorWord(msgspec.Struct, frozen=True):
+    """A statement that a host is dead, in place of that host's word."""
+
+    dead_host: str
+    reason: str
+    said_by: str
+    time: float
+
+    @classmethod
+    def of(cls, message: pb.OperatorWord) -> "OperatorWord":
+        said = message.say_time.ToNanoseconds() / 1e9 if message.HasField("say_time") else time.time()
+        return cls(message.dead_host, message.reason, message.said_by, said)
+
+    def to_proto(self) -> pb.OperatorWord:
+        return pb.OperatorWord(dead_host=self.dead_host, reason=self.reason, said_by=self.said_by, say_time=timestamp(self.time))
+
+    def failure(self) -> Failure:
+        return Failure(
+            Reason.DECLARED_DEAD,
+            f"{self.said_by} stated that {self.dead_host} is dead: {self.reason}",
+            {"dead_host": self.dead_host, "said_by": self.said_by},
+        )
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """One phase on one host. Times in seconds; `start` is of the host's wall clock."""
+
+    phase: str
+    start: float
+    duration: float
+    hypervisor: float
+
+
+class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt on one host. `SECRETS` are in memory only: no state needs them again after a restart of the agent."""
+
+    migration_id: str
+    attempt: int
+    role: Role
+    state: str
+    host: str = ""
+    """This host's name when the record was made. Empty: an older version made it, or it is of an attempt that never got here."""
+    domain_name: str = ""
+    domain_uuid: str = ""
+    destination_name: str = ""
+    peer_host: str = ""
+    peer_agent: str = ""
+    options: dict[str, bool] = {}
+    epoch: int = 0
+    """Of the slot; destination only."""
+    expires: float = 0.0
+    """When the lease ends, by the wall clock; destination only."""
+    had_definition: bool = False
+    """A definition of the guest was stored here before; destination only."""
+    domain_xml: str = ""
+    stored: Stored | None = None
+    autostart: bool = False
+    """The guest started with the source's host, before Begin: so it shall with the host on which it stays."""
+    paused_by_user: bool = False
+    """See the field of `Record` on the wire."""
+    aftercare: bool = False
+    """After its end here something of the guest has yet to be put right (`aftercare`): it is recovered, though it is final."""
+    uri: str = ""
+    listen: str = ""
+    """This host's migration address, at which the guest's memory shall arrive; destination only."""
+    proved: str = ""
+    """The destination's migration address, once the path to it was proved; source only."""
+    bandwidth: int = 0
+    cookies: dict[str, bytes] = {}
+    """By the phase that gave them."""
+    requests: dict[str, str] = {}
+    """By phase: the digest of the request that began it."""
+    request_ids: dict[str, str] = {}
+    failure: Failure | None = None
+    operator_word: OperatorWord | None = None
+    settled: bool = False
+    """The source has ended too, so it will never ask for this record again; destination only."""
+    waiting_for: str = ""
+    timings: tuple[Timing, ...] = ()
+    seen: GuestFact | None = None
+    """What the hypervisor said last of the guest. Journalled along with the next change: no decision rests on it."""
+    created: float = msgspec.field(default_factory=time.time)
+    updated: float = 0.0
+    revision: int = 0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.migration_id, self.attempt
+
+    @property
+    def ref(self) -> pb.AttemptRef:
+        return pb.AttemptRef(migration_id=self.migration_id, attempt=self.attempt)
+
+    @property
+    def source_state(self) -> SourceState:
+        return SourceState(self.state)
+
+    @property
+    def destination_state(self) -> DestinationState:
+        return DestinationState(self.state)
+
+    @property
+    def final(self) -> bool:
+        return self.state in MACHINES[self.role].final
+
+    @property
+    def user_options(self) -> Options:
+        return Options(**self.options)
+
+    def changed(self, **changes: Any) -> "AttemptRecord":
+        """A new record, one revision on; one that has ended drops what only a running migration needs."""
+        new = msgspec.structs.replace(self, **changes, revision=self.revision + 1, updated=time.time())
+        if new.final and not self.final:
+            # The last cookie is still asked for by a driver whose answer was lost. Digests are of requests with secrets in them.
+            kept = {phase: cookie for phase, cookie in new.cookies.items() if phase == "finish"}
+            new = msgspec.structs.replace(new, domain_xml="", stored=None, cookies=kept, requests={}, request_ids={})
+        if new.state in (SourceState.REMOVED, DestinationState.GONE):
+            new = msgspec.structs.replace(new, aftercare=False)  # no guest of this attempt is here
+        return new
+
+
+_LISTENS: Final = frozenset({DestinationState.PREPARED, DestinationState.ARMED, DestinationState.RUNNING})
+"""States of a destination whose URI is known with its port."""
+
+
+def options_from_proto(message: options_pb2.Options) -> dict[str, bool]:
+    """The user's words, by name; what was not said is not in it."""
+    return {field.name: value for field, value in message.ListFields() if isinstance(value, bool)}
+
+
+def options_to_proto(options: Mapping[str, bool]) -> options_pb2.Options:
+    message = options_pb2.Options()
+    for name, value in options.items():
+        setattr(message, name, value)
+    return message
+
+
+def wire_state(record: AttemptRecord) -> pb.RecordState.ValueType:
+    return pb.RecordState.Value(f"RECORD_STATE_{record.state.upper()}")
+
+
+def state_from_proto(record: pb.Record) -> str:
+    """The state's word, as in `SourceState` and `DestinationState`; ``state 99`` for one that this version does not know."""
+    return enum_word(pb.RecordState, record.state)
+
+
+@functools.lru_cache(maxsize=256)
+def enum_word(kind: Any, value: int) -> str:
+    """The lower-case word of an enum's value, without the prefix of its enum; ``state 99`` for a value of a newer version."""
+    values = kind.DESCRIPTOR.values_by_number
+    if value not in values:
+        return f"state {value}"
+    return str(values[value].name).removeprefix(values[0].name.removesuffix("UNSPECIFIED")).lower()
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message
+
+
+def timestamp(seconds: float) -> Timestamp:
+    message = Timestamp()
+    message.FromNanoseconds(int(seconds * 1e9))
+    return message
+
+
+def cut(text: str, max_bytes: int) -> str:
+    """A peer refuses what is longer than the bound of its field; a hypervisor's words have none."""
+    return text if len(text) * 4 <= max_bytes else text.encode()[:max_bytes].decode(errors="ignore")
+
+
+def failure_to_proto(failure: Failure) -> pb.Failure:
+    metadata = {key: cut(value, 1024) for key, value in itertools.islice(failure.metadata.items(), 16)}
+    return pb.Failure(reason=failure.reason, message=cut(failure.message, 4096), metadata=metadata)
+
+
+def timing_to_proto(timing: Timing) -> pb.PhaseTiming:
+    return pb.PhaseTiming(
+        phase=timing.phase,
+        start_time=timestamp(timing.start),
+        duration=duration(timing.duration),
+        hypervisor_duration=duration(timing.hypervisor),
+    )
+
+
+def progress_to_proto(progress: Progress) -> pb.Progress:
+    return pb.Progress(
+        iteration=progress.iteration,
+        total_bytes=progress.total_bytes,
+        processed_bytes=progress.processed_bytes,
+        remaining_bytes=progress.remaining_bytes,
+        bytes_per_second=progress.rate,
+        dirty_bytes_per_second=progress.dirty_rate,
+        downtime=duration(progress.downtime),
+        elapsed=duration(progress.elapsed),
+        post_copy=progress.postcopy,
+    )
+
+
+def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | None = None) -> pb.Record:
+    """The record of `host`, this one, as others may see it: no cookies, no XML."""
+    message = pb.Record(
+        ref=record.ref,
+        host=host,
+        state=wire_state(record),
+        domain_name=record.domain_name,
+        domain_uuid=record.domain_uuid,
+        peer_host=record.peer_host,
+        timings=[timing_to_proto(t) for t in record.timings],
+        revision=record.revision,
+        waiting_for=cut(record.waiting_for, 1024),
+        create_time=timestamp(record.created),
+        update_time=timestamp(record.updated),
+        paused_by_user=record.paused_by_user,
+    )
+    if record.failure is not None:
+        message.failure.CopyFrom(failure_to_proto(record.failure))
+    if record.operator_word is not None:
+        message.operator_word.CopyFrom(record.operator_word.to_proto())
+    if record.seen is not None:
+        message.guest.CopyFrom(fact_to_proto(record.seen))
+    if record.role is Role.DESTINATION:
+        message.slot.CopyFrom(pb.Slot(epoch=record.epoch, expire_time=timestamp(record.expires)))
+        message.uri = record.uri if record.state in _LISTENS else ""
+    if progress is not None:
+        message.progress.CopyFrom(progress)
+    return message
+
+
+SECRETS: Mapping[str, Any] = {"domain_xml": "", "stored": None, "cookies": {}}
+"""Fields that hold passwords of the guest (XML, and libvirt's cookies, which have XML in them), and what is journalled instead."""
+
+
+def encode(record: AttemptRecord) -> bytes:
+    """For the journal: without `SECRETS`."""
+    return msgspec.msgpack.encode(msgspec.structs.replace(record, **SECRETS))
+
+
+def decode(data: bytes) -> AttemptRecord:
+    return msgspec.msgpack.decode(data, type=AttemptRecord)
+
+
+def known_state(role: Role, state: str) -> bool:
+    return state in _STATES[role].__members__.values()

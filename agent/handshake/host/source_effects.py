@@ -1,0 +1,204 @@
+"""The effects of a source: what its machine does to the hypervisor, and the news of it."""
+
+import asyncio
+import contextlib
+import time
+
+import structlog
+
+from agent.handshake.host.aftercare import pause_seen
+from agent.handshake.host.attempt import Attempt, retry
+from agent.handshake.host.peer_record import PeerRecords
+from agent.handshake.host.phases import (
+    LocalHost,
+    failed,
+    failure_of,
+    follow_guest,
+    look_up,
+)
+from agent.handshake.host.records import Failure, progress_to_proto
+from agent.handshake.host.stopwatch import Stopwatch, timed
+from agent.handshake.host.waits import Follower, tell_broken
+from agent.handshake.machines.facts import loss_of, source_fact
+from agent.handshake.machines.source import SourceEffect, SourceEvent, SourceState
+from agent.hypervisor.base import (
+    POSTCOPY_FAILED,
+    Domain,
+    DomainNotFound,
+    DomainState,
+    HypervisorError,
+)
+from agent.hypervisor.guest_fact import GuestFact, GuestState, fact_of
+from agent.hypervisor.interface import Outgoing
+
+log = structlog.get_logger()
+
+_S, _E, _F = SourceState, SourceEvent, SourceEffect
+
+
+class SourceEffects:
+    """Carries them out, by the hypervisor's handle for each attempt."""
+
+    def __init__(self, host: LocalHost, peers: PeerRecords) -> None:
+        self._host = host
+        self._peers = peers
+        self._sessions: dict[Attempt, Outgoing] = {}
+        self._followers: dict[Attempt, Follower] = {}
+
+    async def run(self, attempt: Attempt, effect: str) -> None:
+        await {
+            _F.BEGIN: self._begin,
+            _F.PERFORM: self._perform,
+            _F.ABORT: self._abort,
+            _F.LOOK: self._look,
+            _F.REMOVE: self._remove,
+            _F.RESUME: self._resume,
+            _F.RELEASE: self._release,
+        }[SourceEffect(effect)](attempt)
+
+    def session(self, attempt: Attempt) -> Outgoing:
+        """The hypervisor's handle for this attempt."""
+        if attempt not in self._sessions:
+            self._sessions[attempt] = self._host.hypervisor.outgoing(attempt.record.domain_uuid)
+        return self._sessions[attempt]
+
+    async def _begin(self, attempt: Attempt) -> None:
+        record = attempt.record
+        try:
+            watch = attempt.stopwatch or Stopwatch("begin")  # it also timed what was asked to begin with
+            with watch.asking():
+                if record.autostart:  # see `aftercare`
+                    await self._host.hypervisor.set_autostart(record.domain_uuid, False)
+                async with attempt.telling(f"the hypervisor of {self._host.name} to begin"):
+                    begun = await self.session(attempt).begin(record.user_options, record.destination_name)
+        except Exception as error:
+            await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error, self._host.name))
+            return
+        attempt.start("peer", self._peers.follow(attempt))
+        await attempt.report(
+            _E.BEGIN_DONE,
+            domain_xml=begun.domain_xml,
+            cookies={"begin": begun.cookie},
+            timings=(*attempt.record.timings, watch.timing),
+        )
+
+    async def _death(self, attempt: Attempt) -> Failure | None:
+        """Whether the guest itself has died meanwhile, where the hypervisor can tell."""
+        try:
+            domain = await self._host.hypervisor.get_domain(attempt.record.domain_uuid)
+        except DomainNotFound:
+            domain = None
+        except HypervisorError:
+            return None
+        return self._lost(attempt, domain) if source_fact(domain) is _E.SAW_DEAD else None
+
+    def _lost(self, attempt: Attempt, domain: Domain | None) -> Failure:
+        return loss_of(attempt.record.domain_name, self._host.name, fact_of(domain))
+
+    async def _perform(self, attempt: Attempt) -> None:
+        record = attempt.record
+        session = self.session(attempt)
+        self._watch(attempt)
+        try:
+            with timed("perform") as watch:
+                performed = await session.perform(
+                    record.uri,
+                    record.domain_xml,
+                    record.cookies["prepare"],
+                    record.user_options,
+                    record.destination_name,
+                    record.bandwidth,
+                )
+        except Exception as error:
+            why = failed(attempt, failure_of(error, self._host.name))
+            await attempt.report(_E.PERFORM_FAILED, **why, **pause_seen(attempt, session))
+            return
+        attempt.progress = progress_to_proto(performed.final)
+        attempt.saw(GuestFact(GuestState.PAUSED, "migration", time.time()))  # that is what its end says
+        await attempt.report(
+            _E.PERFORM_DONE,
+            cookies={**attempt.record.cookies, "perform": performed.cookie},
+            timings=(*attempt.record.timings, watch.timing),
+            **pause_seen(attempt, session),
+        )
+
+    def _watch(self, attempt: Attempt) -> None:
+        """Follow the transfer and the guest while it lasts."""
+        if not attempt.running("progress"):
+            attempt.start("progress", self._follower(attempt).run())
+        if not attempt.running("guest"):
+            attempt.start("guest", follow_guest(self._host, attempt))
+
+    def _follower(self, attempt: Attempt) -> Follower:
+        if attempt not in self._followers:
+            flows = lambda: attempt.running(_F.PERFORM, _F.LOOK) if attempt.record.state == _S.PERFORMING else []  # noqa: E731
+            self._followers[attempt] = Follower(self._host, attempt, self.session(attempt), flows)
+        return self._followers[attempt]
+
+    async def _abort(self, attempt: Attempt) -> None:
+        """Stop the transfer, however often it takes: one that is only being set up cannot be stopped yet."""
+        session = self.session(attempt)
+        attempt.start("connecting", self._follower(attempt).stop_connecting_until_the_end())
+        while attempt.record.state == _S.PERFORMING and (transfer := attempt.running(_F.PERFORM, _F.LOOK)):
+            try:
+                await session.abort()
+            except HypervisorError as error:
+                log.warning("abort failed, trying again", migration=attempt.record.migration_id, error=str(error))
+            await asyncio.wait(transfer, timeout=0.1)
+
+    async def _look(self, attempt: Attempt) -> None:
+        """Ask until no job holds the guest. A job that goes on without us (after a restart) is followed to its end."""
+        self._watch(attempt)
+        await self._fact(attempt)
+        # A hypervisor that came back from the dead may have let the guest run by mistake: only now can it be believed.
+        await retry(attempt, "settling what the hypervisor left of the transfer", self.session(attempt).settle)
+        await attempt.report(await self._fact(attempt), waiting_for="")
+
+    async def _fact(self, attempt: Attempt) -> SourceEvent:
+        while True:
+            domain = await look_up(self._host, attempt)
+            fact = source_fact(domain)
+            if fact is not None:
+                return fact
+            if domain is not None and domain.reason == POSTCOPY_FAILED:
+                await tell_broken(attempt)
+            await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
+
+    async def _remove(self, attempt: Attempt) -> None:
+        record = attempt.record
+
+        async def remove() -> None:
+            await self.session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
+            attempt.saw(GuestFact(GuestState.ABSENT, "migrated", time.time()))  # no copy runs or waits here, says its success
+
+        with timed("confirm") as watch:
+            await retry(attempt, "removing the copy at the source", remove)
+        await attempt.report(_E.REMOVE_DONE, timings=(*attempt.record.timings, watch.timing))
+        await self._let_go(attempt)
+
+    async def _resume(self, attempt: Attempt) -> None:
+        changes: dict[str, object] = {}
+
+        async def resume() -> None:
+            domain = await look_up(self._host, attempt)
+            if domain is None or not domain.postcopy:  # else the rest of its memory has died with the destination's copy
+                with contextlib.suppress(DomainNotFound):
+                    await self.session(attempt).resume()
+                domain = await look_up(self._host, attempt)
+            if domain is None or domain.postcopy or domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
+                changes["failure"] = self._lost(attempt, domain)
+
+        with timed("confirm") as watch:
+            await retry(attempt, "letting the guest run on at the source", resume)
+        await attempt.report(_E.RESUME_DONE, timings=(*attempt.record.timings, watch.timing), **changes)
+
+    async def _release(self, attempt: Attempt) -> None:
+        await attempt.ended(_F.BEGIN, _F.PERFORM, _F.RESUME, _F.ABORT)
+        await self._let_go(attempt)
+
+    async def _let_go(self, attempt: Attempt) -> None:
+        attempt.stop("guest")
+        attempt.stop("peer")
+        self._followers.pop(attempt, None)
+        if session := self._sessions.pop(attempt, None):
+            await session.close()

@@ -1,0 +1,225 @@
+"""The source of a migration: Begin, Perform, Abort, Confirm."""
+
+import functools
+from collections.abc import Callable
+from typing import Final
+
+from agent.handshake.host.attempt import MAX_WAIT, Attempt
+from agent.handshake.host.attempts import Attempts
+from agent.handshake.host.departure import Departures
+from agent.handshake.host.path import check_proved, prove
+from agent.handshake.host.peer_record import PeerRecords
+from agent.handshake.host.phases import (
+    LocalHost,
+    check_same,
+    check_word,
+    overtaken,
+    phase_changes,
+    stated_changes,
+    wait_of,
+)
+from agent.handshake.host.records import Failure, Role, options_from_proto
+from agent.handshake.host.stopwatch import Stopwatch
+from agent.handshake.host.stored import changes_of, read_stored, stored_to_proto
+from agent.handshake.machines.source import SourceEvent, SourceState
+from agent.hypervisor.features import check_bandwidth, settled
+from agent.hypervisor.guest_fact import fact_of
+from agent.network.networks import read_uri
+from agent.runtime.alongside import alongside
+from agent.runtime.errors import Reason, invalid_field
+from drover.agent.v1 import handshake_pb2 as pb
+
+_S, _E = SourceState, SourceEvent
+
+_AFTER_BEGIN: Final = frozenset(_S) - {_S.BEGINNING}
+_AFTER_PERFORM: Final = frozenset(_S) - {_S.BEGINNING, _S.BEGUN, _S.PERFORMING}
+_ENDED: Final = frozenset({_S.REMOVED, _S.KEPT})
+_STOPPED: Final = frozenset({_S.PERFORMED, _S.LOST})
+"""The guest does not run here, and only the destination's record says what to do."""
+
+
+class SourceSide:
+    """Serves the source's calls. `take_over` is called for an attempt whose driver went silent after Perform began."""
+
+    def __init__(
+        self,
+        host: LocalHost,
+        attempts: Attempts,
+        take_over: Callable[[Attempt], None],
+        peers: PeerRecords,
+        departures: Departures,
+    ) -> None:
+        self._host = host
+        self._attempts = attempts
+        self._take_over = take_over
+        self._peers = peers
+        self._departures = departures
+        self.check_leaving = departures.check_leaving
+
+    # ---- calls
+
+    async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        async with attempt.called(_E.BEGIN, request.request_id):
+            if not attempt.record.state:
+                await self._attempts.open(attempt, lambda: self._open(attempt, request))
+                self._joined(attempt, request)  # it may have been another one that opened it meanwhile
+            else:
+                self._joined(attempt, request)  # another migration with this id learns that, whatever may be called now
+                await attempt.apply(_E.BEGIN)
+            record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
+            if record.state == _S.KEPT and record.failure is not None:
+                raise record.failure.error()
+            stored = stored_to_proto(record.stored, record.domain_name, self._host.name)
+            cookie, told = record.cookies.get("begin", b""), self._host.show(record)
+            return pb.BeginResponse(record=told, domain_xml=record.domain_xml, cookie_out=cookie, stored=stored)
+
+    def _joined(self, attempt: Attempt, request: pb.BeginRequest) -> dict[str, object]:
+        """What a Begin of a known attempt adds to the record: nothing. It must be about the same migration."""
+        changes = phase_changes(attempt, "begin", request)
+        check_same(
+            attempt,
+            self._host.name,
+            agent=request.destination_agent,
+            peer_host=request.destination_host,
+            destination_name=request.destination_name,
+            options=options_from_proto(request.options),
+            **({"domain_uuid": request.domain_uuid} if request.domain_uuid else {"domain_name": request.domain}),
+        )
+        return changes
+
+    async def _open(self, attempt: Attempt, request: pb.BeginRequest) -> None:
+        self._departures.check_request(request)
+        watch = attempt.stopwatch = Stopwatch("begin")
+        probe = request.probe if request.HasField("probe") else None
+        async with (
+            alongside(prove(probe, self._host.name, request.destination_host)) as proving,
+            alongside(self._departures.settle(request.domain_uuid, request.domain)) as settling,
+        ):
+            with watch.asking():
+                domain = await self._departures.check(request)
+            await settling
+            if not request.domain_uuid:
+                await self._departures.settle(domain.uuid, domain.name)
+            with self._attempts.claim(domain.uuid, domain.name):
+                attempt.saw(fact_of(domain))
+                with watch.asking():
+                    stored = await read_stored(self._host, domain)
+                proved = await proving
+                await attempt.apply(
+                    _E.BEGIN,
+                    lambda: phase_changes(attempt, "begin", request),
+                    host=self._host.name,
+                    domain_name=domain.name,
+                    domain_uuid=domain.uuid,
+                    destination_name=request.destination_name or domain.name,
+                    peer_host=request.destination_host,
+                    peer_agent=request.destination_agent,
+                    options=options_from_proto(settled(request.options, self._host.features)),
+                    epoch=request.slot_epoch,
+                    **changes_of(stored, arrives=False),
+                    proved=proved,
+                )
+        self.recover(attempt)
+
+    async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        async with attempt.called(_E.PERFORM, request.request_id):
+            if checked := attempt.record.state == _S.BEGUN:
+                uri = read_uri(request.uri, self._host.features.uri_transports)
+                check_proved(attempt.record, str(uri.host), self._host.name)
+                await self._peers.check_uri(attempt, uri, request.destination_record)
+            await attempt.apply(_E.PERFORM, lambda: self._performed(attempt, request, checked=checked))
+            record = await attempt.until(_AFTER_PERFORM, wait_of(request.wait, unset=0.0))
+            return pb.PerformResponse(
+                record=self._host.show(record, attempt.progress), cookie_out=record.cookies.get("perform", b"")
+            )
+
+    def _performed(self, attempt: Attempt, request: pb.PerformRequest, *, checked: bool) -> dict[str, object]:
+        """What the first Perform adds to the record. `checked`: its URI was, for which the destination had to be asked."""
+        changes = phase_changes(attempt, "perform", request)
+        if attempt.record.state != _S.BEGUN:
+            return {}
+        if not checked:
+            raise overtaken(attempt)
+        uri = read_uri(request.uri, self._host.features.uri_transports)
+        self._host.check_sends_to(uri)
+        limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
+        return changes | {
+            "uri": str(uri),
+            "bandwidth": limit,
+            "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
+        }
+
+    async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        async with attempt.called(_E.ABORT, request.request_id):
+            await attempt.apply(_E.ABORT, lambda: self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
+            record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
+            return pb.AbortResponse(record=self._host.show(record, attempt.progress))
+
+    async def confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmResponse:
+        claimed = {pb.DECISION_RUNNING: _E.CONFIRM_RUNNING, pb.DECISION_GONE: _E.CONFIRM_GONE}.get(request.decision)
+        if claimed is None:
+            raise invalid_field("decision", "must be DECISION_RUNNING or DECISION_GONE")
+        attempt = await self._attempts.of(request.ref, Role.SOURCE)
+        wait = wait_of(request.wait, unset=MAX_WAIT)
+        async with attempt.called(claimed, request.request_id):
+            if request.HasField("operator_word"):
+                check_word(attempt, request.operator_word)
+            if attempt.record.state == _S.PERFORMING:
+                if claimed is _E.CONFIRM_GONE:
+                    await attempt.apply(_E.ABORT)
+                await attempt.until(_AFTER_PERFORM, wait)
+            if attempt.record.state in _STOPPED:
+                await self._obey(attempt, claimed, request)
+            elif attempt.record.state != _S.PERFORMING:
+                await attempt.apply(claimed, lambda: self._told_unread(attempt, claimed, request))
+            record = await attempt.until(_ENDED, wait)
+            return pb.ConfirmResponse(record=self._host.show(record, attempt.progress))
+
+    async def _obey(self, attempt: Attempt, claimed: SourceEvent, request: pb.ConfirmRequest) -> None:
+        """Read the decision from the destination, and do that, whatever the caller claims. Raises UNDECIDED, NOT_IN_DOUBT."""
+        stated = request.HasField("operator_word") and claimed is _E.CONFIRM_GONE
+        decision = await self._peers.decision(attempt, request.destination_record, stated_dead=stated)
+        told = functools.partial(self._told, attempt, decision.event, request, by_word=decision.by_statement)
+        await attempt.apply(decision.event, told)
+
+    def _told_unread(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest) -> dict[str, object]:
+        """Of a Confirm for which no decision had to be read, when it came."""
+        if attempt.record.state in _STOPPED:
+            raise overtaken(attempt)
+        return self._told(attempt, event, request, by_word=False)
+
+    def _told(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest, *, by_word: bool) -> dict[str, object]:
+        """What a Confirm adds to the record. `by_word`: an operator's statement stands in for the destination's record."""
+        told: dict[str, object] = {}
+        if event is _E.CONFIRM_GONE:
+            told = self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
+            if by_word:
+                told = stated_changes(attempt, request.operator_word)
+        if request.cookie_in:
+            told["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
+        return told
+
+    @staticmethod
+    def _why(attempt: Attempt, reason: Reason, message: str) -> dict[str, object]:
+        if attempt.record.failure is not None or attempt.record.final:
+            return {}
+        return {"failure": Failure(reason, message)}
+
+    # ---- silence
+
+    def recover(self, attempt: Attempt) -> None:
+        """An attempt that was read from the journal: wait for its driver as if it had just called."""
+        attempt.on_silence(self._host.takeover_after, lambda: self._silent(attempt))
+
+    def _silent(self, attempt: Attempt) -> None:
+        if attempt.record.state in (_S.BEGINNING, _S.BEGUN):
+            failure = Failure(
+                Reason.DRIVER_SILENT,
+                f"nobody asked for the next phase within {self._host.takeover_after:g} s; the guest was not touched",
+            )
+            attempt.start("silence", attempt.report(_E.DRIVER_SILENT, failure=failure))
+        elif not attempt.record.final:
+            self._take_over(attempt)

@@ -1,0 +1,84 @@
+"""What can be done to a transfer while it runs: the switch to post-copy, and another bandwidth."""
+
+from collections.abc import Awaitable, Callable
+
+from agent.handshake.host.attempt import Attempt
+from agent.handshake.host.attempts import Attempts
+from agent.handshake.host.peer import HandshakePeer
+from agent.handshake.host.peer_record import differs
+from agent.handshake.host.phases import LocalHost
+from agent.handshake.host.records import Role, state_from_proto
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceState
+from agent.hypervisor.base import HypervisorError
+from agent.hypervisor.features import check_bandwidth, from_hypervisor
+from agent.hypervisor.interface import Outgoing
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2 as pb
+
+
+class Transfers:
+    """Serves the calls about transfers that leave this host."""
+
+    def __init__(
+        self,
+        host: LocalHost,
+        attempts: Attempts,
+        session_of: Callable[[Attempt], Outgoing],
+        destination_of: Callable[[Attempt], HandshakePeer | None],
+    ) -> None:
+        self._host = host
+        self._attempts = attempts
+        self._session_of = session_of
+        self._destination_of = destination_of
+
+    async def start_post_copy(self, request: pb.StartPostCopyRequest) -> pb.StartPostCopyResponse:
+        attempt = await self._transferring(request.ref)
+        if attempt.record.options.get("post_copy") is False:
+            raise _not_armed("the transfer was started with the option post_copy=off, so it cannot be switched")
+        await self._check_armed(attempt)
+        await self._hypervisor(self._session_of(attempt).start_postcopy())
+        return pb.StartPostCopyResponse(record=self._host.show(attempt.record, attempt.progress))
+
+    async def _check_armed(self, attempt: Attempt) -> None:
+        """The switch is the commit, so the destination must be armed: a copy that is only prepared may be given up at any moment,
+        and half of the guest with it. What is armed ends as RUNNING, or when the stream breaks before the switch.
+        """
+        peer = self._destination_of(attempt)
+        if peer is None:
+            raise _not_armed(
+                "this attempt was begun without the address of the destination's agent, so nobody can say whether it is armed"
+            )
+        record = (await peer.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record
+        if wrong := differs(attempt.record, record, self._host.name):
+            raise _not_armed(f"what answers for the destination {attempt.record.peer_host} has another record: {wrong}")
+        state = state_from_proto(record)
+        if state != DestinationState.ARMED:
+            raise _not_armed(f"the destination {attempt.record.peer_host} is {state}, not armed: call Finish there first")
+
+    async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
+        attempt = await self._transferring(request.ref)
+        limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
+        await self._hypervisor(self._session_of(attempt).set_bandwidth(limit))
+        await attempt.note(bandwidth=limit)
+        return pb.SetBandwidthResponse(record=self._host.show(attempt.record, attempt.progress))
+
+    async def _transferring(self, ref: pb.AttemptRef) -> Attempt:
+        attempt = await self._attempts.find(ref)
+        if attempt.record.role is not Role.SOURCE or attempt.record.state != SourceState.PERFORMING:
+            raise DroverError(
+                Reason.WRONG_PHASE,
+                f"no transfer runs: the attempt is {attempt.record.state} on this {attempt.record.role}",
+                metadata={"state": attempt.record.state},
+            )
+        return attempt
+
+    async def _hypervisor(self, call: Awaitable[None]) -> None:
+        try:
+            await call
+        except HypervisorError as error:
+            raise from_hypervisor(error, self._host.name) from None
+
+
+def _not_armed(why: str) -> DroverError:
+    return DroverError(Reason.POST_COPY_NOT_ARMED, f"{why}; the transfer goes on as it is")

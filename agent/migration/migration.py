@@ -1,0 +1,118 @@
+"""One migration of this process: how it looks, who drives it, and its row in the log."""
+
+import asyncio
+import time
+from typing import Any, Final, Protocol
+
+import structlog
+
+from agent.handshake.drive.driver import Driver
+from agent.handshake.host.records import Failure
+from agent.migration.uptime import seconds_since
+from agent.runtime.bell import Bell
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import migration_pb2 as pb
+
+log = structlog.get_logger()
+
+FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED})
+
+
+class MigrationLog(Protocol):
+    """Keeps migrations over a restart."""
+
+    async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None: ...
+
+    async def load(self) -> list[bytes]: ...
+
+
+class Entry:
+    """One migration, its driver while it runs, and who waits for a change."""
+
+    def __init__(self, migration: pb.Migration, kept: MigrationLog) -> None:
+        self.migration = migration
+        self._kept = kept
+        self.driver: Driver | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.fencing: asyncio.Task[None] | None = None
+        self.fenced_side = ""
+        """The side whose fencing is waited for."""
+        self.gave_up = False
+        """Nothing is done any more, though it has not ended: its records contradict each other."""
+        self.saved_statements = {word.dead_host for word in migration.statements}
+        """Hosts that the log says were declared dead."""
+        self.saving: asyncio.Task[None] | None = None
+        """A write that nobody waits for."""
+        self.telling: asyncio.TimerHandle | None = None
+        """Runs when its driver has learned something that readers were not told yet."""
+        self.changed = Bell()
+        self._taken_up = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it was asked for; where that cannot be measured, since it was taken up here."""
+        measured = seconds_since(self.migration.create_uptime)
+        return time.monotonic() - self._taken_up if measured is None else measured
+
+    @property
+    def wall(self) -> float | None:
+        """Unix time, where `elapsed` does not reach back to the request: on another machine, or before this one was started."""
+        return time.time() if seconds_since(self.migration.create_uptime) is None else None
+
+    @property
+    def final(self) -> bool:
+        return self.migration.state in FINAL
+
+    @property
+    def cancelled(self) -> Failure | None:
+        """Set once somebody asked for the end; every driver of this migration is told."""
+        if not self.migration.HasField("cancel_time"):
+            return None
+        return Failure(Reason.CANCELLED, "cancelled on request")
+
+    def side(self, host: str) -> str:
+        """``source``, ``destination``, or nothing for a host that takes no part."""
+        return {self.migration.destination_host: "destination", self.migration.source_host: "source"}.get(host, "")
+
+    def changed_to(self, **fields: Any) -> pb.Migration:
+        """A copy of the migration as it is now, with other values."""
+        copy = pb.Migration()
+        copy.CopyFrom(self.migration)
+        for name, value in fields.items():
+            setattr(copy, name, value)
+        return copy
+
+    def not_in_doubt(self, host: str) -> DroverError:
+        """The error for a statement that does not count."""
+        migration_id = self.migration.migration_id
+        if self.final:
+            why = f"migration {migration_id} has ended"
+        elif self.gave_up:
+            why = f"nothing more is done for migration {migration_id}: {self.migration.failure.message}"
+        elif self.driver is None:
+            why = f"migration {migration_id} is just being taken up again, and {host} was not asked yet; try again in a moment"
+        elif self.driver.is_vouched_for(self.side(host)):
+            why = f"{host} does not answer here, but the other host of the migration hears it, so its own word counts"
+        else:
+            why = f"{host} answers, so its own word counts"
+        return DroverError(Reason.NOT_IN_DOUBT, f"{why}. Nothing was changed", metadata={"host": host})
+
+    # ---- its row in the log
+
+    async def save(self, migration: pb.Migration | None = None) -> None:
+        """Write it down, as it is or as it is about to be. Raises JOURNAL_UNAVAILABLE."""
+        written = migration or self.migration
+        await self._kept.save(written.migration_id, written.SerializeToString(), ended=written.state in FINAL)
+        self.saved_statements = {word.dead_host for word in written.statements}
+
+    async def save_if_possible(self) -> None:
+        try:
+            await self.save()
+        except DroverError as error:
+            log.error("a migration was not written down", migration=self.migration.migration_id, error=error.message)
+
+    def forget_refuted(self) -> None:
+        """A host that was declared dead has answered: the statement must not count again after a restart."""
+        refuted = self.saved_statements - {word.dead_host for word in self.migration.statements}
+        if refuted and (self.saving is None or self.saving.done()):
+            self.saving = asyncio.create_task(self.save_if_possible(), name=f"save {self.migration.migration_id[:8]}")

@@ -1,0 +1,186 @@
+"""From what the user wants and what both hosts can do to the plan of a migration. Pure: looks at both ends, then decides.
+
+Everything that can be refused by looking is refused here, before any host has done anything.
+"""
+
+from ipaddress import ip_address
+from typing import Protocol
+
+import grpc
+
+from agent.handshake.drive.plan import Plan
+from agent.handshake.host.records import enum_word
+from agent.hypervisor.features import check_bandwidth, check_options, check_protocol, settled
+from agent.network.networks import MIGRATION_ROLE, common_network, listen_on
+from agent.network.uri import address_problem, same_address
+from agent.runtime.errors import DroverError, Reason, said_by_peer
+from drover.agent.v1 import host_pb2, options_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+
+class _End(Protocol):
+    @property
+    def host(self) -> host_pb2.Host: ...
+
+    @property
+    def agent_address(self) -> str: ...
+
+
+def make_plan(
+    spec: pb.MigrationSpec,
+    source: host_pb2.Host,
+    destination: host_pb2.Host,
+    guest: host_pb2.GetDomainResponse,
+    source_agent: str,
+    destination_agent: str,
+) -> tuple[Plan, list[str]]:
+    """The plan, and what the user should be warned of.
+
+    Raises:
+        DroverError: SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH,
+            SPLIT_PHASES_MISSING, NETWORK_NOT_FOUND, URI_NOT_ALLOWED; what keeps the guest from leaving (DOMAIN_BUSY,
+            INCOMPATIBLE_GUEST, …).
+    """
+    _check_hosts(source, destination)
+    _check_guest(guest, source)
+    for host, end in ((source, f"the source {source.name}"), (destination, f"the destination {destination.name}")):
+        check_protocol(host.min_protocol_version, host.max_protocol_version, end)
+        _check_split_phases(host, end)
+        check_options(spec.options, host.migration_features, end)
+        check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
+    network, warnings = _choose_network(spec, source, destination)
+    warnings += _rounded(spec.bandwidth_bytes_per_second, source)
+    if guest.HasField("obstacle"):  # last: what is wrong with the request is told first
+        told = guest.obstacle
+        raise said_by_peer(told.reason, told.message, told.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
+    warnings += _losses(spec.options, guest.domain, source.name, destination.name)
+    return (
+        Plan(
+            domain_name=guest.domain.name,
+            domain_uuid=guest.domain.uuid,
+            destination_name=spec.destination_name or guest.domain.name,
+            source_host=source.name,
+            source_agent=source_agent,
+            destination_host=destination.name,
+            destination_agent=destination_agent,
+            network=network,
+            uri=spec.uri,
+            bandwidth=spec.bandwidth_bytes_per_second,
+            options=settled(spec.options, source.migration_features, destination.migration_features),
+            requirements=guest.requirements,
+            destination_networks=tuple(destination.networks),
+            destination_features=destination.migration_features,
+        ),
+        warnings,
+    )
+
+
+def resume_plan(migration: pb.Migration, source: _End, destination: _End) -> Plan:
+    """The plan of a migration that was started before; the slot is taken, so what the guest needs is not asked again."""
+    spec = migration.spec
+    return Plan(
+        domain_name=migration.domain_name,
+        domain_uuid=migration.domain_uuid,
+        destination_name=spec.destination_name or migration.domain_name,
+        source_host=migration.source_host,
+        source_agent=source.agent_address,
+        destination_host=migration.destination_host,
+        destination_agent=destination.agent_address,
+        network=migration.network,
+        uri=spec.uri,
+        bandwidth=spec.bandwidth_bytes_per_second,
+        options=migration.options if migration.HasField("options") else spec.options,
+        requirements=None,
+        destination_networks=tuple(destination.host.networks),
+        destination_features=destination.host.migration_features,
+    )
+
+
+def _rounded(limit: int, source: host_pb2.Host) -> list[str]:
+    enforced = check_bandwidth(limit, source.migration_features, source.name)
+    if enforced == limit:
+        return []
+    unit = source.migration_features.bandwidth_unit
+    return [f"the bandwidth is limited to {enforced} bytes per second: {source.name} takes multiples of {unit}"]
+
+
+def _check_hosts(source: host_pb2.Host, destination: host_pb2.Host) -> None:
+    if source.host_uuid == destination.host_uuid:
+        raise DroverError(
+            Reason.SAME_HOST,
+            f"source {source.name} and destination {destination.name} are the same host{_twins(source, destination)}. "
+            "Nothing was done to the guest",
+            metadata={"host": source.name},
+        )
+
+
+def _twins(source: host_pb2.Host, destination: host_pb2.Host) -> str:
+    if source.name == destination.name:
+        return "; choose another destination"
+    return (
+        f", as libvirt takes them: both have the host_uuid {source.host_uuid}. If they are two, set another host_uuid in "
+        f"{destination.name}'s /etc/libvirt/libvirtd.conf, and restart libvirtd and the agent there"
+    )
+
+
+def _check_guest(guest: host_pb2.GetDomainResponse, source: host_pb2.Host) -> None:
+    if guest.domain.state not in (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED):
+        state = enum_word(host_pb2.DomainState, guest.domain.state)
+        raise DroverError(
+            Reason.DOMAIN_NOT_RUNNING,
+            f"guest {guest.domain.name} on {source.name} is {state}, and only a running guest can be migrated live; start it first",
+            metadata={"state": state},
+        )
+
+
+def _check_split_phases(host: host_pb2.Host, end: str) -> None:
+    if not host.migration_features.split_phases:
+        raise DroverError(
+            Reason.SPLIT_PHASES_MISSING,
+            f"the libvirt library of {end} does not export the split phases that Drover needs; update libvirt there",
+            metadata={"host": host.name},
+        )
+
+
+def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, destination: str) -> list[str]:
+    """What of the guest does not come along, by the user's word."""
+    if not domain.persistent or not options.HasField("persist_destination") or options.persist_destination:
+        return []
+    kept = options.HasField("undefine_source") and not options.undefine_source
+    where = f"only {source} keeps it" if kept else "no host will have it"
+    return [
+        f"persist_destination is off: {destination} does not store the definition of guest {domain.name}, so after the migration "
+        f"{where}, and once the guest is shut down there it is gone"
+    ]
+
+
+def _choose_network(spec: pb.MigrationSpec, source: host_pb2.Host, destination: host_pb2.Host) -> tuple[str, list[str]]:
+    """The name of the network, and a warning where it has no migration role."""
+    named = spec.network
+    if spec.uri:
+        named = listen_on(destination.networks, destination.migration_features, named, spec.uri).network
+    network = common_network(source.networks, destination.networks, named)
+    _check_address(network, source, destination)
+    if MIGRATION_ROLE in network.roles:
+        return network.name, []
+    return network.name, [f"network {network.name} has no migration role; it carries the guest's memory because it was named"]
+
+
+def _check_address(network: host_pb2.Network, source: host_pb2.Host, destination: host_pb2.Host) -> None:
+    """The destination alone has the address at which it would take the guest. Simulated hosts share those of one machine."""
+    if destination.driver == "sim":
+        return
+    try:
+        address = ip_address(network.address)
+        problem = address_problem(address)
+        if any(same_address(other.address, address) for other in source.networks):
+            problem = f"is an address of the source {source.name}, too"
+    except ValueError:
+        problem = "is no IP address"
+    if problem:
+        raise DroverError(
+            Reason.NETWORK_NOT_FOUND,
+            f"on network {network.name}, {destination.name} has the address {network.address}, which {problem}. Nothing was done to "
+            f"the guest; name another network, or correct the configuration of the agent of {destination.name}",
+            metadata={"network": network.name, "host": destination.name},
+        )

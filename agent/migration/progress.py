@@ -1,0 +1,252 @@
+"""What a migration looks like to its user, from what its driver knows. Pure but for the clock that is handed in."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+
+from agent.handshake.drive.driver import Driver
+from agent.handshake.host.records import Failure, causes_first, duration, failure_to_proto
+from agent.handshake.machines.destination import DestinationState as Dst
+from agent.handshake.machines.facts import loss_of
+from agent.handshake.machines.source import SourceState as Src
+from agent.hypervisor.guest_fact import GuestFact, GuestState
+from agent.migration.whereabouts import Place, said, whereabouts
+from agent.runtime.errors import Reason, said_by_peer
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+_PHASE_OF_SOURCE: Final = {
+    Src.BEGINNING: "begin",
+    Src.PERFORMING: "perform",
+    Src.PERFORMED: "finish",
+    Src.LOST: "finish",
+    Src.REMOVING: "confirm",
+    Src.RESUMING: "confirm",
+}
+_PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
+
+_ORDER: Final = {name: place for place, name in enumerate(("plan", "reserve", "begin", "prepare", "perform", "finish", "confirm"))}
+"""Of the phases, by the protocol."""
+
+SKEW_SECONDS: Final = 2.0
+"""Wall clocks that differ less are taken to agree: this much may pass between a host's reading of its clock and ours."""
+_SKEW: Final = "the clocks of both hosts differ"
+
+_GUEST_STATES: Final = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
+
+
+def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: bool, wall: float | None = None) -> pb.Migration:
+    """The migration as it is now, from what it was and what the driver knows. `elapsed`: measured seconds since its request; with
+    `wall` (Unix time) only since it was taken up.
+    """
+    # A wall clock that is set meanwhile changes no duration and no order.
+    now = max(before.create_time.ToNanoseconds() / 1e9 + elapsed, wall or 0.0)
+    src, dst = driver.source_state, driver.destination_state
+    migration = pb.Migration()
+    migration.CopyFrom(before)
+    migration.waiting_for = "" if ended else _waiting_for(before, driver)
+    migration.uri = driver.uri or before.uri
+    del migration.silent_hosts[:]
+    migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
+    migration.ClearField("operator_word")
+    del migration.statements[:]
+    migration.statements.extend(driver.words.values())
+    for word in _words(driver):
+        migration.operator_word.CopyFrom(word)
+    migration.phase = "" if ended else phase(src, dst)
+    _copy_records(migration, driver)
+    _tell_skew(migration, driver.clock_skew)
+    _tell_pause(migration, driver)
+    if dst is Dst.RUNNING and not driver.disputed and not before.HasField("commit_time"):
+        migration.commit_time.FromNanoseconds(int(now * 1e9))
+    failures = causes_first((driver.failure, _failure_of(driver.source_record), _failure_of(driver.destination_record)))
+    failure = failures[0] if failures else None
+    migration.state = _state(migration.state, driver, failure, ended=ended)
+    if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := _loss(migration)) is not None:
+        migration.state, failure = pb.MIGRATION_STATE_FAILED, lost
+    migration.runs_on = whereabouts(migration).runs_on
+    migration.ClearField("failure")
+    if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
+        failure = _unknown(migration, driver)
+    del migration.other_failures[:]
+    if failure is not None and migration.state != pb.MIGRATION_STATE_SUCCEEDED:
+        migration.failure.CopyFrom(failure_to_proto(failure))
+        migration.other_failures.extend(failure_to_proto(other) for other in failures if _adds(other, failure))
+    if ended:
+        migration.end_time.FromNanoseconds(int(now * 1e9))
+        planning = sum(t.hypervisor_duration.ToNanoseconds() / 1e9 for t in migration.timings if t.phase == "plan")
+        in_calls = planning + union(call for calls in driver.hypervisor_calls.values() for call in calls)
+        migration.duration_is_least = wall is not None
+        migration.duration.CopyFrom(_seconds(max(elapsed, in_calls) if migration.duration_is_least else elapsed))
+        migration.hypervisor_duration.CopyFrom(_seconds(in_calls))
+    return migration
+
+
+def _tell_skew(migration: pb.Migration, skew: float) -> None:
+    """Warn of two hosts whose clocks differ: whoever compares their logs must know."""
+    if abs(skew) < SKEW_SECONDS or any(warning.startswith(_SKEW) for warning in migration.warnings):
+        return
+    ahead, behind = (migration.destination_host, migration.source_host)[:: 1 if skew > 0 else -1]
+    migration.warnings.append(
+        f"{_SKEW}: {ahead} is {abs(skew):.0f} s ahead of {behind}. Times of day in their logs and records cannot be compared; "
+        "durations are not affected. Look at the time service of both"
+    )
+
+
+def _tell_pause(migration: pb.Migration, driver: Driver) -> None:
+    """The guest arrives, or stays, paused, because its user paused it on the way."""
+    warning = f"guest {migration.domain_name} was paused by its user during the transfer, and is left paused"
+    paused = any(record is not None and record.paused_by_user for record in (driver.source_record, driver.destination_record))
+    if paused and warning not in migration.warnings:
+        migration.warnings.append(warning)
+
+
+def _words(driver: Driver) -> list[handshake_pb2.OperatorWord]:
+    """What was said here, and what a host has acted upon: that stays said, though the other one answers again."""
+    records = [record for record in (driver.destination_record, driver.source_record) if record is not None]
+    return [*driver.words.values(), *(record.operator_word for record in records if record.HasField("operator_word"))]
+
+
+def _waiting_for(migration: pb.Migration, driver: Driver) -> str:
+    if driver.disputed:
+        here, there = migration.source_host, migration.destination_host
+        return (
+            f"{there} to give up its copy: it was declared dead, the guest goes on at {here}, and {there} says that it runs there "
+            f"too. The agent of {there} asks again within half a minute and stops that copy; "
+            f"`drover migration watch {migration.migration_id}` shows it"
+        )
+    records = (driver.source_record, driver.destination_record)
+    waits = dict.fromkeys((driver.waiting_for, *(record.waiting_for for record in records if record is not None)))
+    return "; ".join(wait for wait in waits if wait)[:1000]
+
+
+def phase(src: Src | None, dst: Dst | None) -> str:
+    """The phase under way."""
+    if src in (Src.PERFORMED, Src.LOST) and dst in (Dst.RUNNING, Dst.GONE):
+        return "confirm"
+    if src in _PHASE_OF_SOURCE:
+        return _PHASE_OF_SOURCE[src]
+    if dst in (Dst.RUNNING, Dst.GONE, Dst.ABANDONING) or src is Src.KEPT:
+        return "confirm"
+    if src is Src.BEGUN and dst is Dst.RESERVED:
+        return "prepare"
+    return _PHASE_OF_DESTINATION.get(dst, "perform")
+
+
+def _state(
+    before: pb.MigrationState.ValueType, driver: Driver, failure: Failure | None, *, ended: bool
+) -> pb.MigrationState.ValueType:
+    if ended:
+        if driver.states[1] is Dst.RUNNING:
+            return pb.MIGRATION_STATE_SUCCEEDED
+        cancelled = failure is not None and failure.reason == Reason.CANCELLED
+        return pb.MIGRATION_STATE_CANCELLED if cancelled else pb.MIGRATION_STATE_FAILED
+    if driver.outcome_unknown:
+        return pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+    if driver.cancelling:
+        return pb.MIGRATION_STATE_CANCELLING
+    return pb.MIGRATION_STATE_PENDING if driver.source_record is None else pb.MIGRATION_STATE_ACTIVE
+
+
+def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
+    if record is None or not record.HasField("failure"):
+        return None
+    said = record.failure
+    return Failure.of(said_by_peer(said.reason, said.message, said.metadata))
+
+
+def _adds(other: Failure, failure: Failure) -> bool:
+    """Whether it says anything that the failure does not: an agent was told only that its attempt was cancelled, or given up."""
+    echo_of_cancel = failure.reason is Reason.CANCELLED and other.distance > 0
+    return other.message != failure.message and other.reason not in (Reason.GIVEN_UP, Reason.CANCELLED) and not echo_of_cancel
+
+
+def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
+    silent = " and ".join(_hosts(migration)[side] for side in driver.silent_since)
+    here = said(migration.source_host, migration.source_guest)
+    return Failure(
+        Reason.OUTCOME_UNKNOWN,
+        f"{silent} does not answer, and it alone can say whether the guest runs on {migration.destination_host}; {here}. "
+        f"It is asked again and again, and the migration ends by itself once it answers: "
+        f"`drover migration watch {migration.migration_id}`. If {silent} is dead for certain (powered off, fenced), and only then: "
+        f"`drover migration resolve {migration.migration_id} --assume-dead {next(iter(silent.split(' and ')))} --reason …`",
+    )
+
+
+def _hosts(migration: pb.Migration) -> dict[str, str]:
+    return {"source": migration.source_host, "destination": migration.destination_host}
+
+
+def impossible(before: pb.Migration) -> pb.Migration:
+    """A migration whose records contradict each other, or whose driver is at fault: nothing more is done to the guest."""
+    migration = pb.Migration()
+    migration.CopyFrom(before)
+    migration.state = pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+    migration.runs_on = whereabouts(migration).runs_on
+    failure = Failure(
+        Reason.INTERNAL,
+        f"the records of {before.source_host} and {before.destination_host} contradict each other, so nothing more is done to the "
+        f"guest: look at both (`drover domain list`) and at the agents' logs, and report this as a defect",
+    )
+    migration.failure.CopyFrom(failure_to_proto(failure))
+    return migration
+
+
+def _copy_records(migration: pb.Migration, driver: Driver) -> None:
+    records = [record for record in (driver.source_record, driver.destination_record) if record is not None]
+    told = [*(t for t in migration.timings if t.phase == "plan"), *(t for r in records for t in r.timings if t.phase != "plan")]
+    if timings := sorted(told, key=lambda t: _ORDER.get(t.phase, len(_ORDER))):
+        del migration.timings[:]
+        migration.timings.extend(timings)
+    for fact, record in ((migration.source_guest, driver.source_record), (migration.destination_guest, driver.destination_record)):
+        if record is not None and record.HasField("guest"):
+            fact.CopyFrom(record.guest)
+        elif record is not None and record.state == handshake_pb2.RECORD_STATE_RUNNING:  # an older agent gives no facts
+            fact.CopyFrom(handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, see_time=record.update_time))
+    if driver.states[1] is Dst.RUNNING and driver.destination_state is not Dst.RUNNING and driver.source_record is not None:
+        # The source has read that from the destination, which this driver does not hear.
+        started = handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, reason="migrated")
+        started.see_time.CopyFrom(driver.source_record.update_time)
+        migration.destination_guest.CopyFrom(started)
+    if driver.source_record is not None and driver.source_record.HasField("progress"):
+        progress = driver.source_record.progress
+        migration.progress.CopyFrom(with_eta(progress) if driver.source_state is Src.PERFORMING else progress)
+
+
+def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:
+    """The reading with an expected end, as a range: at best the rest is sent once; at worst what is dirtied meanwhile too."""
+    reading = handshake_pb2.Progress()
+    reading.CopyFrom(progress)
+    rate, dirty = progress.bytes_per_second, progress.dirty_bytes_per_second
+    if rate <= 0:
+        reading.reason = progress.reason or "no rate measured yet"
+        return reading
+    reading.eta_low.CopyFrom(_seconds(progress.remaining_bytes / rate))
+    if dirty >= rate:
+        reading.reason = "the guest dirties its memory faster than it is sent: no end in sight at this rate"
+    else:
+        reading.eta_high.CopyFrom(_seconds(progress.remaining_bytes / (rate - dirty)))
+    return reading
+
+
+def _seconds(seconds: float) -> Duration:
+    """What hosts tell may add up to more than a duration can hold."""
+    return duration(min(seconds, 1e9))
+
+
+def union(intervals: Iterable[tuple[float, float]]) -> float:
+    """The time that at least one of the intervals covers."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def _loss(migration: pb.Migration) -> Failure | None:
+    """The failure of a migration whose guest had its end at the source meanwhile; None for one that has not."""
+    fact = migration.source_guest
+    if whereabouts(migration).place is not Place.NOWHERE or fact.state not in _GUEST_STATES:
+        return None
+    return loss_of(migration.domain_name, migration.source_host, GuestFact(_GUEST_STATES[fact.state], fact.reason))

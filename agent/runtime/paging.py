@@ -1,0 +1,111 @@
+"""Lists in pages, in one place for every list call: `page_size`, `page_token` and `next_page_token` as in AIP-158.
+
+A token names the last item of its page by the key that orders the list. So it stays valid over a restart, and an item that comes
+or goes between two pages shifts no other one.
+"""
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Iterable
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+import structlog
+from google.protobuf.message import Message
+
+from agent.runtime.errors import DroverError, invalid_field
+
+MAX_ITEMS: Final = 1000
+"""Most items of a page."""
+PAGE_BYTES: Final = 512 * 1024
+"""A page ends before it is larger than this. A message may have twice as much."""
+MAX_ITEM_BYTES: Final = 256 * 1024
+"""The bounds of the wire keep every listed message below this."""
+
+Key = tuple[str | int, ...]
+
+log = structlog.get_logger(__name__)
+
+_M = TypeVar("_M", bound=Message)
+
+
+class Page(NamedTuple, Generic[_M]):
+    """Items of a list, and how it goes on."""
+
+    items: list[_M]
+    end: Key | None
+    """The next page begins behind this key. None: there is no more."""
+    token: str
+    """`next_page_token`."""
+
+
+class Paging:
+    """One request of a list call. `kinds` are the types of the parts of a key, `default` the page size where none is asked for.
+
+    Raises INVALID_FIELD for a token that is not of this list.
+    """
+
+    def __init__(self, request: Any, *kinds: type, default: int = MAX_ITEMS) -> None:
+        self._list = _digest(request)
+        self.size = min(request.page_size or default, MAX_ITEMS)
+        self.after: Key | None = self._read(request.page_token, kinds) if request.page_token else None
+        """The page begins behind this key. None: at the beginning."""
+
+    def take(self, rows: Iterable[tuple[Key, _M]], end: Key | None = None) -> Page[_M]:
+        """The page that this request asks for.
+
+        `rows` are ordered by their keys, each of which is unique; those that are not behind `after` are skipped. `end` is the key
+        up to which `rows` are the whole list; None: to its end.
+        """
+        items: list[_M] = []
+        size, last = 0, self.after
+        for key, item in rows:
+            if self.after is not None and key <= self.after:
+                continue
+            item_size = item.ByteSize()
+            if item_size > MAX_ITEM_BYTES:
+                log.error("an item is too large for a page and left out", item=str(key), size=item_size)
+                continue
+            size += item_size
+            if len(items) == self.size or (items and size > PAGE_BYTES):
+                return self._page(items, last)
+            items.append(item)
+            last = key
+        return self._page(items, end)
+
+    def _page(self, items: list[_M], end: Key | None) -> Page[_M]:
+        return Page(items, end, self._token(end))
+
+    def _token(self, key: Key | None) -> str:
+        if key is None:
+            return ""
+        text = json.dumps([self._list, *key], ensure_ascii=False, separators=(",", ":"))
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    def _read(self, token: str, kinds: tuple[type, ...]) -> Key:
+        try:
+            padded = token.encode("ascii") + b"=" * (-len(token) % 4)
+            parts = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+        except (ValueError, binascii.Error, RecursionError):
+            raise _bad_token("is not a token of this server") from None
+        if not isinstance(parts, list) or [type(part) for part in parts] != [int, *kinds]:
+            raise _bad_token("is not a token of this list")
+        if any(isinstance(part, int) and abs(part) >= 1 << 63 for part in parts):
+            raise _bad_token("is not a token of this list")
+        if parts[0] != self._list:
+            raise _bad_token("belongs to a list with other fields; repeat the call with the fields of the first page")
+        return tuple(parts[1:])
+
+
+def _digest(request: Any) -> int:
+    """Of all that a request says beside the page."""
+    asked = type(request)()
+    asked.CopyFrom(request)
+    for field in ("page_size", "page_token"):
+        asked.ClearField(field)
+    return zlib.crc32(request.DESCRIPTOR.full_name.encode() + asked.SerializeToString(deterministic=True))
+
+
+def _bad_token(description: str) -> DroverError:
+    return invalid_field("page_token", description)

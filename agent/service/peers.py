@@ -1,0 +1,117 @@
+"""Other agents, without a coordinator: the peers of the configuration, or any agent's address (requirement H9)."""
+
+import asyncio
+import functools
+from collections.abc import Mapping
+from typing import Final
+
+import grpc.aio
+
+from agent.handshake.drive.ends import Ends, Side
+from agent.handshake.host.heard import Heard
+from agent.runtime.address import parse_address
+from agent.runtime.alongside import alongside
+from agent.runtime.errors import DroverError, Reason
+from agent.service.bounds import checked_answer
+from agent.service.channel import open_channel
+from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
+from agent.service.host import AgentHost
+from agent.service.host_service import get_domain
+from agent.service.status import errors_of
+from drover.agent.v1 import host_pb2, host_pb2_grpc
+from drover.agent.v1 import migration_pb2 as pb
+
+MAX_CHANNELS: Final = 64
+"""Channels to agents that are kept. Anybody may name an address, and an open channel costs some 60 KiB."""
+
+
+class Channels:
+    """Channels to agents by address. The one that was asked for longest ago is closed where there are too many."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, grpc.aio.Channel] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        """Not to be kept: ask for it at each call. Raises `ValueError` for what is no address."""
+        self._open[address] = self._open.pop(address) if address in self._open else open_channel(address)
+        if len(self._open) > MAX_CHANNELS:
+            oldest = self._open.pop(next(iter(self._open)))
+            closing = asyncio.create_task(oldest.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+        return self._open[address]
+
+    async def close(self) -> None:
+        """Close them all."""
+        await asyncio.gather(*(channel.close() for channel in self._open.values()), *self._closing)
+        self._open.clear()
+
+
+async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
+    """What an agent says of its host. Raises HOST_UNREACHABLE."""
+    with errors_of(name):
+        response = await host_pb2_grpc.HostServiceStub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)
+    return checked_answer(response, name).host
+
+
+def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
+    """Asks a source for the guest of this migration, and whether it could leave so."""
+    leaving = host_pb2.Leaving(options=spec.options, destination_name=spec.destination_name)
+    return host_pb2.GetDomainRequest(domain=spec.domain, leaving=leaving)
+
+
+class PeerDirectory:
+    """The source is this host; the destination is a peer."""
+
+    def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels, heard: Heard) -> None:
+        self._heard = heard
+        self._host = host
+        self._own_address = own_address
+        self._peers = peers
+        self._channels = channels
+
+    async def find(self, spec: pb.MigrationSpec) -> Ends:
+        own = self._host.describe()
+        if spec.source_host not in ("", own.name):
+            raise DroverError(
+                Reason.HOST_NOT_FOUND,
+                f"this agent moves guests of its own host {own.name} only; ask the agent of {spec.source_host}, or a coordinator",
+                metadata={"host": spec.source_host},
+            )
+        if spec.destination_host == own.name:
+            raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
+        address = self.address_of(spec.destination_host)
+        async with alongside(ask_host(self._channels.get(address), spec.destination_host)) as asking:
+            guest = await get_domain(self._host, leaving_request(spec))  # what is wrong with the source is told first
+            host = await asking
+        return Ends(self._source(), Side(host, self.peer(host.name, address), address), guest)
+
+    async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
+        address = self.address_of(migration.spec.destination_host)
+        try:
+            host = await ask_host(self._channels.get(address), migration.destination_host)
+        except DroverError:
+            host = host_pb2.Host(name=migration.destination_host)
+        return self._source(), Side(host, self.peer(migration.destination_host, address), address)
+
+    def _source(self) -> Side:
+        return Side(self._host.describe(), self._host.engine, self._own_address)
+
+    def peer(self, name: str, address: str) -> RemotePeer:
+        return RemotePeer(lambda: self._channels.get(address), name, functools.partial(self._heard.note, address))
+
+    def address_of(self, name_or_address: str) -> str:
+        """Raises HOST_NOT_FOUND for what is neither a peer of the configuration nor an address."""
+        if name_or_address in self._peers:
+            return self._peers[name_or_address]
+        try:
+            return str(parse_address(name_or_address))
+        except ValueError:
+            known = ", ".join(sorted(self._peers)) or "none"
+            raise DroverError(
+                Reason.HOST_NOT_FOUND,
+                f'"{name_or_address}" is neither a peer of this agent\'s configuration ({known}) nor the address of an agent; '
+                "nothing was done to the guest",
+                metadata={"host": name_or_address},
+            ) from None

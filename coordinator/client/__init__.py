@@ -1,0 +1,69 @@
+"""The Python client of a coordinator or of one agent. Import it from here: ``from coordinator.client import Busy, Client``.
+
+`client` holds the class `Client`; `errors` draws the tree of its errors; `types` and `hosts` are what it returns; `options` are a
+user's options by name.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from coordinator.client.client import UNKNOWN_PATIENCE, Client
+from coordinator.client.errors import (
+    Busy,
+    DeadlineExceeded,
+    DroverClientError,
+    InvalidRequest,
+    MigrationCancelled,
+    MigrationFailed,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    ServerFailed,
+    Unreachable,
+    raise_unless_succeeded,
+)
+from coordinator.client.options import OptionWords, option_names
+
+if TYPE_CHECKING:
+    from coordinator.client.hosts import Domain, DomainList, DomainState, Host, HostState, Network
+    from coordinator.client.types import Failure, Migration, MigrationState, PhaseTiming, Progress
+
+__all__ = [
+    "UNKNOWN_PATIENCE",
+    "Busy",
+    "Client",
+    "DeadlineExceeded",
+    "Domain",
+    "DomainList",
+    "DomainState",
+    "DroverClientError",
+    "Failure",
+    "Host",
+    "HostState",
+    "InvalidRequest",
+    "Migration",
+    "MigrationCancelled",
+    "MigrationFailed",
+    "MigrationState",
+    "Network",
+    "NotFound",
+    "OptionWords",
+    "OutcomeUnknown",
+    "PhaseTiming",
+    "Progress",
+    "Refused",
+    "ServerFailed",
+    "Unreachable",
+    "option_names",
+    "raise_unless_succeeded",
+]
+
+_LATER = ("coordinator.client.types", "coordinator.client.hosts")
+"""Modules of the types that the client returns, imported when one is asked for: a migration starts that much sooner."""
+
+
+def __getattr__(name: str) -> Any:
+    for module in _LATER if name in __all__ else ():
+        if hasattr(found := importlib.import_module(module), name):
+            return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,328 @@
+"""The Python client: for a coordinator (the whole cluster) or one agent (the guests of its host, peer to peer).
+
+::
+
+    async with Client("unix:/run/drover/coordinator.sock") as client:
+        migration = await client.migrate("vm1", to="host-b")
+        print(migration.duration, migration.progress.downtime)
+
+Deadlines: every call has one (`timeout`, seconds; a migration's start has `start_timeout`, as hosts are asked and a slot is
+taken before it answers). Watching ends with the migration; a server that falls silent is noticed by keepalive within 15 s,
+and is waited for up to `reconnect` seconds.
+
+Leaving cancels nothing: a migration that was started goes on when the client, or the task that waits, is gone.
+
+Errors: `coordinator.client.errors` draws the tree.
+"""
+
+import asyncio
+import importlib
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import grpc.aio
+from google.protobuf.message import Message
+
+from agent.runtime.errors import Reason
+from agent.service.channel import all_pages, open_channel
+from agent.service.implausible import drop_implausible
+from coordinator.client.errors import (
+    DeadlineExceeded,
+    DroverClientError,
+    InvalidRequest,
+    ServerFailed,
+    Unreachable,
+    client_error,
+    outcome_unknown,
+    raise_unless_succeeded,
+)
+from coordinator.client.options import OptionWords, options_message
+from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
+
+if TYPE_CHECKING:
+    from coordinator.client.hosts import DomainList, Host, HostQuestions
+    from coordinator.client.types import Migration
+
+T = TypeVar("T")
+
+TIMEOUT = 10.0
+"""Seconds for a call that reads, cancels, or opens a watch."""
+START_TIMEOUT = 60.0
+"""Seconds for the start of a migration."""
+RECONNECT = 30.0
+"""Seconds for which a watch tries to come back to a server that went away."""
+UNKNOWN_PATIENCE = 10.0
+"""Seconds for which `wait` lets an unknown outcome become known (an agent restarts) before it raises `OutcomeUnknown`."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts to watch again
+
+
+class Client:
+    """A connection to a coordinator or to one agent, at ``unix:/path`` or ``ip:port``. Use it with ``async with``.
+
+    Connects at the first call. One client serves any number of tasks of one event loop.
+    """
+
+    def __init__(self, address: str, *, timeout: float = TIMEOUT, start_timeout: float = START_TIMEOUT) -> None:
+        self.address = address
+        self.timeout = timeout
+        self.start_timeout = start_timeout
+        self._channel: grpc.aio.Channel | None = None
+        self._host_questions: HostQuestions | None = None
+
+    async def __aenter__(self) -> "Client":
+        try:
+            self._channel = open_channel(self.address)
+        except ValueError as error:
+            raise InvalidRequest(str(error), reason=Reason.INVALID_FIELD) from None
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = self._host_questions = None
+
+    async def migrate(
+        self,
+        domain: str,
+        to: str,
+        *,
+        source: str = "",
+        name: str = "",
+        network: str = "",
+        uri: str = "",
+        bandwidth: int = 0,
+        options: OptionWords | None = None,
+        migration_id: str = "",
+        timeout: float | None = None,
+    ) -> "Migration":
+        """Move a guest to the host `to`, and return when it runs there and nothing is left at the source.
+
+        Arguments as in `start_migration`; `timeout` bounds the waiting in seconds (None: as long as the migration takes).
+        Cancelling this await leaves the migration under way; call `cancel_migration` to end it.
+
+        Raises what `start_migration` and `wait` raise.
+        """
+        migration = await self.start_migration(
+            domain,
+            to,
+            source=source,
+            name=name,
+            network=network,
+            uri=uri,
+            bandwidth=bandwidth,
+            options=options,
+            migration_id=migration_id,
+        )
+        return await self.wait(migration.id, timeout=timeout)
+
+    async def start_migration(
+        self,
+        domain: str,
+        to: str,
+        *,
+        source: str = "",
+        name: str = "",
+        network: str = "",
+        uri: str = "",
+        bandwidth: int = 0,
+        options: OptionWords | None = None,
+        migration_id: str = "",
+    ) -> "Migration":
+        """Start a migration: all is checked and the slot is taken when this returns. A refusal has changed nothing.
+
+        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer).
+        `source`: name of the source host; empty: where the guest is found. `name`: name of the guest at the destination;
+        empty: unchanged. `network`: network for the guest's memory; empty: chosen. `uri`: migration URI at the destination;
+        empty: proposed. `bandwidth`: most bytes per second; 0: no limit. `options`: see `OptionWords`. `migration_id`: a
+        UUID of the caller's; empty: a new one. Repeating the call with the same one is harmless, and the thing to do when
+        this raised `Unreachable`.
+        """
+        spec = migration_pb2.MigrationSpec(
+            domain=domain,
+            destination_host=to,
+            source_host=source,
+            destination_name=name,
+            network=network,
+            uri=uri,
+            bandwidth_bytes_per_second=bandwidth,
+            options=options_message(options),
+        )
+        request = migration_pb2.StartMigrationRequest(migration_id=migration_id or str(uuid.uuid4()), spec=spec)
+        response = await self._call(self._migrations.StartMigration(request, timeout=self.start_timeout))
+        return _migration(response.migration)
+
+    async def get_migration(self, migration_id: str) -> "Migration":
+        """Raises `NotFound`."""
+        request = migration_pb2.GetMigrationRequest(migration_id=migration_id)
+        response = await self._call(self._migrations.GetMigration(request, timeout=self.timeout))
+        return _migration(response.migration)
+
+    async def list_migrations(self, *, active_only: bool = False, limit: int = 100) -> "list[Migration]":
+        """The newest first, at most `limit`."""
+        request = migration_pb2.ListMigrationsRequest(active_only=active_only, page_size=limit)
+        found: list[Migration] = []
+        async for page in self._pages(self._migrations.ListMigrations, request):
+            found += map(_migration, page.migrations)
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    async def cancel_migration(self, migration_id: str) -> "Migration":
+        """Ask for the end of a migration: possible until the commit, and the guest runs on at the source.
+
+        Too late, or twice, is no error. The migration may still be CANCELLING when this returns: see `wait`.
+        """
+        request = migration_pb2.CancelMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()))
+        response = await self._call(self._migrations.CancelMigration(request, timeout=self.timeout))
+        return _migration(response.migration)
+
+    async def resolve_migration(self, migration_id: str, *, dead_host: str, reason: str, said_by: str) -> "Migration":
+        """State that a host which does not answer is dead, so that the migration can end without its word.
+
+        If that is wrong, two copies of the guest may run. Raises `Refused` when the host answers or the migration has ended.
+        """
+        word = handshake_pb2.OperatorWord(dead_host=dead_host, reason=reason, said_by=said_by)
+        request = migration_pb2.ResolveMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()), word=word)
+        response = await self._call(self._migrations.ResolveMigration(request, timeout=self.timeout))
+        return _migration(response.migration)
+
+    async def watch_migration(
+        self, migration_id: str, *, from_revision: int = 0, reconnect: float = RECONNECT
+    ) -> "AsyncGenerator[Migration, None]":
+        """The migration as it is now, and again at every change, until it has ended. Leaving the loop ends the watch.
+
+        Use ``contextlib.aclosing`` around it where the end of the watch must not wait for the garbage collector.
+
+        When the server goes away, it is waited for and the watch goes on from the last revision; after `reconnect` seconds
+        without it, and at once when it was never reached, this raises `Unreachable`. A reader that is too slow misses
+        changes, never the last one.
+        """
+        last: Migration | None = None
+        loop = asyncio.get_running_loop()
+        give_up_at, pause = loop.time() + reconnect, _FIRST_PAUSE
+        while last is None or not last.state.ended:
+            since = last.revision if last is not None else from_revision
+            try:
+                async with aclosing(self._watch_once(migration_id, since, again=last is not None)) as changes:
+                    async for migration in changes:
+                        give_up_at, pause = loop.time() + reconnect, _FIRST_PAUSE
+                        if last is None or migration.revision != last.revision:
+                            last = migration
+                            yield migration
+            except DroverClientError as error:
+                lost = isinstance(error, Unreachable) or error.reason == Reason.WATCH_TOO_SLOW
+                if last is None or not lost or loop.time() + pause > give_up_at:
+                    raise
+            if last is None:
+                raise ServerFailed(f"{self.address} ended the watch of {migration_id} without a word", reason=Reason.INTERNAL)
+            if not last.state.ended:
+                await asyncio.sleep(pause)  # nothing to wait for: a server that refuses at once must not be asked in a loop
+                pause = min(pause * 2, _LONGEST_PAUSE)
+
+    async def wait(
+        self, migration_id: str, *, timeout: float | None = None, unknown_patience: float = UNKNOWN_PATIENCE
+    ) -> "Migration":
+        """Wait for the end of a migration, and return it when it succeeded.
+
+        `timeout` in seconds (None: as long as it takes); `unknown_patience`: seconds for an unknown outcome to become known.
+
+        Raises `MigrationFailed`, `MigrationCancelled`, `OutcomeUnknown`, each with the `migration`; `NotFound`,
+        `Unreachable`; `DeadlineExceeded` after `timeout`, and the migration goes on.
+        """
+        last: Migration | None = None
+        changes = self.watch_migration(migration_id)
+        loop = asyncio.get_running_loop()
+        end = None if timeout is None else loop.time() + timeout
+        unknown_until: float | None = None
+        try:
+            while last is None or not last.state.ended:
+                bound = min((time for time in (end, unknown_until) if time is not None), default=None)
+                async with asyncio.timeout_at(bound):
+                    last = await anext(changes)
+                unknown_until = (unknown_until or loop.time() + unknown_patience) if last.state.in_doubt else None
+        except TimeoutError:
+            if unknown_until is not None and last is not None:
+                raise outcome_unknown(last) from None
+            raise DeadlineExceeded(
+                f"migration {migration_id} has not ended within {timeout:g} s; it goes on",
+                reason=Reason.DEADLINE_EXCEEDED,
+                migration=last,
+            ) from None
+        finally:
+            await changes.aclose()
+        return raise_unless_succeeded(last)
+
+    async def list_hosts(self) -> "list[Host]":
+        """Every host of the cluster, by name; an agent knows one."""
+        return await self._questions.list_hosts()
+
+    async def get_host(self, name: str) -> "Host":
+        """Raises `NotFound`."""
+        return await self._questions.get_host(name)
+
+    async def remove_host(self, name: str) -> None:
+        """Forget a host that does not answer. Raises `NotFound`, `Refused`."""
+        await self._questions.remove_host(name)
+
+    async def list_domains(self, host: str = "") -> "DomainList":
+        """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
+        return await self._questions.list_domains(host)
+
+    async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> "AsyncGenerator[Migration, None]":
+        """One watch stream. `again`: the server was there before, so wait until it can be connected to."""
+        request = migration_pb2.WatchMigrationRequest(migration_id=migration_id, from_revision=from_revision)
+        call = self._migrations.WatchMigration(request, wait_for_ready=again)
+        try:
+            bound: float | None = self.timeout  # the first message comes at once; how long the next takes nobody can say
+            while True:
+                async with asyncio.timeout(bound):
+                    response = await self._call(cast(Awaitable[Any], call.read()))
+                if response is grpc.aio.EOF:
+                    return
+                bound = None
+                yield _migration(response.migration)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{self.address} did not answer within {self.timeout:g} s", reason=Reason.DEADLINE_EXCEEDED
+            ) from None
+        finally:
+            call.cancel()
+
+    def _pages(self, method: Any, request: Any) -> AsyncIterator[Any]:
+        return all_pages(lambda page: self._call(method(page, timeout=self.timeout)), request)
+
+    async def _call(self, call: Awaitable[T]) -> T:
+        try:
+            answer = await call
+        except grpc.aio.AioRpcError as error:
+            status = importlib.import_module("agent.service.status")  # here: reading errors needs much that a success does not
+            raise client_error(status.error_from_rpc(error, f"the server at {self.address}")) from error
+        if isinstance(answer, Message):  # not so at the end of a stream
+            drop_implausible(answer)
+        return answer
+
+    @property
+    def _open(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            raise RuntimeError('the client is not open; use "async with Client(...) as client"')
+        return self._channel
+
+    @property
+    def _migrations(self) -> "migration_pb2_grpc.MigrationServiceAsyncStub":
+        return migration_pb2_grpc.MigrationServiceStub(self._open)
+
+    @property
+    def _questions(self) -> "HostQuestions":
+        if self._host_questions is None:
+            module = importlib.import_module("coordinator.client.hosts")
+            self._host_questions = module.HostQuestions(self._open, self.address, self.timeout, self._call)
+        return self._host_questions
+
+
+def _migration(message: migration_pb2.Migration) -> "Migration":
+    types = importlib.import_module("coordinator.client.types")
+    return cast("Migration", types.Migration.from_proto(message))

@@ -1,0 +1,254 @@
+"""What the client asks and returns of hosts and their guests. A module of its own, as a migration needs none of it."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import grpc.aio
+
+from agent.runtime.errors import Reason
+from agent.runtime.open_enum import OpenEnum
+from agent.service.channel import all_pages
+from coordinator.client.errors import ServerFailed, no_such_host
+from coordinator.client.types import seconds_of, time_of, word_of
+from drover.agent.v1 import host_pb2, host_pb2_grpc, options_pb2
+from drover.coordinator.v1 import host_pb2 as cluster_pb2
+from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
+
+
+class HostState(OpenEnum):
+    UNSPECIFIED = "unspecified"
+    UP = "up"
+    UNREACHABLE = "unreachable"
+
+
+class DomainState(OpenEnum):
+    UNSPECIFIED = "unspecified"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTOFF = "shutoff"
+    CRASHED = "crashed"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Network:
+    name: str
+    address: str
+    """The host's IP address on it."""
+    roles: tuple[str, ...]
+    """"migration" (the memory of guests may travel here), "management"."""
+    line_rate: int
+    """Bytes per second; 0: not known."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host, as its agent sees it (the last word of it, while it is unreachable)."""
+
+    name: str
+    state: HostState
+    address: str
+    """Of its agent."""
+    last_seen: datetime | None
+    driver: str
+    hypervisor: str
+    """Such as "QEMU 7.2.22"."""
+    agent_version: str
+    incoming_in_use: int
+    incoming_limit: int
+    """Most migrations that it takes at once."""
+    networks: tuple[Network, ...]
+    option_support: dict[str, str]
+    """For each option "supported", "always_on" or "unsupported"."""
+    option_reasons: dict[str, str]
+    """For an option that this host lacks though its driver has it: what forbids it."""
+    uri_transports: tuple[str, ...]
+    bandwidth: bool
+    """A limit on the rate can be enforced."""
+    split_phases: bool
+    draining: bool
+    last_seen_age: float | None
+    """Seconds since it was last heard of, as the coordinator measured when it answered. None: not told."""
+    last_seen_by_wall_clock: bool
+    """That was not measured, but is the difference of two readings of the coordinator's wall clock."""
+    unreachable_reason: str
+    """Why it is unreachable; empty for one that is up."""
+    clock_skew: float | None
+    """Seconds by which its wall clock is ahead of the coordinator's; negative: behind. None: not known."""
+    proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
+
+    @classmethod
+    def of_agent(cls, host: host_pb2.Host, address: str) -> "Host":
+        """From the word of the host's own agent, which has just answered at that address."""
+        return cls.from_proto(cluster_pb2.ClusterHost(host=host, agent_address=address, state=cluster_pb2.HOST_STATE_UP))
+
+    @classmethod
+    def from_proto(cls, message: cluster_pb2.ClusterHost) -> "Host":
+        host, features = message.host, message.host.migration_features
+        return cls(
+            name=host.name,
+            state=HostState(word_of(cluster_pb2.HostState, message.state, "HOST_STATE_")),
+            address=message.agent_address,
+            last_seen=time_of(message.last_seen_time) if message.HasField("last_seen_time") else None,
+            driver=host.driver,
+            hypervisor=host.hypervisor,
+            agent_version=host.agent_version,
+            incoming_in_use=host.incoming_in_use,
+            incoming_limit=host.incoming_limit,
+            networks=tuple(Network(n.name, n.address, tuple(n.roles), n.line_bytes_per_second) for n in host.networks),
+            option_support={
+                name: word_of(options_pb2.OptionSupport, support, "OPTION_SUPPORT_") for name, support in features.options.items()
+            },
+            option_reasons=dict(features.reasons),
+            uri_transports=tuple(features.uri_transports),
+            bandwidth=features.bandwidth,
+            split_phases=features.split_phases,
+            draining=host.draining,
+            last_seen_age=seconds_of(message.last_seen_age) if message.HasField("last_seen_age") else None,
+            last_seen_by_wall_clock=message.last_seen_by_wall_clock,
+            unreachable_reason=message.unreachable_reason,
+            clock_skew=seconds_of(message.clock_skew) if message.HasField("clock_skew") else None,
+            proto=message,
+        )
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A guest on a host."""
+
+    host: str
+    name: str
+    uuid: str
+    state: DomainState
+    state_reason: str
+    memory_bytes: int
+    vcpus: int
+    persistent: bool
+    job: str
+    """A migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
+    silent_for: float
+    """Seconds for which its process has not answered; 0 where it does."""
+    running_version: str
+    """Version of the hypervisor that runs it; empty where that is not told."""
+    installed_version: str
+    """Version that its next start would run."""
+    proto: cluster_pb2.PlacedDomain = field(repr=False, compare=False)
+
+    @classmethod
+    def from_proto(cls, message: cluster_pb2.PlacedDomain) -> "Domain":
+        domain = message.domain
+        return cls(
+            host=message.host,
+            name=domain.name,
+            uuid=domain.uuid,
+            state=DomainState(word_of(host_pb2.DomainState, domain.state, "DOMAIN_STATE_")),
+            state_reason=domain.reason,
+            memory_bytes=domain.memory_bytes,
+            vcpus=domain.vcpus,
+            persistent=domain.persistent,
+            job=domain.job or "none",
+            silent_for=domain.silence.ToNanoseconds() / 1e9,
+            running_version=domain.running_version,
+            installed_version=domain.installed_version,
+            proto=message,
+        )
+
+
+@dataclass(frozen=True)
+class DomainList:
+    """Guests, by name, and the hosts that did not answer (whose guests are missing)."""
+
+    domains: tuple[Domain, ...]
+    unreachable_hosts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_proto(cls, pages: Iterable[cluster_pb2.ListDomainsResponse]) -> "DomainList":
+        pages = list(pages)
+        domains = [Domain.from_proto(domain) for page in pages for domain in page.domains]
+        domains.sort(key=lambda domain: (domain.name, domain.host))
+        return cls(tuple(domains), tuple(host for page in pages for host in page.unreachable_hosts))
+
+    @classmethod
+    def of_agent(cls, host: str, domains: Iterable[host_pb2.Domain]) -> "DomainList":
+        """From the word of the host's own agent."""
+        return cls(tuple(Domain.from_proto(cluster_pb2.PlacedDomain(host=host, domain=domain)) for domain in domains))
+
+    def __iter__(self) -> Iterator[Domain]:
+        return iter(self.domains)
+
+    def __len__(self) -> int:
+        return len(self.domains)
+
+
+class HostQuestions:
+    """Questions about hosts, to a coordinator or to one agent. Which of the two it is, is found out at the first one.
+
+    `call` awaits a call of gRPC and turns its errors into those of the client.
+    """
+
+    def __init__(
+        self, channel: grpc.aio.Channel, address: str, timeout: float, call: Callable[[Awaitable[Any]], Awaitable[Any]]
+    ) -> None:
+        self._cluster = cluster_pb2_grpc.HostServiceStub(channel)
+        self._hosts = host_pb2_grpc.HostServiceStub(channel)
+        self._call = call
+        self.address = address
+        self.timeout = timeout
+        self._is_agent = False
+
+    async def list_hosts(self) -> list[Host]:
+        """Every host of the cluster, by name; an agent knows one."""
+        if not self._is_agent:
+            try:
+                pages = self._pages(self._cluster.ListHosts, cluster_pb2.ListHostsRequest())
+                return [Host.from_proto(host) async for page in pages for host in page.hosts]
+            except ServerFailed as error:
+                self._note_agent(error)
+        return [await self._agent_host()]
+
+    async def get_host(self, name: str) -> Host:
+        """Raises `NotFound`."""
+        if not self._is_agent:
+            try:
+                request = cluster_pb2.GetHostRequest(name=name)
+                response = await self._call(self._cluster.GetHost(request, timeout=self.timeout))
+            except ServerFailed as error:
+                self._note_agent(error)
+            else:
+                return Host.from_proto(response.host)
+        return await self._agent_host(name)
+
+    async def remove_host(self, name: str) -> None:
+        """Forget a host that does not answer. Raises `NotFound`, `Refused`."""
+        await self._call(self._cluster.RemoveHost(cluster_pb2.RemoveHostRequest(name=name), timeout=self.timeout))
+
+    async def list_domains(self, host: str = "") -> DomainList:
+        """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
+        if not self._is_agent:
+            try:
+                pages = self._pages(self._cluster.ListDomains, cluster_pb2.ListDomainsRequest(host=host))
+                return DomainList.from_proto([page async for page in pages])
+            except ServerFailed as error:
+                self._note_agent(error)
+        return await self._agent_domains(host)
+
+    def _note_agent(self, error: ServerFailed) -> None:  # an agent does not know the coordinator's service
+        if error.reason != Reason.UNIMPLEMENTED:
+            raise error
+        self._is_agent = True
+
+    async def _agent_host(self, name: str = "") -> Host:
+        response = await self._call(self._hosts.GetHost(host_pb2.GetHostRequest(), timeout=self.timeout))
+        if name not in ("", response.host.name):
+            raise no_such_host(name, response.host.name, self.address)
+        return Host.of_agent(response.host, self.address)
+
+    async def _agent_domains(self, host: str) -> DomainList:
+        here = await self._agent_host(host)
+        pages = self._pages(self._hosts.ListDomains, host_pb2.ListDomainsRequest())
+        return DomainList.of_agent(here.name, [domain async for page in pages for domain in page.domains])
+
+    def _pages(self, method: Any, request: Any) -> AsyncIterator[Any]:
+        return all_pages(lambda page: self._call(method(page, timeout=self.timeout)), request)

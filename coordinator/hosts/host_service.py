@@ -1,0 +1,77 @@
+"""`drover.coordinator.v1.HostService`: the hosts of the cluster on the wire. Errors are raised as `DroverError`; the server's
+interceptor translates them."""
+
+from typing import Any, Final
+
+import grpc.aio
+from google.protobuf.duration_pb2 import Duration
+
+from agent.migration.migrations import Migrations
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.paging import Key, Paging
+from coordinator.hosts.hosts import HostRegistry
+from drover.agent.v1 import host_pb2 as agent_pb
+from drover.coordinator.v1 import host_pb2 as pb
+from drover.coordinator.v1 import host_pb2_grpc as rpc
+
+SERVICE = pb.DESCRIPTOR.services_by_name["HostService"].full_name
+
+ASKED_AT_ONCE: Final = 256
+"""Hosts that are asked for one page of guests."""
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class HostServicer(rpc.HostServiceServicer):
+    """Serves the registry."""
+
+    def __init__(self, registry: HostRegistry, migrations: Migrations) -> None:
+        self._registry = registry
+        self._migrations = migrations
+
+    async def RegisterHost(self, request: pb.RegisterHostRequest, context: _Context) -> pb.RegisterHostResponse:  # noqa: N802
+        await self._registry.register(request.host, request.agent_address)
+        interval = Duration()
+        interval.FromNanoseconds(round(self._registry.heartbeat_seconds * 1e9))
+        return pb.RegisterHostResponse(heartbeat_interval=interval)
+
+    async def GetHost(self, request: pb.GetHostRequest, context: _Context) -> pb.GetHostResponse:  # noqa: N802
+        return pb.GetHostResponse(host=await self._registry.get(request.name))
+
+    async def RemoveHost(self, request: pb.RemoveHostRequest, context: _Context) -> pb.RemoveHostResponse:  # noqa: N802
+        ids = self._migrations.active_at(request.name)
+        if ids:
+            text = f"{request.name} takes part in migration {ids[0]}, which has not ended: `drover migration show {ids[0]}`"
+            raise DroverError(Reason.HOST_IN_USE, text, metadata={"host": request.name, "migration_id": ids[0]})
+        await self._registry.remove(request.name)
+        return pb.RemoveHostResponse()
+
+    async def ListHosts(self, request: pb.ListHostsRequest, context: _Context) -> pb.ListHostsResponse:  # noqa: N802
+        paging = Paging(request, str)
+        names = [name for name in self._registry.names() if paging.after is None or (name,) > paging.after]
+        hosts = await self._registry.list_hosts(names[: paging.size + 1])
+        page = paging.take(((known.host.name,), known) for known in hosts)
+        return pb.ListHostsResponse(hosts=page.items, next_page_token=page.token)
+
+    async def ListDomains(self, request: pb.ListDomainsRequest, context: _Context) -> pb.ListDomainsResponse:  # noqa: N802
+        paging = Paging(request, str, int, str, str)
+        names = [name for name in self._registry.names() if paging.after is None or _end_of(name) > paging.after]
+        asked = names[:ASKED_AT_ONCE]
+        found, silent = await self._registry.list_domains(request.host, asked)
+        rows = sorted(((_key(host, domain), host, domain) for host, domain in found), key=lambda row: row[0])
+        page = paging.take(
+            ((key, pb.PlacedDomain(host=host, domain=domain)) for key, host, domain in rows),
+            end=_end_of(asked[-1]) if names[len(asked) :] and not request.host else None,
+        )
+        told = [name for name in silent if page.end is None or _end_of(name) <= page.end]
+        return pb.ListDomainsResponse(domains=page.items, unreachable_hosts=told, next_page_token=page.token)
+
+
+def _key(host: str, domain: agent_pb.Domain) -> Key:
+    """Orders the guests of the cluster."""
+    return host, 0, domain.name, domain.uuid
+
+
+def _end_of(host: str) -> Key:
+    """Behind every guest of the host, before those of the next one."""
+    return host, 1, "", ""

@@ -1,0 +1,192 @@
+"""The hosts of the cluster in memory, and the same in the store.
+
+A claim on a name is in the store before it counts; what is heard of a host later follows in the background, so a slow disk makes no
+host look dead.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+import structlog
+
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.supervision import supervise
+from coordinator.hosts.claims import check_free
+from coordinator.hosts.host_link import CLOSE_SECONDS, HostLink, close_links
+from coordinator.hosts.known_host import RETRY_SECONDS, KnownHost, find
+from coordinator.store import Compare, Delete, KeyValue, Operation, Put, Store
+from drover.agent.v1 import host_pb2 as agent_pb
+from drover.coordinator.v1 import host_pb2 as pb
+
+PREFIX: Final = "/hosts/"
+"""A host's key is this and its name; the value is a `drover.coordinator.v1.ClusterHost`."""
+
+_ATTEMPTS: Final = 3
+
+log = structlog.get_logger(__name__)
+
+
+class HostTable:
+    """`link_to` opens the line to a host's agent; it is closed here, when the host is dropped."""
+
+    def __init__(self, store: Store, link_to: Callable[[pb.ClusterHost], HostLink], clock: Callable[[], float]) -> None:
+        self.hosts: dict[str, KnownHost] = {}
+        self._store = store
+        self._link_to = link_to
+        self._clock = clock
+        self._writing = asyncio.Lock()  # one writer of /hosts/ at a time
+        self._unsaved: set[str] = set()
+        self._wake_saver = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._saver: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Load the hosts of the store: unreachable until heard of, and their agents are asked at once."""
+        after, more = "", True
+        while more:
+            page = await self._store.list(PREFIX, after=after)
+            for item in page.items:
+                self._adopt(item.key, item)
+            after, more = page.items[-1].key if page.items else "", page.more
+        self._saver = supervise("save-hosts", self._keep_saving)
+
+    async def close(self) -> None:
+        """End every watch, close every channel, save what is not saved yet. Can be called again."""
+        saver, self._saver = self._saver, None
+        if saver is not None:
+            saver.cancel()
+            await asyncio.wait({saver}, timeout=CLOSE_SECONDS)
+            await self._save_all()
+        links = [entry.link for entry in self.hosts.values()]
+        self.hosts.clear()
+        await close_links(links)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=2 * CLOSE_SECONDS)
+
+    # ---- what is in the store before it counts
+
+    async def claim(self, known: pb.ClusterHost) -> None:
+        """Enter the host under its name, in place of what had the name, if the store still holds what is known here; else learn
+        from it and look again. Raises as `check_free`, BUSY, JOURNAL_UNAVAILABLE."""
+        host = known.host
+        key = PREFIX + host.name
+        async with self._writing:
+            for _ in range(_ATTEMPTS):
+                before = self.hosts.get(host.name)
+                renamed = self.former_names(host, known.agent_address)[:8]  # far below what one transaction takes
+                operations: list[Operation] = [Put(key, known.SerializeToString())]
+                operations += [Delete(PREFIX + name) for name in renamed]
+                result = await self._store.txn([Compare(key, before.mod_revision if before else 0)], operations)
+                if isinstance(result, int):
+                    self._drop([*renamed, host.name])
+                    entry = self._enter(known, result)
+                    entry.heard_at = self._clock()  # it was asked just now
+                    entry.link.hurry()
+                    log.info("host.registered", host=host.name, host_uuid=host.host_uuid, address=known.agent_address)
+                    if before is not None and before.known.host.host_uuid != host.host_uuid:
+                        was = before.known.host.host_uuid
+                        log.warning("host.uuid_changed", host=host.name, host_uuid=host.host_uuid, was=was)
+                    return
+                self._adopt(key, result.current[key])
+        raise DroverError(Reason.BUSY, f'the name "{host.name}" is being claimed by others too', retry_after=RETRY_SECONDS)
+
+    def former_names(self, host: agent_pb.Host, address: str) -> list[str]:
+        """Raises as `check_free`."""
+        return check_free(host, address, {name: entry.known for name, entry in self.hosts.items()})
+
+    async def remove(self, name: str, check: Callable[[KnownHost], None]) -> None:
+        """Forget the host, unless `check` raises. Raises HOST_NOT_FOUND, BUSY, JOURNAL_UNAVAILABLE, what `check` does."""
+        key = PREFIX + name
+        async with self._writing:
+            for _ in range(_ATTEMPTS):
+                entry = find(self.hosts, name)
+                check(entry)
+                result = await self._store.txn([Compare(key, entry.mod_revision)], [Delete(key)])
+                if isinstance(result, int):
+                    self._drop([name])
+                    log.info("host.removed", host=name, address=entry.known.agent_address)
+                    return
+                self._adopt(key, result.current[key])
+        raise DroverError(Reason.BUSY, f'host "{name}" is just changing', retry_after=RETRY_SECONDS)
+
+    def _adopt(self, key: str, item: KeyValue | None) -> None:
+        """Take over what the store says, where it was not this coordinator's last word that wrote it."""
+        name = key.removeprefix(PREFIX)
+        entry = self.hosts.get(name)
+        if item is None:
+            self._drop([name])
+            return
+        known = pb.ClusterHost.FromString(item.value)
+        if entry is not None and entry.is_same_agent(known.host, known.agent_address):
+            entry.mod_revision = item.mod_revision  # what is known here is newer
+            return
+        self._drop([name])
+        was_up, known.state = known.state == pb.HOST_STATE_UP, pb.HOST_STATE_UNREACHABLE
+        entry = self._enter(known, item.mod_revision)
+        if was_up:
+            self.save_soon(entry)  # so that the store says so too
+
+    def _enter(self, known: pb.ClusterHost, mod_revision: int) -> KnownHost:
+        entry = KnownHost(known, mod_revision, self._clock(), self._link_to(known))
+        self.hosts[known.host.name] = entry
+        return entry
+
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            entry = self.hosts.pop(name, None)
+            if entry is not None:
+                # A task of its own: whoever registers does not wait for it, and by going away cannot leave it half done.
+                closing = asyncio.create_task(entry.link.close(), name=f"close-host-{name}")
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+
+    # ---- into the store, in the background
+
+    def unsaved_for(self, entry: KnownHost) -> float:
+        """Seconds since it was saved last."""
+        return self._clock() - entry.saved
+
+    def save_soon(self, entry: KnownHost) -> None:
+        self._unsaved.add(entry.name)
+        self._wake_saver.set()
+
+    async def _keep_saving(self) -> None:
+        while True:
+            await self._wake_saver.wait()
+            self._wake_saver.clear()
+            if not await self._save_all():
+                await asyncio.sleep(RETRY_SECONDS)  # the disk does not say when it is well again
+                self._wake_saver.set()
+
+    async def _save_all(self) -> bool:
+        """False if something could not be saved; it stays in the set. One host that cannot be saved stops no other."""
+        whole = True
+        for name in sorted(self._unsaved):
+            try:
+                async with self._writing:
+                    await self._save(name)
+            except DroverError as error:
+                log.warning("host.not_saved", host=name, error=error.message)
+                whole = False
+                if error.reason is Reason.JOURNAL_UNAVAILABLE:
+                    break
+        return whole
+
+    async def _save(self, name: str) -> None:
+        key = PREFIX + name
+        self._unsaved.discard(name)
+        try:
+            for _ in range(_ATTEMPTS):
+                entry = self.hosts.get(name)
+                if entry is None:
+                    return
+                put: Sequence[Operation] = [Put(key, entry.known.SerializeToString())]
+                result = await self._store.txn([Compare(key, entry.mod_revision)], put)
+                if isinstance(result, int):
+                    entry.mod_revision, entry.saved = result, self._clock()
+                    return
+                self._adopt(key, result.current[key])
+        except BaseException:
+            self._unsaved.add(name)
+            raise

@@ -1,0 +1,198 @@
+"""The hosts of the cluster: who they are, whether their agents answer, and what they say.
+
+All that is known of a host is what its agent answered at its address: to the question that a new claim brings, and on the watch
+that the coordinator holds open to it. A registration is a hint to go and look. The agent says a word on the watch at every change,
+and every `heartbeat_seconds` though nothing has changed: a watch that breaks makes the host UNREACHABLE at once, and so does one on
+which nothing is heard for three heartbeats. It is opened again and again.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeVar
+
+import grpc.aio
+import structlog
+
+from agent.handshake.host.records import cut
+from agent.runtime.errors import DroverError, Reason
+from coordinator.hosts.claims import Proofs, check_claim
+from coordinator.hosts.host_link import HostLink, Lanes, Word, answer_of
+from coordinator.hosts.host_table import HostTable
+from coordinator.hosts.known_host import KnownHost, find, heard, is_worth_saving, shown
+from coordinator.store import Store
+from drover.agent.v1 import host_pb2 as agent_pb
+from drover.coordinator.v1 import host_pb2 as pb
+
+log: Final = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+Answers = tuple[list[tuple[str, T]], list[str]]
+"""What hosts answered, with the host's name each; and the hosts that did not answer."""
+
+
+class HostRegistry:
+    """`clock` (seconds that never go back) measures durations, `wall` (Unix time in seconds) is what people read."""
+
+    def __init__(
+        self,
+        store: Store,
+        heartbeat_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        coordinator: str = "",
+    ) -> None:
+        self.heartbeat_seconds = heartbeat_seconds
+        self._coordinator = coordinator
+        self._clock = clock
+        self._wall = wall
+        self._lanes = Lanes()
+        self._proofs = Proofs()
+        self._table = HostTable(store, self._link_to, clock)
+
+    async def open(self) -> None:
+        """Load the hosts of the store: unreachable until heard of, and their agents are asked at once."""
+        await self._table.open()
+
+    async def close(self) -> None:
+        """End every watch, close every channel, save what is not saved yet. Can be called again."""
+        await self._table.close()
+
+    # ---- the verbs
+
+    async def register(self, host: agent_pb.Host, agent_address: str) -> None:
+        """Somebody says that the agent at `agent_address` serves `host`. Its name and host_uuid say which host is meant; nothing
+        else of it counts.
+
+        Of a known host nothing changes, but one that is not heard is looked for at once. A new claim (name, host or address) counts
+        once the agent at that address has answered with this identity, and is in the store when this returns. A name whose holder
+        does not answer passes to the host that asks for it.
+        Errors: INVALID_FIELD, HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has this host_uuid),
+        HOST_UNREACHABLE and DEADLINE_EXCEEDED (the agent does not answer at that address), BUSY, JOURNAL_UNAVAILABLE.
+        """
+        address = check_claim(host, agent_address)
+        entry = self._table.hosts.get(host.name)
+        if entry is not None and entry.is_same_agent(host, address):
+            if not entry.link.connected:
+                entry.link.hurry()
+            return
+        self._table.former_names(host, address)  # what is refused anyway opens no connection
+        word = await self._proofs.prove(host, address)
+        await self._table.claim(heard(pb.ClusterHost(agent_address=address), word, self._wall()))
+
+    async def remove(self, name: str) -> None:
+        """Forget a host that does not answer; it comes back when it registers again. Gone from the store when this returns.
+        Errors: HOST_NOT_FOUND, HOST_IN_USE (it is up), BUSY, JOURNAL_UNAVAILABLE."""
+        await self._table.remove(name, _check_removable)
+
+    async def get(self, name: str) -> pb.ClusterHost:
+        """A copy of what is known. Errors: HOST_NOT_FOUND."""
+        return self._shown(self._find(name))
+
+    def names(self) -> list[str]:
+        return sorted(self._table.hosts)
+
+    async def list_hosts(self, among: Sequence[str] | None = None) -> list[pb.ClusterHost]:
+        """Those `among`, or every one by name."""
+        return [self._shown(entry) for entry in self._among(among)]
+
+    def has(self, name: str, host_uuid: str, address: str) -> bool:
+        """Whether that host has the name now: by its UUID, or by the address of its agent where the UUID was changed."""
+        entry = self._table.hosts.get(name)
+        return entry is not None and (entry.known.host.host_uuid == host_uuid or entry.known.agent_address == address)
+
+    def channel(self, name: str) -> grpc.aio.Channel:
+        """The channel to the host's agent, whether it answers or not; not yours to close. Ask again for each use: it is
+        closed when the agent's address changes. Errors: HOST_NOT_FOUND."""
+        return self._find(name).link.channel
+
+    # ---- questions to agents
+
+    async def find_domain(self, request: agent_pb.GetDomainRequest) -> Answers[agent_pb.GetDomainResponse]:
+        """What the hosts say that have such a guest, running or not, and the hosts that did not answer within 2 s (those that are
+        unreachable are not asked). Both by name."""
+        return await self._ask_all(lambda link: link.get_domain(request))
+
+    async def list_domains(self, host: str = "", among: Sequence[str] | None = None) -> Answers[agent_pb.Domain]:
+        """Every guest of that host, or of those `among` (None: all); and the hosts that did not answer within 2 s.
+
+        Errors, if one host is asked for: HOST_NOT_FOUND, HOST_UNREACHABLE, and what its agent says.
+        """
+        if not host:
+            return await self._ask_all(HostLink.list_domains, among)
+        entry = self._find(host)
+        if not entry.up:
+            raise entry.unreachable()
+        return [(host, domain) for domain in await entry.link.list_domains()], []
+
+    async def _ask_all(self, ask: Callable[[HostLink], Awaitable[Sequence[T]]], among: Sequence[str] | None = None) -> Answers[T]:
+        entries = self._among(among)
+        asked = [entry for entry in entries if entry.up]
+        answers = await asyncio.gather(*(answer_of(ask(entry.link)) for entry in asked))
+        by_name = {entry.name: answer for entry, answer in zip(asked, answers, strict=True)}
+        found = [(name, item) for name, answer in by_name.items() for item in answer or ()]
+        return found, [entry.name for entry in entries if by_name.get(entry.name) is None]
+
+    def _among(self, names: Sequence[str] | None) -> list[KnownHost]:
+        return [self._table.hosts[name] for name in (self.names() if names is None else names)]
+
+    def _shown(self, entry: KnownHost) -> pb.ClusterHost:
+        return shown(entry, self._clock(), self._wall())
+
+    def _find(self, name: str) -> KnownHost:
+        return find(self._table.hosts, name)
+
+    # ---- what is heard; nothing here waits
+
+    def _link_to(self, known: pb.ClusterHost) -> HostLink:
+        name, address = known.host.name, known.agent_address
+        return HostLink(name, address, self._word, self._silence, self._lanes, self.heartbeat_seconds, self._coordinator)
+
+    def _word(self, link: HostLink, word: Word) -> None:
+        entry = self._entry_of(link)
+        if entry is None:
+            return
+        entry.check_identity(word.host)
+        self._tell_rivals(entry, frozenset(word.host.coordinators) - {self._coordinator})
+        entry.heard_at = self._clock()
+        before, entry.known = entry.known, heard(entry.known, word, self._wall())
+        if before.state != entry.known.state:
+            log.info("host.up", host=entry.name)
+        if is_worth_saving(before, entry.known, self._table.unsaved_for(entry)):
+            self._table.save_soon(entry)
+
+    def _tell_rivals(self, entry: KnownHost, rivals: frozenset[str]) -> None:
+        """Each once, but seldom; one that came too soon after another is told of later, if it is still there."""
+        came, entry.rivals = rivals - entry.rivals, rivals
+        entry.named_rivals &= rivals
+        now, others = self._clock(), rivals - entry.named_rivals
+        if not others:
+            return
+        if not entry.warnings.due(now):
+            entry.warnings.held_back += bool(came)
+            return
+        held_back = entry.warnings.told(now)
+        log.warning("host.claimed_by_another_coordinator", host=entry.name, others=sorted(others), held_back=held_back)
+        entry.named_rivals = rivals
+
+    def _silence(self, link: HostLink, why: str) -> None:
+        entry = self._entry_of(link)
+        if entry is not None and entry.up:
+            log.warning("host.unreachable", host=entry.name, why=why)
+            entry.known.state = pb.HOST_STATE_UNREACHABLE
+            self._table.save_soon(entry)
+        if entry is not None:
+            entry.known.unreachable_reason = cut(why, 1024)
+
+    def _entry_of(self, link: HostLink) -> KnownHost | None:
+        """None for a link that was dropped and is not closed yet."""
+        entry = self._table.hosts.get(link.name)
+        return entry if entry is not None and entry.link is link else None
+
+
+def _check_removable(entry: KnownHost) -> None:
+    """Raises HOST_IN_USE."""
+    if entry.up:
+        text = f"{entry.name} at {entry.known.agent_address} is up and would register again; stop its agent first"
+        raise DroverError(Reason.HOST_IN_USE, text, metadata={"host": entry.name})

@@ -1,0 +1,49 @@
+"""Keeps the coordinator's migrations in its store (`agent.migration.migration.MigrationLog`)."""
+
+from typing import Final
+
+from agent.migration.migration import FINAL
+from agent.migration.migrations import KEEP
+from coordinator.store import Delete, KeyValue, Put, Store
+from drover.agent.v1 import migration_pb2 as pb
+
+_OPEN: Final = "/migrations/"
+ENDED: Final = "/ended-migrations/"
+"""Nothing is decided by what is kept under it."""
+
+
+class StoredMigrations:
+    """One key for each migration; of those that have ended the newest `KEEP` stay."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ended: dict[str, None] = {}
+        """Keys of migrations that have ended, the oldest first."""
+
+    async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
+        if not ended:
+            await self._store.txn([], [Put(_OPEN + migration_id, body)])
+            return
+        before, key = _OPEN + migration_id, ENDED + migration_id
+        for each in (before, key):
+            self._ended.pop(each, None)
+        self._ended[key] = None
+        surplus = list(self._ended)[: max(0, len(self._ended) - KEEP)]
+        for each in surplus:
+            del self._ended[each]
+        await self._store.txn([], [Put(key, body), Delete(before), *(Delete(each) for each in surplus)])
+
+    async def load(self) -> list[bytes]:
+        items = sorted([*await self._all(_OPEN), *await self._all(ENDED)], key=lambda item: item.mod_revision)
+        self._ended = dict.fromkeys(item.key for item in items if pb.Migration.FromString(item.value).state in FINAL)
+        return [item.value for item in items]
+
+    async def _all(self, prefix: str) -> list[KeyValue]:
+        items: list[KeyValue] = []
+        after = ""
+        while True:
+            page = await self._store.list(prefix, after=after)
+            items += page.items
+            if not page.more:
+                return items
+            after = page.items[-1].key

@@ -1,0 +1,118 @@
+"""Where faults are tried out: a cluster that is used again after a good round, and replaced after a bad one."""
+
+import contextlib
+import itertools
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from agent.hypervisor.libvirt import switchover
+from tests.bench.chaos_targets import clear_clocks
+from tests.bench.processes import journal_of
+from tests.kit.cluster import ClusterGuest, GuestSpec, cluster
+from tests.kit.cluster.platforms import LabCluster
+from tests.kit.lab.errors import LabError
+
+QUICK: Final[Mapping[str, Any]] = {"agent": {"incoming_limit": 2, "lease_seconds": 5, "takeover_after_seconds": 3}}
+"""Settings under which whatever waits for a silence ends soon; not so soon that a busy machine's Prepare is taken for one."""
+
+BROKEN: Final = frozenset({"effect failed", "the take-over failed", "the driver stopped on an impossible state"})
+"""Events of the daemons' logs that must never happen, beside all of level critical."""
+
+
+class Arena:
+    """Makes the cluster when it is first used, and again after `discard`."""
+
+    def __init__(self, lab_id: str, settings: Mapping[str, Any] = QUICK, *, hosts: int = 2, disk_mib: int = 0) -> None:
+        """`disk_mib`: the nodes' disks can be filled, and have that size; 0: they are the machine's."""
+        self._make = partial(cluster, "libvirt", lab_id=lab_id, settings=settings, hosts=hosts, lab={"disk_mib": disk_mib})
+        self._stack = contextlib.ExitStack()
+        self._made: LabCluster | None = None
+        self._marks: dict[str, int] = {}
+        self._numbers = itertools.count(1)
+
+    def new_name(self, prefix: str) -> str:
+        """For a guest: a name that no other has had, since a guest's log is kept by its name."""
+        return f"{prefix}{next(self._numbers)}"
+
+    def __enter__(self) -> "Arena":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.discard()
+
+    @property
+    def made(self) -> LabCluster:
+        """The cluster, all of it well."""
+        if self._made is None:
+            made = self._stack.enter_context(self._make())
+            assert isinstance(made, LabCluster), "asked for real hosts"
+            for host in made.lab.hosts:
+                switchover.install(host.path / "etc/libvirt")  # as docs/operations.md tells every operator to
+            self._made = made
+        return self._made
+
+    def discard(self) -> None:
+        """Take it down, whatever state it is in."""
+        self._made = None
+        self._stack.close()
+        clear_clocks()
+
+    @contextlib.contextmanager
+    def guest(self, spec: GuestSpec, host: str) -> Iterator[ClusterGuest]:
+        """A fresh guest, and no trace of it afterwards."""
+        made = self.made
+        self._marks = {daemon.name: _size(daemon.log) for daemon in made.daemons()}
+        made.specs[spec.name] = spec
+        guest = made.start_guest(spec.name, host)
+        try:
+            yield guest
+        finally:
+            with contextlib.suppress(LabError):
+                for each in made.lab.hosts:
+                    each.destroy_all()
+
+    def complaints(self) -> list[str]:
+        """What the daemons logged since the guest was started that must never happen."""
+        return [
+            f"{daemon.name} logged: {line.get('event')} {str(line.get('exception', ''))[-300:]}".strip()
+            for daemon in self.made.daemons()
+            for line in daemon.lines(self._marks.get(daemon.name, 0))
+            if line.get("level") == "critical" or line.get("event") in BROKEN
+        ]
+
+    def keep_evidence(self, folder: Path, guest: ClusterGuest, report: str) -> None:
+        """Copy what is needed to understand a failure: logs from the guest's start on, journals, the guest's own log."""
+        made = self.made
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "report.txt").write_text(report + "\n")
+        for daemon in made.daemons():
+            with daemon.log.open("rb") as log:
+                log.seek(self._marks.get(daemon.name, 0))
+                (folder / daemon.log.name).write_bytes(log.read())
+        for name in (*made.hosts, "co"):
+            for path in whole_journal(journal_of(made, name)):
+                _copy(path, folder / f"{name}-{path.name}")
+        for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
+            _copy(path, folder / path.name)
+        for host in made.lab.hosts:
+            _copy(host.path / "var/log/libvirt/libvirtd.log", folder / f"{host.name}-libvirtd.log")
+            _copy(host.path / f"var/log/libvirt/qemu/{guest.name}.log", folder / f"{host.name}-qemu.log")
+
+
+def whole_journal(path: Path) -> list[Path]:
+    """The database and what belongs to it: its write-ahead log, the mark that says how many transactions it must have, …"""
+    return sorted(path.parent.glob(f"{path.name}*"))
+
+
+def _copy(path: Path, to: Path) -> None:
+    if path.exists():
+        shutil.copyfile(path, to)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

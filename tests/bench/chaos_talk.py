@@ -1,0 +1,149 @@
+"""Short blocking calls to daemons that may be dead, stopped or unreachable: each has a deadline, and a channel of its own.
+
+The channel is new for each call because an old one remembers failures and waits before it tries again. All go over the
+daemons' unix sockets, so a cut management network cuts the hosts off from each other, but not the judge from them.
+"""
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc
+from drover.agent.v1 import migration_pb2 as pb
+from drover.agent.v1 import migration_pb2_grpc as rpc
+from tests.kit.cluster import Daemon
+
+T = TypeVar("T")
+
+QUESTION_SECONDS = 3.0
+"""Deadline of a question. A daemon that takes longer does not answer."""
+
+START_SECONDS = 15.0
+"""Deadline of a start: it asks both hosts, and takes the slot."""
+
+PATIENCE_SECONDS = 8.0
+"""For so long hosts may be unknown or unreachable after they came back."""
+
+FINAL = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED)
+RECORD_FINAL = frozenset({"removed", "kept", "running", "gone"})
+
+
+class SilentError(Exception):
+    """The daemon gave no answer, or an error; the message says which."""
+
+
+def ask(daemon: Daemon, call: Callable[[grpc.Channel], T]) -> T:
+    """Raises `SilentError`."""
+    with grpc.insecure_channel(daemon.address) as channel:
+        try:
+            return call(channel)
+        except grpc.RpcError as error:
+            raise SilentError(f"{daemon.name}: {_details(error)}") from None
+
+
+def start(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
+    """Ask a coordinator or an agent for a migration. Raises `SilentError`, also for a refusal."""
+    request = pb.StartMigrationRequest(migration_id=migration_id, spec=spec)
+    return ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).StartMigration(request, timeout=START_SECONDS)).migration
+
+
+def start_until_accepted(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec, give_up: Callable[[], bool]) -> str:
+    """Ask again for some seconds: hosts that were cut off or restarted may need a moment to be known again.
+
+    Returns the last refusal, or nothing when it was accepted.
+    """
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            start(daemon, migration_id, spec)
+        except SilentError as error:
+            if give_up() or time.monotonic() > end:
+                return str(error)
+            time.sleep(0.2)
+        else:
+            return ""
+
+
+def cancel(daemon: Daemon, migration_id: str) -> None:
+    """Raises `SilentError`."""
+    request = pb.CancelMigrationRequest(migration_id=migration_id)
+    ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).CancelMigration(request, timeout=QUESTION_SECONDS))
+
+
+def abandon(daemon: Daemon, migration_id: str, *, source_kept: bool = False) -> None:
+    """As an operator with grpcurl would: give up a copy by hand. Raises `SilentError`, also where that is refused."""
+    request = handshake_pb2.AbandonRequest(ref=reference(migration_id), request_id=new_id(), source_kept=source_kept)
+    ask(daemon, lambda channel: handshake_pb2_grpc.HandshakeServiceStub(channel).Abandon(request, timeout=QUESTION_SECONDS))
+
+
+def declare_dead(daemon: Daemon, migration_id: str, host: str) -> None:
+    """Raises `SilentError`, also where that is refused: a host is only believed to be dead once it does not answer."""
+    word = handshake_pb2.OperatorWord(dead_host=host, reason="chaos", said_by="tests.bench")
+    request = pb.ResolveMigrationRequest(migration_id=migration_id, request_id=new_id(), word=word)
+    ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).ResolveMigration(request, timeout=QUESTION_SECONDS))
+
+
+def migration(daemon: Daemon, migration_id: str) -> pb.Migration | None:
+    """None where the daemon does not know it. Raises `SilentError`."""
+    request = pb.GetMigrationRequest(migration_id=migration_id)
+
+    def get(channel: grpc.Channel) -> pb.Migration:
+        return rpc.MigrationServiceStub(channel).GetMigration(request, timeout=QUESTION_SECONDS).migration
+
+    return ask(daemon, lambda channel: _known(lambda: get(channel)))
+
+
+def record(agent: Daemon, migration_id: str) -> handshake_pb2.Record | None:
+    """What an agent's journal says of the first attempt; None where it says nothing. Raises `SilentError`."""
+    request = handshake_pb2.GetRecordRequest(ref=reference(migration_id))
+
+    def get(channel: grpc.Channel) -> handshake_pb2.Record:
+        return handshake_pb2_grpc.HandshakeServiceStub(channel).GetRecord(request, timeout=QUESTION_SECONDS).record
+
+    return ask(agent, lambda channel: _known(lambda: get(channel)))
+
+
+def slots_in_use(agent: Daemon) -> int:
+    """Incoming slots that are taken. Raises `SilentError`."""
+    stub = host_pb2_grpc.HostServiceStub
+    host = ask(agent, lambda channel: stub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)).host
+    return host.incoming_in_use
+
+
+def reference(migration_id: str) -> handshake_pb2.AttemptRef:
+    return handshake_pb2.AttemptRef(migration_id=migration_id, attempt=1)
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def state_of(found: pb.Migration) -> str:
+    """Such as "succeeded"."""
+    return pb.MigrationState.Name(found.state).removeprefix("MIGRATION_STATE_").lower()
+
+
+def record_state(found: handshake_pb2.Record | None) -> str:
+    """Such as "armed"; "none" where there is no record."""
+    return "none" if found is None else handshake_pb2.RecordState.Name(found.state).removeprefix("RECORD_STATE_").lower()
+
+
+def _known(call: Callable[[], T]) -> T | None:
+    try:
+        return call()
+    except grpc.RpcError as error:
+        if _code(error) is grpc.StatusCode.NOT_FOUND:
+            return None
+        raise
+
+
+def _code(error: Any) -> grpc.StatusCode:
+    code: grpc.StatusCode = error.code()
+    return code
+
+
+def _details(error: Any) -> str:
+    return f"{_code(error).name}: {error.details()}"

@@ -1,0 +1,79 @@
+"""Renders the state machines as tables in docs/protocol.md, so that text and code cannot drift apart."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from agent.handshake.machines.decide import decide, ended
+from agent.handshake.machines.destination import DESTINATION, DestinationState
+from agent.handshake.machines.source import SOURCE, SourceState
+from agent.runtime.errors import CODES
+
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "protocol.md"
+
+
+def machine_table(machine: Any) -> str:
+    """Each row of a machine; calls are set in bold."""
+    rows = [
+        (state or "(none)", f"**{event}**" if event in machine.calls else event, row.state, ", ".join(row.effects))
+        for (state, event), row in machine.table.items()
+    ]
+    return table(("state", "event", "new state", "effects"), rows)
+
+
+def driver_table() -> str:
+    """What the driver calls for each pair of records, when it goes on and when it was cancelled."""
+    rows = []
+    for src in (None, *SourceState):
+        for dst in (None, *DestinationState):
+            if (src, dst) == (SourceState.KEPT, DestinationState.RUNNING):
+                continue
+            go, stop = (", ".join(sorted(decide(src, dst, cancel=cancel))) for cancel in (False, True))
+            end = "(ended)" if ended(src, dst) else ""
+            rows.append((src or "(none)", dst or "(none)", go or end, stop or end))
+    return table(("source", "destination", "go on", "cancelled"), rows)
+
+
+def reason_table() -> str:
+    return table(("reason", "gRPC code"), [(reason.value, code.name) for reason, code in CODES.items()])
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+TABLES = {
+    "destination": lambda: machine_table(DESTINATION),
+    "source": lambda: machine_table(SOURCE),
+    "driver": driver_table,
+    "reasons": reason_table,
+}
+"""By the name that stands in the document: ``<!-- table NAME -->`` up to ``<!-- end -->``."""
+
+
+def rendered(text: str) -> str:
+    """The document with every table made anew."""
+    for name, make in TABLES.items():
+        head, start, rest = text.partition(f"<!-- table {name} -->\n")
+        if not start:
+            raise SystemExit(f"{DOCUMENT} has no place for the table {name}")
+        _, end, tail = rest.partition("<!-- end -->")
+        text = f"{head}{start}{make()}\n{end}{tail}"
+    return text
+
+
+def main() -> int:
+    before = DOCUMENT.read_text()
+    after = rendered(before)
+    if "--check" in sys.argv[1:]:
+        if before != after:
+            print("The tables of docs/protocol.md are not up to date: run scripts/gen-docs", file=sys.stderr)
+        return int(before != after)
+    DOCUMENT.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
