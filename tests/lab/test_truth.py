@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import Reason
-from clusterkit import GuestSpec, cluster
-from clusterkit.platforms import LabCluster
+from agent.runtime.errors import Reason
 from drover.agent.v1 import migration_pb2 as pb
-from labkit.domain import FIRMWARE
+from tests.kit.cluster import GuestSpec, cluster
+from tests.kit.cluster.platforms import LabCluster
+from tests.kit.lab.domain import FIRMWARE
 from tests.scenarios.conversation import MIB, Talk, assert_idle, state
 
 pytestmark = pytest.mark.timeout(150)
