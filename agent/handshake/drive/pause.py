@@ -1,7 +1,7 @@
-"""What a driver waits for when the guest's user paused it during the transfer.
+"""Makes a driver wait for the aftercare of a guest whose user paused it during the transfer.
 
 A hypervisor forgets that pause: the guest runs for a moment where it arrives, or stays, until the agent there has paused it again
-(`aftercare`). What is said of its end is what its hypervisor says after that.
+(`aftercare`). So the state that is shown at the end is the one after that.
 """
 
 import asyncio
@@ -13,13 +13,15 @@ from agent.handshake.machines.destination import DestinationState
 from drover.agent.v1 import handshake_pb2 as pb
 
 PAUSE_SECONDS: Final = 5.0
-"""Within which an agent has paused the guest, unless its hypervisor does not answer, or its user has let it run again."""
+"""Deadline. An agent has paused the guest by then, unless its hypervisor does not answer or its user resumed the guest."""
 
 ASK_SECONDS: Final = 0.1
 
 
 async def see_pause(driver: Driver) -> None:
-    """Of an attempt that has ended: asks the host that has the guest until it says that the guest is paused."""
+    """Ask the host that has the guest, after the end of the attempt, until the guest does not run there; at most `PAUSE_SECONDS`.
+    Returns at once if the user has not paused it.
+    """
     records = (driver.source_record, driver.destination_record)
     if not any(record is not None and record.paused_by_user for record in records):
         return

@@ -1,4 +1,4 @@
-"""What the phases of one migration need, settled before the first of them."""
+"""The parameters of one migration's phases, fixed before the first of them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from drover.agent.v1 import host_pb2, options_pb2
 
 @dataclass(frozen=True)
 class Plan:
-    """What the first phases need; a driver that takes over after Perform does without."""
+    """The parameters of the phases up to Perform; a driver that takes over after Perform needs none."""
 
     domain_name: str
     domain_uuid: str

@@ -1,6 +1,6 @@
-"""The handshake of one host: both sides, the journal behind them, and the questions that anyone may ask.
+"""The handshake of one host: both sides, the journal behind them, and the queries that anyone may make.
 
-It is a `HandshakePeer`: the gRPC service and a driver in the same process call the very same methods.
+The engine is a `HandshakePeer`: the gRPC service and a driver in the same process call the same methods.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ class Engine:
         self._attempts.effects = {Role.SOURCE: leaving.run, Role.DESTINATION: self._arriving.run}
         transfers = Transfers(host, self._attempts, leaving.session, other_side)
         self.changed = self._attempts.changed
-        """Rings whenever an attempt begins or ends here."""
+        """Rings whenever an attempt starts or ends here."""
         self.reserve_slot = self._destination.reserve_slot
         self.prepare = self._destination.prepare
         self.finish = self._destination.finish
@@ -75,7 +75,7 @@ class Engine:
         self.set_bandwidth = transfers.set_bandwidth
 
     async def recover(self) -> None:
-        """Go on with every attempt of the journal that has not ended: each machine knows what a restart means in its state."""
+        """Resume every attempt in the journal that has not ended, by its machine's RESTARTED event, and unfinished aftercare."""
         for record in await self._journal.active():
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
@@ -90,19 +90,22 @@ class Engine:
             self._aftercare.start(self._attempts.adopt(record))
 
     def _why(self, record: AttemptRecord, restarted: str) -> dict[str, object]:
-        """The failure of an attempt that a restart ends."""
+        """Return the failure to record if the restart ends the attempt; else no change."""
         transition = MACHINES[record.role].step(record.state, restarted)
         if record.failure is not None or transition is None or transition.state == record.state:
             return {}
-        message = f"the agent of {self.host.name} was restarted while this attempt was {record.state}; the guest was not touched"
+        message = (
+            f"the agent of {self.host.name} was restarted while this attempt was {record.state} there, so it was given up; the "
+            "guest was not touched"
+        )
         return {"failure": Failure(Reason.RESTARTED, message)}
 
     async def settle(self) -> None:
-        """Runs as long as the agent does: see `Owner.run`."""
+        """Settle arrivals with their sources, for as long as the agent runs: see `Owner.run`."""
         await self._owner.run()
 
     async def close(self) -> None:
-        """Let go; the hypervisor, the journal and the other side's questions remain."""
+        """Cancel the tasks of every attempt. Leaves the hypervisor and the journal as they are."""
         await asyncio.gather(*(attempt.close() for attempt in self._attempts.all()))
 
     def _ended(self, attempt: Attempt) -> None:
@@ -113,7 +116,7 @@ class Engine:
         self.changed.ring()
 
     def active(self) -> list[Attempt]:
-        """Every attempt that has not ended here."""
+        """Return every attempt that has not ended here."""
         return [*self._attempts.active(Role.SOURCE), *self._attempts.active(Role.DESTINATION)]
 
     @property
@@ -121,7 +124,7 @@ class Engine:
         return len(self._attempts.active(Role.DESTINATION))
 
     async def idle(self, timeout: float) -> bool:
-        """Wait until nothing is active any more; False when something still is after `timeout` seconds."""
+        """Wait until no attempt is active. Return False if one still is after `timeout` seconds."""
         try:
             async with asyncio.timeout(timeout):
                 while self.active():
@@ -130,7 +133,7 @@ class Engine:
             return False
         return True
 
-    # ---- questions
+    # ---- queries
 
     async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
         try:
@@ -143,11 +146,11 @@ class Engine:
         return pb.GetRecordResponse(record=self.host.show(attempt.record, attempt.progress))
 
     async def _older(self, ref: pb.AttemptRef) -> AttemptRecord | None:
-        """A record that a later attempt has followed: it takes no call any more, but it still says what was decided."""
+        """Return the record of an attempt that a later one has followed: it takes no more calls, but still shows the decision."""
         return await self._journal.get_attempt(ref.migration_id, ref.attempt)
 
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
-        """Conflates: a slow reader misses readings in between, never the last word."""
+        """Yield the record now and after each change, until it has ended. A slow reader skips records, never the last one."""
         attempt = await self._attempts.find(request.ref)
         async with contextlib.AsyncExitStack() as stack:
             counts = False

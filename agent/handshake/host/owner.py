@@ -1,4 +1,4 @@
-"""Whose the guest is: what a destination asks its source when nobody tells it."""
+"""How a destination asks the source what became of its copy, when no driver does."""
 
 import asyncio
 import contextlib
@@ -28,16 +28,17 @@ from drover.agent.v1 import host_pb2
 log = structlog.get_logger()
 
 OWNER_SECONDS: Final = 5.0
-"""Between two questions to a source whose record has not ended."""
+"""Pause between two questions to a source whose record has not ended."""
 
 LEAVING_SECONDS: Final = 2.0
-"""For which a guest that is to leave again waits until the source from which it came has ended."""
+"""How long a guest that is to leave again waits for the record of the source from which it came to end."""
 
 UNTOLD_SECONDS: Final = 30 * 86400.0
-"""For which a commit stays whose source cannot be asked, so that a source that is back can ask; then it goes the way of other ended
-records, of which the last ones stay."""
+"""How long a commit whose source cannot be asked must stay in the journal, so that a source that returns can read it. After that it
+is trimmed like any other ended record."""
 
 UNTOLD_LOOK_SECONDS: Final = 3600.0
+"""How often to look for such commits while nothing else is to be asked."""
 
 _ASK_AGAIN: Final = 0.1
 
@@ -48,7 +49,7 @@ _STATES: Final = {host_pb2.DomainState.Value(f"DOMAIN_STATE_{state.name}"): stat
 
 
 class Owner:
-    """Asks the sources of guests that come, or came, to this host."""
+    """The questions to the sources of guests that are coming, or came, to this host."""
 
     def __init__(self, host: LocalHost, attempts: Attempts, source_of: Callable[[Attempt], OtherHost | None]) -> None:
         self._host = host
@@ -57,46 +58,47 @@ class Owner:
         self._arrived = Bell()
 
     def arrived(self) -> None:
-        """A guest was started here: its source is to be asked."""
+        """Take note that a guest was started here, so that its source is asked."""
         self._arrived.ring()
 
     async def may_come(self, attempt: Attempt) -> bool:
-        """Whether the memory of a copy whose driver is silent may still come. Asks the source, whose word that it kept the guest
-        ends the copy; where it has no record, its hypervisor says whether it did. One that is only prepared waits no longer where
-        the source does not say that it sends.
+        """Return whether the memory of a copy whose driver is silent may still come: an armed copy always may, a prepared one only
+        if the source's record says that it sends. Gives up an armed copy if the source's record says that it kept the guest, or
+        if the source has no record and its hypervisor has the guest as before.
         """
         record = None
         try:
             record = await self._source_record(attempt)
         except DroverError as error:
-            log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
+            log.info("the source's record cannot be read", migration=attempt.record.migration_id, error=error.message)
             if attempt.record.state == DestinationState.ARMED and error.reason in NO_RECORD and await self._stayed(attempt):
-                text = f"{attempt.record.peer_host} has no record of this migration any more, and the guest is there as before"
+                peer = attempt.record.peer_host
+                text = f"{peer} has no record of this migration any more, and its hypervisor has the guest as before"
                 await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, failure=Failure(Reason.GIVEN_UP, text))
         if record is not None and record.state == pb.RECORD_STATE_KEPT:
-            await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, **self._word_in(record))
+            await attempt.report(DestinationEvent.ABANDON_SOURCE_KEPT, **self._statement_in(record))
         return attempt.record.state == DestinationState.ARMED or (record is not None and record.state in _SENDS)
 
     async def _stayed(self, attempt: Attempt) -> bool:
-        """Whether the hypervisor of a source without a record has the guest as before."""
+        """Return whether the hypervisor of a source without a record has the guest as before."""
         source = self._source_of(attempt)
         if source is None:
             return False
         try:
-            name = (await source.get_host(host_pb2.GetHostRequest())).host.name  # an address can pass to another agent
+            name = (await source.get_host(host_pb2.GetHostRequest())).host.name  # another agent may have got the address since
             found = await source.get_domain(host_pb2.GetDomainRequest(domain=attempt.record.domain_uuid))
         except DroverError as error:
-            log.info("the source does not say", migration=attempt.record.migration_id, error=error.message)
+            log.info("the source's guest cannot be read", migration=attempt.record.migration_id, error=error.message)
             return False
         is_its_guest = (name, found.domain.uuid) == (attempt.record.peer_host, attempt.record.domain_uuid)
         return is_its_guest and yields_unrecorded(_fact(found.domain))
 
     async def ask_before_leaving(self, domain_uuid: str) -> None:
-        """Before a guest moves on that came here: its source has ended, or says that a statement took the guest from this host.
-        Beyond this host nobody could stop its copy any more. A source that does not say so in time keeps no guest here.
+        """Ask the source of a guest that came here, before it leaves again, whether an operator's statement gave the guest back to
+        it: on a third host nobody could stop the copy. Waits `LEAVING_SECONDS` for the source's record to end; then it may leave.
 
         Raises:
-            DroverError: DECLARED_DEAD; JOURNAL_UNAVAILABLE.
+            DroverError: DECLARED_DEAD if the guest is the source's again; JOURNAL_UNAVAILABLE.
         """
         came_by = await self._attempts.journal.arrival(domain_uuid)
         if came_by is None:
@@ -106,7 +108,7 @@ class Owner:
             async with asyncio.timeout(LEAVING_SECONDS):
                 await self._until_settled(attempt)
         except (DroverError, TimeoutError) as error:
-            log.warning("a guest leaves whose source does not say that it has ended", migration=came_by[0], error=str(error))
+            log.warning("a guest leaves although its source has not confirmed its end", migration=came_by[0], error=str(error))
         if attempt.record.state != DestinationState.RUNNING and attempt.record.failure is not None:
             raise attempt.record.failure.error()
 
@@ -117,10 +119,10 @@ class Owner:
                 await asyncio.sleep(_ASK_AGAIN)
 
     async def run(self) -> None:
-        """Ask the source of every commit, until its record has ended, whether an operator's statement took the guest from this host.
+        """Ask the source of every commit, until its record has ended, whether an operator's statement gave the guest back to it.
 
-        So a host that was declared dead learns it, rightly or not, however long it was away, and the journal learns which commits
-        nobody will ask for any more. A commit that is new is left to its driver for one round.
+        So a host that was declared dead, rightly or not, learns it however long it was away, and the journal learns which commits
+        no source will ask for any more. A new commit is left to its driver for one round.
         """
         asked: Collection[tuple[str, int]] | None = None  # after a start all of them are due
         while True:
@@ -128,7 +130,7 @@ class Owner:
             try:
                 unsettled = [record for record in await self._attempts.journal.unsettled() if record.peer_agent or _outlived(record)]
             except DroverError as error:
-                log.warning("the journal cannot be read; trying again", error=error.message)
+                log.warning("the journal cannot be read; retrying", error=error.message)
                 await asyncio.sleep(OWNER_SECONDS)
                 continue
             await self._ask_all([record for record in unsettled if asked is None or record.key in asked])
@@ -140,7 +142,7 @@ class Owner:
                     await asyncio.wait_for(arrived.wait(), UNTOLD_LOOK_SECONDS)
 
     async def _ask_all(self, records: Collection[AttemptRecord]) -> None:
-        """All sources at once; of each, one question after the other."""
+        """Ask all sources at once, but each source one question after the other."""
         by_source: dict[str, list[AttemptRecord]] = defaultdict(list)
         for record in records:
             by_source[record.peer_agent].append(record)
@@ -156,50 +158,52 @@ class Owner:
                 log.info("the arrival is not settled yet", migration=record.migration_id, error=error.message)
                 if error.reason is Reason.HOST_UNREACHABLE:
                     return
-            except Exception:  # a bug, in one answer perhaps: the other guests are asked about all the same
-                log.exception("unexpected error (bug) while an arrival was to be settled", migration=record.migration_id)
+            except Exception:  # a bug, perhaps with this answer only: go on with the other guests
+                log.exception("unexpected error (bug) while settling an arrival", migration=record.migration_id)
 
     async def _settle(self, attempt: Attempt) -> None:
-        """Learn from the source what became of its copy."""
+        """Ask the source what became of its copy: it has ended (settled), or it kept the guest by a statement (disown)."""
         try:
             source = await self._source_record(attempt)
         except DroverError as error:
             if error.reason not in NO_RECORD:
                 raise
-            await attempt.note(settled=True)  # it keeps no record that could still be decided
+            await attempt.note(settled=True)  # the source has no record that is still undecided
             return
         if source is None:
             if _outlived(attempt.record):
                 await attempt.note(settled=True)
             return
-        word = self._word_in(source)
-        if word and source.state in _KEEPS:
-            # Whoever waits may go away; the guest is claimed until the record says that it is not this host's.
-            await asyncio.shield(attempt.start("disowning", self._disown(attempt, word)))
+        statement = self._statement_in(source)
+        if statement and source.state in _KEEPS:
+            # Shielded: the guest stays claimed until the record says that it is not this host's, also if the caller goes away.
+            await asyncio.shield(attempt.start("disowning", self._disown(attempt, statement)))
         elif source.state in _ENDED:
             await attempt.note(settled=True)
 
-    async def _disown(self, attempt: Attempt, word: dict[str, Any]) -> None:
+    async def _disown(self, attempt: Attempt, statement: dict[str, Any]) -> None:
         record = attempt.record
         try:
             with self._attempts.claim(record.domain_uuid, record.domain_name):
-                log.error("this host was declared dead; its copy is disowned", migration=record.migration_id)
-                await attempt.report(DestinationEvent.DISOWNED, **word)
-        except DroverError as error:  # a later attempt at the guest that is under way ends first
-            log.info("a copy is not disowned yet", migration=record.migration_id, error=error.message)
+                log.error("this host was declared dead, so its copy is removed", migration=record.migration_id)
+                await attempt.report(DestinationEvent.DISOWNED, **statement)
+        except DroverError as error:  # a later attempt to move the guest is under way and must end first
+            log.info("a copy cannot be removed yet", migration=record.migration_id, error=error.message)
 
     async def _source_record(self, attempt: Attempt) -> pb.Record | None:
-        """None where the address of the source's agent was not told. Raises what keeps it from saying."""
+        """Return the source's record; None if the address of its agent is not known. Raises `DroverError` if it cannot be read."""
         source = self._source_of(attempt)
         if source is None:
             return None
         record = (await source.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record
         if wrong := differs(attempt.record, record, self._host.name, unnamed=True):
-            raise DroverError(Reason.UNDECIDED, f"what answers for {attempt.record.peer_host} has another record: {wrong}")
+            raise DroverError(
+                Reason.UNDECIDED, f"the record at the address of {attempt.record.peer_host} is not this attempt's: {wrong}"
+            )
         return record
 
-    def _word_in(self, source: pb.Record) -> dict[str, Any]:
-        """What an operator's word in the source's record says about this host."""
+    def _statement_in(self, source: pb.Record) -> dict[str, Any]:
+        """Return the changes by an operator's statement in the source's record that this host is dead; none without one."""
         if source.operator_word.dead_host != self._host.name:
             return {}
         word = OperatorWord.of(source.operator_word)
@@ -207,16 +211,17 @@ class Owner:
 
 
 def _outlived(record: AttemptRecord) -> bool:
-    """A commit whose source cannot be asked, since the address of its agent was not told, and has not asked for so long."""
+    """Return whether this is a commit whose source cannot be asked, as its agent's address is not known, and that is too old for
+    the source to ask for it (`UNTOLD_SECONDS`)."""
     return not record.peer_agent and time.time() - max(record.created, record.updated) > UNTOLD_SECONDS
 
 
 def _can_settle(record: AttemptRecord) -> bool:
-    """A commit whose source has not ended, as far as is known, and can be asked."""
+    """Return whether this is a commit whose source can be asked and has not ended as far as is known."""
     return record.state == DestinationState.RUNNING and not record.settled and bool(record.peer_agent)
 
 
 def _fact(guest: host_pb2.Domain) -> SourceEvent | None:
-    """What a source's hypervisor says of a guest, as that agent shows it."""
+    """Return the source's event for a guest as the source's agent describes it."""
     here = Domain("", guest.uuid, _STATES.get(guest.state, DomainState.OTHER), guest.reason, 0, 0, persistent=guest.persistent)
     return source_fact(here) if guest.job == Job.NONE else None

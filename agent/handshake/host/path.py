@@ -1,8 +1,8 @@
-"""Proves, before the guest is touched, that the migration address reaches the agent of the destination, and nobody else.
+"""Proves, before the guest is touched, that the destination's migration address reaches its agent, and no other.
 
-The destination answers on that address with a nonce that its ReserveSlot has told the driver, and the source reads it there. Two
-hosts that both have 127.0.0.1 (or any address that is not unique) for their migration address would else send the guest to
-themselves, or swap it with one that crosses it.
+The destination answers on that address with a nonce, the driver gets the nonce from ReserveSlot, and the source compares both.
+Without it, two hosts that both have 127.0.0.1 (or another address that is not unique) as their migration address would send a
+guest to themselves, or swap it with one that moves the other way.
 """
 
 import asyncio
@@ -25,24 +25,25 @@ from drover.agent.v1 import handshake_pb2 as pb
 NONCE_BYTES: Final = 32
 _MAX_NONCE: Final = 64
 PROOF_SECONDS: Final = 3.0
-"""Deadline of a proof: far more than a connection in a data centre needs, and short enough to be told at once."""
+"""Deadline of a proof: far more than a connection in a data centre needs, and short enough for the user to wait for the error."""
 
 _PORTS_TRIED: Final = 16
-"""From the top of the migration range downwards: libvirt takes its ports from the bottom, and a firewall admits this range."""
+"""How many ports are tried, from the top of the migration range downwards: firewalls admit that range, and libvirt takes its ports
+from the bottom."""
 
 _USED: Final = frozenset(DestinationState) - {DestinationState.RESERVED}
 
 
 class PathProbe:
-    """Answers with a nonce at one address of this host until it is closed."""
+    """A server that answers with a nonce at one address of this host until it is closed."""
 
     def __init__(self, server: asyncio.Server, address: str, nonce: bytes) -> None:
         self._server = server
-        self._told = pb.PathProbe(address=address, nonce=nonce)
+        self._message = pb.PathProbe(address=address, nonce=nonce)
 
     @classmethod
     async def open(cls, address: str, ports: tuple[int, int]) -> "PathProbe":
-        """Listen on an IP address, at a port of the range (both bounds are part of it), or at any where those are all taken.
+        """Listen on an IP address, at a port of the range (bounds included), or at any port if those that are tried are taken.
 
         Raises:
             DroverError: NETWORK_NOT_FOUND when this host cannot listen on the address.
@@ -68,36 +69,36 @@ class PathProbe:
             return cls(server, str(where), nonce)
         raise DroverError(
             Reason.NETWORK_NOT_FOUND,
-            f"this host cannot listen on its migration address {address}: {problem}. Nothing was done to the guest; correct the "
-            "address in the agent's configuration",
+            f"the destination cannot listen on its migration address {address}: {problem}. Nothing was done to the guest; correct "
+            "the address in the configuration of its agent",
             metadata={"address": address},
         )
 
     def to_proto(self) -> pb.PathProbe:
-        """For ReserveSlot's answer."""
-        return self._told
+        """Return the probe for ReserveSlot's answer."""
+        return self._message
 
     def close(self) -> None:
         self._server.close()
 
 
 class PathProbes:
-    """The probes of the slots that are reserved here; each ends by itself once its slot is used or given up."""
+    """The probes of the slots that are reserved here. Each is closed once its slot is used or given up."""
 
     def __init__(self, host: LocalHost) -> None:
         self._host = host
         self._open: dict[Attempt, PathProbe] = {}
 
     async def open(self, attempt: Attempt, address: str) -> PathProbe:
-        """Raises NETWORK_NOT_FOUND; see `PathProbe.open`."""
+        """Open the probe of an attempt. Raises NETWORK_NOT_FOUND; see `PathProbe.open`."""
         features = self._host.features
         probe = self._open[attempt] = await PathProbe.open(address, (features.first_port, features.last_port))
-        # However that ends: a task that is cancelled before it began runs none of its own code.
+        # A callback, not a `finally`: a task that is cancelled before it starts runs none of its own code.
         attempt.start("probe", self._used(attempt)).add_done_callback(lambda _: self._close(attempt, probe))
         return probe
 
     async def of(self, attempt: Attempt) -> pb.PathProbe:
-        """What to tell the driver of an attempt that is RESERVED: after a restart of this agent, another port and nonce."""
+        """Return the probe of a RESERVED attempt for its driver. After a restart of this agent it has a new port and nonce."""
         probe = self._open.get(attempt) or await self.open(attempt, attempt.record.listen)
         return probe.to_proto()
 
@@ -111,11 +112,11 @@ class PathProbes:
 
 
 async def prove(probe: pb.PathProbe | None, host: str, peer: str) -> str:
-    """Connect to where the destination answers, and compare. The IP address that was proved; it is empty, and no memory will be
-    sent, where no probe was told.
+    """Connect to the probe's address and compare the nonce. Return the IP address that was proved; empty without a probe, and then
+    no memory will be sent.
 
     Raises:
-        DroverError: INVALID_FIELD; PATH_NOT_PROVED, saying what was found there.
+        DroverError: INVALID_FIELD; PATH_NOT_PROVED, with what was found at the address.
     """
     if probe is None:
         return ""
@@ -133,39 +134,39 @@ async def prove(probe: pb.PathProbe | None, host: str, peer: str) -> str:
     why = "something else answers there" if isinstance(found, bytes) else found
     raise DroverError(
         Reason.PATH_NOT_PROVED,
-        f"{probe.address} does not lead from {host} to the agent of {peer}: {why}. The guest runs on {host} as "
-        f"before; check the address of the migration network on {peer}, its routes and firewalls",
+        f"{probe.address} does not lead from {host} to the agent of {peer}: {why}. Nothing was done to the guest, which stays on "
+        f"{host}; check the address of the migration network on {peer}, its routes and its firewalls",
         metadata={"address": probe.address, "host": host, "peer_host": peer},
     )
 
 
 def check_proved(record: AttemptRecord, address: str, host: str) -> None:
-    """Memory goes only to an address that was proved at Begin. Raises PATH_NOT_PROVED."""
+    """Raise PATH_NOT_PROVED unless `address` was proved at Begin: memory is sent to no other."""
     if not same_address(record.proved, ipaddress.ip_address(address)):
         raise DroverError(
             Reason.PATH_NOT_PROVED,
-            f"nobody has proved that {address} leads from {host} to the agent of {record.peer_host}; Begin proved "
-            f"{record.proved or 'nothing'}. Guest {record.domain_name} was not touched and runs on {host}; give Begin the probe of "
-            "ReserveSlot",
+            f"it is not proved that {address} leads from {host} to the agent of {record.peer_host}: Begin proved "
+            f"{record.proved or 'no address'}. Nothing was sent, and guest {record.domain_name} stays on {host}; call Begin with "
+            "the probe from ReserveSlot's answer",
             metadata={"address": address, "host": host, "peer_host": record.peer_host},
         )
 
 
 async def _read(where: TcpAddress, size: int) -> bytes | str:
-    """What is answered there, or why nothing is."""
+    """Return the bytes that are answered there, or as text why none are."""
     writer = None
     try:
         async with asyncio.timeout(PROOF_SECONDS):
             reader, writer = await asyncio.open_connection(str(where.host), where.port)
             return await reader.readexactly(size)
     except TimeoutError:
-        return f"no answer within {PROOF_SECONDS:g} s, so something on the way drops it"
+        return f"no answer within {PROOF_SECONDS:g} s, so packets are dropped on the way"
     except asyncio.IncompleteReadError as error:
         return error.partial
-    except socket.gaierror:  # a scope that is no interface here; its numbers are not those of errno
-        return f"{where.host} is no address that can be reached from this host"
+    except socket.gaierror:  # the scope is no interface here; its numbers are not those of errno
+        return f"{where.host} cannot be reached from this host"
     except OSError as error:
-        return os.strerror(error.errno).lower() if error.errno else str(error)  # asyncio puts its own words into strerror
+        return os.strerror(error.errno).lower() if error.errno else str(error)  # asyncio puts its own text into `strerror`
     finally:
         if writer is not None:
             writer.close()

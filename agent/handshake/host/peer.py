@@ -1,4 +1,4 @@
-"""The handshake as its driver sees it: one interface, over the wire or within the process."""
+"""The interface through which a driver calls a host: over the wire or within the process."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -32,7 +32,7 @@ class HandshakePeer(Protocol):
 
 
 class OtherHost(HandshakePeer, Protocol):
-    """The host on the other side of an attempt, which is asked for what is true there as well."""
+    """The other host of an attempt, which can also be asked about the host and its guests."""
 
     async def get_host(self, request: host_pb2.GetHostRequest) -> host_pb2.GetHostResponse: ...
 

@@ -1,4 +1,4 @@
-"""Reads the record of the other host of an attempt, so that nobody's word is taken for it."""
+"""Reads the record of the other host of an attempt, so that decisions rest on it and not on a caller's claim."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,14 +21,15 @@ from drover.agent.v1 import handshake_pb2 as pb
 log = structlog.get_logger()
 
 _UNREACHABLE: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED, Reason.UNIMPLEMENTED})
-"""Errors of a call that say nothing of the host itself. Any other error is an answer."""
+"""Errors of a call that mean that the host itself did not answer. Any other error is an answer."""
 
 
 NO_RECORD: Final = (Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT)
-"""What a host answers that keeps no record of the attempt, or none any more."""
+"""Errors of a host that has no record of the attempt, or none any more."""
 
 READ_SECONDS: Final = 3.0
-"""Deadline of a reading before Perform: its caller waits 5 s for the answer, and a record that it relays must count by then."""
+"""Deadline of reading the record before Perform. The driver waits 5 s for Perform's answer; within that, the record that it relays
+must be used instead."""
 
 _S = TypeVar("_S", DestinationState, SourceState)
 
@@ -38,25 +39,25 @@ class Reading:
     """What is known of the other host's record."""
 
     record: pb.Record | None
-    """None where that host has no record of the attempt, or nothing is known."""
+    """None if that host has no record of the attempt, or nothing is known."""
     answered: bool
-    """That host itself answered."""
+    """Whether that host itself answered."""
     why: str = ""
-    """Why it did not, or what is wrong with its answer. Empty where a record was read."""
+    """Why it did not answer, or what is wrong with its answer. Empty if a record was read."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a source is to do."""
+    """The decision that a source must obey."""
 
     event: SourceEvent
     by_statement: bool
-    """It rests on an operator's statement, not on the destination's record."""
+    """Whether it rests on an operator's statement instead of the destination's record."""
 
 
 class PeerRecords:
-    """`peer_of` gives the agent on the other side of an attempt; None where its address was not told. `heard`: what it has just
-    answered this process itself."""
+    """The reader of the other hosts' records. `peer_of` gives the other host of an attempt, None if its agent's address is not
+    known; `heard` has what it answered this process with lately."""
 
     def __init__(self, host: str, peer_of: Callable[[Attempt], HandshakePeer | None], heard: Heard) -> None:
         self._host = host
@@ -71,16 +72,20 @@ class PeerRecords:
         will_do: Callable[[pb.Record], bool] = lambda _: False,
         within: float | None = None,
     ) -> Reading:
-        """Ask the other host, unless it has just said what will do. Where it cannot be reached, a record that a driver relays
-        counts, if it names the attempt, the guest and both hosts. Takes no longer than the deadline of a question
-        (`handshake_service.QUESTION_SECONDS`), or than `within`.
+        """Read the other host's record.
+
+        Args:
+            relayed: the record as the driver relays it. It counts only if the other host cannot be reached, and if it names the
+                attempt, the guest and both hosts.
+            will_do: whether a record that the other host answered with lately is enough, so that it is not asked again.
+            within: deadline in seconds; by default that of a question (`handshake_service.QUESTION_SECONDS`).
         """
         ours = attempt.record
         heard = self._heard.of(ours)
         if heard is not None and will_do(heard) and not differs(ours, heard, self._host):
             return Reading(heard, answered=True)
         peer = self._peer_of(attempt)
-        why = "the address of its agent was not told"
+        why = "the address of its agent is not known"
         if peer is not None:
             try:
                 async with asyncio.timeout(within):
@@ -97,7 +102,7 @@ class PeerRecords:
                     return Reading(None if wrong else record, answered=True, why=wrong)
                 why = f"the agent at its address is that of {record.host or 'a host without a name'}"
                 if not differs(ours, _renamed(record, ours.peer_host), self._host):
-                    return Reading(None, answered=True, why=f"{why}, and has the record of this attempt: its name was changed")
+                    return Reading(None, answered=True, why=f"{why}, but has the record of this attempt: the host was renamed")
         if relayed is None or not relayed.host:
             return Reading(None, answered=False, why=why)
         wrong = differs(ours, relayed, self._host)
@@ -106,8 +111,8 @@ class PeerRecords:
         return Reading(None if wrong else relayed, answered=False, why=f"{why}; {wrong}" if wrong else why)
 
     async def follow(self, attempt: Attempt) -> None:
-        """Hear the other host's record as it changes, so that it need not be asked when a call rests on it. Ends with that record,
-        or as soon as anything is wrong: then it is asked. Nothing where this process drives, and hears it anyway.
+        """Watch the other host's record, so that it need not be asked when a call depends on it. Ends with the record, or with the
+        first error; then it is asked. Does nothing if this process is the driver, which gets the record anyway.
         """
         peer = self._peer_of(attempt)
         if peer is None or self._heard.of(attempt.record) is not None:
@@ -117,42 +122,42 @@ class PeerRecords:
             async for response in peer.watch_record(pb.WatchRecordRequest(ref=ref)):
                 self._heard.note(address, ref, response.record)
         except DroverError as error:
-            log.info("the other host is not heard any more", migration=ref.migration_id, error=error.message)
+            log.info("the watch of the other host's record has ended", migration=ref.migration_id, error=error.message)
             self._heard.note(address, ref, None)
 
     async def decision(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> Decision:
-        """What a source that has stopped its guest is to do, by the destination's record.
+        """Return what a source that has stopped its guest must do, by the destination's record.
 
         Raises:
-            DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a destination that answers.
+            DroverError: UNDECIDED; NOT_IN_DOUBT for an operator's statement about a destination that answers.
         """
         reading = await self.read(attempt, relayed, will_do=_decides)
         state = _known(DestinationState, reading)
         event = source_obeys(state, answered=reading.answered, stated_dead=stated_dead)
         if event is None:
-            stays = f"Guest {attempt.record.domain_name} stays stopped on {self._host} until {attempt.record.peer_host} says"
+            stays = f"Guest {attempt.record.domain_name} stays stopped on {self._host} until {attempt.record.peer_host} answers"
             raise self._undecided(attempt, reading, f"{stays} whether it runs there", stated=stated_dead)
         return Decision(event, by_statement=event is SourceEvent.CONFIRM_GONE and state is not DestinationState.GONE)
 
     async def check_nothing_flows(self, attempt: Attempt, relayed: pb.Record, *, stated_dead: bool) -> bool:
-        """That an armed copy may be given up, by the source's record. True where only an operator's statement says so.
+        """Check, by the source's record, that an armed copy may be given up. Return whether only an operator's statement allows it.
 
         Raises:
-            DroverError: UNDECIDED, or NOT_IN_DOUBT for an operator's statement about a source that answers.
+            DroverError: UNDECIDED; NOT_IN_DOUBT for an operator's statement about a source that answers.
         """
         reading = await self.read(attempt, relayed)
         state = _known(SourceState, reading)
         if not destination_yields(state, answered=reading.answered, stated_dead=stated_dead):
-            stays = f"The copy of guest {attempt.record.domain_name} on {self._host} stays, and starts once all of it has come"
+            stays = f"The copy of guest {attempt.record.domain_name} on {self._host} stays, and starts once all memory has arrived"
             raise self._undecided(attempt, reading, stays, stated=stated_dead)
         return state not in NOTHING_FLOWS
 
     async def check_uri(self, attempt: Attempt, uri: MigrationUri, relayed: pb.Record) -> None:
-        """That the destination of this attempt listens on `uri`. Raises URI_NOT_ALLOWED, UNDECIDED."""
+        """Check, by the destination's record, that it listens on `uri` for this attempt. Raises URI_NOT_ALLOWED, UNDECIDED."""
         reading = await self.read(attempt, relayed, will_do=lambda record: bool(record.uri), within=READ_SECONDS)
-        untouched = f"Guest {attempt.record.domain_name} was not touched and runs on {self._host}"
+        untouched = f"Nothing was sent, and guest {attempt.record.domain_name} stays on {self._host}"
         if reading.record is None or not reading.record.uri:
-            raise self._undecided(attempt, reading, f"{untouched}; nobody says where its copy listens", stated=False)
+            raise self._undecided(attempt, reading, f"{untouched}, as the URI of its copy is not known", stated=False)
         if uri != _parsed(reading.record.uri):
             peer = attempt.record.peer_host
             raise DroverError(
@@ -163,25 +168,26 @@ class PeerRecords:
 
     def _undecided(self, attempt: Attempt, reading: Reading, consequence: str, *, stated: bool) -> DroverError:
         peer = attempt.record.peer_host
-        says = f"its record is {state_from_proto(reading.record)}" if reading.record is not None else reading.why
+        finding = f"its record is {state_from_proto(reading.record)}" if reading.record is not None else reading.why
         if reading.answered and stated:
             return DroverError(
                 Reason.NOT_IN_DOUBT,
-                f"{peer} answers {self._host}, so its own record counts and no statement that it is dead: {says}. {consequence}",
+                f"{peer} answers {self._host}, so its record counts and the statement that it is dead does not: {finding}. "
+                f"{consequence}",
                 metadata={"host": peer},
             )
-        heard = f"{peer} answers" if reading.answered else f"{self._host} cannot ask {peer}"
+        asked = f"{peer} answers" if reading.answered else f"{self._host} cannot ask {peer}"
         return DroverError(
             Reason.UNDECIDED,
-            f"{heard}, and nothing is decided: {says}. {consequence}",
+            f"{asked}, but nothing is decided: {finding}. {consequence}",
             metadata={"host": peer, "answers": "yes" if reading.answered else "no"},
         )
 
 
 def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool = False) -> str:
-    """What makes `theirs` no record of the other side of `ours`, in words; empty where it is one.
+    """Return, as text, in what `theirs` differs from a record of the other side of `ours`; empty if it is one.
 
-    `unnamed`: one that names no guest will do. A source that was told to stop before it was told to begin has no more to say.
+    `unnamed`: a record that names no guest is accepted too, such as that of a source that got Abort before Begin.
     """
     if unnamed and not theirs.domain_uuid and theirs.ref == ours.ref:
         return ""
@@ -191,7 +197,7 @@ def differs(ours: AttemptRecord, theirs: pb.Record, host: str, *, unnamed: bool 
         "host": (theirs.host, ours.peer_host),
         "other host": (theirs.peer_host, host),
     }
-    wrong = [f"its {what} is {got or 'not said'}, not {want}" for what, (got, want) in named.items() if got != want]
+    wrong = [f"its {what} is {got or 'not given'}, not {want}" for what, (got, want) in named.items() if got != want]
     return "; ".join(wrong)
 
 
@@ -203,14 +209,14 @@ def _renamed(record: pb.Record, host: str) -> pb.Record:
 
 
 def _decides(record: pb.Record) -> bool:
-    """A destination's record that stays as it is."""
+    """Return whether this is a destination's record that has ended."""
     return record.state in (pb.RECORD_STATE_RUNNING, pb.RECORD_STATE_GONE)
 
 
 def _known(states: type[_S], reading: Reading) -> _S | None:
-    """The state that was read; None for one of a newer version, or of the other side, which decides nothing."""
-    word = "" if reading.record is None else state_from_proto(reading.record)
-    return states(word) if word in set(states) else None
+    """Return the state that was read; None without a record, or for a state that is not one of `states` (a newer version's)."""
+    state = "" if reading.record is None else state_from_proto(reading.record)
+    return states(state) if state in set(states) else None
 
 
 def _parsed(uri: str) -> MigrationUri | None:
