@@ -1,4 +1,4 @@
-"""The two ends of a migration, and who finds them: a `Directory` turns the names that a user gave into hosts."""
+"""The two ends of a migration, and the interface that finds them by the names that a user gave."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,16 +10,18 @@ from drover.agent.v1 import migration_pb2 as pb
 
 @dataclass(frozen=True)
 class Side:
-    """One end of a migration: its host, how to speak to it, and how others do."""
+    """One end of a migration."""
 
     host: host_pb2.Host
     handshake: HandshakePeer
+    """How the driver calls its agent."""
     agent_address: str
+    """Where other hosts reach its agent."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Both ends, and the guest as the source describes it."""
+    """Both ends of a migration, and its guest as the source describes it."""
 
     source: Side
     destination: Side
@@ -27,12 +29,16 @@ class Ends:
 
 
 class Directory(Protocol):
-    """Turns the names of a spec into hosts."""
+    """The lookup of a migration's hosts."""
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
-        """Raises DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, HOST_NOT_FOUND, HOST_UNREACHABLE."""
+        """Find the hosts and the guest that a spec names.
+
+        Raises:
+            DroverError: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, HOST_NOT_FOUND, HOST_UNREACHABLE.
+        """
         ...
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
-        """Source and destination of a migration that was started before; they need not answer now."""
+        """Return source and destination of a migration that was started before; they need not answer now."""
         ...

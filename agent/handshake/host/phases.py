@@ -1,4 +1,4 @@
-"""What source and destination share: the host that they stand on, and how a request begins or joins a phase."""
+"""What source and destination share: their host, how a request begins or joins a phase, and how the hypervisor is asked."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ from drover.agent.v1 import host_pb2, options_pb2
 log = structlog.get_logger()
 
 SEE_SECONDS: Final = 1.0
-"""A record that ends waits so long for its hypervisor's last word on the guest."""
+"""How long a record that ends waits for the hypervisor to report the guest's state."""
 
 
 @dataclass
@@ -45,11 +45,12 @@ class LocalHost:
     lease_seconds: float
     takeover_after: float
     simulated: bool = False
-    """Its hypervisor is a simulated one, in this process: several such hosts share the addresses of one machine."""
+    """Whether its hypervisor is simulated, in this process: several such hosts share the addresses of one machine."""
     draining: bool = False
+    """Whether the agent is stopping."""
 
     def show(self, record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
-        """A record of this host, as others may see it: under the name that it had then."""
+        """Return a record of this host for the wire, under the name that the host had when the record was made."""
         return record_to_proto(record, record.host or self.name, progress)
 
     def check_not_draining(self) -> None:
@@ -61,39 +62,39 @@ class LocalHost:
             )
 
     def check_listens_on(self, address: str) -> None:
-        """The memory of guests comes in at an address of this host, by the word of the kernel now. Raises NETWORK_NOT_FOUND."""
+        """Raise NETWORK_NOT_FOUND unless the kernel has `address` on this host now, so that guests may arrive there."""
         own = ip_address(address)
-        problem = address_problem(own) or ("" if is_own(own) else "is no address of this host now")
+        problem = address_problem(own) or ("" if is_own(own) else f"is no address of {self.name} now")
         if problem and not self.simulated:
             raise DroverError(
                 Reason.NETWORK_NOT_FOUND,
-                f"{address} {problem}, so {self.name} takes no guest there. Nothing was done to the guest; see `ip address` on "
-                f"{self.name}, and the networks of its agent's configuration",
+                f"{address} {problem}, so {self.name} takes no guest there. Nothing was done to the guest; check `ip address` on "
+                f"{self.name} and the networks in its agent's configuration",
                 metadata={"host": self.name, "address": address},
             )
 
     def check_sends_to(self, uri: MigrationUri) -> None:
-        """The memory of a guest leaves this host: at its own addresses, other guests arrive. Raises URI_NOT_ALLOWED."""
+        """Raise URI_NOT_ALLOWED if `uri` is this host's own address, where other guests arrive, or no address of a host."""
         problem = address_problem(uri.host) or ("is an address of this host itself" if is_own(uri.host) else "")
         if problem and not self.simulated:
             raise DroverError(
                 Reason.URI_NOT_ALLOWED,
-                f"migration URI {uri} is refused: {uri.host} {problem}. Nothing was sent, and the guest runs on {self.name}",
+                f"migration URI {uri} is refused: {uri.host} {problem}. Nothing was sent, and the guest stays on {self.name}",
                 metadata={"uri": str(uri)},
             )
 
 
 def wait_of(wait: Duration, *, unset: float) -> float:
-    """Seconds that a caller wants to wait, at most MAX_WAIT. A field that is not set has neither seconds nor nanos."""
+    """Return for how many seconds a caller wants to wait, at most MAX_WAIT; `unset` if the field is missing or zero."""
     seconds = wait.seconds + wait.nanos / 1e9
     return min(max(seconds, 0.0), MAX_WAIT) if seconds else unset
 
 
 def phase_changes(attempt: Attempt, phase: str, request: Message) -> dict[str, Any]:
-    """What the record must remember of the request that begins a phase; nothing for one that joins it.
+    """Return what the record must remember of a request that begins a phase; nothing for one that joins it.
 
     Raises:
-        DroverError: REQUEST_ID_REUSED when the same request id comes with another content.
+        DroverError: REQUEST_ID_REUSED if the same request id comes with another content.
     """
     request_id = str(getattr(request, "request_id", ""))
     digest = _digest(request)
@@ -107,38 +108,39 @@ def phase_changes(attempt: Attempt, phase: str, request: Message) -> dict[str, A
     if request_id and request_id == record.request_ids.get(phase) and digest != known:
         raise DroverError(
             Reason.REQUEST_ID_REUSED,
-            f"request id {request_id} was used for another {phase} of this attempt; nothing was changed",
+            f"request id {request_id} was already used for a {phase} of this attempt with another content; nothing was changed",
             metadata={"request_id": request_id},
         )
     return {}
 
 
 def check_ports(host: LocalHost) -> None:
-    """A port for the stream must be free. Raises BUSY."""
+    """Raise BUSY unless a port for the stream is free."""
     first, last = host.features.first_port, host.features.last_port
     if not any_is_free(first, last):
         raise DroverError(
             Reason.BUSY,
-            f"all ports from {first} to {last} on which {host.name} takes migrations are in use; try again when one has ended, "
-            "or widen the range (migration_port_min and _max in its qemu.conf, first_port and last_port of its agent)",
+            f"all ports from {first} to {last}, on which {host.name} takes migrations, are in use. Nothing was done to the guest; "
+            "try again when a migration has ended, or widen the range (migration_port_min and _max in its qemu.conf, first_port "
+            "and last_port of its agent)",
             metadata={"host": host.name, "limit": "ports"},
             retry_after=5.0,
         )
 
 
-def check_same(attempt: Attempt, host: str, *, agent: str = "", **told: object) -> None:
-    """A call that begins an attempt which is known here must be about the same: else two migrations would share one id.
+def check_same(attempt: Attempt, host: str, *, agent: str = "", **given: object) -> None:
+    """Check that a call that begins an attempt which is known here is about the same migration: else two would share one id.
 
     Args:
-        agent: where the agent of the other host answers, as the call says. Whoever answers there decides where the guest runs, so
-            an attempt that somebody began with another address, or with none, is not the caller's.
-        told: what the call says, by field of the record. What is empty was not said.
+        agent: the address of the other host's agent in the call. Whoever answers there decides where the guest runs, so an attempt
+            that was begun with another address, or with none, is not the caller's.
+        given: other values in the call, by field of the record. Empty values are not compared.
 
     Raises:
-        DroverError: MIGRATION_EXISTS, naming what differs.
+        DroverError: MIGRATION_EXISTS, with what differs.
     """
     record = attempt.record
-    differs = {name: value for name, value in told.items() if value and getattr(record, name) and value != getattr(record, name)}
+    differs = {name: value for name, value in given.items() if value and getattr(record, name) and value != getattr(record, name)}
     if agent and record.requests and _address(agent) != _address(record.peer_agent):
         differs["peer_agent"] = agent
     if differs:
@@ -147,18 +149,18 @@ def check_same(attempt: Attempt, host: str, *, agent: str = "", **told: object) 
         )
         raise DroverError(
             Reason.MIGRATION_EXISTS,
-            f"migration {record.migration_id} is known on {host} as another one ({what}); nothing was done. Choose a new UUID for a "
-            f"new migration, or watch that one: `drover migration show {record.migration_id}`",
+            f"{host} already has a different migration with the id {record.migration_id} ({what}); nothing was done. Choose a new "
+            f"UUID for a new migration, or look at that one: `drover migration show {record.migration_id}`",
             metadata={"migration_id": record.migration_id, "host": host, "peer_host": record.peer_host},
         )
 
 
 def overtaken(attempt: Attempt) -> DroverError:
-    """For a call whose checks were those of an earlier state than the one in which its turn has come."""
+    """Return the error for a call whose state changed between its checks and its turn."""
     record = attempt.record
     return DroverError(
         Reason.WRONG_PHASE,
-        f"attempt {record.attempt} of migration {record.migration_id} has become {record.state} at this moment; nothing was done, "
+        f"attempt {record.attempt} of migration {record.migration_id} became {record.state} during this call; nothing was done, so "
         "make the call again",
         metadata={"state": record.state},
     )
@@ -172,7 +174,7 @@ def _address(text: str) -> Address | str:
 
 
 def check_address(address: str, field: str) -> None:
-    """An agent that cannot be asked later must be refused now. Raises INVALID_FIELD; an empty one means that nobody is asked."""
+    """Raise INVALID_FIELD unless `address` is one at which an agent can be asked later, or empty: then nobody is asked."""
     if address:
         try:
             parse_address(address)
@@ -181,21 +183,21 @@ def check_address(address: str, field: str) -> None:
 
 
 def check_word(attempt: Attempt, word: pb.OperatorWord) -> None:
-    """A word is about the other host of the attempt; one that names this very host is refuted by its being heard."""
+    """Raise INVALID_FIELD unless the statement is about the other host of the attempt: this host answers, so it is not dead."""
     peer = attempt.record.peer_host
     if peer and word.dead_host != peer:
         raise invalid_field("operator_word.dead_host", f"must be {peer}, the other host of this migration, not {word.dead_host}")
 
 
 def stated_changes(attempt: Attempt, message: pb.OperatorWord) -> dict[str, object]:
-    """What the record of an attempt that an operator's statement decides says of it."""
+    """Return the changes of a record that an operator's statement decides."""
     word = OperatorWord.of(message)
     log.warning("an operator's statement decides", migration=attempt.record.migration_id, **msgspec.structs.asdict(word))
     return {"failure": word.failure(), "operator_word": word}
 
 
 def failure_of(error: Exception, host: str) -> Failure:
-    """Of an effect on that host. What is no error of the hypervisor is a flaw of ours, and ends the phase all the same."""
+    """Return the failure for an effect's error on `host`. An error that is not the hypervisor's is a bug; it ends the phase too."""
     if isinstance(error, HypervisorError):
         return Failure.of(from_hypervisor(error, host))
     log.error("unexpected error of the hypervisor's driver", exc_info=error)
@@ -204,21 +206,23 @@ def failure_of(error: Exception, host: str) -> Failure:
 
 
 def failed(attempt: Attempt, failure: Failure) -> dict[str, Any]:
-    """What a failure changes in the record: one that is nearer to the cause than the one it has replaces that."""
+    """Return the change of the record by a failure. It replaces a known failure only if it is nearer to the cause."""
     known = attempt.record.failure
     return {"failure": failure} if known is None or failure.distance < known.distance else {}
 
 
 async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
-    """The attempt's guest as it is now, None where there is none. Asks until the hypervisor answers."""
+    """Return the attempt's guest as it is now, None if the host does not have it. Asks until the hypervisor answers."""
     unanswered = False
     while True:
         try:
-            async with attempt.telling(f"the hypervisor of {host.name} to say what is true of the guest"):
+            async with attempt.telling(f"the hypervisor of {host.name} to report the guest's state"):
                 domain = await _ask(host, attempt)
         except Exception as error:
             unanswered = True
-            await waits_for(attempt, f"the hypervisor of {host.name} does not answer: {error}")
+            await waits_for(
+                attempt, f"the hypervisor of {host.name} to report the guest's state, but it does not answer: {error} (retrying)"
+            )
             await asyncio.sleep(0.5)
             continue
         if unanswered:
@@ -227,14 +231,14 @@ async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
 
 
 async def hindrance(host: LocalHost, attempt: Attempt) -> str:
-    """Why the hypervisor may not answer about the attempt's guest; empty: not known."""
+    """Return why the hypervisor may not answer about the attempt's guest; empty: not known."""
     record = attempt.record
     why = await host.hypervisor.hindrance(record.destination_name if record.role is Role.DESTINATION else record.domain_name)
     return f"{host.name}: {why}" if why else ""
 
 
 async def see(host: LocalHost, attempt: Attempt) -> None:
-    """Ask once what is true of the attempt's guest; the record then has the answer, or says that there was none."""
+    """Ask once for the state of the attempt's guest, within `SEE_SECONDS`. The record then has it, or why there was no answer."""
     with contextlib.suppress(HypervisorError, TimeoutError):
         async with asyncio.timeout(SEE_SECONDS):
             await _ask(host, attempt)
@@ -253,7 +257,7 @@ async def _ask(host: LocalHost, attempt: Attempt) -> Domain | None:
         _unanswered(attempt, record.seen, error)
         raise
     if domain is None and record.seen is not None and record.seen.state in NO_PROCESS:
-        attempt.saw(msgspec.structs.replace(record.seen, state=GuestState.ABSENT))  # the reason tells how it ended
+        attempt.saw(msgspec.structs.replace(record.seen, state=GuestState.ABSENT))  # keep the reason: how it ended
         return None
     arriving = record.role is Role.DESTINATION and record.state != DestinationState.RUNNING
     attempt.saw(fact_of(domain, arriving=arriving))
@@ -261,26 +265,26 @@ async def _ask(host: LocalHost, attempt: Attempt) -> Domain | None:
 
 
 def _unanswered(attempt: Attempt, before: GuestFact | None, error: Exception) -> None:
-    """The hypervisor was asked and gave no answer. What it has said meanwhile by an event, or as Finish returned, is newer."""
+    """Note that the hypervisor did not answer, unless an event, or Finish's return, has reported a newer state meanwhile."""
     if attempt.record.seen == before:
         attempt.saw(silent(before, error))
 
 
 async def follow_guest(host: LocalHost, attempt: Attempt, on_end: Callable[[], Awaitable[None]] | None = None) -> None:
-    """Take what the hypervisor says of the guest as it happens, until this task is cancelled. `on_end` is called when its process
-    has ended, whoever ended it.
+    """Take the hypervisor's events about the guest until this task is cancelled. `on_end` is called when the guest's process has
+    ended, whoever ended it.
     """
     async for event in host.hypervisor.events():
         if event.uuid == attempt.record.domain_uuid and (fact := fact_of_event(event)) is not None:
             waits = attempt.record.seen is not None and attempt.record.seen.state is GuestState.WAITING
-            if not waits or fact.state is GuestState.RUNNING:  # an empty copy is no guest that was paused, or died
+            if not waits or fact.state is GuestState.RUNNING:  # what happens to an empty copy does not happen to the guest
                 attempt.saw(fact, look_again=True)
             if fact.state in NO_PROCESS and on_end is not None:
                 await on_end()
 
 
 def _digest(request: Message) -> str:
-    """Of the content, without the id and how long to wait."""
+    """Return the digest of a request's content, without `request_id` and `wait`."""
     copy = type(request)()
     copy.CopyFrom(request)
     for name in ("request_id", "wait"):

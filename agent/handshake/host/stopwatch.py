@@ -1,4 +1,4 @@
-"""How long a phase took, and how much of that the hypervisor. By the monotonic clock of this host."""
+"""Times a phase and the hypervisor calls in it, by the monotonic clock of this host."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ from agent.handshake.host.records import Timing
 
 @dataclass
 class Stopwatch:
-    """Times one phase, from when it is made, and the calls of the hypervisor in it. `timing` can be read at any time."""
+    """The time of one phase since this object was made, and of the hypervisor calls in it. `timing` can be read at any time."""
 
     phase: str
     start: float = field(default_factory=time.time)
@@ -20,7 +20,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
-        """Around calls of the hypervisor, one after the other or at once."""
+        """Time the hypervisor calls in this block, which must not be nested."""
         self._asking_since = time.perf_counter()
         try:
             yield
@@ -37,7 +37,7 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def timed(phase: str) -> Iterator[Stopwatch]:
-    """A phase that is one call of the hypervisor."""
+    """Time a phase that is one hypervisor call."""
     watch = Stopwatch(phase)
     with watch.asking():
         yield watch

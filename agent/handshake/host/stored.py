@@ -1,4 +1,4 @@
-"""What goes with a guest beside its running copy, from the hypervisor to the wire and back."""
+"""Converts what is moved along with a guest (its stored definition, its autostart) between the hypervisor and the wire."""
 
 import zlib
 from typing import Final
@@ -10,12 +10,14 @@ from agent.runtime.errors import DroverError, Reason, invalid_field
 from drover.agent.v1 import handshake_pb2 as pb
 
 MAX_COMPRESSED: Final = 256 * 1024
-"""The bound of the field: both definitions and a cookie fit into one message."""
+"""Maximum size of the field in bytes, so that both definitions and a cookie fit into one message."""
 
 
 def stored_to_proto(stored: Stored | None, guest: str, host: str) -> pb.StoredGuest | None:
-    """Raises:
-    DroverError: INCOMPATIBLE_GUEST for a definition that is too big to travel.
+    """Convert to the wire.
+
+    Raises:
+        DroverError: INCOMPATIBLE_GUEST for a definition that is too big for a message.
     """
     if stored is None:
         return None
@@ -24,16 +26,18 @@ def stored_to_proto(stored: Stored | None, guest: str, host: str) -> pb.StoredGu
     if len(text) > MAX_DOMAIN_XML or len(definition) > MAX_COMPRESSED:
         raise DroverError(
             Reason.INCOMPATIBLE_GUEST,
-            f"the definition of guest {guest} for its next boot has {len(text)} bytes on {host} ({len(definition)} compressed); at "
-            f"most {MAX_DOMAIN_XML} ({MAX_COMPRESSED}) can travel with it. Nothing was done to the guest; shorten its metadata",
+            f"the stored definition of guest {guest} on {host} has {len(text)} bytes ({len(definition)} compressed), but at most "
+            f"{MAX_DOMAIN_XML} ({MAX_COMPRESSED}) can be moved with it. Nothing was done to the guest; shorten its metadata",
             metadata={"host": host, "bytes": str(len(text))},
         )
     return pb.StoredGuest(definition_zlib=definition, autostart=stored.autostart)
 
 
 def stored_from_proto(request: pb.PrepareRequest) -> Stored | None:
-    """Raises:
-    DroverError: INVALID_FIELD for what is no compressed text, or grows beyond `MAX_DOMAIN_XML`.
+    """Convert from the wire.
+
+    Raises:
+        DroverError: INVALID_FIELD for what is not compressed text, or is larger than `MAX_DOMAIN_XML`.
     """
     if not request.HasField("stored"):
         return None
@@ -43,20 +47,21 @@ def stored_from_proto(request: pb.PrepareRequest) -> Stored | None:
         if len(text) > MAX_DOMAIN_XML:
             raise invalid_field("stored.definition_zlib", f"unpacks to more than {MAX_DOMAIN_XML} bytes")
         if text and not unpacker.eof:
-            raise invalid_field("stored.definition_zlib", "ends too early")
+            raise invalid_field("stored.definition_zlib", "is truncated")
         return Stored(text.decode(), request.stored.autostart)
     except (zlib.error, UnicodeDecodeError) as error:
-        raise invalid_field("stored.definition_zlib", f"is no compressed text: {error}") from None
+        raise invalid_field("stored.definition_zlib", f"is not compressed text: {error}") from None
 
 
 def changes_of(stored: Stored | None, *, arrives: bool) -> dict[str, object]:
-    """What either record must say of it. An arrival is always looked after: a definition that was here may start by itself."""
+    """Return the changes of either record. An arrival always needs aftercare: a definition that was here before may have had
+    autostart on."""
     autostart = stored is not None and stored.autostart
     return {"stored": stored, "autostart": autostart, "aftercare": autostart or arrives}
 
 
 def check_documents(host: LocalHost, uuid: str, request: pb.PrepareRequest) -> Stored | None:
-    """Refuse documents that are not of this guest, before the hypervisor's library sees them. What is to be stored.
+    """Check that the documents are of this guest, before the hypervisor's library sees them. Return what is to be stored.
 
     Raises:
         DroverError: INVALID_FIELD.
@@ -73,10 +78,10 @@ def check_documents(host: LocalHost, uuid: str, request: pb.PrepareRequest) -> S
 
 
 async def read_stored(host: LocalHost, domain: Domain) -> Stored | None:
-    """What goes with the guest.
+    """Return what is moved along with the guest.
 
     Raises:
-        DroverError: INCOMPATIBLE_GUEST for what is too big to travel; of the hypervisor.
+        DroverError: INCOMPATIBLE_GUEST for what is too big for a message; errors of the hypervisor.
     """
     try:
         stored = await host.hypervisor.stored(domain.uuid)

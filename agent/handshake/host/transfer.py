@@ -1,4 +1,4 @@
-"""What can be done to a transfer while it runs: the switch to post-copy, and another bandwidth."""
+"""The calls that change a running transfer: the switch to post-copy, and its bandwidth."""
 
 from collections.abc import Awaitable, Callable
 
@@ -18,7 +18,7 @@ from drover.agent.v1 import handshake_pb2 as pb
 
 
 class Transfers:
-    """Serves the calls about transfers that leave this host."""
+    """The calls about transfers that leave this host."""
 
     def __init__(
         self,
@@ -41,20 +41,25 @@ class Transfers:
         return pb.StartPostCopyResponse(record=self._host.show(attempt.record, attempt.progress))
 
     async def _check_armed(self, attempt: Attempt) -> None:
-        """The switch is the commit, so the destination must be armed: a copy that is only prepared may be given up at any moment,
-        and half of the guest with it. What is armed ends as RUNNING, or when the stream breaks before the switch.
+        """Raise POST_COPY_NOT_ARMED unless the destination's record is ARMED. The switch is the commit: a copy that is only
+        prepared may be given up at any moment, and half of the guest with it; an armed one becomes RUNNING, or ends when the
+        stream breaks before the switch.
         """
         peer = self._destination_of(attempt)
         if peer is None:
             raise _not_armed(
-                "this attempt was begun without the address of the destination's agent, so nobody can say whether it is armed"
+                "this attempt was begun without the address of the destination's agent, so it is not known whether it is armed"
             )
         record = (await peer.get_record(pb.GetRecordRequest(ref=attempt.record.ref))).record
         if wrong := differs(attempt.record, record, self._host.name):
-            raise _not_armed(f"what answers for the destination {attempt.record.peer_host} has another record: {wrong}")
+            raise _not_armed(
+                f"the record at the address of the destination {attempt.record.peer_host} is not this attempt's: {wrong}"
+            )
         state = state_from_proto(record)
         if state != DestinationState.ARMED:
-            raise _not_armed(f"the destination {attempt.record.peer_host} is {state}, not armed: call Finish there first")
+            raise _not_armed(
+                f"the record of the destination {attempt.record.peer_host} is {state}, not armed: call Finish there first"
+            )
 
     async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
         attempt = await self._transferring(request.ref)
@@ -68,7 +73,7 @@ class Transfers:
         if attempt.record.role is not Role.SOURCE or attempt.record.state != SourceState.PERFORMING:
             raise DroverError(
                 Reason.WRONG_PHASE,
-                f"no transfer runs: the attempt is {attempt.record.state} on this {attempt.record.role}",
+                f"no transfer is running: the attempt is {attempt.record.state} on this {attempt.record.role}, {self._host.name}",
                 metadata={"state": attempt.record.state},
             )
         return attempt
@@ -81,4 +86,4 @@ class Transfers:
 
 
 def _not_armed(why: str) -> DroverError:
-    return DroverError(Reason.POST_COPY_NOT_ARMED, f"{why}; the transfer goes on as it is")
+    return DroverError(Reason.POST_COPY_NOT_ARMED, f"{why}. The transfer goes on unchanged")

@@ -1,10 +1,10 @@
-"""Places at which a test can kill or stop this process: at every journal write, effect and reply of the protocol.
+"""Points at which a test can kill or stop this process: at every journal write, effect and reply of the protocol.
 
-Free when off: one look at an empty dictionary. Switched on only through the environment, which no service unit sets::
+They cost one check of an empty dictionary when off. Switched on only through the environment, which no service unit sets::
 
     DROVER_FAILPOINTS="source.perform_done.journal.after=kill"   (several: separated by commas)
 
-Actions: ``kill`` (SIGKILL: nothing is tidied), ``stop`` (SIGSTOP, until somebody sends SIGCONT). Each fires once in a process.
+Actions: ``kill`` (SIGKILL: no clean-up), ``stop`` (SIGSTOP, until somebody sends SIGCONT). Each fires once per process.
 """
 
 import os
@@ -22,16 +22,16 @@ _ACTIONS: Final[Mapping[str, signal.Signals]] = {"kill": signal.SIGKILL, "stop":
 
 
 def all_points() -> Iterator[str]:
-    """Every failpoint there is. ``driver`` is the process that drives: the coordinator, or the source's agent.
+    """Yield the name of every failpoint. ``driver`` is the process that drives: the coordinator, or the source's agent.
 
-    ``journal.before`` and ``journal.after`` stand around the write of an event, ``effect.before`` before an effect on the
-    hypervisor, ``news`` between the end of an effect and the event that tells it, ``reply`` before the answer to a call.
+    ``journal.before`` and ``journal.after``: around the write of an event; ``effect.before``: before an effect on the hypervisor;
+    ``news``: between the end of an effect and the event that reports it; ``reply``: before the answer to a call.
     """
     for role, machine, effects in (("source", SOURCE, SourceEffect), ("destination", DESTINATION, DestinationEffect)):
         events = dict.fromkeys(event for _, event in machine.table)
         for event in events:
             yield from (f"{role}.{event}.journal.before", f"{role}.{event}.journal.after")
-            if event != "restarted":  # the journal tells that one
+            if event != "restarted":  # that event comes from reading the journal
                 yield f"{role}.{event}.{'reply' if event in machine.calls else 'news'}"
         for effect in effects:
             yield f"{role}.{effect}.effect.before"
@@ -45,7 +45,9 @@ def _parse(text: str) -> dict[str, signal.Signals]:
     for item in filter(None, text.split(",")):
         name, _, action = item.partition("=")
         if name not in known or action not in _ACTIONS:
-            raise ValueError(f"{VARIABLE}: {item} is no failpoint of docs/failpoints.md with an action of {', '.join(_ACTIONS)}")
+            raise ValueError(
+                f"{VARIABLE}: {item} is not a failpoint of docs/failpoints.md with one of the actions {', '.join(_ACTIONS)}"
+            )
         points[name] = _ACTIONS[action]
     return points
 
@@ -54,7 +56,7 @@ _armed: Final = _parse(os.environ.get(VARIABLE, ""))
 
 
 def failpoint(*name: str) -> None:
-    """End or stop this process here, if a test asked for it. `name` is joined only when any failpoint is on."""
+    """Kill or stop this process here if a test asked for it. `name`: the parts of the failpoint's name."""
     if not _armed:
         return
     number = _armed.pop(".".join(name), None)
