@@ -1,4 +1,4 @@
-"""Keeps a guest that may have left from running on its source again. See `switchover` for why and how."""
+"""Protection against a second copy: a guest that may have left must not run on its source again. `switchover` says why and how."""
 
 import asyncio
 import json
@@ -20,20 +20,20 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 CANCELED = "migration canceled"
-"""libvirt's reason for running, when it has resumed a guest that a migration had paused."""
+"""libvirt's reason of the running state after it has resumed a guest that a migration had paused."""
 
 HELD = "unknown"
-"""libvirt's reason for the pause that `hold` makes. No user's pause has it, so that `Outgoing.resume` may end it."""
+"""libvirt's reason of a pause by `hold`. A pause by the user never has it, so `Outgoing.resume` may end such a pause."""
 
 
 SETTLE_SECONDS = 0.02
-"""Between two questions to QEMU."""
+"""Interval between two calls to QEMU."""
 
 _UNDER_WAY = switchover.CANCELLABLE | {"device", "cancelling"}
 
 
 class Guard:
-    """One guest that leaves. All calls are harmless where there is nothing to guard."""
+    """Protection of one guest that leaves. All methods are harmless where there is nothing to do."""
 
     def __init__(self, uri: str, uuid: str) -> None:
         self.service = service_of(uri)
@@ -41,27 +41,29 @@ class Guard:
         self._name = ""
 
     def watch(self, name: str) -> None:
-        """From now on, whoever mends after a death of libvirtd minds this guest. Before Perform. Blocks."""
+        """Mark the guest, so that its status file is mended if libvirtd dies. Must be called before Perform. Blocks."""
         self._name = name
         self._try(lambda run: switchover.mark(run, self._uuid, name))
 
     async def mend(self) -> None:
-        """libvirtd was lost in Perform. If it is dead, see to it that its next life does not resume a guest that has left."""
+        """Mend the status file after the connection to libvirtd was lost in Perform. If libvirtd is dead, this keeps its next start
+        from resuming a guest that has left."""
         found = await self._do(lambda run: switchover.mend_after_death(run, self._uuid, self._name))
-        log.warning(f"{self.service.name} was lost during Perform", domain=self._name, outcome=found.value if found else "not known")
+        outcome = found.value if found else "unknown"
+        log.warning(f"the connection to {self.service.name} was lost during Perform", domain=self._name, outcome=outcome)
 
     async def forget(self) -> None:
-        """The migration has ended on this side."""
+        """Remove the guest's mark, once the migration has ended on this side."""
         await self._do(lambda run: switchover.unmark(run, self._uuid))
 
     async def forget_definition(self, remove: Callable[[Path], None]) -> None:
-        """`stored.remove_leftovers`, where this host's files can be seen. Raises what it raises."""
+        """Call `remove` (`stored.remove_leftovers`) in a thread, where libvirt's run folder is known. Raises what that raises."""
         run = self.service.run
         if run is not None:
             await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: remove(run))))
 
     async def _do(self, function: Callable[[Path], T]) -> T | None:
-        """In a thread; for want of one, as `_try`."""
+        """Run `_try` in a thread. A failure to start one is logged like the errors there."""
         try:
             return await asyncio.shield(asyncio.wrap_future(threads.submit(lambda: self._try(function))))
         except HypervisorUnavailable as error:
@@ -69,7 +71,7 @@ class Guard:
             return None
 
     def _try(self, function: Callable[[Path], T]) -> T | None:
-        """What goes wrong with files is logged and no more: `settle` remains."""
+        """Call `function` with libvirt's run folder. An OSError is only logged: `settle` can still repair the guest's state."""
         run = self.service.run
         if run is None:
             return None
@@ -80,50 +82,51 @@ class Guard:
             return None
 
     def _failed(self, error: Exception) -> None:
-        log.warning("the guard against a second copy has failed", domain=self._name, error=str(error))
+        log.warning("could not update the files that protect against a second copy", domain=self._name, error=str(error))
 
 
 def settle(domain: Any) -> None:
-    """What libvirtd left unsettled, once it is back and no job of its holds the guest any more. Blocks.
+    """Repair the state of a guest after a restart of libvirtd, once no job of libvirtd holds the guest. Blocks.
 
-    The last line, for when `switchover` had no chance or could not tell. Only QEMU knows whether the state has left; asking it
-    taints the domain ("custom-monitor"), so this is for recovery only. Afterwards the domain's state is true and stays:
+    This is the last safeguard, for when `switchover` did not run or could not tell. Only QEMU knows whether the state has left;
+    a call to its monitor taints the domain ("custom-monitor"), so this is for recovery only. Afterwards the domain's state is
+    right and does not change by itself:
 
-    - a transfer that goes on without libvirtd is ended: its guest would stop for a switch-over that never comes;
+    - a transfer that continues without libvirtd is cancelled: its guest would stop for a switch-over that never comes;
     - a guest whose whole state had left, and which libvirtd has resumed, is paused.
 
-    A ``completed`` of an earlier migration of the same QEMU, whose guest was kept, looks like the second: such a guest is
-    paused in vain until its destination has said that it is gone.
+    A ``completed`` of an earlier migration of the same QEMU, whose guest was kept, looks like the second case: such a guest is
+    paused without need until its destination has reported that its copy is gone.
     """
     deadline = time.monotonic() + switchover.DEVICE_SECONDS
     while (state := _migration(domain)) in _UNDER_WAY and time.monotonic() < deadline:
         if state in switchover.CANCELLABLE:
             _ask(domain, "migrate_cancel")
-        time.sleep(SETTLE_SECONDS)  # libvirt hands us no event of QEMU's migration
+        time.sleep(SETTLE_SECONDS)  # polled, because libvirt passes on no event of QEMU's migration here
     if state == "completed" and _is(domain, DomainState.RUNNING, CANCELED):
         hold(domain)
 
 
 def hold(domain: Any) -> None:
-    """Pause a guest that libvirt resumed when its transfer failed: it had been stopped for the switch-over, so the destination,
-    armed early, may have all of it and run it. Blocks.
+    """Pause a guest that libvirt resumed when its transfer failed after the stop for the switch-over: the destination, armed early,
+    may have the whole state and run the guest. Blocks.
     """
     if _is_running(domain):
-        _ask(domain, "stop")  # not suspend(): that would look like a pause by the user
+        _ask(domain, "stop")  # suspend() would look like a pause by the user
 
 
 def is_switching(domain: Any) -> bool:
-    """The guest was stopped for the switch-over (or for a transfer that is not live)."""
+    """Return whether the guest is stopped for the switch-over (or for a transfer that is not live)."""
     return _is(domain, DomainState.PAUSED, domains.MIGRATION)
 
 
 def stopped_by_user(domain: Any) -> bool:
-    """QEMU stands still because it was told to, and not for the switch-over, nor for an error. Blocks. Taints the domain."""
+    """Return whether a stop command paused QEMU, rather than the switch-over or an error. Blocks. Taints the domain."""
     return _ask(domain, "query-status").get("status") == "paused"
 
 
 def is_held(domain: Any) -> bool:
-    """It was paused by `hold`."""
+    """Return whether `hold` paused the guest."""
     return _is(domain, DomainState.PAUSED, HELD)
 
 

@@ -27,7 +27,7 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.events import EventStream
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import options as words
+from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt import phases, qemu_log, threads
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.events import RECONNECTED
@@ -37,30 +37,30 @@ from agent.hypervisor.libvirt.stored import finish_cookie
 from agent.network.uri import MigrationUri
 
 NEVER_RAN = frozenset({"failed", "daemon"})
-"""libvirt's reasons for being shut off of a copy whose incoming migration failed, or was undone by a libvirtd that started anew."""
+"""libvirt's reasons of the shut-off state of a copy whose incoming migration failed, or was undone by a restarted libvirtd."""
 
 _GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_FAILED)
-"""What Finish(cancelled) says when there is nothing to cancel any more: look again."""
+"""Error codes of Finish(cancelled) when there is nothing to cancel any more: the caller must read the state again."""
 
 ENDS_SECONDS = 15.0
-"""For which a QEMU that is about to end is waited for: libvirt kills one that does not within ten."""
+"""Longest wait for a QEMU that is about to end: libvirt kills one that does not end within ten seconds."""
 
 STOPPED_SECONDS = 2.0
-"""After which it is looked whether the QEMU of a copy that cannot be given up is stopped. One that runs answers in milliseconds."""
+"""When abandoning takes longer, check whether the QEMU of the copy is stopped. A running QEMU answers in milliseconds."""
 
 TRANSPORTS = ("tcp",)
-"""Schemes of a migration URI that this driver honours."""
+"""Schemes of a migration URI that this driver supports."""
 
 
 class LibvirtIncoming:
-    """`base.Incoming`. A fresh handle, after a restart of the agent, can still `abandon`.
+    """`interface.Incoming` on libvirt. A new handle, after a restart of the agent, can still `abandon`.
 
     With PERSIST_DEST, libvirt stores the definition when Finish is *called*. A transfer that fails after an early Finish
-    therefore leaves a definition behind, which is removed here, or the one that it replaced put back. What was here
-    before Prepare is known to the handle that prepared; a fresh one takes what is left of a copy for the migration's own.
+    therefore leaves a definition behind. It is removed here, or the one that it replaced is restored. Only the handle that
+    prepared knows what was here before Prepare; a new one treats the definition of a failed copy as the migration's own.
 
-    A guest that ran here and was ended before Finish returned (in post-copy that takes as long as the rest of its memory) is no
-    copy that failed: its definition is its user's.
+    A guest that ran here and was ended before Finish returned (in post-copy, Finish lasts until the rest of the memory is here)
+    is not a failed copy: its definition belongs to its user and stays.
     """
 
     def __init__(self, uuid: str, session: Session, pool: Pool, ports: tuple[int, int], events: Callable[[], EventStream]) -> None:
@@ -69,21 +69,21 @@ class LibvirtIncoming:
         self._pool = pool
         self._ports = ports
         self._events = events
-        self._prepared: Link | None = None  # the connection that owns the copy: closing it destroys one that never ran
+        self._prepared: Link | None = None  # the connection that owns the copy: closing it destroys a copy that never ran
         self._begin_cookie = b""
         self._before: str | None = None  # the definition that was here before Prepare
-        self._arrives = False  # Prepare succeeded: what is here now is its copy, and none that was here before
-        self._has_run = False  # the copy was seen to start
-        self._never_ran = False  # its process has ended, and it was not seen to start though nothing was missed
+        self._arrives = False  # Prepare succeeded: the domain here is its copy, not one that was here before
+        self._has_run = False  # an event showed that the copy started
+        self._never_ran = False  # its process has ended, no event showed a start, and no event was missed
         self._ended = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._name = ""  # of the copy
-        self._killed = False  # it was destroyed by this handle
+        self._killed = False  # this handle destroyed the copy
 
     async def prepare(
         self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
     ) -> Prepared:
-        flags = words.flags_for(options, domain_xml)
+        flags = option_flags.flags_for(options, domain_xml)
         asked = migration_uri(uri, listen_address, self._ports)
         params = _params(domain_xml, destination_name) | {
             libvirt.VIR_MIGRATE_PARAM_URI: str(asked),
@@ -93,24 +93,24 @@ class LibvirtIncoming:
         def prepare(connection: Any) -> tuple[str, bytes]:
             self._before = _definition(connection, self._uuid)
             prepared = phases.prepare(connection, params, cookie, flags)
-            self._arrives = True  # here and not where it is awaited: an await may be cancelled, the fact stays
+            self._arrives = True  # in the thread, because the await may be cancelled
             return prepared
 
         self._begin_cookie, self._name = cookie, destination_name
         link = self._prepared = await self._session.open()
         self._following = asyncio.create_task(self._follow(self._events()), name="libvirt-copy")
         uri_out, out = await self._session.call(prepare, on=link)
-        return Prepared(uri_out or str(asked), out)  # libvirt says nothing where the port was given
+        return Prepared(uri_out or str(asked), out)  # libvirt returns no URI where the port was given
 
     async def finish(
         self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, stored: Stored | None = None
     ) -> Finished:
-        flags = words.flags_for(options, domain_xml)
+        flags = option_flags.flags_for(options, domain_xml)
         if flags & libvirt.VIR_MIGRATE_PERSIST_DEST:
-            # Perform's cookie, where Finish is late, has the stored definition under its old name.
+            # A Finish after Perform gets Perform's cookie, which has the stored definition under its old name.
             cookie = finish_cookie(self._begin_cookie, stored, destination_name) or cookie
         params = _params(domain_xml, destination_name)
-        # On the connection that prepared: libvirtd 9.0 dies when that one closes while Finish waits on another.
+        # Use the connection that prepared: libvirtd 9.0 crashes when that one closes while Finish waits on another.
         link = self._prepared or await self._session.open()
 
         if self._following is None:
@@ -124,8 +124,8 @@ class LibvirtIncoming:
         return Finished(out)
 
     async def _follow(self, events: EventStream) -> None:
-        """Whether the copy has run, by libvirt's events, in their order. A QEMU that is ended by a signal (its host shuts down) is
-        shut off for the same reason as one whose guest was shut down after it had arrived.
+        """Learn from libvirt's events, in their order, whether the copy has run. The final state does not show it: a QEMU that a
+        signal ended (its host shuts down) has the same reason as one whose guest was shut down after it had arrived.
         """
         begun = missed = False
         async for event in events:
@@ -140,8 +140,8 @@ class LibvirtIncoming:
                 self._never_ran = not (self._has_run or missed)
                 self._ended.set()
 
-    async def _see_it_end(self) -> None:
-        """libvirt's event comes some time after the state."""
+    async def _wait_for_end(self) -> None:
+        """Wait for libvirt's event of the end of the copy, which comes some time after the change of state."""
         if self._following is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ENDS_SECONDS):
@@ -169,7 +169,7 @@ class LibvirtIncoming:
         except DomainBusy:
             if self._has_run:
                 raise
-            await self._see_it_end()
+            await self._wait_for_end()
             if not self._never_ran:
                 raise
             await self._pool.call(self._abandon)
@@ -177,38 +177,38 @@ class LibvirtIncoming:
             giving_up.cancel()
 
     async def close(self) -> None:
-        """A Finish that still waits goes on inside libvirtd, and the connection closes at its end: `abandon` first."""
+        """Release the connection; call `abandon` before. A waiting Finish continues in libvirtd and closes the connection last."""
         self._prepared = None
         if self._following is not None:
             self._following.cancel()
         await self._session.close()
 
     async def _failure(self, error: HypervisorError) -> HypervisorError:
-        """Finish failed: the copy is gone for certain, or else nothing is certain."""
+        """Return the error of a failed Finish: `TransferFailed` if the copy is certainly gone, else `HypervisorUnavailable`."""
         try:
             domain = await self._pool.call(lambda connection: domains.read_one(connection, self._uuid))
             if domain.ending or (domain.has_run and not self._has_run):
-                await self._see_it_end()
+                await self._wait_for_end()
                 domain = await self._pool.call(lambda connection: domains.read_one(connection, self._uuid))
         except DomainNotFound:
             if self._has_run:
-                return HypervisorUnavailable(f"{error}; the copy here has run, and is gone", error.native)
+                return HypervisorUnavailable(f"{error}; the copy here has run and is gone now", error.native)
             return TransferFailed(str(error), error.native)
         if self._has_run or self._ran(domain) or domain.state is not DomainState.SHUTOFF:
-            return HypervisorUnavailable(f"{error}; the copy here is {domain.state} ({domain.reason})", error.native)
+            return HypervisorUnavailable(f"{error}; the copy here is {domain.state} ({domain.reason}) now", error.native)
         if self._prepared is not None:
             await self._pool.call(self._clear)
         return TransferFailed(str(error), error.native)
 
     def _ran(self, domain: Domain) -> bool:
-        """Of one that is shut off."""
+        """Return whether a copy that is shut off has run here."""
         return domain.has_run and not self._never_ran
 
-    # What follows blocks: it runs in a thread.
+    # The methods below block: they run in a thread.
 
     def _abandon(self, connection: Any) -> None:
         if self._has_run:
-            raise DomainBusy("the copy was seen to run here")
+            raise DomainBusy("the copy has run here, so it is not destroyed")
         try:
             domain = domains.read_one(connection, self._uuid)
             if domain.unstarted:
@@ -219,19 +219,19 @@ class LibvirtIncoming:
                 return
             raise
         if domain.unstarted or domain.ending:
-            raise HypervisorUnavailable(f"the copy of {domain.name} is still here, {domain.state} ({domain.reason})")
+            raise HypervisorUnavailable(f"the copy of {domain.name} still exists here: it is {domain.state} ({domain.reason})")
         if domain.state is not DomainState.SHUTOFF or (self._arrives and self._ran(domain)):
-            raise DomainBusy(f"the guest {domain.name} is {domain.state} ({domain.reason}) here: it has run")
-        # Without a copy of ours, one that has run did so before Prepare: its definition is none of our business.
+            raise DomainBusy(f"guest {domain.name} is {domain.state} ({domain.reason}) here and has run, so it is not destroyed")
+        # A guest that has run, where this handle made no copy, ran before Prepare: its definition stays.
         if not self._ran(domain) and (self._prepared is not None or domain.reason in NEVER_RAN):
             self._clear(connection)
 
     def _end_stopped(self, connection: Any) -> None:
-        """End a copy whose QEMU is stopped (SIGSTOP, a debugger); nothing for any other.
+        """Destroy a copy whose QEMU is stopped (SIGSTOP, a debugger); do nothing to any other.
 
-        Before it destroys the copy, Finish(cancelled) asks QEMU's monitor how it is, without a deadline: it lasts as long as QEMU
-        stands still. `destroy` asks nobody: SIGTERM, and SIGKILL ten seconds later. It hits no guest that has run: libvirtd starts
-        one that arrives by that monitor, and calls it paused no more.
+        Finish(cancelled) asks QEMU's monitor for its state before it destroys the copy, without a deadline, so it lasts as long as
+        QEMU is stopped. `destroy` asks nothing: it sends SIGTERM, and SIGKILL ten seconds later. It cannot destroy a guest that has
+        run: libvirtd starts an arriving guest through that monitor, and from then on does not report it as paused.
         """
         run = service_of(self._pool.uri).run
         try:
@@ -246,20 +246,20 @@ class LibvirtIncoming:
                 raise
 
     def _clear(self, connection: Any) -> None:
-        """Bring the stored definition back to what it was before Prepare."""
+        """Restore the stored definition that was here before Prepare; undefine where there was none."""
         if self._before is not None:
             connection.defineXML(self._before)
         else:
             try:
                 domains.by_uuid(connection, self._uuid).undefineFlags(domains.UNDEFINE)
-            except libvirt.libvirtError as error:  # `finish` and `abandon` both see to it, and may meet here
+            except libvirt.libvirtError as error:  # `finish` and `abandon` both call this, perhaps at the same time
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                     raise
 
 
 def arrives(name: str, run: Path | None) -> bool:
-    """Whether libvirt's own status file says that this is the copy of an incoming migration. Asking libvirt would take the job lock,
-    for which a QEMU that is stopped lets everybody wait. `run` is libvirt's run folder.
+    """Return whether libvirt's status file shows the copy of an incoming migration. A call to libvirt would need the job lock, which
+    is not free while QEMU is stopped. `run` is libvirt's run folder.
     """
     try:
         job = ElementTree.parse(run / "qemu" / f"{name}.xml").find("job") if run else None
@@ -269,7 +269,7 @@ def arrives(name: str, run: Path | None) -> bool:
 
 
 def _definition(connection: Any, uuid: str) -> str | None:
-    """The stored definition; None where there is none."""
+    """Return the stored definition; None where there is none."""
     try:
         domain = domains.by_uuid(connection, uuid)
         if not domain.isPersistent():
@@ -283,10 +283,10 @@ def _definition(connection: Any, uuid: str) -> str | None:
 
 
 def _cancel(connection: Any, name: str) -> None:
-    """Finish(cancelled): libvirt destroys the copy, or refuses if its migration has ended by now.
+    """Call Finish(cancelled): libvirt destroys the copy, or refuses if its migration has ended by now.
 
-    Better than `destroy`, which would also hit a guest that has started since it was looked at. It also ends a Finish that
-    waits on any connection. Success is an error of its own, "migration successfully aborted".
+    `destroy` would also kill a guest that has started since its state was read. Finish(cancelled) also ends a Finish that
+    waits on any connection. libvirt reports its success as the error "migration successfully aborted".
     """
     try:
         phases.finish(connection, {libvirt.VIR_MIGRATE_PARAM_DEST_NAME: name}, b"", 0, cancelled=True)
@@ -296,9 +296,9 @@ def _cancel(connection: Any, name: str) -> None:
 
 
 def migration_uri(uri: str, listen_address: str, ports: tuple[int, int]) -> MigrationUri:
-    """The URI for Prepare: the given one, or one without a port, for which libvirt picks a free one.
+    """Return the URI for Prepare: the given one, or one without a port, for which libvirt picks a free port.
 
-    Raises `Incompatible` for a scheme, host or port that this host would not serve.
+    Raises `Incompatible` for a scheme, host or port that this host does not serve.
     """
     try:
         own = ip_address(listen_address)
@@ -306,16 +306,16 @@ def migration_uri(uri: str, listen_address: str, ports: tuple[int, int]) -> Migr
     except ValueError as error:
         raise Incompatible(f"the migration URI {uri!r} at {listen_address!r} cannot be used: {error}") from None
     if asked.scheme not in TRANSPORTS:
-        raise Incompatible(f"the migration URI {uri} has a scheme other than {', '.join(TRANSPORTS)}")
+        raise Incompatible(f"the migration URI {uri} has the scheme {asked.scheme}; supported: {', '.join(TRANSPORTS)}")
     if asked.host != own:
-        raise Incompatible(f"the migration URI {uri} names something else than the address {listen_address}")
+        raise Incompatible(f"the migration URI {uri} does not name the listen address {listen_address}")
     if asked.port and not ports[0] <= asked.port <= ports[1]:
-        raise Incompatible(f"the migration URI {uri} has a port outside {ports[0]} to {ports[1]}")
+        raise Incompatible(f"the migration URI {uri} has a port outside the range {ports[0]} to {ports[1]}")
     return asked
 
 
 def _params(domain_xml: str, destination_name: str) -> dict[str, str | int]:
-    params: dict[str, str | int] = {libvirt.VIR_MIGRATE_PARAM_DEST_XML: words.unmarked(domain_xml)}
+    params: dict[str, str | int] = {libvirt.VIR_MIGRATE_PARAM_DEST_XML: option_flags.unmarked(domain_xml)}
     if destination_name:
         params[libvirt.VIR_MIGRATE_PARAM_DEST_NAME] = destination_name
     return params

@@ -1,11 +1,11 @@
 """One migration on its source.
 
 Finish is armed early, so a guest that was suspended for the switch-over may run at the destination at any moment after. libvirt
-does not know that, and would resume it here whenever the transfer fails from then on:
+does not know that, and would resume it here if the transfer fails from then on. Three cases:
 
-- libvirtd dies and starts again: `guard` and `switchover` keep it from that;
-- the transfer is aborted (seen: two copies, 21 times of 22): `abort` waits for the switch-over to end by itself;
-- its stream breaks (3 of 22): `perform` pauses the guest again at once, and the destination decides.
+- libvirtd dies and restarts: `guard` and `switchover` keep it from resuming the guest;
+- the transfer is aborted (in tests two copies ran, 21 times of 22): `abort` waits for the switch-over to end by itself;
+- its stream breaks (two copies 3 times of 22): `perform` pauses the guest again at once, and the destination decides.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.libvirt import connecting, leaving, phases, threads
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import options as words
+from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt.connection import Link, Pool, Session, unwrap
 from agent.hypervisor.libvirt.events import QEMU_MIGRATION
 from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle, stopped_by_user
@@ -44,22 +44,22 @@ from agent.hypervisor.libvirt.switchover import CANCELLABLE
 T = TypeVar("T")
 
 RETRY_SECONDS = 0.01
-"""Between Perform's call and the moment that its memory flows there is nothing to act upon yet: ask again so often."""
+"""Interval of retries between the call of Perform and the start of its transfer, when libvirt has no job to act on yet."""
 
 SWITCH_BEGINS_SECONDS = 0.05
-"""QEMU begins the switch-over so soon after it has stopped the guest, unless a disk takes long to flush."""
+"""QEMU begins the switch-over within this time after it has stopped the guest, unless a disk takes long to flush."""
 
 SWITCH_SECONDS = 5.0
-"""A guest that was stopped for the switch-over longer than this is stuck (its destination died without a word, or the line is
-cut): far beyond any `maxdowntime`. Only then may it be aborted, and only to be held.
+"""A guest that is stopped for the switch-over longer than this is stuck (its destination died without closing the connection, or
+the line is cut): far beyond any `maxdowntime`. Only then may the transfer be aborted, and the guest must then be held.
 """
 
 CLOSE_SECONDS = 2.0
-"""An aborted Perform returns well within this."""
+"""An aborted Perform returns well within this time."""
 
 
 class LibvirtOutgoing:
-    """`base.Outgoing`. A fresh handle, after a restart of the agent, does all that needs no live connection."""
+    """`interface.Outgoing` on libvirt. A new handle, after a restart of the agent, can do all that needs no live connection."""
 
     def __init__(
         self, uuid: str, session: Session, pool: Pool, guard: Guard, events: Callable[[], AsyncIterator[DomainEvent]]
@@ -70,19 +70,19 @@ class LibvirtOutgoing:
         self._guard = guard
         self._events = events
         self._name = ""
-        self._has_stopped = False  # the guest was, since Perform began
+        self._has_stopped = False  # the guest was stopped since Perform began
         self._switches = asyncio.Event()  # QEMU has begun the switch-over
         self._paused_by_user = False
         self._stopped_at = 0.0  # when `abort` first found the guest stopped for the switch-over
-        self._must_hold = False  # it was aborted all the same
+        self._must_hold = False  # the transfer was aborted or failed after the guest was stopped
         self._begun: Link | None = None  # the connection that holds libvirt's migration job
         self._performed = False  # Perform succeeded on it: only now is there something to confirm
         self._performing: asyncio.Future[tuple[bytes, Progress] | HypervisorError] | None = None
-        self._outcome_is_known = False  # libvirtd itself has said how Perform ended, or it was settled
+        self._outcome_is_known = False  # libvirtd itself has reported how Perform ended, or `settle` has run
         self._remember("", Options(), "")
 
     async def begin(self, options: Options, destination_name: str) -> Begun:
-        words.flags(options)  # refuses what is not supported before anything is asked
+        option_flags.flags(options)  # raises for an unsupported option before anything is done
 
         def begin(connection: Any) -> tuple[str, bytes]:
             domain = domains.by_uuid(connection, self._uuid)
@@ -101,7 +101,7 @@ class LibvirtOutgoing:
         try:
             return await self._perform(uri, domain_xml, cookie, options, destination_name, bandwidth)
         except Exception:
-            # Refused or failed, it will not be confirmed: the job that Begin opened would hold the guest until this agent ends.
+            # A refused or failed Perform is not confirmed, so the job of Begin would hold the guest until this agent ends.
             if not self._must_hold and not self._is_performing:
                 self._begun = None
                 await self._session.close()
@@ -110,11 +110,11 @@ class LibvirtOutgoing:
     async def _perform(
         self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
     ) -> Performed:
-        flags = words.flags_for(options, domain_xml)
-        limit = words.mebibytes(bandwidth)
+        flags = option_flags.flags_for(options, domain_xml)
+        limit = option_flags.mebibytes(bandwidth)
         params = {**leaving.params(destination_name)} | {
             libvirt.VIR_MIGRATE_PARAM_URI: uri,
-            libvirt.VIR_MIGRATE_PARAM_DEST_XML: words.unmarked(domain_xml),
+            libvirt.VIR_MIGRATE_PARAM_DEST_XML: option_flags.unmarked(domain_xml),
         }
         if limit:
             params[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = limit
@@ -125,14 +125,14 @@ class LibvirtOutgoing:
             domain = domains.by_uuid(connection, self._uuid)
             self._guard.watch(domain.name())
             out = phases.perform(domain, params, cookie, flags)
-            self._performed = True  # here and not where it is awaited: an await may be cancelled, the fact stays
+            self._performed = True  # in the thread, because the await may be cancelled
             return out, _final(domain)
 
         self._remember(domain_xml, options, destination_name)
         link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
 
-        live = words.wants(options, "live") and "paused" not in words.marks_of(domain_xml)
-        stopping = asyncio.create_task(self._see_it_stop(self._events(), live), name="libvirt-switch-over")
+        live = option_flags.wants(options, "live") and "paused" not in option_flags.marks_of(domain_xml)
+        stopping = asyncio.create_task(self._watch_for_stop(self._events(), live), name="libvirt-switch-over")
         self._performing = self._session.start(perform, link)
         try:
             out, final = unwrap(await asyncio.shield(self._performing))
@@ -155,8 +155,8 @@ class LibvirtOutgoing:
     def paused_by_user(self) -> bool:
         return self._paused_by_user
 
-    async def _see_it_stop(self, events: AsyncIterator[DomainEvent], live: bool) -> None:
-        """libvirt tells that the guest was stopped for the switch-over well before it tells that Perform failed."""
+    async def _watch_for_stop(self, events: AsyncIterator[DomainEvent], live: bool) -> None:
+        """Record when the guest is stopped. libvirt's event of a stop for the switch-over comes well before Perform fails."""
         asking: asyncio.Task[None] | None = None
         try:
             async for event in events:
@@ -167,14 +167,16 @@ class LibvirtOutgoing:
                 if event.kind == "suspended":
                     self._has_stopped = True
                     if live and asking is None:
-                        asking = asyncio.create_task(self._ask_who_stopped_it(), name="libvirt-who-stopped-it")
+                        asking = asyncio.create_task(self._find_who_stopped_it(), name="libvirt-who-stopped-it")
         finally:
             if asking is not None:
                 asking.cancel()
 
-    async def _ask_who_stopped_it(self) -> None:
-        """libvirt gives a pause by the guest's user the same reason as that of the switch-over. QEMU begins the switch-over right
-        after it stopped the guest, and knows why it did. It is asked only where the first does not hold: that taints the domain.
+    async def _find_who_stopped_it(self) -> None:
+        """Find out whether the guest's user stopped it: libvirt gives such a pause the same reason as that of the switch-over.
+
+        QEMU begins the switch-over right after it has stopped the guest. Only where it does not, QEMU is asked why the guest is
+        stopped, because a call to its monitor taints the domain.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SWITCH_BEGINS_SECONDS):
@@ -184,8 +186,9 @@ class LibvirtOutgoing:
             self._paused_by_user = await self._call(stopped_by_user)
 
     async def abort(self) -> None:
-        """Nothing, once the guest was stopped for the switch-over: the end is near, and it is the destination's to tell."""
-        live = words.wants(self._options, "live")
+        """Abort the transfer. Does nothing within `SWITCH_SECONDS` of a stop for the switch-over: then the transfer is about to end,
+        and only the destination knows how."""
+        live = option_flags.wants(self._options, "live")
         idle = self._paused_by_user and not self._switches.is_set()
         if live and not idle and await self._call(is_switching):
             self._stopped_at = self._stopped_at or time.monotonic()
@@ -194,8 +197,8 @@ class LibvirtOutgoing:
             self._must_hold = True
 
         def abort(domain: Any) -> bool:
-            # Looked at last of all: once Perform has ended, what is under way may be the guest's next migration. In post-copy it
-            # ends early, and libvirt itself refuses.
+            # Check this last: once Perform has ended, the running job may be the guest's next migration. In post-copy Perform
+            # ends early, and libvirt itself refuses to abort.
             return (self._outcome_is_known and not in_postcopy(domain)) or _abort(domain)
 
         await self._while_starting(abort)
@@ -217,29 +220,29 @@ class LibvirtOutgoing:
             reading = await self._call(_progress)
         except DomainNotFound:
             return None
-        # libvirt shows the job as running until Confirm; after Perform, memory flows only in post-copy.
+        # libvirt reports the job as running until Confirm; after Perform, memory flows only in post-copy.
         return reading if reading is None or reading.postcopy or not self._performed else None
 
     async def start_postcopy(self) -> None:
         if not await self._while_starting(_start_postcopy):
-            raise NoTransfer("there is no transfer to switch to post-copy")
+            raise NoTransfer("no transfer is running that could be switched to post-copy")
 
     async def set_bandwidth(self, bandwidth: int) -> None:
-        limit = words.mebibytes(bandwidth)
+        limit = option_flags.mebibytes(bandwidth)
         if not await self._while_starting(lambda domain: _set_bandwidth(domain, limit)):
-            raise NoTransfer("there is no transfer whose bandwidth could be limited")
+            raise NoTransfer("no transfer is running whose bandwidth could be changed")
 
     async def remove(self, cookie: bytes, options: Options) -> None:
-        undefine = words.wants(options, "undefine_source")
+        undefine = option_flags.wants(options, "undefine_source")
         with contextlib.suppress(DomainNotFound):
-            if words.wants(options, "post_copy"):
+            if option_flags.wants(options, "post_copy"):
                 await self._call(refuse_half_a_guest)
             await self._confirm(cookie, options, cancelled=False)
-            await self._call(lambda domain: None)  # where Confirm has removed it, nothing is left to do
+            await self._call(lambda domain: None)  # raises DomainNotFound where Confirm has removed everything
             try:
                 await self._session.call(lambda connection: remove(domains.by_uuid(connection, self._uuid), undefine))
             except BaseException:
-                await self._session.close()  # ends a job that `remove` began
+                await self._session.close()  # ends a job that the `remove` of `removal` began
                 raise
         if undefine:
             await self._guard.forget_definition(lambda run: remove_leftovers(run, self._uuid, self._name))
@@ -261,7 +264,7 @@ class LibvirtOutgoing:
         if self._is_performing:
             with contextlib.suppress(HypervisorError):
                 await self.abort()
-            # A transfer that cannot be aborted (post-copy) is left to libvirtd; its connection closes at its end.
+            # libvirtd continues a transfer that cannot be aborted (post-copy); the connection closes at its end.
             await self._wait_for_perform(CLOSE_SECONDS)
         if not self._is_performing:
             await self._guard.forget()
@@ -269,17 +272,17 @@ class LibvirtOutgoing:
         await self._session.close()
 
     def _remember(self, domain_xml: str, options: Options, destination_name: str) -> None:
-        """What Confirm needs again: the same flags and names in all phases."""
+        """Keep what Confirm needs: all phases must get the same flags and names."""
         self._domain_xml, self._options, self._destination_name = domain_xml, options, destination_name
 
     async def _call(self, function: Callable[[Any], T]) -> T:
-        """A short call about this guest, beside its phases."""
+        """Run a short call on this guest's domain, on a connection of the pool."""
         return await self._pool.call(lambda connection: function(domains.by_uuid(connection, self._uuid)))
 
     async def _while_starting(self, act: Callable[[Any], bool]) -> bool:
-        """Do what needs a transfer under way; False where there is none.
+        """Call `act`, which needs a running transfer, until it returns True; return False where no transfer runs.
 
-        Right after the call of Perform, libvirt has no job yet to act upon: what comes then must not get lost.
+        Right after the call of Perform, libvirt has no job to act on yet: a request at that time must not get lost.
         """
         while True:
             starting = self._is_performing
@@ -298,13 +301,13 @@ class LibvirtOutgoing:
         return self._performing is not None and not self._performing.done()
 
     async def _confirm(self, cookie: bytes, options: Options, cancelled: bool) -> None:
-        """End libvirt's own migration job, where it is still ours to end. Who calls this looks at the facts afterwards:
-        where Confirm failed, or could not be called, plain calls do what it would have done.
+        """End libvirt's own migration job by Confirm, where this handle still has it. Errors are ignored: the caller reads the state
+        afterwards, and does by plain calls what a Confirm that failed or could not be called has not done.
         """
         link = self._begun
         if not self._performed or link is None or not link.alive:
             return
-        flags = words.flags_for(options, self._domain_xml)
+        flags = option_flags.flags_for(options, self._domain_xml)
         params = leaving.params(self._destination_name)
 
         def confirm(connection: Any) -> None:
@@ -319,7 +322,7 @@ async def _in_thread(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(threads.submit(function))
 
 
-# What follows blocks: it runs in a thread, on libvirt's domain.
+# Every function below blocks: it runs in a thread, on libvirt's domain.
 
 
 def _abort(domain: Any) -> bool:
@@ -327,7 +330,7 @@ def _abort(domain: Any) -> bool:
         domain.abortJob()
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and not in_postcopy(domain):
-            return False  # no job, or none any more
+            return False  # there is no job
         raise
     return True
 
@@ -338,9 +341,9 @@ def _progress(domain: Any) -> Progress | None:
 
 
 def _final(domain: Any) -> Progress:
-    """The figures of a transfer that has just ended; zeros where libvirt does not tell (they are not worth failing).
+    """Return the statistics of a transfer that has just ended; zeros where libvirt gives none (no reason to fail).
 
-    They are those of the running job: it lasts until Confirm, and libvirt calls them completed only after it.
+    They are those of the running job: it lasts until Confirm, and libvirt lists the job as completed only afterwards.
     """
     with contextlib.suppress(libvirt.libvirtError):
         return domains.progress_of(domain.jobStats(), in_postcopy(domain))
@@ -363,14 +366,14 @@ def _set_bandwidth(domain: Any, limit: int) -> bool:
 
 
 def _refuse_foreign(domain: Any) -> None:
-    """What must not be resumed here: a guest that runs at the destination, and a copy that arrives."""
+    """Raise `DomainBusy` for what must not be resumed here: a guest that runs at the destination, and a copy that arrives."""
     if in_postcopy(domain):
-        raise DomainBusy("the guest was switched to post-copy: it runs at the destination")
+        raise DomainBusy("the guest was switched to post-copy and runs at the destination, so it is not resumed here")
     refuse_arrival(domain)
 
 
 def _resume(domain: Any) -> None:
-    """Resume a guest that a migration paused. One that its user paused stays so; one that runs is left alone."""
+    """Resume a guest that a migration paused. Do nothing to one that its user paused, or that runs."""
     state, reason = state_of(domain)
     if (state is DomainState.PAUSED and reason == domains.MIGRATION) or is_held(domain):
         domain.resume()

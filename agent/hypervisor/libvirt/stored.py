@@ -1,12 +1,12 @@
-"""What libvirt stores of a guest beside the copy that runs: its definition for the next boot, and whether it starts with the host.
+"""What libvirt stores of a guest beside the running copy: its definition for the next boot, and whether it starts with the host.
 
-libvirt itself carries the stored definition in the cookie of Perform, which comes too late for a Finish that is armed early: with
-no cookie, Finish stores the definition of the copy that runs. So the destination hands Finish a cookie of its own making, with
-what the source's libvirt said of itself at Begin and the stored definition that came with the guest. libvirt then stores it
-as in a migration of its own, before it starts the guest.
+libvirt itself transfers the stored definition in the cookie of Perform, which comes too late for a Finish that is armed early:
+without a cookie, Finish stores the definition of the running copy. So the destination gives Finish a cookie of Drover's own
+making, with the identity elements from the source's Begin cookie and the stored definition that was sent with the guest. libvirt
+then stores that as in a migration of its own, before it starts the guest.
 
-libvirt moves the autostart flag nowhere, and removes a definition at the end of a migration without looking whether its file is
-gone (it logs that, and the domain is back when it is started again).
+libvirt does not migrate the autostart flag. At the end of a migration it removes a definition without checking that its file is
+gone (it only logs a failure, and the domain is back after a restart of libvirtd).
 """
 
 import re
@@ -22,11 +22,11 @@ from agent.hypervisor.libvirt import switchover
 
 _NAME = re.compile(r"<name>.*?</name>", re.DOTALL)
 _IDENTITY = re.compile(r"<(name|uuid|hostname|hostuuid)>[^<]*</\1>")
-"""The elements of a migration cookie by which libvirt knows its guest and the other host; they come first."""
+"""The elements of a migration cookie that identify the guest and the other host to libvirt; they come first."""
 
 
 def read(domain: Any) -> Stored | None:
-    """What is stored of libvirt's domain; None for a transient one. Blocks."""
+    """Return what is stored of libvirt's domain; None for a transient one. Blocks."""
     if not domain.isPersistent():
         return None
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE
@@ -34,16 +34,17 @@ def read(domain: Any) -> Stored | None:
 
 
 def set_autostart(domain: Any, autostart: bool) -> None:
-    """Set it where it differs, and read it back. Blocks, for as long as a migration job holds the guest."""
+    """Set the autostart flag where it differs, and read it back. Does nothing to a transient domain. Blocks as long as a migration
+    job holds the guest."""
     if not domain.isPersistent() or bool(domain.autostart()) is autostart:
         return
     domain.setAutostart(int(autostart))
     if bool(domain.autostart()) is not autostart:
-        raise HypervisorError(f"libvirt took the autostart flag of {domain.name()}, and did not keep it")
+        raise HypervisorError(f"libvirt accepted the change of the autostart flag of {domain.name()}, but did not keep it")
 
 
 def finish_cookie(begin_cookie: bytes, stored: Stored | None, name: str) -> bytes:
-    """A cookie for Finish that brings the stored definition, under the name that the guest gets here. Empty where there is none."""
+    """Return a cookie for Finish with the stored definition, under the name that the guest gets here. Empty without a definition."""
     if stored is None or not stored.definition:
         return b""
     identity = "".join(match[0] for match in list(_IDENTITY.finditer(begin_cookie.decode(errors="replace")))[:4])
@@ -52,7 +53,7 @@ def finish_cookie(begin_cookie: bytes, stored: Stored | None, name: str) -> byte
 
 
 def leftovers(run: Path, uuid: str, name: str) -> Iterator[Path]:
-    """Files that libvirtd will read at its next start and that define this guest. `name` empty: under any name."""
+    """Yield the files that define this guest and that libvirtd will read at its next start. `name` empty: under any name."""
     folder = _configuration(run)
     for path in [folder / f"{name}.xml"] if name else sorted(folder.glob("*.xml")):
         try:
@@ -64,17 +65,18 @@ def leftovers(run: Path, uuid: str, name: str) -> Iterator[Path]:
 
 
 def remove_leftovers(run: Path, uuid: str, name: str) -> None:
-    """Remove the definition of a guest that libvirt says is not here any more. Raises `HypervisorError` while its file is held."""
+    """Remove the definition files of a guest that libvirt reports as gone. Raises `HypervisorError` if one cannot be removed."""
     for path in leftovers(run, uuid, name):
         try:
             path.unlink()
         except OSError as error:
             raise HypervisorError(
-                f"the definition {path} cannot be removed ({error.strerror}); libvirtd would read it again at its next start"
+                f"the definition {path} cannot be removed ({error.strerror}); libvirtd would load it at its next start: "
+                "remove the file"
             ) from None
 
 
 def _configuration(run: Path) -> Path:
-    """The folder of the definitions, as the libvirtd behind this run folder sees it."""
+    """Return the folder of the definitions in the mount namespace of the libvirtd with this run folder."""
     pid = switchover.libvirtd_pid(run)
     return Path(f"/proc/{pid}/root" if pid else "/", "etc/libvirt/qemu")

@@ -1,31 +1,31 @@
-"""What a source libvirtd did not live to write down: that its guest has left.
+"""Repair of libvirt's status file after the source's libvirtd died before it could record that the guest has left.
 
-The hole. Finish is armed early, so the destination starts the guest as soon as the whole state is there. On the source,
+The problem. Finish is armed early, so the destination starts the guest as soon as the whole state is there. On the source,
 libvirtd tells QEMU to switch over (`migrate-continue`), and only when QEMU reports the end does it write into its status
 file that Perform is done. If it dies in between, QEMU sends the rest by itself and the destination starts the guest; the
 restarted libvirtd reads "in Perform, paused by the migration", cancels what has long ended, and resumes its own copy. Two
 copies run (seen 2 to 10 ms after the guest was suspended, every time).
 
-The mend. While no libvirtd runs, QEMU's monitor is free, and QEMU knows the truth. If the state has left, or may have, the
-phase in libvirt's status file is set to what the dead libvirtd would have written an instant later: `perform3_done`, at
-which libvirt leaves the guest paused for its manager to decide. Nothing is frozen or killed, and libvirtd starts as ever.
-Until it starts nobody can resume the guest, so there is no hurry but to be done before it reads the file. Two do that,
-and either is enough:
+The repair. While no libvirtd runs, QEMU's monitor is free, and QEMU knows what happened. If the state has left, or may have,
+the phase in libvirt's status file is set to what the dead libvirtd would have written an instant later: `perform3_done`. With
+that, libvirt leaves the guest paused for its manager to decide. Nothing is frozen or killed, and libvirtd starts as usual.
+Nobody can resume the guest until libvirtd starts, so the repair only has to be done before it reads the file. Two parties
+do it, and either is enough:
 
 - the live agent, at the moment that its Perform loses libvirtd (`guard.Guard`);
 - libvirt's own hook ``daemon … start``, which libvirtd runs, and waits for, before it looks at any guest. (The hook
   ``qemu NAME reconnect`` comes too late: libvirt 9.0 calls it after the guest was resumed.) So it also holds when the
   agent is dead. Install it with ``python -m agent.hypervisor.libvirt.switchover install``.
 
-Why QEMU's answer can be trusted. A new monitor connection is served only after QEMU has noticed the end of the old one and
-dropped what had been asked on it, so nobody tells it to switch over any more: before ``device`` it stays, from then on it
-may have left. And a guest that was resumed since (a ``completed`` of an earlier migration) runs, and then says so.
+Why QEMU's answer can be trusted. QEMU serves a new monitor connection only after it has noticed the end of the old one and
+dropped the commands pending on it, so nobody can tell it to switch over any more: before ``device`` the guest stays, from
+then on it may have left. And a guest that was resumed since (a ``completed`` of an earlier migration) reports that it runs.
 
-Only guests that Drover is moving are touched: they have a mark, a file RUN/drover/UUID with the guest's name. Any other
+Only guests that Drover is migrating are touched: they have a mark, a file RUN/drover/UUID with the guest's name. Any other
 migration has a manager that finishes only after Perform, and for it libvirt's own recovery is right.
 
-This file is installed as the hook, so it stands alone: the standard library only. Whatever it cannot
-read or does not understand it leaves as it is.
+This file is installed as the hook, so it uses the standard library only and no other file of Drover. A file that it cannot
+read or does not understand is left as it is.
 """
 
 import enum
@@ -46,42 +46,43 @@ from pathlib import Path
 from typing import Any
 
 RUN = Path("/run/libvirt")
-"""libvirt's folder for what is true until the next boot."""
+"""libvirt's folder for state that lasts until the next boot."""
 
 MARKS = "drover"
-"""The folder of the marks, in it."""
+"""Folder of the marks, in `RUN`."""
 
 ETC = Path("/etc/libvirt")
 HOOK = Path("hooks/daemon.d/50-drover")
-"""Where the hook belongs, in that folder. Scripts in a `.d` folder run beside those that an administrator has."""
+"""Path of the hook, in `ETC`. Scripts in a `.d` folder run in addition to those that an administrator has."""
 
 MONITOR_SECONDS = 3.0
-"""A QEMU that has not answered by then is left as it is. It is silent while it sends the last of the memory."""
+"""Longest wait for an answer of QEMU. It does not answer while it sends the last of the memory."""
 
 DEVICE_SECONDS = 5.0
-"""QEMU says ``device`` until the destination has acknowledged the whole state: milliseconds, unless the line is cut."""
+"""Longest wait in state ``device``, which lasts until the destination has acknowledged the whole state: milliseconds, unless the
+line is cut."""
 
 CONTINUE_SECONDS = 0.1
-"""A ``migrate-continue`` that was executed just before we asked shows within this: a thread has to wake for it."""
+"""A ``migrate-continue`` that was executed just before our query shows within this time: a thread has to wake for it."""
 
 GONE_SECONDS = 1.0
-"""A dying libvirtd closes its sockets an instant before it lets go of its lock."""
+"""Longest wait for a dying libvirtd to release its lock: it closes its sockets an instant earlier."""
 
 
 class Outcome(enum.Enum):
-    """What QEMU says of the migration that its libvirtd left behind."""
+    """Result of a migration after its libvirtd died, as QEMU reports it."""
 
     STAYS = "stays"
-    """The state has not left, and never will: nobody tells QEMU to switch over any more."""
+    """The state has not left, and never will: nobody can tell QEMU to switch over any more."""
     LEFT = "left"
-    """The whole state left, or may have: the destination decides."""
+    """The whole state left, or may have left: the destination decides."""
 
 
 _WAITS = {"pre-switchover": CONTINUE_SECONDS, "device": DEVICE_SECONDS}
-"""Passing states, and how long to wait for the next."""
+"""Transient states, with the longest wait for the next state in seconds."""
 _LEFT = frozenset({"device", "completed"})
 CANCELLABLE = frozenset({"setup", "active", "pre-switchover"})
-"""QEMU's states of a migration before the switch-over that only a libvirtd could still ask for."""
+"""QEMU's states of a migration before the switch-over, which only a libvirtd could still trigger."""
 _STOPPED_BY_MIGRATION = frozenset({"finish-migrate", "postmigrate"})
 
 
@@ -89,7 +90,7 @@ _STOPPED_BY_MIGRATION = frozenset({"finish-migrate", "postmigrate"})
 
 
 def mark(run: Path, uuid: str, name: str) -> None:
-    """From now on this guest's migration is Drover's: Finish may be armed."""
+    """Mark the guest as migrated by Drover: Finish may be armed."""
     folder = run / MARKS
     folder.mkdir(mode=0o700, exist_ok=True)
     temporary = folder / f".{uuid}"
@@ -102,7 +103,7 @@ def unmark(run: Path, uuid: str) -> None:
 
 
 def marked(run: Path) -> Iterator[tuple[str, str]]:
-    """The UUID and the name of each marked guest."""
+    """Yield the UUID and the name of each marked guest."""
     for path in sorted((run / MARKS).glob("[!.]*")):
         yield path.name, path.read_text()
 
@@ -116,17 +117,17 @@ _PERFORM, _PERFORM_DONE = "phase='perform3'", "phase='perform3_done'"
 
 @dataclass(frozen=True)
 class Status:
-    """libvirt's own record of a running guest, of which little is read and one word is written."""
+    """libvirt's status file of a running guest. A few fields are read, and only the phase is written."""
 
     path: Path
     text: str
     pid: int
     monitor: str
-    """The socket's path, as QEMU sees it."""
+    """Path of the monitor's socket in QEMU's own mount namespace."""
 
     @classmethod
     def read(cls, run: Path, uuid: str, name: str) -> "Status | None":
-        """The status of a guest in the Perform phase of an outgoing migration; None for any other."""
+        """Read the status of a guest in the Perform phase of an outgoing migration; None for any other guest."""
         path = run / "qemu" / f"{name}.xml"
         try:
             text = path.read_text()
@@ -141,7 +142,7 @@ class Status:
         return cls(path, text, int(root.get("pid", "0")), monitor.get("path", ""))
 
     def finish_perform(self) -> bool:
-        """Write that Perform is done. False where the text is not as libvirt is known to write it."""
+        """Write that Perform is done. Return False, and write nothing, if the text is not as libvirt is known to write it."""
         jobs = _JOB.findall(self.text)
         if len(jobs) != 1 or _PERFORM not in jobs[0]:
             return False
@@ -157,14 +158,14 @@ class Status:
 
 
 NO_QEMU = (FileNotFoundError, ProcessLookupError, ConnectionRefusedError)
-"""The guest's QEMU is dead."""
+"""Errors that mean that the guest's QEMU is dead."""
 
 
 class Monitor:
-    """A connection to QEMU's monitor, which takes one client at a time: libvirtd, while one runs."""
+    """A connection to QEMU's monitor, which accepts one client at a time: libvirtd, while that runs."""
 
     def __init__(self, pid: int, uuid: str, path: str) -> None:
-        """Raises one of `NO_QEMU`, or OSError or ValueError where it does not answer as it should."""
+        """Connect. Raises one of `NO_QEMU` where QEMU is dead, and OSError or ValueError where it does not answer as expected."""
         if uuid not in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
             raise ProcessLookupError(f"process {pid} is not the QEMU of {uuid}")
         self._deadline = time.monotonic() + MONITOR_SECONDS
@@ -173,7 +174,7 @@ class Monitor:
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(MONITOR_SECONDS)
-            self._socket.connect(f"/proc/{pid}/root{path}")  # QEMU's own view: it may live in other mounts than ours
+            self._socket.connect(f"/proc/{pid}/root{path}")  # QEMU may have a mount namespace of its own
             self._message()  # the greeting
             self.ask("qmp_capabilities")
         except BaseException:
@@ -197,11 +198,11 @@ class Monitor:
                 raise ValueError(f"{command}: {answer['error']}")
 
     def migration(self) -> str:
-        """The state of the latest migration; empty for a QEMU that never had one."""
+        """Return the state of the latest migration; empty for a QEMU that never had one."""
         return str(self.ask("query-migrate").get("status", ""))
 
     def next_migration(self, seconds: float) -> str:
-        """Its next state, as QEMU tells it; or what it is after so long."""
+        """Return the next state that QEMU reports by an event; after `seconds` without one, the state that it has then."""
         self._deadline = time.monotonic() + seconds
         try:
             while not self._migration:
@@ -228,8 +229,8 @@ class Monitor:
 
 
 def outcome(monitor: Monitor, cancel: bool = False) -> Outcome:
-    """What became of the migration. `cancel` one that will not end by itself, so that its guest runs on at once rather than
-    at the next start of libvirtd (which would cancel it as well).
+    """Return the result of the migration. With `cancel`, also cancel one that will not end by itself, so that its guest runs on
+    at once rather than at the next start of libvirtd (which would cancel it as well).
     """
     state = monitor.migration()
     waited = None
@@ -246,8 +247,8 @@ def outcome(monitor: Monitor, cancel: bool = False) -> Outcome:
 
 
 def mend(run: Path, uuid: str, name: str, cancel: bool = False) -> Outcome | None:
-    """Write down what libvirtd could not, for one guest. None where that is nobody's business but libvirt's: the guest is not in
-    Perform, its QEMU is dead, or a libvirtd looks after it (libvirt's other daemons run the same hook).
+    """Repair the status file of one guest, and return the result of its migration. Return None and do nothing where libvirt needs no
+    help: the guest is not in Perform, its QEMU is dead, or a libvirtd is running (libvirt's other daemons run the same hook).
     """
     status = Status.read(run, uuid, name)
     if status is None or not libvirtd_is_gone(run):
@@ -256,9 +257,9 @@ def mend(run: Path, uuid: str, name: str, cancel: bool = False) -> Outcome | Non
         with Monitor(status.pid, uuid, status.monitor) as monitor:
             found = outcome(monitor, cancel)
     except NO_QEMU:
-        return None  # libvirtd will see that
+        return None  # libvirtd will notice that
     except (OSError, ValueError, KeyError):
-        # A QEMU that does not answer may be sending the last of the memory: the safe side is the paused one.
+        # A QEMU that does not answer may be sending the last of the memory: a paused guest is the safe result.
         found = Outcome.LEFT
     if found is Outcome.LEFT and libvirtd_is_gone(run):
         status.finish_perform()
@@ -266,12 +267,13 @@ def mend(run: Path, uuid: str, name: str, cancel: bool = False) -> Outcome | Non
 
 
 def mend_after_death(run: Path, uuid: str, name: str) -> Outcome | None:
-    """`mend`, by the agent, when its connection broke."""
+    """Call `mend` for the agent when its connection to libvirtd broke. Return None where libvirtd is alive."""
     return mend(run, uuid, name, cancel=True) if libvirtd_is_gone(run, GONE_SECONDS) else None
 
 
 def libvirtd_is_gone(run: Path, within: float = 0.0) -> bool:
-    """No process holds the lock of libvirt's QEMU driver, which is taken before any guest is looked at."""
+    """Return whether no process holds the lock of libvirt's QEMU driver, which libvirtd takes before it reads any guest. `within`:
+    seconds to wait for the end of a process that holds it. False where the lock file cannot be read."""
     try:
         with (run / "qemu/driver.pid").open() as file:
             holder = _lock_holder(file.fileno())
@@ -281,7 +283,7 @@ def libvirtd_is_gone(run: Path, within: float = 0.0) -> bool:
 
 
 def libvirtd_pid(run: Path) -> int:
-    """The process that has that lock; 0 where none has, or it cannot be read."""
+    """Return the process that holds that lock; 0 where none does, or the file cannot be read."""
     try:
         with (run / "qemu/driver.pid").open() as file:
             return _lock_holder(file.fileno())
@@ -290,7 +292,7 @@ def libvirtd_pid(run: Path) -> int:
 
 
 def _lock_holder(descriptor: int) -> int:
-    """The process that has a lock on the file, 0 where none has. Asks without locking."""
+    """Return the process that holds a lock on the file, 0 where none does. Takes no lock."""
     question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock, 64 bit
     answer = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, fcntl.F_GETLK, question))
     return 0 if answer[0] == fcntl.F_UNLCK else int(answer[4])
@@ -313,11 +315,11 @@ def _has_ended(pid: int, within: float) -> bool:
 
 
 def install(etc: Path) -> Path:
-    """Put the hook into this configuration folder of libvirt. libvirtd finds it at its next start."""
+    """Install the hook in this configuration folder of libvirt, and return its path. libvirtd runs it from its next start on."""
     hook = etc / HOOK
     hook.parent.mkdir(parents=True, exist_ok=True)
     temporary = hook.with_name(f".{hook.name}")
-    interpreter = Path(sys.executable).resolve()  # not the one of a virtual environment, which an upgrade may remove
+    interpreter = Path(sys.executable).resolve()  # resolved, because an upgrade may remove the virtual environment
     temporary.write_text(f"#!{interpreter} -I\n{Path(__file__).read_text()}")
     temporary.chmod(0o755)
     temporary.replace(hook)
@@ -325,19 +327,19 @@ def install(etc: Path) -> Path:
 
 
 def is_installed(hook: Path) -> bool:
-    """Whether the hook is there, and is that of this very Drover."""
+    """Return whether the hook is installed and is of this very version of Drover."""
     try:
         return hook.read_text().endswith(Path(__file__).read_text())
     except OSError:
         return False
 
 
-def main(words: list[str]) -> None:
-    """As the hook (``- start - start``), or ``install [/etc/libvirt]``."""
-    if words[:1] == ["install"]:
-        print(install(Path(words[1]) if words[1:] else ETC))
-    elif words[1:2] == ["start"]:
-        for uuid, name in marked(RUN):  # at once: libvirtd waits for us, and one QEMU that is silent is enough to wait for
+def main(arguments: list[str]) -> None:
+    """Run as the hook (``- start - start``), or install it (``install [/etc/libvirt]``)."""
+    if arguments[:1] == ["install"]:
+        print(install(Path(arguments[1]) if arguments[1:] else ETC))
+    elif arguments[1:2] == ["start"]:
+        for uuid, name in marked(RUN):  # in parallel: libvirtd waits for the hook, and each silent QEMU takes `MONITOR_SECONDS`
             threading.Thread(target=mend, args=(RUN, uuid, name)).start()
 
 
