@@ -101,7 +101,7 @@ async def test_6_14_a_copy_that_somebody_destroyed_is_told_by_its_host_and_the_e
         migration_id = await flowing(talk, guest.name)
         cluster.lab["h2"].virsh("destroy", guest.name)
         end = await talk.end(migration_id)
-    told = f"h2: the copy of {guest.name} was destroyed by somebody, and not by Drover"
+    told = f"h2: the copy of {guest.name} was destroyed while it waited for its memory, and not by Drover"
     assert (state(end), end.runs_on) == ("failed", "h1")
     assert end.failure.message.startswith(told)
     assert [other.message[:4] for other in end.other_failures] == ["h1: "]

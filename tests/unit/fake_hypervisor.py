@@ -96,7 +96,7 @@ class FakeHypervisor:
         self.deaths: dict[str, HypervisorError] = {}
         """By guest: how its process died."""
         self.destructions: dict[str, HypervisorError] = {}
-        """By guest (UUID): that its copy was destroyed by somebody."""
+        """By guest (UUID): the error of a copy that others destroyed."""
         self.wire = wire or Wire()
         self.calls: list[str] = calls if calls is not None else []
         """Every call that does something, in order; a journal that is told to writes here too."""

@@ -199,7 +199,7 @@ async def test_6_14_a_copy_that_somebody_destroyed_is_told_as_the_cause(pair: Pa
     agent.hypervisor.fails["finish"] = [TransferFailed("is not processing incoming migration", {ECHO: "true"})]
     await to_armed(pair)
     await until(lambda: bool(agent.hypervisor._news))
-    agent.hypervisor.destructions[UUID] = TransferFailed("the copy of web1 was destroyed by somebody")
+    agent.hypervisor.destructions[UUID] = TransferFailed("the copy of web1 was destroyed")
     if first == "event":
         agent.hypervisor.tell("stopped", "destroyed")
         await until(lambda: agent.durable.failure is not None)
@@ -212,7 +212,7 @@ async def test_6_14_a_copy_that_somebody_destroyed_is_told_as_the_cause(pair: Pa
         await giving_up
     agent.hypervisor.held["finish"].set()
     await agent.reaches("gone")
-    assert (await agent.record()).failure.message == "h2: the copy of web1 was destroyed by somebody"
+    assert (await agent.record()).failure.message == "h2: the copy of web1 was destroyed"
 
 
 async def test_6_14_a_cause_replaces_the_giving_up_that_was_recorded_before(pair: Pair) -> None:

@@ -76,11 +76,11 @@ def test_6_33_the_cpu_that_qemu_gives_is_read_from_what_libvirt_has_probed() -> 
     ("theirs", "ours", "words"),
     [
         ("+avx2 model=EPYC", "+avx2 model=EPYC", ()),
-        ("+avx2 +avx512f model=EPYC", "+avx2 model=EPYC", ("+avx512f there", "none of that here")),
-        ("model=EPYC", "model=Skylake-Client", ("model=EPYC there", "model=Skylake-Client here")),
-        ("", "model=EPYC", ("that host does not say",)),
-        ("model=EPYC", "", ("this host does not say",)),
-        ("", "", ("does not say",)),
+        ("+avx2 +avx512f model=EPYC", "+avx2 model=EPYC", ("+avx512f only at the source", "nothing only here")),
+        ("model=EPYC", "model=Skylake-Client", ("model=EPYC only at the source", "model=Skylake-Client only here")),
+        ("", "model=EPYC", ("the source host does not tell",)),
+        ("model=EPYC", "", ("this host does not tell",)),
+        ("", "", ("does not tell",)),
         (" ".join(f"+f{number}" for number in range(20)), "+x", ("and 12 more",)),
     ],
 )

@@ -188,12 +188,12 @@ def test_capabilities_and_requirements() -> None:
     [
         (
             {"machine": "pc-q35-9.9"},
-            "machine type pc-q35-9.9 is not known to QEMU 7.2 here (pc-q35-7.2 is the newest)",
+            "machine type pc-q35-9.9 is not supported by QEMU 7.2 here (pc-q35-7.2 is the newest)",
         ),
-        ({"machine": "virt-9.9"}, "machine type virt-9.9 is not known to QEMU 7.2 here"),
-        ({"arch": "sparc"}, "architecture sparc is not known to QEMU 7.2 here"),
+        ({"machine": "virt-9.9"}, "machine type virt-9.9 is not supported by QEMU 7.2 here"),
+        ({"arch": "sparc"}, "architecture sparc is not supported by QEMU 7.2 here"),
         ({"virt_type": "kvm"}, "virtualization type kvm is not available here for x86_64"),
-        ({"vcpus": 289}, "machine type pc-q35-7.2 takes at most 288 virtual CPUs here, the guest has 289"),
+        ({"vcpus": 289}, "machine type pc-q35-7.2 has at most 288 virtual CPUs here, but the guest has 289"),
     ],
 )
 def test_misfits_are_plain_sentences(change: dict[str, object], said: str) -> None:

@@ -1,7 +1,7 @@
-"""What this host can run: its capabilities, what a guest needs, and why the one does not fit the other.
+"""The capabilities of this host, the requirements of a guest, and why they do not match.
 
-On the critical path of every migration, so everything here is read once per connection: the capabilities (libvirt may
-probe every QEMU binary for them the first time, some 100 ms each) and each CPU comparison.
+The results are on the critical path of every migration, so the driver keeps them for each run of libvirtd: the capabilities
+(libvirt may probe every QEMU binary for them the first time, some 100 ms each) and each CPU comparison.
 """
 
 import re
@@ -16,18 +16,18 @@ from agent.hypervisor.base import HypervisorError, Requirements
 from agent.hypervisor.libvirt.incoming import TRANSPORTS
 
 CPU_LIMIT = 64 * 1024
-"""Bytes of a `<cpu>` element that `Requirements.cpu` may have."""
+"""Most bytes of the `<cpu>` element in `Requirements.cpu`."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the host's QEMU offers for one architecture."""
+    """Offer of the host's QEMU for one architecture."""
 
     machines: Mapping[str, int]
-    """Machine type → its greatest number of CPUs."""
+    """Highest number of CPUs by machine type."""
     virt_types: frozenset[str]
     emulator: str
-    """The QEMU binary that libvirt chooses by itself."""
+    """The QEMU binary that libvirt uses by default."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Capabilities:
     host_uuid: str
     uri_transports: tuple[str, ...]
     qemu_uid: int | None
-    """The user as which libvirt starts QEMU, from its DAC security model; None where it does not say."""
+    """The user as which libvirt starts QEMU, from its DAC security model; None where it does not tell."""
     architectures: Mapping[str, Architecture]
 
 
@@ -56,7 +56,7 @@ def parse_capabilities(xml: str) -> Capabilities:
 
 
 def _qemu_uid(root: ET.Element) -> int | None:
-    """From a label such as ``+64055:+103``."""
+    """Return the user from a label such as ``+64055:+103``."""
     for model in root.iterfind("host/secmodel"):
         label = re.fullmatch(r"\+?(\d+):\+?\d+", model.findtext("baselabel", ""))
         if model.findtext("model") == "dac" and label:
@@ -76,7 +76,7 @@ def _architecture(arch: ET.Element) -> Architecture:
 
 
 def parse_requirements(xml: str) -> Requirements:
-    """What the guest of this domain XML needs. Raises `HypervisorError` for a CPU element beyond `CPU_LIMIT`."""
+    """Return the requirements of the guest of this domain XML. Raises `HypervisorError` for a CPU element beyond `CPU_LIMIT`."""
     root = ET.fromstring(xml)
     kind = root.find("os/type")
     memory, vcpus, cpu = root.find("memory"), root.findtext("vcpu", "1"), root.find("cpu")
@@ -96,41 +96,41 @@ def parse_requirements(xml: str) -> Requirements:
 
 
 def emulator_of(xml: str) -> str | None:
-    """The QEMU binary of this domain XML; None for libvirt's default."""
+    """Return the QEMU binary of this domain XML; None for libvirt's default."""
     return ET.fromstring(xml).findtext("devices/emulator")
 
 
 def misfits(capabilities: Capabilities, needs: Requirements, hypervisor: str) -> list[str]:
-    """Why this host's QEMU cannot run the guest, its CPU aside; plain sentences."""
+    """Return why this host's QEMU cannot run the guest, except for its CPU, as plain sentences."""
     arch = capabilities.architectures.get(needs.arch)
     if arch is None:
-        return [f"architecture {needs.arch} is not known to {hypervisor} here"]
+        return [f"architecture {needs.arch} is not supported by {hypervisor} here"]
     found = []
     if needs.virt_type not in arch.virt_types:
         found.append(f"virtualization type {needs.virt_type} is not available here for {needs.arch}")
     limit = arch.machines.get(needs.machine)
     if limit is None:
-        found.append(f"machine type {needs.machine} is not known to {hypervisor} here{_newest(arch, needs.machine)}")
+        found.append(f"machine type {needs.machine} is not supported by {hypervisor} here{_newest(arch, needs.machine)}")
     elif 0 < limit < needs.vcpus:
-        found.append(f"machine type {needs.machine} takes at most {limit} virtual CPUs here, the guest has {needs.vcpus}")
+        found.append(f"machine type {needs.machine} has at most {limit} virtual CPUs here, but the guest has {needs.vcpus}")
     return found
 
 
 def _newest(arch: Architecture, machine: str) -> str:
-    """The newest machine type of the same family, as a remark; empty where the host has none of it."""
+    """Return a remark with the newest machine type of the same family; empty where the host has none of that family."""
     family, _ = _version(machine)
     kin = [name for name in arch.machines if _version(name)[0] == family and _version(name)[1]]
     return f" ({max(kin, key=lambda name: _version(name)[1])} is the newest)" if kin else ""
 
 
 def _version(machine: str) -> tuple[str, tuple[int, ...]]:
-    """``pc-q35-7.2`` → (``pc-q35``, (7, 2))."""
+    """Split a machine type into family and version: ``pc-q35-7.2`` → (``pc-q35``, (7, 2)). A version may be empty."""
     match = re.fullmatch(r"(.+?)-(\d+(?:\.\d+)*)", machine)
     return (match[1], tuple(map(int, match[2].split(".")))) if match else (machine, ())
 
 
 _OF_THE_HOST = frozenset({"host-passthrough", "maximum"})
-"""Modes of a CPU that say nothing of it: the guest has whatever CPU QEMU gives on its host."""
+"""Modes of a CPU that do not describe it: the guest gets the CPU that QEMU gives on its host."""
 
 
 def has_cpu_of_the_host(needs: Requirements) -> bool:
@@ -138,43 +138,44 @@ def has_cpu_of_the_host(needs: Requirements) -> bool:
 
 
 def given_cpu(connection: Any, arch: str, machine: str, virt_type: str, emulator: str | None = None) -> str:
-    """The CPU that QEMU gives a guest of such a mode, as libvirt has probed it: its model, vendor and features as words. Empty where
-    libvirt cannot tell. Blocks for one round trip.
+    """Return the CPU that QEMU gives a guest of such a mode, as libvirt has probed it: a list of its model, vendor and features,
+    separated by spaces. Empty where libvirt cannot tell. Blocks for one round trip.
     """
     root = ET.fromstring(connection.getDomainCapabilities(emulator, arch, machine, virt_type))
     mode = root.find("cpu/mode[@name='host-model']")
     if mode is None or mode.get("supported") != "yes":
         return ""
-    words = {f"model={mode.findtext('model', '')}", f"vendor={mode.findtext('vendor', '')}"}
+    properties = {f"model={mode.findtext('model', '')}", f"vendor={mode.findtext('vendor', '')}"}
     for feature in mode.iterfind("feature"):
-        words.add(("-" if feature.get("policy") == "disable" else "+") + feature.get("name", ""))
-    return " ".join(sorted(words))
+        properties.add(("-" if feature.get("policy") == "disable" else "+") + feature.get("name", ""))
+    return " ".join(sorted(properties))
 
 
 def cpu_difference(mode: str, theirs: str, ours: str) -> str:
-    """Why a guest with a CPU of that mode cannot change hosts, from the CPUs that both give it; empty where they are the same."""
+    """Return why a guest with a CPU of that mode cannot change hosts, by the CPU that the source (`theirs`) and that this host
+    (`ours`) give it; empty where they are the same."""
     if theirs == ours and ours:
         return ""
-    unlike = f"the guest has the CPU of its host ({mode}), and "
+    start = f"the guest uses its host's CPU ({mode}), and "
     if not theirs or not ours:
-        return f"{unlike}{'this' if theirs else 'that'} host does not say which CPU its QEMU gives"
+        return f"{start}libvirt on {'this' if theirs else 'the source'} host does not tell which CPU its QEMU gives"
     there, here = sorted(set(theirs.split()) - set(ours.split())), sorted(set(ours.split()) - set(theirs.split()))
-    return f"{unlike}this host's QEMU gives another: {_some(there)} there, {_some(here)} here"
+    return f"{start}that differs: {_some(there)} only at the source, {_some(here)} only here"
 
 
-def _some(words: list[str]) -> str:
-    shown = ", ".join(words[:8]) or "none of that"
-    return f"{shown} and {len(words) - 8} more" if len(words) > 8 else shown
+def _some(properties: list[str]) -> str:
+    shown = ", ".join(properties[:8]) or "nothing"
+    return f"{shown} and {len(properties) - 8} more" if len(properties) > 8 else shown
 
 
 def compare_cpu(connection: Any, needs: Requirements) -> str:
-    """Why this host cannot give the guest its CPU; empty when it can. Blocks for one round trip."""
+    """Return why this host cannot give the guest its CPU; empty when it can. Blocks for one round trip."""
     try:
         mode = ET.fromstring(needs.cpu).get("mode") if needs.cpu else None
     except ET.ParseError as error:  # it comes from another host
         return f"the description of the guest's CPU cannot be read: {error}"
     if mode is None:
-        return ""  # the machine type's own, the same wherever that is known
+        return ""  # the machine type's default CPU, which is the same on every host with that machine type
     if mode in _OF_THE_HOST:
         ours = given_cpu(connection, needs.arch, needs.machine, needs.virt_type)
         return cpu_difference(mode, needs.host_cpu, ours)
@@ -184,8 +185,8 @@ def compare_cpu(connection: Any, needs: Requirements) -> str:
         )
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
-            return ""  # no comparison for this architecture: libvirt itself will refuse at Prepare
+            return ""  # libvirt cannot compare CPUs of this architecture; it refuses a wrong one at Prepare
         if error.get_error_domain() == libvirt.VIR_FROM_RPC:
             raise
-        return f"the guest's CPU cannot be had here: {error.get_error_message()}"
-    return "the guest's CPU cannot be had here" if verdict == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE else ""
+        return f"this host cannot provide the guest's CPU: {error.get_error_message()}"
+    return "this host cannot provide the guest's CPU" if verdict == libvirt.VIR_CPU_COMPARE_INCOMPATIBLE else ""

@@ -1,12 +1,12 @@
-"""The five phases of a migration, bound with ctypes to the entry points that libvirt.so keeps for its own tools.
+"""The five phases of a migration, bound with ctypes to the entry points that libvirt.so exports for its own tools.
 
 `virDomainMigrate{Begin,Prepare,Perform,Finish,Confirm}3Params` are exported under libvirt's private version node, with
 the same signatures since libvirt 1.1.0: they are the client side of a wire protocol that libvirt keeps compatible. The
 public `migrateToURI3` runs all five with a second daemon on the other end of a TCP socket; called one by one, both ends
-are local unix sockets and what travels between them (XML, cookies, a URI) is ours to carry.
+are local unix sockets, and Drover itself transports what goes from one to the other (XML, cookies, a URI).
 
-Every function here blocks (ctypes lets go of the GIL meanwhile) and raises `libvirt.libvirtError`. libvirt keeps the
-last error per thread, so the exception is made in the thread that called.
+Every function that calls a phase blocks (ctypes releases the GIL meanwhile) and raises `libvirt.libvirtError`. libvirt keeps
+the last error per thread, so the exception is created in the calling thread.
 """
 
 import ctypes
@@ -60,9 +60,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def _bind() -> _Library | None:
-    """libvirt.so with the five functions typed; None where a build hides them."""
+    """Load libvirt.so and declare the types of the five functions. Return None where a build does not export them."""
     try:
-        # The soname that libvirt-python itself is linked with: the loader hands out the very same copy.
+        # The soname that libvirt-python itself is linked with, so that the loader returns the same library.
         library = ctypes.CDLL("libvirt.so.0")
         for phase, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, f"virDomainMigrate{phase}3Params")
@@ -82,15 +82,16 @@ _capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _capsule_pointer.restype = _pointer
 
 
-_nobody = ctypes.CFUNCTYPE(None, _pointer, _pointer)(lambda _data, _error: None)
+_ignore_error = ctypes.CFUNCTYPE(None, _pointer, _pointer)(lambda _data, _error: None)
 
 
 def silence() -> None:
-    """libvirt prints every error to stderr unless told otherwise; ours travel as exceptions.
+    """Keep libvirt from printing every error to stderr; errors are raised as exceptions anyway.
 
-    Not by libvirt-python: its handler decodes the error's text, which may quote what a peer sent, and `SystemError` comes of it.
+    libvirt-python's own function does not fit: its handler decodes the error's text, which may quote what a peer sent, and raises
+    `SystemError` where that is not UTF-8.
     """
-    ctypes.CDLL("libvirt.so.0").virSetErrorFunc(None, _nobody)
+    ctypes.CDLL("libvirt.so.0").virSetErrorFunc(None, _ignore_error)
 
 
 def _last_message() -> bytes | None:
@@ -101,18 +102,18 @@ def _last_message() -> bytes | None:
 
 
 def available() -> bool:
-    """The five phases can be called one by one with the libvirt.so of this host."""
+    """Return whether this host's libvirt.so exports the five phases, so that they can be called one by one."""
     return _libvirt is not None
 
 
 def _library() -> _Library:
     if _libvirt is None:
-        raise RuntimeError("this build of libvirt hides the migration phases; ask available() first")
+        raise RuntimeError("this build of libvirt does not export the migration phases (bug: call available() first)")
     return _libvirt
 
 
 def _handle(wrapper: Any, kind: bytes) -> int:
-    """The C pointer inside an object of libvirt-python, which the caller must keep alive during the call."""
+    """Return the C pointer of a libvirt-python object, which the caller must keep alive during the call."""
     pointer: int = _capsule_pointer(wrapper._o, kind)
     return pointer
 
@@ -129,7 +130,7 @@ def _typed(params: Params) -> tuple[Any, int]:
 
 
 class _Out:
-    """A string or a cookie that libvirt allocates and we free."""
+    """A string or a cookie that libvirt allocates and this class frees."""
 
     def __init__(self) -> None:
         self.pointer = _pointer()
@@ -140,7 +141,7 @@ class _Out:
         return ctypes.byref(self.pointer), ctypes.byref(self.length)
 
     def take(self) -> bytes:
-        """The cookie's bytes, its memory freed; empty where libvirt gave none."""
+        """Return the cookie's bytes and free its memory; empty where libvirt gave none."""
         if not self.pointer.value:
             return b""
         data = ctypes.string_at(self.pointer.value, self.length.value)
@@ -160,7 +161,8 @@ class _Out:
 
 
 def _failed(phase: str) -> libvirt.libvirtError:
-    """This thread's last error. It may quote what a peer sent; libvirt-python raises `SystemError` where that is no UTF-8."""
+    """Return this thread's last error. Its text may quote what a peer sent; libvirt-python raises `SystemError` where that is not
+    UTF-8, and then the error is built here."""
     try:
         return libvirt.libvirtError(f"{phase} failed")
     except (SystemError, UnicodeDecodeError):
@@ -175,7 +177,7 @@ def _cookie(cookie: bytes) -> tuple[bytes | None, int]:
 
 
 def begin(domain: Any, params: Params, flags: int) -> tuple[str, bytes]:
-    """On the source: the guest's XML for the destination, and a cookie."""
+    """Begin, on the source. Return the guest's XML for the destination, and a cookie."""
     array, count = _typed(params)
     cookie = _Out()
     text = _Out()
@@ -189,7 +191,7 @@ def begin(domain: Any, params: Params, flags: int) -> tuple[str, bytes]:
 
 
 def prepare(connection: Any, params: Params, cookie: bytes, flags: int) -> tuple[str, bytes]:
-    """On the destination: start an empty copy. Returns the URI that it listens on, and a cookie."""
+    """Prepare, on the destination: start an empty copy. Return the URI that it listens on, and a cookie."""
     array, count = _typed(params)
     out, uri = _Out(), _Out()
     status = _library().virDomainMigratePrepare3Params(
@@ -209,7 +211,7 @@ def prepare(connection: Any, params: Params, cookie: bytes, flags: int) -> tuple
 
 
 def perform(domain: Any, params: Params, cookie: bytes, flags: int) -> bytes:
-    """On the source: send everything. Blocks until all is sent; returns a cookie."""
+    """Perform, on the source: send the guest's state. Blocks until all is sent. Return a cookie."""
     array, count = _typed(params)
     out = _Out()
     status = _library().virDomainMigratePerform3Params(
@@ -222,7 +224,8 @@ def perform(domain: Any, params: Params, cookie: bytes, flags: int) -> bytes:
 
 
 def finish(connection: Any, params: Params, cookie: bytes, flags: int, cancelled: bool = False) -> bytes:
-    """On the destination: wait for the end of the stream, start the guest, return a cookie; or destroy the copy."""
+    """Finish, on the destination: wait for the end of the stream, start the guest, and return a cookie; `cancelled`: destroy the
+    copy."""
     array, count = _typed(params)
     out = _Out()
     domain = _library().virDomainMigrateFinish3Params(
@@ -236,7 +239,7 @@ def finish(connection: Any, params: Params, cookie: bytes, flags: int, cancelled
 
 
 def confirm(domain: Any, params: Params, cookie: bytes, flags: int, cancelled: bool) -> None:
-    """On the source: remove the copy here, or (cancelled) let it run on."""
+    """Confirm, on the source: remove the copy here; `cancelled`: keep it and let it run."""
     array, count = _typed(params)
     status = _library().virDomainMigrateConfirm3Params(
         _handle(domain, b"virDomainPtr"), array, count, *_cookie(cookie), flags, int(cancelled)

@@ -1,4 +1,4 @@
-"""How a QEMU ended, from the log that libvirt keeps for each guest: the one place that has the cause. Blocks."""
+"""The end of a QEMU process, from the log that libvirt keeps for each guest. Only this log has the cause. Blocks."""
 
 import os
 import re
@@ -13,29 +13,30 @@ _LINES: Final = 3
 _CHARACTERS: Final = 500
 
 _START: Final = re.compile(r"^[\d :.+-]+: starting up ", re.MULTILINE)
-_SAID: Final = re.compile(r"^[\dT:.Z-]*\s*qemu[\w.-]*: (.+)$", re.MULTILINE)
+_MESSAGE: Final = re.compile(r"^[\dT:.Z-]*\s*qemu[\w.-]*: (.+)$", re.MULTILINE)
 _ENDED: Final = re.compile(r"^[\d :.+-]+: shutting down, reason=(\w+)$", re.MULTILINE)
 
 
 def death(name: str, logs: Path | None) -> HypervisorError | None:
-    """The death of the guest's latest QEMU with what it said last; None where it did not die by itself, or the log does not tell."""
+    """Return how the guest's latest QEMU died, with its last log messages; None where it did not die by itself, or that is not
+    known."""
     text = _latest(name, logs)
-    if _end(text) != "crashed":  # libvirt's word for a process that ended without being told to, whatever the reason
+    if _end(text) != "crashed":  # libvirt's reason for every process that ended without a request, whatever the cause
         return None
-    said = "; ".join(line.strip() for line in _SAID.findall(text)[-_LINES:])[:_CHARACTERS]
-    return TransferFailed(f"the QEMU of {name} died{': ' if said else ', without a word in its log'}{said}", echo_of(said))
+    last = "; ".join(line.strip() for line in _MESSAGE.findall(text)[-_LINES:])[:_CHARACTERS]
+    return TransferFailed(f"the QEMU of {name} died{': ' if last else ' and its log gives no reason'}{last}", echo_of(last))
 
 
 def destroyed(name: str, logs: Path | None) -> HypervisorError | None:
-    """That the latest QEMU of a copy was destroyed, not saying by whom; None where it was not. A migration that libvirt cancels ends
-    it with another word, ``failed``."""
+    """Return an error if the latest QEMU of a copy was destroyed, by whomever; None where it was not. A migration that libvirt
+    cancels has another reason, ``failed``."""
     if _end(_latest(name, logs)) != "destroyed":
         return None
-    return TransferFailed(f"the copy of {name} was destroyed by somebody, and not by Drover, while it waited for its memory")
+    return TransferFailed(f"the copy of {name} was destroyed while it waited for its memory, and not by Drover")
 
 
 def _latest(name: str, logs: Path | None) -> str:
-    """What stands in the log of the guest's latest QEMU; empty where it cannot be read."""
+    """Return the log of the guest's latest QEMU, at most its last `_TAIL_BYTES`; empty where it cannot be read."""
     try:
         if logs is None:
             return ""
@@ -49,6 +50,6 @@ def _latest(name: str, logs: Path | None) -> str:
 
 
 def _end(text: str) -> str:
-    """libvirt's word for how it ended; empty while it lives."""
+    """Return libvirt's reason for the end of the process; empty while it lives."""
     ended = _ENDED.search(text)
     return ended[1] if ended else ""
