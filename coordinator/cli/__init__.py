@@ -23,22 +23,22 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "coordinator": ("coordinator.cli.daemons:coordinator", "Run the coordinator of a cluster."),
     "completion": ("coordinator.cli.completion:completion", "Print shell completion for bash, zsh or fish."),
 }
-"""Name of each command, where it is, and what it does in one line."""
+"""Command name -> (``module:attribute``, help in one line)."""
 
-# gRPC's core reads it as it is loaded. At its default level it writes what a peer says in a GOAWAY on stderr, raw.
+# gRPC's core reads this when it is loaded. At its default level it writes the text of a peer's GOAWAY to stderr unescaped.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 DAEMONS = ("agent.main", "coordinator.main")
-"""Modules of the commands that do not return soon."""
+"""Modules that run as daemons."""
 
 NEEDLESS = ("ssl",)
-"""What asyncio imports where it is there, and does without elsewhere: a tenth of a command's start. gRPC brings its own TLS."""
+"""Modules that asyncio imports only if they exist. Hiding them saves a tenth of a command's start; gRPC brings its own TLS."""
 
 DEFAULT_SERVER = "unix:/run/drover/coordinator.sock"
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by name, and imports one only to run it."""
+    """A group that knows its commands by name and imports a command only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        gc.disable()  # as `coordinator.command` did, if that was the way here
+        gc.disable()  # `coordinator.command` has done so already, if the program was started through it
         try:
             with _without(NEEDLESS):
                 command: click.Command = getattr(importlib.import_module(module), attribute)
@@ -60,10 +60,10 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
-            # It may quote what a server, or a guest's owner, has named.
+            # The message may quote a name chosen by a server or by a guest's owner.
             raise click.UsageError(printable(error.format_message()), error.ctx) from None
         except BrokenPipeError:
-            # Whoever read the output has gone, as in "| head". To /dev/null, as Python flushes stdout once more when it exits.
+            # The reader of the output closed it, as in "| head". Python flushes stdout once more at exit: send that to /dev/null.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(int(ExitCode.PIPE_CLOSED)) from None
 
@@ -78,7 +78,7 @@ class LazyGroup(click.Group):
 
 @contextlib.contextmanager
 def _without(modules: tuple[str, ...]) -> Iterator[None]:
-    """Those that are not imported yet cannot be, until the end of this."""
+    """Make importing those `modules` that are not imported yet fail until the context ends."""
     kept_out = [name for name in modules if name not in sys.modules]
     sys.modules.update(dict.fromkeys(kept_out))  # type: ignore[arg-type]  # None: "there is no such module"
     try:
@@ -89,7 +89,7 @@ def _without(modules: tuple[str, ...]) -> Iterator[None]:
 
 
 def _check_server(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    # Here, not at the top: help and completion need no addresses.
+    # Imported here, not at the top: help and completion need no addresses.
     parse_address: Any = importlib.import_module("agent.runtime.address").parse_address
     try:
         parse_address(value)
@@ -107,24 +107,24 @@ def _check_server(ctx: click.Context, param: click.Parameter, value: str) -> str
     show_default=True,
     show_envvar=True,
     callback=_check_server,
-    help="Coordinator, or one agent (for its own guests, peer to peer): unix:/path or ip:port.",
+    help="Address of the coordinator, or of one agent (its own guests only, peer to peer): unix:/path or ip:port.",
 )
 @click.version_option(package_name="drover", message="drover %(version)s")
 @click.pass_context
 def main(ctx: click.Context, server: str) -> None:
-    """Moves running virtual machines between KVM hosts."""
+    """Move running virtual machines between KVM hosts."""
     ctx.obj = server
 
 
 def run() -> None:
-    """`main` as a program of its own. A command that has done its work ends at once: to take gRPC's modules apart, as the
-    interpreter does, lasts a quarter as long as to import them. A daemon ends as any program does.
+    """Run `main` as a program. A command exits without the interpreter's cleanup of gRPC's modules, which takes a quarter as long
+    as importing them. A daemon exits as any program does.
     """
     try:
         main(prog_name="drover")
     except SystemExit as ended:
         if not isinstance(ended.code, int) or any(daemon in sys.modules for daemon in DAEMONS):
             raise
-        with contextlib.suppress(BrokenPipeError):  # of output that nobody reads, `LazyGroup.invoke` has told already
+        with contextlib.suppress(BrokenPipeError):  # `LazyGroup.invoke` has handled a closed output already
             sys.stdout.flush()
         os._exit(ended.code)

@@ -1,4 +1,4 @@
-"""``drover agent`` and ``drover coordinator``. What one needs is not imported for the other."""
+"""``drover agent`` and ``drover coordinator``. Each imports only its own daemon."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""Watching a migration: a live line on a terminal, plain lines elsewhere, JSON lines for programs; and the summary at the end."""
+"""Shows a running migration: a live line on a terminal, plain lines elsewhere, JSON lines for programs; then a summary."""
 
 import asyncio
 import sys
@@ -21,16 +21,16 @@ from coordinator.client import (
 )
 
 PROGRESS_SECONDS = 1.0
-"""Plain lines: progress at most this often."""
+"""Shortest interval between two plain lines of progress."""
 
 _View = Callable[[Migration], None]
 
 DESTINATION_PHASES = frozenset({"reserve", "prepare", "finish", "abandon"})
-"""Phases of the destination; the others are the source's."""
+"""Phases that run on the destination; all others run on the source."""
 
 
 async def follow(session: Session, migration_id: str, *, each_as_json: bool = False, warned: Collection[str] = ()) -> int:
-    """`show_to_the_end`. Raises what says that it did not succeed."""
+    """Run `show_to_the_end`; return the exit code of a migration that succeeded. Raises: see `raise_unless_succeeded`."""
     last = raise_unless_succeeded(await show_to_the_end(session, migration_id, each_as_json=each_as_json, warned=warned))
     return ExitCode.UNKNOWN if lost_or_stuck(last) else ExitCode.DONE
 
@@ -38,10 +38,10 @@ async def follow(session: Session, migration_id: str, *, each_as_json: bool = Fa
 async def show_to_the_end(
     session: Session, migration_id: str, *, each_as_json: bool = False, warned: Collection[str] = ()
 ) -> Migration:
-    """Show every change until the end, or until the outcome was unknown for a while; then the summary, without the warnings that
-    were told before.
+    """Show every change of the migration until it ends, or its outcome was unknown for `UNKNOWN_PATIENCE` seconds; then print the
+    summary, and the warnings that are not among `warned` (already printed). Return its last state.
 
-    With JSON, one document at the end, or one line for every change.
+    JSON: one document at the end, or (`each_as_json`) one line for every change.
     """
     session.stage = Stage.WATCHING
     with _view(session.output, each_as_json) as view:
@@ -56,7 +56,9 @@ async def show_to_the_end(
 
 
 async def _last(session: Session, migration_id: str, view: _View) -> Migration:
-    """Follow to the end, or until the outcome was unknown for a while."""
+    """Return the migration as it ended, or as it was after `UNKNOWN_PATIENCE` seconds of unknown outcome. Calls `view` on each
+    change.
+    """
     last: Migration | None = None
     unknown_until: float | None = None
     loop = asyncio.get_running_loop()
@@ -87,7 +89,7 @@ def _view(output: str, each_as_json: bool) -> Iterator[_View]:
 
 @contextmanager
 def _live() -> Iterator[_View]:
-    """One line that changes in place."""
+    """Yield a view that updates one line in place."""
     from rich.console import Console  # noqa: PLC0415 - slow to import, and only a terminal needs it
     from rich.live import Live  # noqa: PLC0415
     from rich.spinner import Spinner  # noqa: PLC0415
@@ -105,7 +107,7 @@ def _live() -> Iterator[_View]:
 
 
 class _Lines:
-    """A line for each change of the phase, and progress at most each second."""
+    """A view that prints a line at each change of the phase, and progress at most each `PROGRESS_SECONDS`."""
 
     def __init__(self) -> None:
         self._shown: tuple[str, ...] = ()
@@ -121,7 +123,7 @@ class _Lines:
 
 
 def describe(migration: Migration) -> str:
-    """The migration in one line: what happens now, and how far it is."""
+    """Return the migration in one line: its phase or state, its progress, and what it waits for."""
     stage = migration.phase if migration.state is MigrationState.ACTIVE and migration.phase else migration.state.value
     parts = [f"{migration.domain}: {stage}"]
     if migration.progress is not None and migration.phase == "perform":
@@ -133,7 +135,7 @@ def describe(migration: Migration) -> str:
 
 def _describe_progress(progress: Progress) -> list[str]:
     end = eta(progress.eta_low, progress.eta_high)
-    said = {
+    texts = {
         "post-copy": progress.post_copy,
         f"iteration {progress.iteration}": progress.iteration,
         f"{size(progress.remaining_bytes)} of {size(progress.total_bytes)} left": progress.total_bytes,
@@ -142,11 +144,11 @@ def _describe_progress(progress: Progress) -> list[str]:
         f"ends in {end}": end,
         f"({progress.reason})": progress.reason,
     }
-    return [text for text, worth in said.items() if worth]
+    return [text for text, known in texts.items() if known]
 
 
 def print_summary(migration: Migration) -> None:
-    """How it ended: phases with their milliseconds, bytes, downtime, total."""
+    """Print how the migration ended, its phases with their milliseconds, bytes, downtime and total time."""
     after = f"in {took_words(migration)}" if migration.state.ended else f"after {_elapsed(migration)}"
     click.echo(f"{printable(_verdict(migration))} {after}.")
     print_timings(migration)
@@ -154,18 +156,18 @@ def print_summary(migration: Migration) -> None:
 
 
 def print_warnings(warnings: Iterable[str]) -> None:
-    """On stderr, also where the output is JSON: they are in that, too."""
+    """Print to stderr, even if the output is JSON (which contains them as well)."""
     for warning in warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 
 
 def _elapsed(migration: Migration) -> str:
-    """Since its start, for one that has not ended: its duration is told at the end only."""
+    """Return the time since the start of a migration that has not ended; `duration` is set only at the end."""
     return seconds(migration.age) if migration.age is not None else "?"
 
 
 def took_words(migration: Migration) -> str:
-    """How long it took, of one that has ended."""
+    """Return how long a migration took that has ended."""
     return f"{'at least ' if migration.duration_is_least else ''}{seconds(migration.duration)}"
 
 
@@ -189,16 +191,17 @@ def print_timings(migration: Migration) -> None:
 
 
 def transfer_pairs(migration: Migration) -> list[tuple[str, str]]:
-    """What the transfer took, as names and values."""
+    """Return total time, overhead, bytes sent and downtime as names and values; the value is empty where it is unknown."""
     progress = migration.progress
-    # Where the guest did not move, there was no downtime, and the time outside of hypervisor calls was mostly spent waiting.
+    # If the guest did not move, there was no downtime, and most of the time outside hypervisor calls was spent waiting.
     moved = migration.state is MigrationState.SUCCEEDED
     measured = moved and migration.hypervisor_duration and not migration.duration_is_least
     overhead = f"{seconds(migration.overhead)} outside hypervisor calls" if measured else ""
     total = took_words(migration) if migration.duration else ""
     if migration.duration_is_least:
         total += (
-            " (its driver's machine was restarted, another took over, or an older version began it; what was before is not measured)"
+            " (the time before is not measured: the driver's machine was restarted, another driver took over, or an older version "
+            "started it)"
         )
     pairs = [("total", total), ("overhead", overhead)]
     if progress is None:

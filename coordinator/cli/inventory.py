@@ -9,7 +9,7 @@ from coordinator.cli.units import ago, rate, seconds, size
 from coordinator.client import Domain, Host, HostState
 
 SKEW_SECONDS = 2.0
-"""Clocks that differ less are taken to agree."""
+"""Smallest difference between two clocks that is shown."""
 
 
 @click.group()
@@ -20,7 +20,7 @@ def host() -> None:
 @host.command("list")
 @output_option
 def list_hosts(output: str) -> None:
-    """Every host, by name."""
+    """List hosts by name."""
 
     async def body(session: Session) -> None:
         hosts = await session.client.list_hosts()
@@ -45,11 +45,11 @@ def _host_row(host: Host) -> tuple[str, ...]:
 
 
 def _clock(host: Host) -> str:
-    """How the host's wall clock differs from the coordinator's; empty where it does not, or that is not known."""
+    """Return how the host's wall clock differs from the coordinator's; empty if by less than `SKEW_SECONDS`, or unknown."""
     skew = host.clock_skew or 0.0
     if abs(skew) < SKEW_SECONDS:
         return ""
-    return f"{seconds(abs(skew))} {'ahead of' if skew > 0 else 'behind'} the coordinator's: look at the time service of both"
+    return f"{seconds(abs(skew))} {'ahead of' if skew > 0 else 'behind'} the coordinator's: check the time service of both"
 
 
 def _state(host: Host) -> str:
@@ -60,7 +60,7 @@ def _state(host: Host) -> str:
 @click.argument("name")
 @output_option
 def show(name: str, output: str) -> None:
-    """One host: its hypervisor, networks, and what it can do."""
+    """Show one host: its hypervisor, networks and capabilities."""
 
     async def body(session: Session) -> None:
         host = await session.client.get_host(name)
@@ -83,7 +83,7 @@ def remove(name: str, output: str) -> None:
         if output == "json":
             print_json({"removed": name})
         else:
-            click.echo(f"{name} is removed")
+            click.echo(f"{name} was removed")
 
     run(body, output)
 
@@ -131,10 +131,10 @@ def domain() -> None:
 
 
 @domain.command("list")
-@click.option("--host", metavar="HOST", default="", help="Only those of this host.")
+@click.option("--host", metavar="HOST", default="", help="Only the guests of this host.")
 @output_option
 def list_domains(host: str, output: str) -> None:
-    """Guests, running or not, by name."""
+    """List guests by name, running or not."""
 
     async def body(session: Session) -> None:
         found = await session.client.list_domains(host)
@@ -149,8 +149,8 @@ def list_domains(host: str, output: str) -> None:
         if found.unreachable_hosts:
             click.echo(
                 printable(
-                    f"guests are missing here of: {', '.join(found.unreachable_hosts)} (no answer that can be "
-                    "taken; `drover domain list --host NAME` says why)"
+                    f"the guests of these hosts are missing: {', '.join(found.unreachable_hosts)} (no valid answer; "
+                    "`drover domain list --host NAME` says why)"
                 ),
                 err=True,
             )

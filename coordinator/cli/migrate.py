@@ -19,28 +19,32 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
     if value is None:
         return str(uuid.uuid4())
     if not _UUID.fullmatch(value.lower()):
-        raise click.BadParameter(f'"{value}" is no UUID', ctx, param)
+        raise click.BadParameter(f'"{value}" is not a UUID', ctx, param)
     return value.lower()
 
 
 @click.command(epilog=EPILOG)
 @click.argument("domain")
 @click.option("--to", "destination", metavar="HOST", required=True, help="Destination host (on an agent: a peer, or its address).")
-@click.option("--from", "source", metavar="HOST", default="", help="Source host; else where the guest is found.")
-@click.option("--name", metavar="NEW", default="", help="Name of the guest at the destination; else unchanged.")
-@click.option("--network", metavar="NETWORK", default="", help="Network for the guest's memory; else chosen.")
-@click.option("--uri", metavar="URI", default="", help="Migration URI at the destination; else proposed by it.")
-@click.option("--bandwidth", type=Rate(), default=0, metavar="RATE", help="Limit, such as 100MiB/s or 1Gbit/s.")
+@click.option("--from", "source", metavar="HOST", default="", help="Source host. Default: the host that has the guest.")
+@click.option("--name", metavar="NEW", default="", help="Name of the guest at the destination. Default: unchanged.")
+@click.option("--network", metavar="NETWORK", default="", help="Network for the guest's memory. Default: chosen by Drover.")
+@click.option("--uri", metavar="URI", default="", help="Migration URI at the destination. Default: the destination's proposal.")
+@click.option(
+    "--bandwidth", type=Rate(), default=0, metavar="RATE", help="Limit of the transfer's rate, such as 100MiB/s or 1Gbit/s."
+)
 @click.option(
     "--option",
     "words",
     type=OptionWord(),
     multiple=True,
     metavar="NAME=on|off|default",
-    help="The user's word on an option, such as live=off; repeatable.",
+    help="Set an option, such as live=off; repeatable.",
 )
-@click.option("--id", "migration_id", metavar="UUID", callback=_migration_id, help="Id of the migration; repeating it is harmless.")
-@click.option("--detach", is_flag=True, help="Do not watch: return when it was accepted.")
+@click.option(
+    "--id", "migration_id", metavar="UUID", callback=_migration_id, help="Id of the migration; repeat a request with its id safely."
+)
+@click.option("--detach", is_flag=True, help="Return as soon as it is accepted; do not watch.")
 @output_option
 def migrate(
     domain: str,
@@ -76,7 +80,7 @@ def migrate(
         )
         from coordinator.cli.follow import follow, print_warnings  # noqa: PLC0415 - now that the migration is under way
 
-        print_warnings(migration.warnings)  # before anything is done to the guest
+        print_warnings(migration.warnings)  # before the guest is touched
         if not detach:
             return await follow(session, migration_id, warned=migration.warnings)
         if output == "json":

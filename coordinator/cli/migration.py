@@ -41,16 +41,16 @@ id_argument = click.argument("migration_id", metavar="ID")
 def migration() -> None:
     """List, show, watch, cancel and resolve migrations.
 
-    An ID may be shortened to a beginning, of 4 characters or more, that only one has.
+    An ID may be shortened to its first characters, at least 4, if no other ID begins with them.
     """
 
 
 @migration.command("list")
-@click.option("--active", is_flag=True, help="Only those that have not ended.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="At most so many.")
+@click.option("--active", is_flag=True, help="Only migrations that have not ended.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="Number of migrations at most.")
 @output_option
 def list_(active: bool, limit: int, output: str) -> None:
-    """Migrations, the newest first."""
+    """List migrations, the newest first."""
 
     async def body(session: Session) -> None:
         migrations = await session.client.list_migrations(active_only=active, limit=limit)
@@ -78,7 +78,7 @@ def _started(migration: Migration) -> str:
 @id_argument
 @output_option
 def show(migration_id: str, output: str) -> None:
-    """One migration, with all that is known of it."""
+    """Show everything that is known about one migration."""
 
     async def body(session: Session) -> None:
         migration = await session.client.get_migration(await session.full_id(migration_id))
@@ -123,7 +123,7 @@ def _place(migration: Migration) -> str:
 @id_argument
 @output_option
 def watch(migration_id: str, output: str) -> None:
-    """Watch a migration until it has ended; the exit code says how. JSON: one line for each change.
+    """Watch a migration until it ends; the exit code says how it ended. JSON: one line for each change.
 
     Ctrl-C ends the watching, not the migration.
     """
@@ -139,7 +139,7 @@ def watch(migration_id: str, output: str) -> None:
 @click.option("--detach", is_flag=True, help="Do not wait for the end.")
 @output_option
 def cancel(migration_id: str, detach: bool, output: str) -> None:
-    """Cancel a migration: the guest runs on at the source. Possible until the guest runs at the destination."""
+    """Cancel a migration: the guest goes on at the source. Possible until the guest runs at the destination."""
 
     async def body(session: Session) -> None:
         full_id = await session.full_id(migration_id)
@@ -161,23 +161,23 @@ def cancel(migration_id: str, detach: bool, output: str) -> None:
 @migration.command(epilog=EPILOG)
 @id_argument
 @click.option("--assume-dead", "dead_host", metavar="HOST", required=True, help="The host that is dead for certain.")
-@click.option("--reason", required=True, help="Why you know: it is recorded.")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--reason", required=True, help="How you know that it is dead; this is recorded.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @output_option
 def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: str) -> None:
-    """End a migration without the word of a host that is dead for certain: powered off, or fenced.
+    """End a migration by stating that one of its hosts is dead for certain: powered off, or fenced.
 
-    If the host is not dead, two copies of the guest may run. Who said it, when and why is recorded on every host that takes part.
+    If the host is not dead, two copies of the guest may run. Who stated it, when and why is recorded on every host that takes part.
     """
 
     async def look(session: Session) -> Migration:
         if not yes and not (sys.stdin and sys.stdin.isatty()):
             raise click.UsageError(
-                f"nobody can be asked whether {dead_host} is dead, as stdin is no terminal; add --yes to state it"
+                f"cannot ask you to confirm that {dead_host} is dead, as stdin is no terminal; add --yes to state it"
             )
         return await session.client.get_migration(await session.full_id(migration_id))
 
-    async def say(session: Session) -> int:
+    async def state_dead(session: Session) -> int:
         await session.client.resolve_migration(found.id, dead_host=dead_host, reason=reason, said_by=_whoami())
         last = await show_to_the_end(session, found.id)
         if not last.state.ended or lost_or_stuck(last):
@@ -189,15 +189,15 @@ def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: s
     found = ask(look, output)
     if output != "json":
         _print_migration(found)
-    # Between two event loops, as one would hold back Ctrl-C until an answer is typed.
+    # Asks between two event loops: inside one, Ctrl-C would have no effect until an answer is typed.
     if not yes and not _confirmed(f"State that {dead_host} is dead, so that nothing of guest {found.domain} runs there?"):
-        said = f"Nothing was said of {dead_host}; migration {found.id} goes on as it was."
+        message = f"Nothing was stated about {dead_host}; migration {found.id} goes on as before."
         if output == "json":
-            report_json(ExitCode.INTERRUPTED, said, found.id)
+            report_json(ExitCode.INTERRUPTED, message, found.id)
         else:
-            click.echo(said, err=True)
+            click.echo(message, err=True)
         raise SystemExit(int(ExitCode.INTERRUPTED))
-    run(say, output)
+    run(state_dead, output)
 
 
 def _confirmed(question: str) -> bool:
@@ -209,12 +209,12 @@ def _confirmed(question: str) -> bool:
 
 
 def _print_resolved(migration: Migration, dead_host: str) -> None:
-    """Where the guest runs now, and what becomes of the copy on the dead host."""
+    """Print where the guest runs now, and what will happen to the copy on the dead host."""
     click.echo(printable(f"{migration.whereabouts.sentence}; {dead_host} was declared dead"))
     click.echo(
         printable(
-            f'Should {dead_host} come back, its agent pauses or removes its copy of "{migration.domain}": '
-            + to_type(f"look at it with `drover domain list --host {dead_host}`, undefine it there, and never start it.")
+            f'If {dead_host} comes back, its agent pauses or removes its copy of "{migration.domain}": '
+            + to_type(f"look for it with `drover domain list --host {dead_host}`, undefine it there, and never start it.")
         )
     )
 
@@ -224,7 +224,11 @@ def _whoami() -> str:
 
 
 async def _ended(session: Session, migration: Migration) -> Migration:
-    """The migration at its end; that it did not succeed is what was wanted here."""
+    """Return the migration as it ended: failing is no error here, as the user cancelled it.
+
+    Raises:
+        OutcomeUnknown: it has not ended within `CANCEL_SECONDS`.
+    """
     if migration.state.ended:
         return migration
     try:

@@ -12,7 +12,7 @@ _UNITS: dict[str, float] = {
     **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)},
     **{f"{prefix}bit": 1000**power / 8 for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
 }
-"""Bytes in each unit. Case counts, as "Mb" and "MB" are often mixed up."""
+"""Bytes in each unit. Case-sensitive, because "Mb" and "MB" are often mixed up."""
 
 _RATE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)(?:/s)?")
 _MAX_RATE = 2**63 - 1
@@ -30,7 +30,7 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
             return value
         match = _RATE.fullmatch(str(value).strip())
         if match is None or (match["unit"] or "B") not in _UNITS:
-            self.fail(f'"{value}" is no rate; expected such as 100MiB/s, 1Gbit/s or 125000000 (bytes per second)', param, ctx)
+            self.fail(f'"{value}" is not a rate; expected for example 100MiB/s, 1Gbit/s or 125000000 (bytes per second)', param, ctx)
         rate = round(float(match["number"]) * _UNITS[match["unit"] or "B"])
         if not 1 <= rate <= _MAX_RATE:
             self.fail(f'"{value}" is out of range; leave it out for no limit', param, ctx)

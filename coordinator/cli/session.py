@@ -1,4 +1,4 @@
-"""Runs what a command does with the server: one event loop, one client, errors to exit codes, Ctrl-C in good order."""
+"""Runs the part of a command that talks to the server, in one event loop; errors and Ctrl-C become messages and exit codes."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,23 +13,25 @@ from coordinator.client import Client, DroverClientError, NotFound
 T = TypeVar("T")
 
 MIN_PREFIX = 4
-"""Characters of an id that stand for the whole."""
+"""Length of the shortest beginning of an id that is accepted for the id."""
 
 
 class Session:
-    """One run of a command: the client, and the migration that the errors and Ctrl-C speak of."""
+    """One run of a command: the client, and the migration that messages about errors and Ctrl-C name."""
 
     def __init__(self, client: Client, output: str) -> None:
         self.client = client
         self.output = output
         self.migration_id = ""
-        """Set as soon as one is known, before it is started."""
+        """Empty until the id is known; `migrate` sets it before it starts the migration."""
         self.stage = Stage.ASKING
 
     async def full_id(self, text: str) -> str:
-        """The id that begins with `text`. One that is complete is taken as it is.
+        """Return the id that begins with `text`. A complete id is returned unchecked.
 
-        Raises `click.UsageError` for what fits several, or would by accident: an empty one is a script's unset variable.
+        Raises:
+            click.UsageError: several ids begin with it, or it is too short (an unset variable in a script makes it empty).
+            NotFound: no id begins with it.
         """
         text = text.lower()
         if len(text) < MIN_PREFIX:
@@ -49,12 +51,12 @@ class Session:
 
 
 def run(body: Callable[[Session], Awaitable[int | None]], output: str) -> None:
-    """Run `body` against the server of the command line, and exit with its code (None: 0)."""
+    """Run `body` against the server of the command line; exit with the code that it returns (None: 0)."""
     raise SystemExit(int(ask(body, output) or ExitCode.DONE))
 
 
 def ask(body: Callable[[Session], Awaitable[T]], output: str) -> T:
-    """What `body` learns from the server of the command line; an error or Ctrl-C exits."""
+    """Run `body` against the server of the command line and return its result. Reports an error or Ctrl-C, then exits."""
     server = click.get_current_context().find_root().obj
     session = Session(Client(server), output)
 
@@ -74,27 +76,27 @@ def ask(body: Callable[[Session], Awaitable[T]], output: str) -> T:
         report_json(code, error.message, session.migration_id, reason="INVALID_FIELD")
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
-        said = _SAID_OF_INTERRUPTION[session.stage]
+        message = _INTERRUPTED[session.stage]
         if output == "json":
-            report_json(code, said, session.migration_id)
+            report_json(code, message, session.migration_id)
         else:
-            _say_it_goes_on(session, said)
+            _print_interrupted(session, message)
     raise SystemExit(int(code))
 
 
-_SAID_OF_INTERRUPTION = {
+_INTERRUPTED = {
     Stage.ASKING: "Stopped waiting for an answer.",
     Stage.STARTING: "Stopped waiting; the migration may have been started.",
     Stage.WATCHING: "Stopped watching; the migration goes on.",
 }
 
 
-def _say_it_goes_on(session: Session, said: str) -> None:
+def _print_interrupted(session: Session, message: str) -> None:
     if session.stage is Stage.ASKING:
         return
     click.echo(
         to_type(
-            f"\n{said}\n"
+            f"\n{message}\n"
             f"  watch it:   drover migration watch {session.migration_id}\n"
             f"  cancel it:  drover migration cancel {session.migration_id}"
         ),

@@ -46,7 +46,7 @@ STATE_COLORS = {
 
 
 def to_json(message: Message) -> dict[str, Any]:
-    """Stable: names as in the protos, defaults included, 64-bit integers as strings (as proto JSON has them)."""
+    """Return `message` as stable JSON: names as in the protos, defaults included, 64-bit integers as strings (as in proto JSON)."""
     from google.protobuf.json_format import MessageToDict  # noqa: PLC0415 - slow to import, and only JSON needs it
 
     return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
@@ -57,7 +57,7 @@ def print_json(document: Any, *, line: bool = False) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their content: nothing is cut, whatever the terminal's width. Colours on a terminal only."""
+    """Print columns as wide as their content, whatever the terminal's width; nothing without rows. Colours on a terminal only."""
     if not rows:
         return
     cells = [[printable(cell) for cell in row] for row in rows]
@@ -77,7 +77,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int], colors: dict[str, str] |
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one a line; what is empty is left out."""
+    """Print one name and value a line; leaves out empty values."""
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         if value:
@@ -88,7 +88,9 @@ _COMMAND = re.compile(r"\bdrover (?=(migrate|migration|host|domain)\b)")
 
 
 def to_type(text: str) -> str:
-    """The text, with `--server` in the commands that it suggests where this one needed it: a server's own text knows no address."""
+    """Return `text` with this command's `--server`, if it has one, added to the commands that the text suggests: a server that
+    suggests a command does not know the address by which it was reached.
+    """
     root = click.get_current_context().find_root()
     if root.get_parameter_source("server") is not ParameterSource.COMMANDLINE:
         return text
@@ -120,12 +122,12 @@ class Stage(StrEnum):
 
 
 def report(error: DroverClientError, output: str, migration_id: str, stage: Stage, server: str) -> None:
-    """The error on stderr: what happened, where the guest runs, what to type next."""
+    """Print the error on stderr: what happened, where the guest runs, what to type next."""
     code = exit_code(error)
     if output == "json":
         report_json(code, error.message, migration_id, reason=error.reason, error=error)
         return
-    failure = error.migration.failure if error.migration else None  # where the guest is has a line of its own
+    failure = error.migration.failure if error.migration else None  # its message leaves out the guest's place, printed below
     happened = failure.message if failure and failure.message in error.message else error.message
     click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(to_type(happened))}", err=True)
     others = [("also", other.message) for other in error.migration.other_failures] if error.migration else []
@@ -137,7 +139,7 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
 def report_json(
     code: ExitCode, message: str, migration_id: str, *, reason: str = "", error: DroverClientError | None = None
 ) -> None:
-    """The one form of every error in JSON. `reason` is empty for what only the user decided: Ctrl-C, and no to a question."""
+    """Print an error on stderr as JSON, in one form for all. `reason` is empty if the user ended it: Ctrl-C, "no" to a question."""
     migration = error.migration if error else None
     document = {
         "reason": reason,
@@ -162,12 +164,12 @@ def _where(error: DroverClientError, stage: Stage, server: str) -> str:
 
 
 def lost_or_stuck(migration: "Migration") -> bool:
-    """It has ended, and the guest runs nowhere, or stands still though nobody wanted that."""
+    """Return whether the migration has ended but its guest runs nowhere, or is paused though nobody asked for that."""
     return migration.state.ended and not migration.whereabouts.usual
 
 
 def _is_of_a_host(error: DroverClientError, server: str) -> bool:
-    """That something does not answer was said by the server, of a host. The client names the server where it speaks of that one."""
+    """Return whether the server reported that a host does not answer. If the server itself does not, the client names it: `peer`."""
     return isinstance(error, Unreachable) and error.metadata.get("peer") != f"the server at {server}"
 
 
@@ -186,7 +188,7 @@ _NEXT_BY_REASON = {
 
 
 def _next(error: DroverClientError, migration_id: str, stage: Stage, server: str) -> str:
-    """What to type, or to do, now."""
+    """Return what to type, or to do, next; empty if nothing is known."""
     migration_id = error.migration.id if error.migration else migration_id
     if isinstance(error, Busy):
         wait = f"try again in {seconds(error.retry_after)}" if error.retry_after else "try again later"
@@ -216,7 +218,7 @@ def _next_when_unreachable(error: DroverClientError, migration_id: str, stage: S
         host = error.metadata.get("host") or error.metadata.get("peer") or "that host"
         silent = error.reason in ("HOST_UNREACHABLE", "DEADLINE_EXCEEDED")
         return f"`systemctl status drover-agent` on {host}; drover host list" if silent else "drover host list"
-    where = f"does a coordinator or agent run at {server}? (--server ADDRESS or DROVER_SERVER says where)"
-    if stage is Stage.STARTING:  # gRPC says "Connection refused" of a server that died during the call, too
+    where = f"check that a coordinator or agent runs at {server} (--server ADDRESS or DROVER_SERVER sets the address)"
+    if stage is Stage.STARTING:  # gRPC reports "Connection refused" also of a server that died during the call
         return f"{where}; {_next_when_perhaps_started(migration_id)}"
     return where

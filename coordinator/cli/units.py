@@ -4,7 +4,7 @@ _SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def size(count: float) -> str:
-    """Bytes in binary units, with up to three digits: ``1.5 GiB``."""
+    """Return bytes in binary units, with up to three digits: ``1.5 GiB``."""
     power = 0
     while count >= 1000 and power < len(_SIZES) - 1:
         count, power = count / 1024, power + 1
@@ -16,7 +16,7 @@ def rate(bytes_per_second: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds as people say them: ``250 ms``, ``12.3 s``, ``4 min 05 s``, ``2 h 10 min``."""
+    """Return seconds as people write them: ``250 ms``, ``12.3 s``, ``4 min 05 s``, ``2 h 10 min``."""
     if value < 1:
         return f"{value * 1000:.3g} ms"
     if value < 60:
@@ -27,7 +27,7 @@ def seconds(value: float) -> str:
 
 
 def eta(low: float | None, high: float | None) -> str:
-    """The range in which the end is to be expected; empty when nothing can be said."""
+    """Return the range in which the end is expected, in seconds from now; empty if unknown."""
     if low is None:
         return ""
     if high is None:
@@ -36,6 +36,7 @@ def eta(low: float | None, high: float | None) -> str:
 
 
 def ago(age: float | None, *, by_wall_clock: bool) -> str:
-    """For what was so many seconds ago by the word of the server; empty where it did not say. By its wall clock that is not certain:
-    it may have been set."""
+    """Return `age` (seconds, from the server) as text; empty if the server sent none. "about" if it comes from the server's wall
+    clock, which may have been set in between.
+    """
     return f"{'about ' if by_wall_clock else ''}{seconds(age)} ago" if age is not None else ""

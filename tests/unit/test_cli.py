@@ -19,7 +19,7 @@ from tests.unit.running_drover import DROVER, UUID, Drover, serving, start
 def test_help_is_quick_and_tells_the_exit_codes() -> None:
     program = "import sys, coordinator.cli as c; c.main(['--help'], standalone_mode=False); print(sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=20).stdout
-    assert "5    the outcome is not known" in out
+    assert "5    the outcome is unknown" in out
     for name in ("'grpc'", "'rich'", "'google'", "'msgspec'"):
         assert name not in out.splitlines()[-1]
 
@@ -115,7 +115,7 @@ def test_exit_codes_and_what_errors_say(
 def test_a_server_that_is_not_there(tmp_path: Path, args: list[str]) -> None:
     text = Drover(f"unix:{tmp_path}/none.sock")(*args, code=3).stderr
     assert "none.sock cannot be reached: No such file or directory" in text
-    assert "does a coordinator or agent run at unix:" in text
+    assert "check that a coordinator or agent runs at unix:" in text
 
 
 def test_a_server_that_dies_while_it_starts_a_migration(tmp_path: Path) -> None:
@@ -138,17 +138,17 @@ def test_a_server_that_dies_while_it_starts_a_migration(tmp_path: Path) -> None:
     ("args", "says"),
     [
         ("migrate vm1", "Missing option '--to'"),
-        ("migrate vm1 --to b --bandwidth 10_bananas", '"10_bananas" is no rate'),
-        ("migrate vm1 --to b --bandwidth 10bananas", "is no rate"),
-        ("migrate vm1 --to b --bandwidth 100Mb", "is no rate"),
+        ("migrate vm1 --to b --bandwidth 10_bananas", '"10_bananas" is not a rate'),
+        ("migrate vm1 --to b --bandwidth 10bananas", "is not a rate"),
+        ("migrate vm1 --to b --bandwidth 100Mb", "is not a rate"),
         ("migrate vm1 --to b --bandwidth 0", "leave it out for no limit"),
-        ("migrate vm1 --to b --bandwidth -5", "is no rate"),
+        ("migrate vm1 --to b --bandwidth -5", "is not a rate"),
         ("migrate vm1 --to b --bandwidth 99999999999TB", "out of range"),
         ("migrate vm1 --to b --option postcopy=on", 'did you mean "post_copy"?'),
         ("migrate vm1 --to b --option zzz=on", "known: live, persist_destination"),
         ("migrate vm1 --to b --option live", "expected live=on, live=off or live=default"),
         ("migrate vm1 --to b --option live=maybe", "expected live=on"),
-        ("migrate vm1 --to b --id 17", '"17" is no UUID'),
+        ("migrate vm1 --to b --id 17", '"17" is not a UUID'),
         ("migration list --limit 0", "0 is not in the range"),
         ("host list -o yaml", "'yaml' is not one of"),
         ("frobnicate", "No such command 'frobnicate'"),
@@ -265,7 +265,7 @@ def test_hosts(drover: Drover) -> None:
 def test_guests(drover: Drover) -> None:
     result = drover("domain", "list")
     assert result.stdout.splitlines()[1].split() == ["vm1", "a", "running", "64", "MiB", "1", "none", "u1"]
-    assert "guests are missing here of: b" in result.stderr
+    assert "the guests of these hosts are missing: b" in result.stderr
     assert drover.json("domain", "list")["unreachable_hosts"] == ["b"]
     assert "no guests" in drover("domain", "list", "--host", "b").stderr
 

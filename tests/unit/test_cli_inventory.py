@@ -22,7 +22,7 @@ def test_6_33_a_guest_whose_qemu_was_replaced_says_both_versions() -> None:
 
 
 def test_6_24_a_host_is_removed_on_the_command_line(drover: Drover) -> None:
-    assert drover("host", "remove", "b").stdout == "b is removed\n"
+    assert drover("host", "remove", "b").stdout == "b was removed\n"
     assert drover.json("host", "remove", "b") == {"removed": "b"}
     assert "stop its agent first" in drover("host", "remove", "a", code=4).stderr
 
@@ -30,7 +30,7 @@ def test_6_24_a_host_is_removed_on_the_command_line(drover: Drover) -> None:
 def test_6_16_a_clock_that_differs_is_told(drover: Drover) -> None:
     """In the list beside the table, as a program reads that."""
     listed = drover("host", "list")
-    assert "\nwarning: the clock of b is 1 h 00 min ahead of the coordinator's: look at the time service of both\n" in listed.stderr
+    assert "\nwarning: the clock of b is 1 h 00 min ahead of the coordinator's: check the time service of both\n" in listed.stderr
     assert "1 h 00 min ahead of the coordinator's" in drover("host", "show", "b").stdout
     assert "clock" not in drover("host", "show", "a").stdout
     assert drover.json("host", "show", "b")["clock_skew"] == "3600s"
@@ -55,4 +55,4 @@ def test_6_19_an_answer_that_cannot_be_taken_is_not_told_as_silence(drover: Drov
     assert why in drover("host", "show", "b").stdout
     assert "because" not in drover("host", "show", "a").stdout
     missing = drover("domain", "list").stderr
-    assert missing == "guests are missing here of: b (no answer that can be taken; `drover domain list --host NAME` says why)\n"
+    assert missing == "the guests of these hosts are missing: b (no valid answer; `drover domain list --host NAME` says why)\n"

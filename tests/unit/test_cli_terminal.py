@@ -21,7 +21,7 @@ def resolving(drover: Drover, *args: str) -> tuple[str, ...]:
 def test_what_was_resolved_is_done(drover: Drover) -> None:
     out = drover(*resolving(drover, "--yes")).stdout
     assert '"lost" runs on a; b was declared dead' in out
-    assert 'Should b come back, its agent pauses or removes its copy of "lost"' in out
+    assert 'If b comes back, its agent pauses or removes its copy of "lost"' in out
     assert drover.json(*resolving(drover, "--yes"))["runs_on"] == "a"
 
 
@@ -42,7 +42,7 @@ def test_an_operator_is_asked(drover: Drover, answer: str, code: int) -> None:
         else:
             time.sleep(0.3)  # the prompt is there a moment before Python waits for the answer
             process.send_signal(signal.SIGINT)
-        screen += _read_until(parent, "never start it" if code == 0 else "Nothing was said of b")
+        screen += _read_until(parent, "never start it" if code == 0 else "Nothing was stated about b")
         assert process.wait(10) == code
     os.close(parent)
     assert "Aborted!" not in screen
