@@ -53,9 +53,9 @@ def test_6_8_what_is_said_of_a_port_that_nobody_answers() -> None:
     flowing = unanswered("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="", ending=False)
     for part in ("h2", "tcp://10.92.0.2:49152", "5 times in 12 s", "a firewall?", "given up after 20 s"):
         assert part in flowing
-    assert unanswered("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="", ending=True).endswith("it is being ended")
+    assert unanswered("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="", ending=True).endswith("the connection is being ended")
     stuck = unanswered("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="Operation not permitted", ending=True)
-    assert "cannot be ended (Operation not permitted); the kernel gives it up 130 s" in stuck
+    assert "cannot end the connection (Operation not permitted); the kernel gives it up 130 s" in stuck
     assert stands_still("h1", "h2", 9.0, "").startswith("h2 to take more, as nothing was sent for 9 s; a cancel ends it at once")
 
 

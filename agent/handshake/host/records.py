@@ -1,4 +1,4 @@
-"""What one host durably knows of one attempt, and how that reads on the wire.
+"""The durable record of one attempt on one host, and its conversion to the wire.
 
 An `AttemptRecord` is a value: every change makes a new one, which is in the journal before it is used.
 """
@@ -48,12 +48,12 @@ class Failure(msgspec.Struct, frozen=True):
 
     @property
     def distance(self) -> int:
-        """How far it is from the cause: 0 a cause, 1 an echo of what happened on the other host, 2 the giving up that follows."""
+        """Distance from the cause: 0 a cause, 1 an echo of a failure on the other host, 2 the giving up that follows."""
         return 2 if self.reason is Reason.GIVEN_UP else int(ECHO in self.metadata)
 
 
 def causes_first(failures: Iterable[Failure | None]) -> list[Failure]:
-    """Each failure once: causes in the order in which they are given, then their echoes, then what was only given up."""
+    """Return each failure once: first causes, then echoes, then those of giving up; each kind in the given order."""
     found: dict[tuple[str, str], Failure] = {}
     for failure in failures:
         if failure is not None:
@@ -86,7 +86,7 @@ class OperatorWord(msgspec.Struct, frozen=True):
 
 
 class Timing(msgspec.Struct, frozen=True):
-    """One phase on one host. Times in seconds; `start` is of the host's wall clock."""
+    """The time of one phase on one host, and of the hypervisor calls in it, in seconds; `start` is of the host's wall clock."""
 
     phase: str
     start: float
@@ -95,14 +95,14 @@ class Timing(msgspec.Struct, frozen=True):
 
 
 class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt on one host. `SECRETS` are in memory only: no state needs them again after a restart of the agent."""
+    """One attempt on one host. The fields in `SECRETS` are not journalled: no state needs them after a restart of the agent."""
 
     migration_id: str
     attempt: int
     role: Role
     state: str
     host: str = ""
-    """This host's name when the record was made. Empty: an older version made it, or it is of an attempt that never got here."""
+    """This host's name when the record was made. Empty if an older version made it, or the attempt never reached this host."""
     domain_name: str = ""
     domain_uuid: str = ""
     destination_name: str = ""
@@ -110,38 +110,39 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     peer_agent: str = ""
     options: dict[str, bool] = {}
     epoch: int = 0
-    """Of the slot; destination only."""
+    """Epoch of the slot; destination only."""
     expires: float = 0.0
     """When the lease ends, by the wall clock; destination only."""
     had_definition: bool = False
-    """A definition of the guest was stored here before; destination only."""
+    """Whether a definition of the guest was stored here before; destination only."""
     domain_xml: str = ""
     stored: Stored | None = None
     autostart: bool = False
-    """The guest started with the source's host, before Begin: so it shall with the host on which it stays."""
+    """Whether the guest had autostart on at the source before Begin; the host on which it stays sets it again."""
     paused_by_user: bool = False
     """See the field of `Record` on the wire."""
     aftercare: bool = False
-    """After its end here something of the guest has yet to be put right (`aftercare`): it is recovered, though it is final."""
+    """Whether settings of the guest have yet to be restored here after the end (`aftercare`): resumed after a restart."""
     uri: str = ""
     listen: str = ""
-    """This host's migration address, at which the guest's memory shall arrive; destination only."""
+    """This host's migration address, at which the guest's memory arrives; destination only."""
     proved: str = ""
     """The destination's migration address, once the path to it was proved; source only."""
     bandwidth: int = 0
     cookies: dict[str, bytes] = {}
-    """By the phase that gave them."""
+    """By the phase that returned them."""
     requests: dict[str, str] = {}
     """By phase: the digest of the request that began it."""
     request_ids: dict[str, str] = {}
+    """By phase: the id of that request."""
     failure: Failure | None = None
     operator_word: OperatorWord | None = None
     settled: bool = False
-    """The source has ended too, so it will never ask for this record again; destination only."""
+    """Whether the source has ended too, so that it will never ask for this record again; destination only."""
     waiting_for: str = ""
     timings: tuple[Timing, ...] = ()
     seen: GuestFact | None = None
-    """What the hypervisor said last of the guest. Journalled along with the next change: no decision rests on it."""
+    """The guest's state as the hypervisor reported it last. Journalled with the next change: no decision rests on it."""
     created: float = msgspec.field(default_factory=time.time)
     updated: float = 0.0
     revision: int = 0
@@ -171,10 +172,10 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
         return Options(**self.options)
 
     def changed(self, **changes: Any) -> "AttemptRecord":
-        """A new record, one revision on; one that has ended drops what only a running migration needs."""
+        """Return a new record with the next revision. One that ends drops what only a running migration needs."""
         new = msgspec.structs.replace(self, **changes, revision=self.revision + 1, updated=time.time())
         if new.final and not self.final:
-            # The last cookie is still asked for by a driver whose answer was lost. Digests are of requests with secrets in them.
+            # A driver that lost Finish's answer still needs its cookie. Digests are of requests that contain secrets.
             kept = {phase: cookie for phase, cookie in new.cookies.items() if phase == "finish"}
             new = msgspec.structs.replace(new, domain_xml="", stored=None, cookies=kept, requests={}, request_ids={})
         if new.state in (SourceState.REMOVED, DestinationState.GONE):
@@ -187,7 +188,7 @@ _LISTENS: Final = frozenset({DestinationState.PREPARED, DestinationState.ARMED, 
 
 
 def options_from_proto(message: options_pb2.Options) -> dict[str, bool]:
-    """The user's words, by name; what was not said is not in it."""
+    """Return the options that the user set, by name."""
     return {field.name: value for field, value in message.ListFields() if isinstance(value, bool)}
 
 
@@ -203,13 +204,13 @@ def wire_state(record: AttemptRecord) -> pb.RecordState.ValueType:
 
 
 def state_from_proto(record: pb.Record) -> str:
-    """The state's word, as in `SourceState` and `DestinationState`; ``state 99`` for one that this version does not know."""
+    """Return the state as in `SourceState` and `DestinationState`; ``state 99`` for one that this version does not know."""
     return enum_word(pb.RecordState, record.state)
 
 
 @functools.lru_cache(maxsize=256)
 def enum_word(kind: Any, value: int) -> str:
-    """The lower-case word of an enum's value, without the prefix of its enum; ``state 99`` for a value of a newer version."""
+    """Return the name of an enum's value in lower case without the enum's prefix; ``state 99`` for a value of a newer version."""
     values = kind.DESCRIPTOR.values_by_number
     if value not in values:
         return f"state {value}"
@@ -229,7 +230,7 @@ def timestamp(seconds: float) -> Timestamp:
 
 
 def cut(text: str, max_bytes: int) -> str:
-    """A peer refuses what is longer than the bound of its field; a hypervisor's words have none."""
+    """Cut a text to the bound of its field, which a peer enforces and a hypervisor's messages may exceed."""
     return text if len(text) * 4 <= max_bytes else text.encode()[:max_bytes].decode(errors="ignore")
 
 
@@ -262,7 +263,7 @@ def progress_to_proto(progress: Progress) -> pb.Progress:
 
 
 def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | None = None) -> pb.Record:
-    """The record of `host`, this one, as others may see it: no cookies, no XML."""
+    """Convert to the wire, without cookies and XML. `host`: this host's name."""
     message = pb.Record(
         ref=record.ref,
         host=host,
@@ -292,11 +293,11 @@ def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | No
 
 
 SECRETS: Mapping[str, Any] = {"domain_xml": "", "stored": None, "cookies": {}}
-"""Fields that hold passwords of the guest (XML, and libvirt's cookies, which have XML in them), and what is journalled instead."""
+"""Fields with passwords of the guest (XML, and libvirt's cookies, which contain XML), and what is journalled instead."""
 
 
 def encode(record: AttemptRecord) -> bytes:
-    """For the journal: without `SECRETS`."""
+    """Encode for the journal, without `SECRETS`."""
     return msgspec.msgpack.encode(msgspec.structs.replace(record, **SECRETS))
 
 

@@ -1,4 +1,4 @@
-"""The effects of a source: what its machine does to the hypervisor, and the news of it."""
+"""The effects of the source's machine: they act on the hypervisor and report the result as events."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ _S, _E, _F = SourceState, SourceEvent, SourceEffect
 
 
 class SourceEffects:
-    """Carries them out, by the hypervisor's handle for each attempt."""
+    """The runner of the effects. Keeps the hypervisor's handle for each attempt."""
 
     def __init__(self, host: LocalHost, peers: PeerRecords) -> None:
         self._host = host
@@ -57,7 +57,7 @@ class SourceEffects:
         }[SourceEffect(effect)](attempt)
 
     def session(self, attempt: Attempt) -> Outgoing:
-        """The hypervisor's handle for this attempt."""
+        """Return the hypervisor's handle for this attempt."""
         if attempt not in self._sessions:
             self._sessions[attempt] = self._host.hypervisor.outgoing(attempt.record.domain_uuid)
         return self._sessions[attempt]
@@ -65,11 +65,11 @@ class SourceEffects:
     async def _begin(self, attempt: Attempt) -> None:
         record = attempt.record
         try:
-            watch = attempt.stopwatch or Stopwatch("begin")  # it also timed what was asked to begin with
+            watch = attempt.stopwatch or Stopwatch("begin")  # the attempt's also timed the checks before
             with watch.asking():
                 if record.autostart:  # see `aftercare`
                     await self._host.hypervisor.set_autostart(record.domain_uuid, False)
-                async with attempt.telling(f"the hypervisor of {self._host.name} to begin"):
+                async with attempt.telling(f"the hypervisor of {self._host.name} to begin the migration"):
                     begun = await self.session(attempt).begin(record.user_options, record.destination_name)
         except Exception as error:
             await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error, self._host.name))
@@ -83,7 +83,7 @@ class SourceEffects:
         )
 
     async def _death(self, attempt: Attempt) -> Failure | None:
-        """Whether the guest itself has died meanwhile, where the hypervisor can tell."""
+        """Return the failure of a guest that has died meanwhile; None if it lives or the hypervisor does not answer."""
         try:
             domain = await self._host.hypervisor.get_domain(attempt.record.domain_uuid)
         except DomainNotFound:
@@ -114,7 +114,7 @@ class SourceEffects:
             await attempt.report(_E.PERFORM_FAILED, **why, **pause_seen(attempt, session))
             return
         attempt.progress = progress_to_proto(performed.final)
-        attempt.saw(GuestFact(GuestState.PAUSED, "migration", time.time()))  # that is what its end says
+        attempt.saw(GuestFact(GuestState.PAUSED, "migration", time.time()))  # concluded from Perform's success
         await attempt.report(
             _E.PERFORM_DONE,
             cookies={**attempt.record.cookies, "perform": performed.cookie},
@@ -123,7 +123,7 @@ class SourceEffects:
         )
 
     def _watch(self, attempt: Attempt) -> None:
-        """Follow the transfer and the guest while it lasts."""
+        """Watch the transfer and the guest until the transfer has ended. Does nothing if they are watched already."""
         if not attempt.running("progress"):
             attempt.start("progress", self._follower(attempt).run())
         if not attempt.running("guest"):
@@ -136,25 +136,26 @@ class SourceEffects:
         return self._followers[attempt]
 
     async def _abort(self, attempt: Attempt) -> None:
-        """Stop the transfer, however often it takes: one that is only being set up cannot be stopped yet."""
+        """Abort the transfer, repeatedly: one that is only being set up cannot be aborted yet."""
         session = self.session(attempt)
         attempt.start("connecting", self._follower(attempt).stop_connecting_until_the_end())
         while attempt.record.state == _S.PERFORMING and (transfer := attempt.running(_F.PERFORM, _F.LOOK)):
             try:
                 await session.abort()
             except HypervisorError as error:
-                log.warning("abort failed, trying again", migration=attempt.record.migration_id, error=str(error))
+                log.warning("abort failed; retrying", migration=attempt.record.migration_id, error=str(error))
             await asyncio.wait(transfer, timeout=0.1)
 
     async def _look(self, attempt: Attempt) -> None:
-        """Ask until no job holds the guest. A job that goes on without us (after a restart) is followed to its end."""
+        """Ask until no job holds the guest, then report its state. A job that outlived the agent is watched to its end."""
         self._watch(attempt)
         await self._fact(attempt)
-        # A hypervisor that came back from the dead may have let the guest run by mistake: only now can it be believed.
-        await retry(attempt, "settling what the hypervisor left of the transfer", self.session(attempt).settle)
+        # A hypervisor that was restarted may have resumed the guest by mistake: trust its state only after `settle`.
+        await retry(attempt, "cleaning up what the hypervisor left of the transfer", self.session(attempt).settle)
         await attempt.report(await self._fact(attempt), waiting_for="")
 
     async def _fact(self, attempt: Attempt) -> SourceEvent:
+        """Return the event for the guest's state, once no job holds it."""
         while True:
             domain = await look_up(self._host, attempt)
             fact = source_fact(domain)
@@ -169,7 +170,7 @@ class SourceEffects:
 
         async def remove() -> None:
             await self.session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
-            attempt.saw(GuestFact(GuestState.ABSENT, "migrated", time.time()))  # no copy runs or waits here, says its success
+            attempt.saw(GuestFact(GuestState.ABSENT, "migrated", time.time()))  # concluded from the success of `remove`
 
         with timed("confirm") as watch:
             await retry(attempt, "removing the copy at the source", remove)
@@ -181,7 +182,7 @@ class SourceEffects:
 
         async def resume() -> None:
             domain = await look_up(self._host, attempt)
-            if domain is None or not domain.postcopy:  # else the rest of its memory has died with the destination's copy
+            if domain is None or not domain.postcopy:  # else the rest of its memory was lost with the destination's copy
                 with contextlib.suppress(DomainNotFound):
                     await self.session(attempt).resume()
                 domain = await look_up(self._host, attempt)
@@ -189,7 +190,7 @@ class SourceEffects:
                 changes["failure"] = self._lost(attempt, domain)
 
         with timed("confirm") as watch:
-            await retry(attempt, "letting the guest run on at the source", resume)
+            await retry(attempt, "resuming the guest at the source", resume)
         await attempt.report(_E.RESUME_DONE, timings=(*attempt.record.timings, watch.timing), **changes)
 
     async def _release(self, attempt: Attempt) -> None:

@@ -1,4 +1,4 @@
-"""The source of a migration: Begin, Perform, Abort, Confirm."""
+"""The source's calls: Begin, Perform, Abort and Confirm, and what it does when the driver goes silent."""
 
 import functools
 from collections.abc import Callable
@@ -35,11 +35,11 @@ _AFTER_BEGIN: Final = frozenset(_S) - {_S.BEGINNING}
 _AFTER_PERFORM: Final = frozenset(_S) - {_S.BEGINNING, _S.BEGUN, _S.PERFORMING}
 _ENDED: Final = frozenset({_S.REMOVED, _S.KEPT})
 _STOPPED: Final = frozenset({_S.PERFORMED, _S.LOST})
-"""The guest does not run here, and only the destination's record says what to do."""
+"""States in which the guest does not run here and only the destination's record decides what to do."""
 
 
 class SourceSide:
-    """Serves the source's calls. `take_over` is called for an attempt whose driver went silent after Perform began."""
+    """The source's calls on one host. `take_over` is called for an attempt whose driver went silent after Perform began."""
 
     def __init__(
         self,
@@ -63,19 +63,19 @@ class SourceSide:
         async with attempt.called(_E.BEGIN, request.request_id):
             if not attempt.record.state:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
-                self._joined(attempt, request)  # it may have been another one that opened it meanwhile
+                self._joined(attempt, request)  # a concurrent call of another migration may have opened it
             else:
-                self._joined(attempt, request)  # another migration with this id learns that, whatever may be called now
+                self._joined(attempt, request)  # first: refuse another migration with this id, whatever the state
                 await attempt.apply(_E.BEGIN)
             record = await attempt.until(_AFTER_BEGIN, MAX_WAIT)
             if record.state == _S.KEPT and record.failure is not None:
                 raise record.failure.error()
             stored = stored_to_proto(record.stored, record.domain_name, self._host.name)
-            cookie, told = record.cookies.get("begin", b""), self._host.show(record)
-            return pb.BeginResponse(record=told, domain_xml=record.domain_xml, cookie_out=cookie, stored=stored)
+            cookie, shown = record.cookies.get("begin", b""), self._host.show(record)
+            return pb.BeginResponse(record=shown, domain_xml=record.domain_xml, cookie_out=cookie, stored=stored)
 
     def _joined(self, attempt: Attempt, request: pb.BeginRequest) -> dict[str, object]:
-        """What a Begin of a known attempt adds to the record: nothing. It must be about the same migration."""
+        """Check that a Begin of a known attempt is about the same migration. Raises MIGRATION_EXISTS, REQUEST_ID_REUSED."""
         changes = phase_changes(attempt, "begin", request)
         check_same(
             attempt,
@@ -136,7 +136,8 @@ class SourceSide:
             )
 
     def _performed(self, attempt: Attempt, request: pb.PerformRequest, *, checked: bool) -> dict[str, object]:
-        """What the first Perform adds to the record. `checked`: its URI was, for which the destination had to be asked."""
+        """Return what the first Perform adds to the record; nothing for one that joins it. `checked`: its URI was checked with the
+        destination."""
         changes = phase_changes(attempt, "perform", request)
         if attempt.record.state != _S.BEGUN:
             return {}
@@ -174,36 +175,37 @@ class SourceSide:
             if attempt.record.state in _STOPPED:
                 await self._obey(attempt, claimed, request)
             elif attempt.record.state != _S.PERFORMING:
-                await attempt.apply(claimed, lambda: self._told_unread(attempt, claimed, request))
+                await attempt.apply(claimed, lambda: self._confirmed_unread(attempt, claimed, request))
             record = await attempt.until(_ENDED, wait)
             return pb.ConfirmResponse(record=self._host.show(record, attempt.progress))
 
     async def _obey(self, attempt: Attempt, claimed: SourceEvent, request: pb.ConfirmRequest) -> None:
-        """Read the decision from the destination, and do that, whatever the caller claims. Raises UNDECIDED, NOT_IN_DOUBT."""
+        """Read the decision from the destination and act on it, whatever the caller claims. Raises UNDECIDED, NOT_IN_DOUBT."""
         stated = request.HasField("operator_word") and claimed is _E.CONFIRM_GONE
         decision = await self._peers.decision(attempt, request.destination_record, stated_dead=stated)
-        told = functools.partial(self._told, attempt, decision.event, request, by_word=decision.by_statement)
-        await attempt.apply(decision.event, told)
+        changes = functools.partial(self._confirmed, attempt, decision.event, request, by_word=decision.by_statement)
+        await attempt.apply(decision.event, changes)
 
-    def _told_unread(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest) -> dict[str, object]:
-        """Of a Confirm for which no decision had to be read, when it came."""
+    def _confirmed_unread(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest) -> dict[str, object]:
+        """Return what a Confirm adds to the record that needed no decision when it came. Raises WRONG_PHASE if it needs one now."""
         if attempt.record.state in _STOPPED:
             raise overtaken(attempt)
-        return self._told(attempt, event, request, by_word=False)
+        return self._confirmed(attempt, event, request, by_word=False)
 
-    def _told(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest, *, by_word: bool) -> dict[str, object]:
-        """What a Confirm adds to the record. `by_word`: an operator's statement stands in for the destination's record."""
-        told: dict[str, object] = {}
+    def _confirmed(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest, *, by_word: bool) -> dict[str, object]:
+        """Return what a Confirm adds to the record. `by_word`: an operator's statement replaces the destination's record."""
+        changes: dict[str, object] = {}
         if event is _E.CONFIRM_GONE:
-            told = self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
+            changes = self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
             if by_word:
-                told = stated_changes(attempt, request.operator_word)
+                changes = stated_changes(attempt, request.operator_word)
         if request.cookie_in:
-            told["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
-        return told
+            changes["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
+        return changes
 
     @staticmethod
     def _why(attempt: Attempt, reason: Reason, message: str) -> dict[str, object]:
+        """Return the failure to record, unless one is known already or the attempt has ended."""
         if attempt.record.failure is not None or attempt.record.final:
             return {}
         return {"failure": Failure(reason, message)}
@@ -211,14 +213,15 @@ class SourceSide:
     # ---- silence
 
     def recover(self, attempt: Attempt) -> None:
-        """An attempt that was read from the journal: wait for its driver as if it had just called."""
+        """Start to wait for the driver's next call, also after a restart: as if it had just called."""
         attempt.on_silence(self._host.takeover_after, lambda: self._silent(attempt))
 
     def _silent(self, attempt: Attempt) -> None:
         if attempt.record.state in (_S.BEGINNING, _S.BEGUN):
             failure = Failure(
                 Reason.DRIVER_SILENT,
-                f"nobody asked for the next phase within {self._host.takeover_after:g} s; the guest was not touched",
+                f"no driver called the next phase on {self._host.name} within {self._host.takeover_after:g} s, so the migration was "
+                "given up; the guest was not touched",
             )
             attempt.start("silence", attempt.report(_E.DRIVER_SILENT, failure=failure))
         elif not attempt.record.final:
