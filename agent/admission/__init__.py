@@ -1,1 +1,1 @@
-"""Who may come in: the destination owns its slots."""
+"""Admission: the destination decides how many guests may arrive at once. Begin with `slots.Slots`."""

@@ -1,7 +1,7 @@
 """The incoming slots of a host: a limit that no peer can raise (requirement A1).
 
-A slot is taken by a destination record that has not ended, so it is journalled with it, counted again after a restart, and
-cannot leak: what ends the record frees the slot.
+Each destination record that has not ended takes a slot. So slots are journalled with the records, counted again after a restart,
+and cannot leak: the end of the record frees the slot.
 """
 
 from collections.abc import Sequence
@@ -11,27 +11,27 @@ from typing import Final
 from agent.runtime.errors import DroverError, Reason
 
 _TYPICAL_SECONDS: Final = 10.0
-"""How long a migration is taken to last while none has arrived on this host."""
+"""Assumed duration of a migration until one has arrived on this host."""
 
 _REMEMBERED: Final = 20
+"""How many durations are remembered."""
 
 
 class Slots:
-    """Counts and remembers; decides nothing but whether there is room."""
+    """The limit, and how long slots were held lately."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._durations: list[float] = []
 
     def arrived(self, seconds: float) -> None:
-        """Learn how long a slot is held by a migration that takes place. What is refused, given up or never began says nothing
-        about that, and anybody may give up as often as he likes."""
+        """Remember for how long a slot was held by a migration that succeeded. Others do not count: they end early, and any caller
+        can make as many as it likes."""
         self._durations = [*self._durations, seconds][-_REMEMBERED:]
 
     def check(self, held: Sequence[float]) -> None:
-        """`held`: for each slot that is taken, since how many seconds.
-
-        Raises BUSY, with the limit and when to try again, where all slots are taken.
+        """Raise BUSY, with the limit and when to try again, if all slots are taken. `held`: for each taken slot, for how many
+        seconds it has been held.
         """
         if len(held) < self.limit:
             return

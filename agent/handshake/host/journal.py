@@ -1,17 +1,17 @@
-"""The agent's journal: what this host did and decided, durable before it is told to anyone.
+"""The agent's journal: what this host did and decided, durable before anyone can read it.
 
-One row per attempt (a record of `records`) and one per migration that this agent drives itself. A row is deleted
-only when nobody's decision can depend on it any more:
+It has one row per attempt (a record of `records`) and one per migration that this agent drives itself. A row is deleted only when
+no decision can depend on it any more:
 
 - A record that has not ended stays.
 - A record that another host may still have to read stays, however old it is (`must_stay`).
-- Of all others, which answer late questions only, the last `KEEP` of each table stay.
+- Of all others, which only answer late questions, the last `KEEP` of each table stay.
 
-Each row carries checksums (`runtime.intact.seal`): `head` of what says which record it is and whether it still decides something,
-`sum` of its content. A damaged row of the last kind is emptied when the journal is opened; any other refuses the start.
+Each row has two checksums (`runtime.intact.seal`): `head` of its key, kind and number, `sum` of its content. A damaged row of the
+last kind is emptied when the journal is opened; any other damage makes the start fail.
 
-Rows are ordered by a number that rises with every write, over restarts. No order comes from a clock, which may go back, or from
-what happens to be in memory.
+Rows are ordered by a number that rises with every write, also over restarts: not by a clock, which may go back, nor by what is in
+memory.
 """
 
 import itertools
@@ -33,12 +33,12 @@ from agent.runtime.sqlite_errors import unusable
 log = structlog.get_logger(__name__)
 
 KEEP: Final = 1000
-"""Rows of each table that are kept although nobody's decision depends on them."""
+"""How many rows of each table are kept although no decision depends on them."""
 
 _ACTIVE, _ENDED, _MUST_STAY = range(3)
 
 _LEAP: Final = 1 << 32
-"""More than the rows that a journal ever loses."""
+"""How far numbers jump ahead after rows were lost: more than a journal ever loses."""
 
 _SCHEMA: Final[tuple[Migration, ...]] = (
     """
@@ -80,30 +80,30 @@ _NEWEST = "SELECT max(number) FROM (SELECT number FROM attempts UNION ALL SELECT
 
 
 class Journal:
-    """Every method is one transaction and raises `JOURNAL_UNAVAILABLE` where it cannot be carried out."""
+    """The journal of one agent. Every method is one transaction, and raises JOURNAL_UNAVAILABLE if it fails."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._db = Database(path, _SCHEMA, check=_damages)
         self._numbers = itertools.count(1)
-        """Of rows and epochs, rising over restarts."""
+        """Numbers of rows and epochs, rising over restarts."""
         self._ids: set[str] = set()
-        """Of all migrations with a record here, and perhaps some more: most questions are about one that has none yet."""
+        """Ids of all migrations with a record here, and perhaps some more. Saves the query for the others: the usual case."""
 
     async def open(self) -> None:
         await self._db.open()
         newest = await self._db.read(lambda connection: connection.execute(_NEWEST).fetchone()[0])
         rows = await self._db.read(lambda connection: connection.execute("SELECT migration_id FROM attempts").fetchall())
         self._ids.update(row[0] for row in rows)
-        lost = _LEAP if self._db.lost else 0  # what was lost may have had greater ones
+        lost = _LEAP if self._db.lost else 0  # lost rows may have had greater numbers
         self._numbers = itertools.count((newest or 0) + 1 + lost)
 
     async def close(self) -> None:
         await self._db.close()
 
     def next_epoch(self) -> int:
-        """A number greater than every epoch that was given before, in earlier lives of this agent too: the row that makes this one
-        durable gets a greater number still, and the row with the greatest number is never deleted.
+        """Return a number greater than every epoch before, also those before a restart: the row that makes this epoch durable gets
+        a greater number still, and the row with the greatest number is never deleted.
         """
         return next(self._numbers)
 
@@ -124,7 +124,7 @@ class Journal:
         await self._db.transaction(write)
 
     async def get_attempt(self, migration_id: str, attempt: int = 0) -> AttemptRecord | None:
-        """The record; attempt 0 means the newest. Raises JOURNAL_UNAVAILABLE for one that damage has taken, too."""
+        """Return the record, or None; attempt 0 means the newest. Also raises JOURNAL_UNAVAILABLE for a damaged record."""
 
         if migration_id not in self._ids:
             return None
@@ -143,14 +143,14 @@ class Journal:
         migration_id, attempt, _, body, total = row
         which = f"the record of attempt {attempt} of migration {migration_id}"
         if not body or seal(migration_id, attempt, body) != total:
-            raise unusable(self.path, "DAMAGED_ROW", f"{which} was damaged on the disk, and is lost", "no", _LOST)
+            raise unusable(self.path, "DAMAGED_ROW", f"{which} was damaged on the disk and is lost", "no", _LOST)
         try:
             return decode(body)
         except msgspec.MsgspecError as error:
             raise unusable(self.path, "UNREADABLE", f"{which} cannot be read: {error}", "no", _NEWER) from error
 
     def _records(self, rows: list[_Row]) -> list[tuple[int, AttemptRecord]]:
-        """With their numbers, without those that cannot be read: one of them must not hide the others."""
+        """Return the records with their numbers. Skips those that cannot be read, so that they do not hide the others."""
         records = []
         for row in rows:
             try:
@@ -163,27 +163,27 @@ class Journal:
         return await self._db.read(lambda connection: connection.execute(f"{_ROWS} {rest}", parameters).fetchall())
 
     async def active(self) -> list[AttemptRecord]:
-        """Every record that has not ended, the newest first. Raises for one that cannot be read."""
+        """Return every record that has not ended, the newest first. Also raises for one that cannot be read."""
         return [self._record(row) for row in await self._read("WHERE kind = ? ORDER BY number DESC", _ACTIVE)]
 
     async def unsettled(self) -> list[AttemptRecord]:
-        """Every commit of this host whose source is not known to have ended, the oldest first."""
+        """Return every commit of this host whose source is not known to have ended, the oldest first."""
         records = self._records(await self._read("WHERE kind = ? ORDER BY number", _MUST_STAY))
         return [record for _, record in records if record.role is Role.DESTINATION and not record.settled]
 
     async def aftercare(self) -> list[AttemptRecord]:
-        """Every attempt that has ended, and after which something of its guest has yet to be put right here, the oldest first."""
+        """Return the record of every ended attempt whose aftercare is not done yet, the oldest first."""
         records = self._records(await self._read("WHERE kind = ? ORDER BY number", _MUST_STAY))
         return [record for _, record in records if record.aftercare]
 
     async def page_of_attempts(self, *, active_only: bool, before: int | None, limit: int) -> list[tuple[int, AttemptRecord]]:
-        """At most `limit` records with the numbers of their rows, the newest first, all written before the row `before`."""
+        """Return at most `limit` records with the numbers of their rows, the newest first, all written before the row `before`."""
         last = _ACTIVE if active_only else _MUST_STAY
         rest = "WHERE kind <= ? AND (?2 IS NULL OR number < ?2) ORDER BY number DESC LIMIT ?"
         return self._records(await self._read(rest, last, before, limit))
 
     async def arrival(self, domain_uuid: str) -> tuple[str, int] | None:
-        """The attempt by which the guest, where it is here, is here, and whose source is not known to have ended."""
+        """Return the attempt by which the guest came, if it is here and that attempt's source is not known to have ended."""
 
         def read(connection: sqlite3.Connection) -> tuple[str, int] | None:
             found = connection.execute("SELECT migration_id, attempt FROM arrivals WHERE domain_uuid = ?", (domain_uuid,)).fetchone()
@@ -192,7 +192,7 @@ class Journal:
         return await self._db.read(read)
 
     async def brought(self, record: AttemptRecord) -> bool:
-        """Whether the guest, where it is here, is here by this attempt: no later one brought it again or took it away."""
+        """Return whether the guest, if it is here, came by this attempt: no later one brought it again or took it away."""
         return await self.arrival(record.domain_uuid) == record.key
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
@@ -207,7 +207,7 @@ class Journal:
         await self._db.transaction(write)
 
     async def load(self) -> list[bytes]:
-        """Every migration that is kept, the oldest first."""
+        """Return every migration that is kept, the oldest first."""
 
         def read(connection: sqlite3.Connection) -> list[bytes]:
             rows = connection.execute("SELECT body FROM migrations WHERE length(body) > 0 ORDER BY number")
@@ -217,10 +217,10 @@ class Journal:
 
 
 def must_stay(record: AttemptRecord) -> bool:
-    """Whether another host's decision may depend on a record that has ended, or something of its guest has yet to be put right.
+    """Return whether an ended record must stay: another host's decision may depend on it, or its aftercare is not done.
 
-    A commit, until its source has ended: a source that was away for long asks for it, and to have none means that the guest never
-    came. A guest that its source kept by an operator's statement: the other host, once it is back, must learn that it lost it.
+    A commit stays until its source has ended: a source that returns late asks for it, and no record means that the guest never
+    came. A source's KEPT by an operator's statement stays: the other host, once it is back, must learn that it lost the guest.
     """
     if record.aftercare:
         return True
@@ -236,20 +236,20 @@ def _kind_of(record: AttemptRecord) -> int:
 
 
 def _may_run(record: AttemptRecord) -> bool:
-    """A copy of the guest runs here by this attempt, or may have started although a statement gives it up."""
+    """Return whether a copy of the guest runs here by this attempt, or may have started although a statement gives it up."""
     if record.state == DestinationState.RUNNING:
         return not record.settled
     return record.state == DestinationState.ABANDONING and record.operator_word is not None
 
 
 def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:
-    """Keep which unsettled commit each guest's presence comes from, in the transaction that writes the record."""
+    """Record by which unsettled commit each guest is here, in the transaction that writes the attempt's record."""
     if record.role is Role.SOURCE:
         if record.state == SourceState.REMOVED:
             connection.execute("DELETE FROM arrivals WHERE domain_uuid = ?", (record.domain_uuid,))
     elif _may_run(record):
         known = connection.execute("SELECT kind FROM attempts WHERE migration_id = ? AND attempt = ?", record.key).fetchone()
-        if known is None or known[0] == _ACTIVE:  # else it is only written again, and the guest may have left since
+        if known is None or known[0] == _ACTIVE:  # else the record is only rewritten, and the guest may have left since
             connection.execute(
                 "INSERT OR REPLACE INTO arrivals VALUES (?1, ?2, ?3, seal(?1, ?2, ?3))", (record.domain_uuid, *record.key)
             )
@@ -276,7 +276,7 @@ def _add_arrivals_and_checksums(connection: sqlite3.Connection) -> None:
             raise sqlite3.DatabaseError(f"a record of an earlier Drover cannot be read: {error}") from error
         connection.execute(_PUT_ATTEMPT, (*record.key, _ACTIVE, number, body))  # as if it had been active just before
         _put_arrival(connection, record)
-        # Earlier versions wrote cookies and XML, with the passwords in them; and what is written over must not stay in free pages.
+        # Earlier versions wrote cookies and XML, which contain passwords: rewrite without them (`secure_delete` clears the pages).
         connection.execute(_PUT_ATTEMPT, (*record.key, _kind_of(record), number, encode(record)))
     for row in connection.execute("SELECT migration_id, kind, number, body FROM migrations").fetchall():
         connection.execute(_PUT_MIGRATION, row)
@@ -288,11 +288,11 @@ _EMPTY: Final = {
     "attempts": "kind = 1, body = x'', head = seal(migration_id, attempt, 1, number), sum = seal(migration_id, attempt, x'')",
     "migrations": "kind = 1, body = x'', head = seal(migration_id, 1, number), sum = seal(migration_id, x'')",
 }
-"""Leaves only the fact that there was such a record."""
+"""Assignments that empty a row, so that only its key is left."""
 
 
 def _damages(connection: sqlite3.Connection) -> list[Damage]:
-    """Every row whose checksums do not hold."""
+    """Return every row whose checksums do not match."""
     damages = []
     for key, attempt, kind, number, body, head, total in connection.execute(
         "SELECT migration_id, attempt, kind, number, body, head, sum FROM attempts"
