@@ -12,6 +12,7 @@ import structlog
 
 from agent.admission.slots import Slots
 from agent.config import AgentConfig, ConfigError, NetworkConfig, convert, load, make_state_dir
+from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.engine import Engine
 from agent.handshake.host.heard import Heard
 from agent.handshake.host.journal import Journal
@@ -21,12 +22,12 @@ from agent.hypervisor.base import HypervisorUnavailable
 from agent.hypervisor.features import features_to_proto
 from agent.hypervisor.interface import Hypervisor
 from agent.migration.migrations import Migrations
-from agent.migration.takeover import TakeOver
+from agent.migration.takeover import take_over_silent
 from agent.network.interfaces import is_own
 from agent.runtime.daemon import run_until_stopped
 from agent.runtime.log import logging_to_stderr
 from agent.runtime.supervision import supervise
-from agent.service import handshake_service, host_service, migration_service
+from agent.service import handshake_service, host_service, migration_service, peers
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
 from agent.service.peers import Channels, PeerDirectory
@@ -64,7 +65,8 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         named, other_hosts = Channels(), Channels()
         stack.push_async_callback(named.close)
         stack.push_async_callback(other_hosts.close)
-        take_over = TakeOver(config.name, other_hosts)
+        other_side = functools.partial(peers.other_side, other_hosts)
+        silent: asyncio.Queue[Attempt] = asyncio.Queue()
         local = LocalHost(
             name=config.name,
             hypervisor=hypervisor,
@@ -75,18 +77,20 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             simulated=config.hypervisor == "sim",
         )
         heard = Heard()
-        engine = Engine(local, journal, Slots(config.incoming_limit), take_over, take_over.other_side, heard)
+        engine = Engine(local, journal, Slots(config.incoming_limit), silent.put_nowait, other_side, heard)
         stack.push_async_callback(engine.close)
         host = AgentHost(info, hypervisor, engine)
         address = config.advertised_address()
         directory = PeerDirectory(host, address, config.peers, named, heard)
-        migrations = take_over.migrations = Migrations(config.name, directory, journal, config.fencing)
+        migrations = Migrations(config.name, directory, journal, config.fencing)
         stack.push_async_callback(migrations.close)
         check_name(config.name, [*await journal.active(), *await journal.unsettled()])
         await engine.recover()
         await migrations.recover()
         server = await _serve(config, host, migrations)
         log.info("serving", host=config.name, addresses=server.addresses)
+        taking_over = functools.partial(take_over_silent, silent, migrations, config.name, other_side)
+        stack.callback(supervise("take over", taking_over).cancel)
         stack.callback(supervise("settle", engine.settle).cancel)
         stack.callback(supervise("keep current", host.keep_current).cancel)
         if config.coordinator:

@@ -30,9 +30,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
-ECHO: Final = "echo"
-"""Key in `HypervisorError.native` of an error that is only a consequence: this end noticed, for example by "Broken pipe", that the
-other end failed or that somebody aborted. The cause is in another error."""
+from agent.transfer.progress import Progress
 
 
 class HypervisorError(Exception):
@@ -278,26 +276,6 @@ class Prepared:
     uri: str
     """`uri_out`: the migration URI with the port on which the destination now listens."""
     cookie: bytes
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One reading of a running transfer. A field is zero where the hypervisor does not report it."""
-
-    elapsed: float = 0.0
-    iteration: int = 0
-    """1 is the first pass over the memory."""
-    total_bytes: int = 0
-    processed_bytes: int = 0
-    remaining_bytes: int = 0
-    rate: int = 0
-    """Bytes per second on the wire."""
-    dirty_rate: int = 0
-    """Bytes per second that the guest dirties; 0 during the first iteration."""
-    downtime: float = 0.0
-    """The expected downtime while the transfer runs; the measured one at its end."""
-    postcopy: bool = False
-    postcopy_requests: int = 0
 
 
 @dataclass(frozen=True)

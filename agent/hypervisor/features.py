@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from agent.handshake.host.records import enum_word, options_from_proto
+from agent.handshake.host.records import options_from_proto
 from agent.hypervisor.base import (
     DomainAmbiguous,
     DomainBusy,
@@ -20,6 +20,7 @@ from agent.hypervisor.base import (
     TransferFailed,
 )
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import enum_name
 from drover.agent.v1 import host_pb2, options_pb2
 
 PROTOCOL_VERSION = 1
@@ -72,7 +73,7 @@ def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
 
 def support_of(features: options_pb2.MigrationFeatures, option: str) -> Support:
     """Of an option that it does not name, or of which it says what this version does not know: unsupported."""
-    word = enum_word(options_pb2.OptionSupport, features.options.get(option, options_pb2.OPTION_SUPPORT_UNSUPPORTED)).upper()
+    word = enum_name(options_pb2.OptionSupport, features.options.get(option, options_pb2.OPTION_SUPPORT_UNSUPPORTED)).upper()
     return Support.__members__.get(word, Support.UNSUPPORTED)
 
 

@@ -13,10 +13,10 @@ from agent.hypervisor.base import (
     Options,
     Performed,
     Prepared,
-    Progress,
     Requirements,
     Stored,
 )
+from agent.transfer.progress import Progress
 
 
 class Outgoing(Protocol):

@@ -7,10 +7,10 @@ from typing import Any, Final, Protocol
 import structlog
 
 from agent.handshake.drive.driver import Driver
-from agent.handshake.host.records import Failure
 from agent.migration.uptime import seconds_since
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -39,7 +39,7 @@ class Entry:
         """The side whose fencing is waited for."""
         self.gave_up = False
         """Nothing is done any more, though it has not ended: its records contradict each other."""
-        self.saved_statements = {word.dead_host for word in migration.statements}
+        self.saved_statements = {statement.dead_host for statement in migration.statements}
         """Hosts that the log says were declared dead."""
         self.saving: asyncio.Task[None] | None = None
         """A write that nobody waits for."""
@@ -103,7 +103,7 @@ class Entry:
         """Write it down, as it is or as it is about to be. Raises JOURNAL_UNAVAILABLE."""
         written = migration or self.migration
         await self._kept.save(written.migration_id, written.SerializeToString(), ended=written.state in FINAL)
-        self.saved_statements = {word.dead_host for word in written.statements}
+        self.saved_statements = {statement.dead_host for statement in written.statements}
 
     async def save_if_possible(self) -> None:
         try:
@@ -113,6 +113,6 @@ class Entry:
 
     def forget_refuted(self) -> None:
         """A host that was declared dead has answered: the statement must not count again after a restart."""
-        refuted = self.saved_statements - {word.dead_host for word in self.migration.statements}
+        refuted = self.saved_statements - {statement.dead_host for statement in self.migration.statements}
         if refuted and (self.saving is None or self.saving.done()):
             self.saving = asyncio.create_task(self.save_if_possible(), name=f"save {self.migration.migration_id[:8]}")

@@ -188,37 +188,39 @@ class Migrations:
         await entry.save()
         return answer
 
-    async def resolve(self, migration_id: str, word: handshake_pb2.OperatorWord) -> pb.Migration:
+    async def resolve(self, migration_id: str, statement: handshake_pb2.Statement) -> pb.Migration:
         """See `MigrationService.ResolveMigration`. The host is asked now; only where it does not answer does the statement count,
         once the log has it.
 
         Raises MIGRATION_NOT_FOUND, HOST_NOT_FOUND, NOT_IN_DOUBT, JOURNAL_UNAVAILABLE; nothing changed then.
         """
         entry = self._entry(migration_id)
-        migration, driver, side = entry.migration, entry.driver, entry.side(word.dead_host)
+        migration, driver, side = entry.migration, entry.driver, entry.side(statement.dead_host)
         if not side:
             raise DroverError(
                 Reason.HOST_NOT_FOUND,
-                f"{word.dead_host} takes no part in migration {migration_id}, which goes from {migration.source_host} to "
+                f"{statement.dead_host} takes no part in migration {migration_id}, which goes from {migration.source_host} to "
                 f"{migration.destination_host}",
-                metadata={"host": word.dead_host},
+                metadata={"host": statement.dead_host},
             )
         if driver is None or entry.final:
-            raise entry.not_in_doubt(word.dead_host)
+            raise entry.not_in_doubt(statement.dead_host)
         if await driver.answers(side) or entry.driver is not driver:
-            raise entry.not_in_doubt(word.dead_host)
-        if not word.HasField("say_time"):
-            word.say_time.GetCurrentTime()
-        others = [other for other in entry.migration.statements if other.dead_host != word.dead_host]
+            raise entry.not_in_doubt(statement.dead_host)
+        if not statement.HasField("say_time"):
+            statement.say_time.GetCurrentTime()
+        others = [other for other in entry.migration.statements if other.dead_host != statement.dead_host]
         stated = entry.changed_to()
         del stated.statements[:]
-        stated.statements.extend([*others, word])
+        stated.statements.extend([*others, statement])
         await entry.save(stated)
         if side not in driver.silent_since or entry.driver is not driver:  # it answered meanwhile
             entry.forget_refuted()
-            raise entry.not_in_doubt(word.dead_host)
-        log.warning("declared dead", migration=migration_id, host=word.dead_host, said_by=word.said_by, reason=word.reason)
-        driver.declare_dead(side, word)
+            raise entry.not_in_doubt(statement.dead_host)
+        log.warning(
+            "declared dead", migration=migration_id, host=statement.dead_host, said_by=statement.said_by, reason=statement.reason
+        )
+        driver.declare_dead(side, statement)
         self._tell(entry)
         return entry.migration
 
@@ -268,8 +270,8 @@ class Migrations:
         driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry))
         if entry.cancelled is not None:
             driver.cancel(entry.cancelled)
-        for word in entry.migration.statements:
-            driver.declare_dead(entry.side(word.dead_host), word)
+        for statement in entry.migration.statements:
+            driver.declare_dead(entry.side(statement.dead_host), statement)
         return driver
 
     def _driving(self, entry: Entry) -> asyncio.Task[None]:
@@ -350,9 +352,9 @@ class Migrations:
         host = entry.migration.source_host if side == "source" else entry.migration.destination_host
         while True:
             outcome = await fences.dead(host, lambda: driver.silent_for(side))
-            word = handshake_pb2.OperatorWord(dead_host=host, reason=outcome, said_by="fencing command")
+            statement = handshake_pb2.Statement(dead_host=host, reason=outcome, said_by="fencing command")
             try:
-                await self.resolve(entry.migration.migration_id, word)
+                await self.resolve(entry.migration.migration_id, statement)
             except DroverError as error:
                 log.warning("the fencing command's word was not taken", host=host, error=error.message)
                 await asyncio.sleep(fences.after_seconds)

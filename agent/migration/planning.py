@@ -9,11 +9,11 @@ from typing import Protocol
 import grpc
 
 from agent.handshake.drive.plan import Plan
-from agent.handshake.host.records import enum_word
 from agent.hypervisor.features import check_bandwidth, check_options, check_protocol, settled
 from agent.network.networks import MIGRATION_ROLE, common_network, listen_on
 from agent.network.uri import address_problem, same_address
 from agent.runtime.errors import DroverError, Reason, said_by_peer
+from agent.runtime.wire import enum_name
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -125,7 +125,7 @@ def _twins(source: host_pb2.Host, destination: host_pb2.Host) -> str:
 
 def _check_guest(guest: host_pb2.GetDomainResponse, source: host_pb2.Host) -> None:
     if guest.domain.state not in (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED):
-        state = enum_word(host_pb2.DomainState, guest.domain.state)
+        state = enum_name(host_pb2.DomainState, guest.domain.state)
         raise DroverError(
             Reason.DOMAIN_NOT_RUNNING,
             f"guest {guest.domain.name} on {source.name} is {state}, and only a running guest can be migrated live; start it first",

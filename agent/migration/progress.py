@@ -6,13 +6,14 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 
 from agent.handshake.drive.driver import Driver
-from agent.handshake.host.records import Failure, causes_first, duration, failure_to_proto
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.facts import loss_of
 from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState
 from agent.migration.whereabouts import Place, said, whereabouts
 from agent.runtime.errors import Reason, said_by_peer
+from agent.runtime.failure import Failure, causes_first, failure_to_proto
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -49,11 +50,11 @@ def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: boo
     migration.uri = driver.uri or before.uri
     del migration.silent_hosts[:]
     migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
-    migration.ClearField("operator_word")
+    migration.ClearField("statement")
     del migration.statements[:]
-    migration.statements.extend(driver.words.values())
-    for word in _words(driver):
-        migration.operator_word.CopyFrom(word)
+    migration.statements.extend(driver.statements.values())
+    for statement in _statements(driver):
+        migration.statement.CopyFrom(statement)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, driver)
     _tell_skew(migration, driver.clock_skew)
@@ -102,10 +103,10 @@ def _tell_pause(migration: pb.Migration, driver: Driver) -> None:
         migration.warnings.append(warning)
 
 
-def _words(driver: Driver) -> list[handshake_pb2.OperatorWord]:
+def _statements(driver: Driver) -> list[handshake_pb2.Statement]:
     """What was said here, and what a host has acted upon: that stays said, though the other one answers again."""
     records = [record for record in (driver.destination_record, driver.source_record) if record is not None]
-    return [*driver.words.values(), *(record.operator_word for record in records if record.HasField("operator_word"))]
+    return [*driver.statements.values(), *(record.statement for record in records if record.HasField("statement"))]
 
 
 def _waiting_for(migration: pb.Migration, driver: Driver) -> str:

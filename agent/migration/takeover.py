@@ -1,19 +1,20 @@
-"""The source's agent is autonomous (requirement A6): when the driver of a migration goes silent, it drives the rest itself.
+"""The source's agent is autonomous (requirement A6): it drives a migration to its end when the driver goes silent.
 
-Two drivers at once are harmless, so nobody has to be sure that the other one is dead. What is taken over is a migration of this
+Two drivers at once are harmless, so nobody has to be sure that the other one is dead. A migration that is taken over belongs to this
 agent from then on: it can be listed, watched, cancelled and resolved here.
 """
 
+import asyncio
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
-from agent.handshake.host.records import AttemptRecord, options_to_proto, timestamp
+from agent.handshake.host.records import AttemptRecord, options_to_proto
 from agent.migration.migrations import Migrations
-from agent.service.handshake_service import RemotePeer
-from agent.service.peers import Channels
+from agent.runtime.wire import timestamp
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -21,35 +22,24 @@ log = structlog.get_logger()
 WARNING: Final = "its driver went silent, so the source's agent drives it to its end"
 
 
-class TakeOver:
-    """Whom the engine tells that a driver is silent, and asks for the other side. `migrations` is set once there is an engine."""
+OtherSide = Callable[[Attempt], OtherHost | None]
+"""Returns the agent on the other side of an attempt; None where it cannot be called."""
 
-    def __init__(self, host: str, channels: Channels) -> None:
-        self.migrations: Migrations | None = None
-        self._host = host
-        self._channels = channels
 
-    def __call__(self, attempt: Attempt) -> None:
-        record = attempt.record
-        if self.migrations is None:
-            return
-        if self.other_side(attempt) is None:
-            log.error("the driver is silent, and the destination's agent cannot be asked", migration=record.migration_id)
-            return
-        log.warning("taking over from a silent driver", migration=record.migration_id, state=record.state, peer=record.peer_host)
-        self.migrations.take_over(taken_over(record, self._host))
+async def take_over_silent(silent: "asyncio.Queue[Attempt]", migrations: Migrations, host: str, other_side: OtherSide) -> None:
+    """Take over each attempt of `silent`, for ever."""
+    while True:
+        take_over(await silent.get(), migrations, host, other_side)
 
-    def other_side(self, attempt: Attempt) -> OtherHost | None:
-        """The agent on the other side of an attempt; None where its address was not told, or is none."""
-        record = attempt.record
-        if not record.peer_agent:
-            return None
-        try:
-            self._channels.get(record.peer_agent)
-        except ValueError as error:
-            log.error("the other agent cannot be asked", migration=record.migration_id, host=record.peer_host, error=str(error))
-            return None
-        return RemotePeer(lambda: self._channels.get(record.peer_agent), record.peer_host)
+
+def take_over(attempt: Attempt, migrations: Migrations, host: str, other_side: OtherSide) -> None:
+    """Drive on an attempt of this host, the source. One whose other side cannot be called stays as it is, and is logged."""
+    record = attempt.record
+    if other_side(attempt) is None:
+        log.error("the driver is silent, and the destination's agent cannot be called", migration=record.migration_id)
+        return
+    log.warning("taking over from a silent driver", migration=record.migration_id, state=record.state, peer=record.peer_host)
+    migrations.take_over(taken_over(record, host))
 
 
 def taken_over(record: AttemptRecord, host: str) -> pb.Migration:

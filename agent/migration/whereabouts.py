@@ -48,7 +48,7 @@ def whereabouts(migration: pb.Migration) -> Whereabouts:
     """
     name = f'"{migration.domain_name or migration.spec.domain}"'
     here, there = migration.source_host or migration.spec.source_host, migration.destination_host or migration.spec.destination_host
-    dead = migration.operator_word.dead_host
+    dead = migration.statement.dead_host
     src, dst = migration.source_guest, migration.destination_guest
     if not (migration.HasField("source_guest") or migration.HasField("destination_guest")):
         return _as_told(migration, name, here, there)

@@ -6,12 +6,12 @@ from typing import Any
 
 import grpc.aio
 
-from agent.handshake.host.records import cut, duration
 from agent.handshake.host.stopwatch import timed
 from agent.hypervisor.base import Domain, DomainState, HypervisorError, Requirements
 from agent.hypervisor.features import from_hypervisor
 from agent.runtime.errors import DroverError
 from agent.runtime.paging import Paging
+from agent.runtime.wire import cut, duration
 from agent.service.host import AgentHost
 from drover.agent.v1 import host_pb2 as pb
 from drover.agent.v1 import host_pb2_grpc as rpc

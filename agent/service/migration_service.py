@@ -43,7 +43,9 @@ class MigrationServicer(rpc.MigrationServiceServicer):
     async def ResolveMigration(  # noqa: N802
         self, request: pb.ResolveMigrationRequest, context: _Context
     ) -> pb.ResolveMigrationResponse:
-        return pb.ResolveMigrationResponse(migration=with_age(await self._migrations.resolve(request.migration_id, request.word)))
+        return pb.ResolveMigrationResponse(
+            migration=with_age(await self._migrations.resolve(request.migration_id, request.statement))
+        )
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: _Context) -> pb.CancelMigrationResponse:  # noqa: N802
         return pb.CancelMigrationResponse(migration=with_age(await self._migrations.cancel(request.migration_id)))

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Final
 
 import grpc.aio
+import structlog
 
 from agent.handshake.drive.ends import Ends, Side
+from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.heard import Heard
+from agent.handshake.host.peer import OtherHost
 from agent.runtime.address import parse_address
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason
@@ -20,6 +23,8 @@ from agent.service.host_service import get_domain
 from agent.service.status import errors_of
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
+
+log = structlog.get_logger()
 
 MAX_CHANNELS: Final = 64
 """Channels to agents that are kept. Anybody may name an address, and an open channel costs some 60 KiB."""
@@ -46,6 +51,19 @@ class Channels:
         """Close them all."""
         await asyncio.gather(*(channel.close() for channel in self._open.values()), *self._closing)
         self._open.clear()
+
+
+def other_side(channels: Channels, attempt: Attempt) -> OtherHost | None:
+    """Return the agent on the other side of an attempt; None where its address is unknown or unusable."""
+    record = attempt.record
+    if not record.peer_agent:
+        return None
+    try:
+        channels.get(record.peer_agent)
+    except ValueError as error:
+        log.error("the other agent cannot be called", migration=record.migration_id, host=record.peer_host, error=str(error))
+        return None
+    return RemotePeer(lambda: channels.get(record.peer_agent), record.peer_host)
 
 
 async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import inf
 
-from agent.hypervisor.base import Progress
+from agent.transfer.progress import Progress
 
 PAGE = 4096
 """Bytes."""

@@ -185,8 +185,8 @@ class Client:
 
         If that is wrong, two copies of the guest may run. Raises `Refused` when the host answers or the migration has ended.
         """
-        word = handshake_pb2.OperatorWord(dead_host=dead_host, reason=reason, said_by=said_by)
-        request = migration_pb2.ResolveMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()), word=word)
+        statement = handshake_pb2.Statement(dead_host=dead_host, reason=reason, said_by=said_by)
+        request = migration_pb2.ResolveMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()), statement=statement)
         response = await self._call(self._migrations.ResolveMigration(request, timeout=self.timeout))
         return _migration(response.migration)
 

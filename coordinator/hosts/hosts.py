@@ -14,8 +14,8 @@ from typing import Final, TypeVar
 import grpc.aio
 import structlog
 
-from agent.handshake.host.records import cut
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import cut
 from coordinator.hosts.claims import Proofs, check_claim
 from coordinator.hosts.host_link import HostLink, Lanes, Word, answer_of
 from coordinator.hosts.host_table import HostTable

@@ -81,8 +81,8 @@ def abandon(daemon: Daemon, migration_id: str, *, source_kept: bool = False) -> 
 
 def declare_dead(daemon: Daemon, migration_id: str, host: str) -> None:
     """Raises `SilentError`, also where that is refused: a host is only believed to be dead once it does not answer."""
-    word = handshake_pb2.OperatorWord(dead_host=host, reason="chaos", said_by="tests.bench")
-    request = pb.ResolveMigrationRequest(migration_id=migration_id, request_id=new_id(), word=word)
+    statement = handshake_pb2.Statement(dead_host=host, reason="chaos", said_by="tests.bench")
+    request = pb.ResolveMigrationRequest(migration_id=migration_id, request_id=new_id(), statement=statement)
     ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).ResolveMigration(request, timeout=QUESTION_SECONDS))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from agent.handshake.host.records import duration
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -115,7 +115,7 @@ class Outsider:
             decision=decision,
             cookie_in=self._cookie(known),
             wait=self._wait(),
-            operator_word=word,
+            statement=word,
             destination_record=self._record(ref, known, known.destination),
         )
 
@@ -127,7 +127,7 @@ class Outsider:
         return pb.AbandonRequest(
             ref=ref,
             source_kept=kept,
-            operator_word=self._word() if kept else None,
+            statement=self._word() if kept else None,
             source_record=self._record(ref, known, known.source),
         )
 
@@ -176,9 +176,9 @@ class Outsider:
     def _rate(self) -> int:
         return self._rng.choice((0, 8 << 20, 100 << 20))
 
-    def _word(self) -> pb.OperatorWord | None:
+    def _word(self) -> pb.Statement | None:
         if self._rng.random() < 0.5:
             return None
-        word = pb.OperatorWord(dead_host=self._host(), reason="so it seems", said_by="somebody")
+        word = pb.Statement(dead_host=self._host(), reason="so it seems", said_by="somebody")
         word.say_time.GetCurrentTime()
         return word

@@ -90,9 +90,9 @@ async def test_resolved_by_an_operator(cluster: Cluster) -> None:
         assert resolved.returncode == 0, "the guest runs at the source"
         assert end["state"] == "MIGRATION_STATE_FAILED"
         assert end["runs_on"] == "h1"
-        assert end["operator_word"]["dead_host"] == "h2"
-        assert end["operator_word"]["reason"] == "pulled its plug"
-        assert "@" in end["operator_word"]["said_by"]
+        assert end["statement"]["dead_host"] == "h2"
+        assert end["statement"]["reason"] == "pulled its plug"
+        assert "@" in end["statement"]["said_by"]
     guest.wait_lines(20)
     cluster.lab["h2"].boot()
     cluster.lab["h2"].wait_ready()

@@ -35,7 +35,7 @@ def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Age
     starts = {Work(Stage.START, effect) for effect in transition.effects}
     behind = agent.behind
     if transition.state != state:
-        behind = agent.behind or Durable(agent.attempt, state, agent.word) if event in world.beside else None
+        behind = agent.behind or Durable(agent.attempt, state, agent.statement) if event in world.beside else None
     return agent._replace(state=transition.state, work=agent.work | starts, behind=behind)
 
 
@@ -78,7 +78,7 @@ def _first_call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: 
     except Refused:
         return agent, Answer(None)
     if made.behind is not None:
-        made = made._replace(behind=Durable(agent.attempt, agent.state, agent.word))
+        made = made._replace(behind=Durable(agent.attempt, agent.state, agent.statement))
     return made, Answer(made.state)
 
 
@@ -130,8 +130,8 @@ def write_late(world: World, machine: Machine[S, E, F], agent: Agent, work: Work
 
 def crashed(agent: Agent) -> Agent:
     """What is left: the journal."""
-    attempt, state, word = agent.behind or Durable(agent.attempt, agent.state, agent.word)
-    return Agent(attempt, state, up=False, dead=agent.dead, word=word)
+    attempt, state, statement = agent.behind or Durable(agent.attempt, agent.state, agent.statement)
+    return Agent(attempt, state, up=False, dead=agent.dead, statement=statement)
 
 
 def restarted(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:

@@ -53,7 +53,7 @@ def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step
         if what in (_E.ABANDON_DONE, _E.ABANDON_REFUSED) and FINISH_STARTS in agent.work and world.abandon_awaits_finish:
             return
         after = take(world, world.destination, finish_work(agent, work), _E(what))
-        after = after._replace(word=after.word or what == _E.DISOWNED)
+        after = after._replace(statement=after.statement or what == _E.DISOWNED)
         yield f"destination: records {what}", after, hosts, Cost.FREE
     elif work.stage is Stage.TURN:
         after = take_turn(world, world.destination, agent, work, _E(what), unchecked=agent.state == _S.ARMED)
@@ -198,7 +198,7 @@ def asks(world: World, source: Agent, agent: Agent) -> Iterator[tuple[str, Agent
         return
     here = source.attempt == agent.attempt
     kept = here and source.state == SourceState.KEPT
-    goes_on_there = here and source.word and source.state in (SourceState.RESUMING, SourceState.KEPT)
+    goes_on_there = here and source.statement and source.state in (SourceState.RESUMING, SourceState.KEPT)
     if _ASKS in agent.work:
         left = agent.work - {_ASKS}
         if kept:
@@ -213,9 +213,9 @@ def asks(world: World, source: Agent, agent: Agent) -> Iterator[tuple[str, Agent
         yield "destination: asks whose the guest is", source, after, Cost.FREE
 
 
-def begins_to_read(agent: Agent, *, relayed: bool, word: bool) -> Agent:
+def begins_to_read(agent: Agent, *, relayed: bool, statement: bool) -> Agent:
     """Somebody says that the source keeps the guest: a nudge to read the source's record."""
-    what = "read, stated dead" if word else "read, relayed" if relayed else "read"
+    what = "read, stated dead" if statement else "read, relayed" if relayed else "read"
     return agent._replace(work=agent.work | {Work(Stage.CALLED, what)}, quiet=False)
 
 

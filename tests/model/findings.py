@@ -50,8 +50,8 @@ FINDINGS: tuple[Finding, ...] = (
             "a destination that runs the guest is declared dead, and lets it move on to a third host while its source cannot be "
             "asked: it runs there and at the source for ever",
             in_flight=1,
-            wrong_word=True,
-            budget=budget(word=1, crash_destination=1, move=1),
+            wrong_statement=True,
+            budget=budget(statement=1, crash_destination=1, move=1),
             asks_before_leaving=False,
             checks=ALL - {TWO_RUN, GOES_BACK},
         ),

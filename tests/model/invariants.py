@@ -32,7 +32,7 @@ def _lost(source: Agent, destination: Agent, hosts: Hosts) -> bool:
 def _goes_back(source: Agent, destination: Agent, hosts: Hosts) -> bool:
     """The guest ran at the destination, and now an older state of it runs at the source: its disks have moved on. An operator
     who declares a host dead accepts that."""
-    return hosts.copy in (Copy.RAN, Copy.KILLED) and hosts.guest is Guest.RUNNING and not source.word
+    return hosts.copy in (Copy.RAN, Copy.KILLED) and hosts.guest is Guest.RUNNING and not source.statement
 
 
 def _removed_early(source: Agent, destination: Agent, hosts: Hosts) -> bool:
@@ -43,7 +43,7 @@ def _removed_early(source: Agent, destination: Agent, hosts: Hosts) -> bool:
 def _resumed_early(source: Agent, destination: Agent, hosts: Hosts) -> bool:
     """It was paused by a completed Perform: only a durable GONE, or an operator's word, lets it run."""
     gone = destination.state == Dst.GONE and destination.attempt == source.attempt
-    return source.state == Src.RESUMING and not (gone or source.word)
+    return source.state == Src.RESUMING and not (gone or source.statement)
 
 
 def _gone_is_not_gone(source: Agent, destination: Agent, hosts: Hosts) -> bool:
@@ -107,7 +107,7 @@ def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:
 def told_wrong(destination: Agent, talk: Talk) -> bool:
     """Somebody has been told, or is being told, a decision that is not the durable record. RUNNING and GONE are final, so they
     were never both told; an earlier attempt's record is no longer to be had, and can only have been GONE."""
-    if destination.word:
+    if destination.statement:
         return False  # it ran here, until an operator's word took it
     return any(
         state != (destination.state if attempt == destination.attempt else Dst.GONE) or attempt > destination.attempt

@@ -73,7 +73,7 @@ def _driver(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tu
     who = f"driver {index}"
     if driver.mode is Mode.ON:
         yield from _send(world, talk, index, driver)
-        if disputed(*states(driver), by_word=driver.by_word):
+        if disputed(*states(driver), by_statement=driver.by_statement):
             again = driver._replace(mode=Mode.LOOK_SOURCE)
             yield f"{who}: looks again", _with(talk, index, again), Cost.FREE
         if not driver.cancel:
@@ -100,8 +100,8 @@ def _send(world: World, talk: Talk, index: int, driver: Driver) -> Iterator[tupl
             seen = _settle(driver._replace(dst=_AT_THIRD_HOST[wanted]))
             yield f"{who}: calls {wanted} at the third host", _with(talk, index, seen), Cost.FREE
         elif wanted not in outstanding and len(talk.flying) < world.in_flight:
-            word = (driver.dead, wanted) in _RESTS_ON_WORD
-            message = Message(index, driver.attempt, wanted, word=word, foreign=driver.foreign)
+            statement = (driver.dead, wanted) in _RESTS_ON_STATEMENT
+            message = Message(index, driver.attempt, wanted, statement=statement, foreign=driver.foreign)
             yield f"{who}: calls {wanted}", Talk(talk.drivers, talk.flying | {message}), Cost.FREE
 
 
@@ -114,7 +114,7 @@ _AT_THIRD_HOST = {
 }
 """What comes of a call at a host to which no memory flows."""
 
-_RESTS_ON_WORD = {(Side.DESTINATION, Call.CONFIRM_GONE), (Side.SOURCE, Call.ABANDON_SOURCE_KEPT)}
+_RESTS_ON_STATEMENT = {(Side.DESTINATION, Call.CONFIRM_GONE), (Side.SOURCE, Call.ABANDON_SOURCE_KEPT)}
 
 
 def _wants(world: World, driver: Driver) -> frozenset[Call]:
@@ -122,7 +122,9 @@ def _wants(world: World, driver: Driver) -> frozenset[Call]:
     src, dst = states(driver)
     stalled = (False, True) if world.stalls and (src, dst) == (SourceState.PERFORMED, DestinationState.ARMED) else (False,)
     try:
-        return frozenset().union(*(mind(src, dst, cancel=driver.cancel, stalled=long, by_word=driver.by_word) for long in stalled))
+        return frozenset().union(
+            *(mind(src, dst, cancel=driver.cancel, stalled=long, by_statement=driver.by_statement) for long in stalled)
+        )
     except AssertionError as error:
         if world.checked(DECIDE):
             raise Violation(DECIDE, str(error)) from None
@@ -151,7 +153,7 @@ def _learn(driver: Driver, message: Message) -> Driver:
     if message.call in TO_SOURCE:
         src = SourceState(message.answer.state)
         if _SOURCE_ORDER[src] >= _SOURCE_ORDER[driver.src]:
-            driver = driver._replace(src=src, by_word=message.answer.word)
+            driver = driver._replace(src=src, by_statement=message.answer.statement)
     else:
         dst = DestinationState(message.answer.state)
         driver = driver._replace(dst=dst) if _DESTINATION_ORDER[dst] >= _DESTINATION_ORDER[driver.dst] else driver
@@ -175,7 +177,7 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     for message in sorted(talk.flying):
         if message.call in TO_SOURCE:
             yield from _arrives(world, talk, agent, message, Side.SOURCE)
-    if agent.dead or (world.wrong_word and agent.up):
+    if agent.dead or (world.wrong_statement and agent.up):
         yield from _declared_dead(world, talk, agent, Side.SOURCE)
     if not agent.up:
         return
@@ -186,11 +188,11 @@ def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     for index, driver in enumerate(talk.drivers):
         if driver.mode is Mode.LOOK_SOURCE and agent.attempt <= driver.attempt:
             seen = SourceState(agent.state) if agent.attempt == driver.attempt and agent.state is not None else None
-            looked = driver._replace(src=seen, mode=Mode.LOOK_DESTINATION, by_word=seen is not None and agent.word)
+            looked = driver._replace(src=seen, mode=Mode.LOOK_DESTINATION, by_statement=seen is not None and agent.statement)
             yield f"driver {index}: looks at the source", _with(talk, index, looked), agent, Cost.FREE
     if source_agent.may_be_silent(agent):
         yield from _silence(world, talk, agent)
-    if agent.state == SourceState.KEPT and not agent.word and not agent.work and not _driven(talk):
+    if agent.state == SourceState.KEPT and not agent.statement and not agent.work and not _driven(talk):
         yield "source: its journal has no room for the record", talk, Agent(), Cost.FORGET
     if agent.state is not None and world.may(Cost.CRASH_SOURCE):
         yield "source: dies", _without_takeover(world, talk), crashed(agent), Cost.CRASH_SOURCE
@@ -231,7 +233,7 @@ def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
     for message in sorted(talk.flying):
         if message.call not in TO_SOURCE:
             yield from _arrives(world, talk, agent, message, Side.DESTINATION)
-    if agent.dead or (world.wrong_word and agent.up):
+    if agent.dead or (world.wrong_statement and agent.up):
         yield from _declared_dead(world, talk, agent, Side.DESTINATION)
     if agent.dead:
         yield "hosts: the destination's host is back", talk, destination_agent.back(world, agent), Cost.FREE
@@ -278,7 +280,7 @@ def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterat
         answers = any(message.driver == index and _side(message.call) is side for message in talk.flying)
         if mode is not None and not answers:
             told = _settle(driver._replace(dead=side, mode=mode))
-            yield f"operator: tells driver {index} that the {side} is dead", _with(talk, index, told), agent, Cost.WORD
+            yield f"operator: tells driver {index} that the {side} is dead", _with(talk, index, told), agent, Cost.STATEMENT
 
 
 def _timer(talk: Talk) -> Cost:
@@ -338,17 +340,19 @@ def _called(world: World, agent: Agent, message: Message, side: Side) -> tuple[A
     if side is Side.SOURCE and here and message.foreign and message.call in _NAMES_PEER and world.checks_peer:
         return agent, Answer(agent.state, exists=True)
     if reads and message.call in _CONFIRMS and agent.state in source_agent.DECIDED_BY_OTHER:
-        after = source_agent.begins_to_read(agent, SourceEvent(message.call), relayed=relayed, word=message.word)
-        return after, Answer(agent.state, word=after.word, exists=message.foreign and world.checks_peer)
+        after = source_agent.begins_to_read(agent, SourceEvent(message.call), relayed=relayed, statement=message.statement)
+        return after, Answer(agent.state, statement=after.statement, exists=message.foreign and world.checks_peer)
     if reads and message.call is Call.ABANDON_SOURCE_KEPT and agent.state == DestinationState.ARMED:
-        return destination_agent.begins_to_read(agent, relayed=relayed, word=message.word), Answer(agent.state)
+        return destination_agent.begins_to_read(agent, relayed=relayed, statement=message.statement), Answer(agent.state)
     if world.turns and here and message.call in _TURNS:
-        return _waits_for_turn(agent, message), Answer(agent.state, word=agent.word)
+        return _waits_for_turn(agent, message), Answer(agent.state, statement=agent.statement)
     if side is Side.SOURCE:
         after, answer = call(world, world.source, agent, message.attempt, SourceEvent(message.call))
-        if message.word and after.attempt == message.attempt and after.state in (SourceState.RESUMING, SourceState.KEPT):
-            after = after._replace(word=True)
+        if message.statement and after.attempt == message.attempt and after.state in (SourceState.RESUMING, SourceState.KEPT):
+            after = after._replace(statement=True)
         exists = message.foreign and world.checks_peer and here
-        return source_agent.tidy(after), answer._replace(word=after.word and after.attempt == message.attempt, exists=exists)
+        return source_agent.tidy(after), answer._replace(
+            statement=after.statement and after.attempt == message.attempt, exists=exists
+        )
     after, answer = call(world, world.destination, agent, message.attempt, DestinationEvent(message.call))
     return destination_agent.tidy(after), answer

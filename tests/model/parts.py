@@ -96,7 +96,7 @@ class Durable(NamedTuple):
 
     attempt: int
     state: str | None
-    word: bool
+    statement: bool
 
 
 class Agent(NamedTuple):
@@ -111,7 +111,7 @@ class Agent(NamedTuple):
     """The timer of its driver's silence has run out; the next call arms it again."""
     dead: bool = False
     """Its whole host is."""
-    word: bool = False
+    statement: bool = False
     """An operator's word keeps the guest at the source, or took it from the destination."""
     behind: Durable | None = None
     """What a crash leaves of the record, while it is written beside its effect. None: it is durable as it is."""
@@ -152,7 +152,7 @@ class Driver(NamedTuple):
     """Its user was told that the cancel is taken."""
     dead: Side | None = None
     """What an operator has told it is dead, and has not answered since."""
-    by_word: bool = False
+    by_statement: bool = False
     """The source's record carries an operator's word."""
     plan: bool = True
     """It can make the first phases; a driver that takes over cannot."""
@@ -172,7 +172,7 @@ class Answer(NamedTuple):
     state: str | None
     stale: bool = False
     """A later attempt has begun there."""
-    word: bool = False
+    statement: bool = False
     """The record carries an operator's word."""
     exists: bool = False
     """The record is of another destination than the caller's (MIGRATION_EXISTS)."""
@@ -189,7 +189,7 @@ class Message(NamedTuple):
     attempt: int
     call: Call
     answer: Answer | Unanswered = Unanswered.YET
-    word: bool = False
+    statement: bool = False
     """It rests on an operator's word."""
     foreign: bool = False
     """Its driver's destination is a third host."""
@@ -226,8 +226,8 @@ class Cost(IntEnum):
     """A timer runs out although a driver is at work: it was slow. Where nobody drives any more, that is no fault."""
     HOST = 9
     """A host dies: agent, hypervisor and guest."""
-    WORD = 10
-    """An operator says so, at one driver."""
+    STATEMENT = 10
+    """An operator states at one driver that a host is dead."""
     BY_HAND = 11
     """Somebody else makes a call."""
     FORGET = 12

@@ -33,9 +33,9 @@ def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
 
 def _work(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
     if work.stage is Stage.NEWS:
-        event, word = _E(work.what.removesuffix(_BY_WORD)), work.what.endswith(_BY_WORD)
+        event, statement = _E(work.what.removesuffix(_BY_STATEMENT)), work.what.endswith(_BY_STATEMENT)
         after = take(world, world.source, finish_work(agent, work), event)
-        yield f"source: records {work.what}", after._replace(word=after.word or word), hosts, Cost.FREE
+        yield f"source: records {work.what}", after._replace(statement=after.statement or statement), hosts, Cost.FREE
     elif work.stage is Stage.TURN:
         yield f"source: the turn of {work.what} comes", _turn(world, agent, work), hosts, Cost.FREE
     elif work.what in _READS:
@@ -122,7 +122,7 @@ def _resume(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[St
 DECIDED_BY_OTHER = (_S.PERFORMED, _S.LOST)
 """The guest is stopped here, and only the destination's record says what to do."""
 
-_BY_WORD = " by word"
+_BY_STATEMENT = " by statement"
 _CONFIRMS = (_E.CONFIRM_RUNNING, _E.CONFIRM_GONE)
 _READS = {
     "read": None,
@@ -133,9 +133,9 @@ _READS = {
 """The source asks the destination for its record; what counts in its place where that does not answer."""
 
 
-def begins_to_read(agent: Agent, event: SourceEvent, *, relayed: bool, word: bool) -> Agent:
+def begins_to_read(agent: Agent, event: SourceEvent, *, relayed: bool, statement: bool) -> Agent:
     """A Confirm has come: a nudge to read the destination's record."""
-    if word:
+    if statement:
         what = "read, stated dead"
     elif relayed:
         what = "read, relayed running" if event is _E.CONFIRM_RUNNING else "read, relayed gone"
@@ -167,8 +167,8 @@ def _record_of(agent: Agent, destination: Agent) -> DestinationState | None:
 def _read(agent: Agent, work: Work, state: DestinationState | None, *, answered: bool) -> Agent:
     stated = work.what == "read, stated dead"
     event = source_obeys(state, answered=answered, stated_dead=stated)
-    by_word = _BY_WORD if stated and not answered and event is _E.CONFIRM_GONE else ""
-    return tidy(finish_work(agent, work, event and f"{event}{by_word}"))
+    by_statement = _BY_STATEMENT if stated and not answered and event is _E.CONFIRM_GONE else ""
+    return tidy(finish_work(agent, work, event and f"{event}{by_statement}"))
 
 
 _EFFECTS = {

@@ -59,8 +59,8 @@ def _driver(driver: Driver) -> str:
     looking = "?" if driver.mode in (Mode.LOOK_SOURCE, Mode.LOOK_DESTINATION) else ""
     attempt = f"{driver.attempt}:" if driver.attempt > 1 else ""
     destination: DestinationState | None = driver.dst
-    word = f"!{driver.dead} dead" if driver.dead else ""
-    return f"{attempt}{driver.src or '-'}/{destination or '-'}{looking}{'!cancel' if driver.cancel else ''}{word}"
+    statement = f"!{driver.dead} dead" if driver.dead else ""
+    return f"{attempt}{driver.src or '-'}/{destination or '-'}{looking}{'!cancel' if driver.cancel else ''}{statement}"
 
 
 def _changes(before: tuple[str, ...], row: tuple[str, ...]) -> tuple[str, ...]:

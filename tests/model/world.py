@@ -69,7 +69,7 @@ class World:
     """Another driver starts the same migration id towards a third host."""
     checks_peer: bool = True
     """A source tells a driver that its record is of another destination, and the driver stops."""
-    wrong_word: bool = False
+    wrong_statement: bool = False
     """An operator may state of a host that lives that it is dead."""
     durable_driver: bool = True
     """What a driver has acknowledged to its user survives its death."""

@@ -92,8 +92,8 @@ SMALL: tuple[World, ...] = (
         "moves_on",
         "an operator states of a destination that is only cut off that it is dead, and its guest is to move on to a third host",
         in_flight=1,
-        wrong_word=True,
-        budget=budget(word=1, crash_destination=1, move=1),
+        wrong_statement=True,
+        budget=budget(statement=1, crash_destination=1, move=1),
         checks=ALL - {TWO_RUN, GOES_BACK},
     ),
     World(
@@ -109,7 +109,7 @@ SMALL: tuple[World, ...] = (
         "the destination's host dies, an operator says so, and it comes back",
         takeover=False,
         in_flight=2,
-        budget=budget(host=1, word=1),
+        budget=budget(host=1, statement=1),
     ),
     World(
         "third_host",
@@ -120,11 +120,11 @@ SMALL: tuple[World, ...] = (
         budget=budget(cancel=1),
     ),
     World(
-        "wrong_word",
+        "wrong_statement",
         "an operator states of a host that lives that it is dead",
         in_flight=2,
-        wrong_word=True,
-        budget=budget(word=1, cancel=1),
+        wrong_statement=True,
+        budget=budget(statement=1, cancel=1),
     ),
     World(
         "cancelled_driver_dies",
@@ -138,14 +138,14 @@ SMALL: tuple[World, ...] = (
         "the destination is back, and the attempt goes on, before the operator's word gets to the source",
         takeover=False,
         in_flight=2,
-        budget=budget(host=1, word=1, crash_driver=1),
+        budget=budget(host=1, statement=1, crash_driver=1),
     ),
     World(
         "looked_at_before_disowned",
         "the same, and a driver that comes back, too, looks at the destination before that has asked whose the guest is",
         takeover=False,
         in_flight=1,
-        budget=budget(host=1, word=1, crash_driver=1),
+        budget=budget(host=1, statement=1, crash_driver=1),
     ),
 )
 """A minute in all, on a core that is idle."""
@@ -238,7 +238,7 @@ FULL: tuple[World, ...] = (
         "host_declared_dead",
         "either host dies, an operator says so, and it comes back",
         in_flight=2,
-        budget=budget(host=1, word=1, crash_source=1, fail=1, cancel=1),
+        budget=budget(host=1, statement=1, crash_source=1, fail=1, cancel=1),
         checks=BUT_ONLY_COPY,
     ),
     World(
@@ -272,11 +272,11 @@ FULL: tuple[World, ...] = (
         budget=budget(by_hand=1, cancel=1, crash_source=1),
     ),
     World(
-        "wrong_words",
+        "wrong_statements",
         "an operator states of hosts that live that they are dead, and a call fails",
         in_flight=2,
-        wrong_word=True,
-        budget=budget(word=1, cancel=1, fail=1),
+        wrong_statement=True,
+        budget=budget(statement=1, cancel=1, fail=1),
     ),
     World(
         "post_copy_host_declared_dead",
@@ -284,7 +284,7 @@ FULL: tuple[World, ...] = (
         takeover=False,
         postcopy=True,
         in_flight=2,
-        budget=budget(host=1, word=1, crash_destination=1, lose=1),
+        budget=budget(host=1, statement=1, crash_destination=1, lose=1),
     ),
 )
 """Some sixteen million states: a quarter of an hour on one core that others use as well, a third of that on one that is idle."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc.aio
 
-from agent.handshake.host.records import duration
+from agent.runtime.wire import duration
 from agent.service.channel import open_channel
 from agent.service.handshake_service import RemotePeer
 from agent.service.status import error_from_rpc

@@ -3,10 +3,11 @@
 import pytest
 
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc, host_pb2
 from tests.kit.cluster import Cluster
-from tests.scenarios.conversation import Talk, assert_idle, duration, new_id, record_state
+from tests.scenarios.conversation import Talk, assert_idle, new_id, record_state
 
 
 async def reserve(source: Talk, destination: Talk, ref: pb.AttemptRef, domain: str) -> pb.ReserveSlotResponse:

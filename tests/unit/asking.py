@@ -10,9 +10,10 @@ import pytest
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
-from agent.handshake.host.records import AttemptRecord, Failure, Role
+from agent.handshake.host.records import AttemptRecord, Role
 from agent.hypervisor.features import features_to_proto
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 from tests.unit.fake_hypervisor import FEATURES, UUID
@@ -124,8 +125,8 @@ def confirm(decision: pb.Decision.ValueType, **fields: Any) -> pb.ConfirmRequest
     return pb.ConfirmRequest(**{"ref": REF, "decision": decision, "destination_record": destination_record(state), **fields})
 
 
-def word(dead_host: str) -> pb.OperatorWord:
-    said = pb.OperatorWord(dead_host=dead_host, reason="power pulled", said_by="root@admin1")
+def statement(dead_host: str) -> pb.Statement:
+    said = pb.Statement(dead_host=dead_host, reason="power pulled", said_by="root@admin1")
     said.say_time.GetCurrentTime()
     return said
 

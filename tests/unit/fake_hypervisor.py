@@ -25,12 +25,12 @@ from agent.hypervisor.base import (
     Options,
     Performed,
     Prepared,
-    Progress,
     Requirements,
     Stored,
     Support,
     TransferFailed,
 )
+from agent.transfer.progress import Progress
 
 UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0001"
 DOCUMENT = f"<domain><uuid>{UUID}</uuid></domain>"

@@ -147,7 +147,7 @@ def test_an_answer_that_is_too_large_names_its_field(answer: Message, field: str
 
 def test_of_an_answer_only_the_sizes_count() -> None:
     """A record that is said clumsily, or by a newer agent, is read all the same."""
-    record = {"ref": {"migration_id": "?"}, "state": 99, "waiting_for": "two\nlines", "operator_word": {}, "revision": -1}
+    record = {"ref": {"migration_id": "?"}, "state": 99, "waiting_for": "two\nlines", "statement": {}, "revision": -1}
     answer = make(handshake_pb2.GetRecordResponse, record=record)
     answer.MergeFromString(b"\xa8\x0f\x01")  # field 245, a varint
     check_answer(answer)
@@ -205,7 +205,7 @@ def test_6_29_a_network_has_an_ip_address(address: str) -> None:
 
 @pytest.mark.parametrize(("seconds", "nanos"), [(-1, 0), (253_402_300_800, 0), ((1 << 63) - 1, 0), (0, -1), (0, 1_000_000_000)])
 def test_6_29_a_time_is_one_that_a_calendar_has(seconds: int, nanos: int) -> None:
-    word = handshake_pb2.OperatorWord(dead_host="h2", reason="r", said_by="me")
+    word = handshake_pb2.Statement(dead_host="h2", reason="r", said_by="me")
     word.say_time.seconds, word.say_time.nanos = seconds, nanos
-    error = refusal(migration_pb2.ResolveMigrationRequest(migration_id=UUID, word=word))
-    assert (error.reason, error.metadata["field"]) == (Reason.INVALID_FIELD, "word.say_time")
+    error = refusal(migration_pb2.ResolveMigrationRequest(migration_id=UUID, statement=word))
+    assert (error.reason, error.metadata["field"]) == (Reason.INVALID_FIELD, "statement.say_time")

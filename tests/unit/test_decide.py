@@ -159,7 +159,7 @@ def test_a_word_stands_for_a_host_but_never_against_a_known_commit(
 
 def test_a_destination_that_is_back_is_given_time_to_learn_that_an_operators_word_took_the_guest() -> None:
     for cancel in (True, False):
-        assert decide(Src.KEPT, Dst.RUNNING, cancel=cancel, by_word=True) == frozenset()
-        assert decide(Src.RESUMING, Dst.RUNNING, cancel=cancel, by_word=True) == {Call.CONFIRM_GONE}
-        assert decide(Src.PERFORMED, Dst.RUNNING, cancel=cancel, by_word=True) == {Call.CONFIRM_RUNNING}
+        assert decide(Src.KEPT, Dst.RUNNING, cancel=cancel, by_statement=True) == frozenset()
+        assert decide(Src.RESUMING, Dst.RUNNING, cancel=cancel, by_statement=True) == {Call.CONFIRM_GONE}
+        assert decide(Src.PERFORMED, Dst.RUNNING, cancel=cancel, by_statement=True) == {Call.CONFIRM_RUNNING}
     assert not ended(Src.KEPT, Dst.RUNNING)

@@ -30,8 +30,8 @@ from tests.unit.asking import (
     requirements,
     reserve,
     source_record,
+    statement,
     until,
-    word,
 )
 from tests.unit.fake_hypervisor import UUID, guest
 from tests.unit.two_agents import Agent, Line, Pair
@@ -72,13 +72,13 @@ async def test_6_01_a_source_does_what_its_destination_says_whatever_is_claimed(
 
 async def test_6_01_a_statement_does_not_count_while_the_host_answers(pair: Pair) -> None:
     await stopped(pair)
-    request = confirm(pb.DECISION_GONE, operator_word=word("h2"), destination_record=None)
+    request = confirm(pb.DECISION_GONE, statement=statement("h2"), destination_record=None)
     error = await fails(pair.source.engine.confirm(request), Reason.NOT_IN_DOUBT)
     assert "h2 answers h1" in error.message
     assert pair.states == ("performed", "armed")
     pair.to_destination.cut = True
     answer = await pair.source.engine.confirm(request)
-    assert answer.record.operator_word.dead_host == "h2"
+    assert answer.record.statement.dead_host == "h2"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ async def test_6_01_an_armed_copy_is_not_given_up_on_anybodys_word(pair: Pair) -
     await pair.are("performing", "armed")
     error = await fails(pair.destination.engine.abandon(KEPT), Reason.UNDECIDED)
     assert "performing" in error.message
-    stated = pb.AbandonRequest(ref=REF, source_kept=True, operator_word=word("h1"))
+    stated = pb.AbandonRequest(ref=REF, source_kept=True, statement=statement("h1"))
     await fails(pair.destination.engine.abandon(stated), Reason.NOT_IN_DOUBT)
     pair.wire.all_sent.set()
     await driving

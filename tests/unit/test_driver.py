@@ -6,10 +6,10 @@ import pytest
 
 import agent.handshake.drive.driver as driver_module
 import agent.handshake.host.destination_side
-from agent.handshake.host.records import Failure
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, fails, finished, make_plan, until
 from tests.unit.two_agents import Pair, pair_of_agents

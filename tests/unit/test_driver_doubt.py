@@ -8,7 +8,7 @@ import agent.handshake.drive.driver
 from agent.handshake.drive.driver import Driver
 from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import CANCELLED, PATIENCE, REF, finished, make_plan, until, word
+from tests.unit.asking import CANCELLED, PATIENCE, REF, finished, make_plan, statement, until
 from tests.unit.two_agents import Line, Pair, pair_of_agents, quicker
 
 # --- in doubt ---------------------------------------------------------------------------------------------------------
@@ -109,12 +109,12 @@ async def test_a_dead_destination_lets_the_guest_run_on_and_the_word_is_recorded
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
-    driver.declare_dead("destination", word("h2"))
+    driver.declare_dead("destination", statement("h2"))
     assert not driver.outcome_unknown
     await running
     assert pair.runs_on == ["h1"]
     assert pair.states == ("kept", "armed")
-    said = (await pair.source.record()).operator_word
+    said = (await pair.source.record()).statement
     assert (said.dead_host, said.said_by, said.reason) == ("h2", "root@admin1", "power pulled")
     assert (await pair.source.record()).failure.reason == Reason.DECLARED_DEAD
 
@@ -126,11 +126,11 @@ async def test_a_dead_source_ends_an_armed_copy_that_hears_nothing(pair: Pair) -
     await pair.are("performing", "armed")
     pair.to_source.cut = True
     await until(lambda: "source" in driver.silent_since)
-    driver.declare_dead("source", word("h1"))
+    driver.declare_dead("source", statement("h1"))
     await running
     record = await pair.destination.record()
     assert pair.states[1] == "gone"
-    assert record.operator_word.dead_host == "h1"
+    assert record.statement.dead_host == "h1"
     assert record.failure.reason == Reason.DECLARED_DEAD
 
 
@@ -140,7 +140,7 @@ async def test_a_dead_source_of_a_guest_that_has_come_is_not_waited_for(pair: Pa
     running = asyncio.create_task(finished(driver))
     await until(lambda: driver.destination_state == "running" and "source" in driver.silent_since)
     assert not driver.outcome_unknown  # it runs at the destination, whatever the source says
-    driver.declare_dead("source", word("h1"))
+    driver.declare_dead("source", statement("h1"))
     await running
     assert driver.states == ("removed", "running")
 
@@ -150,7 +150,7 @@ async def test_the_next_answer_of_a_host_refutes_the_word(pair: Pair) -> None:
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     pair.to_source.cut = True  # so that the word does not work at once
-    driver.declare_dead("destination", word("h2"))
+    driver.declare_dead("destination", statement("h2"))
     assert driver.states[1] == "gone"
     pair.to_destination.cut = False
     await driver._look("destination")
@@ -167,7 +167,7 @@ async def test_a_host_that_answers_after_all_refutes_the_word_for_good(pair: Pai
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     pair.to_source.cut = True
-    driver.declare_dead("destination", word("h2"))
+    driver.declare_dead("destination", statement("h2"))
     await until(lambda: "source" in driver.silent_since)
     pair.to_destination.cut = False
     await driver._look("destination")
@@ -187,9 +187,9 @@ async def test_both_hosts_can_be_declared_dead(pair: Pair) -> None:
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     pair.to_source.cut = True
-    driver.declare_dead("destination", word("h2"))
+    driver.declare_dead("destination", statement("h2"))
     await until(lambda: "source" in driver.silent_since)
-    driver.declare_dead("source", word("h1"))
+    driver.declare_dead("source", statement("h1"))
     await running
     assert driver.ended
 
@@ -198,7 +198,7 @@ async def test_a_host_that_was_not_dead_is_looked_at_until_it_has_learned_what_w
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
-    driver.declare_dead("destination", word("h2"))
+    driver.declare_dead("destination", statement("h2"))
     await pair.source.reaches("kept")
     await running
     pair.wire.starts.set()  # it was not dead
@@ -352,7 +352,7 @@ async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -
     driver = pair.driver()
     resuming = asyncio.create_task(driver.resume())
     await until(lambda: "source" in driver.silent_since)
-    driver.declare_dead("source", word("h1"))
+    driver.declare_dead("source", statement("h1"))
     await asyncio.wait_for(resuming, PATIENCE)
     assert driver.ended
 

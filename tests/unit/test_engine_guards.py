@@ -6,19 +6,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from agent.handshake.host.phases import look_up
-from agent.handshake.host.records import Failure, OperatorWord, Role, state_from_proto
-from agent.hypervisor.base import (
-    ECHO,
-    Domain,
-    DomainBusy,
-    DomainState,
-    HypervisorError,
-    HypervisorUnavailable,
-    Job,
-    TransferFailed,
-)
+from agent.handshake.host.records import Role, Statement, state_from_proto
+from agent.hypervisor.base import Domain, DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Job, TransferFailed
 from agent.hypervisor.guest_fact import GuestFact, GuestState
 from agent.runtime.errors import Reason
+from agent.runtime.failure import ECHO, Failure
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
     CANCELLED,
@@ -33,8 +25,8 @@ from tests.unit.asking import (
     prepare,
     record,
     reserve,
+    statement,
     until,
-    word,
 )
 from tests.unit.fake_hypervisor import UUID, guest
 from tests.unit.test_engine import to_armed
@@ -317,9 +309,9 @@ async def test_a_word_must_be_about_the_other_host(pair: Pair) -> None:
     pair.source.hypervisor.put(PAUSED)
     for agent in (pair.source, pair.destination):
         await agent.restart()
-    abandon = pb.AbandonRequest(ref=REF, source_kept=True, operator_word=word("h2"))
+    abandon = pb.AbandonRequest(ref=REF, source_kept=True, statement=statement("h2"))
     await fails(pair.destination.engine.abandon(abandon), Reason.INVALID_FIELD)
-    await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE, operator_word=word("h1"))), Reason.INVALID_FIELD)
+    await fails(pair.source.engine.confirm(confirm(pb.DECISION_GONE, statement=statement("h1"))), Reason.INVALID_FIELD)
     assert pair.states == ("performed", "armed")
 
 
@@ -328,7 +320,7 @@ async def test_a_host_that_was_wrongly_declared_dead_learns_it_without_a_restart
     driver = brief.driver()
     running = asyncio.create_task(finished(driver))
     await brief.in_doubt(driver)
-    driver.declare_dead("destination", word("h2"))
+    driver.declare_dead("destination", statement("h2"))
     await running
     brief.wire.starts.set()
     brief.to_destination.cut = False
@@ -340,7 +332,7 @@ async def test_an_armed_host_that_was_declared_dead_pauses_what_has_started_mean
     h2 = brief.destination
     h2.keep(record(Role.DESTINATION, "armed"))
     h2.hypervisor.put(WAITS)
-    brief.source.keep(record(Role.SOURCE, "kept", operator_word=OperatorWord.of(word("h2"))))
+    brief.source.keep(record(Role.SOURCE, "kept", statement=Statement.of(statement("h2"))))
     held = h2.hypervisor.held["abandon"] = asyncio.Event()
     await h2.restart()
     await until(lambda: "abandon" in h2.effects)

@@ -6,11 +6,11 @@ import time
 import pytest
 
 from agent.handshake.host import owner
-from agent.handshake.host.records import OperatorWord, Role, state_from_proto
+from agent.handshake.host.records import Role, Statement, state_from_proto
 from agent.hypervisor.base import RESUMED, DomainState, HypervisorUnavailable
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import PATIENCE, REF, begin, confirm, fails, finish, perform, record, requirements, reserve, until, word
+from tests.unit.asking import PATIENCE, REF, begin, confirm, fails, finish, perform, record, requirements, reserve, statement, until
 from tests.unit.fake_hypervisor import guest
 from tests.unit.test_engine import to_armed
 from tests.unit.two_agents import Pair, quicker
@@ -32,8 +32,8 @@ def pair(pair: Pair) -> Pair:
 
 async def declared_dead(pair: Pair) -> None:
     """The source kept the guest because h2 was said to be dead; h2 has started it all the same."""
-    said = OperatorWord.of(word("h2"))
-    pair.source.keep(record(Role.SOURCE, "kept", operator_word=said, failure=said.failure()))
+    said = Statement.of(statement("h2"))
+    pair.source.keep(record(Role.SOURCE, "kept", statement=said, failure=said.failure()))
     pair.destination.keep(record(Role.DESTINATION, "running"))
     pair.destination.hypervisor.put(RUNS)
 
@@ -45,7 +45,7 @@ async def test_a_host_that_was_declared_dead_stops_its_copy_when_it_comes_back(p
     ended = await pair.destination.record()
     assert pair.destination.effects[0] == "disown"
     assert pair.runs_on == []
-    assert (ended.failure.reason, ended.operator_word.said_by) == (Reason.DECLARED_DEAD, "root@admin1")
+    assert (ended.failure.reason, ended.statement.said_by) == (Reason.DECLARED_DEAD, "root@admin1")
 
 
 async def test_6_01_a_later_attempt_takes_no_place_of_one_that_moved_the_guest(pair: Pair) -> None:
@@ -311,7 +311,7 @@ async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_l
     await agent.journal.waiting.wait()
     request = confirm(pb.DECISION_RUNNING, cookie_in=b"finished")
     if decision == "gone":
-        request = confirm(pb.DECISION_GONE, operator_word=word("h2"), destination_record=None)
+        request = confirm(pb.DECISION_GONE, statement=statement("h2"), destination_record=None)
     confirming = asyncio.create_task(agent.engine.confirm(request))
     await asyncio.sleep(0.02)
     agent.journal.held.set()
@@ -319,7 +319,7 @@ async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_l
     if decision == "running":
         assert agent.hypervisor.arguments["remove"][0] == b"finished"
     else:
-        assert answer.record.operator_word.dead_host == "h2"
+        assert answer.record.statement.dead_host == "h2"
         assert answer.record.failure.reason == Reason.DECLARED_DEAD
 
 

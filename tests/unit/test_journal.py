@@ -12,8 +12,8 @@ import pytest
 
 import agent.handshake.host.journal
 from agent.handshake.host.journal import Journal
-from agent.handshake.host.records import AttemptRecord, OperatorWord, Role, encode
-from tests.unit.asking import ID, record, word
+from agent.handshake.host.records import AttemptRecord, Role, Statement, encode
+from tests.unit.asking import ID, record, statement
 
 
 @pytest.fixture
@@ -65,13 +65,13 @@ async def test_6_6_a_commit_stays_until_its_source_has_ended(journal: Journal) -
 
 
 async def test_6_6_what_an_operator_stated_stays_until_the_other_host_can_learn_it(journal: Journal) -> None:
-    said = OperatorWord.of(word("h2"))
-    await journal.put_attempt(record(Role.SOURCE, "kept", operator_word=said))
+    said = Statement.of(statement("h2"))
+    await journal.put_attempt(record(Role.SOURCE, "kept", statement=said))
     for number in range(10):
         await journal.put_attempt(numbered(number, "kept", role=Role.SOURCE))
     found = await journal.get_attempt(ID)
     assert found is not None
-    assert found.operator_word == said
+    assert found.statement == said
     assert await journal.unsettled() == []
 
 
@@ -118,12 +118,12 @@ async def test_6_6_epochs_rise_over_restarts(journal: Journal) -> None:
 
 async def test_6_6_a_journal_of_an_earlier_drover_is_read(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
-    said = OperatorWord.of(word("h2"))
+    said = Statement.of(statement("h2"))
     rows = [
         (2, numbered(1, "running")),
         (1, numbered(2, "removed", role=Role.SOURCE)),
         (2, record(Role.DESTINATION, "running")),
-        (1, numbered(3, "kept", role=Role.SOURCE, operator_word=said)),
+        (1, numbered(3, "kept", role=Role.SOURCE, statement=said)),
         (0, numbered(4, "performing", role=Role.SOURCE)),
     ]
     first = agent.handshake.host.journal._SCHEMA[0]

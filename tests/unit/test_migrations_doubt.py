@@ -10,7 +10,7 @@ from agent.migration.fencing import FencingConfig
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, fails, until, word
+from tests.unit.asking import ID, fails, statement, until
 from tests.unit.fake_directory import Driving
 from tests.unit.two_agents import JOURNAL_DOWN, Line, Pair, QuickAsyncio
 
@@ -142,7 +142,7 @@ async def test_6_6_a_cancel_that_cannot_be_written_down_is_carried_out_and_not_a
 async def test_6_6_an_acknowledged_statement_survives_a_restart_before_an_agent_heard_it(driving: Driving) -> None:
     await in_doubt(driving)
     driving.pair.to_source.cut = True
-    await driving.migrations.resolve(ID, word("h2"))
+    await driving.migrations.resolve(ID, statement("h2"))
     await driving.restart()
     assert [said.dead_host for said in driving.migrations.get(ID).statements] == ["h2"]
     driving.pair.to_source.cut = False
@@ -155,7 +155,7 @@ async def test_6_6_statements_about_both_hosts_survive_a_restart(driving: Drivin
     await in_doubt(driving)
     driving.pair.to_source.cut = True
     for host in ("h2", "h1"):
-        await driving.migrations.resolve(ID, word(host))
+        await driving.migrations.resolve(ID, statement(host))
     ended = await driving.ended(ID)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "")
     saved = pb.Migration.FromString(driving.log.rows[ID][0])
@@ -165,7 +165,7 @@ async def test_6_6_statements_about_both_hosts_survive_a_restart(driving: Drivin
 async def test_6_6_a_statement_that_was_refuted_does_not_count_after_a_restart(driving: Driving) -> None:
     await in_doubt(driving)
     driving.pair.to_source.cut = True
-    await driving.migrations.resolve(ID, word("h2"))
+    await driving.migrations.resolve(ID, statement("h2"))
     driving.pair.to_destination.cut = False
     await driving.restart()
     await until(lambda: not pb.Migration.FromString(driving.log.rows[ID][0]).statements)
@@ -180,7 +180,7 @@ async def test_6_6_a_statement_that_was_refuted_does_not_count_after_a_restart(d
 async def test_6_6_a_statement_that_cannot_be_written_down_changes_nothing(driving: Driving) -> None:
     before = await in_doubt(driving)
     driving.log.fails = [JOURNAL_DOWN]
-    await fails(driving.migrations.resolve(ID, word("h2")), Reason.JOURNAL_UNAVAILABLE)
+    await fails(driving.migrations.resolve(ID, statement("h2")), Reason.JOURNAL_UNAVAILABLE)
     after = driving.migrations.get(ID)
     assert (after.state, list(after.statements)) == (before.state, [])
     assert driving.pair.runs_on == []
@@ -215,26 +215,26 @@ async def test_the_outcome_is_unknown_and_known_again(driving: Driving) -> None:
 
 async def test_the_word_of_an_operator_ends_it_and_is_kept(driving: Driving) -> None:
     await in_doubt(driving)
-    said = word("h2")
+    said = statement("h2")
     said.ClearField("say_time")
     await driving.migrations.resolve(ID, said)
     ended = await driving.ended(ID)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "h1")
     assert ended.failure.reason == Reason.DECLARED_DEAD
-    assert (ended.operator_word.dead_host, ended.operator_word.said_by) == ("h2", "root@admin1")
-    assert ended.operator_word.HasField("say_time")
-    assert (await driving.pair.source.record()).operator_word.said_by == "root@admin1"
+    assert (ended.statement.dead_host, ended.statement.said_by) == ("h2", "root@admin1")
+    assert ended.statement.HasField("say_time")
+    assert (await driving.pair.source.record()).statement.said_by == "root@admin1"
     assert driving.pair.runs_on == ["h1"]
 
 
 async def test_only_a_host_that_takes_part_and_is_silent_can_be_declared_dead(driving: Driving) -> None:
     await flowing(driving)
     for host, reason in (("h3", Reason.HOST_NOT_FOUND), ("h1", Reason.NOT_IN_DOUBT), ("h2", Reason.NOT_IN_DOUBT)):
-        await fails(driving.migrations.resolve(ID, word(host)), reason)
+        await fails(driving.migrations.resolve(ID, statement(host)), reason)
     driving.pair.wire.all_sent.set()
     ended = await driving.ended(ID)
-    await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
-    await fails(driving.migrations.resolve("another", word("h2")), Reason.MIGRATION_NOT_FOUND)
+    await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
+    await fails(driving.migrations.resolve("another", statement("h2")), Reason.MIGRATION_NOT_FOUND)
     assert driving.migrations.get(ID) == ended
 
 
@@ -243,7 +243,7 @@ async def test_6_19_a_host_is_asked_before_it_is_said_to_answer(driving: Driving
     await flowing(driving)
     driving.pair.to_destination.cut = True
     assert not driving.migrations.get(ID).silent_hosts
-    resolved = await driving.migrations.resolve(ID, word("h2"))
+    resolved = await driving.migrations.resolve(ID, statement("h2"))
     assert [said.dead_host for said in resolved.statements] == ["h2"]
 
 
@@ -252,7 +252,7 @@ async def test_6_19_a_host_is_asked_before_it_is_taken_for_dead(driving: Driving
     await in_doubt(driving)
     driving.pair.to_destination.cut = False
     assert list(driving.migrations.get(ID).silent_hosts) == ["h2"]
-    await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
     driving.pair.wire.starts.set()
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
 
@@ -260,14 +260,14 @@ async def test_6_19_a_host_is_asked_before_it_is_taken_for_dead(driving: Driving
 async def test_6_19_a_host_that_answers_with_an_error_answers(driving: Driving) -> None:
     await in_doubt(driving)
     driving.pair.to_destination.refuse["get_record"] = [JOURNAL_DOWN]
-    await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
 
 
 async def test_6_19_a_migration_that_is_being_taken_up_again_says_so(driving: Driving) -> None:
     await in_doubt(driving)
     driving.directory.held = asyncio.Event()
     await driving.restart()
-    error = await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    error = await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
     assert "was not asked yet" in error.message
     driving.directory.held.set()
 
@@ -336,8 +336,8 @@ async def test_a_fenced_host_is_dead_by_the_word_of_the_command(pair: Pair, tmp_
     finally:
         await driving.close()
     assert fence.runs == ["h2"]
-    assert (ended.operator_word.said_by, ended.operator_word.dead_host) == ("fencing command", "h2")
-    assert "pulled" in ended.operator_word.reason
+    assert (ended.statement.said_by, ended.statement.dead_host) == ("fencing command", "h2")
+    assert "pulled" in ended.statement.reason
     assert pair.runs_on == ["h1"]
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.DECLARED_DEAD)
 
@@ -427,7 +427,7 @@ async def test_6_13_a_host_that_the_other_one_hears_is_not_declared_dead(driving
     pair.to_destination.cut = True
     pair.wire.all_sent.set()
     await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
-    error = await fails(driving.migrations.resolve(ID, word("h2")), Reason.NOT_IN_DOUBT)
+    error = await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
     assert "the other host of the migration hears it" in error.message
     pair.wire.starts.set()
     ended = await driving.ended(ID)

@@ -36,7 +36,7 @@ def test_the_same_seed_makes_the_same_calls() -> None:
         made = []
         for _ in range(50):
             host, method, request = outsider.next()
-            request.ClearField("operator_word") if "operator_word" in request.DESCRIPTOR.fields_by_name else None  # has the time
+            request.ClearField("statement") if "statement" in request.DESCRIPTOR.fields_by_name else None  # has the time
             made.append(f"{host} {method} {request}")
         return made
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from agent.handshake.host.journal import Journal
-from agent.handshake.host.records import AttemptRecord, Failure, Role
+from agent.handshake.host.records import AttemptRecord, Role
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from agent.runtime.paging import MAX_ITEM_BYTES, PAGE_BYTES, Key, Paging
 from agent.service.bounds import MAX_BYTES, MAX_ITEMS, MAX_STRING, check_request
 from agent.service.channel import MAX_MESSAGE_BYTES, all_pages, open_channel

@@ -7,15 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.handshake.drive.driver import Driver
-from agent.handshake.host.records import Failure, duration, failure_to_proto, timestamp
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState, fact_to_proto
 from agent.migration.progress import describe, impossible, phase, union, with_eta
 from agent.runtime.errors import Reason
+from agent.runtime.failure import Failure, failure_to_proto
+from agent.runtime.wire import duration, timestamp
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import CANCELLED, REF, make_plan, word
+from tests.unit.asking import CANCELLED, REF, make_plan, statement
 
 BEFORE = pb.Migration(
     migration_id="m1",
@@ -52,7 +53,7 @@ def seen(driver: Driver, before: pb.Migration = BEFORE, *, ended: bool = False) 
 def test_what_to_do_about_a_host_that_was_not_dead() -> None:
     driver = says(knows(Src.KEPT, Dst.RUNNING), _RUNS, _RUNS)
     assert driver.source_record is not None
-    driver.source_record.operator_word.CopyFrom(word("h2"))
+    driver.source_record.statement.CopyFrom(statement("h2"))
     told = seen(driver)
     assert (told.runs_on, told.HasField("commit_time")) == ("h1", False)
     for needed in ("h2 to give up its copy", "goes on at h1", "asks again within half a minute", "drover migration watch m1"):
@@ -123,7 +124,7 @@ def test_where_the_guest_runs(src: Src, dst: Dst, here: GuestFact | None, there:
 
 def test_a_guest_does_not_run_on_a_host_that_is_dead() -> None:
     driver = says(knows(Src.PERFORMING, Dst.GONE, "source"), _RUNS, GuestFact(GuestState.ABSENT))
-    driver.declare_dead("source", word("h1"))
+    driver.declare_dead("source", statement("h1"))
     assert seen(driver, ended=True).runs_on == ""
 
 

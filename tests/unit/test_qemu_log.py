@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("libvirt")
 
-from agent.hypervisor.base import ECHO
 from agent.hypervisor.libvirt.qemu_log import death, destroyed
+from agent.runtime.failure import ECHO
 
 START = "2026-11-25 18:37:55.100+0000: starting up libvirt version: 9.0.0, qemu version: 7.2.22\nPATH=/usr/bin \\\n-S\n"
 OOM = "2026-11-25T18:37:56.1Z qemu-system-x86_64: cannot set up guest memory 'pc.ram': Cannot allocate memory\n"

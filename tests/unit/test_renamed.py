@@ -6,7 +6,7 @@ from agent.config import ConfigError
 from agent.main import check_name
 from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import REF, confirm, fails, reserve, word
+from tests.unit.asking import REF, confirm, fails, reserve, statement
 from tests.unit.test_decisions_read import stopped
 from tests.unit.two_agents import Pair
 
@@ -15,7 +15,7 @@ async def test_6_01_a_host_whose_name_was_changed_is_not_dead(pair: Pair) -> Non
     """Its agent has the record of this attempt, under another name: an operator who believes the old name dead is wrong."""
     await stopped(pair)
     pair.destination.engine.host.name = "h2b"
-    request = confirm(pb.DECISION_GONE, operator_word=word("h2"), destination_record=None)
+    request = confirm(pb.DECISION_GONE, statement=statement("h2"), destination_record=None)
     error = await fails(pair.source.engine.confirm(request), Reason.NOT_IN_DOUBT)
     assert "h2b" in error.message
     assert pair.states == ("performed", "armed")

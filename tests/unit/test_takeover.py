@@ -1,18 +1,19 @@
 """agent.migration.takeover: whom it can ask, what it does where it cannot, and what can be done to what it drives."""
 
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from structlog.testing import capture_logs
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.records import Role
-from agent.migration.takeover import WARNING, TakeOver
+from agent.migration.takeover import WARNING, take_over
 from agent.service.handshake_service import RemotePeer
-from agent.service.peers import MAX_CHANNELS, Channels
+from agent.service.peers import MAX_CHANNELS, Channels, other_side
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, begin, finish, perform, prepare, record, reserve, until, word
+from tests.unit.asking import ID, begin, finish, perform, prepare, record, reserve, statement, until
 from tests.unit.fake_directory import Driving
 from tests.unit.two_agents import Agent, Pair
 
@@ -35,11 +36,9 @@ async def performing(address: str) -> tuple[Agent, Attempt]:
 @pytest.mark.parametrize("address", ["", "h2.example:7400", "10.91.0.2", "nonsense"])
 async def test_an_agent_whose_address_is_none_is_not_asked(channels: Channels, driving: Driving, address: str) -> None:
     agent, attempt = await performing(address)
-    take_over = TakeOver("h1", channels)
-    take_over.migrations = driving.migrations
     with capture_logs() as logs:
-        assert take_over.other_side(attempt) is None
-        take_over(attempt)  # as from a timer: nobody would see what it raises
+        assert other_side(channels, attempt) is None
+        take_over(attempt, driving.migrations, "h1", functools.partial(other_side, channels))
     assert driving.migrations.list(active_only=False) == []
     assert [line["log_level"] for line in logs] == ["error"] * (3 if address else 1)
     await agent.close()
@@ -47,12 +46,12 @@ async def test_an_agent_whose_address_is_none_is_not_asked(channels: Channels, d
 
 async def test_the_other_side_is_a_peer_at_its_address(channels: Channels) -> None:
     agent, attempt = await performing("127.0.0.1:1")
-    assert isinstance(TakeOver("h1", channels).other_side(attempt), RemotePeer)
+    assert isinstance(other_side(channels, attempt), RemotePeer)
     await agent.close()
 
 
-async def left_alone(pair: Pair, driving: Driving, channels: Channels) -> TakeOver:
-    """A driver went as far as Finish, and away; h1 has noticed."""
+async def left_alone(pair: Pair, driving: Driving, channels: Channels) -> Callable[[], None]:
+    """A driver went as far as Finish, and away; h1 has noticed. Returns what takes over once more."""
     pair.wire.all_sent.clear()
     h1, h2 = pair.source.engine, pair.destination.engine
     await h2.reserve_slot(reserve())
@@ -60,16 +59,15 @@ async def left_alone(pair: Pair, driving: Driving, channels: Channels) -> TakeOv
     await h2.prepare(prepare())
     await h1.perform(perform())
     await h2.finish(finish())
-    take_over = TakeOver("h1", channels)
-    take_over.migrations = driving.migrations
-    take_over(h1.active()[0])
-    return take_over
+    again = functools.partial(take_over, h1.active()[0], driving.migrations, "h1", functools.partial(other_side, channels))
+    again()
+    return again
 
 
 async def test_what_was_taken_over_is_driven_once_and_can_be_seen(pair: Pair, driving: Driving, channels: Channels) -> None:
-    take_over = await left_alone(pair, driving, channels)
+    again = await left_alone(pair, driving, channels)
     task = driving.migrations._entries[ID].task
-    take_over(pair.source.engine.active()[0])
+    again()
     assert driving.migrations._entries[ID].task is task
     shown = driving.migrations.get(ID)
     assert (shown.domain_name, shown.source_host, shown.destination_host) == ("web1", "h1", "h2")
@@ -93,10 +91,10 @@ async def test_what_was_taken_over_can_be_resolved(pair: Pair, driving: Driving,
     pair.to_destination.cut = True
     pair.wire.all_sent.set()
     await until(lambda: driving.migrations.get(ID).state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
-    said: handshake_pb2.OperatorWord = word("h2")
+    said: handshake_pb2.Statement = statement("h2")
     await driving.migrations.resolve(ID, said)
     ended = await driving.ended(ID)
-    assert (ended.runs_on, ended.operator_word.said_by) == ("h1", "root@admin1")
+    assert (ended.runs_on, ended.statement.said_by) == ("h1", "root@admin1")
 
 
 async def test_addresses_that_anybody_names_do_not_pile_up(channels: Channels) -> None:

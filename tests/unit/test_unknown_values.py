@@ -12,12 +12,13 @@ from google.protobuf.message_factory import GetMessageClass
 
 import agent.handshake.drive.driver
 from agent.handshake.drive.driver import Driver
-from agent.handshake.host.records import AttemptRecord, Failure, Role, decode, encode
+from agent.handshake.host.records import AttemptRecord, Role, decode, encode
 from agent.hypervisor.base import Support
 from agent.hypervisor.features import support_of
 from agent.migration.migration import FINAL
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from agent.service.bounds import check_answer
 from agent.service.status import error_from_rpc, to_status, trailing_metadata
 from coordinator.client import Domain, Host, Migration
@@ -82,7 +83,7 @@ def test_6_11_the_client_shows_what_it_does_not_know() -> None:
 def test_6_11_where_a_guest_is_in_a_state_that_is_not_known_is_told_as_such() -> None:
     migration = migration_pb2.Migration()
     fill(migration)
-    migration.ClearField("operator_word")
+    migration.ClearField("statement")
     assert "does not know" in whereabouts(migration).sentence
 
 

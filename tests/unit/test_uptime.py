@@ -5,8 +5,8 @@ from typing import Any, cast
 
 import pytest
 
-from agent.handshake.host.records import timestamp
 from agent.migration import uptime
+from agent.runtime.wire import timestamp
 from agent.service.migration_service import MigrationServicer
 from coordinator.cli.follow import print_summary
 from coordinator.client import Migration

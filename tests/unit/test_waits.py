@@ -7,8 +7,8 @@ import pytest
 from agent.handshake.host import attempt as attempts
 from agent.handshake.host import waits
 from agent.handshake.host.waits import Flow, stands_still, unanswered
-from agent.hypervisor.base import Progress
 from agent.runtime.errors import DroverError, Reason
+from agent.transfer.progress import Progress
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import CANCELLED, REF, finished, until

@@ -86,8 +86,8 @@ def test_6_13_only_what_runs_or_is_paused_by_its_user_is_as_usual() -> None:
 
 
 def test_6_13_the_word_of_a_host_that_was_declared_dead_does_not_count() -> None:
-    assert whereabouts(migration("failed", RUNS, RUNS, operator_word=hs.OperatorWord(dead_host="h2"))).runs_on == "h1"
-    dead_source = whereabouts(migration("failed", RUNS, GONE, operator_word=hs.OperatorWord(dead_host="h1")))
+    assert whereabouts(migration("failed", RUNS, RUNS, statement=hs.Statement(dead_host="h2"))).runs_on == "h1"
+    dead_source = whereabouts(migration("failed", RUNS, GONE, statement=hs.Statement(dead_host="h1")))
     assert (dead_source.place, dead_source.runs_on) == (Place.NOWHERE, "")
 
 

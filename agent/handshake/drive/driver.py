@@ -15,13 +15,14 @@ import structlog
 from agent.handshake.drive.knowledge import Knowledge, Parties, StateUnknownError
 from agent.handshake.drive.plan import Plan
 from agent.handshake.host.peer import HandshakePeer
-from agent.handshake.host.records import Failure, duration
 from agent.handshake.machines.decide import Call, decide
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.source import SourceState as Src
 from agent.network.networks import check_destination_uri
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -113,7 +114,7 @@ class Driver(Knowledge):
             await self._look(side)
         except DroverError as error:
             self.missed(side, error)
-            return side in self.silent_since and side in self.words
+            return side in self.silent_since and side in self.statements
         return True
 
     async def answers(self, side: str) -> bool:
@@ -135,7 +136,7 @@ class Driver(Knowledge):
         try:
             while not self.ended and self.foreign is None:
                 self._wake.clear()
-                for call in decide(*self.states, cancel=self.cancelling, stalled=self._stalls(), by_word=self.by_word):
+                for call in decide(*self.states, cancel=self.cancelling, stalled=self._stalls(), by_statement=self.by_statement):
                     if call not in tasks:
                         tasks[call] = asyncio.create_task(self._make(call), name=f"{self.ref.migration_id[:8]} {call}")
                 for side in self._followed():
@@ -404,7 +405,7 @@ class Driver(Knowledge):
                 decision=decision,
                 cookie_in=self._finish_cookie,
                 wait=duration(LONG_POLL),
-                operator_word=self.words.get("destination") if decision == pb.DECISION_GONE else None,
+                statement=self.statements.get("destination") if decision == pb.DECISION_GONE else None,
                 destination_record=self.destination_record,
             )
         )
@@ -419,7 +420,7 @@ class Driver(Knowledge):
                 ref=self.ref,
                 request_id=self._request_id(),
                 source_kept=source_kept,
-                operator_word=self.words.get("source") if source_kept else None,
+                statement=self.statements.get("source") if source_kept else None,
                 source_record=self.source_record,
                 domain_uuid=self._parties.domain_uuid if self._parties else "",
                 source_host=self._parties.source if self._parties else "",

@@ -8,11 +8,12 @@ from typing import Final
 
 import structlog
 
-from agent.handshake.host.records import Failure, state_from_proto
+from agent.handshake.host.records import state_from_proto
 from agent.handshake.machines.decide import assume, disputed, ended
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
@@ -64,7 +65,7 @@ class Knowledge:
         self.silent_since: dict[str, float] = {}
         """Sides that do not answer at all, with the time of the first missed answer by `time.monotonic`."""
         self._vouched: dict[str, float] = {}
-        self.words: dict[str, pb.OperatorWord] = {}
+        self.statements: dict[str, pb.Statement] = {}
         """Statements about sides that were declared dead and have not answered since."""
         self.hypervisor_calls: dict[str, list[tuple[float, float]]] = {"source": [], "destination": []}
         """For each side: start and end of each phase's hypervisor call, by this process's monotonic clock."""
@@ -84,28 +85,28 @@ class Knowledge:
     @property
     def states(self) -> tuple[Src | None, Dst | None]:
         """The states to act on: those of the records, corrected by `assume` for sides that are silent and declared dead."""
-        dead = self.words.keys() & self.silent_since.keys()
+        dead = self.statements.keys() & self.silent_since.keys()
         return assume(
             self.source_state, self.destination_state, source_dead="source" in dead, destination_dead="destination" in dead
         )
 
     @property
-    def by_word(self) -> bool:
+    def by_statement(self) -> bool:
         """Whether the source's record carries an operator's statement."""
-        return self.source_record is not None and self.source_record.HasField("operator_word")
+        return self.source_record is not None and self.source_record.HasField("statement")
 
     @property
     def disputed(self) -> bool:
         """See `decide.disputed`."""
-        return disputed(*self.states, by_word=self.by_word)
+        return disputed(*self.states, by_statement=self.by_statement)
 
     @property
     def ended(self) -> bool:
         return ended(*self.states)
 
-    def declare_dead(self, side: str, word: pb.OperatorWord) -> None:
+    def declare_dead(self, side: str, statement: pb.Statement) -> None:
         """Go on without a side that does not answer. If it answers before the end, the statement is dropped for good."""
-        self.words[side] = word
+        self.statements[side] = statement
         self._changed()
 
     @property
@@ -113,7 +114,7 @@ class Knowledge:
         """Whether it is unknown where the guest runs: no decision is known, a host is silent and none is declared dead, and either
         the guest has stopped at the source (as last known) or both hosts are silent.
         """
-        if self.states[1] in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.words:
+        if self.states[1] in (Dst.RUNNING, Dst.GONE) or not self.silent_since or self.statements:
             return False
         return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
 
@@ -217,7 +218,7 @@ class Knowledge:
 
     def refuted(self, side: str) -> None:
         """Drop the statement about a side that was declared dead, as it answers the other host."""
-        if self.words.pop(side, None) is not None:
+        if self.statements.pop(side, None) is not None:
             log.warning("a host that was declared dead answers the other host", migration=self.ref.migration_id, side=side)
 
     def silent_for(self, side: str) -> float:
@@ -229,7 +230,7 @@ class Knowledge:
         """Note that a side has answered, with an error or not: it is neither silent nor dead."""
         if self.silent_since.pop(side, None) is not None and not self.silent_since:
             self.waiting_for = ""
-        if self.words.pop(side, None) is not None:
+        if self.statements.pop(side, None) is not None:
             log.warning("a host that was declared dead answers", migration=self.ref.migration_id, side=side)
 
     def missed(self, side: str, error: DroverError) -> None:

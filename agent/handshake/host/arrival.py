@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Awaitable
 
 from agent.handshake.host.phases import LocalHost, check_address, check_ports
-from agent.handshake.host.records import Failure
 from agent.handshake.machines.facts import check_place_is_free
 from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorError
 from agent.hypervisor.features import check_options, check_protocol, from_hypervisor, requirements_from_proto
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 
 

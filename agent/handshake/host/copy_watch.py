@@ -6,12 +6,12 @@ from typing import Final
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.phases import LocalHost, failed, failure_of, follow_guest
-from agent.handshake.host.records import Failure, causes_first
 from agent.handshake.host.waits import mind
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.hypervisor.base import HypervisorError
 from agent.hypervisor.interface import Incoming
 from agent.runtime.errors import DroverError
+from agent.runtime.failure import Failure, causes_first
 
 _WAITS: Final = frozenset({Dst.PREPARING, Dst.PREPARED, Dst.ARMED})
 """States in which the copy exists or is being created, and has not received its whole stream."""

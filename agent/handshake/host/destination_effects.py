@@ -164,8 +164,8 @@ class DestinationEffects:
             await retry(attempt, "removing what the copy left at the destination", clear)
         if ran:
             log.critical("a copy that was to be destroyed has run", migration=attempt.record.migration_id)
-        word = attempt.record.operator_word
-        if ran and word is not None and word.dead_host == self._host.name:
+        statement = attempt.record.statement
+        if ran and statement is not None and statement.dead_host == self._host.name:
             await self._disown(attempt)  # the agent was restarted during a disown
             return
         if ran:

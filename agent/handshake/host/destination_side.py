@@ -13,19 +13,20 @@ from agent.handshake.host.peer_record import PeerRecords
 from agent.handshake.host.phases import (
     LocalHost,
     check_same,
-    check_word,
+    check_statement,
     overtaken,
     phase_changes,
     stated_changes,
     wait_of,
 )
-from agent.handshake.host.records import Failure, Role, options_from_proto
+from agent.handshake.host.records import Role, options_from_proto
 from agent.handshake.host.stopwatch import timed
 from agent.handshake.host.stored import changes_of, check_documents
 from agent.handshake.machines.destination import DestinationEvent, DestinationState
 from agent.hypervisor.features import settled
 from agent.network.networks import listen_on
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 
 _S, _E = DestinationState, DestinationEvent
@@ -166,17 +167,17 @@ class DestinationSide:
     async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         event = _E.ABANDON_SOURCE_KEPT if request.source_kept else _E.ABANDON
-        stated = request.HasField("operator_word")
+        stated = request.HasField("statement")
         async with attempt.called(event, request.request_id):
             check_same(attempt, self._host.name, domain_uuid=request.domain_uuid, peer_host=request.source_host)
             outcome: dict[str, object] = {
                 "failure": Failure(Reason.GIVEN_UP, "the copy at the destination was given up before it ran")
             }
             if stated:
-                check_word(attempt, request.operator_word)
+                check_statement(attempt, request.statement)
             if asked := event is _E.ABANDON_SOURCE_KEPT and attempt.record.state == _S.ARMED:
-                by_word = await self._peers.check_nothing_flows(attempt, request.source_record, stated_dead=stated)
-                outcome = stated_changes(attempt, request.operator_word) if by_word else outcome
+                by_statement = await self._peers.check_nothing_flows(attempt, request.source_record, stated_dead=stated)
+                outcome = stated_changes(attempt, request.statement) if by_statement else outcome
             elif not attempt.record.domain_uuid and request.domain_uuid:
                 outcome = await never_here(self._host, request)
 

@@ -23,13 +23,14 @@ from agent.handshake.host.owner import Owner
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.peer_record import PeerRecords
 from agent.handshake.host.phases import LocalHost, hindrance, see
-from agent.handshake.host.records import MACHINES, AttemptRecord, Failure, Role
+from agent.handshake.host.records import MACHINES, AttemptRecord, Role
 from agent.handshake.host.source_effects import SourceEffects
 from agent.handshake.host.source_side import SourceSide
 from agent.handshake.host.transfer import Transfers
 from agent.handshake.machines.destination import DestinationEvent
 from agent.handshake.machines.source import SourceEvent
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from agent.runtime.paging import Paging
 from drover.agent.v1 import handshake_pb2 as pb
 

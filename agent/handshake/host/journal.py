@@ -226,7 +226,7 @@ def must_stay(record: AttemptRecord) -> bool:
         return True
     if record.role is Role.DESTINATION:
         return record.state == DestinationState.RUNNING and not record.settled
-    return record.state == SourceState.KEPT and record.operator_word is not None
+    return record.state == SourceState.KEPT and record.statement is not None
 
 
 def _kind_of(record: AttemptRecord) -> int:
@@ -239,7 +239,7 @@ def _may_run(record: AttemptRecord) -> bool:
     """Return whether a copy of the guest runs here by this attempt, or may have started although a statement gives it up."""
     if record.state == DestinationState.RUNNING:
         return not record.settled
-    return record.state == DestinationState.ABANDONING and record.operator_word is not None
+    return record.state == DestinationState.ABANDONING and record.statement is not None
 
 
 def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:

@@ -14,7 +14,7 @@ from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.peer_record import NO_RECORD, differs
 from agent.handshake.host.phases import LocalHost
-from agent.handshake.host.records import AttemptRecord, Failure, OperatorWord
+from agent.handshake.host.records import AttemptRecord, Statement
 from agent.handshake.machines.decision import yields_unrecorded
 from agent.handshake.machines.destination import DestinationEvent, DestinationState
 from agent.handshake.machines.facts import source_fact
@@ -22,6 +22,7 @@ from agent.handshake.machines.source import SourceEvent
 from agent.hypervisor.base import Domain, DomainState, Job
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -204,10 +205,10 @@ class Owner:
 
     def _statement_in(self, source: pb.Record) -> dict[str, Any]:
         """Return the changes by an operator's statement in the source's record that this host is dead; none without one."""
-        if source.operator_word.dead_host != self._host.name:
+        if source.statement.dead_host != self._host.name:
             return {}
-        word = OperatorWord.of(source.operator_word)
-        return {"failure": word.failure(), "operator_word": word}
+        statement = Statement.of(source.statement)
+        return {"failure": statement.failure(), "statement": statement}
 
 
 def _outlived(record: AttemptRecord) -> bool:

@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from agent.handshake.host.attempt import MAX_WAIT, Attempt, waits_for
-from agent.handshake.host.records import AttemptRecord, Failure, OperatorWord, Role, record_to_proto
+from agent.handshake.host.records import AttemptRecord, Role, Statement, record_to_proto
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError
 from agent.hypervisor.features import from_hypervisor
@@ -25,6 +25,7 @@ from agent.network.ports import any_is_free
 from agent.network.uri import MigrationUri, address_problem
 from agent.runtime.address import Address, parse_address
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
 
@@ -182,18 +183,18 @@ def check_address(address: str, field: str) -> None:
             raise invalid_field(field, str(error)) from None
 
 
-def check_word(attempt: Attempt, word: pb.OperatorWord) -> None:
+def check_statement(attempt: Attempt, statement: pb.Statement) -> None:
     """Raise INVALID_FIELD unless the statement is about the other host of the attempt: this host answers, so it is not dead."""
     peer = attempt.record.peer_host
-    if peer and word.dead_host != peer:
-        raise invalid_field("operator_word.dead_host", f"must be {peer}, the other host of this migration, not {word.dead_host}")
+    if peer and statement.dead_host != peer:
+        raise invalid_field("statement.dead_host", f"must be {peer}, the other host of this migration, not {statement.dead_host}")
 
 
-def stated_changes(attempt: Attempt, message: pb.OperatorWord) -> dict[str, object]:
+def stated_changes(attempt: Attempt, message: pb.Statement) -> dict[str, object]:
     """Return the changes of a record that an operator's statement decides."""
-    word = OperatorWord.of(message)
-    log.warning("an operator's statement decides", migration=attempt.record.migration_id, **msgspec.structs.asdict(word))
-    return {"failure": word.failure(), "operator_word": word}
+    statement = Statement.of(message)
+    log.warning("an operator's statement decides", migration=attempt.record.migration_id, **msgspec.structs.asdict(statement))
+    return {"failure": statement.failure(), "statement": statement}
 
 
 def failure_of(error: Exception, host: str) -> Failure:

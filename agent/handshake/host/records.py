@@ -3,22 +3,21 @@
 An `AttemptRecord` is a value: every change makes a new one, which is in the journal before it is used.
 """
 
-import functools
-import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final
 
 import msgspec
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.handshake.machines.destination import DESTINATION, DestinationState
 from agent.handshake.machines.source import SOURCE, SourceState
-from agent.hypervisor.base import ECHO, Options, Progress, Stored
+from agent.hypervisor.base import Options, Stored
 from agent.hypervisor.guest_fact import GuestFact, fact_to_proto
-from agent.runtime.errors import DroverError, Reason
+from agent.runtime.errors import Reason
+from agent.runtime.failure import Failure, failure_to_proto
+from agent.runtime.wire import cut, duration, enum_name, timestamp
+from agent.transfer.progress import Progress
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import options_pb2
 
@@ -29,39 +28,9 @@ class Role(StrEnum):
 
 
 MACHINES: Mapping[Role, Any] = {Role.SOURCE: SOURCE, Role.DESTINATION: DESTINATION}
-_STATES: Mapping[Role, Any] = {Role.SOURCE: SourceState, Role.DESTINATION: DestinationState}
 
 
-class Failure(msgspec.Struct, frozen=True):
-    """An error as a value."""
-
-    reason: Reason
-    message: str
-    metadata: dict[str, str] = {}
-
-    @classmethod
-    def of(cls, error: DroverError) -> "Failure":
-        return cls(error.reason, error.message, dict(error.metadata))
-
-    def error(self) -> DroverError:
-        return DroverError(self.reason, self.message, metadata=self.metadata)
-
-    @property
-    def distance(self) -> int:
-        """Distance from the cause: 0 a cause, 1 an echo of a failure on the other host, 2 the giving up that follows."""
-        return 2 if self.reason is Reason.GIVEN_UP else int(ECHO in self.metadata)
-
-
-def causes_first(failures: Iterable[Failure | None]) -> list[Failure]:
-    """Return each failure once: first causes, then echoes, then those of giving up; each kind in the given order."""
-    found: dict[tuple[str, str], Failure] = {}
-    for failure in failures:
-        if failure is not None:
-            found.setdefault((failure.reason, failure.message), failure)
-    return sorted(found.values(), key=lambda failure: failure.distance)
-
-
-class OperatorWord(msgspec.Struct, frozen=True):
+class Statement(msgspec.Struct, frozen=True):
     """A statement that a host is dead, in place of that host's word."""
 
     dead_host: str
@@ -70,12 +39,12 @@ class OperatorWord(msgspec.Struct, frozen=True):
     time: float
 
     @classmethod
-    def of(cls, message: pb.OperatorWord) -> "OperatorWord":
+    def of(cls, message: pb.Statement) -> "Statement":
         said = message.say_time.ToNanoseconds() / 1e9 if message.HasField("say_time") else time.time()
         return cls(message.dead_host, message.reason, message.said_by, said)
 
-    def to_proto(self) -> pb.OperatorWord:
-        return pb.OperatorWord(dead_host=self.dead_host, reason=self.reason, said_by=self.said_by, say_time=timestamp(self.time))
+    def to_proto(self) -> pb.Statement:
+        return pb.Statement(dead_host=self.dead_host, reason=self.reason, said_by=self.said_by, say_time=timestamp(self.time))
 
     def failure(self) -> Failure:
         return Failure(
@@ -136,7 +105,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     request_ids: dict[str, str] = {}
     """By phase: the id of that request."""
     failure: Failure | None = None
-    operator_word: OperatorWord | None = None
+    statement: Statement | None = msgspec.field(default=None, name="operator_word")
     settled: bool = False
     """Whether the source has ended too, so that it will never ask for this record again; destination only."""
     waiting_for: str = ""
@@ -205,38 +174,7 @@ def wire_state(record: AttemptRecord) -> pb.RecordState.ValueType:
 
 def state_from_proto(record: pb.Record) -> str:
     """Return the state as in `SourceState` and `DestinationState`; ``state 99`` for one that this version does not know."""
-    return enum_word(pb.RecordState, record.state)
-
-
-@functools.lru_cache(maxsize=256)
-def enum_word(kind: Any, value: int) -> str:
-    """Return the name of an enum's value in lower case without the enum's prefix; ``state 99`` for a value of a newer version."""
-    values = kind.DESCRIPTOR.values_by_number
-    if value not in values:
-        return f"state {value}"
-    return str(values[value].name).removeprefix(values[0].name.removesuffix("UNSPECIFIED")).lower()
-
-
-def duration(seconds: float) -> Duration:
-    message = Duration()
-    message.FromNanoseconds(int(seconds * 1e9))
-    return message
-
-
-def timestamp(seconds: float) -> Timestamp:
-    message = Timestamp()
-    message.FromNanoseconds(int(seconds * 1e9))
-    return message
-
-
-def cut(text: str, max_bytes: int) -> str:
-    """Cut a text to the bound of its field, which a peer enforces and a hypervisor's messages may exceed."""
-    return text if len(text) * 4 <= max_bytes else text.encode()[:max_bytes].decode(errors="ignore")
-
-
-def failure_to_proto(failure: Failure) -> pb.Failure:
-    metadata = {key: cut(value, 1024) for key, value in itertools.islice(failure.metadata.items(), 16)}
-    return pb.Failure(reason=failure.reason, message=cut(failure.message, 4096), metadata=metadata)
+    return enum_name(pb.RecordState, record.state)
 
 
 def timing_to_proto(timing: Timing) -> pb.PhaseTiming:
@@ -280,8 +218,8 @@ def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | No
     )
     if record.failure is not None:
         message.failure.CopyFrom(failure_to_proto(record.failure))
-    if record.operator_word is not None:
-        message.operator_word.CopyFrom(record.operator_word.to_proto())
+    if record.statement is not None:
+        message.statement.CopyFrom(record.statement.to_proto())
     if record.seen is not None:
         message.guest.CopyFrom(fact_to_proto(record.seen))
     if record.role is Role.DESTINATION:
@@ -303,7 +241,3 @@ def encode(record: AttemptRecord) -> bytes:
 
 def decode(data: bytes) -> AttemptRecord:
     return msgspec.msgpack.decode(data, type=AttemptRecord)
-
-
-def known_state(role: Role, state: str) -> bool:
-    return state in _STATES[role].__members__.values()

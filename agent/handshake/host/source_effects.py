@@ -16,7 +16,7 @@ from agent.handshake.host.phases import (
     follow_guest,
     look_up,
 )
-from agent.handshake.host.records import Failure, progress_to_proto
+from agent.handshake.host.records import progress_to_proto
 from agent.handshake.host.stopwatch import Stopwatch, timed
 from agent.handshake.host.waits import Follower, tell_broken
 from agent.handshake.machines.facts import loss_of, source_fact
@@ -30,6 +30,7 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.guest_fact import GuestFact, GuestState, fact_of
 from agent.hypervisor.interface import Outgoing
+from agent.runtime.failure import Failure
 
 log = structlog.get_logger()
 

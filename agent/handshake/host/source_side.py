@@ -12,13 +12,13 @@ from agent.handshake.host.peer_record import PeerRecords
 from agent.handshake.host.phases import (
     LocalHost,
     check_same,
-    check_word,
+    check_statement,
     overtaken,
     phase_changes,
     stated_changes,
     wait_of,
 )
-from agent.handshake.host.records import Failure, Role, options_from_proto
+from agent.handshake.host.records import Role, options_from_proto
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.host.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.machines.source import SourceEvent, SourceState
@@ -27,6 +27,7 @@ from agent.hypervisor.guest_fact import fact_of
 from agent.network.networks import read_uri
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import Reason, invalid_field
+from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 
 _S, _E = SourceState, SourceEvent
@@ -166,8 +167,8 @@ class SourceSide:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         wait = wait_of(request.wait, unset=MAX_WAIT)
         async with attempt.called(claimed, request.request_id):
-            if request.HasField("operator_word"):
-                check_word(attempt, request.operator_word)
+            if request.HasField("statement"):
+                check_statement(attempt, request.statement)
             if attempt.record.state == _S.PERFORMING:
                 if claimed is _E.CONFIRM_GONE:
                     await attempt.apply(_E.ABORT)
@@ -181,24 +182,26 @@ class SourceSide:
 
     async def _obey(self, attempt: Attempt, claimed: SourceEvent, request: pb.ConfirmRequest) -> None:
         """Read the decision from the destination and act on it, whatever the caller claims. Raises UNDECIDED, NOT_IN_DOUBT."""
-        stated = request.HasField("operator_word") and claimed is _E.CONFIRM_GONE
+        stated = request.HasField("statement") and claimed is _E.CONFIRM_GONE
         decision = await self._peers.decision(attempt, request.destination_record, stated_dead=stated)
-        changes = functools.partial(self._confirmed, attempt, decision.event, request, by_word=decision.by_statement)
+        changes = functools.partial(self._confirmed, attempt, decision.event, request, by_statement=decision.by_statement)
         await attempt.apply(decision.event, changes)
 
     def _confirmed_unread(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest) -> dict[str, object]:
         """Return what a Confirm adds to the record that needed no decision when it came. Raises WRONG_PHASE if it needs one now."""
         if attempt.record.state in _STOPPED:
             raise overtaken(attempt)
-        return self._confirmed(attempt, event, request, by_word=False)
+        return self._confirmed(attempt, event, request, by_statement=False)
 
-    def _confirmed(self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest, *, by_word: bool) -> dict[str, object]:
-        """Return what a Confirm adds to the record. `by_word`: an operator's statement replaces the destination's record."""
+    def _confirmed(
+        self, attempt: Attempt, event: SourceEvent, request: pb.ConfirmRequest, *, by_statement: bool
+    ) -> dict[str, object]:
+        """Return what a Confirm adds to the record. `by_statement`: an operator's statement replaces the destination's record."""
         changes: dict[str, object] = {}
         if event is _E.CONFIRM_GONE:
             changes = self._why(attempt, Reason.GIVEN_UP, "the destination has no copy of the guest")
-            if by_word:
-                changes = stated_changes(attempt, request.operator_word)
+            if by_statement:
+                changes = stated_changes(attempt, request.statement)
         if request.cookie_in:
             changes["cookies"] = {**attempt.record.cookies, "finish": request.cookie_in}
         return changes

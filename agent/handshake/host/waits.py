@@ -14,10 +14,12 @@ import structlog
 from agent.handshake.host.aftercare import note_pause
 from agent.handshake.host.attempt import Attempt, waits_for
 from agent.handshake.host.phases import LocalHost
-from agent.handshake.host.records import Failure, progress_to_proto
-from agent.hypervisor.base import HypervisorError, Progress
+from agent.handshake.host.records import progress_to_proto
+from agent.hypervisor.base import HypervisorError
 from agent.hypervisor.interface import Outgoing
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
+from agent.transfer.progress import Progress
 
 log = structlog.get_logger()
 

@@ -46,26 +46,26 @@ def assume(src: Src | None, dst: Dst | None, *, source_dead: bool, destination_d
     return src, dst
 
 
-def disputed(src: Src | None, dst: Dst | None, *, by_word: bool) -> bool:
+def disputed(src: Src | None, dst: Dst | None, *, by_statement: bool) -> bool:
     """Return whether the source resumed by an operator's statement while the destination, now back, still believes that it has
     the guest.
     """
-    return by_word and dst is Dst.RUNNING and src in (Src.RESUMING, Src.KEPT)
+    return by_statement and dst is Dst.RUNNING and src in (Src.RESUMING, Src.KEPT)
 
 
-def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = False, by_word: bool = False) -> frozenset[Call]:
+def decide(src: Src | None, dst: Dst | None, *, cancel: bool, stalled: bool = False, by_statement: bool = False) -> frozenset[Call]:
     """Return the calls that must be under way now; none once it has `ended`.
 
     Args:
         src, dst: the states of both records; None for a host without a record of this attempt.
         cancel: the migration is to be cancelled if it is not too late.
         stalled: the source sent everything long ago and the armed copy still waits, so the last bytes were lost on the way.
-        by_word: the source's record says that it resumes by an operator's statement.
+        by_statement: the source's record says that it resumes by an operator's statement.
 
     Raises:
         AssertionError: the guest was kept at the source and runs at the destination, which the rule excludes: all must stop.
     """
-    if disputed(src, dst, by_word=by_word):
+    if disputed(src, dst, by_statement=by_statement):
         # The destination's agent asks the source by itself when it starts, and ends its copy: watch it, but call nothing there.
         return frozenset({Call.CONFIRM_GONE} if src is Src.RESUMING else ())
     assert (src, dst) != (Src.KEPT, Dst.RUNNING), "the guest was kept at the source and runs at the destination"

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from agent.handshake.host.records import Failure
 from agent.handshake.machines.destination import DestinationEvent
 from agent.handshake.machines.source import SourceEvent
 from agent.hypervisor.base import PAUSED_BY_USER, Domain, DomainState, Job
 from agent.hypervisor.guest_fact import NO_PROCESS, GuestFact, GuestState
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
 
 
 def source_fact(domain: Domain | None) -> SourceEvent | None:

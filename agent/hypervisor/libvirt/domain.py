@@ -5,9 +5,10 @@ from typing import Any
 
 import libvirt
 
-from agent.hypervisor.base import ENDING, Domain, DomainAmbiguous, DomainState, Job, Progress
+from agent.hypervisor.base import ENDING, Domain, DomainAmbiguous, DomainState, Job
 from agent.hypervisor.libvirt.events import constant_names
 from agent.hypervisor.names import ambiguity, is_uuid
+from agent.transfer.progress import Progress
 
 _STATES: Mapping[int, DomainState] = {
     libvirt.VIR_DOMAIN_RUNNING: DomainState.RUNNING,

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import libvirt
 
 from agent.hypervisor.base import (
-    ECHO,
     DomainBusy,
     DomainNotFound,
     Exhausted,
@@ -15,6 +14,7 @@ from agent.hypervisor.base import (
     InvalidDocument,
     NoTransfer,
 )
+from agent.runtime.failure import ECHO
 
 _BY_CODE: Mapping[int, type[HypervisorError]] = {
     libvirt.VIR_ERR_NO_DOMAIN: DomainNotFound,
@@ -120,8 +120,3 @@ def advised(message: str) -> str:
     """Return libvirt's message, with advice where there is some."""
     advice = next((advice for part, advice in _ADVICE if part in message), "")
     return f"{message}: {advice}" if advice else message
-
-
-def code_of(error: HypervisorError) -> int:
-    """Return libvirt's code inside a translated error; 0 for an error of Drover's own."""
-    return int(error.native.get("code", "0"))

@@ -28,7 +28,6 @@ from agent.hypervisor.base import (
     NoTransfer,
     Options,
     Performed,
-    Progress,
     TransferFailed,
 )
 from agent.hypervisor.libvirt import connecting, leaving, phases, threads
@@ -40,6 +39,7 @@ from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, s
 from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, refuse_half_a_guest, remove, state_of
 from agent.hypervisor.libvirt.stored import remove_leftovers
 from agent.hypervisor.libvirt.switchover import CANCELLABLE
+from agent.transfer.progress import Progress
 
 T = TypeVar("T")
 

@@ -15,7 +15,6 @@ from agent.hypervisor.base import (
     NoTransfer,
     Options,
     Performed,
-    Progress,
 )
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Guest
@@ -23,6 +22,7 @@ from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.profiles import MIB
 from agent.hypervisor.sim.sender import Assignment, Sender
 from agent.network.uri import MigrationUri
+from agent.transfer.progress import Progress
 
 
 class SimOutgoing:

@@ -17,7 +17,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from math import ceil
 
-from agent.hypervisor.base import HypervisorError, Progress, TransferFailed
+from agent.hypervisor.base import HypervisorError, TransferFailed
 from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.link import Share
@@ -43,6 +43,7 @@ from agent.hypervisor.sim.stream import (
 from agent.network.uri import MigrationUri
 from agent.transfer import model
 from agent.transfer.model import Limits, Phase
+from agent.transfer.progress import Progress
 
 LEAST_STEP = 0.0005
 """Seconds: no waiting for less, so that a pass over nothing never spins."""

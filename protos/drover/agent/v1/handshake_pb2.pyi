@@ -417,7 +417,7 @@ class Slot(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
-class OperatorWord(message.Message):
+class Statement(message.Message):
     """A person's (or a fencing command's) statement that a host is dead: nothing of the guest runs there, nor ever will of this attempt.
     It replaces the word of that host, and is recorded. If it is wrong, two copies of the guest may run.
     """
@@ -471,7 +471,7 @@ class Record(message.Message):
     WAITING_FOR_FIELD_NUMBER: builtins.int
     CREATE_TIME_FIELD_NUMBER: builtins.int
     UPDATE_TIME_FIELD_NUMBER: builtins.int
-    OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    STATEMENT_FIELD_NUMBER: builtins.int
     HOST_FIELD_NUMBER: builtins.int
     URI_FIELD_NUMBER: builtins.int
     GUEST_FIELD_NUMBER: builtins.int
@@ -527,7 +527,7 @@ class Record(message.Message):
         """When the state last changed."""
 
     @builtins.property
-    def operator_word(self) -> OperatorWord:
+    def statement(self) -> Statement:
         """The statement on which this record was ended, in place of the other host's word. Unset otherwise."""
 
     @builtins.property
@@ -550,15 +550,15 @@ class Record(message.Message):
         waiting_for: builtins.str = ...,
         create_time: timestamp_pb2.Timestamp | None = ...,
         update_time: timestamp_pb2.Timestamp | None = ...,
-        operator_word: OperatorWord | None = ...,
+        statement: Statement | None = ...,
         host: builtins.str = ...,
         uri: builtins.str = ...,
         guest: GuestFact | None = ...,
         paused_by_user: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "guest", b"guest", "operator_word", b"operator_word", "progress", b"progress", "ref", b"ref", "slot", b"slot", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "failure", b"failure", "guest", b"guest", "progress", b"progress", "ref", b"ref", "slot", b"slot", "statement", b"statement", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "guest", b"guest", "host", b"host", "operator_word", b"operator_word", "paused_by_user", b"paused_by_user", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "timings", b"timings", "update_time", b"update_time", "uri", b"uri", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["create_time", b"create_time", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "failure", b"failure", "guest", b"guest", "host", b"host", "paused_by_user", b"paused_by_user", "peer_host", b"peer_host", "progress", b"progress", "ref", b"ref", "revision", b"revision", "slot", b"slot", "state", b"state", "statement", b"statement", "timings", b"timings", "update_time", b"update_time", "uri", b"uri", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1043,7 +1043,7 @@ class ConfirmRequest(message.Message):
     DECISION_FIELD_NUMBER: builtins.int
     COOKIE_IN_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
-    OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    STATEMENT_FIELD_NUMBER: builtins.int
     DESTINATION_RECORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     """Chosen by the caller."""
@@ -1060,7 +1060,7 @@ class ConfirmRequest(message.Message):
         """Answer after this long at the latest, at most 30 s. Unset: when it is done."""
 
     @builtins.property
-    def operator_word(self) -> OperatorWord:
+    def statement(self) -> Statement:
         """The decision rests on this statement, not on the destination's record. Only with DECISION_GONE, and only while the destination
         does not answer the source. Errors: NOT_IN_DOUBT.
         """
@@ -1077,12 +1077,12 @@ class ConfirmRequest(message.Message):
         decision: Decision.ValueType = ...,
         cookie_in: builtins.bytes = ...,
         wait: duration_pb2.Duration | None = ...,
-        operator_word: OperatorWord | None = ...,
+        statement: Statement | None = ...,
         destination_record: Record | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["destination_record", b"destination_record", "operator_word", b"operator_word", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["destination_record", b"destination_record", "ref", b"ref", "statement", b"statement", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "decision", b"decision", "destination_record", b"destination_record", "operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_in", b"cookie_in", "decision", b"decision", "destination_record", b"destination_record", "ref", b"ref", "request_id", b"request_id", "statement", b"statement", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1165,7 +1165,7 @@ class AbandonRequest(message.Message):
     REF_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     SOURCE_KEPT_FIELD_NUMBER: builtins.int
-    OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    STATEMENT_FIELD_NUMBER: builtins.int
     SOURCE_RECORD_FIELD_NUMBER: builtins.int
     DOMAIN_UUID_FIELD_NUMBER: builtins.int
     SOURCE_HOST_FIELD_NUMBER: builtins.int
@@ -1186,7 +1186,7 @@ class AbandonRequest(message.Message):
         """Which attempt."""
 
     @builtins.property
-    def operator_word(self) -> OperatorWord:
+    def statement(self) -> Statement:
         """`source_kept` rests on this statement that the source is dead, not on its record. Counts only while the source does not answer
         the destination. Errors: NOT_IN_DOUBT.
         """
@@ -1201,14 +1201,14 @@ class AbandonRequest(message.Message):
         ref: AttemptRef | None = ...,
         request_id: builtins.str = ...,
         source_kept: builtins.bool = ...,
-        operator_word: OperatorWord | None = ...,
+        statement: Statement | None = ...,
         source_record: Record | None = ...,
         domain_uuid: builtins.str = ...,
         source_host: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["operator_word", b"operator_word", "ref", b"ref", "source_record", b"source_record"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref", "source_record", b"source_record", "statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["domain_uuid", b"domain_uuid", "operator_word", b"operator_word", "ref", b"ref", "request_id", b"request_id", "source_host", b"source_host", "source_kept", b"source_kept", "source_record", b"source_record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domain_uuid", b"domain_uuid", "ref", b"ref", "request_id", b"request_id", "source_host", b"source_host", "source_kept", b"source_kept", "source_record", b"source_record", "statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

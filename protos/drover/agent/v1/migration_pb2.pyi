@@ -224,7 +224,7 @@ class Migration(message.Message):
     HYPERVISOR_DURATION_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     DRIVER_FIELD_NUMBER: builtins.int
-    OPERATOR_WORD_FIELD_NUMBER: builtins.int
+    STATEMENT_FIELD_NUMBER: builtins.int
     SILENT_HOSTS_FIELD_NUMBER: builtins.int
     OPTIONS_FIELD_NUMBER: builtins.int
     CANCEL_TIME_FIELD_NUMBER: builtins.int
@@ -313,7 +313,7 @@ class Migration(message.Message):
         """Part of `duration` in which a call of a hypervisor was under way."""
 
     @builtins.property
-    def operator_word(self) -> handshake_pb2.OperatorWord:
+    def statement(self) -> handshake_pb2.Statement:
         """The statement on which it ended, or is ending, without a host's word. Unset otherwise."""
 
     @builtins.property
@@ -331,7 +331,7 @@ class Migration(message.Message):
         """When the driver was asked to cancel it; set by the driver, durable before the request is answered. Unset: it was not."""
 
     @builtins.property
-    def statements(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.OperatorWord]:
+    def statements(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.Statement]:
         """Statements that a host is dead, one for each host at most. Each is durable before it is acknowledged and counts, over restarts
         of the driver, until that host answers; then it is dropped.
         """
@@ -389,11 +389,11 @@ class Migration(message.Message):
         hypervisor_duration: duration_pb2.Duration | None = ...,
         revision: builtins.int = ...,
         driver: builtins.str = ...,
-        operator_word: handshake_pb2.OperatorWord | None = ...,
+        statement: handshake_pb2.Statement | None = ...,
         silent_hosts: abc.Iterable[builtins.str] | None = ...,
         options: options_pb2.Options | None = ...,
         cancel_time: timestamp_pb2.Timestamp | None = ...,
-        statements: abc.Iterable[handshake_pb2.OperatorWord] | None = ...,
+        statements: abc.Iterable[handshake_pb2.Statement] | None = ...,
         source_guest: handshake_pb2.GuestFact | None = ...,
         destination_guest: handshake_pb2.GuestFact | None = ...,
         other_failures: abc.Iterable[handshake_pb2.Failure] | None = ...,
@@ -402,9 +402,9 @@ class Migration(message.Message):
         age: duration_pb2.Duration | None = ...,
         age_by_wall_clock: builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "operator_word", b"operator_word", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec", "statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "operator_word", b"operator_word", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statement", b"statement", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -682,13 +682,13 @@ class ResolveMigrationRequest(message.Message):
 
     MIGRATION_ID_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
-    WORD_FIELD_NUMBER: builtins.int
+    STATEMENT_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """Which."""
     request_id: builtins.str
     """Chosen by the caller."""
     @builtins.property
-    def word(self) -> handshake_pb2.OperatorWord:
+    def statement(self) -> handshake_pb2.Statement:
         """The statement."""
 
     def __init__(
@@ -696,11 +696,11 @@ class ResolveMigrationRequest(message.Message):
         *,
         migration_id: builtins.str = ...,
         request_id: builtins.str = ...,
-        word: handshake_pb2.OperatorWord | None = ...,
+        statement: handshake_pb2.Statement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["word", b"word"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["migration_id", b"migration_id", "request_id", b"request_id", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migration_id", b"migration_id", "request_id", b"request_id", "statement", b"statement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
