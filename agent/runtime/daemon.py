@@ -2,13 +2,12 @@
 
 import asyncio
 import gc
+import resource
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Final
-
-from agent.service.connections import raise_file_limit
 
 SWITCH_SECONDS: Final = 0.0005
 """For which a thread keeps the interpreter while another one waits for it. With Python's own 5 ms, each return from a thread
@@ -20,6 +19,13 @@ def run_until_stopped(daemon: Callable[[asyncio.Event], AbstractAsyncContextMana
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit()
     asyncio.run(_main(daemon))
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many open files as the system permits; systemd's default is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _main(daemon: Callable[[asyncio.Event], AbstractAsyncContextManager[object]]) -> None:

@@ -42,13 +42,6 @@ Peer = str
 log = structlog.get_logger(__name__)
 
 
-def raise_file_limit() -> None:
-    """As many open files as the system lets this process have; a service starts with 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def most_connections() -> int:
     """That a listener takes from the network, by the limit of open files."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
