@@ -1,1 +1,1 @@
-"""The coordinator of a cluster (hosts, the migrations that it drives), the Python client, and the command `drover`."""
+"""The coordinator of a cluster (its hosts, and the migrations that it drives), the Python client, and the command `drover`."""

@@ -1,10 +1,10 @@
-"""Where the program ``drover`` begins."""
+"""The entry point of the program ``drover``."""
 
 import gc
 import importlib
 
 
 def run() -> None:
-    """`coordinator.cli.run`, imported without looking for garbage: what is imported lives as long as the process."""
+    """Run `coordinator.cli.run`. Imports it with garbage collection off, as imported modules live as long as the process."""
     gc.disable()
     importlib.import_module("coordinator.cli").run()

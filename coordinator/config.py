@@ -1,4 +1,4 @@
-"""The coordinator's configuration; read with `agent.config.load`."""
+"""The coordinator's configuration file; read it with `load`."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ __all__ = ["ConfigError", "CoordinatorConfig", "load"]
 
 
 class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The coordinator of a cluster."""
+    """The keys of the coordinator's configuration file."""
 
     name: Name = "coordinator"
     listen: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=16)] = ("unix:/run/drover/coordinator.sock",)
@@ -20,11 +20,11 @@ class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     state_dir: str = "/var/lib/drover/coordinator"
     """Directory of the store."""
     heartbeat_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=300)] = 5
-    """Agents say this often that they are there; after three times this a host counts as unreachable."""
+    """Interval at which agents send a sign of life. A host that is silent for three intervals counts as unreachable."""
     fencing: FencingConfig | None = None
-    """What makes sure that a host which never comes back is dead. None: only an operator can say so."""
+    """The command that makes sure that a silent host is dead. None: only an operator can state it."""
     allow_insecure_tcp: bool = False
-    """Serve TCP beyond loopback with neither encryption nor identity. For test networks only."""
+    """Serve TCP beyond loopback without encryption or identity. For test networks only."""
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:

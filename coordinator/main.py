@@ -1,4 +1,4 @@
-"""The coordinator: puts store, hosts and migrations together, serves, and stops in good order."""
+"""The coordinator: assembles store, hosts and migrations, serves them, and stops in order."""
 
 import contextlib
 import socket
@@ -26,7 +26,7 @@ from drover.coordinator.v1 import host_pb2_grpc
 log = structlog.get_logger()
 
 STOP_SECONDS: Final = 5.0
-"""How long a coordinator that is told to stop waits for its migrations; the source's agents end what is left."""
+"""How long a coordinator that stops waits for its migrations; the source's agents take over those that have not ended."""
 
 
 def run(config_path: str) -> None:
@@ -38,7 +38,7 @@ def run(config_path: str) -> None:
 
 @contextlib.asynccontextmanager
 async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
-    """A running coordinator."""
+    """Run a coordinator; yield its server."""
     async with contextlib.AsyncExitStack() as stack:
         store = await SqliteStore.open(make_state_dir(config.state_dir) / "store.sqlite", expendable=[ENDED])
         stack.push_async_callback(store.close)

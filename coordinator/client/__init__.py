@@ -1,7 +1,7 @@
 """The Python client of a coordinator or of one agent. Import it from here: ``from coordinator.client import Busy, Client``.
 
-`client` holds the class `Client`; `errors` draws the tree of its errors; `types` and `hosts` are what it returns; `options` are a
-user's options by name.
+`client` has the class `Client`, `errors` the tree of its errors, `types` and `hosts` the values that it returns, `options` a user's
+options by name.
 """
 
 import importlib

@@ -7,12 +7,12 @@
         print(migration.duration, migration.progress.downtime)
 
 Deadlines: every call has one (`timeout`, seconds; a migration's start has `start_timeout`, as hosts are asked and a slot is
-taken before it answers). Watching ends with the migration; a server that falls silent is noticed by keepalive within 15 s,
-and is waited for up to `reconnect` seconds.
+taken before it answers). A watch ends with the migration; keepalive notices a silent server within 15 s, and the watch then
+tries to reach it again for up to `reconnect` seconds.
 
-Leaving cancels nothing: a migration that was started goes on when the client, or the task that waits, is gone.
+Closing the client, or cancelling a task that waits, cancels no migration.
 
-Errors: `coordinator.client.errors` draws the tree.
+Errors: see the tree in `coordinator.client.errors`.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ TIMEOUT = 10.0
 START_TIMEOUT = 60.0
 """Seconds for the start of a migration."""
 RECONNECT = 30.0
-"""Seconds for which a watch tries to come back to a server that went away."""
+"""Seconds for which a watch tries to reach a server again that went away."""
 UNKNOWN_PATIENCE = 10.0
 """Seconds for which `wait` lets an unknown outcome become known (an agent restarts) before it raises `OutcomeUnknown`."""
 
@@ -63,7 +63,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts to watch
 class Client:
     """A connection to a coordinator or to one agent, at ``unix:/path`` or ``ip:port``. Use it with ``async with``.
 
-    Connects at the first call. One client serves any number of tasks of one event loop.
+    It connects at the first call. Any number of tasks of one event loop can share a client.
     """
 
     def __init__(self, address: str, *, timeout: float = TIMEOUT, start_timeout: float = START_TIMEOUT) -> None:
@@ -99,12 +99,12 @@ class Client:
         migration_id: str = "",
         timeout: float | None = None,
     ) -> "Migration":
-        """Move a guest to the host `to`, and return when it runs there and nothing is left at the source.
+        """Move a guest to the host `to`; return when it runs there and nothing is left at the source.
 
-        Arguments as in `start_migration`; `timeout` bounds the waiting in seconds (None: as long as the migration takes).
-        Cancelling this await leaves the migration under way; call `cancel_migration` to end it.
+        Arguments as in `start_migration`; `timeout` is the longest wait in seconds (None: as long as the migration takes).
+        Cancelling this await does not cancel the migration; `cancel_migration` does.
 
-        Raises what `start_migration` and `wait` raise.
+        Raises: as `start_migration` and `wait`.
         """
         migration = await self.start_migration(
             domain,
@@ -132,14 +132,14 @@ class Client:
         options: OptionWords | None = None,
         migration_id: str = "",
     ) -> "Migration":
-        """Start a migration: all is checked and the slot is taken when this returns. A refusal has changed nothing.
+        """Start a migration; return when everything is checked and the slot is taken. A refusal has changed nothing.
 
         `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer).
-        `source`: name of the source host; empty: where the guest is found. `name`: name of the guest at the destination;
-        empty: unchanged. `network`: network for the guest's memory; empty: chosen. `uri`: migration URI at the destination;
-        empty: proposed. `bandwidth`: most bytes per second; 0: no limit. `options`: see `OptionWords`. `migration_id`: a
-        UUID of the caller's; empty: a new one. Repeating the call with the same one is harmless, and the thing to do when
-        this raised `Unreachable`.
+        `source`: name of the source host; empty: the host that has the guest. `name`: name of the guest at the destination;
+        empty: unchanged. `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the
+        destination; empty: proposed by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `OptionWords`.
+        `migration_id`: a UUID chosen by the caller; empty: a new one. To repeat the call with the same id is safe, and
+        right after this raised `Unreachable`.
         """
         spec = migration_pb2.MigrationSpec(
             domain=domain,
@@ -156,13 +156,13 @@ class Client:
         return _migration(response.migration)
 
     async def get_migration(self, migration_id: str) -> "Migration":
-        """Raises `NotFound`."""
+        """Return the migration. Raises `NotFound`."""
         request = migration_pb2.GetMigrationRequest(migration_id=migration_id)
         response = await self._call(self._migrations.GetMigration(request, timeout=self.timeout))
         return _migration(response.migration)
 
     async def list_migrations(self, *, active_only: bool = False, limit: int = 100) -> "list[Migration]":
-        """The newest first, at most `limit`."""
+        """Return at most `limit` migrations, the newest first."""
         request = migration_pb2.ListMigrationsRequest(active_only=active_only, page_size=limit)
         found: list[Migration] = []
         async for page in self._pages(self._migrations.ListMigrations, request):
@@ -172,7 +172,7 @@ class Client:
         return found[:limit]
 
     async def cancel_migration(self, migration_id: str) -> "Migration":
-        """Ask for the end of a migration: possible until the commit, and the guest runs on at the source.
+        """Ask that a migration end with the guest running at the source: possible until the commit.
 
         Too late, or twice, is no error. The migration may still be CANCELLING when this returns: see `wait`.
         """
@@ -181,9 +181,9 @@ class Client:
         return _migration(response.migration)
 
     async def resolve_migration(self, migration_id: str, *, dead_host: str, reason: str, said_by: str) -> "Migration":
-        """State that a host which does not answer is dead, so that the migration can end without its word.
+        """State that a host which does not answer is dead, so that the migration can end without its record.
 
-        If that is wrong, two copies of the guest may run. Raises `Refused` when the host answers or the migration has ended.
+        If that is wrong, two copies of the guest may run. Raises `Refused` if the host answers or the migration has ended.
         """
         statement = handshake_pb2.Statement(dead_host=dead_host, reason=reason, said_by=said_by)
         request = migration_pb2.ResolveMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()), statement=statement)
@@ -193,13 +193,13 @@ class Client:
     async def watch_migration(
         self, migration_id: str, *, from_revision: int = 0, reconnect: float = RECONNECT
     ) -> "AsyncGenerator[Migration, None]":
-        """The migration as it is now, and again at every change, until it has ended. Leaving the loop ends the watch.
+        """Yield the migration now and after every change, until it has ended. A reader that is too slow misses changes, never the
+        last one.
 
-        Use ``contextlib.aclosing`` around it where the end of the watch must not wait for the garbage collector.
+        Leaving the loop ends the watch; ``contextlib.aclosing`` ends it without waiting for the garbage collector.
 
-        When the server goes away, it is waited for and the watch goes on from the last revision; after `reconnect` seconds
-        without it, and at once when it was never reached, this raises `Unreachable`. A reader that is too slow misses
-        changes, never the last one.
+        If the server goes away, the watch reconnects and goes on from the last revision. Raises `Unreachable` after `reconnect`
+        seconds without the server, and at once if it was never reached.
         """
         last: Migration | None = None
         loop = asyncio.get_running_loop()
@@ -218,20 +218,25 @@ class Client:
                 if last is None or not lost or loop.time() + pause > give_up_at:
                     raise
             if last is None:
-                raise ServerFailed(f"{self.address} ended the watch of {migration_id} without a word", reason=Reason.INTERNAL)
+                text = f"the server at {self.address} ended the watch of migration {migration_id} without sending its state"
+                raise ServerFailed(text, reason=Reason.INTERNAL)
             if not last.state.ended:
-                await asyncio.sleep(pause)  # nothing to wait for: a server that refuses at once must not be asked in a loop
+                await asyncio.sleep(
+                    pause
+                )  # no event to wait for, and a server that refuses at once must not be asked in a tight loop
                 pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def wait(
         self, migration_id: str, *, timeout: float | None = None, unknown_patience: float = UNKNOWN_PATIENCE
     ) -> "Migration":
-        """Wait for the end of a migration, and return it when it succeeded.
+        """Wait for the end of a migration; return it if it succeeded.
 
         `timeout` in seconds (None: as long as it takes); `unknown_patience`: seconds for an unknown outcome to become known.
 
-        Raises `MigrationFailed`, `MigrationCancelled`, `OutcomeUnknown`, each with the `migration`; `NotFound`,
-        `Unreachable`; `DeadlineExceeded` after `timeout`, and the migration goes on.
+        Raises:
+            MigrationFailed, MigrationCancelled, OutcomeUnknown: each with the `migration`.
+            NotFound, Unreachable.
+            DeadlineExceeded: `timeout` is over; the migration goes on.
         """
         last: Migration | None = None
         changes = self.watch_migration(migration_id)
@@ -257,11 +262,11 @@ class Client:
         return raise_unless_succeeded(last)
 
     async def list_hosts(self) -> "list[Host]":
-        """Every host of the cluster, by name; an agent knows one."""
+        """Return every host of the cluster, by name; an agent knows only its own."""
         return await self._questions.list_hosts()
 
     async def get_host(self, name: str) -> "Host":
-        """Raises `NotFound`."""
+        """Return the host. Raises `NotFound`."""
         return await self._questions.get_host(name)
 
     async def remove_host(self, name: str) -> None:
@@ -269,15 +274,15 @@ class Client:
         await self._questions.remove_host(name)
 
     async def list_domains(self, host: str = "") -> "DomainList":
-        """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
+        """Return the guests of one host, or of all (`host` empty); an agent knows only those of its own host."""
         return await self._questions.list_domains(host)
 
     async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> "AsyncGenerator[Migration, None]":
-        """One watch stream. `again`: the server was there before, so wait until it can be connected to."""
+        """Yield from one watch stream. `again`: wait until the server, which answered before, can be connected to."""
         request = migration_pb2.WatchMigrationRequest(migration_id=migration_id, from_revision=from_revision)
         call = self._migrations.WatchMigration(request, wait_for_ready=again)
         try:
-            bound: float | None = self.timeout  # the first message comes at once; how long the next takes nobody can say
+            bound: float | None = self.timeout  # the server sends the first message at once, and the next at any time
             while True:
                 async with asyncio.timeout(bound):
                     response = await self._call(cast(Awaitable[Any], call.read()))
@@ -287,7 +292,7 @@ class Client:
                 yield _migration(response.migration)
         except TimeoutError:
             raise DeadlineExceeded(
-                f"{self.address} did not answer within {self.timeout:g} s", reason=Reason.DEADLINE_EXCEEDED
+                f"the server at {self.address} did not answer within {self.timeout:g} s", reason=Reason.DEADLINE_EXCEEDED
             ) from None
         finally:
             call.cancel()
@@ -299,9 +304,9 @@ class Client:
         try:
             answer = await call
         except grpc.aio.AioRpcError as error:
-            status = importlib.import_module("agent.service.status")  # here: reading errors needs much that a success does not
+            status = importlib.import_module("agent.service.status")  # imported here: slow, and only an error needs it
             raise client_error(status.error_from_rpc(error, f"the server at {self.address}")) from error
-        if isinstance(answer, Message):  # not so at the end of a stream
+        if isinstance(answer, Message):  # the end of a stream is none
             drop_implausible(answer)
         return answer
 

@@ -2,19 +2,19 @@
 
 ::
 
-    DroverClientError                what the server, or the way to it, said; `reason` is its UPPER_SNAKE word
-     ├── InvalidRequest              the request is wrong in itself; nothing was changed
+    DroverClientError                any error of the server or of the connection to it; `reason` names it in UPPER_SNAKE
+     ├── InvalidRequest              the request itself is wrong; nothing was changed
      ├── NotFound                    no such guest, host or migration; nothing was changed
-     ├── Refused                     cannot be done as things are; the guest was not touched
-     │    └── Busy                   no slot is free now: try again after `retry_after` seconds
+     ├── Refused                     not possible in the present state; the guest was not touched
+     │    └── Busy                   no slot is free: try again after `retry_after` seconds
      ├── Unreachable                 the server, or a host that is needed, does not answer
-     │    └── DeadlineExceeded       it answers too late; the call may have had its effect
-     ├── MigrationFailed             it was under way, and ended; `migration.whereabouts` says where the guest is
-     │    └── MigrationCancelled     because somebody asked for that
-     ├── OutcomeUnknown              it cannot be said now where the guest runs; the hosts go on asking
-     └── ServerFailed                the server failed in a way that says nothing of what was done: ask again
+     │    └── DeadlineExceeded       no answer in time; the call may have had its effect
+     ├── MigrationFailed             the migration ended without success; `migration.whereabouts` says where the guest is
+     │    └── MigrationCancelled     the same, because somebody cancelled it
+     ├── OutcomeUnknown              it is unknown where the guest runs; the migration's driver keeps asking the hosts
+     └── ServerFailed                the server failed; whether the call had its effect is unknown: ask again
 
-`MigrationFailed` and `OutcomeUnknown` carry the `migration` where one is known.
+`MigrationFailed` and `OutcomeUnknown` carry the `migration` if it is known.
 """
 
 from collections.abc import Mapping
@@ -44,15 +44,15 @@ class DroverClientError(Exception):
         self.message = message
         """What happened, where the guest runs, what to do next."""
         self.reason = reason
-        """UPPER_SNAKE word of `agent.runtime.errors.Reason`, or a newer server's."""
+        """An `agent.runtime.errors.Reason`, or a newer server's reason, in UPPER_SNAKE."""
         self.metadata: Mapping[str, str] = dict(metadata or {})
         self.retry_after = retry_after
-        """Seconds after which trying again makes sense. None: not said."""
+        """Seconds to wait before trying again. None: unknown."""
         self.migration = migration
 
 
-class InvalidRequest(DroverClientError):  # noqa: N818 - these read as the facts that they state
-    """The request is wrong in itself; nothing was changed."""
+class InvalidRequest(DroverClientError):  # noqa: N818 - the names state facts
+    """The request itself is wrong; nothing was changed."""
 
 
 class NotFound(DroverClientError):  # noqa: N818
@@ -60,11 +60,11 @@ class NotFound(DroverClientError):  # noqa: N818
 
 
 class Refused(DroverClientError):  # noqa: N818
-    """It cannot be done as things are; the guest was not touched."""
+    """Not possible in the present state; the guest was not touched."""
 
 
 class Busy(Refused):
-    """No slot is free now."""
+    """No slot is free: try again after `retry_after` seconds."""
 
 
 class Unreachable(DroverClientError):  # noqa: N818
@@ -72,7 +72,7 @@ class Unreachable(DroverClientError):  # noqa: N818
 
 
 class DeadlineExceeded(Unreachable):
-    """It answers too late. The call may have had its effect."""
+    """No answer in time. The call may have had its effect."""
 
 
 class MigrationFailed(DroverClientError):  # noqa: N818
@@ -80,15 +80,15 @@ class MigrationFailed(DroverClientError):  # noqa: N818
 
 
 class MigrationCancelled(MigrationFailed):
-    """As `MigrationFailed`, because somebody asked for that."""
+    """The migration ended without success because somebody cancelled it."""
 
 
 class OutcomeUnknown(DroverClientError):  # noqa: N818
-    """It cannot be said now where the guest runs."""
+    """It is unknown where the guest runs; the migration's driver keeps asking the hosts."""
 
 
 class ServerFailed(DroverClientError):  # noqa: N818
-    """The server failed in a way that says nothing of what was done."""
+    """The server failed; whether the call had its effect is unknown."""
 
 
 _BY_REASON: Mapping[Reason, type[DroverClientError]] = {
@@ -114,14 +114,18 @@ _BY_CODE: Mapping[grpc.StatusCode, type[DroverClientError]] = {
 
 
 def client_error(error: DroverError) -> DroverClientError:
-    """The client's word for an error of the wire."""
+    """Return the client's error for an error from the wire."""
     kind = _BY_REASON.get(error.reason) or _BY_CODE.get(error.code, ServerFailed)
     return kind(error.message, reason=error.reason, metadata=error.metadata, retry_after=error.retry_after)
 
 
 def raise_unless_succeeded(migration: "Migration") -> "Migration":
-    """The migration, if it succeeded; the error that says how it stands otherwise. For one that has ended (or is unknown)."""
-    from coordinator.client.types import MigrationState  # noqa: PLC0415 - a migration's start need not wait for the import
+    """Return the migration if it succeeded. Needs one that has ended, or whose outcome is unknown.
+
+    Raises:
+        MigrationFailed, MigrationCancelled, OutcomeUnknown: with the migration.
+    """
+    from coordinator.client.types import MigrationState  # noqa: PLC0415 - keeps the import out of the start of a migration
 
     if migration.state is MigrationState.SUCCEEDED:
         return migration
@@ -132,14 +136,14 @@ def raise_unless_succeeded(migration: "Migration") -> "Migration":
 
 
 def no_such_host(name: str, host: str, address: str) -> NotFound:
-    """An agent, of that host and at that address, was asked for another host."""
-    text = f'the agent at {address} is host "{host}" and knows no other; ask a coordinator for "{name}"'
+    """Return the error for a question about host `name` to the agent of `host` at `address`."""
+    text = f'the agent at {address} knows only its own host "{host}"; ask a coordinator about "{name}"'
     return NotFound(text, reason=Reason.HOST_NOT_FOUND, metadata={"host": name})
 
 
 def outcome_unknown(migration: "Migration") -> DroverClientError:
-    """The `OutcomeUnknown` of a migration."""
-    text = f"the outcome of migration {migration.id} is not known yet; it goes on asking"
+    """Return the `OutcomeUnknown` of a migration."""
+    text = f"the outcome of migration {migration.id} is not known yet; its driver keeps asking the hosts"
     return _of_migration(OutcomeUnknown, migration, text)
 
 

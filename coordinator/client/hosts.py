@@ -1,4 +1,4 @@
-"""What the client asks and returns of hosts and their guests. A module of its own, as a migration needs none of it."""
+"""The client's calls and types for hosts and their guests. A module of its own, so that migrations need not import it."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,21 +36,21 @@ class DomainState(OpenEnum):
 class Network:
     name: str
     address: str
-    """The host's IP address on it."""
+    """IP address of the host on this network."""
     roles: tuple[str, ...]
     """"migration" (the memory of guests may travel here), "management"."""
     line_rate: int
-    """Bytes per second; 0: not known."""
+    """Bytes per second. 0: unknown."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host, as its agent sees it (the last word of it, while it is unreachable)."""
+    """A host, as reported by its agent (by its last report, while it is unreachable)."""
 
     name: str
     state: HostState
     address: str
-    """Of its agent."""
+    """Address of its agent."""
     last_seen: datetime | None
     driver: str
     hypervisor: str
@@ -58,30 +58,30 @@ class Host:
     agent_version: str
     incoming_in_use: int
     incoming_limit: int
-    """Most migrations that it takes at once."""
+    """Largest number of incoming migrations at once."""
     networks: tuple[Network, ...]
     option_support: dict[str, str]
     """For each option "supported", "always_on" or "unsupported"."""
     option_reasons: dict[str, str]
-    """For an option that this host lacks though its driver has it: what forbids it."""
+    """For each option that this host cannot use though its driver has it: why not."""
     uri_transports: tuple[str, ...]
     bandwidth: bool
-    """A limit on the rate can be enforced."""
+    """The host can limit the rate of a transfer."""
     split_phases: bool
     draining: bool
     last_seen_age: float | None
-    """Seconds since it was last heard of, as the coordinator measured when it answered. None: not told."""
+    """Seconds between the host's last message and the coordinator's answer. None: the server does not send it."""
     last_seen_by_wall_clock: bool
-    """That was not measured, but is the difference of two readings of the coordinator's wall clock."""
+    """`last_seen_age` is the difference of two readings of the coordinator's wall clock, not measured."""
     unreachable_reason: str
-    """Why it is unreachable; empty for one that is up."""
+    """Why it is unreachable; empty if it is up."""
     clock_skew: float | None
-    """Seconds by which its wall clock is ahead of the coordinator's; negative: behind. None: not known."""
+    """Seconds by which its wall clock is ahead of the coordinator's; negative: behind. None: unknown."""
     proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
 
     @classmethod
     def of_agent(cls, host: host_pb2.Host, address: str) -> "Host":
-        """From the word of the host's own agent, which has just answered at that address."""
+        """Return the host from the answer of its own agent at `address`."""
         return cls.from_proto(cluster_pb2.ClusterHost(host=host, agent_address=address, state=cluster_pb2.HOST_STATE_UP))
 
     @classmethod
@@ -127,13 +127,13 @@ class Domain:
     vcpus: int
     persistent: bool
     job: str
-    """A migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
+    """The migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
     silent_for: float
-    """Seconds for which its process has not answered; 0 where it does."""
+    """Seconds since its process stopped answering; 0 if it answers."""
     running_version: str
-    """Version of the hypervisor that runs it; empty where that is not told."""
+    """Version of the hypervisor that runs it. Empty: unknown."""
     installed_version: str
-    """Version that its next start would run."""
+    """Version of the hypervisor that its next start would use."""
     proto: cluster_pb2.PlacedDomain = field(repr=False, compare=False)
 
     @classmethod
@@ -172,7 +172,7 @@ class DomainList:
 
     @classmethod
     def of_agent(cls, host: str, domains: Iterable[host_pb2.Domain]) -> "DomainList":
-        """From the word of the host's own agent."""
+        """Return the guests of a host from the answer of its own agent."""
         return cls(tuple(Domain.from_proto(cluster_pb2.PlacedDomain(host=host, domain=domain)) for domain in domains))
 
     def __iter__(self) -> Iterator[Domain]:
@@ -183,9 +183,9 @@ class DomainList:
 
 
 class HostQuestions:
-    """Questions about hosts, to a coordinator or to one agent. Which of the two it is, is found out at the first one.
+    """Queries about hosts, to a coordinator or to one agent; the first query finds out which of the two it is.
 
-    `call` awaits a call of gRPC and turns its errors into those of the client.
+    `call` awaits a gRPC call and raises its errors as those of the client.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class HostQuestions:
         self._is_agent = False
 
     async def list_hosts(self) -> list[Host]:
-        """Every host of the cluster, by name; an agent knows one."""
+        """Return every host of the cluster, by name; an agent knows only its own."""
         if not self._is_agent:
             try:
                 pages = self._pages(self._cluster.ListHosts, cluster_pb2.ListHostsRequest())
@@ -209,7 +209,7 @@ class HostQuestions:
         return [await self._agent_host()]
 
     async def get_host(self, name: str) -> Host:
-        """Raises `NotFound`."""
+        """Return the host. Raises `NotFound`."""
         if not self._is_agent:
             try:
                 request = cluster_pb2.GetHostRequest(name=name)
@@ -225,7 +225,7 @@ class HostQuestions:
         await self._call(self._cluster.RemoveHost(cluster_pb2.RemoveHostRequest(name=name), timeout=self.timeout))
 
     async def list_domains(self, host: str = "") -> DomainList:
-        """Guests of one host, or of all (`host` empty); an agent knows those of its own."""
+        """Return the guests of one host, or of all (`host` empty); an agent knows only those of its own host."""
         if not self._is_agent:
             try:
                 pages = self._pages(self._cluster.ListDomains, cluster_pb2.ListDomainsRequest(host=host))
@@ -234,7 +234,8 @@ class HostQuestions:
                 self._note_agent(error)
         return await self._agent_domains(host)
 
-    def _note_agent(self, error: ServerFailed) -> None:  # an agent does not know the coordinator's service
+    def _note_agent(self, error: ServerFailed) -> None:
+        """Take the server for an agent, which does not serve the coordinator's service. Raises `error` if that is not why."""
         if error.reason != Reason.UNIMPLEMENTED:
             raise error
         self._is_agent = True

@@ -1,6 +1,6 @@
 """What the client returns: frozen, typed, with units. Memory in bytes, rates in bytes per second, times in seconds.
 
-Each value keeps the message that it was made of in `proto`, for what is not spelled out here and for JSON.
+`proto` of each value is the message that it was made from: for fields that have no attribute here, and for JSON.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from drover.agent.v1 import handshake_pb2, migration_pb2
 
 
 class MigrationState(OpenEnum):
-    """Where a migration stands. SUCCEEDED, FAILED and CANCELLED are final."""
+    """The state of a migration. SUCCEEDED, FAILED and CANCELLED are final."""
 
     UNSPECIFIED = "unspecified"
     PENDING = "pending"
@@ -37,30 +37,30 @@ class MigrationState(OpenEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """One reading of a transfer, from the hypervisor's own figures. It may go back: see `reason`."""
+    """One sample of a transfer, from the hypervisor's own figures. The estimate may get worse: see `reason`."""
 
     iteration: int
-    """1 is the first pass over the memory; 0: not said."""
+    """1 is the first pass over the memory. 0: unknown."""
     total_bytes: int
     """Memory of the guest."""
     processed_bytes: int
-    """Sent so far; more than `total_bytes` when pages were sent again."""
+    """Sent so far; more than `total_bytes` if pages were sent again."""
     remaining_bytes: int
     rate: int
     """Bytes per second on the wire."""
     dirty_rate: int
     """Bytes per second that the guest dirties."""
     downtime: float
-    """Seconds: expected while the transfer runs, real when it has ended."""
+    """Seconds: expected while the transfer runs, measured once it has ended."""
     elapsed: float
-    """Seconds since the transfer began."""
+    """Seconds since the transfer started."""
     eta_low: float | None
-    """Seconds to the earliest end to expect. None: cannot be said."""
+    """Seconds to the earliest expected end. None: unknown."""
     eta_high: float | None
-    """Seconds to the latest end to expect. None: no end in sight at this rate."""
+    """Seconds to the latest expected end. None: the transfer does not end at this rate."""
     post_copy: bool
     reason: str
-    """Why the estimate went back or cannot be given. Empty: nothing to say."""
+    """Why the estimate got worse or cannot be given; else empty."""
 
     @classmethod
     def from_proto(cls, message: handshake_pb2.Progress) -> "Progress":
@@ -88,7 +88,7 @@ class PhaseTiming:
     start: datetime | None
     duration: float
     hypervisor_duration: float
-    """Part of it in calls of the hypervisor."""
+    """Seconds of `duration` spent in calls of the hypervisor."""
 
     @classmethod
     def from_proto(cls, message: handshake_pb2.PhaseTiming) -> "PhaseTiming":
@@ -103,7 +103,7 @@ class PhaseTiming:
 @dataclass(frozen=True)
 class Failure:
     reason: str
-    """UPPER_SNAKE word of `agent.runtime.errors.Reason`."""
+    """An `agent.runtime.errors.Reason`, or a newer server's reason, in UPPER_SNAKE."""
     message: str
     """What happened, where the guest runs now, what to do next."""
     metadata: dict[str, str]
@@ -115,12 +115,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Migration:
-    """A migration at one moment."""
+    """The state of a migration at one moment."""
 
     id: str
     state: MigrationState
     phase: str
-    """Under way: "reserve", "begin", "prepare", "perform", "confirm". Empty once it has ended."""
+    """While it is active: "reserve", "begin", "prepare", "perform", "confirm". Empty once it has ended."""
     attempt: int
     domain: str
     """Name of the guest at the source."""
@@ -128,47 +128,47 @@ class Migration:
     source: str
     destination: str
     runs_on: str
-    """Host on which the guest runs, as its hypervisor said last. Empty: see `whereabouts`."""
+    """Host on which the guest runs, as last seen by its hypervisor. Empty: see `whereabouts`."""
     network: str
     """Network that carries the memory."""
     uri: str
     progress: Progress | None
     timings: tuple[PhaseTiming, ...]
     failure: Failure | None
-    """The cause, with the host that has it."""
+    """The cause, with the host on which it happened."""
     other_failures: tuple[Failure, ...]
-    """What else was said of it, such as its echo at the other host."""
+    """Other errors of the same migration, such as the effect of the failure on the other host."""
     waiting_for: str
     warnings: tuple[str, ...]
     created: datetime | None
     """When it was accepted, by the wall clock of its driver."""
     age: float | None
-    """Seconds since then, as the server measured when it answered. None: an older server does not tell."""
+    """Seconds between `created` and the server's answer. None: an older server does not send it."""
     age_by_wall_clock: bool
-    """It was not measured, but is the difference of two readings of the server's wall clock."""
+    """`age` is the difference of two readings of the server's wall clock, not measured."""
     committed: datetime | None
-    """When the guest was known to run at the destination."""
+    """When the driver learned that the guest runs at the destination."""
     ended: datetime | None
     duration: float
     """Seconds from the request to the end."""
     duration_is_least: bool
-    """It took at least that: its driver's machine was restarted meanwhile, or another driver took over, and what was before is not
+    """`duration` is a lower bound: the driver's machine was restarted, or another driver took over, and the time before that is not
     measured."""
     hypervisor_duration: float
-    """Seconds of it in calls of a hypervisor."""
+    """Seconds of `duration` spent in calls of a hypervisor."""
     driver: str
-    """Who drives it: name of the coordinator, or of the source's agent."""
+    """Name of its driver: the coordinator, or the source's agent."""
     revision: int
     proto: migration_pb2.Migration = field(repr=False, compare=False)
 
     @property
     def whereabouts(self) -> Whereabouts:
-        """Where the guest is, from what the hypervisors of both hosts said last."""
+        """Where the guest is, as last seen by the hypervisors of both hosts."""
         return whereabouts(self.proto)
 
     @property
     def overhead(self) -> float:
-        """Seconds of `duration` outside calls of the hypervisors: what Drover itself took."""
+        """Seconds of `duration` outside calls of the hypervisors: the time that Drover itself took."""
         return max(0.0, self.duration - self.hypervisor_duration)
 
     @classmethod
@@ -215,6 +215,8 @@ def time_of(timestamp: Timestamp) -> datetime:
 
 
 def word_of(enum: type, number: int, prefix: str) -> str:
-    """The value's name as a word of ours; of a value that only a newer server knows, its number: "unknown_99", "unknown_minus_1"."""
+    """Return the value's name in lower case without `prefix`; for a value of a newer server, its number: "unknown_99",
+    "unknown_minus_1".
+    """
     names = {value: name for name, value in enum.items()}  # type: ignore[attr-defined]
     return str(names.get(number, f"UNKNOWN_{number}".replace("-", "MINUS_"))).removeprefix(prefix).lower()

@@ -274,7 +274,7 @@ def test_an_agent_answers_too(agent: Drover) -> None:
     assert [host["host"]["name"] for host in agent.json("host", "list")["hosts"]] == ["a"]
     assert agent.json("domain", "list")["domains"][0]["host"] == "a"
     assert '"vm1" moved' in agent("migrate", "vm1", "--to", "b").stdout
-    assert "knows no other" in agent("host", "show", "b", code=4).stderr
+    assert "knows only its own host" in agent("host", "show", "b", code=4).stderr
 
 
 def test_the_server_may_come_from_the_environment(servers: Path) -> None:

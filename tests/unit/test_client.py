@@ -212,7 +212,7 @@ async def test_an_agent_answers_the_same_questions(agent_client: Client) -> None
     assert [domain.host for domain in await agent_client.list_domains()] == ["a"]
     assert (await agent_client.migrate("vm1", "b")).state is MigrationState.SUCCEEDED
     for call in (agent_client.get_host("b"), agent_client.list_domains("b")):
-        with pytest.raises(NotFound, match='is host "a"'):
+        with pytest.raises(NotFound, match='own host "a"'):
             await call
 
 
