@@ -1,1 +1,1 @@
-"""Admission: the destination decides how many guests may arrive at once. Begin with `slots.Slots`."""
+"""Admission: a destination decides how many guests may arrive at once. Knows no handshake. Begin with `slots.Slots`."""

@@ -1,0 +1,5 @@
+"""What every daemon needs, whatever it does. Knows nothing of guests, hosts or migrations.
+
+`errors` (every reason and its gRPC code) is the one to begin with; `failure` is an error as a value. `sqlite` and `intact` keep
+files, `supervision` keeps background tasks alive, `bell` and `alongside` are small asyncio pieces, `wire` converts times and enums.
+"""

@@ -1,1 +1,4 @@
-"""The thin gRPC adapter: translate, check, call, translate errors. Handlers hold no rules of their own."""
+"""The gRPC adapter: bounds, errors, one adapter for each service, and the client side towards other agents (`peers`).
+
+Adapters translate and call; they hold no rules. Begin with `server` and `interceptor`, through which every call passes.
+"""

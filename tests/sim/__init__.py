@@ -1,0 +1,1 @@
+"""Tests of a whole cluster on the simulated hypervisor."""

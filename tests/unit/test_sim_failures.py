@@ -22,6 +22,7 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.sim import Latencies, SimGuest, SimHypervisor
 from agent.hypervisor.sim.cookie import Cookie
+from agent.hypervisor.sim.receiver import receiver_of
 from agent.hypervisor.sim.stream import connect
 from tests.unit.test_sim_migration import MIB, UUID, Move, facts, host, said, slow, until, web
 
@@ -145,7 +146,8 @@ async def test_a_silent_peer_is_given_up(hosts: Hosts) -> None:
     await move.prepare()
     performing = move.perform()
     await move.flow()
-    receiver = b._host.receivers[UUID]
+    receiver = receiver_of(b._host, UUID)
+    assert receiver is not None
     assert receiver._stream is not None
     receiver._stream._reader._transport.pause_reading()  # type: ignore[attr-defined]
     await fails(performing)
@@ -198,7 +200,8 @@ async def test_a_stream_that_dies_with_the_last_word_leaves_the_source_paused(ho
     a, b = await hosts(web(), peer_timeout=1)
     move = Move(a, b)
     await move.prepare()
-    receiver = b._host.receivers[UUID]
+    receiver = receiver_of(b._host, UUID)
+    assert receiver is not None
     complete = receiver._complete
 
     def complete_and_cut(clock: float, wants_run: bool) -> None:
@@ -291,7 +294,7 @@ async def test_a_stranger_who_talks_nonsense_does_no_harm(hosts: Hosts) -> None:
     for stranger in strangers:
         stranger._writer.write(b"GET / HTTP/1.1\r\n\r\n")
     finishing = move.finish()
-    await until(lambda: asyncio.sleep(0), lambda _: not b._host.receivers[UUID]._greeting)
+    await until(lambda: asyncio.sleep(0), lambda _: (receiver := receiver_of(b._host, UUID)) is not None and not receiver._greeting)
     await move.perform()
     await finishing
     assert said(await facts(b)) == "running (migrated)"

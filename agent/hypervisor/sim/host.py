@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -31,10 +31,6 @@ from agent.hypervisor.sim.guest import Definition, Guest, GuestRecord, requireme
 from agent.hypervisor.sim.link import Link
 from agent.hypervisor.sim.profiles import PROFILES
 
-if TYPE_CHECKING:
-    from agent.hypervisor.sim.receiver import Receiver
-    from agent.hypervisor.sim.sender import Sender
-
 T = TypeVar("T")
 
 CPUS_OF_THE_HOST = frozenset({"host-passthrough", "maximum"})
@@ -45,13 +41,24 @@ FAULTS: dict[str, type[HypervisorError]] = {"perform": TransferFailed, "finish":
 """The error of an injected fault; all other methods raise `HypervisorError`."""
 
 
+class TransferEnd(Protocol):
+    """One end of a transfer, as its host sees it: a `sender.Sender` or a `receiver.Receiver`."""
+
+    task: asyncio.Task[Any] | None
+    """Sends the memory; None at the destination."""
+
+    def end(self, reason: str) -> None: ...
+
+    def cut(self) -> None: ...
+
+
 class Host:
     def __init__(self, config: SimConfig) -> None:
         self.config = config
         self.profile = PROFILES[config.profile]
         self.guests: dict[str, Guest] = {}
-        self.senders: dict[str, Sender] = {}
-        self.receivers: dict[str, Receiver] = {}
+        self.senders: dict[str, TransferEnd] = {}
+        self.receivers: dict[str, TransferEnd] = {}
         self.holders: dict[str, object] = {}
         """The handle whose Begin holds a guest, by the guest's UUID."""
         self.link = Link(config.link_rate)
@@ -148,7 +155,7 @@ class Host:
             sender.end("the guest was destroyed")
             await asyncio.wait([sender.task] if sender.task else [])
         if receiver is not None:
-            receiver.close("the guest was destroyed")
+            receiver.end("the guest was destroyed")
         if (guest := self.guests.get(uuid)) is not None:
             guest.stored = None
             self.release(guest)
@@ -270,7 +277,7 @@ class Host:
         for sender in list(self.senders.values()):
             sender.end("the hypervisor is closing")
         for receiver in list(self.receivers.values()):
-            receiver.close("the hypervisor is closing")
+            receiver.end("the hypervisor is closing")
         if self._scribe is not None:
             self._scribe.cancel()
         await asyncio.gather(*[sender.task for sender in self.senders.values() if sender.task], return_exceptions=True)

@@ -19,7 +19,7 @@ from agent.hypervisor.base import (
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import Host
-from agent.hypervisor.sim.receiver import Receiver
+from agent.hypervisor.sim.receiver import Receiver, receiver_of
 from agent.network.uri import MigrationUri
 
 
@@ -61,10 +61,10 @@ class SimIncoming:
             await asyncio.sleep(self._host.config.latencies.prepare)
             port = await receiver.listen(listen_address, self._ports(ask.port))
         except (HypervisorError, asyncio.CancelledError) as error:
-            receiver.close(str(error))
+            receiver.end(str(error))
             raise
         if self._closed or receiver.gone:
-            receiver.close("the connection that prepared it was closed")
+            receiver.end("the connection that prepared it was closed")
             raise TransferFailed("the connection that prepared the copy was closed")
         out = replace(ask, port=port)
         return Prepared(str(out), Cookie(host_uuid=self._host.config.host_uuid, token=receiver.token).encode())
@@ -125,9 +125,9 @@ class SimIncoming:
         try:
             await self._host.gate("finish")
         except TransferFailed as error:  # an injected fault: the copy is gone, as the error says
-            receiver = self._host.receivers.get(self._uuid)
+            receiver = receiver_of(self._host, self._uuid)
             if receiver is not None:
-                receiver.close(str(error))
+                receiver.end(str(error))
             raise
 
     @staticmethod
@@ -156,7 +156,7 @@ class SimIncoming:
         return Definition.parse(stored.definition).renamed(name) if stored is not None and stored.definition else runs
 
     def _arm(self, *, arrive_paused: bool) -> Receiver:
-        receiver = self._host.receivers.get(self._uuid)
+        receiver = receiver_of(self._host, self._uuid)
         if receiver is None:
             guest = self._host.guests.get(self._uuid)
             if guest is not None and guest.active:
@@ -188,17 +188,17 @@ class SimIncoming:
 
     async def abandon(self) -> None:
         await self._host.gate("abandon")
-        receiver = self._host.receivers.get(self._uuid)
+        receiver = receiver_of(self._host, self._uuid)
         guest = self._host.guests.get(self._uuid)
         if guest is None or not guest.active:
             return
         if receiver is None or guest.postcopy or guest.state is DomainState.RUNNING:
             raise DomainBusy(f"domain {guest.name} has run here: it is not destroyed")
-        receiver.close("abandoned")
+        receiver.end("abandoned")
 
     async def close(self) -> None:
         """A copy that never ran goes; one whose Finish was called stays, because libvirt ends a Finish that it began."""
         self._closed = True
-        receiver = self._host.receivers.get(self._uuid)
+        receiver = receiver_of(self._host, self._uuid)
         if receiver is not None and receiver.owner is self and not receiver.armed:
-            receiver.close("the connection that prepared it was closed")
+            receiver.end("the connection that prepared it was closed")

@@ -20,7 +20,7 @@ from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.profiles import MIB
-from agent.hypervisor.sim.sender import Assignment, Sender
+from agent.hypervisor.sim.sender import Assignment, Sender, sender_of
 from agent.network.uri import MigrationUri
 from agent.transfer.progress import Progress
 
@@ -140,7 +140,7 @@ class SimOutgoing:
 
     async def abort(self) -> None:
         await self._host.gate("abort")
-        sender = self._host.senders.get(self._uuid)
+        sender = sender_of(self._host, self._uuid)
         if sender is not None:
             sender.abort()
 
@@ -151,7 +151,7 @@ class SimOutgoing:
 
     async def progress(self) -> Progress | None:
         await self._host.gate("progress")
-        sender = self._host.senders.get(self._uuid)
+        sender = sender_of(self._host, self._uuid)
         return None if sender is None else sender.progress()
 
     async def start_postcopy(self) -> None:
@@ -164,7 +164,7 @@ class SimOutgoing:
         self._running().set_bandwidth(bandwidth)
 
     def _running(self) -> Sender:
-        sender = self._host.senders.get(self._uuid)
+        sender = sender_of(self._host, self._uuid)
         if sender is None:
             raise NoTransfer("no transfer runs")
         return sender

@@ -12,6 +12,7 @@ import asyncio
 import errno
 import secrets
 from hmac import compare_digest
+from typing import Any
 
 from agent.hypervisor.base import DomainState, HypervisorError, Job, TransferFailed
 from agent.hypervisor.sim.guest import Definition, Guest
@@ -38,9 +39,16 @@ STRANGERS = 4
 """Connections that may wait to be greeted at the same time."""
 
 
+def receiver_of(host: Host, uuid: str) -> "Receiver | None":
+    """Return the receiver of a guest that arrives at this host."""
+    found = host.receivers.get(uuid)
+    return found if isinstance(found, Receiver) else None
+
+
 class Receiver:
     def __init__(self, host: Host, guest: Guest, owner: object) -> None:
         self._host = host
+        self.task: asyncio.Task[Any] | None = None
         self.guest = guest
         self.owner = owner
         """The handle that prepared: its end undoes a copy that is not armed."""
@@ -184,7 +192,7 @@ class Receiver:
         else:
             guest.stop("user")
 
-    def close(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
         """End it: a copy that never ran goes, one in post-copy stays and waits to be recovered."""
         self._break(reason)
 

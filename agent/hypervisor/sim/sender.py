@@ -61,6 +61,12 @@ class Assignment:
     bandwidth: int
 
 
+def sender_of(host: Host, uuid: str) -> "Sender | None":
+    """Return the sender of a guest that leaves this host."""
+    found = host.senders.get(uuid)
+    return found if isinstance(found, Sender) else None
+
+
 class Sender:
     def __init__(self, host: Host, guest: Guest, assignment: Assignment) -> None:
         self._host = host

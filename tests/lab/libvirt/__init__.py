@@ -1,0 +1,1 @@
+"""Tests of the libvirt driver on real libvirt, without an agent."""
