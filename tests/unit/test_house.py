@@ -1,4 +1,4 @@
-"""The house: rooms import in one direction, modules form no circle, files keep their bound, and every folder says what lives there."""
+"""The house: rooms import in one direction, modules form no circle, files keep their bound, folders say what lives there."""
 
 import ast
 from collections.abc import Iterator
