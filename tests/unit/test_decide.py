@@ -1,4 +1,4 @@
-"""agent.handshake.machines.decide: what every pair of records means to a driver."""
+"""agent.handshake.machines.decide: the calls for every pair of records."""
 
 import itertools
 
@@ -16,7 +16,7 @@ SOURCE_CALLS = {Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call
 FORWARD = {Call.RESERVE, Call.BEGIN, Call.PREPARE, Call.PERFORM}
 
 LEFT = {Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING}
-"""Nothing can be stopped at the source any more."""
+"""States in which nothing can be stopped at the source any more."""
 
 
 def everything() -> list[tuple[Src | None, Dst | None, bool, bool, frozenset[Call]]]:
@@ -61,7 +61,7 @@ def test_cancel_goes_to_the_source_first() -> None:
 
 
 def test_what_has_nothing_to_stop_is_not_asked_to_stop() -> None:
-    """Such a call answers at once and changes nothing, so a driver that made it would make it for ever."""
+    """Such a call returns at once and changes nothing, so the driver would repeat it for ever."""
     for src, dst, _, _, calls in everything():
         if Call.ABORT in calls:
             transition = SOURCE.step(src, SourceEvent.ABORT)
@@ -100,7 +100,7 @@ def test_finish_is_armed_while_the_memory_flows() -> None:
 
 @pytest.mark.parametrize("cancel", [False, True])
 def test_a_destination_that_owes_its_word_is_asked(cancel: bool) -> None:
-    """Once all has left the source, every call but the last goes to the destination."""
+    """Once the source has sent everything, every call but the last goes to the destination."""
     for src in LEFT:
         for dst in (None, *Dst):
             if dst not in (Dst.RUNNING, Dst.GONE):
@@ -108,7 +108,7 @@ def test_a_destination_that_owes_its_word_is_asked(cancel: bool) -> None:
 
 
 def test_a_call_that_is_made_has_a_place_in_the_state_that_it_was_made_for() -> None:
-    """For the pairs that a migration goes through; elsewhere a refusal makes the driver look again."""
+    """For the pairs that a migration goes through; elsewhere a refusal makes the driver read the record again."""
     way = [
         (None, None),
         (None, Dst.RESERVED),

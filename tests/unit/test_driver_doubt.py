@@ -1,4 +1,4 @@
-"""agent.handshake.drive.driver: hosts that stay silent, an operator's word, several drivers, and another life of one."""
+"""agent.handshake.drive.driver: silent hosts, operators' statements, several drivers, and a driver that was restarted."""
 
 import asyncio
 
@@ -32,7 +32,7 @@ async def test_the_outcome_is_unknown_while_the_destination_is_silent_and_known_
 
 
 async def cut_off(pair: Pair) -> tuple[Driver, "asyncio.Task[None]"]:
-    """The driver alone loses the destination, while all has left the source."""
+    """Only the driver loses the destination, after the source has sent everything."""
     driver_line = Line(pair.destination)
     driver = Driver(REF, pair.to_source, driver_line, make_plan(), lambda: None)
     running = asyncio.create_task(finished(driver))
@@ -65,7 +65,7 @@ async def test_6_13_a_driver_that_takes_up_learns_from_the_source_alone_that_the
 
 
 async def test_6_12_a_destination_that_its_source_hears_is_not_fenced(pair: Pair) -> None:
-    """It is the driver that is cut off; a statement does not count either."""
+    """It is the driver that is cut off; an operator's statement does not count either."""
     driver, running = await cut_off(pair)
     await until(lambda: driver.is_vouched_for("destination"))
     assert driver.outcome_unknown
@@ -76,7 +76,7 @@ async def test_6_12_a_destination_that_its_source_hears_is_not_fenced(pair: Pair
 
 
 async def test_6_01_an_id_that_a_guest_came_by_moves_nothing_on(pair: Pair) -> None:
-    """A driver with the id of a migration that brought the guest here is told so, and gives its slot back."""
+    """A driver with the id of the migration that brought the guest here gets an error and gives its slot back."""
     await finished(pair.driver())
     async with pair_of_agents() as others:
         third = Line(others.destination)
@@ -139,7 +139,7 @@ async def test_a_dead_source_of_a_guest_that_has_come_is_not_waited_for(pair: Pa
     pair.to_source.on_call = lambda name: setattr(pair.to_source, "cut", pair.to_source.cut or name == "confirm")
     running = asyncio.create_task(finished(driver))
     await until(lambda: driver.destination_state == "running" and "source" in driver.silent_since)
-    assert not driver.outcome_unknown  # it runs at the destination, whatever the source says
+    assert not driver.outcome_unknown  # the destination's record is RUNNING, whatever the source says
     driver.declare_dead("source", statement("h1"))
     await running
     assert driver.states == ("removed", "running")
@@ -149,7 +149,7 @@ async def test_the_next_answer_of_a_host_refutes_the_word(pair: Pair) -> None:
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
-    pair.to_source.cut = True  # so that the word does not work at once
+    pair.to_source.cut = True  # so that the statement has no effect at once
     driver.declare_dead("destination", statement("h2"))
     assert driver.states[1] == "gone"
     pair.to_destination.cut = False
@@ -162,7 +162,8 @@ async def test_the_next_answer_of_a_host_refutes_the_word(pair: Pair) -> None:
 
 
 async def test_a_host_that_answers_after_all_refutes_the_word_for_good(pair: Pair) -> None:
-    """The source is out of reach too, so the word has not worked yet. A host that spoke is not dead, and later silence is new."""
+    """The source is unreachable too, so the statement has had no effect yet. A host that answered is not dead, and later silence
+    does not bring the statement back."""
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
@@ -218,11 +219,11 @@ async def test_a_host_that_was_not_dead_is_looked_at_until_it_has_learned_what_w
     assert pair.states == ("kept", "gone")
 
 
-# --- whom it blames ---------------------------------------------------------------------------------------------------
+# --- who is silent ----------------------------------------------------------------------------------------------------
 
 
 async def test_a_host_is_not_blamed_for_the_other_ones_silence(pair: Pair) -> None:
-    """The answer to Prepare was lost, so the driver asks again before it calls Perform: that is the destination's silence."""
+    """The answer to Prepare was lost, so the driver calls it again before Perform: its silence is the destination's."""
     driver = pair.driver()
     pair.to_destination.lose_answer["prepare"] = 1
     blamed: set[str] = set()
@@ -246,7 +247,7 @@ async def test_an_old_answer_does_not_replace_a_newer_one(pair: Pair) -> None:
     assert driver.destination_state == "running"
 
 
-# --- two drivers, and another life ------------------------------------------------------------------------------------
+# --- two drivers, and a restart ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first_sees", [0, 1, 2, 3])
@@ -272,7 +273,7 @@ async def test_one_driver_cancels_what_another_one_drives(pair: Pair) -> None:
 
 
 async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair: Pair) -> None:
-    """Another driver has ended it while this one was cut off from both hosts, and was cancelled."""
+    """Another driver has ended the migration while this one was cut off from both hosts and was cancelled."""
     pair.wire.all_sent.clear()
     lonely = pair.driver()
     running = asyncio.create_task(finished(lonely))
@@ -282,7 +283,7 @@ async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair:
     await until(lambda: len(lonely.silent_since) == 2)
     lonely.cancel(CANCELLED)
     asked = pair.to_destination.count["finish"]
-    await asyncio.sleep(0.1)  # what was under way has failed; nothing but Abort is called now
+    await asyncio.sleep(0.1)  # the calls under way have failed; only Abort is called now
     assert pair.to_destination.count["finish"] <= asked + 1
     other = Driver(lonely.ref, pair.source.engine, pair.destination.engine, None, lambda: None)
     await other.resume()
@@ -300,7 +301,7 @@ async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair:
 
 @pytest.mark.parametrize("call", ["begin", "prepare", "perform", "finish", "confirm"])
 async def test_a_driver_that_goes_on_from_the_records(pair: Pair, call: str) -> None:
-    """The first one dies as it makes a call; the next has the plan of a restart, with no word on what the guest needs."""
+    """The first driver dies as it makes a call; the next has a plan without the guest's requirements, as after a restart."""
     first = pair.driver()
     dying = asyncio.create_task(first.run())
     for line in (pair.to_source, pair.to_destination):
@@ -358,9 +359,9 @@ async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -
 
 
 async def test_6_10_a_lease_ends_no_transfer_though_the_driver_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finish never arrives, so the destination is only prepared; it asks its source, which sends."""
+    """Finish never arrives, so the destination stays prepared; it asks its source, which is sending."""
     quicker(monkeypatch)
-    monkeypatch.setattr(agent.handshake.drive.driver, "FOLLOW_AFTER", 1000.0)  # the watch of a link that was cut has ended
+    monkeypatch.setattr(agent.handshake.drive.driver, "FOLLOW_AFTER", 1000.0)  # as if the watch had ended with the link
     async with pair_of_agents(lease=0.4) as pair:
         pair.wire.all_sent.clear()
         line = Line(pair.destination)

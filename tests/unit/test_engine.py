@@ -1,4 +1,4 @@
-"""agent.handshake.host.engine: the calls of one host. Journal first, then the hypervisor; whoever asks may go away."""
+"""agent.handshake.host.engine: the calls of one host. The journal is written before the hypervisor acts; callers may go away."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -111,13 +111,13 @@ async def test_what_cannot_be_recorded_is_not_done(pair: Pair, call: str, reques
     assert agent.calls == done
     assert agent.journalled == state
     assert len(agent.engine.active()) == (1 if state else 0)
-    await getattr(agent.engine, call)(request_)  # the same request is good once the journal is
+    await getattr(agent.engine, call)(request_)  # the same request succeeds once the journal works
     assert agent.journalled not in ("", state)
 
 
 @pytest.mark.parametrize("event", ["begun", "performed", "removed"])
 async def test_news_for_the_source_is_kept_until_it_can_be_recorded(pair: Pair, event: str) -> None:
-    """The effect has happened, so there is no way back: tried again, and the effect is not done twice."""
+    """The effect has happened, so recording it is retried, and the effect is not repeated."""
     agent = pair.source
     agent.journal.down = lambda record: record.state == event and agent.journal.refused < 3
     running = asyncio.create_task(pair.driver().run())
@@ -152,7 +152,7 @@ async def test_a_decision_that_is_not_recorded_is_told_to_nobody(pair: Pair) -> 
 
 @pytest.mark.parametrize("effect", ["remove", "resume"])
 async def test_a_journal_that_fails_between_a_retry_and_its_end(pair: Pair, effect: str) -> None:
-    """The hypervisor fails once, and is written down as waited for; then it works, but the journal does not for a moment."""
+    """The hypervisor fails once, which is recorded in `waiting_for`; then it works, but the journal fails for a moment."""
     agent = pair.alone()
     await agent.engine.begin(begin())
     await agent.engine.perform(perform())
@@ -172,7 +172,7 @@ def agent_waits(agent: Agent) -> str:
     return agent.engine.active()[0].record.waiting_for
 
 
-# --- who asks may go away ---------------------------------------------------------------------------------------------
+# --- callers may go away ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("effect", ["begin", "perform", "remove"])
@@ -208,7 +208,7 @@ async def test_a_caller_of_the_destination_that_goes_away_cancels_nothing(pair: 
     [("begin", begin(), "begun"), ("reserve_slot", reserve(), "reserved")],
 )
 async def test_a_first_caller_that_goes_away_during_the_write(pair: Pair, call: str, request_: Any, end: str) -> None:
-    """The write is carried out all the same, so the attempt exists: the next caller finds that one, not another."""
+    """The write is carried out all the same, so the attempt exists: the next caller joins it."""
     agent = pair.source if call == "begin" else pair.destination
     agent.journal.held = asyncio.Event()
     leaving = asyncio.create_task(getattr(agent.engine, call)(request_))
@@ -224,7 +224,7 @@ async def test_a_first_caller_that_goes_away_during_the_write(pair: Pair, call: 
     assert agent.effects.count("begin") == (1 if call == "begin" else 0)
 
 
-# --- joining, and another content -------------------------------------------------------------------------------------
+# --- joining, and request ids -----------------------------------------------------------------------------------------
 
 
 async def test_two_callers_join_one_begin(source: Agent) -> None:
@@ -310,7 +310,7 @@ async def test_an_older_attempt_is_refused_and_a_newer_one_waits_for_its_end(sou
     await source.engine.begin(begin(ref=OTHER))
     error = await fails(source.engine.begin(begin()), Reason.STALE_ATTEMPT)
     assert error.metadata["attempt"] == "2"
-    assert state_from_proto(await source.record(REF)) == "kept"  # what was decided can be read for as long as it is kept
+    assert state_from_proto(await source.record(REF)) == "kept"  # the record can be read for as long as it is kept
     assert (await source.record(pb.AttemptRef(migration_id=ID))).ref.attempt == 2
 
 

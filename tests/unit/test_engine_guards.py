@@ -1,4 +1,4 @@
-"""agent.handshake.host.engine: what one migration must not do to the next, errors that nobody foresaw, and words that do not fit."""
+"""agent.handshake.host.engine: what one migration must not do to the next, unexpected errors, and statements that are refused."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -40,7 +40,7 @@ ARRIVED = guest(reason="migrated")
 
 @pytest.fixture
 async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    """Silence is soon noticed, and whose a guest is soon asked."""
+    """Short timeouts for silent drivers and leases, and short pauses between questions to a source."""
     quicker(monkeypatch)
     async with pair_of_agents(lease=0.6, takeover=0.6) as pair:
         yield pair
@@ -50,7 +50,7 @@ async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
 
 
 async def test_a_guest_does_not_come_back_before_its_old_copy_is_removed(pair: Pair) -> None:
-    """The domain is destroyed, but its definition cannot be removed: the next try would destroy whatever is here then."""
+    """The domain is destroyed, but its definition cannot be removed: the next try would destroy the guest that came back."""
     h1 = pair.source
     h1.hypervisor.put(guest(state=DomainState.SHUTOFF, reason="migrated"))
     h1.hypervisor.fails_always["remove"] = HypervisorError("cannot undefine")
@@ -94,7 +94,7 @@ async def test_an_abort_on_its_way_holds_up_the_next_migration(pair: Pair) -> No
     await source.engine.begin(begin(ref=NEXT))
 
 
-# --- errors that nobody foresaw ---------------------------------------------------------------------------------------
+# --- unexpected errors ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ async def test_6_13_a_guest_that_ends_as_it_is_begun_is_reported_by_how_it_ended
 
 
 async def test_6_14_the_death_of_the_copy_is_told_as_the_cause(pair: Pair) -> None:
-    """Finish says little, and the source only that its stream broke."""
+    """Finish's own error tells little, and the source's only that its stream broke."""
     echo = TransferFailed("Unable to write to socket: Broken pipe", {ECHO: "true"})
     pair.source.hypervisor.fails["perform"] = [echo]
     pair.destination.hypervisor.fails["finish"] = [TransferFailed("domain is not running")]
@@ -163,7 +163,7 @@ async def test_6_14_the_death_of_the_copy_is_told_as_the_cause(pair: Pair) -> No
 
 @pytest.mark.parametrize("prepared", [True, False])
 async def test_6_14_a_copy_that_died_just_before_it_was_given_up_says_so(pair: Pair, *, prepared: bool) -> None:
-    """The source saw its stream break first. A death that stands in the log of an earlier copy is none of this one."""
+    """The source saw its stream break first. A death in the log of an earlier copy does not count."""
     agent = pair.destination
     await agent.engine.reserve_slot(reserve())
     agent.hypervisor.deaths["web1"] = TransferFailed("the QEMU of web1 died")
@@ -185,7 +185,7 @@ async def test_6_14_a_copy_that_died_just_before_it_was_given_up_says_so(pair: P
 
 @pytest.mark.parametrize("first", ["event", "finish", "abandon"])
 async def test_6_14_a_copy_that_somebody_destroyed_is_told_as_the_cause(pair: Pair, first: str) -> None:
-    """Finish may wait on, and its own error is only an echo."""
+    """Finish may go on waiting, and its own error is only an echo."""
     agent = pair.destination
     agent.hypervisor.held["finish"] = asyncio.Event()
     agent.hypervisor.fails["finish"] = [TransferFailed("is not processing incoming migration", {ECHO: "true"})]
@@ -195,7 +195,7 @@ async def test_6_14_a_copy_that_somebody_destroyed_is_told_as_the_cause(pair: Pa
     if first == "event":
         agent.hypervisor.tell("stopped", "destroyed")
         await until(lambda: agent.durable.failure is not None)
-    if first == "abandon":  # libvirt takes its time to end the process: the source has seen its stream break by then
+    if first == "abandon":  # libvirt ends the process slowly: the source has seen its stream break by then
         pair.source.keep(record(Role.SOURCE, "kept"))
         await pair.source.restart()
         giving_up = asyncio.create_task(agent.engine.abandon(pb.AbandonRequest(ref=REF, source_kept=True)))
@@ -259,7 +259,7 @@ async def test_two_requests_of_one_id_are_told_apart_while_the_first_is_written(
 
 
 async def test_the_switch_to_post_copy_needs_an_armed_destination(pair: Pair) -> None:
-    """Its lease could run out otherwise, and half of the guest's memory with it."""
+    """Otherwise its lease could end, and half of the guest's memory would be lost."""
     pair.wire.all_sent.clear()
     h1, h2 = pair.source.engine, pair.destination.engine
     await h2.reserve_slot(reserve())
@@ -299,7 +299,7 @@ async def test_a_guest_whose_other_half_has_died_is_reported_as_crashed(pair: Pa
     assert "resume" not in pair.source.effects
 
 
-# --- words and addresses ----------------------------------------------------------------------------------------------
+# --- statements and addresses -----------------------------------------------------------------------------------------
 
 
 async def test_a_word_must_be_about_the_other_host(pair: Pair) -> None:
@@ -398,7 +398,7 @@ async def test_a_cancel_ends_a_transfer_that_failed_in_an_unforeseen_way(pair: P
 
 
 async def test_6_13_a_question_without_an_answer_forgets_no_news(pair: Pair) -> None:
-    """The look at an arriving copy is broken off as Finish returns: what Finish said is newer."""
+    """The question about an arriving copy is cancelled as Finish returns: Finish's report is newer."""
     h2 = pair.destination
     h2.keep(record(Role.DESTINATION, "armed", seen=GuestFact(GuestState.WAITING)))
     h2.hypervisor.put(WAITS)
@@ -416,7 +416,7 @@ async def test_6_13_a_question_without_an_answer_forgets_no_news(pair: Pair) -> 
 
 
 async def test_6_13_a_copy_that_was_shut_off_before_it_started_has_not_run(pair: Pair) -> None:
-    """A signal ends it so, as an end by its user after it came would look; its handle has seen that it did not start."""
+    """A signal leaves it shut off, as if its user had shut it down after its arrival; but its handle knows that it never ran."""
     agent = pair.destination
     await agent.engine.reserve_slot(reserve())
     await agent.engine.prepare(prepare())

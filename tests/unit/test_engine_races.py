@@ -1,4 +1,4 @@
-"""agent.handshake.host.engine: copies that were disowned, and races between calls and news."""
+"""agent.handshake.host.engine: copies that were disowned, and races between calls and reports."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ RUNS = guest()
 
 @pytest.fixture
 def pair(pair: Pair) -> Pair:
-    """With no guest yet."""
+    """A pair without a guest."""
     pair.source.hypervisor.domains.clear()
     return pair
 
@@ -31,7 +31,7 @@ def pair(pair: Pair) -> Pair:
 
 
 async def declared_dead(pair: Pair) -> None:
-    """The source kept the guest because h2 was said to be dead; h2 has started it all the same."""
+    """The source kept the guest because h2 was declared dead, but h2 has started it."""
     said = Statement.of(statement("h2"))
     pair.source.keep(record(Role.SOURCE, "kept", statement=said, failure=said.failure()))
     pair.destination.keep(record(Role.DESTINATION, "running"))
@@ -49,7 +49,7 @@ async def test_a_host_that_was_declared_dead_stops_its_copy_when_it_comes_back(p
 
 
 async def test_6_01_a_later_attempt_takes_no_place_of_one_that_moved_the_guest(pair: Pair) -> None:
-    """Of anybody: else the copy of a host that was declared dead would run for ever beside the one that its source kept."""
+    """Otherwise the copy on a host that was declared dead would run for ever beside the one that its source kept."""
     await declared_dead(pair)
     agent = pair.destination
     await agent.restart()
@@ -115,7 +115,7 @@ async def test_6_6_a_guest_that_came_again_is_not_taken_for_the_one_that_was_dis
 
 @pytest.mark.parametrize("read", [True, False])
 async def test_6_6_an_older_record_that_is_read_does_not_keep_a_copy(pair: Pair, *, read: bool) -> None:
-    """Nor do any number of attempts that came to nothing since."""
+    """Any number of later attempts that failed change nothing either."""
     await declared_dead(pair)
     agent = pair.destination
     for number in range(1001):
@@ -148,7 +148,7 @@ async def test_6_6_a_copy_that_is_about_to_leave_is_disowned_once_it_has_stayed(
 
 
 async def test_6_01_a_guest_does_not_move_on_before_its_source_was_asked_whether_it_kept_it(pair: Pair) -> None:
-    """This host was declared dead, and has not asked yet: at a third host nobody would stop the copy."""
+    """This host was declared dead and has not asked its source yet: on a third host nobody would stop the copy."""
     await declared_dead(pair)
     agent = pair.destination
     await agent.restart()
@@ -161,7 +161,7 @@ async def test_6_01_a_guest_does_not_move_on_before_its_source_was_asked_whether
 
 
 async def test_6_01_a_guest_is_busy_while_it_is_written_that_its_source_kept_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long that takes: nobody waits for it any more, and it happens all the same."""
+    """However long the write takes: it is carried out although its caller has gone away."""
     monkeypatch.setattr(owner, "LEAVING_SECONDS", 0.05)
     await declared_dead(pair)
     agent = pair.destination
@@ -203,7 +203,7 @@ async def test_6_6_what_runs_on_is_asked_about_until_its_source_has_ended(pair: 
 
 
 async def test_6_08_a_commit_whose_source_cannot_be_asked_does_not_stay_for_ever(pair: Pair) -> None:
-    """The address of its agent was not told. It stays for as long as a source may be away, then it may be trimmed."""
+    """The address of the source's agent is not known. The record stays as long as a source may be away, then it may be trimmed."""
     agent, old = pair.destination, time.time() - 31 * 86400
     agent.other_side = None
     agent.keep(record(Role.DESTINATION, "running", migration_id="young", peer_agent="", created=time.time() - 29 * 86400))
@@ -230,11 +230,11 @@ async def test_6_6_an_answer_that_makes_no_sense_keeps_no_other_copy(pair: Pair)
     assert pair.runs_on == []
 
 
-# --- what only one may have -------------------------------------------------------------------------------------------
+# --- one guest, one name ----------------------------------------------------------------------------------------------
 
 
 async def test_6_15_a_guest_that_is_not_let_go_yet_is_busy_with_that_migration(pair: Pair) -> None:
-    """It was aborted while the hypervisor begins; the next one would meet that job, and take it for somebody else's."""
+    """It was aborted during the hypervisor's Begin; the next migration would find that job and take it for another program's."""
     agent = pair.source
     agent.hypervisor.put(RUNS)
     agent.hypervisor.held["begin"] = begun = asyncio.Event()
@@ -268,7 +268,7 @@ OTHER_UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002"
 
 @pytest.mark.parametrize("at_once", [True, False])
 async def test_6_15_two_guests_that_are_to_arrive_under_one_name(pair: Pair, *, at_once: bool) -> None:
-    """The hypervisor knows of neither before Prepare: the second is refused before it has a slot, and has its own name free."""
+    """The hypervisor knows neither before Prepare: the second is refused before it has a slot, and its own name stays free."""
     agent = pair.destination
     agent.journal.pause = 0.01
     first = reserve(destination_name="same")
@@ -299,7 +299,7 @@ async def test_6_15_a_name_is_free_again_when_the_guest_that_was_to_have_it_does
 
 @pytest.mark.parametrize("decision", ["running", "gone"])
 async def test_a_decision_that_comes_while_the_end_of_perform_is_being_written_loses_nothing(pair: Pair, decision: str) -> None:
-    """The usual race: the copy runs before the source's own Perform has been written down."""
+    """The usual race: the copy runs before the end of the source's own Perform has been recorded."""
     agent = pair.alone()
     agent.hypervisor.put(RUNS)
     pair.wire.all_sent.clear()

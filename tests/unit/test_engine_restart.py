@@ -28,7 +28,7 @@ ARRIVED_PAUSED = guest(state=DomainState.PAUSED, reason="user")
 
 @pytest.fixture
 def pair(pair: Pair) -> Pair:
-    """With no guest yet."""
+    """A pair without a guest."""
     pair.source.hypervisor.domains.clear()
     return pair
 
@@ -68,7 +68,7 @@ async def test_a_source_goes_on_after_a_restart(pair: Pair, state: str, fact: Do
 
 @pytest.mark.parametrize("fact", [DEAD, None])
 async def test_a_source_whose_guest_died_is_never_kept(pair: Pair, fact: Domain | None) -> None:
-    """The copy at the destination may run, so only its record can tell."""
+    """The copy at the destination may run, so only the destination's record decides."""
     agent = pair.source
     await restarted(agent, Role.SOURCE, "performing", fact)
     await agent.reaches("performed", "lost")
@@ -153,7 +153,7 @@ async def test_what_has_ended_is_not_touched_by_a_restart(pair: Pair) -> None:
 
 
 async def test_an_attempt_that_has_not_ended_is_found_behind_any_number_that_have(pair: Pair) -> None:
-    """A guest may wait for its operator for days, while its host does a thousand other migrations."""
+    """A guest may wait for an operator for days, while its host does a thousand other migrations."""
     agent = pair.source
     agent.keep(record(Role.SOURCE, "performed", updated=1.0))
     agent.hypervisor.put(PAUSED)
@@ -164,7 +164,7 @@ async def test_an_attempt_that_has_not_ended_is_found_behind_any_number_that_hav
 
 
 async def test_6_6_an_epoch_is_never_given_twice(pair: Pair) -> None:
-    """Nor after a restart, nor for another attempt of the same migration, whatever has happened on this host since."""
+    """Not after a restart either, nor for another attempt of the same migration."""
     agent = pair.destination
     first = (await agent.engine.reserve_slot(reserve())).record.slot.epoch
     await agent.engine.abandon(pb.AbandonRequest(ref=REF))
@@ -176,7 +176,7 @@ async def test_6_6_an_epoch_is_never_given_twice(pair: Pair) -> None:
 
 
 async def test_6_19_what_never_took_place_says_nothing_of_how_long_a_slot_is_held(pair: Pair) -> None:
-    """Tombstones, and slots that were given back at once: anybody may ask for as many as he likes."""
+    """Such as tombstones, and slots that were given back at once: any caller can make as many as it likes."""
     agent = pair.destination
     for number in range(30):
         ref = pb.AttemptRef(migration_id=f"m{number}", attempt=1)
@@ -196,7 +196,7 @@ async def test_6_19_what_never_took_place_says_nothing_of_how_long_a_slot_is_hel
 
 @pytest.fixture
 async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    """Leases and patience of 300 ms: a busy machine makes a few calls within one."""
+    """Leases and take-over after 300 ms: long enough for a few calls on a busy machine."""
     quicker(monkeypatch)
     async with pair_of_agents(lease=0.3, takeover=0.3) as pair:
         yield pair
@@ -219,7 +219,7 @@ async def test_6_6_a_watch_of_somebody_else_keeps_no_silent_driver_unnoticed(bri
 
 
 async def test_6_6_a_driver_that_watches_is_not_silent(brief: Pair) -> None:
-    """It watched before Begin was taken, and its id counts from then on."""
+    """Its watch started before Begin was accepted; its id counts from then on."""
     agent = brief.source
     held = agent.hypervisor.held["begin"] = asyncio.Event()
     beginning = asyncio.create_task(agent.engine.begin(begin(request_id="driver-1")))
@@ -234,7 +234,7 @@ async def test_6_6_a_driver_that_watches_is_not_silent(brief: Pair) -> None:
     await until(lambda: seen == ["beginning"])
     held.set()
     await beginning
-    await asyncio.sleep(0.6)  # twice the patience
+    await asyncio.sleep(0.6)  # twice the take-over time
     assert agent.journalled == "begun"
     watching.cancel()
     await asyncio.wait({watching})
@@ -242,7 +242,7 @@ async def test_6_6_a_driver_that_watches_is_not_silent(brief: Pair) -> None:
 
 
 async def test_a_lock_that_comes_late_is_let_go_too(brief: Pair) -> None:
-    """The caller went away while the hypervisor took its time: longer than the patience."""
+    """The caller went away during a Begin that takes longer than the take-over time."""
     agent = brief.source
     held = agent.hypervisor.held["begin"] = asyncio.Event()
     leaving = asyncio.create_task(agent.engine.begin(begin()))
@@ -269,7 +269,7 @@ async def test_a_driver_that_asks_in_time_is_not_silent(brief: Pair) -> None:
     await agent.engine.begin(begin())
     waiting = asyncio.create_task(agent.engine.perform(perform(wait={"nanos": 900_000_000})))
     brief.wire.all_sent.clear()
-    await waiting  # three times the patience
+    await waiting  # three times the take-over time
     assert agent.taken_over.empty()
     await asyncio.wait_for(agent.taken_over.get(), PATIENCE)
 
@@ -312,7 +312,7 @@ async def test_no_lease_ends_an_armed_copy_and_the_source_is_asked(brief: Pair) 
 
 
 async def test_6_08_an_armed_copy_does_not_wait_for_a_source_that_keeps_no_record(brief: Pair) -> None:
-    """It was trimmed. While a job holds the guest there, or has left it paused, the memory may still come."""
+    """The record was trimmed. While a job holds the guest at the source, or has left it paused, the memory may still come."""
     source, agent = brief.source, brief.destination
     agent.hypervisor.put(WAITS)
     agent.keep(record(Role.DESTINATION, "armed"))
@@ -332,7 +332,7 @@ async def test_6_08_an_armed_copy_does_not_wait_for_a_source_that_keeps_no_recor
 
 @pytest.mark.parametrize("other", ["host", "guest"])
 async def test_6_08_who_else_answers_there_gives_no_copy_up(brief: Pair, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The address has passed to another agent; or another guest has the UUID as its name."""
+    """Another agent has got the source's address; or another guest has the UUID as its name."""
     source, agent = brief.source, brief.destination
     if other == "host":
         monkeypatch.setattr(source, "name", "h9")

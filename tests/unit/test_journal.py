@@ -1,4 +1,4 @@
-"""agent.handshake.host.journal: what is kept of what has ended, in the order of writing and not of the clock."""
+"""agent.handshake.host.journal: which ended records are kept, and that they are ordered by writing and not by the clock."""
 
 import sqlite3
 import time
@@ -18,7 +18,7 @@ from tests.unit.asking import ID, record, statement
 
 @pytest.fixture
 async def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Journal]:
-    """It keeps three rows that nobody's decision depends on, so it is soon full."""
+    """A journal that keeps only three rows on which no decision depends."""
     monkeypatch.setattr(agent.handshake.host.journal, "KEEP", 3)
     journal = Journal(tmp_path / "journal.sqlite")
     await journal.open()
@@ -52,7 +52,7 @@ async def test_no_number_of_tombstones_pushes_a_commit_out(journal: Journal) -> 
 
 
 async def test_6_6_a_commit_stays_until_its_source_has_ended(journal: Journal) -> None:
-    """A source that was away may ask for it; to hear of none, it would let the guest run again."""
+    """A source that was away may ask for it; without the record it would resume the guest."""
     await journal.put_attempt(record(Role.DESTINATION, "running"))
     for number in range(10):
         await journal.put_attempt(numbered(number, "running"))
@@ -61,7 +61,7 @@ async def test_6_6_a_commit_stays_until_its_source_has_ended(journal: Journal) -
         await journal.put_attempt(numbered(number, "running", settled=True))
     assert [each.migration_id for each in await journal.unsettled()] == [ID]
     assert await journal.get_attempt(ID) is not None
-    assert await journal.get_attempt(str(uuid.UUID(int=1))) is None  # nobody will ask for it
+    assert await journal.get_attempt(str(uuid.UUID(int=1))) is None  # its source will never ask for it
 
 
 async def test_6_6_what_an_operator_stated_stays_until_the_other_host_can_learn_it(journal: Journal) -> None:
@@ -90,7 +90,7 @@ async def test_6_6_what_an_operator_stated_stays_until_the_other_host_can_learn_
 async def test_6_6_the_order_of_the_attempts_at_a_guest_is_durable(
     journal: Journal, later: tuple[tuple[str, Role], ...], *, brought: bool
 ) -> None:
-    """By which attempt a guest is here: whatever was read, written again or trimmed since, over restarts, by no clock."""
+    """`arrival` names the right attempt whatever was read, rewritten or trimmed since, over restarts, and without a clock."""
     first = record(Role.DESTINATION, "running", created=9e9, updated=9e9)
     await journal.put_attempt(first)
     for number, (state, role) in enumerate(later):
@@ -167,7 +167,7 @@ async def test_6_29_passwords_in_a_journal_of_an_earlier_drover_are_removed(tmp_
 
 
 async def test_what_is_not_here_is_told_without_a_look_and_what_is_here_is_found(journal: Journal) -> None:
-    """The ids that it keeps in memory are those of its rows, whatever was trimmed and written again."""
+    """The ids in memory are those of the rows, whatever was trimmed and rewritten."""
     await journal.put_attempt(numbered(1, "gone", attempt=1))
     await journal.put_attempt(numbered(1, "reserved", attempt=2))
     for number in range(2, 12):

@@ -40,7 +40,7 @@ async def journal(tmp_path: Path) -> AsyncIterator[Journal]:
 
 
 async def contents(journal: Journal) -> dict[str, Any]:
-    """What is promised, and what may be missing if that is told."""
+    """Records that must be served, and those that may be missing if an error reports it."""
     unsettled = await journal.unsettled()
     migrations = await journal.load()
     return {
@@ -67,7 +67,7 @@ class Crashed:
 
 
 async def crashed(path: Path, *, folded: bool) -> Crashed:
-    """With records of every kind, big and small, and migrations. `folded`: most of it is in the database, the rest in the WAL."""
+    """Write records of every kind, big and small, and migrations. `folded`: most are in the database file, the rest in the WAL."""
     journal = Journal(path)
     await journal.open()
     xml = "<domain>" + "x" * 6000
@@ -95,7 +95,7 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> list[Crashed]:
 
 
 async def damaged(path: Path, crash: Crashed, random: Random) -> str:
-    """Flip bits, open, and compare. What it says where it is refused, empty where all that was promised is served."""
+    """Flip bits, open the journal and compare. Return the error if the start fails; empty if all promised records are served."""
     for suffix, data in crash.files.items():
         Path(f"{path}{suffix}").write_bytes(data)
     for suffix in random.choice([[""], ["-wal"], ["", "-wal"], ["", "-wal", ".mark"]]):
@@ -119,7 +119,7 @@ async def damaged(path: Path, crash: Crashed, random: Random) -> str:
 
 @pytest.mark.parametrize("seed", range(100))
 async def test_6_27_flipped_bits_lose_nothing_without_a_word(tmp_path: Path, crashes: list[Crashed], seed: int) -> None:
-    """In the database, in the WAL or in both, few or many: all that was promised is served, or one line says that it is not."""
+    """Few or many, in the database, in the WAL or in both: all promised records are served, or one line reports the damage."""
     said = await damaged(tmp_path / "journal.sqlite", crashes[seed % 2], Random(seed))
     assert "\n" not in said
     assert not said or f"{tmp_path}/journal.sqlite cannot be used: " in said
@@ -153,7 +153,7 @@ async def test_6_27_a_damaged_record_that_has_ended_is_told_and_stops_nothing(jo
         assert len(await again.active()) == 1
         assert await again.load() == []
         assert [each.state for each in await listed(again)] == ["performing"]
-        lost = await fails(again.get_attempt(ID), Reason.JOURNAL_UNAVAILABLE)  # not: it never was
+        lost = await fails(again.get_attempt(ID), Reason.JOURNAL_UNAVAILABLE)  # not None, as if it had never existed
         assert "was damaged on the disk" in lost.message
         assert again.next_epoch() > 3
         await again.close()
@@ -183,7 +183,7 @@ async def test_6_27_a_damaged_record_that_still_decides_refuses_the_start(journa
     again = Journal(journal.path)
     await again.open()
     try:
-        assert again.next_epoch() > epoch + 1000  # what was lost may have had greater ones
+        assert again.next_epoch() > epoch + 1000  # lost rows may have had greater numbers
         if (table, column) == ("attempts", BODY):
             assert await again.unsettled() == []
             await fails(again.get_attempt(ID), Reason.JOURNAL_UNAVAILABLE)

@@ -19,7 +19,7 @@ MACHINES: dict[str, tuple[Machine[Any, Any, Any], Any, Any, Any]] = {
     "destination": (DESTINATION, DestinationState, DestinationEvent, DestinationEffect),
 }
 ONCE = {SourceEffect.BEGIN, SourceEffect.PERFORM, DestinationEffect.PREPARE, DestinationEffect.FINISH}
-"""Effects that must not be done a second time: what became of the first is found out instead."""
+"""Effects that must not be repeated: the result of the first is found out instead."""
 
 both = pytest.mark.parametrize("role", MACHINES)
 
@@ -30,7 +30,7 @@ def rows(role: str) -> Iterator[tuple[Any, Any, Transition[Any, Any]]]:
 
 
 def reachable(role: str, start: Any) -> set[Any]:
-    """The states that can follow, and the start itself."""
+    """Return the states reachable from a state, including itself."""
     seen, new = {start}, {start}
     while new:
         new = {t.state for state, _, t in rows(role) if state in new} - seen
@@ -56,7 +56,7 @@ def test_every_state_leads_to_an_end(role: str) -> None:
 
 @both
 def test_an_end_is_an_end(role: str) -> None:
-    """But for the one row by which a host that was declared dead lets go of a guest that another host kept."""
+    """Except for the one row by which a host that was declared dead gives up a guest that its source kept."""
     machine, *_ = MACHINES[role]
     out = {(state, event) for state, event, t in rows(role) if state in machine.final and (t.state != state or t.effects)}
     assert out == ({(_D.RUNNING, _DE.DISOWNED)} if role == "destination" else set())
@@ -84,7 +84,7 @@ def test_a_call_that_joins_starts_nothing_a_second_time(role: str) -> None:
 
 @both
 def test_a_restart_finds_its_way_wherever_something_was_under_way(role: str) -> None:
-    """An effect of the last life has no task any more: each state that one leads into must say what a restart means."""
+    """After a restart no task carries out the effect: each state with an effect under way must handle RESTARTED."""
     machine, _, events, _ = MACHINES[role]
     under_way = {t.state for *_, t in rows(role) if t.effects} - machine.final
     told = {state for state, event, _ in rows(role) if event == events.RESTARTED}
@@ -99,7 +99,7 @@ def test_a_restart_finds_its_way_wherever_something_was_under_way(role: str) -> 
 
 @both
 def test_a_restart_never_changes_what_may_have_been_told(role: str) -> None:
-    """A source that sent everything, and an armed destination, learn the rest from facts and from each other only."""
+    """A source that sent everything, and an armed destination, go on only by what the hypervisor and the other host report."""
     machine, *_ = MACHINES[role]
     kept = {"source": (_S.PERFORMING, _S.PERFORMED, _S.LOST, _S.REMOVING, _S.RESUMING), "destination": (_D.RESERVED, _D.ARMED)}
     for state in kept[role]:
@@ -171,7 +171,7 @@ def test_stale_news_is_ignored_and_a_call_out_of_turn_is_refused(role: str) -> N
 
 @given(st.lists(st.sampled_from(list(DestinationEvent)), max_size=40))
 def test_gone_is_for_ever(events: list[DestinationEvent]) -> None:
-    """Whatever comes: a destination that has said GONE never prepares, starts or keeps a copy of this attempt."""
+    """Whatever event comes: a destination that is GONE never prepares, starts or keeps a copy of this attempt."""
     state: DestinationState | None = None
     was_gone = False
     for event in events:

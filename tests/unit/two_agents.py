@@ -1,4 +1,4 @@
-"""Two engines on fake hypervisors, and lines between them and a driver that can be cut."""
+"""Two engines on fake hypervisors, and links between them and a driver that can be cut."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ JOURNAL_DOWN = DroverError(Reason.JOURNAL_UNAVAILABLE, "the disk is full")
 
 
 class MemoryDatabase:
-    """Stands for `agent.runtime.sqlite.Database`: without a file and without a thread."""
+    """A replacement of `agent.runtime.sqlite.Database` without a file and without a thread."""
 
     def __init__(self) -> None:
         self._connection = sqlite3.connect(":memory:", isolation_level=None)
@@ -65,7 +65,7 @@ class MemoryDatabase:
 
 
 class FakeJournal(Journal):
-    """In memory. `fails` are the errors of the next writes; `down` fails all; writes wait for `held`."""
+    """A journal in memory. `fails`: the errors of the next writes; `down`: all fail; `held`: writes wait for it."""
 
     def __init__(self, calls: list[str] | None = None) -> None:
         self._db = MemoryDatabase()  # type: ignore[assignment]
@@ -77,13 +77,13 @@ class FakeJournal(Journal):
         self.down: Callable[[AttemptRecord], bool] = lambda record: False
         self.refused = 0
         self.pause = 0.0
-        """Seconds that a write takes."""
+        """How long a write takes, in seconds."""
         self.held: asyncio.Event | None = None
         self.waiting = asyncio.Event()
-        """Set as soon as a write waits for `held`."""
+        """Set once a write waits for `held`."""
 
     def row(self, migration_id: str = ID) -> AttemptRecord | None:
-        """What is durable."""
+        """The durable records."""
         rows = self._db._connection.execute("SELECT body FROM attempts WHERE migration_id = ? ORDER BY attempt", (migration_id,))
         bodies = [row[0] for row in rows]
         return decode(bodies[-1]) if bodies else None
@@ -114,7 +114,7 @@ class Agent:
     def __init__(self, name: str, wire: Wire | None = None, *, lease: float = 60.0, takeover: float = 60.0, slots: int = 2) -> None:
         self.name = name
         self.calls: list[str] = []
-        """What was written and what was done, in order."""
+        """Journal writes and effects, in order."""
         self.hypervisor = FakeHypervisor(name, wire, self.calls)
         self.journal = FakeJournal(self.calls)
         self.taken_over: asyncio.Queue[Attempt] = asyncio.Queue()
@@ -124,7 +124,7 @@ class Agent:
         self.engine = self._engine()
         self._settling: asyncio.Task[None] | None = None
         self.stopped = asyncio.Event()
-        """Set when this life ends; then it answers no call any more."""
+        """Set when the agent stops; then it answers no call any more."""
 
     def _engine(self) -> Engine:
         networks = (host_pb2.Network(name="mig", address=ADDRESSES[self.name], roles=["migration"]),)
@@ -162,7 +162,7 @@ class Agent:
 
     @property
     def effects(self) -> list[str]:
-        """What was done to the hypervisor."""
+        """The effects on the hypervisor."""
         return [call for call in self.calls if not call.startswith("journal")]
 
     @property
@@ -191,7 +191,7 @@ class Agent:
 
 
 class Line:
-    """An `OtherHost` that loses calls (`lose`), answers (`lose_answer`), or is cut. Counts what is called."""
+    """A link to an agent that loses calls (`lose`) or answers (`lose_answer`), or is cut. Counts the calls."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
@@ -200,11 +200,11 @@ class Line:
         self.lose: Counter[str] = Counter()
         self.lose_answer: Counter[str] = Counter()
         self.refuse: dict[str, list[DroverError]] = {}
-        """By call: the errors of the next calls, which do not arrive."""
+        """By call: the errors of the next calls, which do not reach the agent."""
         self.hang: set[str] = set()
         self.on_call: Callable[[str], None] = lambda call: None
         self.answer: dict[str, Callable[[Any], Any]] = {}
-        """By call: what makes another answer of the answer."""
+        """By call: a function that replaces the answer."""
 
     async def _call(self, name: str, request: Any) -> Any:
         self.count[name] += 1
@@ -222,7 +222,7 @@ class Line:
         return self.answer.get(name, lambda answer: answer)(response)
 
     async def _alive(self, call: Awaitable[Any]) -> Any:
-        """The answer, unless the agent is stopped before."""
+        """Return the answer, unless the agent is stopped before."""
         answer, stopped = asyncio.ensure_future(call), asyncio.ensure_future(self.agent.stopped.wait())
         try:
             await asyncio.wait({answer, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -317,18 +317,18 @@ class Pair:
         return Driver(REF, self.to_source, self.to_destination, plan or make_plan(), on_change)
 
     def alone(self) -> Agent:
-        """The source, which cannot reach its destination: a record that its caller relays counts."""
+        """Return the source, cut off from its destination, so that a record that its caller relays counts."""
         self.source.other_side = None
         return self.source
 
     @property
     def runs_on(self) -> list[str]:
-        """Where a copy of the guest runs."""
+        """The hosts on which a copy of the guest runs."""
         return [a.name for a in (self.source, self.destination) for d in a.hypervisor.domains.values() if d.state == "running"]
 
     @property
     def states(self) -> tuple[str, str]:
-        """What is durable."""
+        """The durable states of both records."""
         return self.source.journalled, self.destination.journalled
 
     async def are(self, source: str, destination: str) -> None:
@@ -346,7 +346,7 @@ class Pair:
         assert "remove" not in self.source.effects
 
     async def in_doubt(self, driver: Driver) -> None:
-        """All has left the source, the destination says nothing: what a driver sees of a host that died at the worst moment."""
+        """Let the source send everything while the destination is silent, as if it had died at the worst moment."""
         self.wire.all_sent.clear()
         await self.are("performing", "armed")
         self.wire.starts.clear()
@@ -356,7 +356,7 @@ class Pair:
 
 
 class QuickAsyncio:
-    """asyncio with shorter naps, for modules that pause before they try again."""
+    """asyncio with shorter sleeps, for modules that pause before they retry."""
 
     def __init__(self, by: float) -> None:
         self._by = by
@@ -369,7 +369,7 @@ class QuickAsyncio:
 
 
 def quicker(monkeypatch: pytest.MonkeyPatch, by: float = 20) -> None:
-    """The pauses of the handshake before it tries again are shorter; everything else is as it is."""
+    """Shorten the handshake's pauses before retries."""
     of = agent.handshake.host
     for module in (agent.handshake.drive.driver, of.attempt, of.source_effects, of.destination_effects, of.owner, of.phases):
         monkeypatch.setattr(module, "asyncio", QuickAsyncio(by))
