@@ -7,6 +7,7 @@ down. Calls are counted where they are handled (`Calls`), and refused in words o
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import os
 import resource
@@ -79,6 +80,7 @@ class Calls:
                 del self._of_peer[key]
 
 
+@functools.lru_cache(maxsize=1024)
 def peer_of_uri(uri: str) -> Peer:
     """The peer of a call, such as ``ipv4:10.91.0.2:55010`` or ``ipv6:[fd92::1]:55010``; all of a unix socket are one."""
     family, _, rest = uri.partition(":")

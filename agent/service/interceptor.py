@@ -10,7 +10,7 @@ import inspect
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
@@ -21,6 +21,8 @@ from google.protobuf.message import Message
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import check_request
 from agent.service.connections import Calls
+from agent.service.identity import current_caller, set_caller
+from agent.service.rights import RIGHTS, Right
 from agent.service.status import to_status, trailing_metadata
 
 _log = structlog.get_logger("drover.rpc")
@@ -28,9 +30,6 @@ _log = structlog.get_logger("drover.rpc")
 OUR_SERVICES = "/drover."
 MAX_LOGGED = 200
 """Characters that are logged of the message of an unforeseen exception."""
-
-_READING = ("Get", "List", "Watch")
-"""Methods with these names change nothing, so they are not worth a line in the log."""
 
 _SECRET_MARKS = ("<", "b'", 'b"')
 
@@ -64,7 +63,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     ) -> _Handler | None:
         method = handler_call_details.method
         if method not in self._wrapped:
-            handler: Any = await continuation(handler_call_details)
+            handler: Any = await continuation(handler_call_details) if method in RIGHTS else None
             if handler is None:
                 return _unknown_method(method)  # not kept: a peer could fill the memory with names
             self._wrapped[method] = self._wrap(method, handler)
@@ -101,11 +100,18 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return deserializer
 
 
+def _entered(calls: Calls, context: _Context) -> AbstractContextManager[None]:
+    """Note who calls, and count the call while the block runs. Raises OVERLOADED."""
+    uri = context.peer()
+    set_caller(uri)
+    return calls.one(uri)
+
+
 def _unary(calls: Calls, method: str, behavior: _Unary) -> _Unary:
     async def call(request: Any, context: _Context) -> Any:
         started = time.monotonic()
         try:
-            with calls.one(context.peer()):
+            with _entered(calls, context):
                 _check(method, request)
                 response = await behavior(request, context)
         except Exception as error:
@@ -120,7 +126,7 @@ def _stream(calls: Calls, method: str, behavior: _Stream) -> _Stream:
     async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         started = time.monotonic()
         try:
-            with calls.one(context.peer()):
+            with _entered(calls, context):
                 _check(method, request)
                 # Closed at once when the caller leaves, not when the garbage collector finds it.
                 async with aclosing(_generator(behavior(request, context))) as responses:
@@ -135,7 +141,7 @@ def _stream(calls: Calls, method: str, behavior: _Stream) -> _Stream:
 def _counted(calls: Calls, behavior: _Unary) -> _Unary:
     async def call(request: Any, context: _Context) -> Any:
         try:
-            with calls.one(context.peer()):
+            with _entered(calls, context):
                 return await behavior(request, context)
         except DroverError as error:
             await _abort(error, context)
@@ -146,7 +152,7 @@ def _counted(calls: Calls, behavior: _Unary) -> _Unary:
 def _counted_stream(calls: Calls, behavior: _Stream) -> _Stream:
     async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         try:
-            with calls.one(context.peer()):
+            with _entered(calls, context):
                 async with aclosing(_generator(behavior(request, context))) as responses:
                     async for response in responses:
                         yield response
@@ -204,11 +210,11 @@ def _without_secrets(message: str) -> str:
 
 
 def _log_call(method: str, request: Any, started: float, outcome: str) -> None:
-    name = method.rpartition("/")[2]
-    if name.startswith(_READING):
+    """Not of a call that only reads."""
+    if RIGHTS[method] is Right.READ:
         return
-    milliseconds = round((time.monotonic() - started) * 1000, 2)
-    _log.debug("call", method=method, migration=_migration_of(request), outcome=outcome, milliseconds=milliseconds)
+    milliseconds, caller = round((time.monotonic() - started) * 1000, 2), str(current_caller())
+    _log.debug("call", method=method, migration=_migration_of(request), caller=caller, outcome=outcome, milliseconds=milliseconds)
 
 
 def _migration_of(request: Any) -> str:

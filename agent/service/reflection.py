@@ -17,13 +17,13 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2  # type: ignore[i
 
 V1ALPHA = "grpc.reflection.v1alpha"
 V1 = "grpc.reflection.v1"
-_SERVICE = "ServerReflection"
-_METHOD = "ServerReflectionInfo"
+SERVICE = "ServerReflection"
+METHOD = "ServerReflectionInfo"
 
 
 def add_reflection(server: grpc.aio.Server, service_names: Sequence[str]) -> None:
     """Describe these services, and reflection itself."""
-    names = (*service_names, f"{V1}.{_SERVICE}", f"{V1ALPHA}.{_SERVICE}")
+    names = (*service_names, f"{V1}.{SERVICE}", f"{V1ALPHA}.{SERVICE}")
     servicer = reflection.aio.ReflectionServicer(names, pool=_Pool())
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
@@ -31,7 +31,7 @@ def add_reflection(server: grpc.aio.Server, service_names: Sequence[str]) -> Non
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
     server.add_generic_rpc_handlers(
-        tuple(grpc.method_handlers_generic_handler(f"{package}.{_SERVICE}", {_METHOD: handler}) for package in (V1, V1ALPHA))
+        tuple(grpc.method_handlers_generic_handler(f"{package}.{SERVICE}", {METHOD: handler}) for package in (V1, V1ALPHA))
     )
 
 

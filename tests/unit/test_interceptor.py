@@ -150,7 +150,7 @@ async def test_calls_that_change_something_are_logged_and_their_content_is_not(w
         await wire.stub.Abort(pb.AbortRequest(ref=REF, request_id="r1"))
     (line,) = logs
     assert (line["log_level"], line["method"], line["outcome"]) == ("debug", f"/{NAME}/Abort", "ok")
-    assert line["migration"] == REF.migration_id
+    assert (line["migration"], line["caller"]) == (REF.migration_id, f"unix:uid={os.geteuid()}")
     assert "r1" not in str(line)
 
 

@@ -1,0 +1,59 @@
+"""Which right each RPC needs: the one table. A method that is not in it is not served.
+
+Every caller has every right for now; the table is what a check of certificates will ask.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+
+class Right(StrEnum):
+    READ = "read"
+    """To look; nothing changes."""
+    MIGRATE = "migrate"
+    """To start, steer and cancel migrations."""
+    OPERATE = "operate"
+    """To state that a host is dead, and to change what the cluster consists of."""
+    PEER = "peer"
+    """To carry out the phases of a migration, and to claim a host for a coordinator."""
+    REGISTER = "register"
+    """To enter a host into the cluster."""
+
+
+RIGHTS: Final[Mapping[str, Right]] = {
+    "/drover.agent.v1.HandshakeService/ReserveSlot": Right.PEER,
+    "/drover.agent.v1.HandshakeService/Begin": Right.PEER,
+    "/drover.agent.v1.HandshakeService/Prepare": Right.PEER,
+    "/drover.agent.v1.HandshakeService/Perform": Right.PEER,
+    "/drover.agent.v1.HandshakeService/Finish": Right.PEER,
+    "/drover.agent.v1.HandshakeService/Confirm": Right.PEER,
+    "/drover.agent.v1.HandshakeService/Abort": Right.PEER,
+    "/drover.agent.v1.HandshakeService/Abandon": Right.PEER,
+    "/drover.agent.v1.HandshakeService/StartPostCopy": Right.MIGRATE,
+    "/drover.agent.v1.HandshakeService/SetBandwidth": Right.MIGRATE,
+    "/drover.agent.v1.HandshakeService/GetRecord": Right.READ,
+    "/drover.agent.v1.HandshakeService/WatchRecord": Right.READ,
+    "/drover.agent.v1.HandshakeService/ListRecords": Right.READ,
+    "/drover.agent.v1.HostService/GetHost": Right.READ,
+    "/drover.agent.v1.HostService/WatchHost": Right.PEER,
+    "/drover.agent.v1.HostService/ListDomains": Right.READ,
+    "/drover.agent.v1.HostService/GetDomain": Right.READ,
+    "/drover.agent.v1.MigrationService/StartMigration": Right.MIGRATE,
+    "/drover.agent.v1.MigrationService/GetMigration": Right.READ,
+    "/drover.agent.v1.MigrationService/ListMigrations": Right.READ,
+    "/drover.agent.v1.MigrationService/WatchMigration": Right.READ,
+    "/drover.agent.v1.MigrationService/CancelMigration": Right.MIGRATE,
+    "/drover.agent.v1.MigrationService/ResolveMigration": Right.OPERATE,
+    "/drover.coordinator.v1.HostService/RegisterHost": Right.REGISTER,
+    "/drover.coordinator.v1.HostService/GetHost": Right.READ,
+    "/drover.coordinator.v1.HostService/ListHosts": Right.READ,
+    "/drover.coordinator.v1.HostService/RemoveHost": Right.OPERATE,
+    "/drover.coordinator.v1.HostService/ListDomains": Right.READ,
+    "/grpc.health.v1.Health/Check": Right.READ,
+    "/grpc.health.v1.Health/List": Right.READ,
+    "/grpc.health.v1.Health/Watch": Right.READ,
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": Right.READ,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Right.READ,
+}
+"""By full method name."""
