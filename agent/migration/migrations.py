@@ -24,6 +24,7 @@ from agent.migration.migration import FINAL, Entry, MigrationLog
 from agent.migration.planning import make_plan, resume_plan
 from agent.migration.progress import describe, impossible
 from agent.migration.uptime import uptime
+from agent.runtime.backoff import OTHER_HOST, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.supervision import supervise
@@ -48,8 +49,16 @@ class _Starting:
 class Migrations:
     """Every migration that this process drives or drove."""
 
-    def __init__(self, name: str, directory: Directory, kept: MigrationLog, fencing: FencingConfig | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Directory,
+        kept: MigrationLog,
+        fencing: FencingConfig | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
         self._name = name
+        self._clock = clock
         self._fences = Fences(fencing) if fencing is not None else None
         self._directory = directory
         self._kept = kept
@@ -267,7 +276,7 @@ class Migrations:
 
     def _driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
         ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
-        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry))
+        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._clock)
         if entry.cancelled is not None:
             driver.cancel(entry.cancelled)
         for statement in entry.migration.statements:
@@ -275,7 +284,7 @@ class Migrations:
         return driver
 
     def _driving(self, entry: Entry) -> asyncio.Task[None]:
-        return supervise(f"drive {entry.migration.migration_id[:8]}", functools.partial(self._drive, entry))
+        return supervise(f"drive {entry.migration.migration_id[:8]}", functools.partial(self._drive, entry), self._clock)
 
     async def _drive(self, entry: Entry) -> None:
         """To its end. Without a driver (after a restart of this process, as a take-over, or once one was broken off), the records
@@ -290,6 +299,7 @@ class Migrations:
             raise
 
     async def _take_up(self, entry: Entry) -> None:
+        pauses = Pauses(OTHER_HOST, self._clock)
         while True:
             try:
                 source, destination = await self._directory.ends(entry.migration)
@@ -297,7 +307,7 @@ class Migrations:
                 await entry.driver.resume()
             except DroverError as error:
                 log.warning("cannot go on yet", migration=entry.migration.migration_id, error=error.message)
-                await asyncio.sleep(1.0)
+                await pauses.pause()
             else:
                 return
 

@@ -17,6 +17,9 @@ class QuickClock:
         await asyncio.sleep(seconds / self._by)
 
 
+QUICK = QuickClock()
+
+
 class FakeClock:
     """Every sleep is over at once, and moves the time on. `slept` has them in order."""
 

@@ -6,17 +6,23 @@ from typing import Any
 
 import pytest
 
+from agent.handshake.drive import driver
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from tests.unit.fake_agents import Clock, FakeAgent
 from tests.unit.fake_directory import Driving
 from tests.unit.running_drover import Drover, serving
-from tests.unit.two_agents import Pair, pair_of_agents, quicker
+from tests.unit.two_agents import Pair, pair_of_agents
+
+
+@pytest.fixture(autouse=True)
+def short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that has stopped answering is noticed soon."""
+    monkeypatch.setattr(driver, "LONG_POLL", 0.1)
 
 
 @pytest.fixture
-async def pair(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
-    quicker(monkeypatch)
+async def pair() -> AsyncIterator[Pair]:
     async with pair_of_agents() as pair:
         yield pair
 

@@ -13,6 +13,7 @@ from agent.service.peers import leaving_request
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import PATIENCE
+from tests.unit.clocks import QUICK
 from tests.unit.fake_hypervisor import FEATURES
 from tests.unit.two_agents import Agent, Line, Pair
 
@@ -93,7 +94,7 @@ class Driving:
         self._all = [self.migrations]
 
     def _new(self) -> Migrations:
-        return Migrations("h1", self.directory, self.log, self._fencing)
+        return Migrations("h1", self.directory, self.log, self._fencing, QUICK)
 
     async def restart(self) -> None:
         await self.migrations.close()

@@ -33,6 +33,7 @@ from tests.unit.asking import (
     statement,
     until,
 )
+from tests.unit.clocks import QUICK
 from tests.unit.fake_hypervisor import UUID, guest
 from tests.unit.two_agents import Agent, Line, Pair
 
@@ -228,7 +229,7 @@ async def test_6_01_the_same_id_towards_a_third_host_ends_and_moves_nothing(pair
     first = pair.driver()
     running = asyncio.create_task(finished(first))
     await pair.in_doubt(first)
-    again = Driver(REF, pair.to_source, Line(third), make_plan(destination_host="h3"), lambda: None)
+    again = Driver(REF, pair.to_source, Line(third), make_plan(destination_host="h3"), lambda: None, QUICK)
     if cancelled:
         again.cancel(CANCELLED)
     await finished(again)

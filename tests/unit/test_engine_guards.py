@@ -30,7 +30,7 @@ from tests.unit.asking import (
 )
 from tests.unit.fake_hypervisor import UUID, guest
 from tests.unit.test_engine import to_armed
-from tests.unit.two_agents import Pair, pair_of_agents, quicker
+from tests.unit.two_agents import Pair, pair_of_agents
 
 NEXT = pb.AttemptRef(migration_id=ID.replace("6f", "7f"), attempt=1)
 PAUSED = guest(state=DomainState.PAUSED, reason="migration")
@@ -39,9 +39,8 @@ ARRIVED = guest(reason="migrated")
 
 
 @pytest.fixture
-async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+async def brief() -> AsyncIterator[Pair]:
     """Short timeouts for silent drivers and leases, and short pauses between questions to a source."""
-    quicker(monkeypatch)
     async with pair_of_agents(lease=0.6, takeover=0.6) as pair:
         yield pair
 

@@ -13,7 +13,7 @@ from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import PATIENCE, REF, begin, confirm, fails, finish, perform, record, requirements, reserve, statement, until
 from tests.unit.fake_hypervisor import guest
 from tests.unit.test_engine import to_armed
-from tests.unit.two_agents import Pair, quicker
+from tests.unit.two_agents import Pair
 
 AWAY = HypervisorUnavailable("libvirtd is being restarted")
 
@@ -130,8 +130,7 @@ async def test_6_6_an_older_record_that_is_read_does_not_keep_a_copy(pair: Pair,
     assert pair.runs_on == []
 
 
-async def test_6_6_a_copy_that_is_about_to_leave_is_disowned_once_it_has_stayed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    quicker(monkeypatch)
+async def test_6_6_a_copy_that_is_about_to_leave_is_disowned_once_it_has_stayed(pair: Pair) -> None:
     await declared_dead(pair)
     agent = pair.destination
     await agent.restart()
@@ -185,8 +184,7 @@ async def test_6_01_a_guest_moves_on_once_its_source_has_ended(pair: Pair) -> No
     assert await agent.journal.unsettled() == []
 
 
-async def test_6_6_what_runs_on_is_asked_about_until_its_source_has_ended(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    quicker(monkeypatch)
+async def test_6_6_what_runs_on_is_asked_about_until_its_source_has_ended(pair: Pair) -> None:
     agent = pair.destination
     agent.settle()
     pair.source.keep(record(Role.SOURCE, "performed"))

@@ -14,7 +14,7 @@ from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ID, PATIENCE, REF, begin, confirm, fails, finish, perform, prepare, record, reserve, until
 from tests.unit.fake_hypervisor import UUID, guest
-from tests.unit.two_agents import Agent, Pair, pair_of_agents, quicker
+from tests.unit.two_agents import Agent, Pair, pair_of_agents
 
 AWAY = HypervisorUnavailable("libvirtd is being restarted")
 RUNNING, GONE = confirm(pb.DECISION_RUNNING), confirm(pb.DECISION_GONE)
@@ -195,9 +195,8 @@ async def test_6_19_what_never_took_place_says_nothing_of_how_long_a_slot_is_hel
 
 
 @pytest.fixture
-async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+async def brief() -> AsyncIterator[Pair]:
     """Leases and take-over after 300 ms: long enough for a few calls on a busy machine."""
-    quicker(monkeypatch)
     async with pair_of_agents(lease=0.3, takeover=0.3) as pair:
         yield pair
 

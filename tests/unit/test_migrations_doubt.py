@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import agent.migration.migrations
 from agent.migration.fencing import FencingConfig
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, fails, statement, until
 from tests.unit.fake_directory import Driving
-from tests.unit.two_agents import JOURNAL_DOWN, Line, Pair, QuickAsyncio
+from tests.unit.two_agents import JOURNAL_DOWN, Line, Pair
 
 SPEC = pb.MigrationSpec(domain="web1", destination_host="h2")
 
@@ -91,8 +90,7 @@ async def test_what_has_ended_stays_ended_over_a_restart(driving: Driving) -> No
     assert await driving.migrations.idle(0.1)
 
 
-async def test_a_directory_that_does_not_know_yet_is_asked_again(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migration.migrations, "asyncio", QuickAsyncio(20))
+async def test_a_directory_that_does_not_know_yet_is_asked_again(driving: Driving) -> None:
     await flowing(driving)
     driving.directory.fails = [DroverError(Reason.HOST_NOT_FOUND, "not registered yet")]
     driving.pair.wire.all_sent.set()
@@ -186,8 +184,7 @@ async def test_6_6_a_statement_that_cannot_be_written_down_changes_nothing(drivi
     assert driving.pair.runs_on == []
 
 
-async def test_a_driver_that_is_broken_off_by_nobody_goes_on(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migration.migrations, "asyncio", QuickAsyncio(20))
+async def test_a_driver_that_is_broken_off_by_nobody_goes_on(driving: Driving) -> None:
     driving.pair.to_destination.refuse["finish"] = [asyncio.CancelledError()]  # type: ignore[list-item]
     await driving.migrations.start(ID, SPEC)
     ended = await driving.ended(ID)

@@ -19,6 +19,7 @@ from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import REF, fails, finished, make_plan
+from tests.unit.clocks import QUICK
 from tests.unit.two_agents import Pair
 
 LOOK = pb.GetRecordRequest(ref=REF)
@@ -55,7 +56,7 @@ class Far:
         self.peer = RemotePeer(lambda: self.channel, "h2")
 
     def driver(self) -> Driver:
-        return Driver(REF, self.pair.to_source, self.peer, make_plan(), lambda: None)
+        return Driver(REF, self.pair.to_source, self.peer, make_plan(), lambda: None, QUICK)
 
     async def moves(self) -> None:
         """As when an agent registers with another address."""

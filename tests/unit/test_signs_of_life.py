@@ -9,13 +9,12 @@ from agent.handshake.host import attempt
 from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import begin, confirm, fails
-from tests.unit.two_agents import Pair, pair_of_agents, quicker
+from tests.unit.two_agents import Pair, pair_of_agents
 
 
 @pytest.fixture
-async def brief(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
+async def brief() -> AsyncIterator[Pair]:
     """Leases and patience of 300 ms: a busy machine makes a few calls within one."""
-    quicker(monkeypatch)
     async with pair_of_agents(lease=0.3, takeover=0.3) as pair:
         yield pair
 

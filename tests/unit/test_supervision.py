@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 import agent.main
 from agent.config import AgentConfig
 from agent.handshake.host.engine import Engine
-from agent.runtime import supervision
-from agent.runtime.supervision import pause_after, supervise
+from agent.runtime.backoff import BACKGROUND
+from agent.runtime.supervision import supervise
 from agent.service.host import AgentHost
 from coordinator.hosts import host_link
 from coordinator.hosts.hosts import HostRegistry
@@ -19,19 +19,26 @@ from coordinator.store import MemoryStore
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, PATIENCE
 from tests.unit.asking import until as so
+from tests.unit.clocks import FakeClock
 from tests.unit.fake_agents import UNREACHABLE, UP, register, until
 from tests.unit.fake_directory import Driving
 from tests.unit.test_migrations import flowing
 
 
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "FIRST_PAUSE_SECONDS", 0.001)
+async def test_7_pauses_grow_and_work_that_lasted_begins_with_the_first_again() -> None:
+    clock, lasts = FakeClock(), iter([0.0] * 9 + [BACKGROUND.cap + 1, 0.0])
 
+    async def work() -> None:
+        clock.now += next(lasts)
+        raise RuntimeError("a bug")
 
-def test_pauses_grow_up_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervision, "FIRST_PAUSE_SECONDS", 1.0)
-    assert [pause_after(failures) for failures in (1, 2, 3, 7, 10_000)] == [1.0, 2.0, 4.0, 60.0, 60.0]
+    with capture_logs():
+        task = supervise("the work", work, clock)
+        await so(lambda: len(clock.slept) > 10)
+        task.cancel()
+    ceilings = [BACKGROUND.ceiling(failures) for failures in (*range(1, 10), 1, 2)]
+    assert all(pause <= ceiling for pause, ceiling in zip(clock.slept, ceilings, strict=False))
+    assert max(clock.slept[:9]) > 1.0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), asyncio.CancelledError()], ids=["error", "broken off"])
@@ -46,7 +53,7 @@ async def test_work_that_ends_as_nobody_foresaw_begins_again_and_is_told(error: 
 
     with capture_logs() as logs:
         async with asyncio.timeout(PATIENCE):
-            await supervise("the work", work)
+            await supervise("the work", work, FakeClock())
     assert len(runs) == 3
     assert [(entry["work"], entry["exc_info"], entry["log_level"]) for entry in logs] == [("the work", True, "error")] * 2
 

@@ -26,6 +26,7 @@ from coordinator.client.errors import Refused, client_error
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from tests.unit.asking import ID, finished, until
+from tests.unit.clocks import QUICK
 from tests.unit.fake_directory import Driving
 from tests.unit.running_drover import Drover, start
 from tests.unit.two_agents import Pair
@@ -182,7 +183,7 @@ async def test_6_11_a_driver_that_takes_up_waits_for_a_state_that_it_knows(pair:
         return answer
 
     pair.to_destination.answer["get_record"] = newer
-    second = Driver(first.ref, pair.to_source, pair.to_destination, None, lambda: None)
+    second = Driver(first.ref, pair.to_source, pair.to_destination, None, lambda: None, QUICK)
     await second.resume()
     assert asked >= 3
     assert not second.silent_since

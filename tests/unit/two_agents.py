@@ -9,17 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableSequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-import agent.handshake.drive.driver
-import agent.handshake.host.attempt
-import agent.handshake.host.destination_effects
 import agent.handshake.host.journal
-import agent.handshake.host.owner
-import agent.handshake.host.phases
-import agent.handshake.host.source_effects
 from agent.admission.slots import Slots
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
@@ -38,6 +31,7 @@ from agent.service.host_service import domain_to_proto
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ADDRESSES, ID, PATIENCE, REF, make_plan, until
+from tests.unit.clocks import QUICK
 from tests.unit.fake_hypervisor import FEATURES, FakeHypervisor, Wire, guest
 
 T = TypeVar("T")
@@ -129,7 +123,7 @@ class Agent:
     def _engine(self) -> Engine:
         networks = (host_pb2.Network(name="mig", address=ADDRESSES[self.name], roles=["migration"]),)
         host = LocalHost(
-            self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover, simulated=True
+            self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover, simulated=True, clock=QUICK
         )
         return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side, self.heard)
 
@@ -314,7 +308,7 @@ class Pair:
         self.source.other_side, self.destination.other_side = self.to_destination, self.to_source
 
     def driver(self, plan: Plan | None = None, on_change: Callable[[], None] = lambda: None) -> Driver:
-        return Driver(REF, self.to_source, self.to_destination, plan or make_plan(), on_change)
+        return Driver(REF, self.to_source, self.to_destination, plan or make_plan(), on_change, QUICK)
 
     def alone(self) -> Agent:
         """Return the source, cut off from its destination, so that a record that its caller relays counts."""
@@ -353,27 +347,6 @@ class Pair:
         self.to_destination.cut = True
         self.wire.all_sent.set()
         await until(lambda: driver.source_state == "performed" and "destination" in driver.silent_since)
-
-
-class QuickAsyncio:
-    """asyncio with shorter sleeps, for modules that pause before they retry."""
-
-    def __init__(self, by: float) -> None:
-        self._by = by
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds / self._by)
-
-
-def quicker(monkeypatch: pytest.MonkeyPatch, by: float = 20) -> None:
-    """Shorten the handshake's pauses before retries."""
-    of = agent.handshake.host
-    for module in (agent.handshake.drive.driver, of.attempt, of.source_effects, of.destination_effects, of.owner, of.phases):
-        monkeypatch.setattr(module, "asyncio", QuickAsyncio(by))
-    monkeypatch.setattr(agent.handshake.drive.driver, "LONG_POLL", 0.1)
 
 
 @contextlib.asynccontextmanager

@@ -20,6 +20,7 @@ from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.source import SourceState as Src
 from agent.network.networks import check_destination_uri
+from agent.runtime.backoff import OTHER_HOST, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
 from agent.runtime.wire import duration
@@ -70,10 +71,14 @@ class Driver(Knowledge):
         destination: HandshakePeer,
         plan: Plan | None,
         on_change: Callable[[], None],
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         parties = Parties(plan.source_host, plan.destination_host, plan.domain_uuid) if plan is not None else None
         super().__init__(ref, parties, on_change)
         self.uri = ""
+        self.clock = clock
+        self._pauses = {side: Pauses(OTHER_HOST, clock) for side in ("source", "destination")}
+        """Before a side is called again after an error."""
         self._stalled: asyncio.TimerHandle | None = None
         self._is_stalled = False
         self._source = source
@@ -102,11 +107,12 @@ class Driver(Knowledge):
         """Read both records first, however long it takes: another driver, or this one before a restart, has begun the attempt. Both
         are read again until both are known, since one side goes on while the other is silent.
         """
+        pauses = Pauses(OTHER_HOST, self.clock)
         while True:
             looked = await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
             if all(looked) or self.ended:  # the record of a source that has removed its copy is enough
                 return
-            await asyncio.sleep(0.5)
+            await pauses.pause()
 
     async def _try_to_look(self, side: str) -> bool:
         """Read a side's record. Return whether enough is known of it to go on: the record, or a statement that it is dead."""
@@ -193,6 +199,7 @@ class Driver(Knowledge):
             log.info("call failed", migration=self.ref.migration_id, call=call.value, reason=error.reason.value, error=error.message)
             await self._failed(call, side, error)
         else:
+            self._pauses[side].succeeded()
             if not self.silent_since:  # else the migration still waits for the silent side
                 self.waiting_for = ""
 
@@ -213,7 +220,7 @@ class Driver(Knowledge):
         elif call in _MAY_BE_REFUSED and error.reason not in _TRANSIENT | _STALE and not isinstance(error, StateUnknownError):
             self.waiting_for = ""
             self.cancel(Failure.of(error))
-        await asyncio.sleep(0.2)  # before the same call is made again, and before the record is read
+        await self._pauses[side].pause()  # before the same call is made again, and before the record is read
         with contextlib.suppress(DroverError):
             await self._look(side)
         if "destination" in self.silent_since:
@@ -259,17 +266,18 @@ class Driver(Knowledge):
     async def _follow(self, side: str) -> None:
         """Watch a side's record while it is to be followed. The watch is also a sign of life of the driver there."""
         peer, saw = self._sides[side]
-        await asyncio.sleep(FOLLOW_AFTER)
+        await self.clock.sleep(FOLLOW_AFTER)
         if side not in self._followed():
             return
         try:
             async for response in peer.watch_record(pb.WatchRecordRequest(ref=self.ref, driver=self._token, driving=True)):
                 saw(response.record)
+                self._pauses[side].succeeded()
                 if side not in self._followed():
                     return
         except DroverError as error:
             log.debug("a watch ended", migration=self.ref.migration_id, side=side, error=error.message)
-            await asyncio.sleep(1.0)
+            await self._pauses[side].pause()
 
     # ---- the calls
 

@@ -29,7 +29,7 @@ async def see_pause(driver: Driver) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PAUSE_SECONDS):
             while _runs(driver.destination_record if arrived else driver.source_record):
-                await asyncio.sleep(ASK_SECONDS)
+                await driver.clock.sleep(ASK_SECONDS)
                 await driver.answers("destination" if arrived else "source")
 
 

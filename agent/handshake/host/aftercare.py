@@ -24,6 +24,7 @@ from agent.handshake.machines.destination import DestinationEffect, DestinationS
 from agent.handshake.machines.source import SourceEffect, SourceState
 from agent.hypervisor.base import DomainNotFound
 from agent.hypervisor.interface import Outgoing
+from agent.runtime.backoff import OTHER_HOST, Pauses
 from agent.runtime.errors import DroverError
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -32,7 +33,6 @@ log = structlog.get_logger()
 ASK_SECONDS: Final = 30.0
 """For how long the source is asked whether the guest was paused there. After that the guest goes on: its user has seen it run."""
 
-_ASK_AGAIN: Final = 0.5
 _KEEPS_GUEST: Final = {Role.SOURCE: SourceState.KEPT, Role.DESTINATION: DestinationState.RUNNING}
 
 
@@ -104,6 +104,7 @@ class Aftercare:
         source = self._source_of(attempt)
         if source is None:
             return False
+        pauses = Pauses(OTHER_HOST, self._host.clock)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(ASK_SECONDS):
                 while True:
@@ -119,5 +120,5 @@ class Aftercare:
                     except DroverError as error:
                         if error.reason in NO_RECORD:
                             return False
-                    await asyncio.sleep(_ASK_AGAIN)
+                    await pauses.pause()
         return False

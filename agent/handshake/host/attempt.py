@@ -18,6 +18,7 @@ from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.machine import Refused
 from agent.hypervisor.guest_fact import GuestFact
+from agent.runtime.backoff import EFFECT, Clock, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
@@ -63,8 +64,10 @@ class Attempt:
         hindrance: Hindrance,
         on_final: Callable[["Attempt"], None],
         on_idle: Callable[["Attempt"], None],
+        clock: Clock,
     ) -> None:
         self.record = record
+        self.clock = clock
         self.progress: pb.Progress | None = None
         """The latest reading of the transfer; not journalled."""
         self.stopwatch: Stopwatch | None = None
@@ -163,12 +166,12 @@ class Attempt:
 
     async def _tell_while(self, what: str) -> None:
         began = time.monotonic()
-        await asyncio.sleep(TELL_SECONDS)
+        await self.clock.sleep(TELL_SECONDS)
         while True:
             why = await self._hindrance(self)
             because = f": {why}" if why else ""
             self.tell(f"{what}, asked {time.monotonic() - began:.0f} s ago and not answered yet{because}")
-            await asyncio.sleep(1.0)
+            await self.clock.sleep(1.0)
 
     @staticmethod
     def _summary(fact: GuestFact | None) -> tuple[str, ...]:
@@ -363,8 +366,8 @@ def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> 
 
 
 async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Call `work` until it succeeds, with pauses that grow from 0.1 to 5 s. Meanwhile `waiting_for` is `what` and the last error."""
-    pause, recorded = 0.1, False
+    """Call `work` until it succeeds, with the pauses of `EFFECT`. Meanwhile `waiting_for` is `what` and the last error."""
+    pauses = Pauses(EFFECT, attempt.clock)
     while True:
         try:
             async with attempt.telling(what):
@@ -372,11 +375,9 @@ async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]
         except Exception as error:
             log.warning("will be tried again", migration=attempt.record.migration_id, what=what, error=str(error))
             await waits_for(attempt, f"{what}: {error}")
-            recorded = True
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 5.0)
+            await pauses.pause()
         else:
-            if recorded:
+            if pauses.failures:
                 await waits_for(attempt, "")
             return
 

@@ -10,6 +10,7 @@ from agent.handshake.host.journal import Journal
 from agent.handshake.host.records import AttemptRecord, Role
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceEffect, SourceState
+from agent.runtime.backoff import Clock
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from drover.agent.v1 import handshake_pb2 as pb
@@ -33,8 +34,11 @@ _MOVED: Final = (DestinationState.RUNNING, SourceState.REMOVED)
 class Attempts:
     """Every attempt that has not ended, and the last ones that have."""
 
-    def __init__(self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None]) -> None:
+    def __init__(
+        self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None], clock: Clock
+    ) -> None:
         self.journal = journal
+        self._clock = clock
         self.effects: Mapping[Role, EffectRunner] = {}
         self._look = look
         self._hindrance = hindrance
@@ -58,6 +62,7 @@ class Attempts:
             self._hindrance,
             self._on_final,
             self._forget_unless_known,
+            self._clock,
         )
         self._by_id.pop(record.migration_id, None)
         self._by_id[record.migration_id] = attempt

@@ -135,7 +135,7 @@ class DestinationEffects:
             if domain is not None and domain.has_run and self._session(attempt).never_ran:
                 fact = _E.SAW_ABSENT  # a signal ended it before it ran, as a shutdown of this host does
             if fact is None:
-                await asyncio.sleep(0.1)  # libvirt has no event for an incoming copy that ended with its daemon
+                await self._host.clock.sleep(0.1)  # libvirt has no event for an incoming copy that ended with its daemon
         if fact is not None:
             await attempt.report(fact, waiting_for="")
 

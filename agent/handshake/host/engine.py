@@ -52,7 +52,8 @@ class Engine:
         self.host = host
         self.slots = slots
         self._journal = journal
-        self._attempts = Attempts(journal, functools.partial(see, host), functools.partial(hindrance, host), self._ended)
+        look, why = functools.partial(see, host), functools.partial(hindrance, host)
+        self._attempts = Attempts(journal, look, why, self._ended, host.clock)
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
         peers = PeerRecords(host.name, other_side, heard)

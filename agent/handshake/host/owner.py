@@ -20,6 +20,7 @@ from agent.handshake.machines.destination import DestinationEvent, DestinationSt
 from agent.handshake.machines.facts import source_fact
 from agent.handshake.machines.source import SourceEvent
 from agent.hypervisor.base import Domain, DomainState, Job
+from agent.runtime.backoff import STORE, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
@@ -117,7 +118,7 @@ class Owner:
         while _can_settle(attempt.record):
             await self._settle(attempt)
             if _can_settle(attempt.record):
-                await asyncio.sleep(_ASK_AGAIN)
+                await self._host.clock.sleep(_ASK_AGAIN)
 
     async def run(self) -> None:
         """Ask the source of every commit, until its record has ended, whether an operator's statement gave the guest back to it.
@@ -125,6 +126,7 @@ class Owner:
         So a host that was declared dead, rightly or not, learns it however long it was away, and the journal learns which commits
         no source will ask for any more. A new commit is left to its driver for one round.
         """
+        pauses = Pauses(STORE, self._host.clock)
         asked: Collection[tuple[str, int]] | None = None  # after a start all of them are due
         while True:
             arrived = self._arrived.next
@@ -132,12 +134,13 @@ class Owner:
                 unsettled = [record for record in await self._attempts.journal.unsettled() if record.peer_agent or _outlived(record)]
             except DroverError as error:
                 log.warning("the journal cannot be read; retrying", error=error.message)
-                await asyncio.sleep(OWNER_SECONDS)
+                await pauses.pause()
                 continue
+            pauses.succeeded()
             await self._ask_all([record for record in unsettled if asked is None or record.key in asked])
             asked = {record.key for record in unsettled}
             if unsettled:
-                await asyncio.sleep(OWNER_SECONDS)
+                await self._host.clock.sleep(OWNER_SECONDS)
             else:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(arrived.wait(), UNTOLD_LOOK_SECONDS)

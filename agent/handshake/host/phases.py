@@ -24,6 +24,7 @@ from agent.network.interfaces import is_own
 from agent.network.ports import any_is_free
 from agent.network.uri import MigrationUri, address_problem
 from agent.runtime.address import Address, parse_address
+from agent.runtime.backoff import HYPERVISOR, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
@@ -48,6 +49,7 @@ class LocalHost:
     simulated: bool = False
     """Whether its hypervisor is simulated, in this process: several such hosts share the addresses of one machine."""
     draining: bool = False
+    clock: Clock = SYSTEM_CLOCK
     """Whether the agent is stopping."""
 
     def show(self, record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
@@ -214,19 +216,18 @@ def failed(attempt: Attempt, failure: Failure) -> dict[str, Any]:
 
 async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
     """Return the attempt's guest as it is now, None if the host does not have it. Asks until the hypervisor answers."""
-    unanswered = False
+    pauses = Pauses(HYPERVISOR, host.clock)
     while True:
         try:
             async with attempt.telling(f"the hypervisor of {host.name} to report the guest's state"):
                 domain = await _ask(host, attempt)
         except Exception as error:
-            unanswered = True
             await waits_for(
                 attempt, f"the hypervisor of {host.name} to report the guest's state, but it does not answer: {error} (retrying)"
             )
-            await asyncio.sleep(0.5)
+            await pauses.pause()
             continue
-        if unanswered:
+        if pauses.failures:
             await waits_for(attempt, "")
         return domain
 

@@ -164,7 +164,7 @@ class SourceEffects:
                 return fact
             if domain is not None and domain.reason == POSTCOPY_FAILED:
                 await tell_broken(attempt)
-            await asyncio.sleep(0.1)  # libvirt has no event for the end of a job that failed
+            await self._host.clock.sleep(0.1)  # libvirt has no event for the end of a job that failed
 
     async def _remove(self, attempt: Attempt) -> None:
         record = attempt.record
