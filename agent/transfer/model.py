@@ -2,18 +2,18 @@
 
 A transfer is a value that `advance` moves forward by some seconds at some rate. Its phases::
 
-    COPY      the guest runs at the source; pass after pass over the memory, each sends what the one before left dirty
-     ├─> STOP      what is left can be sent within the allowed downtime: the guest stands still while it is
-     ├─> POSTCOPY  on request (`switch`): the guest runs at the destination and pulls what is left, each byte once
-     └─> …    for as long as the guest dirties faster than the link sends
+    COPY      the guest runs at the source; each pass over the memory sends what the previous pass left dirty
+     ├─> STOP      the rest can be sent within the allowed downtime: the guest is stopped meanwhile
+     ├─> POSTCOPY  on request (`switch`): the guest runs at the destination and fetches the rest, each byte once
+     └─> …    no other phase as long as the guest dirties memory faster than the link sends
     DONE      nothing is left
 
-The model of dirtying: a guest writes its working set round and round at `dirty_rate`, so that in s seconds it dirties
-``min(dirty_rate * s, working_set)`` bytes. Whatever it dirties during a pass is sent in the next one. From this follows
-`converges`: a transfer ends by itself if, and only if, the guest dirties more slowly than the link sends, or its whole
-working set fits into the allowed downtime.
+The model of dirtying: a guest writes to its working set cyclically at `dirty_rate`, so that in s seconds it dirties
+``min(dirty_rate * s, working_set)`` bytes. What it dirties during a pass is sent in the next one. `converges` follows from
+this: a transfer ends by itself if, and only if, the guest dirties more slowly than the link sends, or its whole
+working set can be sent within the allowed downtime.
 
-Units: bytes, bytes per second, seconds; all floats, so that a slice of time as small as you like counts exactly.
+Units: bytes, bytes per second, seconds; all floats, so that arbitrarily small time steps are exact.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from agent.transfer.progress import Progress
 PAGE = 4096
 """Bytes."""
 LEAST_STOP = 16 * PAGE
-"""Bytes: so little left is always sent with the guest stopped, however small the allowed downtime."""
+"""Bytes: a rest of this size is always sent with the guest stopped, however small the allowed downtime."""
 THROTTLE_FIRST, THROTTLE_STEP, THROTTLE_LAST = 0.20, 0.10, 0.99
-"""Auto-converge as QEMU does it: the share of its time that the guest is held back."""
+"""Auto-converge as in QEMU: the share of time for which the guest does not run."""
 THROTTLE_AFTER = 2
-"""Passes in a row that left more than half of what they sent, before the throttle goes up a step."""
+"""Number of consecutive passes that left more than half of what they sent, after which the throttle is raised by a step."""
 
 
 class Phase(StrEnum):
@@ -42,22 +42,22 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Load:
-    """What a guest does to its memory."""
+    """Memory of a guest, and how fast the guest writes to it."""
 
     memory: float
     dirty_rate: float = 0.0
     working_set: float = 0.0
-    """At most `memory`; bytes that are written round and round."""
+    """Bytes that are written cyclically; counts as at most `memory`."""
 
     @property
     def bound(self) -> float:
-        """The most that can be dirty at once."""
+        """The most bytes that can be dirty at once."""
         return min(self.working_set, self.memory)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When pre-copy may end."""
+    """Conditions for the end of pre-copy."""
 
     max_downtime: float = 0.3
     auto_converge: bool = False
@@ -65,49 +65,49 @@ class Limits:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A migration's memory at one moment."""
+    """State of a transfer at one moment."""
 
     phase: Phase
     remaining: float
-    """Of this pass."""
+    """Bytes that this pass has still to send."""
     iteration: int = 1
     dirty: float = 0.0
-    """Dirtied since this pass began; it is what the next pass sends."""
+    """Bytes dirtied since this pass began; the next pass sends them."""
     sent: float = 0.0
     elapsed: float = 0.0
     downtime: float = 0.0
     """Time in STOP."""
     last_dirty: float = 0.0
-    """What the pass before this one left: the measure of the expected downtime."""
+    """Bytes that the previous pass left; the expected downtime is derived from them."""
     dirty_rate: float = 0.0
-    """Measured over the pass before this one; 0 during the first."""
+    """Measured over the previous pass; 0 during the first."""
     throttle: float = 0.0
     lagging: int = 0
-    """Passes in a row that left more than half of what they sent."""
+    """Number of consecutive passes that left more than half of what they sent."""
     pass_bytes: float = 0.0
     pass_seconds: float = 0.0
-    """The pass until now."""
+    """Duration of this pass until now."""
     requests: float = 0.0
-    """Pages that the guest touched before they were there (post-copy)."""
+    """Pages that the guest touched before they had arrived (post-copy)."""
 
 
 def start(load: Load, *, live: bool = True) -> Transfer:
-    """A transfer that begins; a guest that is not live stands still, so that one pass is all."""
+    """Return a transfer at its beginning. Where it is not live, the guest is stopped, so one pass is enough."""
     phase = Phase.COPY if live else Phase.STOP
     return Transfer(phase=phase, remaining=load.memory, pass_bytes=load.memory)
 
 
 def due(transfer: Transfer, rate: float) -> float:
-    """Seconds until this pass ends at this rate; infinite at rate 0, and when all is done."""
+    """Return the seconds until this pass ends at this rate; infinite at rate 0 and in phase DONE."""
     if transfer.phase is Phase.DONE or rate <= 0:
         return inf
     return transfer.remaining / rate
 
 
 def advance(transfer: Transfer, load: Load, limits: Limits, rate: float, seconds: float) -> Transfer:
-    """The transfer `seconds` later, at `rate` all the while.
+    """Return the transfer `seconds` later at a constant `rate`.
 
-    Stops short at a change of phase, because the one who drives the guest must act then: the rest of the time is lost.
+    Stops early at a change of phase, because the caller must act on the guest then; the rest of the time is dropped.
     """
     phase = transfer.phase
     while transfer.phase is phase and phase is not Phase.DONE:
@@ -121,8 +121,8 @@ def advance(transfer: Transfer, load: Load, limits: Limits, rate: float, seconds
 
 
 def _flow(transfer: Transfer, load: Load, rate: float, seconds: float) -> Transfer:
-    """Bytes move for so long; the pass does not end within."""
-    whole = seconds >= due(transfer, rate)  # so that rounding never leaves a billionth of a byte
+    """Return the transfer after `seconds` within one pass, which does not end earlier."""
+    whole = seconds >= due(transfer, rate)  # at the end of the pass, rounding must not leave a fraction of a byte
     moved = transfer.remaining if whole else rate * seconds
     copying, stopped = transfer.phase is Phase.COPY, transfer.phase is Phase.STOP
     written = load.dirty_rate * (1 - transfer.throttle) * seconds if copying else 0.0
@@ -140,7 +140,7 @@ def _flow(transfer: Transfer, load: Load, rate: float, seconds: float) -> Transf
 
 
 def _end_pass(transfer: Transfer, load: Load, limits: Limits, rate: float) -> Transfer:
-    """The pass has sent all that it had."""
+    """Return the transfer in its next pass or phase, after the pass has sent all its bytes."""
     if transfer.phase is not Phase.COPY:
         return replace(transfer, phase=Phase.DONE)
     fits = transfer.dirty <= max(LEAST_STOP, rate * limits.max_downtime)
@@ -168,23 +168,23 @@ def _throttle(transfer: Transfer, left: float, of: float) -> Transfer:
 
 
 def switch(transfer: Transfer, load: Load) -> Transfer:
-    """From pre-copy to post-copy: each byte that is not there yet, or not any more, is sent once."""
+    """Switch from pre-copy to post-copy: each byte that is missing or outdated at the destination is sent once."""
     owed = min(load.memory, transfer.remaining + transfer.dirty)
     return replace(transfer, phase=Phase.POSTCOPY, remaining=owed, dirty=0.0, pass_bytes=owed, pass_seconds=0.0)
 
 
 def resume(load: Load, owed: float) -> Transfer:
-    """A post-copy that goes on after its stream broke, with so much still to send."""
+    """Return a post-copy transfer that continues after its stream broke, with `owed` bytes still to send."""
     return Transfer(phase=Phase.POSTCOPY, remaining=min(owed, load.memory), pass_bytes=owed)
 
 
 def converges(load: Load, rate: float, max_downtime: float) -> bool:
-    """Whether pre-copy at that rate ends by itself, without a throttle."""
+    """Return whether pre-copy at that rate ends by itself, without a throttle."""
     return load.dirty_rate < rate or load.bound <= max(LEAST_STOP, rate * max_downtime)
 
 
 def progress(transfer: Transfer, load: Load, limits: Limits, rate: float) -> Progress:
-    """What a monitor reads: the expected downtime is that of what the last pass left, at the rate of now."""
+    """Return the reading of a monitor. The expected downtime is for what the previous pass left, at the current rate."""
     stopping = transfer.phase in (Phase.STOP, Phase.DONE)
     expected = transfer.last_dirty / rate if rate > 0 and transfer.iteration > 1 else limits.max_downtime
     return Progress(
@@ -202,7 +202,7 @@ def progress(transfer: Transfer, load: Load, limits: Limits, rate: float) -> Pro
 
 
 def max_min(capacity: float, limits: Sequence[float]) -> list[float]:
-    """Max-min fair shares of a link: none over its own limit (0: none), and what one leaves goes to the others.
+    """Return max-min fair shares of a link. No share exceeds its own limit (0: no limit); what one does not use goes to the others.
 
     >>> max_min(100, [10, 0, 0])
     [10, 45.0, 45.0]

@@ -357,7 +357,7 @@ async def test_only_one_migration_holds_a_guest(hosts: Hosts) -> None:
 
 async def test_a_guest_is_not_sent_to_where_it_is(hosts: Hosts) -> None:
     a, _ = await hosts(web())
-    with pytest.raises(HypervisorError, match="host on which it is"):
+    with pytest.raises(HypervisorError, match="already on this host"):
         await Move(a, a).prepare()
 
 
@@ -369,7 +369,7 @@ async def test_a_word_that_cannot_be_honoured_is_an_error_that_names_it(hosts: H
     await Move(a, b, Options(**{option: False})).whole()
 
 
-@pytest.mark.parametrize(("state", "offline", "match"), [("running", True, "there twice"), ("shutoff", False, "not running")])
+@pytest.mark.parametrize(("state", "offline", "match"), [("running", True, "exist twice"), ("shutoff", False, "not running")])
 async def test_offline_is_for_a_stopped_guest_only(hosts: Hosts, state: str, offline: bool, match: str) -> None:
     a, b = await hosts(web(state=state))
     with pytest.raises(HypervisorError, match=match):

@@ -380,7 +380,10 @@ async def test_what_a_host_says_of_itself(hosts: Hosts) -> None:
     info = await a.info()
     assert (info.driver, info.host_uuid, info.features.ports) == ("sim", "a", (49_152, 49_215))
     needs = (await a.describe(UUID))[1]
-    assert await b.incompatibilities(needs) == ["machine type pc-new is unknown here", "CPU model cpu-new is unknown here"]
+    assert await b.incompatibilities(needs) == [
+        "machine type pc-new is not supported here",
+        "CPU model cpu-new is not supported here",
+    ]
     with pytest.raises(Incompatible, match="pc-new"):
         await Move(a, b).prepare()
 

@@ -86,7 +86,7 @@ async def test_6_33_a_cpu_of_the_host_needs_the_same_one_at_the_destination() ->
         _, needs = await a.describe(UUID)
         async with host("b", host_cpu="Skylake") as b:
             (difference,) = await b.incompatibilities(needs)
-            assert "EPYC there, Skylake here" in difference
+            assert "EPYC at the source, Skylake here" in difference
         async with host("b", host_cpu="EPYC") as b:
             assert await b.incompatibilities(needs) == []
             assert await b.incompatibilities(dataclasses.replace(needs, host_cpu="")) != []

@@ -1,17 +1,19 @@
-"""A simulated hypervisor: honest pre-copy and post-copy over a real TCP connection, with pages described, not sent.
+"""A simulated hypervisor: realistic pre-copy and post-copy over a real TCP connection; pages are described, not sent.
 
-Rooms, from pure to busy::
+Modules, from pure functions to I/O (`agent.transfer.model` has the arithmetic of a transfer)::
 
-    model     arithmetic of a transfer: no clock, no I/O
     profiles  what each kind of hypervisor can do, as data
-    config    what a simulated host is made of
-    guest     one guest: its definition, its state, the numbers on its serial line
+    config    configuration of a simulated host
+    guest     one guest: its definition, its state, its clock
+    serial    the lines on a guest's serial line
     stream    the frames of the memory stream
-    link      the host's wire, shared by the transfers that leave it
-    sender    a transfer on its source           outgoing   the handle of `base.Outgoing`
-    receiver  a copy on its destination          incoming   the handle of `base.Incoming`
-    host      what those four share: guests, ports, tasks, faults
-    driver    `SimHypervisor`, the face
+    cookie    the simulator's migration cookie
+    link      the host's network link, shared by the transfers that leave it
+    sender    a transfer on its source           outgoing   `SimOutgoing`, the handle
+    receiver  a copy on its destination          incoming   `SimIncoming`, the handle
+    host      state that those four share: guests, tasks, faults
+    control   a socket at which the users of guests start and end them
+    driver    `SimHypervisor`; begin here
 """
 
 from agent.hypervisor.sim.config import Latencies, SimConfig, SimGuest

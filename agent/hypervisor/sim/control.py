@@ -1,7 +1,7 @@
-"""What the users of simulated guests do to them from outside of the agent's process, as `virsh` does for libvirt.
+"""Control socket: lets the users of simulated guests act on them from outside the agent's process, as `virsh` does with libvirt.
 
-One request for each connection, a line of JSON: ``{"start": a SimGuest}``, ``{"end": UUID}`` or ``{"save": UUID}``. The answer is a
-line: empty when it is done, else why not.
+Each connection carries one request, a line of JSON: ``{"start": a SimGuest}``, ``{"end": UUID}`` or ``{"save": UUID}``. The answer
+is a line: empty on success, else the reason of the failure.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from agent.hypervisor.sim.guest import Definition
 from agent.hypervisor.sim.host import Host
 
 SECONDS = 10.0
-"""For a request and its answer."""
+"""Most seconds for a request and its answer."""
 
 
 class Request(Base, kw_only=True, frozen=True):
@@ -28,13 +28,13 @@ class Request(Base, kw_only=True, frozen=True):
     end: str = ""
     """The guest's UUID."""
     save: str = ""
-    """The UUID of a guest whose memory is saved."""
+    """The UUID of a guest whose memory is to be saved."""
 
 
 async def serve(host: Host) -> asyncio.Server:
-    """Until the server is closed."""
+    """Serve requests at `control_path` until the returned server is closed."""
 
-    async def obey(line: bytes) -> str:
+    async def execute(line: bytes) -> str:
         try:
             request = msgspec.json.decode(line, type=Request)
             if request.start is not None:
@@ -51,11 +51,11 @@ async def serve(host: Host) -> asyncio.Server:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(SECONDS):
-                answer = await obey(await reader.readline())
+                answer = await execute(await reader.readline())
                 writer.write(answer.replace("\n", " ").encode() + b"\n")
                 await writer.drain()
         except (OSError, TimeoutError):
-            return  # whoever asked is gone
+            return  # the client is gone
         finally:
             writer.close()
 
@@ -65,7 +65,7 @@ async def serve(host: Host) -> asyncio.Server:
 
 
 def ask(path: Path, request: Mapping[str, Any]) -> None:
-    """Have a simulated host do it. Blocks. Raises RuntimeError with its reason where it does not."""
+    """Send a request to the control socket of a simulated host. Blocks. Raises RuntimeError with the reason where it fails."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(SECONDS)
         connection.connect(str(path))

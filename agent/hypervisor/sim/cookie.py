@@ -1,4 +1,4 @@
-"""What the simulator keeps in a migration cookie."""
+"""The simulator's migration cookie."""
 
 from typing import Annotated, Self
 
@@ -22,11 +22,11 @@ class Cookie(Base, kw_only=True, frozen=True):
 
     @classmethod
     def decode(cls, data: bytes) -> Self:
-        """An empty cookie says nothing. Raises `InvalidDocument` for one that is not the simulator's."""
+        """Decode a cookie; an empty one gives the defaults. Raises `InvalidDocument` for one that is not the simulator's."""
         if not data:
             return cls()
         if len(data) > MAX_COOKIE:
-            raise InvalidDocument(f"cookie of {len(data)} bytes, at most {MAX_COOKIE} are taken")
+            raise InvalidDocument(f"the cookie has {len(data)} bytes; at most {MAX_COOKIE} are accepted")
         try:
             return msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UnicodeError) as error:

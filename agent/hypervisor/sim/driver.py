@@ -1,4 +1,4 @@
-"""`SimHypervisor`: the face of the simulated hypervisor, and the faults that tests put into it."""
+"""`SimHypervisor`: the driver of the simulated hypervisor, and the faults that tests inject."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -35,10 +35,10 @@ def _listed(guest: Guest) -> Domain:
 
 
 class SimHypervisor:
-    """A `base.Hypervisor` without a hypervisor. It lives and dies with its process, as a host does with its power;
-    with `SimConfig.state_path`, its guests outlive the process as they outlive an agent.
+    """`interface.Hypervisor`, simulated. Its guests end with the process, as on a host that loses power; with
+    `SimConfig.state_path` they outlive the process, as real guests outlive an agent.
 
-    To be made inside a running event loop.
+    Must be created inside a running event loop.
     """
 
     def __init__(self, config: SimConfig) -> None:
@@ -87,10 +87,10 @@ class SimHypervisor:
         return guest.facts(), replace(guest.requirements(), host_cpu=given)
 
     async def _answering(self, guest: Guest) -> Guest:
-        """The guest, if its process answers: as libvirt, whatever is asked about one guest waits for that."""
+        """Return the guest if its process answers; else wait `call_timeout` and raise `HypervisorUnavailable`, as libvirt does."""
         if guest.silent_since is not None:
             await asyncio.sleep(self._host.config.call_timeout)
-            raise HypervisorUnavailable(f"guest {guest.name} did not answer within {self._host.config.call_timeout} s")
+            raise HypervisorUnavailable(f"guest {guest.name} did not answer within {self._host.config.call_timeout:g} s")
         return guest
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
@@ -118,10 +118,10 @@ class SimHypervisor:
             self._host.drop(guest, "disowned")
 
     async def hindrance(self, name: str) -> str:
-        return "" if self._host.thawed.is_set() else f"the simulated hypervisor of {name} stands still"
+        return "" if self._host.thawed.is_set() else f"the simulated hypervisor of {name} is frozen"
 
     async def death(self, name: str) -> HypervisorError | None:
-        return None  # its guests have no process of their own
+        return None  # simulated guests have no process
 
     async def stored(self, uuid: str) -> Stored | None:
         await self._host.gate("stored")
@@ -150,10 +150,10 @@ class SimHypervisor:
     def events(self) -> AsyncIterator[DomainEvent]:
         return self._host.events.stream()
 
-    # --- what a guest's user does -------------------------------------------------------------------------------------
+    # --- actions of a guest's user ------------------------------------------------------------------------------------
 
     def pause(self, reference: str) -> None:
-        """The guest's user pauses it."""
+        """Pause a guest, as its user."""
         guest = self._host.find(reference)
         if guest.state is not DomainState.RUNNING or guest.postcopy:
             raise HypervisorError(f"domain {guest.name} is not running")
@@ -161,7 +161,7 @@ class SimHypervisor:
         guest.stop("user")
 
     def redefine(self, reference: str, title: str) -> None:
-        """The guest's user edits its definition for the next boot."""
+        """Edit the guest's definition for the next boot, as its user."""
         guest = self._host.guest(reference)
         if guest.stored is None:
             raise HypervisorError(f"domain {guest.name} is transient")
@@ -169,7 +169,7 @@ class SimHypervisor:
         self._host.save()
 
     def start(self, reference: str) -> None:
-        """The guest's user boots it, or lets it go on."""
+        """Boot a guest, or resume one that its user had paused, as its user."""
         guest = self._host.find(reference)
         if not guest.active:
             guest.boot()
@@ -180,15 +180,15 @@ class SimHypervisor:
     # --- faults -------------------------------------------------------------------------------------------------------
 
     def fail_next(self, method: str, message: str) -> None:
-        """The next call of that method of the interface (of any handle) fails with that message."""
+        """Make the next call of that method of the interface (on any handle) fail with that message."""
         self._host.fail_next[method] = message
 
     def freeze(self) -> None:
-        """Answer nothing until `thaw`; guests and transfers go on."""
+        """Answer no call until `thaw`; guests and transfers continue."""
         self._host.thawed.clear()
 
     def silence(self, reference: str) -> None:
-        """That guest's process answers nothing any more."""
+        """Make that guest's process answer nothing from now on."""
         self._host.find(reference).silent_since = self._host.now()
 
     def thaw(self) -> None:

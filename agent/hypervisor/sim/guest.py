@@ -1,7 +1,7 @@
-"""One simulated guest: how it is defined, what it does now, and how far its clock has come.
+"""One simulated guest: its definition, its state and its clock.
 
-Nothing here decides anything about a migration; `sender` and `receiver` do, and call these few verbs. The words for a
-state's reason are those of `virsh domstate --reason`.
+This module decides nothing about a migration; `sender` and `receiver` do, and call the methods here. The reasons of a state are
+those of `virsh domstate --reason`.
 """
 
 import time
@@ -17,19 +17,19 @@ from agent.hypervisor.sim.config import Base, Bytes, SimGuest, uuid_of
 from agent.transfer.model import Load
 
 MAX_DOCUMENT = 512 * 1024
-"""Bytes of a definition that comes from a peer."""
+"""Most characters of a definition that a peer sends."""
 
 ACTIVE = (DomainState.RUNNING, DomainState.PAUSED)
 
 
 class Definition(Base, kw_only=True, frozen=True, tag="drover-sim-domain", tag_field="type"):
-    """What a guest is, as the document that travels as `domain_xml` (it is JSON; a driver's document is opaque)."""
+    """Definition of a guest: the document that is sent as `domain_xml` (JSON; a driver's document is opaque to others)."""
 
     guest: SimGuest
 
     @classmethod
     def of(cls, guest: SimGuest) -> Self:
-        """The definition in full: nothing left to be guessed at the other end."""
+        """Return the complete definition of the guest, with UUID and working set filled in."""
         whole = guest.memory_bytes if guest.working_set is None else min(guest.working_set, guest.memory_bytes)
         return cls(guest=msgspec.structs.replace(guest, uuid=guest.uuid or uuid_of(guest.name), working_set=whole))
 
@@ -42,10 +42,11 @@ class Definition(Base, kw_only=True, frozen=True, tag="drover-sim-domain", tag_f
         return self.guest.name
 
     def renamed(self, name: str) -> "Definition":
+        """Return the definition with that name; unchanged for an empty one."""
         return msgspec.structs.replace(self, guest=msgspec.structs.replace(self.guest, name=name)) if name else self
 
     def described_as(self, *, persistent: bool) -> "Definition":
-        """With what is true of the guest now, whatever it was made with."""
+        """Return the definition with the current value of `persistent`."""
         return msgspec.structs.replace(self, guest=msgspec.structs.replace(self.guest, persistent=persistent))
 
     def text(self) -> str:
@@ -53,24 +54,24 @@ class Definition(Base, kw_only=True, frozen=True, tag="drover-sim-domain", tag_f
 
     @classmethod
     def parse(cls, text: str) -> "Definition":
-        """Raises `InvalidDocument` for anything that is not a definition."""
+        """Decode a definition. Raises `InvalidDocument` for anything else."""
         if len(text) > MAX_DOCUMENT:
-            raise InvalidDocument(f"domain document of {len(text)} characters, at most {MAX_DOCUMENT} are taken")
+            raise InvalidDocument(f"the domain document has {len(text)} characters; at most {MAX_DOCUMENT} are accepted")
         try:
             return cls.of(msgspec.json.decode(text, type=Definition).guest)
         except (msgspec.DecodeError, UnicodeError) as error:
             raise InvalidDocument(f"not a domain document of the simulator: {error}") from error
 
     def check(self, uuid: str) -> None:
-        """See `base.Hypervisor.check_document`."""
+        """See `interface.Hypervisor.check_document`."""
         if self.uuid != uuid.lower():
-            raise InvalidDocument(f"the document is of domain {self.uuid}, not {uuid}")
+            raise InvalidDocument(f"the domain document describes the domain {self.uuid}, not {uuid}")
         if problem := name_problem(self.name):
             raise InvalidDocument(f"the name in the domain document {problem}; no host takes a guest of that name")
 
 
 class GuestRecord(Base, kw_only=True, frozen=True):
-    """A guest as it is written to the state file."""
+    """A guest in the state file."""
 
     running: Definition | None
     """None for a guest that is shut off."""
@@ -105,31 +106,31 @@ class Guest:
         self.definition = definition
         self.stored = stored
         self.autostart = False
-        """It starts with its host; only a stored definition can."""
+        """It starts with its host; only a guest with a stored definition can."""
         self.saved_image = False
-        """A memory that its user has saved waits for its next start."""
+        """Its next start restores a memory image that its user has saved."""
         self.state = DomainState.SHUTOFF
         self.reason = "unknown"
         self.wants_run = False
-        """What its user wants, whatever a migration does to it meanwhile."""
+        """Its user wants it to run, even while a migration has stopped it."""
         self.left = False
         """Its whole state was sent away, so another copy may run."""
         self.job = Job.NONE
         self.incoming = False
         self.postcopy = False
         self.has_run = False
-        """Since it began here, or arrived."""
+        """It has run since it was created here, or arrived."""
         self.silent_since: float | None = None
-        """Since when its process answers nothing."""
+        """Time since when its process answers nothing; None while it answers."""
         self.owed = 0
-        """Bytes of a post-copy that the other end has not got yet, when the stream broke."""
+        """Bytes that the destination still lacks, when the stream of a post-copy breaks."""
         self._now = now
         self._notify = notify
         self._clock = 0.0
         self._since: float | None = None
         self._logged = 0
 
-    # --- what is true -------------------------------------------------------------------------------------------------
+    # --- state --------------------------------------------------------------------------------------------------------
 
     @property
     def uuid(self) -> str:
@@ -145,17 +146,17 @@ class Guest:
 
     @property
     def ticking(self) -> bool:
-        """Its CPU really runs (unlike one that is running by name, but waits for a page that never comes)."""
+        """Whether its CPU really runs. A guest that waits for a page that never comes has the state running, but does not tick."""
         return self._since is not None
 
     @property
     def clock(self) -> float:
-        """Seconds for which it ran, since it booted, wherever that was."""
+        """Seconds for which it has run since it booted, on any host."""
         return self._clock + (self._now() - self._since if self._since is not None else 0.0)
 
     @property
     def load(self) -> Load:
-        """What it does to its memory now: nothing, while it stands."""
+        """Its memory, and how fast it writes to it now: not at all while it is stopped."""
         it = self.definition.guest
         working_set = it.memory_bytes if it.working_set is None else it.working_set
         return Load(it.memory_bytes, it.dirty_rate if self.ticking else 0, working_set)
@@ -180,10 +181,10 @@ class Guest:
     def requirements(self) -> Requirements:
         return requirements_of(self.definition)
 
-    # --- verbs --------------------------------------------------------------------------------------------------------
+    # --- changes of state ---------------------------------------------------------------------------------------------
 
     def boot(self) -> None:
-        """Begin from nothing."""
+        """Start the guest with empty memory and its clock at zero."""
         self._clock, self._since, self._logged = 0.0, None, 0
         self.wants_run, self.saved_image = True, False
         if self.logs:
@@ -204,7 +205,7 @@ class Guest:
         self._notify(self, kind, reason)
 
     def block(self, reason: str) -> None:
-        """Running by name, but it waits for a page that does not come."""
+        """Stop its clock but keep the state running: it waits for a page that does not come."""
         self._stand_still()
         self.state, self.reason = DomainState.RUNNING, reason
         self._notify(self, "suspended", reason)
@@ -216,7 +217,7 @@ class Guest:
             self.stop(reason)
 
     def give_back(self, reason: str) -> None:
-        """As its user had it: running, or paused."""
+        """Bring it back to what its user wants: running, or paused."""
         self.left = self.postcopy = False
         if self.wants_run:
             self.run(reason)
@@ -232,13 +233,13 @@ class Guest:
         self._notify(self, "stopped", reason)
 
     def send_state(self) -> float:
-        """The clock, as it goes on the wire with the last of the memory: from now on another copy may run."""
+        """Return the clock, to be sent with the last of the memory. From now on another copy may run."""
         self.left = True
         self._notify(self, "job", "state sent")
         return self._clock
 
     def take_state(self, clock: float, wants_run: bool) -> None:
-        """What came with the stream: this copy goes on from there."""
+        """Take over the clock and `wants_run` from the stream: this copy continues from there."""
         self._clock, self._since = clock, None
         self._logged = serial.ticks(clock)
         self.wants_run = wants_run
@@ -255,7 +256,7 @@ class Guest:
         return bool(self.definition.guest.log)
 
     def flush(self) -> None:
-        """Write the lines of all ticks until now."""
+        """Write the log lines of all ticks until now."""
         clock = self.clock
         last = serial.ticks(clock)
         if self.logs and last > self._logged:
@@ -282,8 +283,8 @@ class Guest:
         )
 
     def revive(self, record: GuestRecord) -> None:
-        """Go on after the process died, as under a libvirtd that comes back: a guest that ran went on meanwhile, one
-        whose migration had stopped it before its state was sent runs again, a broken post-copy waits to be recovered."""
+        """Continue after the process died, as real guests do after a restart of libvirtd: a guest that ran has run meanwhile, one
+        that a migration had stopped before its state was sent runs again, and a broken post-copy waits to be recovered."""
         ran = record.state == "running"
         self._clock = record.clock + (max(0.0, time.time() - record.at) if ran and not record.postcopy else 0.0)
         self._logged = max(serial.ticks(record.clock), serial.last_number(self.definition.guest.log) if ran else 0)

@@ -1,4 +1,4 @@
-"""What the parts of a simulated host share: its guests, its transfers, its tasks, and the faults that tests put in."""
+"""State that the parts of a simulated host share: its guests, transfers and tasks, and the faults that tests inject."""
 
 import asyncio
 import os
@@ -34,11 +34,11 @@ from agent.hypervisor.sim.profiles import PROFILES
 T = TypeVar("T")
 
 CPUS_OF_THE_HOST = frozenset({"host-passthrough", "maximum"})
-"""A guest with one of these has whatever CPU its host gives."""
+"""CPU models for which a guest gets its host's CPU."""
 FLUSH = 0.05
 """Seconds between two writes to the serial logs of running guests."""
 FAULTS: dict[str, type[HypervisorError]] = {"perform": TransferFailed, "finish": TransferFailed}
-"""The error of an injected fault; all other methods raise `HypervisorError`."""
+"""Error of an injected fault by method; all other methods raise `HypervisorError`."""
 
 
 class TransferEnd(Protocol):
@@ -60,7 +60,7 @@ class Host:
         self.senders: dict[str, TransferEnd] = {}
         self.receivers: dict[str, TransferEnd] = {}
         self.holders: dict[str, object] = {}
-        """The handle whose Begin holds a guest, by the guest's UUID."""
+        """By the guest's UUID: the handle whose Begin holds the guest."""
         self.link = Link(config.link_rate)
         self.events = Fanout()
         self.fail_next = dict(config.fail_next)
@@ -77,7 +77,7 @@ class Host:
         return asyncio.get_running_loop().time()
 
     def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """A task that belongs to the hypervisor, not to the caller who waits for it."""
+        """Start a task that belongs to the hypervisor, not to the caller that waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
@@ -86,10 +86,10 @@ class Host:
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # it was told to whoever waited; nobody may have
+            task.exception()  # retrieved here, so that asyncio does not warn where nobody waited
 
     async def gate(self, method: str) -> None:
-        """What every method passes first: closed, frozen, or told to fail."""
+        """Raise for a hypervisor that is closed or frozen, and for an injected fault. Every interface method calls this first."""
         if not self.opened:
             raise HypervisorUnavailable("the simulated hypervisor is closed")
         if not self.thawed.is_set():
@@ -97,13 +97,13 @@ class Host:
                 async with asyncio.timeout(self.config.call_timeout):
                     await self.thawed.wait()
             except TimeoutError:
-                raise HypervisorUnavailable(f"{method}: no answer in {self.config.call_timeout} s") from None
+                raise HypervisorUnavailable(f"{method}: no answer within {self.config.call_timeout:g} s") from None
         message = self.fail_next.pop(method, None)
         if message is not None:
             raise FAULTS.get(method, HypervisorError)(message, {"fault": method})
 
     async def call(self, method: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Do it within `call_timeout`; a caller who goes away changes nothing of what happens."""
+        """Run `work` within `call_timeout`. Cancelling the await does not stop the work."""
         await self.gate(method)
         return await self.wait(method, self.spawn(work()), self.config.call_timeout)
 
@@ -113,7 +113,7 @@ class Host:
             async with asyncio.timeout(timeout):
                 return await asyncio.shield(work)
         except TimeoutError:
-            raise HypervisorUnavailable(f"{method}: no answer in {timeout} s") from None
+            raise HypervisorUnavailable(f"{method}: no answer within {timeout:g} s") from None
 
     # --- guests -------------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Host:
         return self._only([g for g in self.guests.values() if g.name == name], name)
 
     def find(self, reference: str) -> Guest:
-        """The guest that a user means by a name or a UUID."""
+        """Return the guest that a user means by a name or a UUID. Raises `DomainAmbiguous`, `DomainNotFound`."""
         found = [g for g in self.guests.values() if reference == g.name or (is_uuid(reference) and reference.lower() == g.uuid)]
         if text := ambiguity(reference, [(g.name, g.uuid) for g in found]):
             raise DomainAmbiguous(text)
@@ -142,14 +142,14 @@ class Host:
         return guest
 
     def drop(self, guest: Guest, reason: str) -> None:
-        """End a copy; what is left is its stored definition, if there is one."""
+        """End a copy. Only its stored definition stays, if there is one."""
         guest.shut_off(reason)
         if guest.stored is None:
             del self.guests[guest.uuid]
             self.save()
 
     async def end(self, uuid: str) -> None:
-        """Its user destroys the guest and its definition, whatever it is doing; nothing where it is not here."""
+        """Destroy the guest and its definition, as its user, even during a migration. Does nothing where it is not here."""
         sender, receiver = self.senders.get(uuid), self.receivers.get(uuid)
         if sender is not None:
             sender.end("the guest was destroyed")
@@ -162,7 +162,7 @@ class Host:
             self.drop(guest, "destroyed")
 
     def save_memory(self, uuid: str) -> None:
-        """Its user has the memory of a persistent guest saved, and ends it. That is not kept beyond the process."""
+        """Save the memory of a persistent guest and end it, as its user. The saved image does not outlive the process."""
         guest = self.guest(uuid)
         guest.saved_image = guest.stored is not None
         self.drop(guest, "saved")
@@ -183,7 +183,7 @@ class Host:
         if self.holders.get(guest.uuid, who) is not who:
             raise DomainBusy(f"domain {guest.name} is held by another migration job")
 
-    # --- what this host can do ----------------------------------------------------------------------------------------
+    # --- capabilities of this host ------------------------------------------------------------------------------------
 
     def check_options(self, options: Options) -> None:
         refusals = self.profile.refusals(options)
@@ -199,23 +199,24 @@ class Host:
         }
         if needs.cpu in CPUS_OF_THE_HOST and needs.host_cpu != self.config.host_cpu:
             return [
-                f"the guest has the CPU of its host ({needs.cpu}): {needs.host_cpu or 'unknown'} there, {self.config.host_cpu} here"
+                f"the guest uses its host's CPU ({needs.cpu}), and that differs: {needs.host_cpu or 'unknown'} at the source, "
+                f"{self.config.host_cpu} here"
             ]
-        return [f"{what} {wanted} is unknown here" for what, (wanted, known) in has.items() if wanted not in known]
+        return [f"{what} {wanted} is not supported here" for what, (wanted, known) in has.items() if wanted not in known]
 
     def check_arrival(self, definition: Definition) -> None:
-        # As libvirt, Prepare does not know which CPU the source gave.
+        # As in libvirt, Prepare does not know which CPU the source gave.
         wrong = self.incompatibilities(replace(requirements_of(definition), host_cpu=self.config.host_cpu))
         if wrong:
             raise Incompatible("; ".join(wrong))
         log = definition.guest.log
         if log and not serial.within(log, self.config.log_root):
-            raise Incompatible(f"serial log {log} is not beneath this host's log_root")
+            raise Incompatible(f"the serial log {log} is not below this host's log_root")
         twin = next((g for g in self.guests.values() if (g.name == definition.name) != (g.uuid == definition.uuid)), None)
         if twin is not None:
             raise HypervisorError(f"domain {twin.name} is already defined here with UUID {twin.uuid}")
 
-    # --- serial logs: one task for all of them, and none while no guest has one ---------------------------------------
+    # --- serial logs: one task writes all of them; none runs while no guest has one -----------------------------------
 
     def _watch_logs(self) -> None:
         busy = self._scribe is not None and not self._scribe.done()
@@ -228,10 +229,10 @@ class Host:
                 guest.flush()
             await asyncio.sleep(FLUSH)
 
-    # --- beginning and end --------------------------------------------------------------------------------------------
+    # --- start and end ------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """The guests of the state file, else those of the configuration."""
+        """Load the guests from the state file, or else from the configuration."""
         path = self.config.state_path
         self.opened = True
         if path and os.path.exists(path):
@@ -246,7 +247,7 @@ class Host:
         it = definition.guest
         definition.check(definition.uuid)
         if definition.uuid in self.guests or any(g.name == it.name for g in self.guests.values()):
-            raise HypervisorError(f"two guests named {it.name}")
+            raise HypervisorError(f"a guest named {it.name}, or with its UUID, already exists here")
         guest = self.add(definition, definition if it.persistent or it.state == "shutoff" else None)
         guest.autostart = it.autostart and guest.stored is not None
         if it.state != "shutoff":
@@ -261,7 +262,7 @@ class Host:
             self.add(definition, record.stored).revive(record)
 
     def save(self) -> None:
-        """Write the state file. Copies that wait for a stream are left out: they do not outlive the process."""
+        """Write the state file, without copies that wait for a stream: these do not outlive the process."""
         path = self.config.state_path
         if not path or not self.opened:
             return
@@ -273,7 +274,7 @@ class Host:
         beside.replace(path)
 
     async def shut(self) -> None:
-        """Break off every transfer and end every task; guests stand still from here on."""
+        """Abort every transfer and end every task. Guests do not run from now on."""
         for sender in list(self.senders.values()):
             sender.end("the hypervisor is closing")
         for receiver in list(self.receivers.values()):
@@ -289,7 +290,7 @@ class Host:
         for guest in self.guests.values():
             guest.flush()
         self.events.close()
-        await asyncio.sleep(0)  # connections that were cut are closed by the loop
+        await asyncio.sleep(0)  # lets the loop close the aborted connections
 
 
 def _definition_only(record: GuestRecord) -> GuestRecord:

@@ -36,7 +36,7 @@ class SimIncoming:
         self, domain_xml: str, cookie: bytes, options: Options, destination_name: str, listen_address: str, uri: str
     ) -> Prepared:
         definition = Definition.parse(domain_xml).renamed(destination_name)
-        offline = self._host.profile.word(options, "offline")
+        offline = self._host.profile.effective(options, "offline")
         self._check(definition, Cookie.decode(cookie), options)
         work = self._prepare_offline if offline else lambda d: self._prepare(d, listen_address, uri)
         return await self._host.call("prepare", lambda: work(definition))
@@ -45,13 +45,13 @@ class SimIncoming:
         self._host.check_options(options)
         definition.check(self._uuid)
         if cookie.host_uuid == self._host.config.host_uuid:
-            raise Incompatible("a guest cannot be migrated to the host on which it is")
-        word = self._host.profile.word
+            raise Incompatible("the guest is already on this host, so it cannot be migrated here")
+        effective = self._host.profile.effective
         for option, why in self._host.config.forbidden.items():
-            if word(options, option):  # as QEMU says of post-copy when it is started to receive
+            if effective(options, option):  # as QEMU reports for post-copy when it is started as a destination
                 raise HypervisorError(f"{option} is not supported: {why}")
-        if word(options, "offline") and not word(options, "persist_destination"):
-            raise Incompatible("an offline migration moves the definition only: persist_destination cannot be off")
+        if effective(options, "offline") and not effective(options, "persist_destination"):
+            raise Incompatible("an offline migration moves only the definition, so persist_destination cannot be off")
         self._host.check_arrival(definition)
 
     async def _prepare(self, definition: Definition, listen_address: str, uri: str) -> Prepared:
@@ -65,12 +65,12 @@ class SimIncoming:
             raise
         if self._closed or receiver.gone:
             receiver.end("the connection that prepared it was closed")
-            raise TransferFailed("the connection that prepared the copy was closed")
+            raise TransferFailed("the copy is gone: the connection that prepared it was closed")
         out = replace(ask, port=port)
         return Prepared(str(out), Cookie(host_uuid=self._host.config.host_uuid, token=receiver.token).encode())
 
     def _copy(self, definition: Definition) -> Guest:
-        """A copy that waits for its memory; or the one whose post-copy broke, which waits for the rest."""
+        """Create a copy that waits for its memory, or return the one whose post-copy broke, which waits for the rest."""
         there = self._host.guests.get(self._uuid)
         if self._uuid in self._host.receivers:
             raise DomainBusy(f"domain {definition.name} is already being migrated here")
@@ -85,7 +85,7 @@ class SimIncoming:
         return copy
 
     def _asked(self, listen_address: str, uri: str) -> MigrationUri:
-        """Where the source shall connect: the URI, which may only be this host's address, else the listen address."""
+        """Return the URI for the source to connect to: the given one, which must name the listen address, or one made from that."""
         schemes = self._host.profile.uri_transports
         try:
             listening = ip_address(listen_address)
@@ -93,15 +93,15 @@ class SimIncoming:
         except ValueError as error:
             raise Incompatible(f"the migration URI {uri!r} at {listen_address!r} cannot be used: {error}") from None
         if asked.scheme not in schemes:
-            raise Incompatible(f"migration URI {uri}: only {', '.join(schemes)} are supported")
+            raise Incompatible(f"the migration URI {uri} has the scheme {asked.scheme}; supported: {', '.join(schemes)}")
         if asked.host != listening and not listening.is_unspecified:
-            raise Incompatible(f"migration URI {uri}: not the listen address {listen_address}")
+            raise Incompatible(f"the migration URI {uri} does not name the listen address {listen_address}")
         return asked
 
     def _ports(self, port: int) -> range:
         first, last = self._host.config.ports
         if port and not first <= port <= last:
-            raise Incompatible(f"port {port} is outside {first} to {last}")
+            raise Incompatible(f"the migration URI has a port, {port}, outside the range {first} to {last}")
         return range(port, port + 1) if port else range(first, last + 1)
 
     async def _prepare_offline(self, definition: Definition) -> Prepared:
@@ -124,7 +124,7 @@ class SimIncoming:
     async def _gate_finish(self) -> None:
         try:
             await self._host.gate("finish")
-        except TransferFailed as error:  # an injected fault: the copy is gone, as the error says
+        except TransferFailed as error:  # an injected fault; this error means that the copy is gone
             receiver = receiver_of(self._host, self._uuid)
             if receiver is not None:
                 receiver.end(str(error))
@@ -135,10 +135,10 @@ class SimIncoming:
         return task.cancelled() or task.exception() is not None
 
     async def _finish(self, domain_xml: str, options: Options, destination_name: str, stored: Stored | None) -> Finished:
-        word = self._host.profile.word
-        if word(options, "offline"):
+        effective = self._host.profile.effective
+        if effective(options, "offline"):
             return self._define(Definition.parse(domain_xml).renamed(destination_name))
-        receiver = self._arm(arrive_paused=word(options, "paused"))
+        receiver = self._arm(arrive_paused=effective(options, "paused"))
         await asyncio.shield(receiver.arrived)
         await asyncio.sleep(0 if receiver.guest.postcopy else self._host.config.latencies.finish)
         if receiver.gone:
@@ -147,13 +147,13 @@ class SimIncoming:
         return Finished(b"")
 
     def _to_store(self, domain_xml: str, options: Options, name: str, stored: Stored | None) -> Definition | None:
-        """The definition for the next boot; None for a guest that is to be transient here."""
-        runs = Definition.parse(domain_xml).renamed(name)
-        if options.persist_destination is None and not runs.guest.persistent:
+        """Return the definition for the next boot; None for a guest that is to be transient here."""
+        running = Definition.parse(domain_xml).renamed(name)
+        if options.persist_destination is None and not running.guest.persistent:
             options = replace(options, persist_destination=False)
-        if not self._host.profile.word(options, "persist_destination"):
+        if not self._host.profile.effective(options, "persist_destination"):
             return None
-        return Definition.parse(stored.definition).renamed(name) if stored is not None and stored.definition else runs
+        return Definition.parse(stored.definition).renamed(name) if stored is not None and stored.definition else running
 
     def _arm(self, *, arrive_paused: bool) -> Receiver:
         receiver = receiver_of(self._host, self._uuid)
@@ -161,7 +161,7 @@ class SimIncoming:
             guest = self._host.guests.get(self._uuid)
             if guest is not None and guest.active:
                 raise HypervisorError(f"domain {guest.name} is active, but it is not being migrated here")
-            raise TransferFailed("no copy waits here")
+            raise TransferFailed("no copy of the guest waits here")
         receiver.arrive_paused = arrive_paused
         if not receiver.armed:
             receiver.armed = True
@@ -181,10 +181,10 @@ class SimIncoming:
 
     @property
     def never_ran(self) -> bool:
-        return False  # a copy that has not run leaves no guest that is shut off
+        return False  # never needed: a simulated copy that has not run leaves no guest in the state shut off
 
     async def destroyed(self) -> HypervisorError | None:
-        return None  # Finish tells it
+        return None  # the error of Finish reports it
 
     async def abandon(self) -> None:
         await self._host.gate("abandon")
@@ -193,11 +193,11 @@ class SimIncoming:
         if guest is None or not guest.active:
             return
         if receiver is None or guest.postcopy or guest.state is DomainState.RUNNING:
-            raise DomainBusy(f"domain {guest.name} has run here: it is not destroyed")
+            raise DomainBusy(f"domain {guest.name} has run here, so it is not destroyed")
         receiver.end("abandoned")
 
     async def close(self) -> None:
-        """A copy that never ran goes; one whose Finish was called stays, because libvirt ends a Finish that it began."""
+        """Remove a copy that never ran, unless Finish was called: like libvirt, the simulator completes a Finish that has begun."""
         self._closed = True
         receiver = receiver_of(self._host, self._uuid)
         if receiver is not None and receiver.owner is self and not receiver.armed:

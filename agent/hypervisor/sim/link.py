@@ -1,4 +1,4 @@
-"""The host's wire, shared max-min fairly by the transfers that leave it, each with a limit of its own."""
+"""The host's network link, shared max-min fairly by the transfers that leave the host, each with a limit of its own."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,17 @@ from agent.transfer.model import max_min
 
 
 class Share:
-    """One transfer's part of a link."""
+    """One transfer's share of a link."""
 
     def __init__(self, link: "Link", limit: float, changed: Callable[[], None]) -> None:
         self._link = link
         self.limit = limit
         self.changed = changed
         self.rate = 0.0
-        """Bytes per second, now."""
+        """The current share in bytes per second."""
 
     def set_limit(self, limit: float) -> None:
-        """Bytes per second; 0 for none."""
+        """Set the limit in bytes per second (0: none) and divide the link anew."""
         self.limit = limit
         self._link.divide()
 
@@ -31,7 +31,7 @@ class Link:
         self.shares: list[Share] = []
 
     def join(self, limit: float, changed: Callable[[], None]) -> Share:
-        """`changed` is called whenever the rate of the new share is another."""
+        """Add a share and divide the link anew. `changed` is called at each change of the share's rate."""
         share = Share(self, limit, changed)
         self.shares.append(share)
         self.divide()

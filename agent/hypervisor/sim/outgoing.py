@@ -43,7 +43,7 @@ class SimOutgoing:
 
     async def _begin(self, options: Options) -> Begun:
         guest = self.check(options)
-        if self._word(options, "change_protection") and not self._closed:
+        if self._effective(options, "change_protection") and not self._closed:
             self._host.holders[self._uuid] = self
             guest.job = Job.OUTGOING
         await asyncio.sleep(self._host.config.latencies.begin)
@@ -51,35 +51,33 @@ class SimOutgoing:
         return Begun(described.text(), Cookie(host_uuid=self._host.config.host_uuid, uuid=self._uuid).encode())
 
     def check(self, options: Options) -> Guest:
-        """The guest, if `begin` would be taken."""
+        """Return the guest if `begin` would succeed; raise the error of `begin` otherwise."""
         guest = self._host.guest(self._uuid)
         self._host.check_options(options)
         self._host.refuse_busy(guest, self)
-        self._check_movable(guest, offline=self._word(options, "offline"))
+        self._check_movable(guest, offline=self._effective(options, "offline"))
         if guest.state is DomainState.PAUSED and guest.reason != PAUSED_BY_USER and not guest.left:
-            raise Incompatible(f"it is paused ({guest.reason}), and not by its user: it would arrive running")
+            raise Incompatible(f"the guest is paused ({guest.reason}), but not by its user, so it would arrive running")
         it = guest.definition.guest
         if it.disk and guest.state is DomainState.PAUSED and not guest.has_run:
-            raise Incompatible("it has a disk, is paused, and has not run since it arrived here: let it run for a moment")
+            raise Incompatible("the guest has a disk, is paused, and has not run since it arrived here; let it run for a moment")
         if it.obstacle:
             raise Incompatible(it.obstacle)
-        if it.unsafe and not self._word(options, "unsafe"):
-            raise Incompatible("Unsafe migration: a disk is not known to be shared; say --option unsafe=on where it is")
+        if it.unsafe and not self._effective(options, "unsafe"):
+            raise Incompatible("Unsafe migration: a disk is not known to be shared; if it is shared, use --option unsafe=on")
         if (size := len(guest.definition.text().encode())) > MAX_DOMAIN_XML:
-            raise Incompatible(
-                f"its domain document has {size} bytes, and at most {MAX_DOMAIN_XML} can travel: shorten its metadata"
-            )
+            raise Incompatible(f"the domain document has {size} bytes; at most {MAX_DOMAIN_XML} can be sent: shorten its metadata")
         return guest
 
     @staticmethod
     def _check_movable(guest: Guest, *, offline: bool) -> None:
         if guest.active and offline:
-            raise Incompatible(f"offline migration of {guest.name}, which is running: it would be there twice")
+            raise Incompatible(f"domain {guest.name} is active, so it cannot be migrated offline: it would exist twice")
         if not guest.active and not offline:
-            raise HypervisorError(f"domain {guest.name} is not running")
+            raise HypervisorError(f"domain {guest.name} is not running; only an offline migration can move it")
         recoverable = guest.postcopy and guest.left
         if guest.incoming or (guest.left and not recoverable) or (guest.postcopy and not recoverable):
-            raise DomainBusy(f"domain {guest.name} is in the middle of another migration")
+            raise DomainBusy(f"domain {guest.name} is in another migration that has not ended")
 
     async def perform(
         self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
@@ -88,7 +86,7 @@ class SimOutgoing:
             return await self._perform(uri, cookie, options, bandwidth)
         except Exception:
             if self._uuid not in self._host.senders:
-                self._let_go()  # as libvirt: a Perform that was refused or has failed leaves no job
+                self._let_go()  # as in libvirt, a Perform that was refused or has failed leaves no job
             raise
 
     async def _perform(self, uri: str, cookie: bytes, options: Options, bandwidth: int) -> Performed:
@@ -96,7 +94,7 @@ class SimOutgoing:
         guest = self._host.guest(self._uuid)
         self._host.check_options(options)
         self._host.refuse_busy(guest, self)
-        offline = self._word(options, "offline")
+        offline = self._effective(options, "offline")
         self._check_movable(guest, offline=offline)
         if offline:
             return Performed(b"", Progress())
@@ -118,9 +116,9 @@ class SimOutgoing:
         return Assignment(
             address=address,
             token=Cookie.decode(cookie).token,
-            live=self._word(options, "live"),
-            post_copy=self._word(options, "post_copy"),
-            auto_converge=self._word(options, "auto_converge"),
+            live=self._effective(options, "live"),
+            post_copy=self._effective(options, "post_copy"),
+            auto_converge=self._effective(options, "auto_converge"),
             bandwidth=bandwidth,
         )
 
@@ -128,13 +126,13 @@ class SimOutgoing:
         try:
             address = MigrationUri.parse(uri)
         except ValueError as error:
-            raise HypervisorError(f"migration URI {uri!r}: {error}") from error
+            raise HypervisorError(f"the migration URI {uri!r} is invalid: {error}") from error
         if address.scheme not in self._host.profile.uri_transports or not address.port:
-            raise HypervisorError(f"migration URI {uri!r} has no port, or a scheme that is not supported")
+            raise HypervisorError(f"the migration URI {uri!r} has no port, or a scheme that is not supported")
         return address
 
-    def _word(self, options: Options, name: str) -> bool:
-        return self._host.profile.word(options, name)
+    def _effective(self, options: Options, name: str) -> bool:
+        return self._host.profile.effective(options, name)
 
     # --- while it runs ------------------------------------------------------------------------------------------------
 
@@ -145,7 +143,7 @@ class SimOutgoing:
             sender.abort()
 
     async def unanswered(self, uri: str) -> int | None:
-        return None  # it connects by itself, with a deadline
+        return None  # a simulated transfer connects with its own deadline
 
     async def stop_connecting(self, uri: str) -> None: ...
 
@@ -166,13 +164,13 @@ class SimOutgoing:
     def _running(self) -> Sender:
         sender = sender_of(self._host, self._uuid)
         if sender is None:
-            raise NoTransfer("no transfer runs")
+            raise NoTransfer("no transfer is running")
         return sender
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
     async def remove(self, cookie: bytes, options: Options) -> None:
-        await self._host.call("remove", lambda: self._remove(keep=not self._word(options, "undefine_source")))
+        await self._host.call("remove", lambda: self._remove(keep=not self._effective(options, "undefine_source")))
 
     async def _remove(self, *, keep: bool) -> None:
         await asyncio.sleep(self._host.config.latencies.confirm)
@@ -182,14 +180,14 @@ class SimOutgoing:
         if self._uuid in self._host.senders:
             raise DomainBusy(f"domain {guest.name} is being migrated")
         if guest.active and not guest.left:
-            raise DomainBusy(f"domain {guest.name} was not sent away: it is not removed")
+            raise DomainBusy(f"the state of domain {guest.name} was not sent away, so the domain is not removed")
         self._host.release(guest)
         if not keep:
             guest.stored, guest.autostart = None, False
         self._host.drop(guest, "migrated")
 
     async def settle(self) -> None:
-        """The simulated hypervisor never resumes a guest by its own judgement."""
+        """Do nothing: the simulated hypervisor never resumes a guest by its own judgement."""
         await self._host.gate("settle")
 
     async def resume(self) -> None:
@@ -208,7 +206,7 @@ class SimOutgoing:
             guest.give_back("unpaused")
 
     async def close(self) -> None:
-        """A transfer that runs goes on; the lock of Begin goes."""
+        """Release the change protection of Begin. A running transfer continues."""
         self._closed = True
         if self._uuid not in self._host.senders:
             self._let_go()
@@ -219,6 +217,6 @@ class SimOutgoing:
 
 
 def _check_limit(bandwidth: int) -> None:
-    """As libvirt, whose unit is 1 MiB/s."""
+    """Raise `Incompatible` for a limit below 1 MiB/s, as the libvirt driver does."""
     if bandwidth < 0 or 0 < bandwidth < MIB:
-        raise Incompatible(f"a transfer cannot be limited to {bandwidth} bytes per second; the least is {MIB}")
+        raise Incompatible(f"a transfer cannot be limited to {bandwidth} bytes per second; the lowest limit is {MIB}")

@@ -1,4 +1,4 @@
-"""What each kind of hypervisor can do, as data. A profile never appears in an `if`: behaviour reads its fields."""
+"""Profiles: what each kind of hypervisor can do, as data. No code branches on a profile's name, only on its fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -13,18 +13,18 @@ YES, ALWAYS, NO = Support.SUPPORTED, Support.ALWAYS_ON, Support.UNSUPPORTED
 DEFAULTS: Mapping[str, bool] = MappingProxyType(
     {"live": True, "persist_destination": True, "undefine_source": True, "change_protection": True, "post_copy": True}
 )
-"""The driver's word on an option where the user said nothing; one that is missing is off."""
+"""The driver's default for an option that the user did not set; one that is missing is off."""
 
 
 @dataclass(frozen=True)
 class Profile:
     hypervisor: str
-    """`HypervisorInfo.hypervisor`."""
+    """Value of `HypervisorInfo.hypervisor`."""
     options: Mapping[str, Support]
-    """Each field of `base.Options`; one that is missing is unsupported."""
+    """Support for each field of `base.Options`; one that is missing is unsupported."""
     uri_transports: tuple[str, ...] = ("tcp",)
     bandwidth: bool = True
-    """A limit on the rate is enforced."""
+    """A limit on the transfer's rate is enforced."""
     split_phases: bool = True
 
     def features(self, ports: tuple[int, int], forbidden: Mapping[str, str]) -> Features:
@@ -38,21 +38,21 @@ class Profile:
             split_phases=self.split_phases,
         )
 
-    def word(self, options: Options, name: str) -> bool:
-        """What holds for an option: always on, else the user's word, else the default."""
+    def effective(self, options: Options, name: str) -> bool:
+        """Return the value in effect for an option: on if it is always on, else the user's choice, else the default."""
         if self.options.get(name, NO) is ALWAYS:
             return True
-        said: bool | None = getattr(options, name)
-        return DEFAULTS.get(name, False) and self.options.get(name, NO) is YES if said is None else said
+        chosen: bool | None = getattr(options, name)
+        return DEFAULTS.get(name, False) and self.options.get(name, NO) is YES if chosen is None else chosen
 
     def refusals(self, options: Options) -> list[str]:
-        """A sentence for each explicit word that cannot be honoured (requirement O1)."""
+        """Return a sentence for each option that the user set to a value that this hypervisor does not support (requirement O1)."""
         wrong = {(NO, True): "is not supported", (ALWAYS, False): "cannot be switched off"}
-        said = ((option.name, getattr(options, option.name)) for option in fields(options))
+        choices = ((option.name, getattr(options, option.name)) for option in fields(options))
         return [
             f"option {name} {wrong[key]} by {self.hypervisor}"
-            for name, word in said
-            if (key := (self.options.get(name, NO), word)) in wrong
+            for name, choice in choices
+            if (key := (self.options.get(name, NO), choice)) in wrong
         ]
 
 
@@ -66,8 +66,8 @@ QEMU = Profile(
             "paused": YES,
             "offline": YES,
             "change_protection": YES,
-            "abort_on_error": YES,  # a simulated guest has no disks, so it has no disk errors
-            "unsafe": YES,  # nor anything unsafe to accept
+            "abort_on_error": YES,  # has no effect: a simulated guest has no disk errors
+            "unsafe": YES,
             "auto_converge": YES,
             "post_copy": YES,
             "copy_storage": NO,
@@ -79,6 +79,6 @@ QEMU = Profile(
         }
     ),
 )
-"""libvirt with QEMU, less what the model does not have: disks, compression, several connections, TLS."""
+"""libvirt with QEMU, without what the simulator does not have: disks, compression, several connections, TLS."""
 
 PROFILES: Mapping[str, Profile] = MappingProxyType({"qemu": QEMU})

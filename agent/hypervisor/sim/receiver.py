@@ -1,11 +1,11 @@
-"""A copy on its destination: it listens, takes what the stream brings, and waits for Finish.
+"""A copy on its destination: it listens, receives the stream, and waits for Finish.
 
     waiting ──(Hello with the token)──> filling ──(End)──> complete ──(Finish, at any time)──> runs
-       │                                  │  └──(Switch)──> post-copy: runs as soon as Finish is there
+       │                                  │  └──(Switch)──> post-copy: runs as soon as Finish is called
        └──────── close, cut ──────────────┴──> gone
 
-A stream that breaks takes the copy with it, as QEMU ends; in post-copy the copy stays, blocked, until a new stream
-brings the rest. A stranger who connects is sent away, and the copy goes on waiting for the one who has the token.
+When the stream breaks, the copy is removed, as QEMU ends then; in post-copy the copy stays, blocked, until a new stream
+brings the rest. A connection without the token is closed, and the copy keeps waiting for the one that has it.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from agent.hypervisor.sim.stream import (
 from agent.transfer.model import PAGE
 
 STRANGERS = 4
-"""Connections that may wait to be greeted at the same time."""
+"""Most connections that may wait for the greeting at the same time."""
 
 
 def receiver_of(host: Host, uuid: str) -> "Receiver | None":
@@ -51,14 +51,14 @@ class Receiver:
         self.task: asyncio.Task[Any] | None = None
         self.guest = guest
         self.owner = owner
-        """The handle that prepared: its end undoes a copy that is not armed."""
+        """The handle that prepared; closing it removes a copy that is not armed."""
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self.recovering = guest.postcopy
         self.armed = False
         """Finish was called."""
         self.arrive_paused = False
         self.arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """The whole state is here; or a `HypervisorError` that says what became of it."""
+        """Done when the whole state is here, or with a `HypervisorError` when the copy is lost."""
         self.arrived.add_done_callback(lambda future: future.exception())
         self.gone = False
         self._received = 0
@@ -70,7 +70,7 @@ class Receiver:
     # --- listening ----------------------------------------------------------------------------------------------------
 
     async def listen(self, address: str, ports: range) -> int:
-        """The first port that is free. Raises `HypervisorError`."""
+        """Listen on the first free port and return it. Raises `HypervisorError`."""
         for port in ports:
             try:
                 self._server = await asyncio.start_server(self._on_connection, address, port, backlog=STRANGERS)
@@ -81,7 +81,7 @@ class Receiver:
                 if self.gone:
                     self._stop_listening()
                 return port
-        raise HypervisorError(f"no free port on {address} from {ports.start} to {ports.stop - 1}")
+        raise HypervisorError(f"no free port on {address} in the range {ports.start} to {ports.stop - 1}")
 
     def _on_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = Stream(reader, writer, self._host.config.peer_timeout)
@@ -96,11 +96,11 @@ class Receiver:
             if await self._greet(stream):
                 await self._receive(stream)
         except StreamError as error:
-            if stream is self._stream and not self.arrived.done():  # once all is here, nothing hangs on the stream
+            if stream is self._stream and not self.arrived.done():  # once all is here, the stream does not matter
                 self._break(str(error))
 
     async def _greet(self, stream: Stream) -> bool:
-        """Whether this is the stream that is expected; anyone else is told nothing and sent away."""
+        """Return whether this is the expected stream. Any other connection is closed without further information."""
         if self._greeting >= STRANGERS or self._taken():
             return False
         self._greeting += 1
@@ -109,7 +109,7 @@ class Receiver:
         finally:
             self._greeting -= 1
         if not self._expected(hello) or self._taken():
-            await stream.send(Refused("not the stream that is expected here"))
+            await stream.send(Refused("this is not the expected stream"))
             await stream.close()
             return False
         self._stream = stream
@@ -152,20 +152,20 @@ class Receiver:
                 case End(clock, wants_run):
                     self._complete(clock, wants_run)
                 case _:
-                    raise StreamInvalid("a message that belongs nowhere")
+                    raise StreamInvalid("the source sent an unexpected message")
         await stream.send(Complete())
         await stream.close()
 
     def _complete(self, clock: float, wants_run: bool) -> None:
         if not self.recovering and self._received + PAGE < self.guest.definition.guest.memory_bytes:
-            raise StreamInvalid(f"only {self._received} bytes of the guest's memory came")
+            raise StreamInvalid(f"only {self._received} bytes of the guest's memory arrived")
         if not self.guest.postcopy:
             self.guest.take_state(clock, wants_run)
         self.guest.owed = 0
         self.arrived.set_result(None)
 
     def run_postcopy(self) -> None:
-        """The guest goes on here, while the rest of its memory comes."""
+        """Run the guest here while the rest of its memory arrives."""
         self._host.spawn(self._run_postcopy())
 
     async def _run_postcopy(self) -> None:
@@ -179,7 +179,7 @@ class Receiver:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def settle(self, stored: Definition | None) -> None:
-        """Finish: all is here, the guest is this host's from now on. `stored` is its definition for the next boot."""
+        """Complete Finish: the guest belongs to this host from now on. `stored` is its definition for the next boot."""
         guest = self.guest
         self._host.receivers.pop(guest.uuid, None)
         if stored is not None:
@@ -193,11 +193,11 @@ class Receiver:
             guest.stop("user")
 
     def end(self, reason: str) -> None:
-        """End it: a copy that never ran goes, one in post-copy stays and waits to be recovered."""
+        """End the reception: a copy that never ran is removed, one in post-copy stays and waits to be recovered."""
         self._break(reason)
 
     def cut(self) -> None:
-        """A fault: the connection dies."""
+        """Break the connection, as a fault."""
         if self._stream is not None:
             self._stream.cut()
 

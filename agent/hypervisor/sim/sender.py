@@ -1,15 +1,15 @@
-"""A transfer on its source: the model of `model.Transfer`, driven by the clock, described on the stream.
+"""A transfer on its source: a `model.Transfer` that follows the clock and is described on the stream.
 
-It belongs to the hypervisor: whoever called Perform may go away, and it goes on to its end, as inside libvirtd.
+It belongs to the hypervisor: it continues to its end, as inside libvirtd, even if the caller of Perform is gone.
 
-What becomes of the guest::
+States of the guest::
 
     running ──(fits into the downtime)──> stopped ──(End sent)──> left: paused here, another copy may run
-       └────────(switch)────────────────> post-copy: empty here bit by bit
+       └────────(switch)────────────────> post-copy: its memory leaves page by page
 
-    broken or aborted before End: as its user had it, here (QEMU just goes on)
-    broken after End:             paused; nobody here can know whether it arrived
-    broken in post-copy:          paused, "post-copy failed", until a new stream brings the rest
+    broken or aborted before End: running or paused here, as its user wants (as QEMU does)
+    broken after End:             paused; this host cannot know whether the state arrived
+    broken in post-copy:          paused, "post-copy failed", until a new stream takes the rest
 """
 
 import asyncio
@@ -46,12 +46,12 @@ from agent.transfer.model import Limits, Phase
 from agent.transfer.progress import Progress
 
 LEAST_STEP = 0.0005
-"""Seconds: no waiting for less, so that a pass over nothing never spins."""
+"""Shortest wait in seconds, so that passes without memory to send do not spin."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What Perform was told."""
+    """Parameters of Perform."""
 
     address: MigrationUri
     token: bytes
@@ -75,7 +75,7 @@ class Sender:
         self._limits = Limits(host.config.max_downtime, assignment.auto_converge)
         self._resuming = guest.postcopy
         self._wants_run = guest.wants_run
-        """As it was when the transfer began. Like libvirt, the simulator forgets what the user does to the guest meanwhile."""
+        """The user's choice at the start of the transfer. Like libvirt, the simulator forgets a later pause by the user."""
         memory = guest.load
         self._state = model.resume(memory, guest.owed) if self._resuming else model.start(memory, live=assignment.live)
         self._wake = asyncio.Event()
@@ -84,7 +84,7 @@ class Sender:
         self._limit = assignment.bandwidth
         self._share: Share | None = None
         self._stream: Stream | None = None
-        self._number = self._acked = self._told = 0
+        self._number = self._acked = self._reported = 0
         self._switch_wanted = False
         self._complete = False
         self._broken: StreamError | None = None
@@ -92,7 +92,7 @@ class Sender:
         self._started = False
         self.task: asyncio.Task[Progress] | None = None
 
-    # --- from outside -------------------------------------------------------------------------------------------------
+    # --- called by the handles ----------------------------------------------------------------------------------------
 
     def begin(self) -> asyncio.Task[Progress]:
         self._host.senders[self._guest.uuid] = self
@@ -100,32 +100,32 @@ class Sender:
         return self.task
 
     def progress(self) -> Progress:
-        """As of now, however long ago the last frame was."""
+        """Return the progress at this moment, however long ago the last frame was sent."""
         since = self._host.now() - self._last
         state = model.advance(self._state, self._guest.load, self._limits, self._rate, since)
         return model.progress(state, self._guest.load, self._limits, self._rate)
 
     @property
     def paused_by_user(self) -> bool:
-        """The guest's user paused it since the transfer began."""
+        """Whether the guest's user has paused it since the transfer began."""
         return self._wants_run and not self._guest.wants_run
 
     def abort(self) -> None:
-        """Stop, if it is not too late: before End, and never in post-copy."""
+        """Stop the transfer before End; do nothing after it. Raises `HypervisorError` in post-copy."""
         if self._guest.postcopy:
             raise HypervisorError("a migration in post-copy cannot be aborted")
         if not self._guest.left:
             self.end("aborted")
 
     def end(self, reason: str) -> None:
-        """Break off now, whatever that means for the guest."""
+        """End the transfer now, in every phase. `reason` becomes part of the error of Perform."""
         if not self._ended:
             self._ended = reason
             if self.task is not None and self._started:
                 self.task.cancel()
 
     def cut(self) -> None:
-        """A fault: the connection dies."""
+        """Break the connection, as a fault."""
         if self._stream is not None:
             self._stream.cut()
 
@@ -202,14 +202,14 @@ class Sender:
         if isinstance(answer, Refused):
             raise StreamBroken(f"the destination refused the stream: {answer.reason}")
         if not isinstance(answer, Welcome):
-            raise StreamInvalid("the destination did not greet")
+            raise StreamInvalid("the destination did not answer the greeting as expected")
         if self._resuming:
             guest.stop("post-copy")
         elif not self._assignment.live:
             guest.stop("migration")
 
     async def _listen(self, stream: Stream) -> None:
-        """The other direction: answers, and the end of the connection."""
+        """Receive the destination's answers until all is complete or the connection ends."""
         try:
             while not self._complete:
                 match await stream.receive():
@@ -220,7 +220,7 @@ class Sender:
                     case Complete():
                         self._complete = True
                     case _:
-                        raise StreamInvalid("an answer that belongs nowhere")
+                        raise StreamInvalid("the destination sent an unexpected message")
         except StreamError as error:
             self._broken = error
         self._wake.set()
@@ -239,7 +239,7 @@ class Sender:
                 raise self._broken
             if self._switch_wanted and self._state.phase is Phase.COPY:
                 await self._switch(stream)
-            await self._tell(stream)
+            await self._report(stream)
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -247,7 +247,7 @@ class Sender:
                 await self._wake.wait()
 
     def _catch_up(self, share: Share) -> None:
-        """Bring the model to now, at the rate that held until now."""
+        """Advance the model to the current time, at the rate that was in effect until now."""
         self._wake.clear()
         now = self._host.now()
         before = self._state.phase
@@ -265,18 +265,18 @@ class Sender:
         guest.owed = ceil(self._state.remaining)
         await stream.send(Switch(guest.send_state(), self._wants_run, guest.owed))
 
-    async def _tell(self, stream: Stream) -> None:
-        """One frame for what moved since the last one; none while the other end does not answer."""
+    async def _report(self, stream: Stream) -> None:
+        """Send one frame for the bytes since the last one; none while the destination does not acknowledge."""
         if self._stalled:
             return
         sent = round(self._state.sent)
         self._number += 1
-        pages = Pages(self._number, self._state.iteration, sent - self._told, round(self._state.remaining))
-        self._told = sent
+        pages = Pages(self._number, self._state.iteration, sent - self._reported, round(self._state.remaining))
+        self._reported = sent
         await stream.send(pages)
 
     async def _hand_over(self, stream: Stream, timeout: float) -> None:
-        """The last frame. Once it is under way, only the destination knows."""
+        """Send the last frame and wait for Complete. Once it is sent, only the destination knows whether the state arrived."""
         guest = self._guest
         clock = guest.clock if guest.postcopy else guest.send_state()
         await stream.send(End(clock, self._wants_run))
@@ -286,7 +286,7 @@ class Sender:
                     self._wake.clear()
                     await self._wake.wait()
         except TimeoutError:
-            raise StreamBroken("the destination did not say that all arrived") from None
+            raise StreamBroken(f"the destination did not confirm within {timeout:g} s that everything arrived") from None
         if not self._complete and self._broken is not None:
             raise self._broken
         guest.postcopy, guest.owed = False, 0

@@ -1,11 +1,11 @@
 """The serial line of a simulated guest: the same lines as the lab's bare-metal guest writes (`tests/kit/lab/guest`)::
 
-    BOOT <mem MiB> <pages> <ticks/s>    once; a second one says that the guest was started again
-    S <seq> <us> <checked> <bad>        one a tick: seq rises by one, us is the guest's own clock, which stands while it does
+    BOOT <mem MiB> <pages> <ticks/s>    once; a second one means that the guest was started again
+    S <seq> <us> <checked> <bad>        one per tick: seq rises by one, us is the guest's own clock, which stops while it is stopped
     W <second of day> <us>              at each full second of wall time (UTC)
 
-The number of a tick follows from the guest's own clock, so the clock is all that has to travel: a copy that runs where
-it should not prints numbers that the other one printed too, and the judge of the lab finds them.
+The number of a tick follows from the guest's own clock, so only the clock has to be transferred: a copy that runs where
+it should not prints numbers that the other copy printed too, and the lab's judge finds them.
 """
 
 import os
@@ -15,14 +15,14 @@ from pathlib import Path
 TICKS_PER_SECOND = 100
 TICK_US = 1_000_000 // TICKS_PER_SECOND
 SWEEP_MS = 2000
-"""The real guest checks all of its memory once in so long."""
+"""Milliseconds in which the lab's guest checks all of its memory once."""
 MIB, PAGE = 1 << 20, 4096
 TAIL = 65_536
-"""Bytes at the end of a log in which the last number is looked for."""
+"""Bytes at the end of a log that are searched for the last number."""
 
 
 def ticks(clock: float) -> int:
-    """How many ticks a guest has seen that ran for so many seconds (a microsecond's rounding is forgiven)."""
+    """Return the number of ticks of a guest that has run for `clock` seconds, rounded to a microsecond."""
     return int(clock * 1_000_000 + 0.5) // TICK_US
 
 
@@ -31,7 +31,7 @@ def boot_line(memory: int) -> str:
 
 
 def lines(memory: int, first: int, last: int, clock: float, wall: float) -> list[tuple[int, str]]:
-    """(guest's clock in microseconds, line) for the ticks `first` to `last`; at the wall time `wall` that clock shows
+    """Return (guest's clock in microseconds, line) for the ticks `first` to `last`. At the wall time `wall` the guest's clock is at
     `clock` seconds."""
     a_tick = TICKS_PER_SECOND * SWEEP_MS
     checks = max(1, (memory // PAGE * 1000 + a_tick - 1) // a_tick)
@@ -49,19 +49,19 @@ def lines(memory: int, first: int, last: int, clock: float, wall: float) -> list
 
 
 def write(path: str, written: list[tuple[int, str]], clock: float, monotonic: float) -> None:
-    """Append to the log, then to the stamps beside it, which say when each line was written (CLOCK_MONOTONIC, us)."""
+    """Append to the log, then to the .stamps file beside it, which has the time of each line (CLOCK_MONOTONIC, us)."""
     boot = round((monotonic - clock) * 1_000_000)
     append(path, "".join(f"{line}\n" for _, line in written))
     append(str(Path(path).with_suffix(".stamps")), "".join(f"{boot + us} {line}\n" for us, line in written))
 
 
 def within(path: str, root: str) -> bool:
-    """Whether a log path lies beneath a root: a path comes from a peer, so it must not lead anywhere else."""
+    """Return whether a log path is below a root. Paths come from peers, so they must not lead anywhere else."""
     return bool(root) and os.path.isabs(path) and Path(root).resolve() in Path(path).resolve().parents
 
 
 def append(path: str, text: str) -> None:
-    """One write with O_APPEND, so that the lines of two hosts never mix within a line."""
+    """Append the text by one write with O_APPEND, so that lines of two hosts are never mixed."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         os.write(descriptor, text.encode())
@@ -70,7 +70,7 @@ def append(path: str, text: str) -> None:
 
 
 def last_number(path: str) -> int:
-    """The number of the last tick that a log holds; 0 where there is none."""
+    """Return the number of the last tick in a log; 0 where there is none."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))

@@ -5,15 +5,15 @@ A frame is four bytes of length (big endian) and that many bytes of msgpack, one
     source                                    destination
     Hello(token, …)           ───────────>
                               <───────────    Welcome | Refused
-    Pages(number, …)          ───────────>    one at least every QUANTUM seconds while the stream flows
+    Pages(number, …)          ───────────>    at least one every QUANTUM seconds while the stream flows
                               <───────────    Ack(number)
-    Switch(clock, …)          ───────────>    post-copy only: the guest goes on there; Pages follow
-    End(clock, …)             ───────────>    all is there (pre-copy: and the guest with it)
+    Switch(clock, …)          ───────────>    post-copy only: the guest runs at the destination; Pages follow
+    End(clock, …)             ───────────>    all memory has been sent (pre-copy: and the guest's state)
                               <───────────    Complete
 
-The port is open to whoever reaches the migration network, so nothing is believed: a frame has a bound before it is
-read, a message has the exact fields of its type, and the first one carries the token that `prepare` made, without
-which the connection is dropped and the copy goes on waiting.
+The port is open to every host on the migration network, so nothing that arrives is trusted: a frame's size is checked before
+it is read, a message must have exactly the fields of its type, and the first one must carry the token that `prepare` made;
+without it the connection is dropped and the copy keeps waiting.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ from msgspec import Meta, Struct
 VERSION = 1
 MAGIC = "drover-sim-stream"
 MAX_FRAME = 4096
-"""Bytes; the greatest message (`Hello`) has some 300."""
+"""Bytes; the largest message (`Hello`) has some 300."""
 TOKEN_BYTES = 32
 QUANTUM = 0.05
 """Seconds between frames while memory flows."""
 WINDOW = 8
-"""Frames without an answer, after which the source sends nothing more: a cut link stops the flow, as it does TCP's."""
+"""Number of unacknowledged frames at which the source stops sending: a cut link stops the transfer, as it does with TCP."""
 
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]
@@ -40,15 +40,15 @@ Clock = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class StreamError(Exception):
-    """The stream is of no more use."""
+    """The stream cannot be used any more."""
 
 
 class StreamBroken(StreamError):  # noqa: N818 - reads as the fact that it states
-    """The other end is gone, or silent for too long."""
+    """The other end is gone, or has been silent for too long."""
 
 
 class StreamInvalid(StreamError):  # noqa: N818
-    """The other end does not speak this protocol."""
+    """The other end violates the protocol."""
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -62,7 +62,7 @@ class Hello(Message, frozen=True, tag=True):
     uuid: Annotated[str, Meta(max_length=36)]
     memory: Size
     resume: bool
-    """The stream of a post-copy that broke is set up again."""
+    """This stream recovers a post-copy whose stream broke."""
 
 
 class Welcome(Message, frozen=True, tag=True):
@@ -75,12 +75,12 @@ class Refused(Message, frozen=True, tag=True):
 
 class Pages(Message, frozen=True, tag=True):
     number: Count
-    """Rises by one with each frame."""
+    """Increases by one with each frame."""
     iteration: Count
     size: Size
-    """Bytes of memory that these pages would be; 0 in a frame that only says that the stream lives."""
+    """Bytes of memory that the frame stands for; 0 in a frame that only keeps the stream alive."""
     remaining: Size
-    """Of this pass."""
+    """Bytes that this pass has still to send."""
 
 
 class Ack(Message, frozen=True, tag=True):
@@ -111,7 +111,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class Stream:
-    """One end of a memory stream. Every wait has a deadline, past which the stream counts as broken."""
+    """One end of a memory stream. Every wait has a deadline, after which the stream counts as broken."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, patience: float) -> None:
         self._reader = reader
@@ -125,19 +125,20 @@ class Stream:
             async with asyncio.timeout(self._patience):
                 await self._writer.drain()
         except (OSError, TimeoutError) as error:
-            raise StreamBroken(str(error) or "nothing was taken for too long") from error
+            raise StreamBroken(str(error) or f"the other end read nothing for {self._patience:g} s") from error
 
     async def receive(self, patience: float | None = None) -> ToDestination | ToSource:
+        patience = self._patience if patience is None else patience
         try:
-            async with asyncio.timeout(self._patience if patience is None else patience):
+            async with asyncio.timeout(patience):
                 (size,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
                 if size > MAX_FRAME:
-                    raise StreamInvalid(f"frame of {size} bytes, at most {MAX_FRAME} are taken")
+                    raise StreamInvalid(f"the other end sent a frame of {size} bytes; at most {MAX_FRAME} are allowed")
                 body = await self._reader.readexactly(size)
         except asyncio.IncompleteReadError as error:
             raise StreamBroken("the other end closed the stream") from error
         except TimeoutError as error:
-            raise StreamBroken("no word from the other end") from error
+            raise StreamBroken(f"the other end sent nothing for {patience:g} s") from error
         except OSError as error:
             raise StreamBroken(str(error)) from error
         try:
@@ -146,19 +147,19 @@ class Stream:
             raise StreamInvalid(str(error)) from error
 
     async def close(self) -> None:
-        """Let what was sent arrive, then end."""
+        """Flush what was sent, then close."""
         self._writer.close()
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(1.0):
                 await self._writer.wait_closed()
 
     def cut(self) -> None:
-        """Break off at once, both ways."""
+        """Abort the connection in both directions at once."""
         self._writer.transport.abort()
 
 
 async def connect(address: str, port: int, timeout: float, patience: float) -> Stream:
-    """Raises `StreamBroken`."""
+    """Connect to the destination; `patience` is the stream's deadline. Raises `StreamBroken`."""
     try:
         async with asyncio.timeout(timeout):
             reader, writer = await asyncio.open_connection(address, port)
