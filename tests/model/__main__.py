@@ -1,4 +1,4 @@
-"""`python -m tests.model`: explore worlds, print what was looked at, and the shortest trace of what is wrong.
+"""`python -m tests.model`: explore worlds, print their sizes, and the shortest trace to a failure.
 
 Exit status 0: every world is good. 1: one is not, or a row of the tables is not covered. 2: no such world.
 """
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 @contextmanager
 def _searches(names: Sequence[str], limit: int | None, jobs: int) -> Iterator[Iterable[Result]]:
-    """The results as they come; in processes of their own, so that they use more than one core."""
+    """Yield the results as they come. Each world is explored in its own process, to use more than one core."""
     if len(names) == 1 or jobs == 1:
         yield map(partial(_search, limit=limit), names)
         return

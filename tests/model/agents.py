@@ -1,4 +1,4 @@
-"""What both agents do alike: take an event as `agent.handshake.host.attempt` does, and fence attempts as `attempts` does."""
+"""What both agents have in common: they take an event as `agent.handshake.host.attempt` and fence attempts as `attempts`."""
 
 from enum import StrEnum
 from typing import TypeVar, cast
@@ -21,8 +21,8 @@ PATH = "memory goes only where the destination listens"
 
 
 def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:
-    """One event: the new record is durable, its effects are to be started. Stale news changes nothing. The record of an event that
-    is written beside its effects is only on its way; one that follows it is written after it.
+    """Take one event: the new record is durable and its effects are to be started. A stale report changes nothing. The record of
+    an event that is written beside its effects is not durable yet; a later record is written after it.
 
     Raises `Refused`, and `Violation` where a record that had ended changes (but for a copy that an operator's word disowns).
     """
@@ -40,18 +40,18 @@ def take(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Age
 
 
 def written(agent: Agent) -> Agent:
-    """The record that was on its way is durable."""
+    """Make the record that was being written durable."""
     return agent._replace(behind=None)
 
 
 def finish_work(agent: Agent, done: Work, then: str | None = None) -> Agent:
-    """A piece of work is over; `then` is the news of it."""
+    """End a piece of work; `then` is the event that reports it."""
     left = agent.work - {done}
     return agent._replace(work=left if then is None else left | {Work(Stage.NEWS, then)})
 
 
 def call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: int, event: E) -> tuple[Agent, Answer]:
-    """A call from outside: fenced by attempt, then taken or refused. The answer is what the record says then."""
+    """Take or refuse a call, after the fence by attempt. The answer is the record then."""
     if attempt < agent.attempt and world.fence:
         return agent, Answer(None, stale=True)
     if attempt > agent.attempt:
@@ -70,7 +70,7 @@ def call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: int, ev
 
 
 def _first_call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: int, event: E) -> tuple[Agent, Answer]:
-    """A call that makes the attempt, where the one before has ended; refused, it leaves nothing behind."""
+    """Take a call that creates the attempt, if the one before has ended; a refused call leaves nothing behind."""
     if agent.state is not None and agent.state not in machine.final:
         return agent, Answer(None)
     try:
@@ -83,17 +83,17 @@ def _first_call(world: World, machine: Machine[S, E, F], agent: Agent, attempt: 
 
 
 def _lagging(agent: Agent) -> frozenset[Work]:
-    """A call of the attempt before that the hypervisor has not got yet."""
+    """Return the calls of the attempt before that the hypervisor has not received yet."""
     return agent.work & {FINISH_STARTS}
 
 
 def waits_for_turn(agent: Agent, what: str) -> Agent:
-    """A call that has been checked."""
+    """Let a call that has been checked wait for its turn."""
     return agent._replace(work=agent.work | {Work(Stage.TURN, what)}, quiet=False)
 
 
 def take_turn(world: World, machine: Machine[S, E, F], agent: Agent, work: Work, event: E, *, unchecked: bool) -> Agent:
-    """Its turn comes. `unchecked`: in this state it would have been checked otherwise than it was."""
+    """Apply a call whose turn has come. `unchecked`: this state would have required other checks than those that were made."""
     agent = finish_work(agent, work)
     if unchecked and event in world.looks_again:
         return agent
@@ -104,7 +104,7 @@ def take_turn(world: World, machine: Machine[S, E, F], agent: Agent, work: Work,
 
 
 def _too_early(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> tuple[Agent, Answer] | None:
-    """The mutations that act, or answer, before the record is written."""
+    """Take a call in a mutation that acts, or answers, before the record is written."""
     if event not in world.effect_first and event not in world.answer_first:
         return None
     transition = machine.table.get((cast("S | None", agent.state), event))
@@ -118,7 +118,7 @@ def _too_early(world: World, machine: Machine[S, E, F], agent: Agent, event: E) 
 
 
 def write_late(world: World, machine: Machine[S, E, F], agent: Agent, work: Work, event: E) -> Agent:
-    """The record of such a mutation, at last."""
+    """Write the record of such a mutation."""
     agent = finish_work(agent, work)
     transition = machine.table.get((cast("S | None", agent.state), event))
     if transition is None:
@@ -129,13 +129,13 @@ def write_late(world: World, machine: Machine[S, E, F], agent: Agent, work: Work
 
 
 def crashed(agent: Agent) -> Agent:
-    """What is left: the journal."""
+    """Return the agent after a crash: only the journal is left."""
     attempt, state, statement = agent.behind or Durable(agent.attempt, agent.state, agent.statement)
     return Agent(attempt, state, up=False, dead=agent.dead, statement=statement)
 
 
 def restarted(world: World, machine: Machine[S, E, F], agent: Agent, event: E) -> Agent:
-    """The agent starts and reads its journal: only what has not ended is recovered."""
+    """Start the agent, which reads its journal: only an attempt that has not ended is resumed."""
     agent = agent._replace(up=True, dead=False)
     if agent.state is None or agent.state in machine.final:
         return agent

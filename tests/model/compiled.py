@@ -1,8 +1,8 @@
 """A world as numbers, compiled while it is explored.
 
 A state is one number: source, destination, hypervisors, drivers with their messages, and the budget of faults are each a
-field of it, and each value of a field names a part (`tests.model.parts`). A rule looks at one or two parts. It is run once for
-each value of those, and what it says is kept as a difference of numbers; so the search over millions of steps only adds.
+field of it, and each value of a field names a part (`tests.model.parts`). A rule depends on one or two parts. It is run once for
+each value of those, and its result is kept as a difference of numbers; so the search over millions of steps only adds.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -30,7 +30,7 @@ Steps = tuple[tuple[str, int, int], ...]
 
 
 class Field(Generic[P]):
-    """A field of the number, and the parts that its values name."""
+    """A field of the number, with the parts that its values name."""
 
     def __init__(self, shift: int, bits: int) -> None:
         self._shift = shift
@@ -40,7 +40,7 @@ class Field(Generic[P]):
         self._numbers: dict[P, int] = {}
 
     def of(self, part: P) -> int:
-        """The number of a part, in its place."""
+        """Return the number of a part, shifted to the field's place."""
         number = self._numbers.setdefault(part, len(self._parts))
         if number == len(self._parts):
             assert number <= self._values, "more parts than the field has room for"
@@ -52,7 +52,7 @@ class Field(Generic[P]):
 
 
 class Table(dict[int, V]):
-    """What a rule says, asked once for each value of the fields that it looks at."""
+    """The results of a rule, computed once for each value of the fields that it depends on."""
 
     def __init__(self, rule: Callable[[int], V]) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Table(dict[int, V]):
 
 
 class Noted(dict[tuple[S | None, E], V]):
-    """A machine's table that notes which of its rows were taken."""
+    """A machine's table that records which of its rows were used."""
 
     def __init__(self, rows: Mapping[tuple[S | None, E], V], taken: set[Row]) -> None:
         super().__init__(rows)
@@ -78,7 +78,7 @@ class Noted(dict[tuple[S | None, E], V]):
 
 
 class Rule(NamedTuple):
-    """The steps of one kind: the fields that they look at, and what they say for each value of those."""
+    """The steps of one kind: the fields that they depend on, and the results for each value of those."""
 
     mask: int
     steps: Table[Steps]
@@ -131,12 +131,12 @@ class Model:
         return agents + both.of(Hosts(guest)) + talk.of(network.start(self.world)) + budget.of(self.world.budget)
 
     def parts(self, state: int) -> Parts:
-        """What a state is made of. A key of a table has only the parts that its mask covers; the others are arbitrary."""
+        """Return the parts of a state. A key of a table has only the parts that its mask covers; the others are arbitrary."""
         source, destination, both, talk, budget = self._fields
         return source.part(state), destination.part(state), both.part(state), talk.part(state), budget.part(state)
 
     def steps(self, state: int) -> list[tuple[int, str, int]]:
-        """Every step from a state: its cost, what happens, the state after it. Raises `Violation`."""
+        """Return every step from a state: its cost, its label, the state after it. Raises `Violation`."""
         found = []
         left = state & self._budget.mask
         for mask, table in self._rules:
@@ -148,7 +148,7 @@ class Model:
         return found
 
     def wrong(self, state: int) -> str | None:
-        """The first invariant that a state breaks."""
+        """Return the first invariant that a state breaks."""
         return self._broken[state & self._hosts] or self._misled[state & self._told] or self._forgotten[state & self._talk]
 
     def is_end(self, state: int) -> bool:
@@ -181,7 +181,7 @@ class Model:
         return Rule(one.mask | two.mask, Table(run))
 
     def _spender(self, cost: Cost) -> Table[int | None]:
-        """For each budget, what one more fault adds to the state; None when none may happen any more."""
+        """Return, for each budget, what one more fault adds to the state; None if no more may happen."""
 
         def run(key: int) -> int | None:
             budget = self._budget.part(key)

@@ -1,4 +1,4 @@
-"""The destination's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.host.destination_effects`."""
+"""The destination's agent: its effects on the hypervisor, and their reports. Mirrors `agent.handshake.host.destination_effects`."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ _FINAL = (_S.RUNNING, _S.GONE)
 
 
 def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
-    """What the agent may do next with its hypervisor and its journal, and how it and its QEMU may die."""
+    """Yield what the agent may do next with its hypervisor and its journal, and how it and its QEMU may die."""
     running, seen = hosts.copy is Copy.RUNNING, world.copy_dies_early or agent.state == _S.RUNNING
     if running and seen:
         yield "hosts: destination QEMU dies, having run", agent, hosts._replace(copy=Copy.RAN), Cost.QEMU
@@ -42,7 +42,7 @@ def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
 
 
 def back(world: World, agent: Agent) -> Agent:
-    """After a restart, a guest that came here is asked after: was this host declared dead meanwhile?"""
+    """Restart the agent. If a guest came here, it asks the source whether this host was declared dead meanwhile."""
     after = restarted(world, world.destination, agent, _E.RESTARTED)
     return tidy(after._replace(work=after.work | {_ASKS_OWNER}) if after.state == _S.RUNNING else after)
 
@@ -86,7 +86,7 @@ def _finish(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[St
 
 
 def _finishing(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    """Finish ends when the guest has started, or the copy is gone."""
+    """Finish ends when the guest has started or the copy is gone."""
     if hosts.finish is Finish.DONE:
         yield "destination: Finish returns", finish_work(agent, work, _E.FINISH_DONE), hosts, Cost.FREE
     elif hosts.finish in (Finish.FAILED, Finish.NONE):
@@ -100,7 +100,8 @@ def _finishing(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator
 
 
 def _abandon(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    """Waits for a Prepare under way. A careful hypervisor destroys at once what never ran; a careless one looks first."""
+    """Abandon waits for a Prepare under way. A careful hypervisor checks that the copy never ran and destroys it in one step; a
+    careless one takes two."""
     if Work(Stage.START, _F.PREPARE) in agent.work:
         return
     done = finish_work(agent, work, _E.ABANDON_DONE)
@@ -135,20 +136,20 @@ def _disown(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[St
 
 
 def _asking(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    """It waits for the source's answer, not for the hypervisor's: see `asks`."""
+    """No step: it waits for the source's answer, see `asks`."""
     yield from ()
 
 
 def _asks_for_guest(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    """The source has no record: what its hypervisor says of the guest counts."""
+    """The source has no record, so its hypervisor is asked for the guest."""
     yields = yields_unrecorded(world.source_fact(source_domain(hosts)))
     after = finish_work(agent, work, _E.ABANDON_SOURCE_KEPT if yields else None)
     yield "destination: asks the source's hypervisor", after, hosts, Cost.FREE
 
 
 _YIELDS = {"read": None, "read, relayed": SourceState.KEPT, "read, stated dead": None}
-"""The destination asks the source for its record; what counts in its place where that does not answer. What a driver relays is
-of a source from which nothing flows; which of those states it is makes no difference."""
+"""By question to the source: the record that counts if the source does not answer. A driver relays that of a source from which
+nothing flows; which of those states it is makes no difference."""
 
 _UNDER_WAY = {
     _F.FINISH: _finishing,
@@ -160,7 +161,7 @@ _EFFECTS = {_F.PREPARE: _prepare, _F.FINISH: _finish, _F.ABANDON: _abandon, _F.L
 
 
 def tidy(agent: Agent) -> Agent:
-    """Leave out work that cannot matter any more, so that equal futures are equal states."""
+    """Drop work that cannot matter any more, so that equal futures are equal states."""
     work = agent.work
     if agent.state != _S.ARMED:
         seen = {Work(Stage.NEWS, _E.SAW_RUNNING), Work(Stage.NEWS, _E.SAW_ABSENT)}
@@ -179,14 +180,14 @@ _SOURCE_KEPT = Work(Stage.NEWS, _E.ABANDON_SOURCE_KEPT)
 
 
 def begins_to_ask(world: World, agent: Agent) -> Agent:
-    """An armed destination that hears nothing turns to the source."""
+    """Let an armed destination whose driver is silent ask the source."""
     if not world.destination_asks or not agent.up or agent.state != _S.ARMED:
         return agent
     return agent._replace(work=agent.work | {_ASKS})
 
 
 def asks(world: World, source: Agent, agent: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
-    """The source's record, as it is when it is read; what follows from it is taken later."""
+    """Read the source's record as it is now; the event that follows from it is taken later."""
     for work in sorted(agent.work):
         if work.stage is Stage.CALLED and work.what in _YIELDS:
             if source.up:
@@ -207,20 +208,20 @@ def asks(world: World, source: Agent, agent: Agent) -> Iterator[tuple[str, Agent
             left |= {_ASKS_FOR_GUEST}
         yield "destination: asks the source", source, agent._replace(work=left), Cost.FREE
     ended = source.attempt > agent.attempt or (here and source.state in (SourceState.REMOVED, SourceState.KEPT))
-    if _ASKS_OWNER in agent.work and (goes_on_there or ended):  # until then it asks again and again
+    if _ASKS_OWNER in agent.work and (goes_on_there or ended):  # until then it goes on asking
         left = agent.work - {_ASKS_OWNER}
         after = agent._replace(work=left | {_DISOWNED} if goes_on_there else left)
         yield "destination: asks whose the guest is", source, after, Cost.FREE
 
 
 def begins_to_read(agent: Agent, *, relayed: bool, statement: bool) -> Agent:
-    """Somebody says that the source keeps the guest: a nudge to read the source's record."""
+    """Take a caller's claim that the source keeps the guest: it prompts the agent to read the source's record."""
     what = "read, stated dead" if statement else "read, relayed" if relayed else "read"
     return agent._replace(work=agent.work | {Work(Stage.CALLED, what)}, quiet=False)
 
 
 def _record_of(source: Agent, agent: Agent) -> SourceState | None:
-    """Of this attempt. One that a later attempt followed had ended, and can only have been KEPT."""
+    """Return the source's state in this attempt. An attempt that a later one followed has ended, and can only be KEPT."""
     if source.attempt > agent.attempt:
         return SourceState.KEPT
     return SourceState(source.state) if source.attempt == agent.attempt and source.state else None
@@ -232,7 +233,7 @@ def _read(agent: Agent, work: Work, state: SourceState | None, *, answered: bool
 
 
 def expired(world: World, agent: Agent) -> Agent:
-    """The lease of the slot runs out."""
+    """Let the lease of the slot end."""
     if not agent.up or agent.state is None or agent.state in _FINAL:
         return agent
     return tidy(take(world, world.destination, agent, _E.LEASE_EXPIRED))

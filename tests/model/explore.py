@@ -16,7 +16,7 @@ from tests.model.world import World
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found."""
+    """The result of a search."""
 
     world: str
     states: int
@@ -25,14 +25,14 @@ class Result:
     """Steps from the beginning to the farthest state."""
     ends: int
     whole: bool
-    """Every state that there is was looked at."""
+    """Whether every state was explored."""
     seconds: float
     taken: frozenset[Row]
     """Rows of the machines' tables that were used."""
     rule: str | None
     """The invariant that does not hold."""
     trace: tuple[tuple[str, Parts], ...]
-    """The shortest way to where it does not."""
+    """The shortest trace to a state in which it does not."""
 
     @property
     def good(self) -> bool:
@@ -48,14 +48,14 @@ class Result:
 
 
 def explore(world: World, limit: int | None = None) -> Result:
-    """Search a world. With a limit, look at that many states and no more."""
+    """Search a world; with a limit, at most that many states."""
     with _no_collection():
         return _Search(world, limit).run()
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Nothing here makes garbage with cycles, and looking for some takes a third of the time."""
+    """Switch off the search for garbage cycles: there are none, and it takes a third of the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -75,7 +75,7 @@ class _Search:
         """Targets of the steps without a fault, in the order of their sources."""
         self._offsets = array("L", [0])
         self._ends = bytearray()
-        """For each state that was looked at, whether it is an end."""
+        """For each explored state, whether it is an end."""
         self._steps = 0
         self._depth = 0
 
@@ -101,7 +101,7 @@ class _Search:
         )
 
     def _forward(self) -> tuple[str | None, int | None, str]:
-        """Look at every state. Where something is wrong: which rule, the number of the state, and a last step if it has no state."""
+        """Explore every state. Return the broken rule, the number of the state, and the last step if that leads to no state."""
         model, states, parents, edges = self._model, self._states, self._parents, self._edges
         first = model.start()
         numbers = {first: 0}
@@ -133,7 +133,7 @@ class _Search:
         return None, None, ""
 
     def _backward(self) -> tuple[str | None, int | None]:
-        """The first state from which what must be possible is not."""
+        """Return the first state from which an end, or a cancel, is not possible, and the rule that this breaks."""
         model = self._model
         if model.world.checked(invariants.STUCK):
             found = self._reaching(self._ends).find(0)
@@ -149,7 +149,7 @@ class _Search:
         return None, None
 
     def _reaching(self, ends: bytearray) -> bytearray:
-        """For each state, whether an end can be reached without a further fault. From one that was not looked at, it may be."""
+        """Return for each state whether an end can be reached without a further fault. True for states that were not explored."""
         edges, offsets = self._edges, self._offsets
         good = ends + b"\x01" * (len(self._states) - len(ends))
         left = [n for n in range(len(ends) - 1, -1, -1) if not good[n]]
@@ -167,7 +167,7 @@ class _Search:
         return good
 
     def _way(self, number: int) -> Iterator[tuple[str, Parts]]:
-        """The way to a state: what happened, and what was so then."""
+        """Yield the steps to a state, each with the parts of the state after it."""
         way = []
         while number >= 0:
             way.append(self._states[number])

@@ -1,7 +1,7 @@
-"""What the model finds in the product as it is, each with a small world that shows it, and what the worlds rely upon.
+"""Known flaws that the model finds in the product, and assumptions of the worlds, each with a small world that shows it.
 
-`test_findings` expects each of these worlds to be broken as it is said here. Once the product is corrected, it says so: then the
-world belongs among those of `worlds`, and the bound of `tests.model.world.World` that kept it out of them goes.
+`test_findings` expects each of these worlds to break the rule given here, and fails once the product is corrected. Then the
+world belongs into `worlds`, and the bound of `tests.model.world.World` that excluded it can be removed.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tests.model.worlds import BUT_ONLY_COPY
 @dataclass(frozen=True)
 class Finding:
     world: World
-    """Its `about` says what goes wrong."""
+    """Its `about` describes what goes wrong."""
     finds: str
 
 
@@ -24,7 +24,7 @@ FINDINGS: tuple[Finding, ...] = (
     Finding(
         World(
             "source_died_after_all_was_sent",
-            "the source's QEMU dies when its whole state has come and was not started yet: the copy, too, may be given up",
+            "the source's QEMU dies after its whole state has arrived and before the copy starts: the copy may be given up too",
             budget=budget(crash_source=1, qemu=1),
             takeover=False,
             stalls=False,
@@ -60,7 +60,7 @@ FINDINGS: tuple[Finding, ...] = (
     Finding(
         World(
             "careless_abandon",
-            "an `Incoming.abandon` that destroys what has started since it was looked at",
+            "an `Incoming.abandon` that destroys a copy that has started since the check",
             takeover=False,
             in_flight=2,
             careless_abandon=True,
@@ -70,7 +70,7 @@ FINDINGS: tuple[Finding, ...] = (
     Finding(
         World(
             "torn_end",
-            "a QEMU that lets the source run on although the destination has got everything",
+            "a QEMU that lets the source run on although the destination has received everything",
             budget=budget(fail=1),
             takeover=False,
             in_flight=2,
@@ -79,4 +79,4 @@ FINDINGS: tuple[Finding, ...] = (
         TWO_RUN,
     ),
 )
-"""What no table can help: what the hypervisors must not do, and QEMUs that die in the instant in which the guest changes hosts."""
+"""What no table can prevent: forbidden behaviour of hypervisors, and QEMUs that die at the instant of the switch-over."""

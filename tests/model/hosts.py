@@ -1,4 +1,4 @@
-"""The hypervisors: what happens by itself, and what a call makes of them. By `facts/libvirt.md`, sections 3 and 4.
+"""The hypervisors: what happens without a call, and the effects of calls, by `facts/libvirt.md`, sections 3 and 4.
 
 A rule takes a part of the state and yields what may follow, as `(label, ..., cost)`.
 """
@@ -10,14 +10,14 @@ from tests.model.parts import Copy, Cost, Finish, Guest, Hosts, Stream
 from tests.model.world import World
 
 AT_HOME = (Guest.RUNNING, Guest.HELD)
-"""A guest that no migration has stopped."""
+"""States of a guest that no migration has stopped."""
 
 WAITS = (Copy.INCOMING, Copy.COMPLETE)
-"""A copy that never ran."""
+"""States of a copy that never ran."""
 
 
 def happens(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
-    """What needs no agent."""
+    """Yield the steps that need no agent."""
     if hosts.stream is Stream.FLOWING:
         yield from _flow(world, hosts)
     if hosts.stream is Stream.POSTCOPY:
@@ -36,8 +36,8 @@ def happens(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
 
 
 def undoes(hosts: Hosts) -> bool:
-    """The connection that prepared the copy is closed, and nobody called Finish: libvirt destroys it as soon as it notices. Nothing
-    can start it before."""
+    """Return whether libvirt destroys the copy as soon as it notices that the connection that prepared it is closed: nobody has
+    called Finish, so nothing can start the copy before."""
     return hosts.copy in WAITS and hosts.finish is Finish.NONE and not hosts.owned
 
 
@@ -56,7 +56,7 @@ def _flow(world: World, hosts: Hosts) -> Iterator[tuple[str, Hosts, Cost]]:
 
 
 def guest_dies(hosts: Hosts) -> Hosts:
-    """The source's QEMU is no more, and with it its end of the stream."""
+    """End the source's QEMU, and with it the stream."""
     return _cut(hosts)._replace(guest=Guest.LOST, locked=False)
 
 
@@ -69,24 +69,24 @@ def _cut(hosts: Hosts) -> Hosts:
 
 
 def without_copy(hosts: Hosts) -> Hosts:
-    """The copy is destroyed: by libvirt, by its own failure, or by hand."""
+    """Remove the copy: destroyed by libvirt or by hand, or failed."""
     copy = {Copy.RUNNING: Copy.KILLED, Copy.AWAY: Copy.AWAY}.get(hosts.copy, Copy.NONE)
     finish = Finish.FAILED if hosts.finish is Finish.WAITING else hosts.finish
     return _cut(hosts)._replace(copy=copy, finish=finish, owned=False)
 
 
 def prepared(hosts: Hosts, *, owned: bool = True) -> Hosts:
-    """An empty copy listens."""
+    """Create an empty copy that listens."""
     return hosts._replace(stream=Stream.NONE, copy=Copy.INCOMING, finish=Finish.NONE, owned=owned)
 
 
 def aborted(hosts: Hosts) -> Hosts:
-    """abortJob: before the switch-over the guest runs on at the source."""
+    """Abort the job: before the switch-over the guest runs on at the source."""
     return _cut(hosts)
 
 
 def source_domain(hosts: Hosts) -> Domain | None:
-    """What the source's hypervisor answers when it is asked about the guest."""
+    """Return the guest as the source's hypervisor reports it."""
     if hosts.guest is Guest.REMOVED:
         return None
     state, reason = {
@@ -100,7 +100,7 @@ def source_domain(hosts: Hosts) -> Domain | None:
 
 
 def destination_domain(hosts: Hosts) -> Domain | None:
-    """What the destination's hypervisor answers when it is asked about the copy."""
+    """Return the copy as the destination's hypervisor reports it."""
     if hosts.copy in (Copy.NONE, Copy.KILLED, Copy.AWAY):
         return None
     if hosts.copy in WAITS:

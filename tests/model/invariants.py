@@ -1,9 +1,9 @@
 """What must hold in every state, and what an end is.
 
-By requirement: R1 at most one runs, and none goes back in time; that, and why it holds (removed only on RUNNING, resumed only on
-GONE, recorded before it may start, told only when durable). R2 an end can be reached from every state, though whoever died
-only comes back. R3 stale attempts are refused, ended records stay, whatever arrives twice. R4 a cancel can be obeyed until the
-guest has left. R5 KEPT: it runs at the source; no guest is destroyed. R6 all of it over any restart.
+By requirement: R1 at most one copy runs, and none goes back in time; also why this holds (removed only on RUNNING, resumed only
+on GONE, recorded before it may start, reported only when durable). R2 an end can be reached from every state, if those that died
+come back. R3 stale attempts are refused and ended records stay, whatever arrives twice. R4 a cancel can be obeyed until the guest
+has left. R5 KEPT: the guest runs at the source; no guest is destroyed. R6 all of this holds over any restart.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from tests.model.hosts import AT_HOME, WAITS, undoes
 from tests.model.parts import Agent, Answer, Copy, Finish, Guest, Hosts, Mode, Talk
 
 Rule = Callable[[Agent, Agent, Hosts], bool]
-"""True when it is broken, by source, destination and hypervisors."""
+"""Returns whether the rule is broken, by source, destination and hypervisors."""
 
 
 def _two_run(source: Agent, destination: Agent, hosts: Hosts) -> bool:
@@ -30,8 +30,8 @@ def _lost(source: Agent, destination: Agent, hosts: Hosts) -> bool:
 
 
 def _goes_back(source: Agent, destination: Agent, hosts: Hosts) -> bool:
-    """The guest ran at the destination, and now an older state of it runs at the source: its disks have moved on. An operator
-    who declares a host dead accepts that."""
+    """The guest ran at the destination, and now an older state of it runs at the source, on disks that have changed since. An
+    operator who declares a host dead accepts that."""
     return hosts.copy in (Copy.RAN, Copy.KILLED) and hosts.guest is Guest.RUNNING and not source.statement
 
 
@@ -41,13 +41,13 @@ def _removed_early(source: Agent, destination: Agent, hosts: Hosts) -> bool:
 
 
 def _resumed_early(source: Agent, destination: Agent, hosts: Hosts) -> bool:
-    """It was paused by a completed Perform: only a durable GONE, or an operator's word, lets it run."""
+    """The guest was paused by a completed Perform: only a durable GONE, or an operator's word, lets it run."""
     gone = destination.state == Dst.GONE and destination.attempt == source.attempt
     return source.state == Src.RESUMING and not (gone or source.statement)
 
 
 def _gone_is_not_gone(source: Agent, destination: Agent, hosts: Hosts) -> bool:
-    """A copy that libvirt undoes, since the agent that made it has died before it was recorded, is none: nothing starts it."""
+    """A copy that libvirt destroys, as its agent died before it was recorded, does not count: nothing starts it."""
     here = hosts.copy is Copy.RUNNING or (hosts.copy in WAITS and not undoes(hosts))
     return destination.state == Dst.GONE and here
 
@@ -61,7 +61,7 @@ def _kept_is_not_kept(source: Agent, destination: Agent, hosts: Hosts) -> bool:
 
 
 def _started_unrecorded(source: Agent, destination: Agent, hosts: Hosts) -> bool:
-    """Something may start, or has started, the copy, and the record does not say so."""
+    """The copy may start, or has started, and the record does not show it."""
     armed = hosts.copy is Copy.RUNNING or (hosts.copy in WAITS and hosts.finish is Finish.WAITING)
     return armed and destination.durable not in (Dst.ARMED, Dst.ABANDONING, Dst.RUNNING)
 
@@ -94,19 +94,19 @@ CANCEL = "a cancel can be obeyed"
 FORGOTTEN = "a cancel that was acknowledged is kept"
 
 HARM = frozenset({TWO_RUN, LOST, GOES_BACK})
-"""What a user would call a disaster. The other rules are why these hold."""
+"""Rules whose violation harms the user. The other rules are the reasons why these hold."""
 
 ALL = frozenset({*RULES, TOLD, STUCK, CANCEL, FORGOTTEN, network.DECIDE, FINAL, FENCE, ONLY_COPY, PATH})
 
 
 def broken(source: Agent, destination: Agent, hosts: Hosts) -> Iterator[str]:
-    """The names of the rules that this state breaks."""
+    """Return the names of the rules that this state breaks."""
     return (name for name, rule in RULES.items() if rule(source, destination, hosts))
 
 
 def told_wrong(destination: Agent, talk: Talk) -> bool:
-    """Somebody has been told, or is being told, a decision that is not the durable record. RUNNING and GONE are final, so they
-    were never both told; an earlier attempt's record is no longer to be had, and can only have been GONE."""
+    """Return whether a driver knows, or an answer contains, a decision that is not the durable record. RUNNING and GONE are final,
+    so never both were reported; an earlier attempt's record is not kept, and can only have been GONE."""
     if destination.statement:
         return False  # it ran here, until an operator's word took it
     return any(
@@ -116,35 +116,36 @@ def told_wrong(destination: Agent, talk: Talk) -> bool:
 
 
 def _told(talk: Talk) -> set[tuple[int, str]]:
-    """Decisions, by attempt."""
+    """Return the decisions that drivers know and answers contain, each with its attempt."""
     views = {(d.attempt, d.dst) for d in talk.drivers if d.mode in (Mode.ON, Mode.LOOK_DESTINATION) and not d.foreign}
     answers = {(m.attempt, m.answer.state) for m in talk.flying if isinstance(m.answer, Answer) and m.call not in network.TO_SOURCE}
     return {(attempt, state) for attempt, state in views | answers if state in (Dst.RUNNING, Dst.GONE)}
 
 
 def settled(source: Agent, destination: Agent, hosts: Hosts) -> bool:
-    """Both records have ended and agree, and the hypervisors show what they say. A host that never heard of it has no record."""
+    """Return whether both records have ended and agree, with each other and with the hypervisors. A host that no call has reached
+    has no record."""
     if source.state == Src.REMOVED:
         return hosts.guest is Guest.REMOVED and destination.state == Dst.RUNNING
     return at_home(source, hosts) and destination.state in (None, Dst.GONE) and hosts.copy in (Copy.NONE, Copy.RAN)
 
 
 def at_home(source: Agent, hosts: Hosts) -> bool:
-    """The guest stayed at the source, or is as dead there as it became without our doing."""
+    """Return whether the guest stayed at the source, or died there without the migration's doing."""
     return source.state in (None, Src.KEPT) and hosts.guest in (*AT_HOME, Guest.LOST)
 
 
 def cancelled(source: Agent, hosts: Hosts, talk: Talk) -> bool:
-    """A driver was told to cancel, and the guest has not left yet."""
+    """Return whether a driver was told to cancel and the guest has not left yet."""
     told = any(d.cancel and d.mode is Mode.ON and d.attempt >= source.attempt for d in talk.drivers)
     return told and hosts.guest in AT_HOME and hosts.copy in (Copy.NONE, Copy.INCOMING)
 
 
 def forgotten(talk: Talk) -> bool:
-    """A driver goes on as if its user had not been told that the cancel is taken."""
+    """Return whether a driver goes on although it has acknowledged a cancel to its user."""
     return any(d.mode is Mode.ON and d.told and not d.cancel for d in talk.drivers)
 
 
 def nobody_drives(source: Agent, talk: Talk) -> bool:
-    """Every driver has seen the end, is dead, or drives an attempt that is over."""
+    """Return whether every driver has seen the end, is dead, or drives an attempt that has been followed by another."""
     return all(d.mode in (Mode.OFF, Mode.ENDED, Mode.DEAD) or d.attempt < source.attempt for d in talk.drivers)

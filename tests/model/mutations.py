@@ -1,4 +1,4 @@
-"""Flaws put in on purpose. A model that does not find them proves nothing about the tables without them.
+"""Deliberate flaws. A model that does not find them proves nothing about the tables without them.
 
 Nothing is patched: each mutation is a world with another table, another `decide`, or a flag.
 """
@@ -40,13 +40,13 @@ _D, _DE, _DF = DestinationState, DestinationEvent, DestinationEffect
 class Mutation:
     world: World
     finds: str
-    """The rule that is broken first, when all are checked."""
+    """The rule that is broken first if all are checked."""
     harm: str | None
-    """What a user would suffer, found when only disasters are looked for. None: the other rules hold the disaster off."""
+    """The harm to the user, found if only the rules of `HARM` are checked. None: the other rules prevent harm."""
 
 
 def _mutation(name: str, about: str, finds: str, harm: str | None, **fields: object) -> Mutation:
-    """The rule must not need a careful hypervisor where every QEMU and every link lives."""
+    """Return a mutation in a world with a careless hypervisor: no rule may need a careful one while every QEMU and link works."""
     quiet = {"takeover": False, "careless_abandon": True, "stalls": False}
     return Mutation(World(name, about, **{**quiet, **fields}), finds, harm)  # type: ignore[arg-type]
 
@@ -54,7 +54,7 @@ def _mutation(name: str, about: str, finds: str, harm: str | None, **fields: obj
 def _source(
     rows: Mapping[tuple[SourceState | None, SourceEvent], Transition[SourceState, SourceEffect] | None],
 ) -> dict[str, object]:
-    """The source's table with other rows; None takes a row out."""
+    """Return the source's table with other rows; None removes a row."""
     table = {key: row for key, row in {**SOURCE.table, **rows}.items() if row is not None}
     return {"source": replace(SOURCE, table=table)}
 
@@ -72,12 +72,12 @@ _ABANDON_NOW = Transition(_D.ABANDONING, (_DF.ABANDON,))
 
 
 def _resumes_unasked(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
-    """Takes the destination's silence for its absence."""
+    """Take the destination's silence for GONE."""
     return frozenset({Call.CONFIRM_GONE}) if src is _S.PERFORMED else decide(src, dst, **told)
 
 
 def _removes_unasked(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
-    """Takes an armed destination for one that runs."""
+    """Take an armed destination for a running one."""
     return frozenset({Call.CONFIRM_RUNNING}) if (src, dst) == (_S.PERFORMED, _D.ARMED) else decide(src, dst, **told)
 
 
@@ -91,13 +91,13 @@ def _never_cancels(src: SourceState | None, dst: DestinationState | None, **told
 
 
 def _cancels_for_ever(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
-    """Calls Abort also where nothing is left to abort."""
+    """Call Abort although nothing is left to abort."""
     calls = decide(src, dst, **told)
     return frozenset({Call.ABORT}) if told["cancel"] and calls <= {Call.FINISH, Call.ABANDON} else calls
 
 
 def _waits_for_ever(src: SourceState | None, dst: DestinationState | None, **told: bool) -> frozenset[Call]:
-    """Does not see that the last bytes were lost."""
+    """Ignore that the last bytes were lost."""
     return decide(src, dst, cancel=told["cancel"])
 
 
@@ -178,7 +178,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "takeover_resumes",
-        "the driver that takes over resumes without the destination's word",
+        "the driver that takes over resumes without the destination's record",
         RESUMED_ON_GONE,
         TWO_RUN,
         takeover=True,
@@ -188,7 +188,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "takeover_removes",
-        "the driver that takes over removes without the destination's word",
+        "the driver that takes over removes without the destination's record",
         REMOVED_ON_RUNNING,
         LOST,
         takeover=True,
@@ -208,7 +208,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "believes_the_callers_gone",
-        "a source takes GONE from a driver whose destination is another host",
+        "a source believes GONE from a driver whose destination is another host",
         RESUMED_ON_GONE,
         TWO_RUN,
         in_flight=2,
@@ -219,7 +219,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "believes_a_claim",
-        "a source takes a decision from anybody",
+        "a source believes any caller's decision",
         RESUMED_ON_GONE,
         LOST,
         in_flight=2,
@@ -228,7 +228,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "claim_applied_unseen",
-        "a claim of GONE that came when nothing had to be read is applied after Perform without reading",
+        "a claim of GONE that needed no reading when it came is applied after Perform without reading",
         RESUMED_ON_GONE,
         TWO_RUN,
         in_flight=2,
@@ -238,7 +238,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "removal_applied_unseen",
-        "a claim of RUNNING that came when it had no place is applied after Perform without reading",
+        "a claim of RUNNING that came before it was allowed is applied after Perform without reading",
         REMOVED_ON_RUNNING,
         LOST,
         in_flight=2,
@@ -258,7 +258,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "uri_applied_unseen",
-        "a Perform that came while Begin was under way is applied after it, and nobody has compared its URI",
+        "a Perform that came during Begin is applied after it, without a check of its URI",
         PATH,
         None,
         in_flight=2,
@@ -268,7 +268,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "believes_kept",
-        "a destination takes it from anybody that the source kept the guest",
+        "a destination believes any caller that the source kept the guest",
         LOST,
         LOST,
         in_flight=2,
@@ -305,7 +305,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "stale_attempt_taken",
-        "a call of an attempt that is over is taken by the next one",
+        "a call of an earlier attempt is taken by the next one",
         FENCE,
         LOST,
         attempts=2,
@@ -386,7 +386,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "abandon_refused_is_gone",
-        "a copy that has run is called GONE all the same",
+        "a copy that has run is recorded as GONE",
         GONE_IS_GONE,
         TWO_RUN,
         careless_abandon=False,
@@ -442,7 +442,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "no_tombstone",
-        "a source that was cancelled before it was asked remembers nothing",
+        "a source that was cancelled before Begin keeps no record of it",
         STUCK,
         None,
         budget=budget(cancel=1),
@@ -494,7 +494,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     _mutation(
         "silence_in_begin",
-        "the driver's silence is not heard in BEGINNING, and its timer runs only once",
+        "the driver's silence has no effect in BEGINNING, and its timer runs only once",
         STUCK,
         None,
         takeover=True,

@@ -1,4 +1,4 @@
-"""The drivers and their messages: what they call, what they learn, what gets lost. Mirrors `agent.handshake.drive.driver`."""
+"""The drivers and their messages: calls, answers and losses. Mirrors `agent.handshake.drive.driver`."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ Step = tuple[str, Talk, Agent, Cost]
 TO_SOURCE = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 _CONFIRMS = frozenset({Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 _NAMES_PEER = frozenset({Call.BEGIN, Call.PERFORM})
-"""Calls whose content is of one destination, so that a source refuses those of another one."""
+"""Calls that name a destination, so that a source refuses those that name another one."""
 _NEEDS_PLAN = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE})
 
 _SOURCE_ORDER = {state: place for place, state in enumerate([None, *SourceState])}
@@ -28,7 +28,7 @@ DECIDE = "decide finds no impossible pair"
 
 
 def start(world: World) -> Talk:
-    """The drivers at the beginning. The last place is the source's own, for a take-over."""
+    """Return the drivers at the beginning. The last one is the source's own, for a take-over."""
     coordinators = (Driver(Mode.ON),) * world.coordinators
     foreign = (Driver(Mode.OFF, foreign=True),) if world.foreign_driver else ()
     return Talk(coordinators + foreign + ((Driver(Mode.OFF, plan=False),) if world.takeover else ()))
@@ -40,7 +40,7 @@ def _with(talk: Talk, index: int, driver: Driver) -> Talk:
 
 
 def _forget(talk: Talk, index: int) -> Talk:
-    """Nobody waits for the answers to this driver any more; its requests are still on their way."""
+    """Drop the answers to this driver. Its requests are still on their way."""
     flying = set()
     for message in talk.flying:
         if message.driver != index:
@@ -112,7 +112,7 @@ _AT_THIRD_HOST = {
     Call.ABANDON: DestinationState.GONE,
     Call.ABANDON_SOURCE_KEPT: DestinationState.GONE,
 }
-"""What comes of a call at a host to which no memory flows."""
+"""The result of a call at a host to which no memory flows."""
 
 _RESTS_ON_STATEMENT = {(Side.DESTINATION, Call.CONFIRM_GONE), (Side.SOURCE, Call.ABANDON_SOURCE_KEPT)}
 
@@ -132,7 +132,7 @@ def _wants(world: World, driver: Driver) -> frozenset[Call]:
 
 
 def states(driver: Driver) -> tuple[SourceState | None, DestinationState | None]:
-    """What it acts on: what it saw, but for a side that was declared dead."""
+    """Return the states to act on: those that the driver has read, corrected for a side that was declared dead."""
     return assume(
         driver.src,
         driver.dst,
@@ -142,7 +142,7 @@ def states(driver: Driver) -> tuple[SourceState | None, DestinationState | None]
 
 
 def _learn(driver: Driver, message: Message) -> Driver:
-    """Take an answer, unless something newer is known. One about a later attempt, or of no record, teaches nothing."""
+    """Take an answer unless a newer one is known. One about a later attempt, or without a record, changes nothing."""
     assert isinstance(message.answer, Answer)
     if driver.dead is _side(message.call):
         driver = driver._replace(dead=None)  # it answers
@@ -165,7 +165,7 @@ def _side(call: Call) -> Side:
 
 
 def _settle(driver: Driver) -> Driver:
-    """A driver that has seen both records end is done."""
+    """End a driver that has seen both records end."""
     return driver._replace(mode=Mode.ENDED, cancel=False, told=False) if ended(*states(driver)) else driver
 
 
@@ -173,7 +173,7 @@ def _settle(driver: Driver) -> Driver:
 
 
 def at_source(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
-    """Calls that reach the source, looks at its record, its driver's silence, its death."""
+    """Yield calls that reach the source, reads of its record, its driver's silence, its death."""
     for message in sorted(talk.flying):
         if message.call in TO_SOURCE:
             yield from _arrives(world, talk, agent, message, Side.SOURCE)
@@ -217,7 +217,7 @@ def _foreign_starts(talk: Talk, agent: Agent) -> Iterator[Step]:
 
 
 def _without_takeover(world: World, talk: Talk) -> Talk:
-    """The driver that took over dies with the source's agent, and with it the calls that it made to its own house."""
+    """End the driver that took over, which dies with the source's agent, and its calls to that agent."""
     if not world.takeover:
         return talk
     last = len(talk.drivers) - 1
@@ -229,7 +229,7 @@ def _without_takeover(world: World, talk: Talk) -> Talk:
 
 
 def at_destination(world: World, talk: Talk, agent: Agent) -> Iterator[Step]:
-    """Calls that reach the destination, looks at its record, the end of its lease."""
+    """Yield calls that reach the destination, reads of its record, the end of its lease."""
     for message in sorted(talk.flying):
         if message.call not in TO_SOURCE:
             yield from _arrives(world, talk, agent, message, Side.DESTINATION)
@@ -260,15 +260,15 @@ _AFTER_WORD = {
     (Side.DESTINATION, Mode.LOOK_DESTINATION): Mode.ON,
     (Side.DESTINATION, Mode.ON): Mode.ON,
 }
-"""What a driver does once it is told that a side is dead: it looks there no more."""
+"""The driver's mode once a side was declared dead: it does not read the record there any more."""
 _LOOKS_THERE = {(Side.SOURCE, Mode.LOOK_SOURCE), (Side.DESTINATION, Mode.LOOK_DESTINATION)}
 
 
 def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Step]:
-    """An operator states at a coordinator, rightly, that a host is dead. It is only believed of one that does not answer."""
+    """An operator states at a coordinator that a host is dead. The statement counts only while the host does not answer."""
     for index, driver in enumerate(talk.drivers):
         if driver.dead is side and agent.up and driver.mode is Mode.ON:
-            # The call that rests on the statement is refused, since the host answers whoever was to act on it.
+            # The call that rests on the statement is refused, as the host answers the one that would act on it.
             refuted = driver._replace(dead=None)
             yield f"driver {index}: is told that the {side} answers", _with(talk, index, refuted), agent, Cost.FREE
         if driver.dead is side and agent.dead and (side, driver.mode) in _LOOKS_THERE:
@@ -284,7 +284,7 @@ def _declared_dead(world: World, talk: Talk, agent: Agent, side: Side) -> Iterat
 
 
 def _timer(talk: Talk) -> Cost:
-    """What it costs that a driver is believed to be silent: nothing, when it is."""
+    """Return the cost of believing that a driver is silent: nothing if it is."""
     return Cost.EXPIRE if _driven(talk) else Cost.FREE
 
 
@@ -312,7 +312,7 @@ def _arrives(world: World, talk: Talk, agent: Agent, message: Message, side: Sid
 
 
 def _by_hand(world: World, talk: Talk, agent: Agent, side: Side) -> Iterator[Step]:
-    """Anybody may make any call at any moment, and claim what he likes; a record of another host he cannot relay."""
+    """Any caller may make any call at any moment with any claim, but cannot relay a record of another host."""
     for made in sorted(Call):
         if _side(made) is side:
             for astray in (False, True) if world.turns and made is Call.PERFORM else (False,):
@@ -325,7 +325,7 @@ _TURNS = frozenset({Call.PERFORM, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE, Call.
 
 
 def _waits_for_turn(agent: Agent, message: Message) -> Agent:
-    """A call that needs no record of the other host, as things are, or a Perform whose URI was found to be right."""
+    """Let a call wait for its turn that needs no record of the other host in this state, or a Perform whose URI was checked."""
     if message.call is not Call.PERFORM:
         return waits_for_turn(agent, str(message.call))
     if agent.state == SourceState.BEGUN:

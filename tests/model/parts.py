@@ -1,4 +1,4 @@
-"""What a state of the world is made of. Every part is a small immutable tuple, so that equal states are one state."""
+"""The parts of a state of the world. Every part is a small immutable tuple, so that equal states are one state."""
 
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
@@ -13,16 +13,16 @@ class Guest(IntEnum):
 
     RUNNING = 0
     PAUSED = 1
-    """By the migration."""
+    """Paused by the migration."""
     REMOVED = 2
     LOST = 3
-    """Its QEMU died: a crash of the guest, which is no fault of the migration."""
+    """Its QEMU died: a crash of the guest that the migration did not cause."""
     HELD = 4
-    """Paused by its user, before and after; it does not run anywhere, and must not be lost either."""
+    """Paused by its user before the migration; it runs nowhere, and must not be lost either."""
 
 
 class Stream(IntEnum):
-    """The memory's way from QEMU to QEMU, as the source's hypervisor sees it."""
+    """The stream of memory from QEMU to QEMU, as the source's hypervisor sees it."""
 
     NONE = 0
     FLOWING = 1
@@ -65,22 +65,22 @@ class Hosts(NamedTuple):
     copy: Copy = Copy.NONE
     finish: Finish = Finish.NONE
     owned: bool = False
-    """The connection that prepared the copy is open; once it is closed, libvirt destroys a copy that Finish was not called for."""
+    """The connection that prepared the copy is open; once it is closed, libvirt destroys a copy for which Finish was not called."""
     locked: bool = False
-    """Begin's job holds the guest; libvirt ends it once the connection that began it is closed, and it has noticed that."""
+    """Begin's job holds the guest; libvirt ends it once it notices that the connection of Begin is closed."""
 
 
 class Stage(StrEnum):
-    """How far a piece of an agent's work is. All of it is in memory: a crash loses it."""
+    """The progress of a piece of an agent's work. All of it is in memory: a crash loses it."""
 
     START = "start"
-    """Journalled, the hypervisor was not called yet."""
+    """Journalled, but the hypervisor was not called yet."""
     CALLED = "called"
     """The hypervisor works on it."""
     NEWS = "news"
-    """The hypervisor has answered; that is not journalled yet."""
+    """The hypervisor has answered, but the report is not journalled yet."""
     TURN = "turn"
-    """A call that was checked, and waits until the record is free. It is applied in the state that it finds then."""
+    """A call that was checked and waits for its turn. It is applied in the state of that moment."""
     WRITE = "write"
     """Only in mutations: a record that is written too late."""
 
@@ -92,7 +92,7 @@ class Work(NamedTuple):
 
 
 class Durable(NamedTuple):
-    """What a journal has while the write of a newer record is under way."""
+    """The record in a journal while a newer one is being written."""
 
     attempt: int
     state: str | None
@@ -108,13 +108,13 @@ class Agent(NamedTuple):
     work: frozenset[Work] = frozenset()
     up: bool = True
     quiet: bool = False
-    """The timer of its driver's silence has run out; the next call arms it again."""
+    """The timer of its driver's silence has run out; the next call restarts it."""
     dead: bool = False
-    """Its whole host is."""
+    """Its whole host is down."""
     statement: bool = False
     """An operator's word keeps the guest at the source, or took it from the destination."""
     behind: Durable | None = None
-    """What a crash leaves of the record, while it is written beside its effect. None: it is durable as it is."""
+    """The record that a crash leaves, while a newer one is written beside its effect. None: the record is durable."""
 
     @property
     def durable(self) -> str | None:
@@ -133,10 +133,10 @@ class Mode(IntEnum):
     OFF = 0
     LOOK_SOURCE = 1
     LOOK_DESTINATION = 2
-    """It learns both records first: it takes over, or was restarted."""
+    """It reads both records first: it takes over, or was restarted."""
     ON = 3
     ENDED = 4
-    """It saw both records end."""
+    """It has seen both records end."""
     DEAD = 5
 
 
@@ -149,13 +149,13 @@ class Driver(NamedTuple):
     dst: Dst | None = None
     cancel: bool = False
     told: bool = False
-    """Its user was told that the cancel is taken."""
+    """It has acknowledged a cancel to its user."""
     dead: Side | None = None
-    """What an operator has told it is dead, and has not answered since."""
+    """The side that an operator declared dead to it, and that has not answered since."""
     by_statement: bool = False
     """The source's record carries an operator's word."""
     plan: bool = True
-    """It can make the first phases; a driver that takes over cannot."""
+    """It can call the phases before Perform; a driver that takes over cannot."""
     foreign: bool = False
     """It drives the same migration id towards a third host; `dst` is the record there."""
 
@@ -167,7 +167,7 @@ class Unanswered(IntEnum):
 
 
 class Answer(NamedTuple):
-    """What the callee's record says after the call. None: there is no such record."""
+    """The callee's record after the call. `state` is None if there is none."""
 
     state: str | None
     stale: bool = False
@@ -194,11 +194,11 @@ class Message(NamedTuple):
     foreign: bool = False
     """Its driver's destination is a third host."""
     astray: bool = False
-    """A Perform whose URI is not where the destination of the record listens."""
+    """A Perform with another URI than that at which the destination of the record listens."""
 
 
 class Talk(NamedTuple):
-    """The drivers and what is in flight; a set, so the order of arrival is free."""
+    """The drivers and the messages in flight, as a set: they may arrive in any order."""
 
     drivers: tuple[Driver, ...]
     flying: frozenset[Message] = frozenset()
@@ -215,7 +215,7 @@ class Cost(IntEnum):
     LOSE = 3
     """A message is lost."""
     REPEAT = 4
-    """A request arrives, and will arrive again."""
+    """A request arrives twice."""
     FAIL = 5
     """The stream breaks, a call of the hypervisor fails, or it gives no answer."""
     QEMU = 6
@@ -223,7 +223,7 @@ class Cost(IntEnum):
     CANCEL = 7
     """The user cancels (at one driver)."""
     EXPIRE = 8
-    """A timer runs out although a driver is at work: it was slow. Where nobody drives any more, that is no fault."""
+    """A timer runs out although a driver is at work, which was slow. It is no fault if no driver is at work."""
     HOST = 9
     """A host dies: agent, hypervisor and guest."""
     STATEMENT = 10
@@ -231,7 +231,7 @@ class Cost(IntEnum):
     BY_HAND = 11
     """Somebody else makes a call."""
     FORGET = 12
-    """A journal keeps only its last ended records, and the source's record of this attempt is none of them any more."""
+    """The source's journal trims the record of this attempt, which has ended."""
     MOVE = 13
     """The guest moves on from the destination to a third host."""
 
@@ -241,7 +241,7 @@ Budget = tuple[int, ...]
 
 
 def budget(**faults: int) -> Budget:
-    """A budget by lower-case names of `Cost`; what is not named does not happen."""
+    """Return a budget by lower-case names of `Cost`; faults that are not named do not happen."""
     names = {cost.name.lower(): cost for cost in Cost if cost >= 0}
     unknown = faults.keys() - names.keys()
     assert not unknown, f"no such fault: {unknown}"

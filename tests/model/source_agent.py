@@ -1,4 +1,4 @@
-"""The source's agent: its effects on the hypervisor, and their news. Mirrors `agent.handshake.host.source_effects`."""
+"""The source's agent: its effects on the hypervisor, and their reports. Mirrors `agent.handshake.host.source_effects`."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ Step = tuple[str, Agent, Hosts, Cost]
 
 
 def steps(world: World, agent: Agent, hosts: Hosts) -> Iterator[Step]:
-    """What the agent may do next with its hypervisor and its journal."""
+    """Yield what the agent may do next with its hypervisor and its journal."""
     if hosts.locked and world.undone and not _holds_lock(agent):
         yield "hosts: the source lets go of the guest with the connection", agent, hosts._replace(locked=False), Cost.FREE
     if not agent.up:
@@ -63,7 +63,7 @@ def _begin(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Ste
     if hosts.guest not in AT_HOME:
         yield "source: Begin finds no guest that runs", failed, hosts, Cost.FREE
         return
-    if hosts.locked:  # by the call of a life before, whose end libvirtd has not noticed: it waits for that, or not for long enough
+    if hosts.locked:  # by a call before a restart, whose closed connection libvirtd has not noticed yet
         yield "source: Begin finds the guest held", failed, hosts, Cost.FREE
         return
     done = finish_work(agent, work, _E.BEGIN_DONE)
@@ -72,7 +72,7 @@ def _begin(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Ste
 
 
 def _holds_lock(agent: Agent) -> bool:
-    """This life of the agent began, and its connection is open."""
+    """Return whether the agent called Begin since its last start, so that the connection is still open."""
     return agent.up and agent.state in (_S.BEGINNING, _S.BEGUN) and Work(Stage.START, _F.BEGIN) not in agent.work
 
 
@@ -87,7 +87,7 @@ def _perform(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[S
 
 
 def _performing(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    """Perform ends when the stream does."""
+    """Perform ends with the stream."""
     failed = finish_work(agent, work, _E.PERFORM_FAILED)
     if hosts.stream is Stream.DONE:
         yield "source: Perform returns", finish_work(agent, work, _E.PERFORM_DONE), hosts, Cost.FREE
@@ -98,7 +98,7 @@ def _performing(agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
 
 
 def _abort(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[Step]:
-    """Tried again until Perform has ended; `tidy` ends it."""
+    """Abort is repeated until Perform has ended; `tidy` ends it."""
     if hosts.stream is Stream.FLOWING:
         yield "source: aborts the job", agent, aborted(hosts), Cost.FREE
 
@@ -120,7 +120,7 @@ def _resume(world: World, agent: Agent, hosts: Hosts, work: Work) -> Iterator[St
 
 
 DECIDED_BY_OTHER = (_S.PERFORMED, _S.LOST)
-"""The guest is stopped here, and only the destination's record says what to do."""
+"""States in which the guest is stopped here and only the destination's record decides."""
 
 _BY_STATEMENT = " by statement"
 _CONFIRMS = (_E.CONFIRM_RUNNING, _E.CONFIRM_GONE)
@@ -130,11 +130,11 @@ _READS = {
     "read, relayed gone": DestinationState.GONE,
     "read, stated dead": None,
 }
-"""The source asks the destination for its record; what counts in its place where that does not answer."""
+"""By question to the destination: the record that counts if the destination does not answer."""
 
 
 def begins_to_read(agent: Agent, event: SourceEvent, *, relayed: bool, statement: bool) -> Agent:
-    """A Confirm has come: a nudge to read the destination's record."""
+    """Take a Confirm: it prompts the agent to read the destination's record."""
     if statement:
         what = "read, stated dead"
     elif relayed:
@@ -145,7 +145,7 @@ def begins_to_read(agent: Agent, event: SourceEvent, *, relayed: bool, statement
 
 
 def reads(agent: Agent, destination: Agent) -> Iterator[tuple[str, Agent, Agent, Cost]]:
-    """The destination's record, as it is when it is read; what follows from it is taken later."""
+    """Read the destination's record as it is now; the event that follows from it is taken later."""
     for work in sorted(agent.work):
         if work.stage is not Stage.CALLED or work.what not in _READS:
             continue
@@ -158,7 +158,7 @@ def reads(agent: Agent, destination: Agent) -> Iterator[tuple[str, Agent, Agent,
 
 
 def _record_of(agent: Agent, destination: Agent) -> DestinationState | None:
-    """Of this attempt. One that a later attempt followed had ended, and can only have been GONE."""
+    """Return the destination's state in this attempt. An attempt that a later one followed has ended, and can only be GONE."""
     if destination.attempt > agent.attempt:
         return DestinationState.GONE
     return DestinationState(destination.state) if destination.attempt == agent.attempt and destination.state else None
@@ -182,9 +182,9 @@ _EFFECTS = {
 
 
 def tidy(agent: Agent) -> Agent:
-    """Leave out work that cannot matter any more, so that equal futures are equal states.
+    """Drop work that cannot matter any more, so that equal futures are equal states.
 
-    RELEASE only closes a connection; an abort ends with Perform; what an ended attempt still has to tell is stale.
+    RELEASE only closes a connection; an abort ends with Perform; reports for an ended attempt are stale.
     """
     work = agent.work - {Work(Stage.START, _F.RELEASE)}
     if agent.state != _S.PERFORMING:
@@ -197,7 +197,7 @@ def tidy(agent: Agent) -> Agent:
 
 
 def silence(world: World, agent: Agent) -> tuple[Agent, bool]:
-    """The timer of the driver's silence runs out, once: the agent after it, and whether it takes over."""
+    """Let the timer of the driver's silence run out, once. Return the agent after that, and whether it takes over."""
     alone = agent.state in (_S.BEGINNING, _S.BEGUN)
     after = take(world, world.source, agent._replace(quiet=True), _E.DRIVER_SILENT)
     return tidy(after), not alone

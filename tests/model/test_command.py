@@ -1,4 +1,4 @@
-"""`python -m tests.model`: what it prints, and its exit status."""
+"""`python -m tests.model`: its output and its exit status."""
 
 import pytest
 

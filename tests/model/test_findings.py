@@ -1,4 +1,4 @@
-"""What is known to be wrong, or relied upon, is just that. Once the product is corrected, a test here fails: see `findings`."""
+"""Each known flaw or assumption breaks exactly the rule given in `findings`. A test fails once the product is corrected."""
 
 import pytest
 

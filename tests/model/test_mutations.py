@@ -1,4 +1,4 @@
-"""The model finds each flaw that is put in on purpose, and the harm that it does."""
+"""The model finds each deliberate flaw, and the harm that it does."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def test_a_mutation_is_found(mutation: Mutation) -> None:
 
 @pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.harm], ids=[m.world.name for m in MUTATIONS if m.harm])
 def test_a_mutation_does_harm(mutation: Mutation) -> None:
-    """Looked at with a user's eyes only, the flaw ends in a disaster: the other rules are not there for their own sake."""
+    """With only the rules of `HARM`, the flaw still shows as harm to the user: the other rules are no ends in themselves."""
     result = explore(replace(mutation.world, checks=HARM))
     assert result.rule == mutation.harm, f"{mutation.world.about}\n{table(result)}"
 

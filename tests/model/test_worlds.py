@@ -1,4 +1,4 @@
-"""The handshake in small worlds, each explored whole. `python -m tests.model` explores the large ones."""
+"""The handshake in small worlds, each explored completely. `python -m tests.model` explores the large ones."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_nothing_bad_happens_and_everything_ends(world: World) -> None:
 
 
 def test_every_row_of_the_tables_is_taken() -> None:
-    """A row that is not is dead, or no world covers it."""
+    """A row that is not used is dead, or no world covers it."""
     taken = frozenset().union(*(explore(world).taken for world in SMALL if world.name in COVER))
     assert ROWS - taken == set()
 

@@ -1,4 +1,4 @@
-"""A trace as a table: what happened, and what was so after it."""
+"""A trace as a table: each step and the state after it."""
 
 from agent.handshake.machines.destination import DestinationState
 from tests.model.explore import Result
@@ -19,7 +19,7 @@ _HEAD = (
 
 
 def table(result: Result) -> str:
-    """The shortest trace to what is wrong, one line a step."""
+    """Return the shortest trace to the violation, one line per step; empty if there is none."""
     if not result.trace:
         return ""
     rows = [_HEAD, *(_row(number, label, parts) for number, (label, parts) in enumerate(result.trace))]
@@ -64,5 +64,5 @@ def _driver(driver: Driver) -> str:
 
 
 def _changes(before: tuple[str, ...], row: tuple[str, ...]) -> tuple[str, ...]:
-    """Only what changed; the number and the step are always shown."""
+    """Return a row with the cells that did not change blanked; the number and the step are always shown."""
     return (*row[:2], *(cell if cell != old else "." for cell, old in zip(row[2:], before[2:], strict=True)))

@@ -17,7 +17,8 @@ Mind = Callable[..., frozenset[Call]]
 """`decide`, or a mutation of it."""
 
 BESIDE: frozenset[SourceEvent | DestinationEvent] = frozenset({SourceEvent.BEGIN, DestinationEvent.PREPARE})
-"""libvirt undoes these effects by itself, so their records could be written beside them. The product does not: ADR 12."""
+"""Events whose effects libvirt undoes by itself, so that their records could be written beside them. The product does not: ADR 12.
+"""
 
 CHECKED: frozenset[SourceEvent | DestinationEvent] = frozenset(
     {SourceEvent.PERFORM, SourceEvent.CONFIRM_RUNNING, SourceEvent.CONFIRM_GONE, DestinationEvent.ABANDON_SOURCE_KEPT}
@@ -41,28 +42,28 @@ class World:
 
     budget: Budget = NO_FAULTS
     coordinators: int = 1
-    """Drivers that start at the beginning, each with the whole plan and each ignorant of the other."""
+    """How many drivers start at the beginning, each with the whole plan and without knowledge of the others."""
     takeover: bool = True
     """The source drives by itself when its driver is silent."""
     driver_returns: bool = True
     """A coordinator that died comes back. Without it, the agents must end the migration alone (A6)."""
     attempts: int = 1
-    """How often the first driver tries."""
+    """How many attempts the first driver makes."""
     in_flight: int = 3
-    """Messages that are under way at once."""
+    """Maximum number of messages in flight at once."""
 
     user_paused: bool = False
-    """The guest was paused by its user before."""
+    """The guest was paused by its user before the migration."""
     postcopy: bool = False
     """The transfer may be switched to post-copy (only once Finish waits)."""
     break_noticed: bool = True
-    """The destination's QEMU learns that its stream broke. Without: a dead host, or a cut link, says nothing."""
+    """The destination's QEMU notices that its stream broke. Not so with a dead host or a cut link."""
     copy_dies_early: bool = False
     """The destination's QEMU may also die after the guest has started and before that is recorded."""
     careless_abandon: bool = False
-    """`Incoming.abandon` looks and then destroys, as two steps, against its promise."""
+    """`Incoming.abandon` checks and then destroys in two steps, against its contract."""
     stalls: bool = True
-    """A driver that sees PERFORMED and ARMED for long gives the copy up; it may be too quick. That relies on the promise."""
+    """A driver that sees PERFORMED and ARMED for long gives the copy up, perhaps too early: it relies on that contract."""
     reads: frozenset[Side] = frozenset(Side)
     """Sides that read the other one's record before they act on a decision, instead of believing the caller."""
     foreign_driver: bool = False
@@ -70,40 +71,40 @@ class World:
     checks_peer: bool = True
     """A source tells a driver that its record is of another destination, and the driver stops."""
     wrong_statement: bool = False
-    """An operator may state of a host that lives that it is dead."""
+    """An operator may state that a host is dead that is alive."""
     durable_driver: bool = True
     """What a driver has acknowledged to its user survives its death."""
     torn_end: bool = False
-    """At the last instant the destination gets everything, while the source believes that it failed and runs on."""
+    """The destination may receive everything while the source believes that the transfer failed, and runs on."""
 
     fence: bool = True
     """A call for an earlier attempt is refused (`agent.handshake.host.attempts`)."""
     beside: frozenset[SourceEvent | DestinationEvent] = frozenset()
-    """Events whose record is written while their effects are under way already: a crash may lose it."""
+    """Events whose record is written while their effects are already under way, so that a crash may lose it."""
     turns: bool = False
-    """A call waits for its turn between its checks and its application; anything may happen meanwhile."""
+    """A call waits between its checks and its application, and anything may happen meanwhile."""
     looks_again: frozenset[SourceEvent | DestinationEvent] = CHECKED
     """Calls that are refused when their turn comes in a state for which they were not checked."""
     undone: bool = True
-    """libvirt undoes what Begin and Prepare did, once it notices that the connection is closed."""
+    """libvirt undoes Begin and Prepare once it notices that the connection is closed."""
     effect_first: frozenset[DestinationEvent] = frozenset()
     """Mutation: calls whose effect is started before the record is written."""
     answer_first: frozenset[DestinationEvent] = frozenset()
     """Mutation: calls that are answered before the record is written."""
     asks_before_leaving: bool = True
-    """A destination that lets the guest move on has learnt from the source that it has ended, and was not told to keep the guest."""
+    """A destination lets the guest move on only after the source has answered that it has ended and has not kept the guest."""
     asks_for_guest: bool = True
-    """Where the source has no record, it asks its hypervisor for the guest."""
+    """If the source has no record, the destination asks the source's hypervisor for the guest."""
     destination_asks: bool = True
     """An armed destination whose driver is silent asks the source whether it kept the guest."""
     abandon_awaits_finish: bool = True
-    """A copy is only called gone once Finish, too, has come back."""
+    """A copy is recorded as GONE only after Finish has returned too."""
 
     checks: frozenset[str] | None = None
     """Names of the invariants that are checked; None for all."""
 
     def may(self, cost: Cost) -> bool:
-        """Whether such a fault happens at all."""
+        """Return whether such a fault can happen in this world."""
         return cost < 0 or self.budget[cost] > 0
 
     def checked(self, rule: str) -> bool:

@@ -1,7 +1,7 @@
 """The worlds that are explored: which faults, how many of each, and which drivers.
 
-Every one is explored whole. The bounds differ, because all faults at once would be too many states: what goes wrong does so
-with two or three faults together, so each world has those that belong together.
+Every world is explored completely. All faults at once would be too many states; flaws show with two or three faults together, so
+each world has faults that belong together.
 """
 
 from agent.handshake.machines.destination import DESTINATION
@@ -12,7 +12,7 @@ from tests.model.parts import budget
 from tests.model.world import BESIDE, World
 
 BUT_ONLY_COPY = ALL - {ONLY_COPY}
-"""Where a source's QEMU dies, the copy may be given up with it (`findings`)."""
+"""For worlds in which a source's QEMU may die: the copy may be given up with it (`findings`)."""
 
 SMALL: tuple[World, ...] = (
     World("no_fault", "one driver, and nothing goes wrong"),
@@ -52,7 +52,7 @@ SMALL: tuple[World, ...] = (
     ),
     World(
         "no_driver",
-        "the driver dies for good; nobody is told of an abandoned Begin",
+        "the driver dies for good, perhaps right after Begin",
         in_flight=1,
         driver_returns=False,
         budget=budget(crash_driver=1),
@@ -90,7 +90,7 @@ SMALL: tuple[World, ...] = (
     ),
     World(
         "moves_on",
-        "an operator states of a destination that is only cut off that it is dead, and its guest is to move on to a third host",
+        "an operator states that a destination is dead that is only cut off, and its guest is to move on to a third host",
         in_flight=1,
         wrong_statement=True,
         budget=budget(statement=1, crash_destination=1, move=1),
@@ -98,7 +98,7 @@ SMALL: tuple[World, ...] = (
     ),
     World(
         "trimmed",
-        "the driver dies for good; the source keeps the guest, and its journal keeps no record of that",
+        "the driver dies for good; the source keeps the guest, and its journal trims the record",
         in_flight=1,
         driver_returns=False,
         break_noticed=False,
@@ -113,7 +113,7 @@ SMALL: tuple[World, ...] = (
     ),
     World(
         "third_host",
-        "the same migration id is started once more, towards a third host, and one of both is cancelled",
+        "the same migration id is started again towards a third host, and one of both migrations is cancelled",
         takeover=False,
         in_flight=2,
         foreign_driver=True,
@@ -121,14 +121,14 @@ SMALL: tuple[World, ...] = (
     ),
     World(
         "wrong_statement",
-        "an operator states of a host that lives that it is dead",
+        "an operator states that a host is dead that is alive",
         in_flight=2,
         wrong_statement=True,
         budget=budget(statement=1, cancel=1),
     ),
     World(
         "cancelled_driver_dies",
-        "a driver that has acknowledged a cancel dies, and is back",
+        "a driver that has acknowledged a cancel dies and comes back",
         takeover=False,
         in_flight=2,
         budget=budget(cancel=1, crash_driver=1),
@@ -142,13 +142,13 @@ SMALL: tuple[World, ...] = (
     ),
     World(
         "looked_at_before_disowned",
-        "the same, and a driver that comes back, too, looks at the destination before that has asked whose the guest is",
+        "the same, and a driver that comes back reads the destination's record before the destination has asked the source",
         takeover=False,
         in_flight=1,
         budget=budget(host=1, statement=1, crash_driver=1),
     ),
 )
-"""A minute in all, on a core that is idle."""
+"""They take a minute together on an idle core."""
 
 FULL: tuple[World, ...] = (
     World(
@@ -273,7 +273,7 @@ FULL: tuple[World, ...] = (
     ),
     World(
         "wrong_statements",
-        "an operator states of hosts that live that they are dead, and a call fails",
+        "an operator states that hosts are dead that are alive, and a call fails",
         in_flight=2,
         wrong_statement=True,
         budget=budget(statement=1, cancel=1, fail=1),
@@ -287,10 +287,10 @@ FULL: tuple[World, ...] = (
         budget=budget(host=1, statement=1, crash_destination=1, lose=1),
     ),
 )
-"""Some sixteen million states: a quarter of an hour on one core that others use as well, a third of that on one that is idle."""
+"""About sixteen million states: five minutes on an idle core, a quarter of an hour on a shared one."""
 
 ROWS = frozenset((state and str(state), str(event)) for state, event in [*SOURCE.table, *DESTINATION.table])
 """The rows of both tables."""
 
 COVER = frozenset({"paused_guest", "qemu_dies", "declared_dead"})
-"""Small worlds that take every row between them."""
+"""Small worlds that together use every row."""
