@@ -1,5 +1,5 @@
-"""What a host that registers must show: a name and an address that are right, a place among the hosts that are known, and an agent
-at that address that answers with this very identity.
+"""Checks of a registration: the name and the address are valid, they conflict with no known host, and the agent at that address
+answers with the same identity.
 """
 
 import re
@@ -19,14 +19,15 @@ from drover.coordinator.v1 import host_pb2 as pb
 
 MAX_HOSTS: Final = 4096
 PROOF_SECONDS: Final = 3.0
-"""Deadline of the question to an agent who it is; shorter than an agent waits for the answer to its registration."""
+"""Deadline for an agent to prove its identity; shorter than an agent waits for the answer to its registration."""
 MAX_PROOFS: Final = 32
+"""Identity checks at once; more registrations are refused with BUSY."""
 _NO_ANSWER: Final = (Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED)
 _NAME: Final = re.compile(NAME_PATTERN)
 
 
 def check_claim(host: agent_pb.Host, agent_address: str) -> str:
-    """The address in the one spelling that can be compared. Raises INVALID_FIELD."""
+    """Check name, host_uuid and address; return the address in its normal form, for comparison. Raises INVALID_FIELD."""
     if not _NAME.match(host.name) or len(host.name) > MAX_NAME:
         text = f'must be at most {MAX_NAME} of a-z, 0-9, "." and "-", beginning and ending with a letter or digit'
         raise invalid_field("host.name", text)
@@ -39,14 +40,15 @@ def check_claim(host: agent_pb.Host, agent_address: str) -> str:
 
 
 def check_free(host: agent_pb.Host, address: str, known: Mapping[str, pb.ClusterHost]) -> list[str]:
-    """The names that this host had before: those of the same agent. No other host gives way to a claim but one that does not answer
-    and has the claimed name.
+    """Return the former names of this host: known hosts with the same host_uuid and address. A claim displaces no other host, except
+    one that does not answer and has the claimed name.
 
     Raises BUSY, HOST_NAME_TAKEN, HOST_UUID_TAKEN.
     """
     holder = known.get(host.name)
     if holder is None and len(known) >= MAX_HOSTS:
-        raise DroverError(Reason.BUSY, f"the cluster has {MAX_HOSTS} hosts, the most that it can have")
+        text = f"the cluster has {MAX_HOSTS} hosts, the most that it can have; remove one that is gone: `drover host remove NAME`"
+        raise DroverError(Reason.BUSY, text)
     if holder is not None and holder.state == pb.HOST_STATE_UP and holder.agent_address != address:
         raise DroverError(
             Reason.HOST_NAME_TAKEN,
@@ -65,7 +67,7 @@ def _uuid_taken(host: agent_pb.Host, address: str, other: pb.ClusterHost) -> Dro
     return DroverError(
         Reason.HOST_UUID_TAKEN,
         f"{host.name} at {address} and {other.host.name} at {other.agent_address} have the same host_uuid {host.host_uuid}, so "
-        f"libvirt takes them for one host. If they are two: set another host_uuid in {host.name}'s /etc/libvirt/libvirtd.conf "
+        f"libvirt takes them for one host. If they are two hosts: set another host_uuid in {host.name}'s /etc/libvirt/libvirtd.conf "
         f"(`uuidgen` makes one), and restart libvirtd and the agent there. If {other.host.name} is the former name of this host: "
         f"`drover host remove {other.host.name}`",
         metadata={"host": other.host.name, "host_uuid": host.host_uuid},
@@ -73,33 +75,33 @@ def _uuid_taken(host: agent_pb.Host, address: str, other: pb.ClusterHost) -> Dro
 
 
 class Proofs:
-    """Questions to agents whether they are who registers; a bounded number at once."""
+    """Identity checks of agents that register, at most `MAX_PROOFS` at once."""
 
     def __init__(self) -> None:
         self._asking = 0
 
     async def prove(self, host: agent_pb.Host, address: str) -> Word:
-        """What the agent at that address says of its host, which is the one that registers.
+        """Ask the agent at `address` for its host; return its answer, which has the name and host_uuid of `host`.
 
         Raises HOST_UNREACHABLE, DEADLINE_EXCEEDED, INVALID_FIELD (another host answers there), BUSY.
         """
         if self._asking >= MAX_PROOFS:
-            raise DroverError(Reason.BUSY, "too many hosts register at this moment", retry_after=1.0)
+            raise DroverError(Reason.BUSY, "too many hosts are registering at this moment", retry_after=1.0)
         self._asking += 1
         try:
-            said = await _ask(host, address)
+            answer = await _ask(host, address)
         except DroverError as error:
             if error.reason in _NO_ANSWER:
                 raise
-            # Anything may listen there and say anything; its words are not those of this coordinator.
-            text = f"what answers at {address} is no agent, or cannot be asked now: {error.message}"
+            # Any program may listen there and answer anything, so its reason must not become this coordinator's.
+            text = f"{address} does not answer as a working agent does: {error.message}"
             raise DroverError(Reason.HOST_UNREACHABLE, text, metadata={"peer": address}) from None
         finally:
             self._asking -= 1
-        if (said.name, said.host_uuid) != (host.name, host.host_uuid):
-            text = f"host {said.name} ({said.host_uuid}) answers at {address}, not {host.name} ({host.host_uuid})"
+        if (answer.name, answer.host_uuid) != (host.name, host.host_uuid):
+            text = f"host {answer.name} ({answer.host_uuid}) answers at {address}, not {host.name} ({host.host_uuid})"
             raise invalid_field("agent_address", text)
-        return Word(said)
+        return Word(answer)
 
 
 async def _ask(host: agent_pb.Host, address: str) -> agent_pb.Host:

@@ -1,4 +1,4 @@
-"""Turns the names of a migration into hosts of the cluster (`agent.handshake.drive.ends.Directory`)."""
+"""Finds the hosts and the guest of a migration in the cluster (`agent.handshake.drive.ends.Directory`)."""
 
 import asyncio
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ Found = Sequence[tuple[str, host_pb2.GetDomainResponse]]
 
 
 class ClusterDirectory:
-    """Source and destination are hosts that registered."""
+    """The directory of a coordinator: source and destination are registered hosts."""
 
     def __init__(self, registry: HostRegistry) -> None:
         self._registry = registry
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
-        # Both hosts are asked at once; what is wrong with the source is told first.
+        # Both hosts are asked at once; if both fail, the source's error is raised.
         source, destination = await asyncio.gather(self._source(spec), self._side(spec.destination_host), return_exceptions=True)
         if isinstance(source, BaseException):
             raise source
@@ -43,11 +43,14 @@ class ClusterDirectory:
         if spec.source_host:
             return await asyncio.gather(self._side(spec.source_host), self._guest(spec.source_host, spec))
         name, guest = await self._find_guest(spec)
-        return await self._known(name), guest  # it has just answered: what it said of itself is news enough
+        return await self._known(name), guest  # the host has just answered, so its last report is new enough
 
     async def _find_guest(self, spec: pb.MigrationSpec) -> tuple[str, host_pb2.GetDomainResponse]:
-        """Where the guest runs, and what is said of it there. Neither counts a definition that is shut off elsewhere, nor a copy
-        that waits for its memory."""
+        """Return the host on which the guest runs, and the guest as that host describes it. Ignores a copy that is shut off on
+        another host, and one that waits for its memory.
+
+        Raises DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, HOST_UNREACHABLE (it may run on a host that does not answer).
+        """
         domain = spec.domain
         found, silent = await self._registry.find_domain(leaving_request(spec))
         if text := ambiguity(domain, [(guest.domain.name, guest.domain.uuid) for _, guest in found]):
@@ -57,8 +60,8 @@ class ClusterDirectory:
         if not candidates and silent:
             raise DroverError(
                 Reason.HOST_UNREACHABLE,
-                f'no host that answers runs a guest "{domain}", and {", ".join(silent)} did not answer: it may run there. '
-                "Nothing was done; `drover host list` shows the hosts",
+                f'no host that answered runs a guest "{domain}"; it may run on {", ".join(silent)}, which did not answer. '
+                "Nothing was changed; `drover host list` shows the hosts",
                 metadata={"domain": domain, "host": silent[0]},
             )
         candidates = candidates or found
@@ -79,27 +82,29 @@ class ClusterDirectory:
         )
 
     async def _guest(self, host: str, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
-        """The guest, and what keeps it from leaving as it shall."""
+        """Return the guest, with what prevents this migration of it."""
         stub = host_pb2_grpc.HostServiceStub(self._registry.channel(host))
         with errors_of(host):
             answer = await stub.GetDomain(leaving_request(spec), timeout=QUESTION_SECONDS)
         return checked_answer(answer, host)
 
     async def _side(self, name: str) -> Side:
-        """A host that is up has told its news on its watch; another one is asked, so that its error says what is wrong."""
+        """Return the host as its watch reported it if it is up; else ask it, so that its error says what is wrong."""
         known = await self._registry.get(name)
         host = known.host if known.state == HOST_STATE_UP else await ask_host(self._registry.channel(name), name)
         return Side(host, self._peer(known.host, known.agent_address), known.agent_address)
 
     def _peer(self, host: host_pb2.Host, address: str) -> RemotePeer:
-        """The agent of that host, wherever it registers next. A name can pass to another host, which knows nothing of what this
-        one did: that is not the peer. One of that name at the same address is, though its libvirt has another UUID by now."""
+        """Return a peer that reaches the agent of that host, also after it registers at another address. Its calls raise
+        HOST_UNREACHABLE once the name belongs to another host, which has none of its records. A host of that name at the same
+        address is the same one, even if its libvirt's UUID has changed.
+        """
 
         def channel() -> grpc.aio.Channel:
             if not self._registry.has(host.name, host.host_uuid, address):
                 raise DroverError(
                     Reason.HOST_UNREACHABLE,
-                    f'host {host.host_uuid} is not registered as "{host.name}" any more',
+                    f'host {host.host_uuid} is no longer registered as "{host.name}"; `drover host list` shows the hosts',
                     metadata={"peer": host.name},
                 )
             return self._registry.channel(host.name)
@@ -111,14 +116,14 @@ class ClusterDirectory:
         return source, destination
 
     async def _known(self, name: str) -> Side:
-        """From the last word of the host: it need not answer now."""
+        """Return the host by its last report: it need not answer now."""
         known = await self._registry.get(name)
         return Side(known.host, self._peer(known.host, known.agent_address), known.agent_address)
 
 
 def _alive(found: Found) -> Found:
-    """The copies that run or are paused by their user. Of one and the same guest, the copy that runs: a paused one is what a
-    migration has left.
+    """Return the copies that run or are paused. If all are of one guest and one of them runs, only those that run: a paused one is
+    left over from a migration.
     """
     alive = [(host, guest) for host, guest in found if guest.domain.state in _ALIVE and guest.domain.job != Job.INCOMING]
     runs = [(host, guest) for host, guest in alive if guest.domain.state == host_pb2.DOMAIN_STATE_RUNNING]

@@ -1,4 +1,4 @@
-"""The coordinator's line to one agent: a channel, a watch that is kept open on it, and questions."""
+"""The coordinator's connection to one agent: a channel, a watch that is kept open on it, and queries."""
 
 import asyncio
 import contextlib
@@ -23,38 +23,41 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
 QUESTION_SECONDS: Final = 2.0
-"""Deadline of a question to an agent."""
+"""Deadline of a query to an agent."""
 FIRST_WORD_SECONDS: Final = 3.0
 """An agent that takes longer than this to answer a watch counts as unreachable."""
 FIRST_PAUSE_SECONDS: Final = 0.2
-"""The longest pause before a broken watch is opened again for the first time; twice as long after each failure, …"""
+"""Longest pause before a broken watch is opened again for the first time; doubles after each failure, …"""
 LONGEST_PAUSE_SECONDS: Final = 120.0
-"""… up to this. An agent that is back says so by registering, and is not waited for."""
+"""… up to this. An agent that comes back registers, which ends the pause."""
 LET_GO_AFTER: Final = 3
-"""After so many failures the channel is closed until it is needed: gRPC would go on connecting by itself."""
+"""Failures after which the channel is closed until it is needed: gRPC would keep connecting by itself."""
 SPOKEN_AT_ONCE: Final = 64
+"""Connection attempts at once to hosts that have just registered."""
 SILENT_AT_ONCE: Final = 16
-"""Attempts to reach hosts at once: those that have just registered, and those that have not."""
+"""Connection attempts at once to all other hosts."""
 HEARTBEATS_MISSED: Final = 3
-"""So many heartbeats without a word on an open watch, and it counts as broken: the agent hangs."""
+"""An open watch without a message for this many heartbeats counts as broken: the agent hangs."""
 CLOSE_SECONDS: Final = 5.0
 MAX_DOMAINS: Final = 16_384
-"""Guests of one host that are taken from its agent."""
+"""Largest number of guests that is accepted from one host."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Word:
-    """What an agent said of its host."""
+    """One report of an agent about its host."""
 
     host: pb.Host
     send_time_ns: int = 0
-    """What its wall clock said then (Unix time). 0: not told."""
+    """When it was sent, by the agent's wall clock (Unix time in nanoseconds). 0: an older agent does not send it."""
 
 
 class Lanes:
-    """Turns to connect, for all links of a coordinator. A host that has just spoken does not queue behind those that are silent."""
+    """Limits on connection attempts, for all links of a coordinator. A host that has just registered does not queue behind silent
+    ones.
+    """
 
     def __init__(self) -> None:
         self._spoken = asyncio.Semaphore(SPOKEN_AT_ONCE)
@@ -62,7 +65,7 @@ class Lanes:
 
     @contextlib.asynccontextmanager
     async def turn(self, spoken: asyncio.Event) -> AsyncIterator[None]:
-        """Wait for a turn; `spoken` is set when the host speaks, meanwhile too."""
+        """Hold a turn to connect. `spoken` is set when the host registers, before or during the wait."""
         waiting, speaking = asyncio.create_task(self._silent.acquire()), asyncio.create_task(spoken.wait())
         try:
             await asyncio.wait({waiting, speaking}, return_when=asyncio.FIRST_COMPLETED)
@@ -74,7 +77,7 @@ class Lanes:
                 yield
         finally:
             speaking.cancel()
-            waiting.cancel()  # without effect once it has its turn, which it gives back at whichever moment this ends
+            waiting.cancel()  # no effect once it holds the semaphore; the callback then releases it
             waiting.add_done_callback(self._give_back)
 
     def _give_back(self, turn: "asyncio.Task[bool]") -> None:
@@ -83,13 +86,18 @@ class Lanes:
 
 
 def pause_after(failures: int, random: Callable[[], float] = random.random) -> float:
-    """Seconds before the next attempt: anything up to a ceiling that grows with each failure, so that hosts do not come in waves."""
+    """Return the seconds before the next attempt: random up to a ceiling that doubles with each failure, so that attempts to many
+    hosts are spread out.
+    """
     return random() * min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 32))
 
 
 class HostLink:
-    """`on_word` gets each word of the watch, and raises `DroverError` for one that is not to be believed;
-    `on_silence` is told why the watch broke, or did not come about. Both get the link too, and must not wait."""
+    """The connection to one agent. Watches the host and reconnects until it is stopped.
+
+    `on_word` gets each report of the watch, and raises `DroverError` for one that it rejects; `on_silence` gets the reason why the
+    watch broke or could not be opened. Both get the link as well, and must not block.
+    """
 
     def __init__(
         self,
@@ -109,9 +117,9 @@ class HostLink:
         self._channel: grpc.aio.Channel | None = None
         self._lanes = lanes
         self.repeats = True
-        """The agent repeats its word when nothing changes."""
+        """The agent repeats its report when nothing changes (an older one does not)."""
         self.connected = False
-        """The watch is open, and something was heard on it."""
+        """The watch is open and has delivered a report."""
         self._on_word = on_word
         self._on_silence = on_silence
         self._hurry = asyncio.Event()
@@ -119,13 +127,13 @@ class HostLink:
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        """Not to be kept: it is closed when the host does not answer."""
+        """The channel to the agent, opened if needed. Do not keep it: it is closed when the host does not answer."""
         if self._channel is None:
             self._channel = open_channel(self.address)
         return self._channel
 
     async def let_go(self) -> None:
-        """Close the channel; it is opened again when it is needed."""
+        """Close the channel; the next use opens it again."""
         channel, self._channel = self._channel, None
         if channel is not None:
             with contextlib.suppress(TimeoutError):
@@ -133,11 +141,11 @@ class HostLink:
                     await channel.close()
 
     def hurry(self) -> None:
-        """There is reason to believe that the agent is back: end the pause before the next try."""
+        """End the pause before the next attempt, because the agent is probably back."""
         self._hurry.set()
 
     def stop(self) -> asyncio.Task[None]:
-        """End the watch; it has ended once the task has."""
+        """Cancel the watch; it has ended when the returned task has."""
         self._task.cancel()
         return self._task
 
@@ -146,8 +154,9 @@ class HostLink:
         await close_links([self])
 
     async def get_domain(self, request: pb.GetDomainRequest) -> Sequence[pb.GetDomainResponse]:
-        """The guest and what it needs, or nothing if this host has none of that name. Raises what the agent says, HOST_UNREACHABLE,
-        DEADLINE_EXCEEDED."""
+        """Return the guest and its requirements; nothing if this host has no such guest. Raises the agent's error, HOST_UNREACHABLE,
+        DEADLINE_EXCEEDED.
+        """
         call = rpc.HostServiceStub(self.channel).GetDomain
         try:
             return (await self._ask(call(request, timeout=QUESTION_SECONDS)),)
@@ -157,7 +166,7 @@ class HostLink:
             raise
 
     async def list_domains(self) -> Sequence[pb.Domain]:
-        """Every guest of this host. Raises what the agent says, HOST_UNREACHABLE, DEADLINE_EXCEEDED, FIELD_TOO_LARGE."""
+        """Return every guest of this host. Raises the agent's error, HOST_UNREACHABLE, DEADLINE_EXCEEDED, FIELD_TOO_LARGE."""
         call = rpc.HostServiceStub(self.channel).ListDomains
         domains: list[pb.Domain] = []
         async for page in all_pages(lambda r: self._ask(call(r, timeout=QUESTION_SECONDS)), pb.ListDomainsRequest()):
@@ -184,7 +193,7 @@ class HostLink:
                     await self._hurry.wait()
 
     async def _watch_until_silence(self) -> str:
-        """Why the watch ended."""
+        """Watch until that fails; return why it ended."""
         try:
             await self._watch()
         except DroverError as error:
@@ -193,16 +202,16 @@ class HostLink:
             return error_from_rpc(error, self.address).message
         except TimeoutError:
             if self.connected:
-                return f"{self.address} has said nothing for {self._silence_seconds:g} s"
-            return f"{self.address} did not answer within {FIRST_WORD_SECONDS:g} s"
-        except Exception as error:  # a watch that died unseen would leave the host up for ever
+                return f"the agent at {self.address} has sent nothing for {self._silence_seconds:g} s"
+            return f"the agent at {self.address} did not answer within {FIRST_WORD_SECONDS:g} s"
+        except Exception as error:  # a watch that ended unnoticed would leave the host up for ever
             log.exception("host.watch_failed", address=self.address)
-            return f"the watch failed here: {type(error).__name__}"
+            return f"unexpected error in the coordinator (bug): {type(error).__name__}; see host.watch_failed in its log"
         return "the agent ended the watch"
 
     async def _watch(self) -> None:
-        """Until the stream ends. HTTP/2 pings find a dead peer, missed heartbeats a hanging one; an agent of an older version
-        neither repeats its word nor says when it sent it. Raises `TimeoutError`.
+        """Watch until the stream ends. HTTP/2 pings detect a dead peer, missed heartbeats a hanging one; an older agent sends no
+        heartbeats and no send times, so only the pings watch it. Raises `TimeoutError`.
         """
         call = None
         try:
@@ -216,10 +225,10 @@ class HostLink:
                 more = self._heard(response)
         finally:
             if call is not None:
-                call.cancel()  # grpcio keeps a call for ever that is neither read to its end nor cancelled
+                call.cancel()  # grpcio leaks a call that is neither read to its end nor cancelled
 
     def _heard(self, response: object) -> bool:
-        """Take one answer of the watch; False at the end of the stream."""
+        """Handle one response of the watch. Return False at the end of the stream."""
         if not isinstance(response, pb.WatchHostResponse):
             return False
         self.repeats = response.HasField("send_time")
@@ -229,8 +238,8 @@ class HostLink:
 
 
 async def close_links(links: Sequence[HostLink]) -> None:
-    """End their watches, then close their channels: a channel that closes looks at every task of the process, and raises
-    CancelledError in whoever reads from it, cancelled or not.
+    """End the watches, then close the channels. The order matters: gRPC raises CancelledError in every task that still reads from a
+    channel that is being closed, cancelled or not.
     """
     tasks = [link.stop() for link in links]
     if tasks:
@@ -240,7 +249,7 @@ async def close_links(links: Sequence[HostLink]) -> None:
 
 
 async def answer_of(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:
-    """None if there is no answer. Raises DOMAIN_AMBIGUOUS: that answer is one for all hosts."""
+    """Return the answer to a query, or None if it fails. Raises DOMAIN_AMBIGUOUS, which holds for the whole cluster."""
     try:
         return await question
     except DroverError as error:

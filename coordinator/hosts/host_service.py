@@ -1,5 +1,6 @@
-"""`drover.coordinator.v1.HostService`: the hosts of the cluster on the wire. Errors are raised as `DroverError`; the server's
-interceptor translates them."""
+"""`drover.coordinator.v1.HostService`: the gRPC adapter of the registry. It raises `DroverError`, which the server's interceptor
+translates.
+"""
 
 from typing import Any, Final
 
@@ -17,13 +18,13 @@ from drover.coordinator.v1 import host_pb2_grpc as rpc
 SERVICE = pb.DESCRIPTOR.services_by_name["HostService"].full_name
 
 ASKED_AT_ONCE: Final = 256
-"""Hosts that are asked for one page of guests."""
+"""Number of hosts that are asked for one page of guests."""
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class HostServicer(rpc.HostServiceServicer):
-    """Serves the registry."""
+    """The servicer of the registry."""
 
     def __init__(self, registry: HostRegistry, migrations: Migrations) -> None:
         self._registry = registry
@@ -63,15 +64,15 @@ class HostServicer(rpc.HostServiceServicer):
             ((key, pb.PlacedDomain(host=host, domain=domain)) for key, host, domain in rows),
             end=_end_of(asked[-1]) if names[len(asked) :] and not request.host else None,
         )
-        told = [name for name in silent if page.end is None or _end_of(name) <= page.end]
-        return pb.ListDomainsResponse(domains=page.items, unreachable_hosts=told, next_page_token=page.token)
+        unreachable = [name for name in silent if page.end is None or _end_of(name) <= page.end]
+        return pb.ListDomainsResponse(domains=page.items, unreachable_hosts=unreachable, next_page_token=page.token)
 
 
 def _key(host: str, domain: agent_pb.Domain) -> Key:
-    """Orders the guests of the cluster."""
+    """Return the sort key of a guest among those of the cluster."""
     return host, 0, domain.name, domain.uuid
 
 
 def _end_of(host: str) -> Key:
-    """Behind every guest of the host, before those of the next one."""
+    """Return the sort key after every guest of the host and before those of the next one."""
     return host, 1, "", ""

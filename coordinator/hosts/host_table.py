@@ -1,7 +1,7 @@
-"""The hosts of the cluster in memory, and the same in the store.
+"""The hosts of the cluster, in memory and in the store.
 
-A claim on a name is in the store before it counts; what is heard of a host later follows in the background, so a slow disk makes no
-host look dead.
+A claim of a name is stored before it counts. Later reports of a host are stored in the background, so that a slow disk makes no host
+look dead.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class HostTable:
-    """`link_to` opens the line to a host's agent; it is closed here, when the host is dropped."""
+    """The hosts by name. `link_to` opens the connection to a host's agent; the table closes it when it drops the host."""
 
     def __init__(self, store: Store, link_to: Callable[[pb.ClusterHost], HostLink], clock: Callable[[], float]) -> None:
         self.hosts: dict[str, KnownHost] = {}
@@ -42,7 +42,7 @@ class HostTable:
         self._saver: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Load the hosts of the store: unreachable until heard of, and their agents are asked at once."""
+        """Load the hosts of the store and connect to their agents; each host is unreachable until its agent reports."""
         after, more = "", True
         while more:
             page = await self._store.list(PREFIX, after=after)
@@ -52,7 +52,7 @@ class HostTable:
         self._saver = supervise("save-hosts", self._keep_saving)
 
     async def close(self) -> None:
-        """End every watch, close every channel, save what is not saved yet. Can be called again."""
+        """End every watch, close every channel, save unsaved changes. Can be called again."""
         saver, self._saver = self._saver, None
         if saver is not None:
             saver.cancel()
@@ -64,17 +64,18 @@ class HostTable:
         if self._closing:
             await asyncio.wait(self._closing, timeout=2 * CLOSE_SECONDS)
 
-    # ---- what is in the store before it counts
+    # ---- changes that are stored before they count
 
     async def claim(self, known: pb.ClusterHost) -> None:
-        """Enter the host under its name, in place of what had the name, if the store still holds what is known here; else learn
-        from it and look again. Raises as `check_free`, BUSY, JOURNAL_UNAVAILABLE."""
+        """Enter the host under its name, in place of its former entry. If the store has changed meanwhile, adopt its entry and check
+        again. Raises as `check_free`; BUSY, JOURNAL_UNAVAILABLE.
+        """
         host = known.host
         key = PREFIX + host.name
         async with self._writing:
             for _ in range(_ATTEMPTS):
                 before = self.hosts.get(host.name)
-                renamed = self.former_names(host, known.agent_address)[:8]  # far below what one transaction takes
+                renamed = self.former_names(host, known.agent_address)[:8]  # far below the limit of one transaction
                 operations: list[Operation] = [Put(key, known.SerializeToString())]
                 operations += [Delete(PREFIX + name) for name in renamed]
                 result = await self._store.txn([Compare(key, before.mod_revision if before else 0)], operations)
@@ -89,14 +90,14 @@ class HostTable:
                         log.warning("host.uuid_changed", host=host.name, host_uuid=host.host_uuid, was=was)
                     return
                 self._adopt(key, result.current[key])
-        raise DroverError(Reason.BUSY, f'the name "{host.name}" is being claimed by others too', retry_after=RETRY_SECONDS)
+        raise DroverError(Reason.BUSY, f'other hosts claim the name "{host.name}" at this moment', retry_after=RETRY_SECONDS)
 
     def former_names(self, host: agent_pb.Host, address: str) -> list[str]:
-        """Raises as `check_free`."""
+        """Return `check_free` among the hosts of the table. Raises as that does."""
         return check_free(host, address, {name: entry.known for name, entry in self.hosts.items()})
 
     async def remove(self, name: str, check: Callable[[KnownHost], None]) -> None:
-        """Forget the host, unless `check` raises. Raises HOST_NOT_FOUND, BUSY, JOURNAL_UNAVAILABLE, what `check` does."""
+        """Forget the host, unless `check` raises. Raises HOST_NOT_FOUND, BUSY, JOURNAL_UNAVAILABLE, and as `check`."""
         key = PREFIX + name
         async with self._writing:
             for _ in range(_ATTEMPTS):
@@ -108,10 +109,10 @@ class HostTable:
                     log.info("host.removed", host=name, address=entry.known.agent_address)
                     return
                 self._adopt(key, result.current[key])
-        raise DroverError(Reason.BUSY, f'host "{name}" is just changing', retry_after=RETRY_SECONDS)
+        raise DroverError(Reason.BUSY, f'the entry of host "{name}" changes at this moment; try again', retry_after=RETRY_SECONDS)
 
     def _adopt(self, key: str, item: KeyValue | None) -> None:
-        """Take over what the store says, where it was not this coordinator's last word that wrote it."""
+        """Take over the store's entry, which another writer has changed; None: it was deleted."""
         name = key.removeprefix(PREFIX)
         entry = self.hosts.get(name)
         if item is None:
@@ -119,13 +120,13 @@ class HostTable:
             return
         known = pb.ClusterHost.FromString(item.value)
         if entry is not None and entry.is_same_agent(known.host, known.agent_address):
-            entry.mod_revision = item.mod_revision  # what is known here is newer
+            entry.mod_revision = item.mod_revision  # the entry in memory is newer
             return
         self._drop([name])
         was_up, known.state = known.state == pb.HOST_STATE_UP, pb.HOST_STATE_UNREACHABLE
         entry = self._enter(known, item.mod_revision)
         if was_up:
-            self.save_soon(entry)  # so that the store says so too
+            self.save_soon(entry)  # stores UNREACHABLE
 
     def _enter(self, known: pb.ClusterHost, mod_revision: int) -> KnownHost:
         entry = KnownHost(known, mod_revision, self._clock(), self._link_to(known))
@@ -136,7 +137,7 @@ class HostTable:
         for name in names:
             entry = self.hosts.pop(name, None)
             if entry is not None:
-                # A task of its own: whoever registers does not wait for it, and by going away cannot leave it half done.
+                # A task of its own: a registration need not wait for it, and its cancellation cannot leave it half done.
                 closing = asyncio.create_task(entry.link.close(), name=f"close-host-{name}")
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
@@ -144,7 +145,7 @@ class HostTable:
     # ---- into the store, in the background
 
     def unsaved_for(self, entry: KnownHost) -> float:
-        """Seconds since it was saved last."""
+        """Return the seconds since the entry was last saved."""
         return self._clock() - entry.saved
 
     def save_soon(self, entry: KnownHost) -> None:
@@ -156,22 +157,24 @@ class HostTable:
             await self._wake_saver.wait()
             self._wake_saver.clear()
             if not await self._save_all():
-                await asyncio.sleep(RETRY_SECONDS)  # the disk does not say when it is well again
+                await asyncio.sleep(RETRY_SECONDS)  # no event tells when the disk works again
                 self._wake_saver.set()
 
     async def _save_all(self) -> bool:
-        """False if something could not be saved; it stays in the set. One host that cannot be saved stops no other."""
-        whole = True
+        """Save every unsaved host; return whether all were saved. One that fails stays unsaved and does not stop the others, unless
+        the store cannot be used at all.
+        """
+        all_saved = True
         for name in sorted(self._unsaved):
             try:
                 async with self._writing:
                     await self._save(name)
             except DroverError as error:
                 log.warning("host.not_saved", host=name, error=error.message)
-                whole = False
+                all_saved = False
                 if error.reason is Reason.JOURNAL_UNAVAILABLE:
                     break
-        return whole
+        return all_saved
 
     async def _save(self, name: str) -> None:
         key = PREFIX + name

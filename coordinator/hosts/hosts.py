@@ -1,9 +1,9 @@
-"""The hosts of the cluster: who they are, whether their agents answer, and what they say.
+"""The registry of the cluster's hosts: their identity, whether their agents answer, and their last reports.
 
-All that is known of a host is what its agent answered at its address: to the question that a new claim brings, and on the watch
-that the coordinator holds open to it. A registration is a hint to go and look. The agent says a word on the watch at every change,
-and every `heartbeat_seconds` though nothing has changed: a watch that breaks makes the host UNREACHABLE at once, and so does one on
-which nothing is heard for three heartbeats. It is opened again and again.
+Everything known about a host comes from its agent at its address: from the identity check of a new claim, and from the watch that
+the coordinator keeps open. A registration is only a reason to look. The agent sends a report on the watch at every change, and every
+`heartbeat_seconds` without one. A watch that breaks makes the host UNREACHABLE at once, as does one without a report for three
+heartbeats; the coordinator keeps opening it again.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ log: Final = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 Answers = tuple[list[tuple[str, T]], list[str]]
-"""What hosts answered, with the host's name each; and the hosts that did not answer."""
+"""(host's name, answer) of each host that answered, and the names of the hosts that did not."""
 
 
 class HostRegistry:
-    """`clock` (seconds that never go back) measures durations, `wall` (Unix time in seconds) is what people read."""
+    """The registry of the cluster's hosts. `clock`: monotonic seconds, for durations; `wall`: Unix time in seconds, for people."""
 
     def __init__(
         self,
@@ -52,24 +52,24 @@ class HostRegistry:
         self._table = HostTable(store, self._link_to, clock)
 
     async def open(self) -> None:
-        """Load the hosts of the store: unreachable until heard of, and their agents are asked at once."""
+        """Load the hosts of the store and connect to their agents; each host is unreachable until its agent reports."""
         await self._table.open()
 
     async def close(self) -> None:
-        """End every watch, close every channel, save what is not saved yet. Can be called again."""
+        """End every watch, close every channel, save unsaved changes. Can be called again."""
         await self._table.close()
 
     # ---- the verbs
 
     async def register(self, host: agent_pb.Host, agent_address: str) -> None:
-        """Somebody says that the agent at `agent_address` serves `host`. Its name and host_uuid say which host is meant; nothing
-        else of it counts.
+        """Take the claim, from anybody, that the agent at `agent_address` serves `host`. Only its name and host_uuid count.
 
-        Of a known host nothing changes, but one that is not heard is looked for at once. A new claim (name, host or address) counts
-        once the agent at that address has answered with this identity, and is in the store when this returns. A name whose holder
-        does not answer passes to the host that asks for it.
-        Errors: INVALID_FIELD, HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has this host_uuid),
-        HOST_UNREACHABLE and DEADLINE_EXCEEDED (the agent does not answer at that address), BUSY, JOURNAL_UNAVAILABLE.
+        A known host does not change, but if it is silent the coordinator tries to reach it at once. A new claim (name, host or
+        address) counts once the agent at that address has answered with this identity; it is stored when this returns. A name whose
+        holder does not answer passes to the host that claims it.
+
+        Raises INVALID_FIELD, HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has this host_uuid),
+        HOST_UNREACHABLE, DEADLINE_EXCEEDED (the agent does not answer at that address), BUSY, JOURNAL_UNAVAILABLE.
         """
         address = check_claim(host, agent_address)
         entry = self._table.hosts.get(host.name)
@@ -77,47 +77,51 @@ class HostRegistry:
             if not entry.link.connected:
                 entry.link.hurry()
             return
-        self._table.former_names(host, address)  # what is refused anyway opens no connection
+        self._table.former_names(host, address)  # refuses before a connection is opened
         word = await self._proofs.prove(host, address)
         await self._table.claim(heard(pb.ClusterHost(agent_address=address), word, self._wall()))
 
     async def remove(self, name: str) -> None:
-        """Forget a host that does not answer; it comes back when it registers again. Gone from the store when this returns.
-        Errors: HOST_NOT_FOUND, HOST_IN_USE (it is up), BUSY, JOURNAL_UNAVAILABLE."""
+        """Forget a host that does not answer; it comes back when it registers again. It is gone from the store when this returns.
+
+        Raises HOST_NOT_FOUND, HOST_IN_USE (it is up), BUSY, JOURNAL_UNAVAILABLE.
+        """
         await self._table.remove(name, _check_removable)
 
     async def get(self, name: str) -> pb.ClusterHost:
-        """A copy of what is known. Errors: HOST_NOT_FOUND."""
+        """Return a copy of the host's entry. Raises HOST_NOT_FOUND."""
         return self._shown(self._find(name))
 
     def names(self) -> list[str]:
         return sorted(self._table.hosts)
 
     async def list_hosts(self, among: Sequence[str] | None = None) -> list[pb.ClusterHost]:
-        """Those `among`, or every one by name."""
+        """Return the hosts named in `among` (None: all, by name)."""
         return [self._shown(entry) for entry in self._among(among)]
 
     def has(self, name: str, host_uuid: str, address: str) -> bool:
-        """Whether that host has the name now: by its UUID, or by the address of its agent where the UUID was changed."""
+        """Return whether that host has the name now: the UUID is the same, or (if it was changed) the address of the agent is."""
         entry = self._table.hosts.get(name)
         return entry is not None and (entry.known.host.host_uuid == host_uuid or entry.known.agent_address == address)
 
     def channel(self, name: str) -> grpc.aio.Channel:
-        """The channel to the host's agent, whether it answers or not; not yours to close. Ask again for each use: it is
-        closed when the agent's address changes. Errors: HOST_NOT_FOUND."""
+        """Return the channel to the host's agent, whether it answers or not. Do not close it, and ask again for each use: the
+        registry closes it when the agent's address changes. Raises HOST_NOT_FOUND.
+        """
         return self._find(name).link.channel
 
-    # ---- questions to agents
+    # ---- queries to agents
 
     async def find_domain(self, request: agent_pb.GetDomainRequest) -> Answers[agent_pb.GetDomainResponse]:
-        """What the hosts say that have such a guest, running or not, and the hosts that did not answer within 2 s (those that are
-        unreachable are not asked). Both by name."""
+        """Return the answers of the hosts that have such a guest, running or not, and the hosts that did not answer within 2 s
+        (unreachable ones are not asked). Both are sorted by host name.
+        """
         return await self._ask_all(lambda link: link.get_domain(request))
 
     async def list_domains(self, host: str = "", among: Sequence[str] | None = None) -> Answers[agent_pb.Domain]:
-        """Every guest of that host, or of those `among` (None: all); and the hosts that did not answer within 2 s.
+        """Return every guest of `host`, or (if empty) of those `among` (None: all), and the hosts that did not answer within 2 s.
 
-        Errors, if one host is asked for: HOST_NOT_FOUND, HOST_UNREACHABLE, and what its agent says.
+        Raises, if `host` is given: HOST_NOT_FOUND, HOST_UNREACHABLE, and its agent's error.
         """
         if not host:
             return await self._ask_all(HostLink.list_domains, among)
@@ -143,18 +147,18 @@ class HostRegistry:
     def _find(self, name: str) -> KnownHost:
         return find(self._table.hosts, name)
 
-    # ---- what is heard; nothing here waits
+    # ---- callbacks of the links; none of them waits
 
     def _link_to(self, known: pb.ClusterHost) -> HostLink:
         name, address = known.host.name, known.agent_address
-        return HostLink(name, address, self._word, self._silence, self._lanes, self.heartbeat_seconds, self._coordinator)
+        return HostLink(name, address, self._on_word, self._on_silence, self._lanes, self.heartbeat_seconds, self._coordinator)
 
-    def _word(self, link: HostLink, word: Word) -> None:
+    def _on_word(self, link: HostLink, word: Word) -> None:
         entry = self._entry_of(link)
         if entry is None:
             return
         entry.check_identity(word.host)
-        self._tell_rivals(entry, frozenset(word.host.coordinators) - {self._coordinator})
+        self._warn_of_rivals(entry, frozenset(word.host.coordinators) - {self._coordinator})
         entry.heard_at = self._clock()
         before, entry.known = entry.known, heard(entry.known, word, self._wall())
         if before.state != entry.known.state:
@@ -162,8 +166,10 @@ class HostRegistry:
         if is_worth_saving(before, entry.known, self._table.unsaved_for(entry)):
             self._table.save_soon(entry)
 
-    def _tell_rivals(self, entry: KnownHost, rivals: frozenset[str]) -> None:
-        """Each once, but seldom; one that came too soon after another is told of later, if it is still there."""
+    def _warn_of_rivals(self, entry: KnownHost, rivals: frozenset[str]) -> None:
+        """Log each other coordinator that claims the host once, within the rate of `Seldom`. A rival that exceeds the rate is logged
+        later, if it is still there.
+        """
         came, entry.rivals = rivals - entry.rivals, rivals
         entry.named_rivals &= rivals
         now, others = self._clock(), rivals - entry.named_rivals
@@ -176,7 +182,7 @@ class HostRegistry:
         log.warning("host.claimed_by_another_coordinator", host=entry.name, others=sorted(others), held_back=held_back)
         entry.named_rivals = rivals
 
-    def _silence(self, link: HostLink, why: str) -> None:
+    def _on_silence(self, link: HostLink, why: str) -> None:
         entry = self._entry_of(link)
         if entry is not None and entry.up:
             log.warning("host.unreachable", host=entry.name, why=why)
@@ -186,13 +192,13 @@ class HostRegistry:
             entry.known.unreachable_reason = cut(why, 1024)
 
     def _entry_of(self, link: HostLink) -> KnownHost | None:
-        """None for a link that was dropped and is not closed yet."""
+        """Return the link's host, or None if the link was dropped but is not closed yet."""
         entry = self._table.hosts.get(link.name)
         return entry if entry is not None and entry.link is link else None
 
 
 def _check_removable(entry: KnownHost) -> None:
-    """Raises HOST_IN_USE."""
+    """Raise HOST_IN_USE if the host is up."""
     if entry.up:
         text = f"{entry.name} at {entry.known.agent_address} is up and would register again; stop its agent first"
         raise DroverError(Reason.HOST_IN_USE, text, metadata={"host": entry.name})

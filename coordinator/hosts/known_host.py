@@ -1,4 +1,4 @@
-"""One host as this coordinator knows it, and what a word of its agent changes in that."""
+"""The coordinator's entry for one host, and how a report of its agent changes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,27 +11,27 @@ from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
 
 LAST_SEEN_SECONDS: Final = 60.0
-"""The store's `last_seen_time` of a host that is up is at most so old."""
+"""Largest age of the stored `last_seen_time` of a host that is up."""
 RETRY_SECONDS: Final = 1.0
-"""After so long a caller may ask again, and a write to the store that failed is tried again."""
+"""Pause before a caller should ask again, and before a failed write to the store is retried."""
 
 
 @dataclass
 class KnownHost:
     known: pb.ClusterHost
     mod_revision: int
-    """Of its key in the store."""
+    """Revision of its key in the store."""
     saved: float
     """When it was last saved, by the monotonic clock."""
     link: HostLink
     heard_at: float | None = None
-    """When it was last heard of, by the monotonic clock. None: not in this life of the coordinator."""
+    """When its agent last reported, by the monotonic clock. None: not since the coordinator started."""
     rivals: frozenset[str] = frozenset()
-    """Other coordinators that claim it, as last told."""
+    """Other coordinators that claim it, by its last report."""
     named_rivals: frozenset[str] = frozenset()
-    """Those of them that the log has named."""
+    """The rivals that were logged."""
     warnings: Seldom = field(default_factory=Seldom)
-    """About its rivals."""
+    """Rate limit of the warnings about its rivals."""
 
     @property
     def name(self) -> str:
@@ -45,7 +45,7 @@ class KnownHost:
         return self.known.host.host_uuid == host.host_uuid and self.known.agent_address == address
 
     def check_identity(self, host: agent_pb.Host) -> None:
-        """Raises HOST_UNREACHABLE where another host answers at its address."""
+        """Raise HOST_UNREACHABLE if another host answers at its address."""
         if (host.name, host.host_uuid) != (self.name, self.known.host.host_uuid):
             raise DroverError(
                 Reason.HOST_UNREACHABLE,
@@ -55,15 +55,15 @@ class KnownHost:
     def unreachable(self) -> DroverError:
         return DroverError(
             Reason.HOST_UNREACHABLE,
-            f"the agent of {self.name} at {self.known.agent_address} does not answer; its guests may well run: look at the "
-            "agent and at the network between it and the coordinator",
+            f"the agent of {self.name} at {self.known.agent_address} does not answer; its guests may still run. Check the agent "
+            f"(`systemctl status drover-agent` on {self.name}) and the network between it and the coordinator",
             metadata={"host": self.name, "peer": self.known.agent_address},
             retry_after=RETRY_SECONDS,
         )
 
 
 def heard(known: pb.ClusterHost, word: Word, wall: float) -> pb.ClusterHost:
-    """The host after a word of its agent that came when the wall clock said so. Pure."""
+    """Return the entry after a report of its agent that arrived at `wall` (Unix time in seconds). Pure."""
     after = pb.ClusterHost(host=word.host, agent_address=known.agent_address, state=pb.HOST_STATE_UP)
     after.last_seen_time.FromNanoseconds(int(wall * 1e9))
     if word.send_time_ns:
@@ -72,29 +72,29 @@ def heard(known: pb.ClusterHost, word: Word, wall: float) -> pb.ClusterHost:
 
 
 def shown(entry: KnownHost, monotonic: float, wall: float) -> pb.ClusterHost:
-    """A copy, for an answer at that moment. Pure."""
+    """Return a copy of the entry for an answer at that moment, with its age. Pure."""
     host = pb.ClusterHost()
     host.CopyFrom(entry.known)
     by_wall = wall - entry.known.last_seen_time.ToNanoseconds() / 1e9
     age = by_wall if entry.heard_at is None else monotonic - entry.heard_at
     if entry.link.connected and not entry.link.repeats:
-        age = 0.0  # an agent of an older version, whose watch stands
+        age = 0.0  # an older agent sends no heartbeats, but its watch is open
     host.last_seen_by_wall_clock = entry.heard_at is None
     host.last_seen_age.FromNanoseconds(int(max(0.0, age) * 1e9))
     return host
 
 
 def is_worth_saving(before: pb.ClusterHost, after: pb.ClusterHost, saved_ago: float) -> bool:
-    """Times alone are saved now and then only. Pure."""
+    """Return whether to save the entry: if only times have changed, once in `LAST_SEEN_SECONDS`. Pure."""
     return (before.host, before.state) != (after.host, after.state) or saved_ago >= LAST_SEEN_SECONDS
 
 
 def find(hosts: Mapping[str, KnownHost], name: str) -> KnownHost:
-    """Raises HOST_NOT_FOUND."""
+    """Return the host of that name. Raises HOST_NOT_FOUND."""
     if name not in hosts:
         raise DroverError(
             Reason.HOST_NOT_FOUND,
-            f'no host "{name}" has registered; `drover host list` shows those that have',
+            f'no host "{name}" is registered; `drover host list` shows the hosts',
             metadata={"host": name},
         )
     return hosts[name]

@@ -1,4 +1,4 @@
-"""What the coordinator remembers; see `coordinator.store.base`."""
+"""The coordinator's store; begin with `coordinator.store.base`."""
 
 from coordinator.store.base import (
     MAX_LIST,

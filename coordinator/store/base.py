@@ -1,18 +1,18 @@
-"""The coordinator's store: the few verbs of etcd that Drover needs, whoever provides them.
+"""The interface of the coordinator's store: the few verbs of etcd that Drover needs.
 
 A store holds keys (paths such as ``/hosts/alpha``) and values (bytes, usually a protobuf message), and one revision that
-rises by one with every transaction that changes something. Each key remembers the revision that made it and the one that
-changed it last; a transaction compares the latter, so nothing is overwritten that the writer has not seen::
+rises by one with every transaction that changes something. Each key has the revision that created it and the one that
+changed it last; a transaction compares the latter, so no writer overwrites a change that it has not seen::
 
     seen = await store.get("/hosts/alpha")
     result = await store.txn([Compare("/hosts/alpha", seen.mod_revision if seen else 0)], [Put("/hosts/alpha", data)])
     if isinstance(result, Conflict):
-        ...  # somebody was faster; result.current says what is there now
+        ...  # another writer was faster; result.current has the present entries
 
 To follow a part of the store without a gap: `list` it, then `watch` from ``listing.revision + 1``; when the watch raises
 `WATCH_TOO_SLOW`, do both again.
 
-Implementations: `MemoryStore` for tests, `SqliteStore` embedded. Nothing here is more than etcd does.
+Implementations: `MemoryStore` for tests, `SqliteStore` embedded. The interface needs nothing that etcd lacks.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,11 +24,11 @@ from agent.runtime.errors import DroverError, Reason, invalid_field
 MAX_KEY_BYTES: Final = 1024
 MAX_VALUE_BYTES: Final = 512 * 1024
 MAX_TXN_OPERATIONS: Final = 128
-"""Compares and writes of one transaction, as many as etcd takes by default."""
+"""Largest number of compares, and of writes, of one transaction; etcd's default."""
 MAX_TXN_BYTES: Final = 1024 * 1024
-"""Keys and values of one transaction together; etcd takes 1.5 MiB with everything around them."""
+"""Largest size of the keys and values of one transaction; etcd's limit is 1.5 MiB for the whole request."""
 MAX_LIST: Final = 1000
-"""Keys of one answer; ask again with `after` for more."""
+"""Largest number of keys in one listing; list again with `after` for more."""
 MAX_TTL_SECONDS: Final = 86_400
 
 
@@ -37,16 +37,16 @@ class KeyValue:
     key: str
     value: bytes
     create_revision: int
-    """The revision that made the key (again, after it was deleted)."""
+    """The revision that created the key (most recently, if it was deleted before)."""
     mod_revision: int
     """The revision that changed it last."""
     lease_id: int = 0
-    """The key vanishes with this lease; 0: it stays."""
+    """The key is deleted with this lease. 0: it has none."""
 
 
 @dataclass(frozen=True)
 class Compare:
-    """The transaction takes place only if the key was changed last by this revision; 0: if there is no such key."""
+    """A condition of a transaction: this revision was the last to change the key. 0: there is no such key."""
 
     key: str
     mod_revision: int
@@ -54,7 +54,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Put:
-    """Write the key. `lease_id` 0 detaches it from the lease that it had."""
+    """A write of a key. `lease_id` 0 detaches the key from its former lease."""
 
     key: str
     value: bytes
@@ -63,7 +63,7 @@ class Put:
 
 @dataclass(frozen=True)
 class Delete:
-    """Remove the key; no change if there is none."""
+    """A deletion of a key; no change if there is no such key."""
 
     key: str
 
@@ -73,27 +73,27 @@ Operation = Put | Delete
 
 @dataclass(frozen=True)
 class Conflict:
-    """The transaction did not take place, because a compare did not hold."""
+    """The result of a transaction that was not carried out, because a compare failed."""
 
     revision: int
-    """The store's revision at which that was so."""
+    """The store's revision at that moment."""
     current: Mapping[str, KeyValue | None] = field(default_factory=dict)
-    """The keys whose compare did not hold, as they are."""
+    """The present entries of the keys whose compare failed."""
 
 
 @dataclass(frozen=True)
 class Listing:
     revision: int
-    """The store's revision at which this was so; watch from the next one."""
+    """The store's revision of this listing; watch from the next one."""
     items: tuple[KeyValue, ...]
-    """By key, in the order of their UTF-8 bytes."""
+    """Sorted by the UTF-8 bytes of the keys."""
     more: bool
-    """There are more: ask again with `after` the last key. They are then of a newer revision, perhaps."""
+    """There are more keys: list again with `after` set to the last key. That listing may be of a newer revision."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A key was written, or deleted (`now` is None) by hand or with its lease."""
+    """A change of one key: written, or (`now` is None) deleted, by a transaction or with its lease."""
 
     key: str
     now: KeyValue | None
@@ -101,56 +101,59 @@ class Event:
 
 @dataclass(frozen=True)
 class Changes:
-    """What one transaction changed under the prefix of a watch, all of it at once."""
+    """All changes that one transaction made under the prefix of a watch."""
 
     revision: int
     events: tuple[Event, ...]
 
 
 class Store(Protocol):
-    """Every method raises `JOURNAL_UNAVAILABLE` where the store does not answer (`agent.runtime.sqlite` says what its metadata
-    tell about a write), and ends within the store's own deadline, but for `watch`."""
+    """The verbs of a store. Every method but `watch` returns within the store's own deadline. All raise `JOURNAL_UNAVAILABLE` if the
+    store does not answer; its metadata say whether a write took place (see `agent.runtime.sqlite`).
+    """
 
     async def get(self, key: str) -> KeyValue | None:
-        """The key, if there is one."""
+        """Return the entry of the key, or None if there is no such key."""
 
     async def list(self, prefix: str, limit: int = MAX_LIST, *, after: str = "") -> Listing:
-        """At most `limit` (1 to `MAX_LIST`) keys that begin with `prefix` and come after `after`."""
+        """Return at most `limit` (1 to `MAX_LIST`) keys that begin with `prefix` and come after `after`."""
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> int | Conflict:
-        """Carry out all operations if all compares hold, else none. The store's revision after it.
+        """Carry out all operations if all compares hold, else none. Return the store's revision after it.
 
-        A transaction that changes nothing (no operation, or deletes of what is not there) leaves the revision alone.
-        Cancelling the await leaves the transaction whole: it takes place or does not.
-        Errors: INVALID_FIELD (no key, one key twice), FIELD_TOO_LARGE, LEASE_EXPIRED (a put names a lease that is gone).
+        A transaction that changes nothing (no operation, or only deletions of missing keys) does not raise the revision.
+        Cancelling the await does not split the transaction: it takes place wholly or not at all.
+
+        Raises INVALID_FIELD (empty key, one key written twice), FIELD_TOO_LARGE, LEASE_EXPIRED (a put names a lease that has ended).
         """
 
     async def grant(self, ttl: int) -> int:
-        """A new lease that lives `ttl` seconds (1 to `MAX_TTL_SECONDS`) after its last keepalive. Its id, never used twice.
+        """Create a lease that ends `ttl` seconds (1 to `MAX_TTL_SECONDS`) after its last keepalive. Return its id, which is never
+        used twice.
 
-        A restart of the store begins the time of every lease anew (as a new leader of etcd does).
+        A restart of the store renews every lease (as a new leader of etcd does).
         """
 
     async def keepalive(self, lease_id: int) -> int:
-        """The lease lives `ttl` seconds from now; the ttl. Errors: LEASE_EXPIRED."""
+        """Renew the lease: it ends `ttl` seconds from now. Return the ttl. Raises LEASE_EXPIRED."""
 
     async def revoke(self, lease_id: int) -> None:
-        """End the lease and delete its keys, in one transaction. Nothing happens if it is gone already."""
+        """End the lease and delete its keys, in one transaction. Does nothing if the lease has ended already."""
 
     def watch(self, prefix: str, from_revision: int = 0) -> AsyncIterator[Changes]:
-        """Every change under `prefix` from that revision on (0: from now on), in order, without end until `close`.
+        """Yield every change under `prefix` from `from_revision` on (0: from now on), in order, until `close`.
 
-        Needs no closing; cancelling the await of an item loses nothing. A watch costs no memory of its own: the store keeps
-        the changes of the last revisions once for all. Errors, when the iterator is asked: WATCH_TOO_SLOW when the
-        changes that come next are no longer kept (the reader fell behind, or `from_revision` is too old).
+        The iterator need not be closed; cancelling the await of an item loses nothing. A watch has no queue of its own: the store
+        keeps the changes of the last revisions once for all watches. The iterator raises WATCH_TOO_SLOW if the store no longer
+        keeps the next changes (the reader fell behind, or `from_revision` is too old).
         """
 
     async def close(self) -> None:
-        """End all watches, and release what the store holds. Can be called again."""
+        """End all watches and release all resources. Can be called again."""
 
 
 def check_key(key: str, *, name: str = "key", empty: bool = False) -> None:
-    """Refuse what a store cannot hold as a key."""
+    """Raise INVALID_FIELD or FIELD_TOO_LARGE for a text that cannot be a key."""
     if not key and not empty:
         raise invalid_field(name, "a key must not be empty")
     try:
@@ -172,7 +175,9 @@ def check_ttl(ttl: int) -> None:
 
 
 def check_txn(compares: Sequence[Compare], operations: Sequence[Operation]) -> None:
-    """Refuse a transaction that is over a bound, or that writes one key twice (which would win?)."""
+    """Raise INVALID_FIELD or FIELD_TOO_LARGE for a transaction that is over a bound, or that writes one key twice (in no defined
+    order).
+    """
     count = max(len(compares), len(operations))
     if count > MAX_TXN_OPERATIONS:
         raise invalid_field("operations", f"{count}, at most {MAX_TXN_OPERATIONS} are allowed", Reason.FIELD_TOO_LARGE)
@@ -195,6 +200,6 @@ def _check_size(name: str, size: int, bound: int) -> None:
 def lease_expired(lease_id: int) -> DroverError:
     return DroverError(
         Reason.LEASE_EXPIRED,
-        f"lease {lease_id} is gone (expired or revoked), and the keys with it; grant a new one",
+        f"lease {lease_id} has ended (expired or revoked), and its keys are deleted; grant a new one",
         metadata={"lease_id": str(lease_id)},
     )

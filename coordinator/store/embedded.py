@@ -1,7 +1,7 @@
-"""What the stores inside of this process have in common: turns, leases and watches around rows.
+"""The base of the stores within this process: order of writes, leases and watches on top of rows.
 
-One write at a time, in a task of its own: whoever asked may go away, and the write is still carried out, told to the
-watches in the order of the revisions, and seen by the leases. Reads run beside it.
+One write runs at a time, in a task of its own: even if the caller is cancelled, the write is carried out, reaches the watches in the
+order of the revisions, and updates the leases. Reads run concurrently.
 """
 
 import asyncio
@@ -38,25 +38,25 @@ from coordinator.store.rows import Committed, LeaseGone, Rows
 T = TypeVar("T")
 
 WRITE_SECONDS: Final = 15.0
-"""Deadline of a write, the wait for its turn included."""
+"""Deadline of a write, including the wait for its turn."""
 RETRY_SECONDS: Final = 1.0
-"""After so long, what could not be cleaned up (the disk was full) is tried again."""
+"""Pause before a failed write (the disk was full) is followed by another attempt to end the leases that are due."""
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class _Written(Generic[T]):
-    """What one write did."""
+    """The result of one write."""
 
     result: T
     base: int
-    """The revision before it."""
+    """The revision before the write."""
     batches: list[Changes]
 
 
 class EmbeddedStore(ABC):
-    """A `Store` on `Rows`, opened by the `open` of its class. `clock`: seconds that never go back, for the leases."""
+    """A `Store` on `Rows`; each class has its own `open`. `clock`: monotonic seconds, for the leases."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._leases = Leases(clock)
@@ -66,19 +66,19 @@ class EmbeddedStore(ABC):
         self._sweeper: asyncio.Task[None] | None = None
         self._leases_changed = asyncio.Event()
         self._in_doubt = False
-        """A write failed: it may still have taken place, and its expired leases are to be tried again."""
+        """A write failed: it may have taken place, and the leases that were due with it must be ended again."""
 
-    # ---- what an implementation adds
+    # ---- to be implemented by each class
 
     @abstractmethod
     async def _run_write(self, job: Callable[[Rows], T]) -> T:
-        """Run `job`, which does not raise, in one transaction. Whole, whatever happens to the await."""
+        """Run `job`, which does not raise, in one transaction, which cancelling the await does not split."""
 
     @abstractmethod
     async def _run_read(self, job: Callable[[Rows], T]) -> T:
-        """Run `job` on one consistent state."""
+        """Run `job` on one consistent snapshot."""
 
-    # ---- life
+    # ---- opening and closing
 
     async def __aenter__(self) -> Self:
         return self
@@ -87,7 +87,7 @@ class EmbeddedStore(ABC):
         await self.close()
 
     async def _start(self) -> None:
-        """Ready to use after this; leases that are there live their whole time again."""
+        """Make the store ready for use, and renew every stored lease."""
         revision, ttls = await self._run_read(lambda rows: (rows.revision(), rows.leases()))
         self._history = History(revision)
         self._leases.start(ttls)
@@ -158,7 +158,7 @@ class EmbeddedStore(ABC):
 
     async def _read(self, job: Callable[[Rows], T]) -> T:
         self._opened()
-        if self._leases.due():  # their keys must not be seen any more, so this is a write first
+        if self._leases.due():  # their keys must not be seen any more, so a write ends them first
             return await self._write(job)
         return await self._run_read(job)
 
@@ -169,18 +169,21 @@ class EmbeddedStore(ABC):
         changes_of: Callable[[T], Changes | None] = lambda _: None,
         then: Callable[[T], None] = lambda _: None,
     ) -> T:
-        """End the leases that are due, run `job`, tell the watches what `changes_of` its result, and call `then`."""
+        """End the leases that are due, run `job`, pass `changes_of` its result to the watches, and call `then` with the result.
+
+        Raises JOURNAL_UNAVAILABLE after `WRITE_SECONDS`; the write may still take place.
+        """
         self._opened()
         result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._write_in_turn(job, changes_of, then, result))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-        # wait, unlike wait_for, leaves the future alone when this is cancelled.
+        # Unlike wait_for, wait does not cancel the future when this task is cancelled.
         done, _ = await asyncio.wait({result}, timeout=WRITE_SECONDS)
         if not done:
             raise DroverError(
                 Reason.JOURNAL_UNAVAILABLE,
-                f"the store did not write within {WRITE_SECONDS:g} s (written: unknown): look at its disk",
+                f"the store did not write within {WRITE_SECONDS:g} s (written: unknown); check its disk",
                 metadata={"written": "unknown", "cause": "DEADLINE"},
             )
         return result.result()
@@ -198,16 +201,16 @@ class EmbeddedStore(ABC):
                 written = await self._run_write(lambda rows: _run(rows, due, job, changes_of))
                 self._settle(due, written)
                 then(written.result)
-            except Exception as error:  # handed to whoever asked
+            except Exception as error:  # passed to the caller
                 self._in_doubt = True
                 self._leases_changed.set()
                 result.set_exception(error)
-                result.exception()  # marks it as seen: whoever asked may be gone
+                result.exception()  # marks it as retrieved, as the caller may be gone
             else:
                 result.set_result(written.result)
 
     def _settle(self, due: Sequence[int], written: _Written[T]) -> None:
-        assert self._history is not None  # a write is only begun when open
+        assert self._history is not None  # `_write` checks that the store is open
         for lease_id in due:
             self._leases.forget(lease_id)
         self._history.append(written.base, written.batches)
@@ -215,7 +218,7 @@ class EmbeddedStore(ABC):
     # ---- leases
 
     async def _sweep(self) -> None:
-        """End leases when their time comes, also when nobody asks; and find out what became of a write in doubt."""
+        """End leases when they are due, even without a request; after a failed write, learn by another whether it took place."""
         while True:
             self._leases_changed.clear()
             wait = RETRY_SECONDS if self._in_doubt else self._leases.next_end()

@@ -1,7 +1,7 @@
 """The changes of the last revisions, kept once for all watches.
 
-A watch has no queue: it is a revision to read next and a wait for news. A reader that is slow costs nothing; when the
-changes that it needs next have left the history, it is told so and lists again.
+A watch has no queue, only the revision that it reads next. A slow reader costs no memory; when the changes that it needs next have
+left the history, its watch raises WATCH_TOO_SLOW and the reader lists again.
 """
 
 import asyncio
@@ -13,18 +13,18 @@ from agent.runtime.errors import DroverError, Reason
 from coordinator.store.base import Changes
 
 MAX_REVISIONS: Final = 4096
-"""Revisions that are kept …"""
+"""Largest number of revisions that are kept, …"""
 MAX_BYTES: Final = 16 * 1024 * 1024
-"""… as long as their keys and values have no more bytes than this together."""
+"""… and largest size of their keys and values together."""
 
 
 class History:
-    """`revision` is the store's revision when this begins; earlier changes are not known."""
+    """The history from `revision`, the store's present one, on; earlier changes are unknown."""
 
     def __init__(self, revision: int, max_revisions: int = MAX_REVISIONS, max_bytes: int = MAX_BYTES) -> None:
         self.last = revision
         self.oldest = revision + 1
-        """The oldest revision that a watch can begin with."""
+        """The oldest revision from which a watch can start."""
         self.closed = False
         self._max_revisions = max_revisions
         self._max_bytes = max_bytes
@@ -33,10 +33,10 @@ class History:
         self._news = asyncio.Event()
 
     def append(self, base: int, batches: Iterable[Changes]) -> None:
-        """The store was at revision `base`, then these changes took place.
+        """Add the changes that took place after the store's revision `base`.
 
-        A base beyond what is known means that changes went unseen (a commit whose outcome was not known in time): no watch
-        may step over them in silence, so all that are not past them are told to list again.
+        A `base` beyond the last known revision means that changes were missed (a commit whose outcome was not known in time). No
+        watch may skip them, so the history is emptied and every watch that has not read past them raises WATCH_TOO_SLOW.
         """
         if base > self.last:
             self._kept.clear()
@@ -53,7 +53,7 @@ class History:
         self._wake()
 
     def close(self) -> None:
-        """Every watch ends, also those that wait."""
+        """End every watch, also those that wait."""
         self.closed = True
         self._wake()
 
@@ -61,21 +61,21 @@ class History:
         return Watch(self, prefix, from_revision or self.last + 1)
 
     async def news(self) -> None:
-        """Returns when something was appended, or at the end."""
+        """Return when changes were appended, or the history was closed."""
         await self._news.wait()
 
     def at(self, revision: int) -> Changes:
-        """`oldest` ≤ revision ≤ `last`; the kept revisions have no gap."""
+        """Return the changes of a revision from `oldest` to `last`; the kept revisions have no gap."""
         return self._kept[revision - self.oldest]
 
     def _wake(self) -> None:
-        # A new Event for those who wait next; so nobody needs to sign in or out.
+        # A new Event for the next waiters, so that waiters need not register.
         self._news.set()
         self._news = asyncio.Event()
 
 
 class Watch(AsyncIterator[Changes]):
-    """Iterate over it; see `Store.watch`."""
+    """The iterator of `Store.watch`."""
 
     def __init__(self, history: History, prefix: str, next_revision: int) -> None:
         self._history = history

@@ -1,4 +1,4 @@
-"""When each lease ends, by a clock that can be given."""
+"""The end of each lease, by an injected clock."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,15 +13,16 @@ class _Lease:
 
 
 class Leases:
-    """`clock` gives seconds that never go back. A lease has ended when the clock reaches its end, to the instant: what is
-    left to do then (delete its keys) is done before anybody is answered."""
+    """The leases and their ends. `clock`: monotonic seconds. A lease has ended as soon as the clock reaches its end: the store
+    deletes its keys before it answers any later call.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._leases: dict[int, _Lease] = {}
 
     def start(self, ttls: Mapping[int, int]) -> None:
-        """These leases live from now on."""
+        """Add these leases (id and ttl in seconds), or renew them, from now on."""
         now = self._clock()
         self._leases.update({lease_id: _Lease(ttl, now + ttl) for lease_id, ttl in ttls.items()})
 
@@ -34,7 +35,7 @@ class Leases:
         return lease.ttl
 
     def due(self) -> list[int]:
-        """Those that have ended and are not forgotten yet, the first to end first."""
+        """Return the leases that have ended but are not forgotten yet, in the order of their ends."""
         now = self._clock()
         return sorted((i for i, lease in self._leases.items() if lease.ends <= now), key=lambda i: (self._leases[i].ends, i))
 
@@ -42,5 +43,5 @@ class Leases:
         self._leases.pop(lease_id, None)
 
     def next_end(self) -> float | None:
-        """Seconds until the next lease ends; None where there is none."""
+        """Return the seconds until the next lease ends; None if there is no lease."""
         return max(0.0, min(lease.ends for lease in self._leases.values()) - self._clock()) if self._leases else None

@@ -1,4 +1,4 @@
-"""A store in memory, for tests: it forgets everything when it is closed."""
+"""A store in memory, for tests: its data are lost when it is closed."""
 
 import bisect
 import itertools
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class MemoryRows:
-    """`Rows` in dictionaries. Order by code points is the order of UTF-8 bytes."""
+    """`Rows` in dictionaries. The order of code points equals that of UTF-8 bytes."""
 
     def __init__(self) -> None:
         self._revision = FIRST_REVISION
@@ -73,7 +73,7 @@ class MemoryStore(EmbeddedStore):
 
     @classmethod
     async def open(cls, *, clock: Callable[[], float] = time.monotonic) -> Self:
-        """An empty store. Close it when done, or use it with ``async with``."""
+        """Return an empty store. Close it, or use it with ``async with``."""
         store = cls(clock)
         await store._start()
         return store

@@ -9,11 +9,11 @@ from drover.agent.v1 import migration_pb2 as pb
 
 _OPEN: Final = "/migrations/"
 ENDED: Final = "/ended-migrations/"
-"""Nothing is decided by what is kept under it."""
+"""No decision depends on a migration under this prefix."""
 
 
 class StoredMigrations:
-    """One key for each migration; of those that have ended the newest `KEEP` stay."""
+    """The log of migrations in the store, one key for each. Of those that have ended it keeps the newest `KEEP`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

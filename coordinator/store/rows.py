@@ -1,8 +1,7 @@
-"""What a store does to its rows: transactions, leases, listings, as plain functions on plain rows.
+"""Transactions, leases and listings as plain functions on the rows of a store.
 
-No clock, no asyncio, no SQL: `MemoryStore` and `SqliteStore` run these same functions, so they cannot disagree. A function
-here decides everything before it writes its first row and never raises after that, so that rows without a rollback stay
-whole.
+No clock, no asyncio, no SQL: `MemoryStore` and `SqliteStore` run the same functions, so they behave alike. Each function decides
+everything before it writes its first row and does not raise after that, so that rows without a rollback stay consistent.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Protocol
 from coordinator.store.base import Changes, Compare, Conflict, Event, KeyValue, Listing, Operation, Put
 
 FIRST_REVISION = 1
-"""Of an empty store, as in etcd; so 0 can mean "no such key"."""
+"""The revision of an empty store, as in etcd; so 0 can mean "no such key"."""
 
 
 class Rows(Protocol):
@@ -22,25 +21,25 @@ class Rows(Protocol):
     def set_revision(self, revision: int) -> None: ...
     def get(self, key: str) -> KeyValue | None: ...
     def range(self, prefix: str, after: str, limit: int) -> list[KeyValue]:
-        """By the order of the keys' UTF-8 bytes."""
+        """Return rows in the order of the keys' UTF-8 bytes."""
 
     def put(self, row: KeyValue) -> None: ...
     def delete(self, key: str) -> None: ...
     def add_lease(self, ttl: int) -> int:
-        """An id that was never given before."""
+        """Return an id that was never used before."""
 
     def has_lease(self, lease_id: int) -> bool: ...
     def remove_lease(self, lease_id: int) -> None: ...
     def leases(self) -> dict[int, int]:
-        """Ids and their ttl."""
+        """Return the ids and their ttl in seconds."""
 
     def keys_of_lease(self, lease_id: int) -> list[str]:
-        """Sorted like `range`."""
+        """Return the keys, sorted as by `range`."""
 
 
 @dataclass(frozen=True)
 class LeaseGone:
-    """A put names a lease that does not exist; nothing was done."""
+    """The result of a transaction that names a lease which does not exist; nothing was changed."""
 
     lease_id: int
 
@@ -49,11 +48,11 @@ class LeaseGone:
 class Committed:
     revision: int
     changes: Changes | None
-    """None where nothing changed."""
+    """None if nothing changed."""
 
 
 def transact(rows: Rows, compares: Sequence[Compare], operations: Sequence[Operation]) -> Committed | Conflict | LeaseGone:
-    """`Store.txn`, of a transaction that was checked."""
+    """Carry out `Store.txn` for a transaction that has passed `check_txn`."""
     current = {compare.key: rows.get(compare.key) for compare in compares}
     failed = {c.key: current[c.key] for c in compares if c.mod_revision != _mod_revision(current[c.key])}
     if failed:
@@ -65,7 +64,7 @@ def transact(rows: Rows, compares: Sequence[Compare], operations: Sequence[Opera
 
 
 def end_lease(rows: Rows, lease_id: int) -> Changes | None:
-    """Remove the lease and its keys; nothing if there is no such lease. (0 is none: it marks the keys that stay.)"""
+    """Remove the lease and its keys; does nothing if there is no such lease. (0 is no lease: it marks the keys that have none.)"""
     if not rows.has_lease(lease_id):
         return None
     events = tuple(Event(key, None) for key in rows.keys_of_lease(lease_id))
@@ -76,7 +75,7 @@ def end_lease(rows: Rows, lease_id: int) -> Changes | None:
 
 
 def end_leases(rows: Rows, lease_ids: Iterable[int]) -> list[Changes]:
-    """Each in a revision of its own."""
+    """End each lease in a revision of its own."""
     return [changes for lease_id in lease_ids if (changes := end_lease(rows, lease_id)) is not None]
 
 

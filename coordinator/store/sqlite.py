@@ -1,4 +1,4 @@
-"""The coordinator's own store: one SQLite file, durable, for a coordinator that runs alone."""
+"""The store of a coordinator that runs alone: one durable SQLite file."""
 
 import os
 import sqlite3
@@ -14,7 +14,7 @@ from coordinator.store.rows import FIRST_REVISION, Rows
 
 T = TypeVar("T")
 
-# Keys are BLOBs of UTF-8: their order and their prefixes are then those of the bytes, as in etcd.
+# Keys are BLOBs of UTF-8, so that they sort and match prefixes by bytes, as in etcd.
 _SCHEMA: Final = (
     f"""
     CREATE TABLE kv (
@@ -26,7 +26,7 @@ _SCHEMA: Final = (
     CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO counter VALUES ('revision', {FIRST_REVISION});
     """,
-    # Checksums: `head` of what says which row it is, `sum` of its content. SQLite's own counter of lease ids has none.
+    # Checksums: `head` covers the row's key and numbers, `sum` its content. SQLite's own counter of lease ids has none.
     """
     ALTER TABLE kv ADD COLUMN head INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE kv ADD COLUMN sum INTEGER NOT NULL DEFAULT 0;
@@ -40,7 +40,7 @@ _SCHEMA: Final = (
 )
 
 _RAISE_COUNTER: Final = "UPDATE counter SET value = ?1, sum = seal(name, ?1) WHERE CAST(name AS BLOB) = ?2"
-"""No number must be given twice."""
+"""Repairs a damaged counter: raises it beyond every number that may have been used, as none may be used twice."""
 
 _COLUMNS: Final = "key, value, create_revision, mod_revision, lease_id"
 
@@ -100,15 +100,16 @@ class SqliteRows:
         return dict(self._connection.execute("SELECT id, ttl FROM lease"))
 
     def keys_of_lease(self, lease_id: int) -> list[str]:
-        # "lease_id != 0" is said again so that the index can be used.
+        # SQLite uses the partial index only if its condition "lease_id != 0" is repeated here.
         found = self._connection.execute("SELECT key FROM kv WHERE lease_id = ? AND lease_id != 0 ORDER BY key", (lease_id,))
         return [row[0].decode() for row in found]
 
 
 class SqliteStore(EmbeddedStore):
-    """A `Store` in the file `path`. Data, revision and leases survive a restart; the history of the watches does not, so a
-    watch from before it is told to list again. `expendable`: prefixes of keys by which nothing is decided any more; one of
-    them whose value is damaged is told of and removed when the store is opened, where any other refuses the start."""
+    """A `Store` in the file `path`. Data, revision and leases survive a restart; the history of the watches does not, so a watch
+    from before the restart raises WATCH_TOO_SLOW. `expendable`: prefixes of keys on which no decision depends any more. If the value
+    of such a key is damaged, `open` logs and removes it; any other damage makes `open` raise.
+    """
 
     def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float], expendable: Sequence[str]) -> None:
         super().__init__(clock)
@@ -119,7 +120,7 @@ class SqliteStore(EmbeddedStore):
     async def open(
         cls, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.monotonic, expendable: Sequence[str] = ()
     ) -> Self:
-        """The store of that file, made if there is none. Close it when done, or use it with ``async with``."""
+        """Open the store of that file, or create it. Close it, or use it with ``async with``."""
         store = cls(path, clock, expendable)
         await store._database.open()
         try:
@@ -145,7 +146,7 @@ def _key_value(row: tuple[bytes, bytes, int, int, int]) -> KeyValue:
 
 
 def _damages(connection: sqlite3.Connection, expendable: tuple[bytes, ...]) -> list[Damage]:
-    """Every row whose checksums do not hold."""
+    """Return every row whose checksums do not match."""
     damages = []
     for key, value, *numbers, head, total in connection.execute(f"SELECT {_COLUMNS}, head, sum FROM kv"):
         sound = seal(key, *numbers) == head

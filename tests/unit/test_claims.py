@@ -63,7 +63,7 @@ async def test_6_29_what_answers_at_an_address_does_not_speak_for_the_coordinato
     monkeypatch.setattr(alpha, "GetHost", get_host)
     await alpha.stop()
     await alpha.start()
-    with pytest.raises(DroverError, match="is no agent, or cannot be asked now: so it is") as caught:
+    with pytest.raises(DroverError, match="does not answer as a working agent does: so it is") as caught:
         await register(registry, alpha)
     assert caught.value.reason is Reason.HOST_UNREACHABLE
     assert await registry.list_hosts() == []

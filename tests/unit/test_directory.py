@@ -157,8 +157,8 @@ async def test_a_guest_that_is_shut_off_everywhere_is_found_too() -> None:
     ("copies", "silent", "reason", "says"),
     [
         ([], [], Reason.DOMAIN_NOT_FOUND, "drover domain list"),
-        ([], ["h1", "h2"], Reason.HOST_UNREACHABLE, "h1, h2 did not answer: it may run there"),
-        ([copy("h2", "SHUTOFF")], ["h1"], Reason.HOST_UNREACHABLE, "h1 did not answer"),
+        ([], ["h1", "h2"], Reason.HOST_UNREACHABLE, "it may run on h1, h2, which did not answer"),
+        ([copy("h2", "SHUTOFF")], ["h1"], Reason.HOST_UNREACHABLE, "it may run on h1, which did not answer"),
         ([copy("h1", "RUNNING"), copy("h2", "RUNNING", uuid="u2")], [], Reason.DOMAIN_AMBIGUOUS, "--from HOST, or name it by UUID"),
         ([copy("h1", "RUNNING"), copy("h2", "PAUSED", uuid="u2")], [], Reason.DOMAIN_AMBIGUOUS, "h1 and h2"),
         ([copy("h1", "SHUTOFF"), copy("h2", "SHUTOFF")], [], Reason.DOMAIN_AMBIGUOUS, "say which with --from HOST"),

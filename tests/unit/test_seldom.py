@@ -59,10 +59,10 @@ async def test_6_36_rivals_are_told_of_seldom_and_none_that_stays_is_forgotten(
     entry = registry._find("alpha")
     with capture_logs() as logs:
         for rivals in ({"x"}, {"y"}, {"z"}, {"z"}, set(), {"z"}):
-            registry._tell_rivals(entry, frozenset(rivals))
+            registry._warn_of_rivals(entry, frozenset(rivals))
         clock.now += SECONDS
         for rivals in ({"z"}, {"z"}, {"z", "x"}):
-            registry._tell_rivals(entry, frozenset(rivals))
+            registry._warn_of_rivals(entry, frozenset(rivals))
     await agent.stop()
     told = [line for line in logs if line["event"] == "host.claimed_by_another_coordinator"]
     assert [(line["others"], line["held_back"]) for line in told] == [(["x"], 0), (["z"], 3)]
