@@ -19,8 +19,8 @@ from agent.handshake.host.journal import Journal
 from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import AttemptRecord
 from agent.hypervisor.base import HypervisorUnavailable
-from agent.hypervisor.features import features_to_proto
 from agent.hypervisor.interface import Hypervisor
+from agent.hypervisor.wire import features_to_proto
 from agent.migration.migrations import Migrations
 from agent.migration.takeover import take_over_silent
 from agent.network.interfaces import is_own

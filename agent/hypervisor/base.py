@@ -4,7 +4,6 @@ A driver is stateless towards migrations: it does what it is asked and reports w
 done and in which order; a driver never resumes, removes or starts a guest by its own judgement.
 
 Units: memory in bytes, rates in bytes per second, times in seconds (float) unless a name says otherwise.
-`None` in an option means that the user did not set it and the driver's default holds (requirement O1).
 
 Errors (every driver method raises only these, and `asyncio.CancelledError`)::
 
@@ -30,6 +29,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from agent.hypervisor.options import Support
 from agent.transfer.progress import Progress
 
 
@@ -77,58 +77,12 @@ class HypervisorUnavailable(HypervisorError):  # noqa: N818
     """The hypervisor did not answer; nothing is known about the effect of the call."""
 
 
-class Support(StrEnum):
-    """Support of a driver for an option (requirement H4)."""
-
-    SUPPORTED = "supported"
-    ALWAYS_ON = "always_on"
-    UNSUPPORTED = "unsupported"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The user's choice for each option: True, False, or None for the driver's default (requirements O1 to O6)."""
-
-    live: bool | None = None
-    """Guest CPUs run during the transfer. Default on."""
-    persist_destination: bool | None = None
-    """The definition is stored at the destination. Default: as at the source, so off for a transient guest."""
-    undefine_source: bool | None = None
-    """The definition is removed from the source. Default on."""
-    paused: bool | None = None
-    """The guest is not resumed on arrival. Default off; a guest that its user had paused always arrives paused."""
-    offline: bool | None = None
-    """Only the definition of a stopped guest moves. Default off."""
-    change_protection: bool | None = None
-    """Device changes are refused from Begin on. Default on."""
-    abort_on_error: bool | None = None
-    """A disk I/O error of the guest during the transfer aborts the migration. Default off."""
-    unsafe: bool | None = None
-    """Accept a disk that the hypervisor takes for not shared. Default off."""
-    copy_storage: bool | None = None
-    """Copy the disks that are not shared. Default: when needed."""
-    auto_converge: bool | None = None
-    """Throttle the guest's CPUs when it dirties memory faster than the link sends. Default off."""
-    post_copy: bool | None = None
-    """Arm the switch to post-copy. Default: armed whenever both ends support it."""
-    compressed: bool | None = None
-    """Compress memory pages. Default off."""
-    parallel: bool | None = None
-    """Send the stream over several connections. Default off."""
-    tunnelled: bool | None = None
-    """Send the stream through the hypervisor daemons' own connection. Default off."""
-    rdma: bool | None = None
-    """Send the stream over RDMA. Default off."""
-    encrypted: bool | None = None
-    """Use TLS on the stream. Default on where certificates are installed."""
-
-
 @dataclass(frozen=True)
 class Features:
     """`migration_features` of a host (requirement H4)."""
 
     options: Mapping[str, Support]
-    """Support for each field of `Options`; one that is missing is unsupported."""
+    """By name of an option; one that is missing is unsupported."""
     uri_transports: tuple[str, ...]
     """Schemes that Prepare accepts in a migration URI, such as ``tcp``."""
     ports: tuple[int, int]

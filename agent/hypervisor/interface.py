@@ -10,12 +10,12 @@ from agent.hypervisor.base import (
     Finished,
     HypervisorError,
     HypervisorInfo,
-    Options,
     Performed,
     Prepared,
     Requirements,
     Stored,
 )
+from agent.hypervisor.options import Options
 from agent.transfer.progress import Progress
 
 

@@ -12,7 +12,8 @@ import structlog
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
-from agent.handshake.host.records import AttemptRecord, options_to_proto
+from agent.handshake.host.records import AttemptRecord
+from agent.hypervisor.wire import options_to_proto
 from agent.migration.migrations import Migrations
 from agent.runtime.wire import timestamp
 from drover.agent.v1 import migration_pb2 as pb
@@ -52,7 +53,7 @@ def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
             destination_host=record.peer_agent,
             destination_name=record.destination_name,
             bandwidth_bytes_per_second=record.bandwidth,
-            options=options_to_proto(record.options),
+            options=options_to_proto(record.user_options),
         ),
         state=pb.MIGRATION_STATE_ACTIVE,
         attempt=record.attempt,

@@ -14,8 +14,9 @@ import structlog
 
 from agent.handshake.host.engine import Engine
 from agent.hypervisor.base import HypervisorError, HypervisorInfo
-from agent.hypervisor.features import PROTOCOL_VERSION, features_to_proto
+from agent.hypervisor.features import PROTOCOL_VERSION
 from agent.hypervisor.interface import Hypervisor
+from agent.hypervisor.wire import features_to_proto
 from agent.runtime.seldom import Seldom
 from drover.agent.v1 import host_pb2 as pb
 

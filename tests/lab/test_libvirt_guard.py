@@ -25,7 +25,8 @@ from time import perf_counter
 
 import pytest
 
-from agent.hypervisor.base import Begun, DomainBusy, DomainNotFound, DomainState, HypervisorError, Options, Prepared
+from agent.hypervisor.base import Begun, DomainBusy, DomainNotFound, DomainState, HypervisorError, Prepared
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab, wait_until
 from tests.kit.lab.guestlog import judge_file
 

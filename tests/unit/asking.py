@@ -11,7 +11,7 @@ import pytest
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
 from agent.handshake.host.records import AttemptRecord, Role
-from agent.hypervisor.features import features_to_proto
+from agent.hypervisor.wire import features_to_proto
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb

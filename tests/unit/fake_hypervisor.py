@@ -22,14 +22,13 @@ from agent.hypervisor.base import (
     HypervisorError,
     HypervisorInfo,
     Job,
-    Options,
     Performed,
     Prepared,
     Requirements,
     Stored,
-    Support,
     TransferFailed,
 )
+from agent.hypervisor.options import Options, Support
 from agent.transfer.progress import Progress
 
 UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0001"

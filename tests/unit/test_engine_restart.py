@@ -8,8 +8,8 @@ import pytest
 
 from agent.handshake.host.records import Role, state_from_proto
 from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Job, TransferFailed
+from agent.hypervisor.wire import domain_to_proto
 from agent.runtime.errors import Reason
-from agent.service.host_service import domain_to_proto
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ID, PATIENCE, REF, begin, confirm, fails, finish, perform, prepare, record, reserve, until

@@ -15,7 +15,6 @@ from agent.hypervisor.base import (  # noqa: E402 - after the skip
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
-    Options,
     TransferFailed,
 )
 from agent.hypervisor.events import Fanout  # noqa: E402
@@ -24,6 +23,7 @@ from agent.hypervisor.libvirt.connection import Link, Pool, Session  # noqa: E40
 from agent.hypervisor.libvirt.guard import Guard  # noqa: E402
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming  # noqa: E402
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing  # noqa: E402
+from agent.hypervisor.options import Options  # noqa: E402 - after the skip
 
 UUID = "0b8c1f3e-54f1-5d0e-8f5e-d70000000001"
 RUNNING = (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_RUNNING_MIGRATION_CANCELED)

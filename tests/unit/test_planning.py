@@ -148,13 +148,13 @@ def test_6_30_post_copy_is_armed_by_itself_only_where_both_hosts_can(source: boo
     assert ("h2" if source else "h1") in error.value.message
 
 
-@pytest.mark.parametrize("word", ["DOMAIN_BUSY", "OF_TOMORROW"])
-def test_6_15_what_keeps_the_guest_from_leaving_is_told_before_a_slot_is_taken(statement: str) -> None:
+@pytest.mark.parametrize("reason", ["DOMAIN_BUSY", "OF_TOMORROW"])
+def test_6_15_what_keeps_the_guest_from_leaving_is_told_before_a_slot_is_taken(reason: str) -> None:
     held = guest()
-    held.obstacle.CopyFrom(host_pb2.Obstacle(reason=statement, message="it has a snapshot", metadata={"migration_id": "m1"}))
+    held.obstacle.CopyFrom(host_pb2.Obstacle(reason=reason, message="it has a snapshot", metadata={"migration_id": "m1"}))
     with pytest.raises(DroverError, match="it has a snapshot") as error:
         planned(domain=held)
-    assert (error.value.reason, error.value.code) == (statement, StatusCode.FAILED_PRECONDITION)
+    assert (error.value.reason, error.value.code) == (reason, StatusCode.FAILED_PRECONDITION)
     assert error.value.metadata["migration_id"] == "m1"
 
 

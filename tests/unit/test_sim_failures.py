@@ -5,21 +5,13 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
-from agent.hypervisor.base import (
-    DomainBusy,
-    DomainState,
-    HypervisorError,
-    HypervisorUnavailable,
-    Incompatible,
-    Job,
-    Options,
-    TransferFailed,
-)
+from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Incompatible, Job, TransferFailed
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim import Latencies, SimGuest, SimHypervisor
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.receiver import receiver_of
@@ -365,8 +357,8 @@ async def test_a_guest_is_not_sent_to_where_it_is(hosts: Hosts) -> None:
 async def test_a_word_that_cannot_be_honoured_is_an_error_that_names_it(hosts: Hosts, option: str) -> None:
     a, b = await hosts(web())
     with pytest.raises(Incompatible, match=option):
-        await Move(a, b, Options(**{option: True})).prepare()
-    await Move(a, b, Options(**{option: False})).whole()
+        await Move(a, b, cast(Options, {option: True})).prepare()
+    await Move(a, b, cast(Options, {option: False})).whole()
 
 
 @pytest.mark.parametrize(("state", "offline", "match"), [("running", True, "exist twice"), ("shutoff", False, "not running")])

@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,16 @@ from agent.hypervisor.base import (
     HypervisorError,
     Incompatible,
     Job,
-    Options,
     Performed,
     Prepared,
 )
 from agent.hypervisor.interface import Hypervisor
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim import Latencies, SimConfig, SimGuest, SimHypervisor
 from agent.hypervisor.sim.config import uuid_of
 
 MIB = 1 << 20
 UUID = uuid_of("web")
-DEFAULTS = Options()
 QUICK = Latencies(begin=0, prepare=0, finish=0, confirm=0, switch=0)
 
 _addresses = itertools.count()
@@ -69,7 +68,7 @@ class Move:
 
     a: SimHypervisor
     b: SimHypervisor
-    options: Options = DEFAULTS
+    options: Options = field(default_factory=Options)
     uuid: str = UUID
     name: str = ""
     bandwidth: int = 0

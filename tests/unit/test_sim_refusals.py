@@ -6,7 +6,8 @@ import dataclasses
 import msgspec
 import pytest
 
-from agent.hypervisor.base import DomainBusy, HypervisorError, HypervisorUnavailable, Incompatible, Job, Options
+from agent.hypervisor.base import DomainBusy, HypervisorError, HypervisorUnavailable, Incompatible, Job
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim import SimHypervisor
 from tests.unit.test_sim_migration import UUID, Move, facts, host, web
 

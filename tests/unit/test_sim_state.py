@@ -3,9 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from agent.hypervisor.base import (
-    Options,
-)
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim import SimConfig, SimHypervisor
 from tests.unit.test_sim_migration import UUID, Move, facts, host, lines_of, said, until, web
 

@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from agent.hypervisor.base import DomainBusy, DomainState, Options
+from agent.hypervisor.base import DomainBusy, DomainState
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim import SimGuest, SimHypervisor
 from agent.hypervisor.sim.guest import Definition
 from tests.unit.test_sim_migration import UUID, Move, host, slow, web
-
-DEFAULTS = Options()
 
 
 async def move(a: SimHypervisor, b: SimHypervisor, **changes: object) -> Move:
@@ -37,11 +36,14 @@ async def test_6_20_an_edit_for_the_next_boot_is_stored_under_the_new_name(name:
         assert (runs.state, runs.name) == (DomainState.RUNNING, name or "web")
 
 
-@pytest.mark.parametrize(("said", "persistent"), [(None, False), (True, True), (False, False)])
-async def test_6_20_a_transient_guest_stays_transient_unless_its_user_says_otherwise(said: bool | None, persistent: bool) -> None:
+@pytest.mark.parametrize(
+    ("options", "persistent"),
+    [(Options(), False), (Options(persist_destination=True), True), (Options(persist_destination=False), False)],
+)
+async def test_6_20_a_transient_guest_stays_transient_unless_its_user_says_otherwise(options: Options, persistent: bool) -> None:
     async with host("a", web(persistent=False)) as a, host("b") as b:
         assert await a.stored(UUID) is None
-        await move(a, b, options=Options(persist_destination=said))
+        await move(a, b, options=options)
         assert (await b.get_domain(UUID)).persistent is persistent
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.hypervisor.base import DomainNotFound
-from agent.hypervisor.features import from_hypervisor
+from agent.hypervisor.reasons import from_hypervisor
 from agent.runtime.errors import CODES, DroverError, FieldViolation, Reason
 from agent.service.channel import MAX_MESSAGE_BYTES, open_channel
 from agent.service.status import STATUS_KEY, error_from_rpc, errors_of, to_status, trailing_metadata

@@ -13,8 +13,8 @@ from google.protobuf.message_factory import GetMessageClass
 import agent.handshake.drive.driver
 from agent.handshake.drive.driver import Driver
 from agent.handshake.host.records import AttemptRecord, Role, decode, encode
-from agent.hypervisor.base import Support
 from agent.hypervisor.features import support_of
+from agent.hypervisor.options import Support
 from agent.migration.migration import FINAL
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.errors import DroverError, Reason

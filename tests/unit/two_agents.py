@@ -23,11 +23,10 @@ from agent.handshake.host.journal import Journal
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import AttemptRecord, decode, state_from_proto
-from agent.hypervisor.base import HypervisorError
-from agent.hypervisor.features import features_to_proto, from_hypervisor
+from agent.hypervisor.reasons import translated
+from agent.hypervisor.wire import domain_to_proto, features_to_proto
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.intact import add_functions
-from agent.service.host_service import domain_to_proto
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ADDRESSES, ID, PATIENCE, REF, make_plan, until
@@ -275,10 +274,8 @@ class Line:
         self.count["get_domain"] += 1
         if self.cut:
             raise self.unreachable()
-        try:
+        with translated(self.agent.name):
             domain = await self.agent.hypervisor.get_domain(request.domain)
-        except HypervisorError as error:
-            raise from_hypervisor(error, self.agent.name) from None
         return host_pb2.GetDomainResponse(domain=domain_to_proto(domain))
 
     async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:

@@ -2,11 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
 
 from agent.handshake.host.phases import LocalHost, check_address, check_ports
 from agent.handshake.machines.facts import check_place_is_free
-from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorError
-from agent.hypervisor.features import check_options, check_protocol, from_hypervisor, requirements_from_proto
+from agent.hypervisor.base import Domain, DomainNotFound, DomainState
+from agent.hypervisor.features import check_options, check_protocol
+from agent.hypervisor.reasons import translated
+from agent.hypervisor.wire import requirements_from_proto
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
@@ -27,14 +30,12 @@ async def check_arrival(host: LocalHost, request: pb.ReserveSlotRequest) -> bool
     check_ports(host)
     wanted = requirements_from_proto(request.requirements)
     name = request.destination_name or wanted.name
-    try:
+    with translated(host.name):
         problems, by_uuid, by_name = await asyncio.gather(
             host.hypervisor.incompatibilities(wanted),
             _has_definition(host, host.hypervisor.get_domain(wanted.uuid), wanted.uuid, name),
             _has_definition(host, host.hypervisor.get_named(name), wanted.uuid, name),
         )
-    except HypervisorError as error:
-        raise from_hypervisor(error, host.name) from None
     if problems:
         raise DroverError(
             Reason.INCOMPATIBLE_GUEST,
@@ -59,12 +60,9 @@ async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, o
     The record names the guest, and so decides for its source, only where the hypervisor has no such guest, or only a stored
     definition of one that did not run here: this host's journal may have been lost.
     """
-    try:
+    domain = None
+    with translated(host.name), suppress(DomainNotFound):
         domain = await host.hypervisor.get_domain(request.domain_uuid)
-    except DomainNotFound:
-        domain = None
-    except HypervisorError as error:
-        raise from_hypervisor(error, host.name) from None
     if domain is None or (domain.state in (DomainState.SHUTOFF, DomainState.CRASHED) and not domain.has_run):
         failure = Failure(Reason.GIVEN_UP, f"the migration was given up before it reached {host.name}")
         return {"failure": failure, "domain_uuid": request.domain_uuid, "peer_host": request.source_host}

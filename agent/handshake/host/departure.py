@@ -1,12 +1,16 @@
 """Checks whether a guest may leave this host, by asking the hypervisor, before the guest is touched."""
 
+from typing import cast
+
 from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.owner import Owner
 from agent.handshake.host.phases import LocalHost, check_address
-from agent.handshake.host.records import options_from_proto
 from agent.handshake.machines.facts import check_movable
-from agent.hypervisor.base import Domain, HypervisorError, Options
-from agent.hypervisor.features import check_options, from_hypervisor, settled
+from agent.hypervisor.base import Domain, HypervisorError
+from agent.hypervisor.features import check_options, settled
+from agent.hypervisor.options import Options
+from agent.hypervisor.reasons import from_hypervisor, translated
+from agent.hypervisor.wire import options_from_proto
 from agent.runtime.errors import DroverError
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
@@ -29,13 +33,11 @@ class Departures:
     async def check(self, request: pb.BeginRequest) -> Domain:
         """Return the guest of a Begin. Raises `DroverError` if the hypervisor does not have it or it cannot be moved now."""
         hypervisor = self._host.hypervisor
-        try:
+        with translated(self._host.name, request.domain or request.domain_uuid):
             if request.domain_uuid:
                 domain = await hypervisor.get_domain(request.domain_uuid)
             else:
                 domain = (await hypervisor.describe(request.domain))[0]
-        except HypervisorError as error:
-            raise from_hypervisor(error, self._host.name, request.domain or request.domain_uuid) from None
         self._check_movable(domain)
         return domain
 
@@ -51,7 +53,7 @@ class Departures:
     async def check_leaving(self, domain: Domain, leaving: host_pb2.Leaving) -> None:
         """Raise the `DroverError` that Begin would raise now, as far as that can be known. Changes nothing."""
         self._check_movable(domain)
-        options = Options(**options_from_proto(settled(leaving.options, self._host.features)))
+        options = cast(Options, options_from_proto(settled(leaving.options, self._host.features)))
         try:
             await self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)
         except HypervisorError as error:

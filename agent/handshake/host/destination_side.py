@@ -19,11 +19,12 @@ from agent.handshake.host.phases import (
     stated_changes,
     wait_of,
 )
-from agent.handshake.host.records import Role, options_from_proto
+from agent.handshake.host.records import Role
 from agent.handshake.host.stopwatch import timed
 from agent.handshake.host.stored import changes_of, check_documents
 from agent.handshake.machines.destination import DestinationEvent, DestinationState
 from agent.hypervisor.features import settled
+from agent.hypervisor.wire import options_from_proto
 from agent.network.networks import listen_on
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure

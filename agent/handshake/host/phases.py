@@ -17,9 +17,9 @@ from agent.handshake.host.attempt import MAX_WAIT, Attempt, waits_for
 from agent.handshake.host.records import AttemptRecord, Role, Statement, record_to_proto
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError
-from agent.hypervisor.features import from_hypervisor
 from agent.hypervisor.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_of, fact_of_event, silent
 from agent.hypervisor.interface import Hypervisor
+from agent.hypervisor.reasons import from_hypervisor
 from agent.network.interfaces import is_own
 from agent.network.ports import any_is_free
 from agent.network.uri import MigrationUri, address_problem

@@ -6,20 +6,20 @@ An `AttemptRecord` is a value: every change makes a new one, which is in the jou
 import time
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
 from agent.handshake.machines.destination import DESTINATION, DestinationState
 from agent.handshake.machines.source import SOURCE, SourceState
-from agent.hypervisor.base import Options, Stored
+from agent.hypervisor.base import Stored
 from agent.hypervisor.guest_fact import GuestFact, fact_to_proto
+from agent.hypervisor.options import Options, Value
 from agent.runtime.errors import Reason
 from agent.runtime.failure import Failure, failure_to_proto
 from agent.runtime.wire import cut, duration, enum_name, timestamp
 from agent.transfer.progress import Progress
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import options_pb2
 
 
 class Role(StrEnum):
@@ -77,7 +77,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     destination_name: str = ""
     peer_host: str = ""
     peer_agent: str = ""
-    options: dict[str, bool] = {}
+    options: dict[str, Value] = {}
     epoch: int = 0
     """Epoch of the slot; destination only."""
     expires: float = 0.0
@@ -138,7 +138,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def user_options(self) -> Options:
-        return Options(**self.options)
+        return cast(Options, self.options)
 
     def changed(self, **changes: Any) -> "AttemptRecord":
         """Return a new record with the next revision. One that ends drops what only a running migration needs."""
@@ -154,18 +154,6 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 _LISTENS: Final = frozenset({DestinationState.PREPARED, DestinationState.ARMED, DestinationState.RUNNING})
 """States of a destination whose URI is known with its port."""
-
-
-def options_from_proto(message: options_pb2.Options) -> dict[str, bool]:
-    """Return the options that the user set, by name."""
-    return {field.name: value for field, value in message.ListFields() if isinstance(value, bool)}
-
-
-def options_to_proto(options: Mapping[str, bool]) -> options_pb2.Options:
-    message = options_pb2.Options()
-    for name, value in options.items():
-        setattr(message, name, value)
-    return message
 
 
 def wire_state(record: AttemptRecord) -> pb.RecordState.ValueType:

@@ -18,12 +18,13 @@ from agent.handshake.host.phases import (
     stated_changes,
     wait_of,
 )
-from agent.handshake.host.records import Role, options_from_proto
+from agent.handshake.host.records import Role
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.host.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.machines.source import SourceEvent, SourceState
 from agent.hypervisor.features import check_bandwidth, settled
 from agent.hypervisor.guest_fact import fact_of
+from agent.hypervisor.wire import options_from_proto
 from agent.network.networks import read_uri
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import Reason, invalid_field

@@ -5,7 +5,7 @@ from typing import Final
 
 from agent.handshake.host.phases import LocalHost
 from agent.hypervisor.base import MAX_DOMAIN_XML, Domain, HypervisorError, Stored
-from agent.hypervisor.features import from_hypervisor
+from agent.hypervisor.reasons import translated
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -83,9 +83,7 @@ async def read_stored(host: LocalHost, domain: Domain) -> Stored | None:
     Raises:
         DroverError: INCOMPATIBLE_GUEST for what is too big for a message; errors of the hypervisor.
     """
-    try:
+    with translated(host.name):
         stored = await host.hypervisor.stored(domain.uuid)
-    except HypervisorError as error:
-        raise from_hypervisor(error, host.name) from None
     stored_to_proto(stored, domain.name, host.name)
     return stored

@@ -1,6 +1,6 @@
 """The calls that change a running transfer: the switch to post-copy, and its bandwidth."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
@@ -10,9 +10,9 @@ from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import Role, state_from_proto
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
-from agent.hypervisor.base import HypervisorError
-from agent.hypervisor.features import check_bandwidth, from_hypervisor
+from agent.hypervisor.features import check_bandwidth
 from agent.hypervisor.interface import Outgoing
+from agent.hypervisor.reasons import translated
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -37,7 +37,8 @@ class Transfers:
         if attempt.record.options.get("post_copy") is False:
             raise _not_armed("the transfer was started with the option post_copy=off, so it cannot be switched")
         await self._check_armed(attempt)
-        await self._hypervisor(self._session_of(attempt).start_postcopy())
+        with translated(self._host.name):
+            await self._session_of(attempt).start_postcopy()
         return pb.StartPostCopyResponse(record=self._host.show(attempt.record, attempt.progress))
 
     async def _check_armed(self, attempt: Attempt) -> None:
@@ -64,7 +65,8 @@ class Transfers:
     async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
         attempt = await self._transferring(request.ref)
         limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
-        await self._hypervisor(self._session_of(attempt).set_bandwidth(limit))
+        with translated(self._host.name):
+            await self._session_of(attempt).set_bandwidth(limit)
         await attempt.note(bandwidth=limit)
         return pb.SetBandwidthResponse(record=self._host.show(attempt.record, attempt.progress))
 
@@ -77,12 +79,6 @@ class Transfers:
                 metadata={"state": attempt.record.state},
             )
         return attempt
-
-    async def _hypervisor(self, call: Awaitable[None]) -> None:
-        try:
-            await call
-        except HypervisorError as error:
-            raise from_hypervisor(error, self._host.name) from None
 
 
 def _not_armed(why: str) -> DroverError:

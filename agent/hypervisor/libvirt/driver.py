@@ -17,10 +17,8 @@ from agent.hypervisor.base import (
     Features,
     HypervisorError,
     HypervisorInfo,
-    Options,
     Requirements,
     Stored,
-    Support,
 )
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt import domain as domains
@@ -34,6 +32,7 @@ from agent.hypervisor.libvirt.service import service_of
 from agent.hypervisor.libvirt.switchover import is_installed
 from agent.hypervisor.libvirt.versions import Versions
 from agent.hypervisor.libvirt.watch import Watch
+from agent.hypervisor.options import Options, Support
 
 log = structlog.get_logger()
 

@@ -20,7 +20,6 @@ from agent.hypervisor.base import (
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
-    Options,
     Prepared,
     Stored,
     TransferFailed,
@@ -34,6 +33,7 @@ from agent.hypervisor.libvirt.events import RECONNECTED
 from agent.hypervisor.libvirt.process import stopped
 from agent.hypervisor.libvirt.service import service_of
 from agent.hypervisor.libvirt.stored import finish_cookie
+from agent.hypervisor.options import Options
 from agent.network.uri import MigrationUri
 
 NEVER_RAN = frozenset({"failed", "daemon"})

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import libvirt
 
-from agent.hypervisor.base import MAX_DOMAIN_XML, HypervisorError, Incompatible, Options
+from agent.hypervisor.base import MAX_DOMAIN_XML, HypervisorError, Incompatible
 from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt import phases, unrun
 from agent.hypervisor.libvirt.domain import reason_name
 from agent.hypervisor.libvirt.service import Service
+from agent.hypervisor.options import Options
 
 
 def begin(domain: Any, service: Service, options: Options, destination_name: str) -> tuple[str, bytes]:
@@ -41,7 +41,7 @@ def check(domain: Any, service: Service, options: Options, destination_name: str
 
     Calls Begin without CHANGE_PROTECTION, which starts no migration job: libvirt checks and describes the guest, and keeps nothing.
     """
-    begin(domain, service, replace(options, change_protection=False), destination_name)
+    begin(domain, service, options | {"change_protection": False}, destination_name)
 
 
 @contextmanager

@@ -1,39 +1,27 @@
 """Translation of `Options` to libvirt flags, and of limits in bytes per second to libvirt's MiB/s. Tables and pure functions."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields, replace
 from xml.etree import ElementTree
 
 import libvirt
 
-from agent.hypervisor.base import Incompatible, InvalidDocument, Options, Support
+from agent.hypervisor.base import Incompatible, InvalidDocument
 from agent.hypervisor.names import name_problem
+from agent.hypervisor.options import OPTIONS, Options, Support
 
 MIB = 1 << 20
 
-FLAGS: Mapping[str, tuple[bool, int]] = {
-    # option: (the default when the user did not set it, libvirt's flag)
-    "live": (True, libvirt.VIR_MIGRATE_LIVE),
-    "persist_destination": (True, libvirt.VIR_MIGRATE_PERSIST_DEST),
-    "undefine_source": (True, libvirt.VIR_MIGRATE_UNDEFINE_SOURCE),
-    "paused": (False, libvirt.VIR_MIGRATE_PAUSED),
-    "change_protection": (True, libvirt.VIR_MIGRATE_CHANGE_PROTECTION),
-    "abort_on_error": (False, libvirt.VIR_MIGRATE_ABORT_ON_ERROR),
-    "unsafe": (False, libvirt.VIR_MIGRATE_UNSAFE),
-    "auto_converge": (False, libvirt.VIR_MIGRATE_AUTO_CONVERGE),
-    "post_copy": (True, libvirt.VIR_MIGRATE_POSTCOPY),
+FLAGS: Mapping[str, int] = {
+    name: getattr(libvirt, option.libvirt) for name, option in OPTIONS.items() if option.libvirt and option.kind is bool
 }
-"""The options that this driver supports, each tested on real libvirt. The same flags go to all phases on both sides."""
+"""The switches that this driver supports, each tested on real libvirt. The same flags go to all phases on both sides."""
 
-SUPPORT: Mapping[str, Support] = {
-    option.name: Support.SUPPORTED if option.name in FLAGS else Support.UNSUPPORTED for option in fields(Options)
-}
+SUPPORT: Mapping[str, Support] = {name: Support.SUPPORTED if name in FLAGS else Support.UNSUPPORTED for name in OPTIONS}
 
 
 def wants(options: Options, name: str) -> bool:
-    """Return the user's choice for a supported option, or this driver's default where there is none."""
-    chosen: bool | None = getattr(options, name)
-    return FLAGS[name][0] if chosen is None else chosen
+    """Return the user's choice for a supported switch, or its default where there is none."""
+    return bool(options.get(name, OPTIONS[name].default))
 
 
 def settled(options: Options, facts: Collection[str]) -> Options:
@@ -41,20 +29,20 @@ def settled(options: Options, facts: Collection[str]) -> Options:
     allows it (not for a guest that is paused during or after the transfer), and a transient guest stays transient.
     """
     if "paused" in facts:
-        options = replace(options, paused=True)
-    if "transient" in facts and options.persist_destination is None:
-        options = replace(options, persist_destination=False)
-    if options.post_copy is None and (options.live is False or options.paused):
-        options = replace(options, post_copy=False)
+        options = options | {"paused": True}
+    if "transient" in facts:
+        options = {"persist_destination": False, **options}
+    if not wants(options, "live") or wants(options, "paused"):
+        options = {"post_copy": False, **options}
     return options
 
 
 def flags(options: Options) -> int:
-    """Return libvirt's flags. Raises `Incompatible` for an option that the user switched on and this driver does not support."""
-    refused = [name for name, support in SUPPORT.items() if support is Support.UNSUPPORTED and getattr(options, name)]
+    """Return libvirt's flags. Raises `Incompatible` for an option that the user chose and this driver does not support."""
+    refused = [name for name, support in SUPPORT.items() if support is Support.UNSUPPORTED and options.get(name)]
     if refused:
         raise Incompatible(f"the libvirt driver does not support these options: {', '.join(refused)}")
-    return sum(flag for name, (_, flag) in FLAGS.items() if wants(options, name))
+    return sum(flag for name, flag in FLAGS.items() if wants(options, name))
 
 
 def mebibytes(bandwidth: int) -> int:

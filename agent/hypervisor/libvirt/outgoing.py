@@ -26,7 +26,6 @@ from agent.hypervisor.base import (
     HypervisorUnavailable,
     Incompatible,
     NoTransfer,
-    Options,
     Performed,
     TransferFailed,
 )
@@ -39,6 +38,7 @@ from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, s
 from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, refuse_half_a_guest, remove, state_of
 from agent.hypervisor.libvirt.stored import remove_leftovers
 from agent.hypervisor.libvirt.switchover import CANCELLABLE
+from agent.hypervisor.options import Options
 from agent.transfer.progress import Progress
 
 T = TypeVar("T")

@@ -15,10 +15,10 @@ from agent.hypervisor.base import (
     HypervisorInfo,
     HypervisorUnavailable,
     Job,
-    Options,
     Requirements,
     Stored,
 )
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim.config import SimConfig
 from agent.hypervisor.sim.control import serve
 from agent.hypervisor.sim.guest import Definition, Guest

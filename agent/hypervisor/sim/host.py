@@ -19,12 +19,12 @@ from agent.hypervisor.base import (
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
-    Options,
     Requirements,
     TransferFailed,
 )
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.names import ambiguity, is_uuid
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim import serial
 from agent.hypervisor.sim.config import SimConfig
 from agent.hypervisor.sim.guest import Definition, Guest, GuestRecord, requirements_of

@@ -11,11 +11,11 @@ from agent.hypervisor.base import (
     HypervisorError,
     Incompatible,
     Job,
-    Options,
     Prepared,
     Stored,
     TransferFailed,
 )
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import Host
@@ -149,8 +149,8 @@ class SimIncoming:
     def _to_store(self, domain_xml: str, options: Options, name: str, stored: Stored | None) -> Definition | None:
         """Return the definition for the next boot; None for a guest that is to be transient here."""
         running = Definition.parse(domain_xml).renamed(name)
-        if options.persist_destination is None and not running.guest.persistent:
-            options = replace(options, persist_destination=False)
+        if not running.guest.persistent:
+            options = {"persist_destination": False, **options}
         if not self._host.profile.effective(options, "persist_destination"):
             return None
         return Definition.parse(stored.definition).renamed(name) if stored is not None and stored.definition else running

@@ -13,9 +13,9 @@ from agent.hypervisor.base import (
     Incompatible,
     Job,
     NoTransfer,
-    Options,
     Performed,
 )
+from agent.hypervisor.options import Options
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host

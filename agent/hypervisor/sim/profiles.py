@@ -1,19 +1,15 @@
 """Profiles: what each kind of hypervisor can do, as data. No code branches on a profile's name, only on its fields."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from agent.hypervisor.base import Features, Options, Support
+from agent.hypervisor.base import Features
+from agent.hypervisor.options import OPTIONS, Options, Support
 
 MIB = 1 << 20
 
-YES, ALWAYS, NO = Support.SUPPORTED, Support.ALWAYS_ON, Support.UNSUPPORTED
-
-DEFAULTS: Mapping[str, bool] = MappingProxyType(
-    {"live": True, "persist_destination": True, "undefine_source": True, "change_protection": True, "post_copy": True}
-)
-"""The driver's default for an option that the user did not set; one that is missing is off."""
+ALWAYS, NO = Support.ALWAYS_ON, Support.UNSUPPORTED
 
 
 @dataclass(frozen=True)
@@ -21,7 +17,7 @@ class Profile:
     hypervisor: str
     """Value of `HypervisorInfo.hypervisor`."""
     options: Mapping[str, Support]
-    """Support for each field of `base.Options`; one that is missing is unsupported."""
+    """Support for each option of the table."""
     uri_transports: tuple[str, ...] = ("tcp",)
     bandwidth: bool = True
     """A limit on the transfer's rate is enforced."""
@@ -39,46 +35,25 @@ class Profile:
         )
 
     def effective(self, options: Options, name: str) -> bool:
-        """Return the value in effect for an option: on if it is always on, else the user's choice, else the default."""
-        if self.options.get(name, NO) is ALWAYS:
-            return True
-        chosen: bool | None = getattr(options, name)
-        return DEFAULTS.get(name, False) and self.options.get(name, NO) is YES if chosen is None else chosen
+        """Return the value in effect for a switch: on if it is always on, else the user's choice, else the default."""
+        support = self.options[name]
+        return support is ALWAYS or bool(options.get(name, OPTIONS[name].default if support is not NO else False))
 
     def refusals(self, options: Options) -> list[str]:
         """Return a sentence for each option that the user set to a value that this hypervisor does not support (requirement O1)."""
         wrong = {(NO, True): "is not supported", (ALWAYS, False): "cannot be switched off"}
-        choices = ((option.name, getattr(options, option.name)) for option in fields(options))
         return [
             f"option {name} {wrong[key]} by {self.hypervisor}"
-            for name, choice in choices
-            if (key := (self.options.get(name, NO), choice)) in wrong
+            for name, chosen in options.items()
+            if (key := (self.options[name], bool(chosen))) in wrong
         ]
 
 
-QEMU = Profile(
-    hypervisor="sim QEMU",
-    options=MappingProxyType(
-        {
-            "live": YES,
-            "persist_destination": YES,
-            "undefine_source": YES,
-            "paused": YES,
-            "offline": YES,
-            "change_protection": YES,
-            "abort_on_error": YES,  # has no effect: a simulated guest has no disk errors
-            "unsafe": YES,
-            "auto_converge": YES,
-            "post_copy": YES,
-            "copy_storage": NO,
-            "compressed": NO,
-            "parallel": NO,
-            "tunnelled": NO,
-            "rdma": NO,
-            "encrypted": NO,
-        }
-    ),
-)
-"""libvirt with QEMU, without what the simulator does not have: disks, compression, several connections, TLS."""
+def _profile(name: str, hypervisor: str) -> Profile:
+    return Profile(hypervisor, MappingProxyType({option.name: option.sim.get(name, NO) for option in OPTIONS.values()}))
 
-PROFILES: Mapping[str, Profile] = MappingProxyType({"qemu": QEMU})
+
+PROFILES: Mapping[str, Profile] = MappingProxyType({"qemu": _profile("qemu", "sim QEMU")})
+"""By the name that the table of options knows. ``qemu``: libvirt with QEMU, less what the model does not have (disks, compression,
+several connections, TLS).
+"""

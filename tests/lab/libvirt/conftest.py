@@ -6,12 +6,11 @@ from __future__ import annotations
 import asyncio
 import os
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.hypervisor.base import Options
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 
 if TYPE_CHECKING:
@@ -67,8 +66,8 @@ async def start(lab: Lab, sides: tuple[Side, Side], guest: Guest) -> AsyncIterat
     ) -> Migration:
         source, destination = sides[::-1] if back else sides
         options = options or Options()
-        if options.post_copy is None and not lab.setting.has_post_copy:  # as planning does, which the driver trusts
-            options = replace(options, post_copy=False)
+        if not lab.setting.has_post_copy:  # as planning does, which the driver trusts
+            options = {"post_copy": False, **options}
         made.append(Migration(source, destination, guest, options, bandwidth, name))
         return made[-1]
 

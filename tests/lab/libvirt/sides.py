@@ -5,18 +5,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from agent.hypervisor.base import (
-    Begun,
-    Domain,
-    DomainNotFound,
-    Finished,
-    HypervisorError,
-    Options,
-    Performed,
-    Prepared,
-)
+from agent.hypervisor.base import Begun, Domain, DomainNotFound, Finished, HypervisorError, Performed, Prepared
 from agent.hypervisor.interface import Incoming, Outgoing
 from agent.hypervisor.libvirt import LibvirtHypervisor
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 from tests.kit.lab.guestlog import judge_file
 

@@ -6,7 +6,8 @@ from time import perf_counter
 
 import pytest
 
-from agent.hypervisor.base import DomainState, HypervisorError, Incompatible, Job, Options
+from agent.hypervisor.base import DomainState, HypervisorError, Incompatible, Job
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
@@ -96,7 +97,7 @@ async def test_options(
     arrived = await start(option).run()
     assert await sides[0].state(guest) == source
     assert await sides[1].state(guest) == destination
-    assert arrived.persistent is (option.persist_destination is not False)
+    assert arrived.persistent is (option.get("persist_destination") is not False)
 
 
 async def test_renamed_on_arrival(start: Start, sides: tuple[Side, Side], guest: Guest) -> None:

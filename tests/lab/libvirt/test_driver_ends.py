@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from agent.hypervisor.base import DomainBusy, Job, Options, TransferFailed
+from agent.hypervisor.base import DomainBusy, Job, TransferFailed
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":

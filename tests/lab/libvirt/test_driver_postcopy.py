@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, HypervisorUnavailable, Options
+from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, HypervisorUnavailable
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":

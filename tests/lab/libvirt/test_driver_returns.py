@@ -7,8 +7,9 @@ from time import perf_counter
 
 import pytest
 
-from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorUnavailable, Job, Options, TransferFailed
+from agent.hypervisor.base import Domain, DomainNotFound, DomainState, HypervisorUnavailable, Job, TransferFailed
 from agent.hypervisor.interface import Outgoing
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from agent.hypervisor.base import HypervisorUnavailable, Support
+from agent.hypervisor.base import HypervisorUnavailable
+from agent.hypervisor.options import Support
 from tests.kit.lab import Guest, Lab
 from tests.kit.lab.domain import EMULATOR
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, Incompatible, Job, Options, TransferFailed
+from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError, Incompatible, Job, TransferFailed
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
@@ -139,7 +140,7 @@ async def test_6_22_a_paused_guest_with_a_disk_that_has_not_run_since_it_arrived
     still = Options(unsafe=True, post_copy=False)
     guest = started(lab, "unrun", devices=disk(lab.path / "unrun.qcow2"))
     guest.wait_lines(5)
-    await start(replace(still, paused=True), guest=guest).run()
+    await start(still | {"paused": True}, guest=guest).run()
     back = start(still, back=True, guest=guest)
     with pytest.raises(Incompatible, match="has not run since it arrived"):
         await sides[1].driver.check_leaving(back.uuid, still, guest.name)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.hypervisor.base import HypervisorError, Options
+from agent.hypervisor.base import HypervisorError
+from agent.hypervisor.options import Options
 from tests.kit.lab import Guest, Lab
 
 if os.environ.get("CI") != "true":
@@ -58,13 +59,15 @@ async def test_6_20_a_transfer_that_fails_leaves_no_definition(
     assert EDITED in lab["h1"].virsh("dumpxml", "--inactive", guest.name)
 
 
-@pytest.mark.parametrize(("said", "persistent"), [(None, False), (True, True)], ids=["unsaid", "asked-for"])
+@pytest.mark.parametrize(
+    ("options", "persistent"), [(Options(), False), (Options(persist_destination=True), True)], ids=["unsaid", "asked-for"]
+)
 async def test_6_20_a_transient_guest_is_transient_at_the_destination(
-    said: bool | None, persistent: bool, start: Start, sides: tuple[Side, Side], lab: Lab, guest: Guest
+    options: Options, persistent: bool, start: Start, sides: tuple[Side, Side], lab: Lab, guest: Guest
 ) -> None:
     lab["h1"].virsh("undefine", guest.name)
     assert await sides[0].driver.stored(str(guest.stable_uuid)) is None
-    arrived = await start(Options(persist_destination=said)).run()
+    arrived = await start(options).run()
     assert arrived.persistent is persistent
     assert_perfect(guest)
 
