@@ -191,7 +191,7 @@ class Migrations:
             cancelled.cancel_time.GetCurrentTime()
             self._publish(entry, cancelled)
         if entry.driver is not None and entry.cancelled is not None:
-            entry.driver.cancel(entry.cancelled)
+            entry.driver.view.cancel(entry.cancelled)
             self._tell(entry)
         answer = entry.migration
         await entry.save()
@@ -223,13 +223,13 @@ class Migrations:
         del stated.statements[:]
         stated.statements.extend([*others, statement])
         await entry.save(stated)
-        if side not in driver.silent_since or entry.driver is not driver:  # it answered meanwhile
+        if side not in driver.view.silent_since or entry.driver is not driver:  # it answered meanwhile
             entry.forget_refuted()
             raise entry.not_in_doubt(statement.dead_host)
         log.warning(
             "declared dead", migration=migration_id, host=statement.dead_host, said_by=statement.said_by, reason=statement.reason
         )
-        driver.declare_dead(side, statement)
+        driver.view.declare_dead(side, statement)
         self._tell(entry)
         return entry.migration
 
@@ -278,9 +278,9 @@ class Migrations:
         ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
         driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._clock)
         if entry.cancelled is not None:
-            driver.cancel(entry.cancelled)
+            driver.view.cancel(entry.cancelled)
         for statement in entry.migration.statements:
-            driver.declare_dead(entry.side(statement.dead_host), statement)
+            driver.view.declare_dead(entry.side(statement.dead_host), statement)
         return driver
 
     def _driving(self, entry: Entry) -> asyncio.Task[None]:
@@ -326,7 +326,7 @@ class Migrations:
             self._publish(entry, impossible(entry.migration))
             self._ended.ring()
             return
-        self._publish(entry, describe(entry.migration, driver, entry.elapsed, ended=True, wall=entry.wall))
+        self._publish(entry, describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall))
         entry.driver = None
         self._fence_if_in_doubt(entry)
         await entry.save_if_possible()
@@ -340,14 +340,14 @@ class Migrations:
     def _tell(self, entry: Entry) -> None:
         entry.telling = None
         if entry.driver is not None and entry.migration.migration_id in self._entries:
-            self._publish(entry, describe(entry.migration, entry.driver, entry.elapsed, ended=False, wall=entry.wall))
+            self._publish(entry, describe(entry.migration, entry.driver.view, entry.elapsed, ended=False, wall=entry.wall))
             entry.forget_refuted()
             self._fence_if_in_doubt(entry)
 
     def _fence_if_in_doubt(self, entry: Entry) -> None:
         """Start, or end, the wait for the fencing of the one host on which the outcome hangs."""
         driver = entry.driver
-        side = driver.hangs_on if driver is not None and self._fences is not None else ""
+        side = driver.view.hangs_on if driver is not None and self._fences is not None else ""
         if side == entry.fenced_side:
             return
         if entry.fencing is not None:
@@ -361,7 +361,7 @@ class Migrations:
         """Until that host is dead for certain, and the statement about it was taken. Cancelled when it answers."""
         host = entry.migration.source_host if side == "source" else entry.migration.destination_host
         while True:
-            outcome = await fences.dead(host, lambda: driver.silent_for(side))
+            outcome = await fences.dead(host, lambda: driver.view.silent_for(side))
             statement = handshake_pb2.Statement(dead_host=host, reason=outcome, said_by="fencing command")
             try:
                 await self.resolve(entry.migration.migration_id, statement)

@@ -5,7 +5,7 @@ from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 
-from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.view import View
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.facts import loss_of
 from agent.handshake.machines.source import SourceState as Src
@@ -37,39 +37,39 @@ _SKEW: Final = "the clocks of both hosts differ"
 _GUEST_STATES: Final = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
 
 
-def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: bool, wall: float | None = None) -> pb.Migration:
-    """The migration as it is now, from what it was and what the driver knows. `elapsed`: measured seconds since its request; with
-    `wall` (Unix time) only since it was taken up.
+def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, wall: float | None = None) -> pb.Migration:
+    """The migration as it is now, from what it was and what its driver knows. `elapsed`: measured seconds since its
+    request; with `wall` (Unix time) only since it was taken up.
     """
     # A wall clock that is set meanwhile changes no duration and no order.
     now = max(before.create_time.ToNanoseconds() / 1e9 + elapsed, wall or 0.0)
-    src, dst = driver.source_state, driver.destination_state
+    src, dst = view.source_state, view.destination_state
     migration = pb.Migration()
     migration.CopyFrom(before)
-    migration.waiting_for = "" if ended else _waiting_for(before, driver)
-    migration.uri = driver.uri or before.uri
+    migration.waiting_for = "" if ended else _waiting_for(before, view)
+    migration.uri = view.uri or before.uri
     del migration.silent_hosts[:]
-    migration.silent_hosts.extend(_hosts(before)[side] for side in driver.silent_since)
+    migration.silent_hosts.extend(_hosts(before)[side] for side in view.silent_since)
     migration.ClearField("statement")
     del migration.statements[:]
-    migration.statements.extend(driver.statements.values())
-    for statement in _statements(driver):
+    migration.statements.extend(view.statements.values())
+    for statement in _statements(view):
         migration.statement.CopyFrom(statement)
     migration.phase = "" if ended else phase(src, dst)
-    _copy_records(migration, driver)
-    _tell_skew(migration, driver.clock_skew)
-    _tell_pause(migration, driver)
-    if dst is Dst.RUNNING and not driver.disputed and not before.HasField("commit_time"):
+    _copy_records(migration, view)
+    _tell_skew(migration, view.clock_skew)
+    _tell_pause(migration, view)
+    if dst is Dst.RUNNING and not view.disputed and not before.HasField("commit_time"):
         migration.commit_time.FromNanoseconds(int(now * 1e9))
-    failures = causes_first((driver.failure, _failure_of(driver.source_record), _failure_of(driver.destination_record)))
+    failures = causes_first((view.failure, _failure_of(view.source_record), _failure_of(view.destination_record)))
     failure = failures[0] if failures else None
-    migration.state = _state(migration.state, driver, failure, ended=ended)
+    migration.state = _state(migration.state, view, failure, ended=ended)
     if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := _loss(migration)) is not None:
         migration.state, failure = pb.MIGRATION_STATE_FAILED, lost
     migration.runs_on = whereabouts(migration).runs_on
     migration.ClearField("failure")
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
-        failure = _unknown(migration, driver)
+        failure = _unknown(migration, view)
     del migration.other_failures[:]
     if failure is not None and migration.state != pb.MIGRATION_STATE_SUCCEEDED:
         migration.failure.CopyFrom(failure_to_proto(failure))
@@ -77,7 +77,7 @@ def describe(before: pb.Migration, driver: Driver, elapsed: float, *, ended: boo
     if ended:
         migration.end_time.FromNanoseconds(int(now * 1e9))
         planning = sum(t.hypervisor_duration.ToNanoseconds() / 1e9 for t in migration.timings if t.phase == "plan")
-        in_calls = planning + union(call for calls in driver.hypervisor_calls.values() for call in calls)
+        in_calls = planning + union(call for calls in view.hypervisor_calls.values() for call in calls)
         migration.duration_is_least = wall is not None
         migration.duration.CopyFrom(_seconds(max(elapsed, in_calls) if migration.duration_is_least else elapsed))
         migration.hypervisor_duration.CopyFrom(_seconds(in_calls))
@@ -95,30 +95,30 @@ def _tell_skew(migration: pb.Migration, skew: float) -> None:
     )
 
 
-def _tell_pause(migration: pb.Migration, driver: Driver) -> None:
+def _tell_pause(migration: pb.Migration, view: View) -> None:
     """The guest arrives, or stays, paused, because its user paused it on the way."""
     warning = f"guest {migration.domain_name} was paused by its user during the transfer, and is left paused"
-    paused = any(record is not None and record.paused_by_user for record in (driver.source_record, driver.destination_record))
+    paused = any(record is not None and record.paused_by_user for record in (view.source_record, view.destination_record))
     if paused and warning not in migration.warnings:
         migration.warnings.append(warning)
 
 
-def _statements(driver: Driver) -> list[handshake_pb2.Statement]:
+def _statements(view: View) -> list[handshake_pb2.Statement]:
     """What was said here, and what a host has acted upon: that stays said, though the other one answers again."""
-    records = [record for record in (driver.destination_record, driver.source_record) if record is not None]
-    return [*driver.statements.values(), *(record.statement for record in records if record.HasField("statement"))]
+    records = [record for record in (view.destination_record, view.source_record) if record is not None]
+    return [*view.statements.values(), *(record.statement for record in records if record.HasField("statement"))]
 
 
-def _waiting_for(migration: pb.Migration, driver: Driver) -> str:
-    if driver.disputed:
+def _waiting_for(migration: pb.Migration, view: View) -> str:
+    if view.disputed:
         here, there = migration.source_host, migration.destination_host
         return (
             f"{there} to give up its copy: it was declared dead, the guest goes on at {here}, and {there} says that it runs there "
             f"too. The agent of {there} asks again within half a minute and stops that copy; "
             f"`drover migration watch {migration.migration_id}` shows it"
         )
-    records = (driver.source_record, driver.destination_record)
-    waits = dict.fromkeys((driver.waiting_for, *(record.waiting_for for record in records if record is not None)))
+    records = (view.source_record, view.destination_record)
+    waits = dict.fromkeys((view.waiting_for, *(record.waiting_for for record in records if record is not None)))
     return "; ".join(wait for wait in waits if wait)[:1000]
 
 
@@ -135,19 +135,17 @@ def phase(src: Src | None, dst: Dst | None) -> str:
     return _PHASE_OF_DESTINATION.get(dst, "perform")
 
 
-def _state(
-    before: pb.MigrationState.ValueType, driver: Driver, failure: Failure | None, *, ended: bool
-) -> pb.MigrationState.ValueType:
+def _state(before: pb.MigrationState.ValueType, view: View, failure: Failure | None, *, ended: bool) -> pb.MigrationState.ValueType:
     if ended:
-        if driver.states[1] is Dst.RUNNING:
+        if view.states[1] is Dst.RUNNING:
             return pb.MIGRATION_STATE_SUCCEEDED
         cancelled = failure is not None and failure.reason == Reason.CANCELLED
         return pb.MIGRATION_STATE_CANCELLED if cancelled else pb.MIGRATION_STATE_FAILED
-    if driver.outcome_unknown:
+    if view.outcome_unknown:
         return pb.MIGRATION_STATE_OUTCOME_UNKNOWN
-    if driver.cancelling:
+    if view.cancelling:
         return pb.MIGRATION_STATE_CANCELLING
-    return pb.MIGRATION_STATE_PENDING if driver.source_record is None else pb.MIGRATION_STATE_ACTIVE
+    return pb.MIGRATION_STATE_PENDING if view.source_record is None else pb.MIGRATION_STATE_ACTIVE
 
 
 def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
@@ -163,8 +161,8 @@ def _adds(other: Failure, failure: Failure) -> bool:
     return other.message != failure.message and other.reason not in (Reason.GIVEN_UP, Reason.CANCELLED) and not echo_of_cancel
 
 
-def _unknown(migration: pb.Migration, driver: Driver) -> Failure:
-    silent = " and ".join(_hosts(migration)[side] for side in driver.silent_since)
+def _unknown(migration: pb.Migration, view: View) -> Failure:
+    silent = " and ".join(_hosts(migration)[side] for side in view.silent_since)
     here = said(migration.source_host, migration.source_guest)
     return Failure(
         Reason.OUTCOME_UNKNOWN,
@@ -194,25 +192,28 @@ def impossible(before: pb.Migration) -> pb.Migration:
     return migration
 
 
-def _copy_records(migration: pb.Migration, driver: Driver) -> None:
-    records = [record for record in (driver.source_record, driver.destination_record) if record is not None]
+def _copy_records(migration: pb.Migration, view: View) -> None:
+    records = [record for record in (view.source_record, view.destination_record) if record is not None]
     told = [*(t for t in migration.timings if t.phase == "plan"), *(t for r in records for t in r.timings if t.phase != "plan")]
     if timings := sorted(told, key=lambda t: _ORDER.get(t.phase, len(_ORDER))):
         del migration.timings[:]
         migration.timings.extend(timings)
-    for fact, record in ((migration.source_guest, driver.source_record), (migration.destination_guest, driver.destination_record)):
+    for fact, record in (
+        (migration.source_guest, view.source_record),
+        (migration.destination_guest, view.destination_record),
+    ):
         if record is not None and record.HasField("guest"):
             fact.CopyFrom(record.guest)
         elif record is not None and record.state == handshake_pb2.RECORD_STATE_RUNNING:  # an older agent gives no facts
             fact.CopyFrom(handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, see_time=record.update_time))
-    if driver.states[1] is Dst.RUNNING and driver.destination_state is not Dst.RUNNING and driver.source_record is not None:
+    if view.states[1] is Dst.RUNNING and view.destination_state is not Dst.RUNNING and view.source_record is not None:
         # The source has read that from the destination, which this driver does not hear.
         started = handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, reason="migrated")
-        started.see_time.CopyFrom(driver.source_record.update_time)
+        started.see_time.CopyFrom(view.source_record.update_time)
         migration.destination_guest.CopyFrom(started)
-    if driver.source_record is not None and driver.source_record.HasField("progress"):
-        progress = driver.source_record.progress
-        migration.progress.CopyFrom(with_eta(progress) if driver.source_state is Src.PERFORMING else progress)
+    if view.source_record is not None and view.source_record.HasField("progress"):
+        progress = view.source_record.progress
+        migration.progress.CopyFrom(with_eta(progress) if view.source_state is Src.PERFORMING else progress)
 
 
 def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agent.handshake.drive import driver
+from agent.handshake.drive import calls
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from tests.unit.fake_agents import Clock, FakeAgent
@@ -18,7 +18,7 @@ from tests.unit.two_agents import Pair, pair_of_agents
 @pytest.fixture(autouse=True)
 def short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host that has stopped answering is noticed soon."""
-    monkeypatch.setattr(driver, "LONG_POLL", 0.1)
+    monkeypatch.setattr(calls, "LONG_POLL", 0.1)
 
 
 @pytest.fixture

@@ -125,8 +125,8 @@ async def test_6_21_a_guest_that_its_user_paused_on_the_way_is_paused_where_it_a
     await settled(pair.destination)
     assert pair.states == ("removed", "running")
     assert pair.destination.hypervisor.domains[UUID].state == "paused"
-    assert driver.source_record is not None
-    assert driver.source_record.paused_by_user
+    assert driver.view.source_record is not None
+    assert driver.view.source_record.paused_by_user
     assert (await pair.destination.record()).paused_by_user
 
 

@@ -231,11 +231,11 @@ async def test_6_01_the_same_id_towards_a_third_host_ends_and_moves_nothing(pair
     await pair.in_doubt(first)
     again = Driver(REF, pair.to_source, Line(third), make_plan(destination_host="h3"), lambda: None, QUICK)
     if cancelled:
-        again.cancel(CANCELLED)
+        again.view.cancel(CANCELLED)
     await finished(again)
-    assert again.foreign is not None
-    assert again.foreign.reason is Reason.MIGRATION_EXISTS
-    assert "h2" in again.foreign.message
+    assert again.view.foreign is not None
+    assert again.view.foreign.reason is Reason.MIGRATION_EXISTS
+    assert "h2" in again.view.foreign.message
     assert pair.source.journalled == "performed"
     assert third.engine.active() == []
     await third.close()
@@ -255,8 +255,8 @@ async def test_6_01_nobody_lends_a_migration_his_own_agent_to_ask(pair: Pair, si
         await pair.destination.engine.reserve_slot(reserve(source_agent=address))
     driver = pair.driver()
     await finished(driver)
-    assert driver.foreign is not None
-    assert driver.foreign.reason is Reason.MIGRATION_EXISTS
+    assert driver.view.foreign is not None
+    assert driver.view.foreign.reason is Reason.MIGRATION_EXISTS
     assert pair.runs_on == ["h1"]
     assert "perform" not in pair.source.effects
 

@@ -26,12 +26,12 @@ async def test_a_full_run_and_each_cookie_reaches_its_phase(pair: Pair) -> None:
     driver = pair.driver(make_plan(bandwidth=1000))
     await finished(driver)
     pair.moved()
-    assert driver.ended
-    assert not driver.outcome_unknown
-    assert driver.uri == "tcp://127.92.0.2:49152"
+    assert driver.view.ended
+    assert not driver.view.outcome_unknown
+    assert driver.view.uri == "tcp://127.92.0.2:49152"
     assert pair.destination.hypervisor.arguments["prepare"][1] == b"begun"
     uri, _, cookie, *_, bandwidth = pair.source.hypervisor.arguments["perform"]
-    assert (uri, cookie, bandwidth) == (driver.uri, b"prepared", 1000)
+    assert (uri, cookie, bandwidth) == (driver.view.uri, b"prepared", 1000)
     assert pair.source.hypervisor.arguments["remove"][0] == b"finished"
 
 
@@ -48,7 +48,7 @@ async def test_the_slot_comes_first_and_finish_is_armed_while_the_memory_flows(p
 
 async def test_the_driver_tells_every_change(pair: Pair) -> None:
     seen: list[tuple[SourceState | None, DestinationState | None]] = []
-    driver = pair.driver(on_change=lambda: seen.append(driver.states))
+    driver = pair.driver(on_change=lambda: seen.append(driver.view.states))
     await finished(driver)
     sources = [list(SourceState).index(src) for src, _ in seen if src]
     assert sources == sorted(sources)
@@ -75,8 +75,8 @@ async def test_a_refusal_before_the_memory_flows_ends_it_with_that_reason(pair: 
     driver = pair.driver()
     await finished(driver)
     pair.stayed()
-    assert driver.failure is not None
-    assert driver.failure.reason is Reason.HYPERVISOR_FAILED
+    assert driver.view.failure is not None
+    assert driver.view.failure.reason is Reason.HYPERVISOR_FAILED
     assert "perform" not in pair.source.effects
 
 
@@ -92,8 +92,8 @@ async def test_a_destination_that_points_elsewhere_is_not_believed(pair: Pair, u
     driver = pair.driver()
     await finished(driver)
     pair.stayed()
-    assert driver.failure is not None
-    assert driver.failure.reason is Reason.URI_NOT_ALLOWED
+    assert driver.view.failure is not None
+    assert driver.view.failure.reason is Reason.URI_NOT_ALLOWED
     assert "perform" not in pair.source.effects
 
 
@@ -103,11 +103,11 @@ async def test_a_copy_that_takes_longer_than_a_call_is_waited_for(pair: Pair, mo
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await until(lambda: pair.to_destination.count["prepare"] == 3)
-    assert driver.uri == ""
+    assert driver.view.uri == ""
     pair.destination.hypervisor.held["prepare"].set()
     await running
     pair.moved()
-    assert driver.failure is None
+    assert driver.view.failure is None
     assert pair.to_destination.count["prepare"] <= 4  # each has waited, so it was not asked in a loop
 
 
@@ -122,9 +122,9 @@ async def test_one_lost_message_changes_nothing(pair: Pair, call: str, loss: str
     driver = pair.driver()
     await finished(driver)
     pair.moved()
-    assert driver.failure is None
+    assert driver.view.failure is None
     # A watch may tell that the guest runs, and all be over, before a lost answer to Finish is made up for.
-    assert not driver.silent_since or (call, loss) == ("finish", "answer")
+    assert not driver.view.silent_since or (call, loss) == ("finish", "answer")
     assert line.count[call] >= 2 or loss == "answer"
     assert pair.source.hypervisor.arguments["remove"][0] == b"finished" or (call, loss) == ("finish", "answer")
 
@@ -144,7 +144,7 @@ async def test_an_outage_is_no_busy_loop(pair: Pair) -> None:
     running = asyncio.create_task(finished(driver))
     await until(lambda: pair.to_destination.count["reserve_slot"] > 10)
     assert sum(pair.to_destination.count.values()) <= 2 * len(clock.slept) + 2  # a call and a look after each pause
-    assert "does not answer" in driver.waiting_for
+    assert "does not answer" in driver.view.waiting_for
     pair.to_destination.cut = False
     await running
     pair.moved()
@@ -159,9 +159,9 @@ async def test_patience_ends_before_the_transfer_is_asked_for(
     line = pair.to_source if side == "source" else pair.to_destination
     line.on_call = lambda name: setattr(line, "cut", True) if name == call else None
     running = asyncio.create_task(finished(driver))
-    await until(lambda: driver.cancelling)
-    assert driver.failure is not None
-    assert driver.failure.reason is Reason.HOST_UNREACHABLE
+    await until(lambda: driver.view.cancelling)
+    assert driver.view.failure is not None
+    assert driver.view.failure.reason is Reason.HOST_UNREACHABLE
     line.on_call = lambda name: None
     line.cut = False
     await running
@@ -177,11 +177,11 @@ async def test_6_10_silence_cancels_nothing_while_memory_flows(pair: Pair, side:
     await pair.are("performing", "armed")
     line = pair.to_source if side == "source" else pair.to_destination
     line.cut = True
-    await until(lambda: driver.silent_for(side) > 0.1)
-    assert not driver.cancelling
-    assert "does not answer" in driver.waiting_for
+    await until(lambda: driver.view.silent_for(side) > 0.1)
+    assert not driver.view.cancelling
+    assert "does not answer" in driver.view.waiting_for
     line.cut = False
-    await until(lambda: not driver.silent_since)
+    await until(lambda: not driver.view.silent_since)
     pair.wire.all_sent.set()
     await running
     pair.moved()
@@ -195,10 +195,10 @@ async def test_6_10_a_transfer_that_may_have_begun_is_not_cancelled(pair: Pair, 
     line = pair.to_source
     line.on_call = lambda name: setattr(line, "is_cut", lambda: True) if name == "perform" else None
     running = asyncio.create_task(finished(driver))
-    await until(lambda: driver.silent_for("source") > 0.1)
-    assert driver.source_state == "begun"
+    await until(lambda: driver.view.silent_for("source") > 0.1)
+    assert driver.view.source_state == "begun"
     assert pair.states[0] == "performing"
-    assert not driver.cancelling
+    assert not driver.view.cancelling
     line.on_call = lambda name: None
     line.is_cut = lambda: line.cut  # type: ignore[method-assign]
     pair.wire.all_sent.set()
@@ -212,7 +212,7 @@ async def test_no_patience_ends_once_the_guest_has_left(pair: Pair, monkeypatch:
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     await asyncio.sleep(0.1)
-    assert not driver.cancelling
+    assert not driver.view.cancelling
     pair.to_destination.cut = False
     pair.wire.starts.set()
     await running
@@ -227,22 +227,22 @@ async def test_cancel_in_each_phase_keeps_the_guest(pair: Pair, call: str) -> No
     pair.wire.all_sent.clear()
     driver = pair.driver()
     for line in (pair.to_source, pair.to_destination):
-        line.on_call = lambda name: driver.cancel(CANCELLED) if name == call else None
+        line.on_call = lambda name: driver.view.cancel(CANCELLED) if name == call else None
     await finished(driver)
     pair.stayed()
-    assert driver.failure == CANCELLED
+    assert driver.view.failure == CANCELLED
 
 
 async def test_cancel_that_comes_too_late_says_so_by_the_records(pair: Pair) -> None:
     driver = pair.driver()
-    pair.to_source.on_call = lambda name: driver.cancel(CANCELLED) if name == "confirm" else None
+    pair.to_source.on_call = lambda name: driver.view.cancel(CANCELLED) if name == "confirm" else None
     await finished(driver)
     pair.moved()
 
 
 async def test_cancel_before_the_first_call(pair: Pair) -> None:
     driver = pair.driver()
-    driver.cancel(CANCELLED)
+    driver.view.cancel(CANCELLED)
     await finished(driver)
     assert pair.states == ("kept", "gone")
     assert pair.source.effects == pair.destination.effects == []
@@ -255,7 +255,7 @@ async def test_an_armed_copy_is_given_up_only_after_the_source_has_kept_the_gues
     await pair.are("performing", "armed")
     at_abandon: list[str] = []
     pair.to_destination.on_call = lambda name: at_abandon.append(pair.source.journalled) if name == "abandon" else None
-    driver.cancel(CANCELLED)
+    driver.view.cancel(CANCELLED)
     await running
     pair.stayed()
     assert set(at_abandon) <= {"kept"}
@@ -263,9 +263,9 @@ async def test_an_armed_copy_is_given_up_only_after_the_source_has_kept_the_gues
 
 async def test_the_first_reason_to_stop_is_kept(pair: Pair) -> None:
     driver = pair.driver()
-    driver.cancel(CANCELLED)
-    driver.cancel(Failure(Reason.HOST_UNREACHABLE, "later"))
-    assert driver.failure == CANCELLED
+    driver.view.cancel(CANCELLED)
+    driver.view.cancel(Failure(Reason.HOST_UNREACHABLE, "later"))
+    assert driver.view.failure == CANCELLED
 
 
 async def test_cancelling_run_leaves_no_task_and_changes_nothing(pair: Pair) -> None:

@@ -18,15 +18,15 @@ from tests.unit.two_agents import Line, Pair, pair_of_agents
 async def test_the_outcome_is_unknown_while_the_destination_is_silent_and_known_once_it_answers(pair: Pair) -> None:
     driver = pair.driver()
     seen: list[bool] = []
-    driver._on_change = lambda: seen.append(driver.outcome_unknown)
+    driver.view._on_change = lambda: seen.append(driver.view.outcome_unknown)
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
-    assert driver.outcome_unknown
+    assert driver.view.outcome_unknown
     assert pair.runs_on == []
     pair.to_destination.cut = False
     pair.wire.starts.set()
     await running
-    assert not driver.outcome_unknown
+    assert not driver.view.outcome_unknown
     assert True in seen
     assert seen[-1] is False
     pair.moved()
@@ -42,7 +42,7 @@ async def cut_off(pair: Pair) -> tuple[Driver, "asyncio.Task[None]"]:
     pair.wire.starts.clear()
     driver_line.cut = True
     pair.wire.all_sent.set()
-    await until(lambda: driver.source_state == "performed" and "destination" in driver.silent_since)
+    await until(lambda: driver.view.source_state == "performed" and "destination" in driver.view.silent_since)
     return driver, running
 
 
@@ -51,8 +51,8 @@ async def test_6_13_a_driver_that_is_cut_off_alone_learns_the_outcome_from_the_s
     pair.wire.starts.set()
     await running
     pair.moved()
-    assert driver.states == ("removed", "running")
-    assert not driver.outcome_unknown
+    assert driver.view.states == ("removed", "running")
+    assert not driver.view.outcome_unknown
 
 
 async def test_6_13_a_driver_that_takes_up_learns_from_the_source_alone_that_the_guest_has_left(pair: Pair) -> None:
@@ -62,15 +62,15 @@ async def test_6_13_a_driver_that_takes_up_learns_from_the_source_alone_that_the
     async with asyncio.timeout(PATIENCE):
         await driver.resume()
     await finished(driver)
-    assert driver.states == ("removed", "running")
+    assert driver.view.states == ("removed", "running")
 
 
 async def test_6_12_a_destination_that_its_source_hears_is_not_fenced(pair: Pair) -> None:
     """It is the driver that is cut off; an operator's statement does not count either."""
     driver, running = await cut_off(pair)
-    await until(lambda: driver.is_vouched_for("destination"))
-    assert driver.outcome_unknown
-    assert driver.hangs_on == ""
+    await until(lambda: driver.view.is_vouched_for("destination"))
+    assert driver.view.outcome_unknown
+    assert driver.view.hangs_on == ""
     assert await driver.answers("destination")
     pair.wire.starts.set()
     await running
@@ -84,8 +84,8 @@ async def test_6_01_an_id_that_a_guest_came_by_moves_nothing_on(pair: Pair) -> N
         third.agent.name = "h2"
         driver = Driver(REF, pair.to_destination, third, make_plan(source_host="h2"), lambda: None, QUICK)
         await finished(driver)
-        assert driver.foreign is not None
-        assert driver.foreign.reason is Reason.MIGRATION_EXISTS
+        assert driver.view.foreign is not None
+        assert driver.view.foreign.reason is Reason.MIGRATION_EXISTS
         assert others.destination.journalled in ("", "gone")
 
 
@@ -95,11 +95,11 @@ async def test_silence_before_the_guest_has_left_is_no_doubt(pair: Pair) -> None
     running = asyncio.create_task(finished(driver))
     await pair.are("performing", "armed")
     pair.to_destination.cut = True
-    await until(lambda: driver.silent_since)
-    assert not driver.outcome_unknown
+    await until(lambda: driver.view.silent_since)
+    assert not driver.view.outcome_unknown
     pair.to_source.cut = True
-    await until(lambda: len(driver.silent_since) == 2)
-    assert driver.outcome_unknown
+    await until(lambda: len(driver.view.silent_since) == 2)
+    assert driver.view.outcome_unknown
     pair.to_source.cut = pair.to_destination.cut = False
     pair.wire.all_sent.set()
     await running
@@ -110,8 +110,8 @@ async def test_a_dead_destination_lets_the_guest_run_on_and_the_word_is_recorded
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
-    driver.declare_dead("destination", statement("h2"))
-    assert not driver.outcome_unknown
+    driver.view.declare_dead("destination", statement("h2"))
+    assert not driver.view.outcome_unknown
     await running
     assert pair.runs_on == ["h1"]
     assert pair.states == ("kept", "armed")
@@ -126,8 +126,8 @@ async def test_a_dead_source_ends_an_armed_copy_that_hears_nothing(pair: Pair) -
     running = asyncio.create_task(finished(driver))
     await pair.are("performing", "armed")
     pair.to_source.cut = True
-    await until(lambda: "source" in driver.silent_since)
-    driver.declare_dead("source", statement("h1"))
+    await until(lambda: "source" in driver.view.silent_since)
+    driver.view.declare_dead("source", statement("h1"))
     await running
     record = await pair.destination.record()
     assert pair.states[1] == "gone"
@@ -139,11 +139,11 @@ async def test_a_dead_source_of_a_guest_that_has_come_is_not_waited_for(pair: Pa
     driver = pair.driver()
     pair.to_source.on_call = lambda name: setattr(pair.to_source, "cut", pair.to_source.cut or name == "confirm")
     running = asyncio.create_task(finished(driver))
-    await until(lambda: driver.destination_state == "running" and "source" in driver.silent_since)
-    assert not driver.outcome_unknown  # the destination's record is RUNNING, whatever the source says
-    driver.declare_dead("source", statement("h1"))
+    await until(lambda: driver.view.destination_state == "running" and "source" in driver.view.silent_since)
+    assert not driver.view.outcome_unknown  # the destination's record is RUNNING, whatever the source says
+    driver.view.declare_dead("source", statement("h1"))
     await running
-    assert driver.states == ("removed", "running")
+    assert driver.view.states == ("removed", "running")
 
 
 async def test_the_next_answer_of_a_host_refutes_the_word(pair: Pair) -> None:
@@ -151,11 +151,11 @@ async def test_the_next_answer_of_a_host_refutes_the_word(pair: Pair) -> None:
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     pair.to_source.cut = True  # so that the statement has no effect at once
-    driver.declare_dead("destination", statement("h2"))
-    assert driver.states[1] == "gone"
+    driver.view.declare_dead("destination", statement("h2"))
+    assert driver.view.states[1] == "gone"
     pair.to_destination.cut = False
     await driver._look("destination")
-    assert driver.states[1] == "armed"
+    assert driver.view.states[1] == "armed"
     pair.to_source.cut = False
     pair.wire.starts.set()
     await running
@@ -169,13 +169,13 @@ async def test_a_host_that_answers_after_all_refutes_the_word_for_good(pair: Pai
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     pair.to_source.cut = True
-    driver.declare_dead("destination", statement("h2"))
-    await until(lambda: "source" in driver.silent_since)
+    driver.view.declare_dead("destination", statement("h2"))
+    await until(lambda: "source" in driver.view.silent_since)
     pair.to_destination.cut = False
     await driver._look("destination")
-    assert driver.destination_state == "armed"
+    assert driver.view.destination_state == "armed"
     pair.to_destination.cut = True
-    await until(lambda: "destination" in driver.silent_since)
+    await until(lambda: "destination" in driver.view.silent_since)
     pair.to_source.cut = False
     await asyncio.sleep(0.15)
     running.cancel()
@@ -189,18 +189,18 @@ async def test_both_hosts_can_be_declared_dead(pair: Pair) -> None:
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
     pair.to_source.cut = True
-    driver.declare_dead("destination", statement("h2"))
-    await until(lambda: "source" in driver.silent_since)
-    driver.declare_dead("source", statement("h1"))
+    driver.view.declare_dead("destination", statement("h2"))
+    await until(lambda: "source" in driver.view.silent_since)
+    driver.view.declare_dead("source", statement("h1"))
     await running
-    assert driver.ended
+    assert driver.view.ended
 
 
 async def test_a_host_that_was_not_dead_is_looked_at_until_it_has_learned_what_was_said(pair: Pair) -> None:
     driver = pair.driver()
     running = asyncio.create_task(finished(driver))
     await pair.in_doubt(driver)
-    driver.declare_dead("destination", statement("h2"))
+    driver.view.declare_dead("destination", statement("h2"))
     await pair.source.reaches("kept")
     await running
     pair.wire.starts.set()  # it was not dead
@@ -209,7 +209,7 @@ async def test_a_host_that_was_not_dead_is_looked_at_until_it_has_learned_what_w
     again = pair.driver()
     await again.resume()
     looks: list[bool] = []
-    again._on_change = lambda: looks.append(again.disputed)
+    again.view._on_change = lambda: looks.append(again.view.disputed)
     running = asyncio.create_task(finished(again))
     await until(lambda: len(looks) > 1)  # it looks again and again
     assert all(looks)
@@ -228,7 +228,7 @@ async def test_a_host_is_not_blamed_for_the_other_ones_silence(pair: Pair) -> No
     driver = pair.driver()
     pair.to_destination.lose_answer["prepare"] = 1
     blamed: set[str] = set()
-    driver._on_change = lambda: blamed.update(driver.silent_since)
+    driver.view._on_change = lambda: blamed.update(driver.view.silent_since)
 
     def cut(name: str) -> None:
         if name == "prepare" and pair.to_destination.count["prepare"] == 2:
@@ -243,9 +243,9 @@ async def test_a_host_is_not_blamed_for_the_other_ones_silence(pair: Pair) -> No
 async def test_an_old_answer_does_not_replace_a_newer_one(pair: Pair) -> None:
     driver = pair.driver()
     await finished(driver)
-    old = pb.Record(ref=driver.ref, state=pb.RECORD_STATE_ARMED, revision=1)
-    driver.saw_destination(old)
-    assert driver.destination_state == "running"
+    old = pb.Record(ref=driver.view.ref, state=pb.RECORD_STATE_ARMED, revision=1)
+    driver.view.saw_destination(old)
+    assert driver.view.destination_state == "running"
 
 
 # --- two drivers, and a restart ---------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ async def test_one_driver_cancels_what_another_one_drives(pair: Pair) -> None:
     running = asyncio.create_task(finished(one))
     await pair.are("performing", "armed")
     await two.resume()
-    two.cancel(CANCELLED)
+    two.view.cancel(CANCELLED)
     await asyncio.gather(running, finished(two))
     pair.stayed()
 
@@ -279,14 +279,14 @@ async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair:
     lonely = pair.driver()
     running = asyncio.create_task(finished(lonely))
     await pair.are("performing", "armed")
-    await until(lambda: lonely.destination_state == "armed")
+    await until(lambda: lonely.view.destination_state == "armed")
     pair.to_source.cut = pair.to_destination.cut = True
-    await until(lambda: len(lonely.silent_since) == 2)
-    lonely.cancel(CANCELLED)
+    await until(lambda: len(lonely.view.silent_since) == 2)
+    lonely.view.cancel(CANCELLED)
     asked = pair.to_destination.count["finish"]
     await asyncio.sleep(0.1)  # the calls under way have failed; only Abort is called now
     assert pair.to_destination.count["finish"] <= asked + 1
-    other = Driver(lonely.ref, pair.source.engine, pair.destination.engine, None, lambda: None, QUICK)
+    other = Driver(lonely.view.ref, pair.source.engine, pair.destination.engine, None, lambda: None, QUICK)
     await other.resume()
     pair.wire.all_sent.set()
     await finished(other)
@@ -297,7 +297,7 @@ async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair:
     finally:
         assert sum(pair.to_source.count.values()) - calls < 40
     pair.moved()
-    assert lonely.ended
+    assert lonely.view.ended
 
 
 @pytest.mark.parametrize("call", ["begin", "prepare", "perform", "finish", "confirm"])
@@ -325,13 +325,13 @@ async def test_a_take_over_has_no_plan_and_ends_what_has_begun(pair: Pair, call:
     await asyncio.gather(dying, return_exceptions=True)
     for line in (pair.to_source, pair.to_destination):
         line.on_call = lambda name: None
-    second = Driver(first.ref, pair.to_source, pair.to_destination, None, lambda: None, QUICK)
+    second = Driver(first.view.ref, pair.to_source, pair.to_destination, None, lambda: None, QUICK)
     await second.resume()
     await finished(second)
     getattr(pair, end)()
     if end == "stayed":
-        assert second.failure is not None
-        assert second.failure.reason is Reason.DRIVER_SILENT
+        assert second.view.failure is not None
+        assert second.view.failure.reason is Reason.DRIVER_SILENT
 
 
 async def test_resume_learns_both_sides_though_one_is_silent(pair: Pair) -> None:
@@ -339,13 +339,13 @@ async def test_resume_learns_both_sides_though_one_is_silent(pair: Pair) -> None
     pair.to_source.cut = True
     driver = pair.driver()
     resuming = asyncio.create_task(driver.resume())
-    await until(lambda: "source" in driver.silent_since)
+    await until(lambda: "source" in driver.view.silent_since)
     try:
-        await until(lambda: driver.destination_state == "running")
+        await until(lambda: driver.view.destination_state == "running")
     finally:
         pair.to_source.cut = False
         await resuming
-    assert driver.ended
+    assert driver.view.ended
 
 
 async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -> None:
@@ -353,10 +353,10 @@ async def test_resume_goes_on_without_a_host_that_is_declared_dead(pair: Pair) -
     pair.to_source.cut = True
     driver = pair.driver()
     resuming = asyncio.create_task(driver.resume())
-    await until(lambda: "source" in driver.silent_since)
-    driver.declare_dead("source", statement("h1"))
+    await until(lambda: "source" in driver.view.silent_since)
+    driver.view.declare_dead("source", statement("h1"))
     await asyncio.wait_for(resuming, PATIENCE)
-    assert driver.ended
+    assert driver.view.ended
 
 
 async def test_6_10_a_lease_ends_no_transfer_though_the_driver_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,9 +140,9 @@ async def test_6_13_a_guest_that_ends_as_it_is_begun_is_reported_by_how_it_ended
         hypervisor.put(left)
     hypervisor.held["begin"].set()
     await running
-    assert driver.failure is not None
-    assert driver.failure.reason is reason
-    assert driver.failure.metadata["host"] == "h1"
+    assert driver.view.failure is not None
+    assert driver.view.failure.reason is reason
+    assert driver.view.failure.metadata["host"] == "h1"
     assert pair.states == ("kept", "gone")
 
 
@@ -319,7 +319,7 @@ async def test_a_host_that_was_wrongly_declared_dead_learns_it_without_a_restart
     driver = brief.driver()
     running = asyncio.create_task(finished(driver))
     await brief.in_doubt(driver)
-    driver.declare_dead("destination", statement("h2"))
+    driver.view.declare_dead("destination", statement("h2"))
     await running
     brief.wire.starts.set()
     brief.to_destination.cut = False
@@ -391,7 +391,7 @@ async def test_a_cancel_ends_a_transfer_that_failed_in_an_unforeseen_way(pair: P
     running = asyncio.create_task(finished(driver))
     await pair.are("performing", "armed")
     pair.source.hypervisor.fails["get_domain"] = [RuntimeError("odd"), DomainBusy("busy")]
-    driver.cancel(CANCELLED)
+    driver.view.cancel(CANCELLED)
     await running
     pair.stayed()
 

@@ -20,8 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.handshake.drive.driver import Driver
-from agent.handshake.drive.knowledge import StateUnknownError
+from agent.handshake.drive.view import StateUnknownError, View
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.migration.progress import describe
@@ -51,7 +50,7 @@ from tests.unit.asking import ID, REF, until
 from tests.unit.fake_agents import UP, FakeAgent, register
 from tests.unit.fake_agents import until as stored
 from tests.unit.fake_directory import Driving
-from tests.unit.test_progress import BEFORE, Nobody
+from tests.unit.test_progress import BEFORE
 
 SPEC = migration_pb2.MigrationSpec(domain="web1", destination_host="h2")
 FAR = 10**12
@@ -182,10 +181,10 @@ def test_6_11_a_time_that_is_not_told_is_neither_midnight_nor_a_skew() -> None:
     migration = migration_pb2.Migration(domain_name="web1", source_host="h1", destination_host="h2", silent_hosts=["h1"])
     migration.source_guest.state = handshake_pb2.GUEST_STATE_RUNNING
     assert "at a time that it did not tell" in whereabouts(migration).sentence
-    driver = Driver(REF, Nobody(), Nobody(), None, lambda: None)
-    driver.read_clock("source", handshake_pb2.Record(revision=1, update_time=Timestamp(seconds=1000)))
-    driver.read_clock("destination", handshake_pb2.Record(revision=1))
-    assert driver.clock_skew == 0
+    view = View(REF, None, lambda: None)
+    view.read_clock("source", handshake_pb2.Record(revision=1, update_time=Timestamp(seconds=1000)))
+    view.read_clock("destination", handshake_pb2.Record(revision=1))
+    assert view.clock_skew == 0
 
 
 class Unclocked(FakeAgent):
@@ -335,10 +334,8 @@ def answered(message: Message, check: Callable[[Message], None]) -> Any:
 def test_6_11_whatever_two_hosts_answer_is_described_and_shown(
     source: Any, destination: Any, states: tuple[str, str] | None, ended: bool, silent: set[str]
 ) -> None:
-    driver = Driver(REF, Nobody(), Nobody(), None, lambda: None)
-    for saw, record, state in zip(
-        (driver.saw_source, driver.saw_destination), (source, destination), states or ("", ""), strict=True
-    ):
+    view = View(REF, None, lambda: None)
+    for saw, record, state in zip((view.saw_source, view.saw_destination), (source, destination), states or ("", ""), strict=True):
         if state:  # else whatever it says
             record.state = handshake_pb2.RecordState.Value(f"RECORD_STATE_{state.upper()}")
         try:
@@ -346,10 +343,10 @@ def test_6_11_whatever_two_hosts_answer_is_described_and_shown(
         except StateUnknownError:
             pass
         else:
-            driver.read_clock("source", record)
-    driver.silent_since = dict.fromkeys(silent, 1.0)
-    migration = describe(BEFORE, driver, 10.0, ended=ended)
-    shown(with_age(describe(migration, driver, 11.0, ended=True, wall=2000.0)))
+            view.read_clock("source", record)
+    view.silent_since = dict.fromkeys(silent, 1.0)
+    migration = describe(BEFORE, view, 10.0, ended=ended)
+    shown(with_age(describe(migration, view, 11.0, ended=True, wall=2000.0)))
     shown(migration)
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.view import View
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState, fact_to_proto
@@ -16,7 +16,7 @@ from agent.runtime.failure import Failure, failure_to_proto
 from agent.runtime.wire import duration, timestamp
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import CANCELLED, REF, make_plan, statement
+from tests.unit.asking import CANCELLED, REF, statement
 
 BEFORE = pb.Migration(
     migration_id="m1",
@@ -29,32 +29,25 @@ BEFORE = pb.Migration(
 )
 
 
-class Nobody:
-    """A peer that nothing may be asked of: to describe is to look at what is known."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(name)
-
-
-def knows(src: Src | None, dst: Dst | None, *silent: str, **records: Any) -> Driver:
-    driver = Driver(REF, Nobody(), Nobody(), make_plan(), lambda: None)
+def knows(src: Src | None, dst: Dst | None, *silent: str, **records: Any) -> View:
+    view = View(REF, None, lambda: None)
     for side, state in (("source", src), ("destination", dst)):
         if state is not None:
             wire = handshake_pb2.RecordState.Value(f"RECORD_STATE_{state.upper()}")
-            setattr(driver, f"{side}_record", handshake_pb2.Record(ref=REF, state=wire, **records))
-    driver.silent_since = dict.fromkeys(silent, 1.0)
-    return driver
+            setattr(view, f"{side}_record", handshake_pb2.Record(ref=REF, state=wire, **records))
+    view.silent_since = dict.fromkeys(silent, 1.0)
+    return view
 
 
-def seen(driver: Driver, before: pb.Migration = BEFORE, *, ended: bool = False) -> pb.Migration:
-    return describe(before, driver, 10.0, ended=ended)
+def seen(view: View, before: pb.Migration = BEFORE, *, ended: bool = False) -> pb.Migration:
+    return describe(before, view, 10.0, ended=ended)
 
 
 def test_what_to_do_about_a_host_that_was_not_dead() -> None:
-    driver = says(knows(Src.KEPT, Dst.RUNNING), _RUNS, _RUNS)
-    assert driver.source_record is not None
-    driver.source_record.statement.CopyFrom(statement("h2"))
-    told = seen(driver)
+    view = says(knows(Src.KEPT, Dst.RUNNING), _RUNS, _RUNS)
+    assert view.source_record is not None
+    view.source_record.statement.CopyFrom(statement("h2"))
+    told = seen(view)
     assert (told.runs_on, told.HasField("commit_time")) == ("h1", False)
     for needed in ("h2 to give up its copy", "goes on at h1", "asks again within half a minute", "drover migration watch m1"):
         assert needed in told.waiting_for
@@ -92,12 +85,12 @@ def test_every_pair_has_a_phase_and_a_state() -> None:
             assert seen(knows(src, dst)).state in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_ACTIVE)
 
 
-def says(driver: Driver, source: GuestFact | None = None, destination: GuestFact | None = None) -> Driver:
+def says(view: View, source: GuestFact | None = None, destination: GuestFact | None = None) -> View:
     """With what the hypervisors of both hosts said last."""
-    for record, fact in ((driver.source_record, source), (driver.destination_record, destination)):
+    for record, fact in ((view.source_record, source), (view.destination_record, destination)):
         if record is not None and fact is not None:
             record.guest.CopyFrom(fact_to_proto(fact))
-    return driver
+    return view
 
 
 _RUNS, _WAITS, _CRASHED = GuestFact(GuestState.RUNNING), GuestFact(GuestState.WAITING), GuestFact(GuestState.CRASHED, "crashed")
@@ -123,9 +116,9 @@ def test_where_the_guest_runs(src: Src, dst: Dst, here: GuestFact | None, there:
 
 
 def test_a_guest_does_not_run_on_a_host_that_is_dead() -> None:
-    driver = says(knows(Src.PERFORMING, Dst.GONE, "source"), _RUNS, GuestFact(GuestState.ABSENT))
-    driver.declare_dead("source", statement("h1"))
-    assert seen(driver, ended=True).runs_on == ""
+    view = says(knows(Src.PERFORMING, Dst.GONE, "source"), _RUNS, GuestFact(GuestState.ABSENT))
+    view.declare_dead("source", statement("h1"))
+    assert seen(view, ended=True).runs_on == ""
 
 
 @pytest.mark.parametrize(
@@ -138,35 +131,35 @@ def test_a_guest_does_not_run_on_a_host_that_is_dead() -> None:
 )
 def test_6_13_a_cancel_that_ends_with_the_guest_dead_says_that_it_is_dead(fact: GuestFact, reason: Reason) -> None:
     """Chaos seed 90210, round 29: the source's QEMU is killed while a cancel is under way."""
-    driver = says(knows(Src.KEPT, Dst.GONE, failure=failure_to_proto(CANCELLED)), fact, GuestFact(GuestState.ABSENT))
-    driver.cancel(CANCELLED)
-    ended = seen(driver, ended=True)
+    view = says(knows(Src.KEPT, Dst.GONE, failure=failure_to_proto(CANCELLED)), fact, GuestFact(GuestState.ABSENT))
+    view.cancel(CANCELLED)
+    ended = seen(view, ended=True)
     assert (ended.state, ended.runs_on, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, "", reason)
 
 
 def test_6_14_the_cause_comes_first_and_its_echo_second() -> None:
     """The source sees that its stream broke; why stands at the destination, whichever was heard first."""
-    driver = knows(Src.KEPT, Dst.GONE)
-    assert driver.source_record is not None
-    assert driver.destination_record is not None
+    view = knows(Src.KEPT, Dst.GONE)
+    assert view.source_record is not None
+    assert view.destination_record is not None
     echo = Failure(Reason.TRANSFER_FAILED, "h1: Broken pipe", {"host": "h1", "echo": "true"})
     cause = Failure(Reason.TRANSFER_FAILED, "h2: the QEMU of vm1 died", {"host": "h2"})
-    driver.source_record.failure.CopyFrom(failure_to_proto(echo))
-    driver.destination_record.failure.CopyFrom(failure_to_proto(cause))
-    ended = seen(driver, ended=True)
+    view.source_record.failure.CopyFrom(failure_to_proto(echo))
+    view.destination_record.failure.CopyFrom(failure_to_proto(cause))
+    ended = seen(view, ended=True)
     assert ended.failure.message == cause.message
     assert [other.message for other in ended.other_failures] == [echo.message]
-    driver.destination_record.failure.CopyFrom(failure_to_proto(Failure(Reason.GIVEN_UP, "given up")))
-    alone = seen(driver, ended=True)
+    view.destination_record.failure.CopyFrom(failure_to_proto(Failure(Reason.GIVEN_UP, "given up")))
+    alone = seen(view, ended=True)
     assert (alone.failure.message, list(alone.other_failures)) == (echo.message, [])
-    driver.cancel(CANCELLED)
-    assert seen(driver, ended=True).failure.reason == Reason.CANCELLED
+    view.cancel(CANCELLED)
+    assert seen(view, ended=True).failure.reason == Reason.CANCELLED
 
 
 def test_cancelling_until_it_has_ended() -> None:
-    driver = knows(Src.PERFORMING, Dst.ARMED)
-    driver.cancel(CANCELLED)
-    assert seen(driver).state == pb.MIGRATION_STATE_CANCELLING
+    view = knows(Src.PERFORMING, Dst.ARMED)
+    view.cancel(CANCELLED)
+    assert seen(view).state == pb.MIGRATION_STATE_CANCELLING
 
 
 @pytest.mark.parametrize(
@@ -178,10 +171,10 @@ def test_cancelling_until_it_has_ended() -> None:
     ],
 )
 def test_an_end_without_success_keeps_its_reason(failure: Failure | None, state: pb.MigrationState.ValueType) -> None:
-    driver = knows(Src.KEPT, Dst.GONE)
+    view = knows(Src.KEPT, Dst.GONE)
     if failure is not None:
-        driver.cancel(failure)
-    ended = seen(driver, ended=True)
+        view.cancel(failure)
+    ended = seen(view, ended=True)
     assert (ended.state, ended.phase, ended.waiting_for) == (state, "", "")
     assert ended.failure.reason == (failure.reason if failure else "")
     assert ended.duration.ToNanoseconds() == 10 * 10**9
@@ -189,9 +182,9 @@ def test_an_end_without_success_keeps_its_reason(failure: Failure | None, state:
 
 
 def test_a_success_has_no_failure_whatever_was_tried() -> None:
-    driver = knows(Src.REMOVED, Dst.RUNNING, failure=failure_to_proto(CANCELLED))
-    driver.cancel(CANCELLED)
-    ended = seen(driver, ended=True)
+    view = knows(Src.REMOVED, Dst.RUNNING, failure=failure_to_proto(CANCELLED))
+    view.cancel(CANCELLED)
+    ended = seen(view, ended=True)
     assert ended.state == pb.MIGRATION_STATE_SUCCEEDED
     assert not ended.HasField("failure")
     assert ended.commit_time.seconds == 1010
@@ -206,9 +199,9 @@ def test_the_commit_is_timed_once() -> None:
 def test_the_given_migration_is_not_changed() -> None:
     before = pb.Migration()
     before.CopyFrom(BEFORE)
-    driver = knows(Src.PERFORMED, Dst.ARMED, "destination")
-    driver.waiting_for = "x" * 5000
-    assert len(seen(driver).waiting_for) == 1000
+    view = knows(Src.PERFORMED, Dst.ARMED, "destination")
+    view.waiting_for = "x" * 5000
+    assert len(seen(view).waiting_for) == 1000
     assert before == BEFORE
 
 
@@ -304,22 +297,22 @@ def test_the_hypervisors_time_is_that_of_the_union(spans: list[tuple[int, int]])
 HOUR = 3600.0
 
 
-def with_timings(driver: Driver, side: str, *timings: handshake_pb2.PhaseTiming, updated: float = 0.0) -> None:
+def with_timings(view: View, side: str, *timings: handshake_pb2.PhaseTiming, updated: float = 0.0) -> None:
     """The side answers with these phases ended."""
     record = handshake_pb2.Record()
-    record.CopyFrom(getattr(driver, f"{side}_record"))
+    record.CopyFrom(getattr(view, f"{side}_record"))
     record.timings.extend(timings)
     record.update_time.CopyFrom(timestamp(updated))
-    {"source": driver.saw_source, "destination": driver.saw_destination}[side](record)
+    {"source": view.saw_source, "destination": view.saw_destination}[side](record)
 
 
 def test_6_16_no_duration_is_taken_from_a_wall_clock() -> None:
     """The source's clock is an hour ahead, and was set back by a day between its phases."""
-    driver = knows(Src.REMOVED, Dst.RUNNING)
-    with_timings(driver, "destination", timing("reserve", 1000.0, 0.1), timing("prepare", 1000.3, 0.2))
-    with_timings(driver, "source", timing("begin", 1000.0 + HOUR, 0.1), timing("perform", 1000.5 - 24 * HOUR, 2.0))
-    with_timings(driver, "destination", timing("finish", 1000.6, 1.5))
-    end = seen(driver, ended=True)
+    view = knows(Src.REMOVED, Dst.RUNNING)
+    with_timings(view, "destination", timing("reserve", 1000.0, 0.1), timing("prepare", 1000.3, 0.2))
+    with_timings(view, "source", timing("begin", 1000.0 + HOUR, 0.1), timing("perform", 1000.5 - 24 * HOUR, 2.0))
+    with_timings(view, "destination", timing("finish", 1000.6, 1.5))
+    end = seen(view, ended=True)
     assert [t.phase for t in end.timings] == ["reserve", "begin", "prepare", "perform", "finish"]
     assert end.duration.ToNanoseconds() / 1e9 == pytest.approx(10.0)
     # Heard of at one moment, so perform and finish overlap, and so does prepare with what precedes perform.
@@ -329,44 +322,47 @@ def test_6_16_no_duration_is_taken_from_a_wall_clock() -> None:
 
 def test_6_16_calls_are_laid_on_the_drivers_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 100.0
-    monkeypatch.setattr("agent.handshake.drive.knowledge.time.monotonic", lambda: clock)
-    driver = knows(Src.PERFORMED, Dst.RUNNING)
+    monkeypatch.setattr("agent.handshake.drive.view.time.monotonic", lambda: clock)
+    view = knows(Src.PERFORMED, Dst.RUNNING)
     for clock, side, name, seconds in (  # noqa: B007 - the clock is read above
         (101.0, "destination", "reserve", 0.5),
         (103.0, "source", "begin", 1.0),
         (110.0, "source", "perform", 4.0),
         (111.0, "destination", "finish", 4.5),
     ):
-        with_timings(driver, side, timing(name, 0.0, seconds))
-    assert driver.hypervisor_calls == {"source": [(102.0, 103.0), (106.0, 110.0)], "destination": [(100.5, 101.0), (106.5, 111.0)]}
+        with_timings(view, side, timing(name, 0.0, seconds))
+    assert view.hypervisor_calls == {
+        "source": [(102.0, 103.0), (106.0, 110.0)],
+        "destination": [(100.5, 101.0), (106.5, 111.0)],
+    }
 
 
 @pytest.mark.parametrize(("ahead", "said"), [(HOUR, "h2 is 3600 s ahead of h1"), (-HOUR, "h1 is 3600 s ahead of h2"), (0.5, "")])
 def test_6_16_clocks_that_differ_are_told(ahead: float, said: str) -> None:
-    driver = knows(Src.BEGUN, Dst.RESERVED)
-    driver.read_clock("destination", handshake_pb2.Record(revision=99, update_time=timestamp(5000.0 + ahead)))
-    assert not seen(driver).warnings, "one clock alone says nothing"
-    driver.read_clock("source", handshake_pb2.Record(update_time=timestamp(5000.0 + 2 * ahead)))
-    assert not seen(driver).warnings, "nor does a record that was known: it was changed long ago"
-    driver.read_clock("source", handshake_pb2.Record(revision=99, update_time=timestamp(5000.0)))
-    first = seen(driver)
+    view = knows(Src.BEGUN, Dst.RESERVED)
+    view.read_clock("destination", handshake_pb2.Record(revision=99, update_time=timestamp(5000.0 + ahead)))
+    assert not seen(view).warnings, "one clock alone says nothing"
+    view.read_clock("source", handshake_pb2.Record(update_time=timestamp(5000.0 + 2 * ahead)))
+    assert not seen(view).warnings, "nor does a record that was known: it was changed long ago"
+    view.read_clock("source", handshake_pb2.Record(revision=99, update_time=timestamp(5000.0)))
+    first = seen(view)
     assert [said in warning for warning in first.warnings] == ([True] if said else [])
-    assert list(seen(driver, first).warnings) == list(first.warnings), "once"
+    assert list(seen(view, first).warnings) == list(first.warnings), "once"
 
 
 def test_the_timings_of_both_hosts_in_their_order() -> None:
-    driver = knows(Src.PERFORMING, Dst.ARMED)
-    assert driver.source_record is not None
-    assert driver.destination_record is not None
-    driver.source_record.timings.extend([timing("begin", 2.0, 1.0), timing("perform", 5.0, 1.0)])
-    driver.destination_record.timings.extend([timing("reserve", 1.0, 1.0), timing("prepare", 4.0, 1.0)])
-    assert [t.phase for t in seen(driver).timings] == ["reserve", "begin", "prepare", "perform"]
+    view = knows(Src.PERFORMING, Dst.ARMED)
+    assert view.source_record is not None
+    assert view.destination_record is not None
+    view.source_record.timings.extend([timing("begin", 2.0, 1.0), timing("perform", 5.0, 1.0)])
+    view.destination_record.timings.extend([timing("reserve", 1.0, 1.0), timing("prepare", 4.0, 1.0)])
+    assert [t.phase for t in seen(view).timings] == ["reserve", "begin", "prepare", "perform"]
 
 
 def test_a_host_that_tells_of_the_drivers_own_phase_adds_nothing() -> None:
     """A record with "plan" in it is forged, and would be told once more at each change."""
-    driver = knows(Src.PERFORMING, Dst.ARMED)
-    assert driver.source_record is not None
-    driver.source_record.timings.extend([timing("plan", 2.0, 1.0), timing("begin", 2.0, 1.0)])
-    told = seen(driver, before=seen(driver))
+    view = knows(Src.PERFORMING, Dst.ARMED)
+    assert view.source_record is not None
+    view.source_record.timings.extend([timing("plan", 2.0, 1.0), timing("begin", 2.0, 1.0)])
+    told = seen(view, before=seen(view))
     assert [t.phase for t in told.timings] == ["begin"]

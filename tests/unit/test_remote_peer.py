@@ -137,10 +137,10 @@ async def test_a_cookie_that_is_too_large_never_reaches_the_hypervisor(far: Far)
     await finished(driver)
     far.pair.stayed()
     assert "perform" not in far.pair.source.effects
-    assert driver.failure is not None
-    assert driver.failure.reason is Reason.FIELD_TOO_LARGE
-    assert driver.failure.message == "the answer of h2 is not taken: cookie_out: has 900000 bytes; at most 65536 are allowed"
-    assert driver.failure.metadata == {"field": "cookie_out", "bound": "65536", "size": "900000", "peer": "h2"}
+    assert driver.view.failure is not None
+    assert driver.view.failure.reason is Reason.FIELD_TOO_LARGE
+    assert driver.view.failure.message == "the answer of h2 is not taken: cookie_out: has 900000 bytes; at most 65536 are allowed"
+    assert driver.view.failure.metadata == {"field": "cookie_out", "bound": "65536", "size": "900000", "peer": "h2"}
 
 
 async def test_a_watched_record_that_is_too_large_is_not_taken(far: Far) -> None:

@@ -154,15 +154,15 @@ async def test_6_11_a_state_of_tomorrow_decides_nothing_and_is_asked_again(pair:
         return answer
 
     def noticed() -> None:
-        if driver.waiting_for:
-            told.append(driver.waiting_for)
+        if driver.view.waiting_for:
+            told.append(driver.view.waiting_for)
 
     for call in ("finish", "get_record", "watch_record"):
         pair.to_destination.answer[call] = newer
     driver = pair.driver(on_change=noticed)
     await finished(driver)
     assert unknown.is_set()
-    assert not driver.cancelling
+    assert not driver.view.cancelling
     assert "state 99" in told[0]
     pair.moved()
 
@@ -183,10 +183,10 @@ async def test_6_11_a_driver_that_takes_up_waits_for_a_state_that_it_knows(pair:
         return answer
 
     pair.to_destination.answer["get_record"] = newer
-    second = Driver(first.ref, pair.to_source, pair.to_destination, None, lambda: None, QUICK)
+    second = Driver(first.view.ref, pair.to_source, pair.to_destination, None, lambda: None, QUICK)
     await second.resume()
     assert asked >= 3
-    assert not second.silent_since
+    assert not second.view.silent_since
     pair.wire.all_sent.set()
     await finished(second)
     pair.moved()

@@ -79,7 +79,7 @@ async def test_6_8_a_cancel_ends_a_connection_that_nobody_answers(pair: Pair) ->
     driver = pair.driver()
     running = asyncio.create_task(finished(driver, within=20))
     await told(pair.source, "h2 to answer at tcp://")
-    driver.cancel(CANCELLED)
+    driver.view.cancel(CANCELLED)
     await pair.source.reaches("kept", within=10)
     pair.source.hypervisor.held["abort"].set()
     await running

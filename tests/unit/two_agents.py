@@ -343,7 +343,7 @@ class Pair:
         self.wire.starts.clear()
         self.to_destination.cut = True
         self.wire.all_sent.set()
-        await until(lambda: driver.source_state == "performed" and "destination" in driver.silent_since)
+        await until(lambda: driver.view.source_state == "performed" and "destination" in driver.view.silent_since)
 
 
 @contextlib.asynccontextmanager

@@ -22,13 +22,13 @@ async def see_pause(driver: Driver) -> None:
     """Ask the host that has the guest, after the end of the attempt, until the guest does not run there; at most `PAUSE_SECONDS`.
     Returns at once if the user has not paused it.
     """
-    records = (driver.source_record, driver.destination_record)
+    records = (driver.view.source_record, driver.view.destination_record)
     if not any(record is not None and record.paused_by_user for record in records):
         return
-    arrived = driver.destination_state is DestinationState.RUNNING
+    arrived = driver.view.destination_state is DestinationState.RUNNING
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PAUSE_SECONDS):
-            while _runs(driver.destination_record if arrived else driver.source_record):
+            while _runs(driver.view.destination_record if arrived else driver.view.source_record):
                 await driver.clock.sleep(ASK_SECONDS)
                 await driver.answers("destination" if arrived else "source")
 

@@ -49,16 +49,18 @@ class StateUnknownError(DroverError):
         )
 
 
-class Knowledge:
+class View:
     """What is known of one attempt. Sides are named ``source`` and ``destination``. `on_change` is called after every change."""
 
     def __init__(self, ref: pb.AttemptRef, parties: Parties | None, on_change: Callable[[], None]) -> None:
         self.ref = ref
         self.foreign: DroverError | None = None
         """MIGRATION_EXISTS once a record turned out to be of another migration with this id; then no more calls are made."""
-        self._parties = parties
+        self.parties = parties
         self.source_record: pb.Record | None = None
         self.destination_record: pb.Record | None = None
+        self.uri = ""
+        """The destination's migration URI, once Prepare has answered."""
         self.failure: Failure | None = None
         self.cancelling = False
         self.waiting_for = ""
@@ -72,7 +74,8 @@ class Knowledge:
         self._wall_offsets: dict[str, float] = {}
         """For each side: its wall clock minus this process's monotonic clock, at its first answer that `read_clock` could use."""
         self._on_change = on_change
-        self._wake = asyncio.Event()
+        self.news = asyncio.Event()
+        """Set by every change; the driver clears it before it decides."""
 
     @property
     def source_state(self) -> Src | None:
@@ -140,7 +143,7 @@ class Knowledge:
         self._changed()
 
     def _changed(self) -> None:
-        self._wake.set()
+        self.news.set()
         self._on_change()
 
     def saw_source(self, record: pb.Record) -> None:
@@ -198,12 +201,12 @@ class Knowledge:
         """Return whether a record names another guest or other host than was requested; then `foreign` is set. Empty names, of an
         attempt that was given up before it reached that host, count as the same.
         """
-        if self._parties is None:
+        if self.parties is None:
             return False
-        host, peer = self._parties.source, self._parties.destination
+        host, peer = self.parties.source, self.parties.destination
         if side == "destination":
             host, peer = peer, host
-        named = ((record.peer_host, peer, "the other host"), (record.domain_uuid, self._parties.domain_uuid, "the guest"))
+        named = ((record.peer_host, peer, "the other host"), (record.domain_uuid, self.parties.domain_uuid, "the guest"))
         differs = [f"{what} is {got}, not {wanted}" for got, wanted, what in named if got and got != wanted]
         if differs:
             text = f"the record of migration {record.ref.migration_id} on {host} is of another migration: {'; '.join(differs)}"

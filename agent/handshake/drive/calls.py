@@ -1,0 +1,218 @@
+"""The calls of one attempt: builds each request from the plan and from earlier answers, and hands each record to the view."""
+
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.view import View
+from agent.handshake.host.peer import HandshakePeer
+from agent.handshake.machines.decide import Call
+from agent.handshake.machines.destination import DestinationState as Dst
+from agent.handshake.machines.source import SourceState as Src
+from agent.network.networks import check_destination_uri
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import duration
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
+
+LONG_POLL: Final = 5.0
+"""Seconds for which a call waits before it is made again, so that a host that hangs is noticed soon."""
+
+_LISTENS: Final = frozenset({pb.RECORD_STATE_PREPARED, pb.RECORD_STATE_ARMED, pb.RECORD_STATE_RUNNING})
+"""States of a destination that has answered with the URI at which it listens. If Prepare takes longer than a call may last, the
+answer is still PREPARING, and the call is made again: it waits too."""
+
+
+class Calls:
+    """Makes the calls of one driver to both hosts. `plan`: None for a driver that takes over, which can make none before Perform."""
+
+    def __init__(self, view: View, source: HandshakePeer, destination: HandshakePeer, plan: Plan | None) -> None:
+        self.view = view
+        self.token = secrets.token_hex(8)
+        """Names this driver to both hosts."""
+        self.transfer_asked = False
+        """Whether Perform was called, so that memory may flow."""
+        self._source = source
+        self._destination = destination
+        self._plan = plan
+        self._made = 0
+        self._probe = pb.PathProbe()
+        self._probe_renewed = False
+        self._begun = pb.BeginResponse()
+        self._prepared = pb.PrepareResponse()
+        self._finish_cookie = b""
+        self._perform_cookie = b""
+        self._epoch = 0
+
+    def due(self, call: Call) -> Call:
+        """Return the call to make for `call`: an earlier one where its answer was lost, or came before this driver was restarted."""
+        if call is Call.PERFORM and self.view.source_state is Src.BEGUN and not self._prepared.uri_out:
+            call = Call.PREPARE
+        if call is Call.PREPARE and not self._begun.domain_xml:
+            call = Call.BEGIN
+        reserved = self.view.destination_state in (None, Dst.RESERVED)
+        if call is Call.BEGIN and not self._probe.nonce and self.view.source_state is None and reserved:
+            return Call.RESERVE
+        return call
+
+    async def make(self, call: Call) -> None:
+        """Make a call. Raises `DroverError`."""
+        await self._methods[call]()
+
+    def renew_probe(self) -> bool:
+        """Forget the probe, so that the slot is reserved once more: a destination whose agent was restarted answers at another port.
+        Return False where that was done before, or there is none.
+        """
+        if not self._probe.nonce or self._probe_renewed:
+            return False
+        self._probe, self._probe_renewed = pb.PathProbe(), True
+        return True
+
+    @property
+    def _methods(self) -> Mapping[Call, Callable[[], Awaitable[None]]]:
+        return {
+            Call.RESERVE: self._reserve,
+            Call.BEGIN: self._begin,
+            Call.PREPARE: self._prepare,
+            Call.PERFORM: self._perform,
+            Call.FINISH: self._finish,
+            Call.CONFIRM_RUNNING: lambda: self.confirm(pb.DECISION_RUNNING),
+            Call.CONFIRM_GONE: lambda: self.confirm(pb.DECISION_GONE),
+            Call.ABORT: self._abort,
+            Call.ABANDON: lambda: self.abandon(source_kept=False),
+            Call.ABANDON_SOURCE_KEPT: lambda: self.abandon(source_kept=True),
+        }
+
+    def _request_id(self) -> str:
+        self._made += 1
+        return f"{self.token}-{self._made}"
+
+    def _planned(self) -> Plan:
+        if self._plan is None:
+            raise DroverError(Reason.DRIVER_SILENT, "the driver went away before the transfer started, so the migration is given up")
+        return self._plan
+
+    async def _reserve(self) -> None:
+        plan = self._planned()
+        if plan.requirements is None and self.view.destination_record is None:
+            raise DroverError(Reason.LEASE_EXPIRED, f"the slot on {plan.destination_host} was lost while the driver was away")
+        needs = plan.requirements or host_pb2.GuestRequirements(name=plan.domain_name, uuid=plan.domain_uuid)
+        response = await self._destination.reserve_slot(
+            pb.ReserveSlotRequest(
+                ref=self.view.ref,
+                request_id=self._request_id(),
+                requirements=needs,
+                destination_name=plan.destination_name,
+                source_host=plan.source_host,
+                source_agent=plan.source_agent,
+                options=plan.options,
+                network=plan.network,
+                uri_in=plan.uri,
+            )
+        )
+        self._epoch = response.record.slot.epoch
+        self.view.read_clock("destination", response.record)
+        self._probe = response.probe
+        self.view.saw_destination(response.record)
+
+    async def _begin(self) -> None:
+        plan = self._planned()
+        self._begun = await self._source.begin(
+            pb.BeginRequest(
+                ref=self.view.ref,
+                request_id=self._request_id(),
+                domain=plan.domain_name,
+                domain_uuid=plan.domain_uuid,
+                destination_name=plan.destination_name,
+                destination_host=plan.destination_host,
+                destination_agent=plan.destination_agent,
+                options=plan.options,
+                slot_epoch=self._epoch,
+                probe=self._probe,
+            )
+        )
+        self.view.read_clock("source", self._begun.record)
+        self.view.saw_source(self._begun.record)
+
+    async def _prepare(self) -> None:
+        plan = self._planned()
+        if not self._epoch and self.view.destination_record is not None:
+            self._epoch = self.view.destination_record.slot.epoch
+        prepared = await self._destination.prepare(
+            pb.PrepareRequest(
+                ref=self.view.ref,
+                request_id=self._request_id(),
+                slot_epoch=self._epoch,
+                domain_xml=self._begun.domain_xml,
+                cookie_in=self._begun.cookie_out,
+                network=plan.network,
+                uri_in=plan.uri,
+                stored=self._begun.stored if self._begun.HasField("stored") else None,
+            )
+        )
+        if prepared.record.state not in _LISTENS:
+            self.view.saw_destination(prepared.record)
+            return
+        prepared.uri_out = check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)
+        self._prepared = prepared
+        self.view.uri = prepared.uri_out
+        self.view.saw_destination(prepared.record)
+
+    async def _perform(self) -> None:
+        """Start the transfer, or wait for its end. The first call returns as soon as it runs, so that Finish can be called."""
+        if self.view.source_state is Src.BEGUN:
+            request = pb.PerformRequest(
+                uri=self._prepared.uri_out,
+                cookie_in=self._prepared.cookie_out,
+                bandwidth_bytes_per_second=self._planned().bandwidth,
+                destination_record=self._prepared.record,
+            )
+        else:
+            request = pb.PerformRequest(uri="joined", wait=duration(LONG_POLL))
+        request.ref.CopyFrom(self.view.ref)
+        request.request_id = self._request_id()
+        self.transfer_asked = True
+        response = await self._source.perform(request)
+        self._perform_cookie = response.cookie_out
+        self.view.saw_source(response.record)
+
+    async def _finish(self) -> None:
+        response = await self._destination.finish(
+            pb.FinishRequest(
+                ref=self.view.ref, request_id=self._request_id(), cookie_in=self._perform_cookie, wait=duration(LONG_POLL)
+            )
+        )
+        self._finish_cookie = response.cookie_out
+        self.view.saw_destination(response.record)
+
+    async def confirm(self, decision: pb.Decision.ValueType) -> None:
+        response = await self._source.confirm(
+            pb.ConfirmRequest(
+                ref=self.view.ref,
+                request_id=self._request_id(),
+                decision=decision,
+                cookie_in=self._finish_cookie,
+                wait=duration(LONG_POLL),
+                statement=self.view.statements.get("destination") if decision == pb.DECISION_GONE else None,
+                destination_record=self.view.destination_record,
+            )
+        )
+        self.view.saw_source(response.record)
+
+    async def _abort(self) -> None:
+        self.view.saw_source((await self._source.abort(pb.AbortRequest(ref=self.view.ref, request_id=self._request_id()))).record)
+
+    async def abandon(self, *, source_kept: bool) -> None:
+        response = await self._destination.abandon(
+            pb.AbandonRequest(
+                ref=self.view.ref,
+                request_id=self._request_id(),
+                source_kept=source_kept,
+                statement=self.view.statements.get("source") if source_kept else None,
+                source_record=self.view.source_record,
+                domain_uuid=self.view.parties.domain_uuid if self.view.parties else "",
+                source_host=self.view.parties.source if self.view.parties else "",
+            )
+        )
+        self.view.saw_destination(response.record)
