@@ -1,4 +1,4 @@
-"""The requests of the handshake, the plan behind them, and how to wait for what no event tells."""
+"""Requests of the handshake, a plan for them, and waits for conditions without an event."""
 
 import asyncio
 import socket
@@ -22,12 +22,12 @@ ID = "6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01"
 REF = pb.AttemptRef(migration_id=ID, attempt=1)
 ADDRESSES = {"h1": "127.92.0.1", "h2": "127.92.0.2"}
 PATIENCE = 20.0
-"""Seconds for what ends soon, on a machine that is busy with other things too."""
+"""Deadline in seconds of what ends soon, long enough for a busy machine."""
 CANCELLED = Failure(Reason.CANCELLED, "cancelled on request")
 
 
 def _answering() -> pb.PathProbe:
-    """A destination's answer on its migration address, for sources that are tested without a destination."""
+    """Answer on a destination's migration address, for sources that are tested without a destination."""
     nonce, listening = b"n" * 32, socket.create_server((ADDRESSES["h2"], 0))
 
     def answer() -> None:
@@ -43,13 +43,13 @@ PROBE = _answering()
 
 
 def destination_record(state: str = "prepared", **fields: Any) -> pb.Record:
-    """What h2 says of the attempt, as a driver relays it."""
+    """Return h2's record of the attempt, as a driver relays it."""
     values: dict[str, Any] = {"ref": REF, "host": "h2", "peer_host": "h1", "domain_uuid": UUID, "uri": "tcp://127.92.0.2:49152"}
     return pb.Record(**{**values, "state": pb.RecordState.Value(f"RECORD_STATE_{state.upper()}"), **fields})
 
 
 def source_record(state: str, **fields: Any) -> pb.Record:
-    """What h1 says of the attempt, as a driver relays it."""
+    """Return h1's record of the attempt, as a driver relays it."""
     return destination_record(state, **{"host": "h1", "peer_host": "h2", "uri": "", **fields})
 
 
@@ -132,7 +132,7 @@ def statement(dead_host: str) -> pb.Statement:
 
 
 def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
-    """A record as it stands in a journal."""
+    """Return a record as in a journal."""
     uris = {"uri": "tcp://127.92.0.2:49152", "domain_xml": "<domain/>"} if state not in ("reserved", "beginning") else {}
     values: dict[str, Any] = {
         "domain_name": "web1",
@@ -151,7 +151,7 @@ def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
 
 
 async def fails(call: Awaitable[Any], *reasons: Reason) -> DroverError:
-    """The error that the call raises, which must be one of these."""
+    """Return the error that the call raises; its reason must be one of these."""
     with pytest.raises(DroverError) as raised:
         await call
     assert raised.value.reason in reasons

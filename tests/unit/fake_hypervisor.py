@@ -1,4 +1,4 @@
-"""A hypervisor that does what a test tells it: each call can be held, made to fail, and is written into a list.
+"""A hypervisor under a test's control: each call can be held or made to fail, and is recorded in a list.
 
 Guests are facts in `domains`. Two fakes that share a `Wire` move a guest as libvirt does: Perform sends until it is told that
 all was sent, Finish (armed early) starts the copy at that moment. The jobs belong to the hypervisor, not to who waits for them.
@@ -87,20 +87,20 @@ class FakeHypervisor:
         self.name = name
         self.domains: dict[str, Domain] = {}
         self.hindrances: dict[str, str] = {}
-        """By guest: why calls about it get no answer."""
+        """By guest: the answer of `hindrance`."""
         self.stands_still = False
-        """Nothing is sent any more."""
+        """If set, nothing more is sent."""
         self.unanswered: int | None = None
-        """Repeats of a request to connect that nobody answers."""
+        """How often a connection request was repeated without an answer; None: there is an answer."""
         self.deaths: dict[str, HypervisorError] = {}
         """By guest: how its process died."""
         self.destructions: dict[str, HypervisorError] = {}
         """By guest (UUID): the error of a copy that others destroyed."""
         self.wire = wire or Wire()
         self.calls: list[str] = calls if calls is not None else []
-        """Every call that does something, in order; a journal that is told to writes here too."""
+        """Every call with an effect, in order; a test's journal may write here too."""
         self.arguments: dict[str, tuple[Any, ...]] = {}
-        """Of the last call of each name."""
+        """By call: the arguments of the last one."""
         self.fails: dict[str, list[Exception]] = defaultdict(list)
         """By call: the errors of the next calls."""
         self.fails_always: dict[str, Exception] = {}
@@ -108,10 +108,10 @@ class FakeHypervisor:
         """By call: it waits for this event before it does anything."""
         self.problems: list[str] = []
         self.autostarts: set[str] = set()
-        """Guests that start with this host."""
+        """Guests with autostart on."""
         self.closed_sessions = 0
         self.unrun: set[str] = set()
-        """Copies whose process has ended, and which certainly had not started."""
+        """Copies whose process has ended and that never ran."""
         self._jobs: set[asyncio.Task[Any]] = set()
         self._news: list[asyncio.Queue[DomainEvent]] = []
 
@@ -132,7 +132,7 @@ class FakeHypervisor:
             queue.put_nowait(DomainEvent(domain.uuid, "changed"))
 
     def tell(self, kind: str, detail: str, uuid: str = UUID) -> None:
-        """An event of a guest."""
+        """Send an event of a guest."""
         for queue in self._news:
             queue.put_nowait(DomainEvent(uuid, kind, detail))
 
@@ -140,7 +140,7 @@ class FakeHypervisor:
         self.put(dataclasses.replace(self.domains[uuid], **facts))
 
     async def job(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Goes on when its caller is cancelled."""
+        """Make a call that goes on if its caller is cancelled."""
         task = asyncio.create_task(work)
         self._jobs.add(task)
         task.add_done_callback(self._job_ended)
@@ -149,7 +149,7 @@ class FakeHypervisor:
     def _job_ended(self, task: "asyncio.Task[Any]") -> None:
         self._jobs.discard(task)
         if not task.cancelled():
-            task.exception()  # nobody may be left to hear it
+            task.exception()  # its caller may have gone away
 
     # ---- the interface
 
@@ -190,7 +190,7 @@ class FakeHypervisor:
         return self.problems
 
     def check_document(self, uuid: str, domain_xml: str) -> None:
-        """Documents of the fake say nothing that could be wrong."""
+        """Accept every document."""
 
     async def disown(self, uuid: str) -> None:
         await self.called("disown")
@@ -242,7 +242,7 @@ class FakeOutgoing:
         self._began = False
 
     user_pauses = False
-    """The guest's user pauses it as soon as its memory flows."""
+    """Whether the guest's user pauses it as soon as its memory flows."""
 
     @property
     def paused_by_user(self) -> bool:

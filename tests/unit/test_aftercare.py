@@ -146,7 +146,7 @@ async def test_6_21_a_guest_that_its_user_paused_on_the_way_is_paused_where_it_s
 
 @pytest.mark.parametrize("moves", [True, False])
 async def test_6_21_its_end_is_told_once_it_is_paused(driving: Driving, monkeypatch: pytest.MonkeyPatch, *, moves: bool) -> None:
-    """Not as the hypervisor had it for a moment: what is said of an end stays said."""
+    """Not as it was for a moment before: the state that is shown at the end never changes."""
     monkeypatch.setattr(FakeOutgoing, "user_pauses", True)
     pair = driving.pair
     pair.wire.all_sent.clear()

@@ -44,7 +44,7 @@ OTHER_UUID = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0002"
 
 
 async def stopped(pair: Pair, destination: str = "armed") -> None:
-    """All was sent: the source is PERFORMED, and the destination waits."""
+    """Let the source send everything: it is PERFORMED, and the destination waits."""
     pair.source.hypervisor.put(PAUSED)
     pair.source.keep(record(Role.SOURCE, "performed"))
     pair.destination.hypervisor.put(WAITS)
@@ -94,7 +94,7 @@ async def test_6_01_a_statement_does_not_count_while_the_host_answers(pair: Pair
     ids=str,
 )
 async def test_6_01_a_relayed_record_counts_only_if_it_is_the_destinations(pair: Pair, wrong: dict[str, object]) -> None:
-    """And only while that is out of reach."""
+    """A statement about the destination counts only while that is unreachable."""
     await stopped(pair)
     pair.to_destination.cut = True
     other = destination_record("gone", **wrong)
@@ -107,7 +107,7 @@ async def test_6_01_a_relayed_record_counts_only_if_it_is_the_destinations(pair:
 @pytest.mark.parametrize("number", [0, 99, pb.RECORD_STATE_KEPT])
 @pytest.mark.parametrize("relayed", [False, True])
 async def test_6_11_a_state_that_is_none_of_a_destination_decides_nothing(pair: Pair, number: int, *, relayed: bool) -> None:
-    """Of a newer version, or a caller's mistake: never an internal error."""
+    """A state of a newer version, or a caller's mistake, never causes an internal error."""
     await stopped(pair)
     pair.to_destination.cut = relayed
     odd = destination_record("gone")
@@ -139,7 +139,7 @@ async def test_6_01_another_agent_at_the_destinations_address_is_not_the_destina
 async def test_6_01_a_record_that_was_made_by_giving_up_decides_only_where_the_guest_is_not(
     pair: Pair, here: Domain, shown: str, *, stored: bool
 ) -> None:
-    """The destination lost its journal, and the guest runs there, or its user has shut it down there since."""
+    """The destination lost its journal while the guest runs there, or its user has shut it down there since."""
     pair.source.hypervisor.put(PAUSED)
     pair.source.keep(record(Role.SOURCE, "performed"))
     await pair.source.restart()
@@ -190,10 +190,10 @@ async def test_6_01_an_armed_copy_is_not_given_up_on_anybodys_word(pair: Pair) -
 
 
 async def test_6_01_a_guest_is_not_lost_to_two_claims(pair: Pair) -> None:
-    """Confirm(RUNNING) here and Abandon(source_kept) there removed it everywhere."""
+    """Otherwise Confirm(RUNNING) here and Abandon(source_kept) there would remove it on both hosts."""
     await stopped(pair)
     await fails(pair.source.engine.confirm(confirm(pb.DECISION_RUNNING)), Reason.UNDECIDED)
-    await pair.destination.engine.abandon(KEPT)  # its source is PERFORMED: nothing flows, and GONE is the destination's own word
+    await pair.destination.engine.abandon(KEPT)  # its source is PERFORMED: nothing flows, and the destination itself decides GONE
     answer = await pair.source.engine.confirm(confirm(pb.DECISION_RUNNING))
     assert state_from_proto(answer.record) == "kept"
     assert pair.runs_on == ["h1"]
@@ -210,7 +210,7 @@ async def test_6_01_a_relayed_record_of_the_source_counts_where_that_is_out_of_r
 
 
 async def test_6_01_a_source_that_was_stopped_before_it_began_lets_the_copy_go(pair: Pair) -> None:
-    """Its record names no guest, for it was told of none."""
+    """Its record names no guest, as no call has named one."""
     pair.destination.hypervisor.put(WAITS)
     pair.destination.keep(record(Role.DESTINATION, "armed"))
     await pair.destination.restart()
@@ -248,7 +248,7 @@ async def test_6_01_the_same_id_towards_a_third_host_ends_and_moves_nothing(pair
 @pytest.mark.parametrize("address", ["", "10.91.0.66:7400"])
 @pytest.mark.parametrize("side", ["source", "destination"])
 async def test_6_01_nobody_lends_a_migration_his_own_agent_to_ask(pair: Pair, side: str, address: str) -> None:
-    """Who begins it first, with everything right but for the address at which the other host is asked, decides nothing."""
+    """A caller that begins it first, with everything right except for the address of the other host's agent, decides nothing."""
     if side == "source":
         await pair.source.engine.begin(begin(destination_agent=address))
     else:
@@ -275,7 +275,7 @@ OTHERS: dict[str, pb.BeginRequest | pb.ReserveSlotRequest] = {
 @pytest.mark.parametrize("under_way", [False, True])
 @pytest.mark.parametrize("what", OTHERS)
 async def test_6_01_a_known_id_with_other_content_is_refused(pair: Pair, what: str, *, under_way: bool) -> None:
-    """As another migration, not as a call out of its turn: the driver of the other one must stop."""
+    """It is refused as another migration (MIGRATION_EXISTS), not with WRONG_PHASE: its driver must stop."""
     if under_way:
         driver = asyncio.create_task(finished(pair.driver()))
         pair.wire.all_sent.clear()
@@ -327,7 +327,7 @@ async def test_6_05_a_probe_proves_its_address_until_the_slot_is_used(pair: Pair
 
 
 async def test_6_05_a_slot_outlives_a_restart_and_is_proved_anew(pair: Pair) -> None:
-    """What the journal keeps of it is enough: cookies are not journalled."""
+    """The journalled fields are enough for it: cookies are not journalled."""
     h2 = pair.destination
     await h2.engine.reserve_slot(reserve())
     await h2.restart()
@@ -365,7 +365,7 @@ async def test_6_05_memory_goes_only_to_an_address_that_was_proved(pair: Pair) -
 async def test_6_07_memory_goes_only_where_this_attempts_destination_listens(pair: Pair) -> None:
     await pair.destination.engine.reserve_slot(reserve())
     await pair.source.engine.begin(begin())
-    await fails(pair.source.engine.perform(perform()), Reason.UNDECIDED)  # it listens nowhere yet
+    await fails(pair.source.engine.perform(perform()), Reason.UNDECIDED)  # its URI is not known yet
     await pair.destination.engine.prepare(prepare())
     uri = (await pair.destination.record()).uri
     error = await fails(pair.source.engine.perform(perform(uri="tcp://127.92.0.2:49199")), Reason.URI_NOT_ALLOWED)
@@ -376,7 +376,7 @@ async def test_6_07_memory_goes_only_where_this_attempts_destination_listens(pai
 async def test_6_07_a_destination_that_does_not_answer_is_given_up_while_the_driver_still_waits(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The record that the driver relays counts then."""
+    """Then the record that the driver relays counts."""
     assert peer_record.READ_SECONDS < QUESTION_SECONDS  # of the driver's call, and of the question to the destination
     monkeypatch.setattr(peer_record, "READ_SECONDS", 0.05)
     await pair.source.engine.begin(begin())
@@ -406,7 +406,7 @@ async def waits_for_its_turn(agent: Agent, call: Awaitable[object], until_turn: 
 
 
 async def test_6_07_a_perform_that_comes_while_begin_ends_is_checked_too(pair: Pair) -> None:
-    """Its turn comes in another state than the one that it found."""
+    """Its turn comes in another state than that for which it was checked."""
     agent = pair.source
     agent.hypervisor.held["begin"] = begun = asyncio.Event()
     beginning = asyncio.create_task(agent.engine.begin(begin()))

@@ -1,4 +1,4 @@
-"""agent.handshake.machines.facts: what a hypervisor's word on a guest means."""
+"""agent.handshake.machines.facts: events from a guest's state, and checks of it."""
 
 from typing import Any
 
@@ -45,14 +45,14 @@ def test_6_15_what_is_in_the_place_of_the_guest_is_told_before_a_slot_is_taken(
 
 
 def test_6_13_a_copy_whose_process_ends_has_not_run_for_that() -> None:
-    """As it is destroyed, or gets a signal, libvirt calls it "in shutdown": what it was is told when it has ended."""
+    """While it is being destroyed, or has got a signal, libvirt reports "in shutdown": only its end shows whether it ran."""
     assert destination_fact(guest(state=DomainState.OTHER, reason=ENDING)) is None
     assert destination_fact(guest(state=DomainState.SHUTOFF, reason="destroyed")) is DestinationEvent.SAW_ABSENT
     assert destination_fact(guest(state=DomainState.OTHER, reason="unknown")) is DestinationEvent.SAW_RUNNING, "it sleeps"
 
 
 def test_6_13_a_guest_whose_process_ends_was_not_stopped_by_its_migration() -> None:
-    """Its source would wait for a decision, and then resume what is not there any more."""
+    """Otherwise its source would wait for a decision and then resume a guest that does not exist any more."""
     assert source_fact(guest(state=DomainState.OTHER, reason=ENDING)) is None
     assert source_fact(guest(state=DomainState.SHUTOFF, reason="shutdown")) is SourceEvent.SAW_DEAD
 

@@ -1,4 +1,4 @@
-"""agent.handshake.host.heard: what another agent has just answered this process itself need not be asked again; all else must."""
+"""agent.handshake.host.heard: a recent answer of another agent to this process need not be asked for again; everything else must."""
 
 import pytest
 
@@ -15,7 +15,8 @@ ELSEWHERE = "192.0.2.9:7400"
 
 
 async def stopped(pair: Pair, said: str, *, really: str = "armed", address: str = "", host: str = "h2") -> None:
-    """All was sent, the destination stands at `really`, and the source's agent has heard `said` from an address."""
+    """Restart both agents after everything was sent: the destination's record is `really`, and the source's agent has cached `said`
+    as the answer from an address."""
     pair.source.hypervisor.put(guest(state=DomainState.PAUSED, reason="migration"))
     ours, theirs = record(Role.SOURCE, "performed"), record(Role.DESTINATION, really)
     pair.source.keep(ours)
@@ -36,9 +37,9 @@ async def test_a_decision_that_was_just_heard_is_not_asked_for(pair: Pair) -> No
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("armed", {}),  # it may have decided meanwhile
-        ("running", {"address": ELSEWHERE}),  # not where the destination of this attempt answers
-        ("running", {"host": "h9"}),  # not its host
+        ("armed", {}),  # ARMED may have become RUNNING meanwhile
+        ("running", {"address": ELSEWHERE}),  # not the address of this attempt's destination
+        ("running", {"host": "h9"}),  # not this attempt's destination
     ],
 )
 async def test_all_else_is_asked(pair: Pair, said: str, told: dict[str, str]) -> None:
@@ -54,7 +55,7 @@ async def test_what_was_heard_some_time_ago_is_asked_again(pair: Pair, monkeypat
 
 
 async def test_what_a_caller_relays_was_not_heard(pair: Pair) -> None:
-    """It is in the request of whoever calls this agent; only what this agent was answered counts."""
+    """A record in a caller's request is not cached; only answers to this agent's own calls count."""
     await stopped(pair, "armed")
     claimed = record_to_proto(record(Role.DESTINATION, "running"), "h2")
     await fails(pair.source.engine.confirm(confirm(pb.DECISION_RUNNING, destination_record=claimed)), Reason.UNDECIDED)
@@ -81,12 +82,12 @@ def test_an_answer_that_was_overtaken_changes_nothing_and_no_answer_ends_what_wa
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was heard stays fresh, however busy this machine is."""
+    """Make cached answers stay fresh, however busy the machine is."""
     monkeypatch.setattr(heard, "FRESH_SECONDS", 3600.0)
 
 
 async def hearing(pair: Pair) -> str:
-    """A source that another one drives has begun, and hears its destination, which has prepared. The URI."""
+    """Let a source that another process drives begin, and watch its destination, which has prepared. Return the URI."""
     await pair.destination.engine.reserve_slot(reserve())
     await pair.source.engine.begin(begin())
     prepared = await pair.destination.engine.prepare(prepare())
@@ -96,7 +97,7 @@ async def hearing(pair: Pair) -> str:
 
 
 async def test_a_source_that_another_one_drives_hears_its_destination(pair: Pair, patient: None) -> None:
-    """From Begin on, so that no call that rests on the destination's record has to ask for it."""
+    """It is watched from Begin on, so that no call that depends on the destination's record has to ask for it."""
     uri = await hearing(pair)
     await pair.source.engine.perform(perform(uri=uri))
     assert pair.to_destination.count["get_record"] == 0
@@ -105,7 +106,7 @@ async def test_a_source_that_another_one_drives_hears_its_destination(pair: Pair
 
 
 async def test_a_destination_that_is_not_heard_any_more_is_asked(pair: Pair, patient: None) -> None:
-    """It gave the copy up as the watch broke: its port may be another guest's by now."""
+    """The destination gave the copy up as the watch broke: another guest may have its port by now."""
     uri = await hearing(pair)
 
     def broken(_: object) -> object:
@@ -119,7 +120,7 @@ async def test_a_destination_that_is_not_heard_any_more_is_asked(pair: Pair, pat
 
 
 def follows(pair: Pair) -> list[object]:
-    """What the source hears its destination by."""
+    """Return the tasks by which the source watches its destination."""
     return [task for attempt in pair.source.engine._attempts.all() for task in attempt.running("peer")]
 
 

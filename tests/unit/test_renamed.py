@@ -12,7 +12,7 @@ from tests.unit.two_agents import Pair
 
 
 async def test_6_01_a_host_whose_name_was_changed_is_not_dead(pair: Pair) -> None:
-    """Its agent has the record of this attempt, under another name: an operator who believes the old name dead is wrong."""
+    """Its agent has the record of this attempt under another name, so an operator's statement that the old name is dead is wrong."""
     await stopped(pair)
     pair.destination.engine.host.name = "h2b"
     request = confirm(pb.DECISION_GONE, statement=statement("h2"), destination_record=None)

@@ -51,7 +51,7 @@ async def test_the_other_side_is_a_peer_at_its_address(channels: Channels) -> No
 
 
 async def left_alone(pair: Pair, driving: Driving, channels: Channels) -> Callable[[], None]:
-    """A driver went as far as Finish, and away; h1 has noticed. Returns what takes over once more."""
+    """Let a driver go away after Finish and h1 take over. Return a function that takes over once more."""
     pair.wire.all_sent.clear()
     h1, h2 = pair.source.engine, pair.destination.engine
     await h2.reserve_slot(reserve())

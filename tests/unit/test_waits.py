@@ -19,7 +19,7 @@ STOPPED = "the QEMU of web1 (process 7) is stopped; `kill -CONT 7` lets it conti
 
 
 async def told(agent: Agent, *parts: str) -> pb.Record:
-    """The record of the agent once it says all that of what it waits for; without parts, once it waits for nothing."""
+    """Return the agent's record once its `waiting_for` has all parts; without parts, once `waiting_for` is empty."""
     await until(lambda: bool(agent.journalled))
     async with asyncio.timeout(10):
         async for response in agent.engine.watch_record(pb.WatchRecordRequest(ref=REF)):
@@ -74,7 +74,7 @@ async def test_6_8_a_port_that_nobody_answers_is_told_and_given_up(pair: Pair, m
 
 async def test_6_8_a_cancel_ends_a_connection_that_nobody_answers(pair: Pair) -> None:
     pair.source.hypervisor.stands_still, pair.source.hypervisor.unanswered = True, 1
-    pair.source.hypervisor.held["abort"] = asyncio.Event()  # it cannot act before the connection stands
+    pair.source.hypervisor.held["abort"] = asyncio.Event()  # libvirt's abort needs an open connection
     pair.wire.all_sent.clear()
     driver = pair.driver()
     running = asyncio.create_task(finished(driver, within=20))

@@ -31,7 +31,7 @@ MACHINES: Mapping[Role, Any] = {Role.SOURCE: SOURCE, Role.DESTINATION: DESTINATI
 
 
 class Statement(msgspec.Struct, frozen=True):
-    """A statement that a host is dead, in place of that host's word."""
+    """An operator's statement that a host is dead. It replaces that host's record, as long as that host does not answer."""
 
     dead_host: str
     reason: str
@@ -40,8 +40,8 @@ class Statement(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, message: pb.Statement) -> "Statement":
-        said = message.say_time.ToNanoseconds() / 1e9 if message.HasField("say_time") else time.time()
-        return cls(message.dead_host, message.reason, message.said_by, said)
+        stated = message.say_time.ToNanoseconds() / 1e9 if message.HasField("say_time") else time.time()
+        return cls(message.dead_host, message.reason, message.said_by, stated)
 
     def to_proto(self) -> pb.Statement:
         return pb.Statement(dead_host=self.dead_host, reason=self.reason, said_by=self.said_by, say_time=timestamp(self.time))
