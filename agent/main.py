@@ -24,6 +24,7 @@ from agent.hypervisor.wire import features_to_proto
 from agent.migration.migrations import Migrations
 from agent.migration.takeover import take_over_silent
 from agent.network.interfaces import is_own
+from agent.runtime.backoff import HYPERVISOR, Pauses
 from agent.runtime.daemon import run_until_stopped
 from agent.runtime.log import logging_to_stderr
 from agent.runtime.supervision import supervise
@@ -155,16 +156,15 @@ def _network(config: NetworkConfig) -> host_pb2.Network:
 
 async def _open(hypervisor: Hypervisor, stop: asyncio.Event) -> None:
     """Wait for the hypervisor's daemon: it may start later than the agent."""
+    pauses = Pauses(HYPERVISOR)
     while True:
         try:
-            await hypervisor.open()
+            return await hypervisor.open()
         except HypervisorUnavailable as error:
             log.warning("the hypervisor does not answer; asking again", error=str(error))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), 1.0)
-                raise SystemExit(0) from None
-        else:
-            return
+        await pauses.pause(stop)
+        if stop.is_set():
+            raise SystemExit(0)
 
 
 async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations) -> Server:

@@ -81,10 +81,12 @@ class Pauses:
             return
         tasks = {asyncio.ensure_future(sleep), asyncio.ensure_future(end.wait())}
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
+        for task in done:
+            task.result()
 
     def succeeded(self) -> None:
         """Begin with the first pause again."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import grpc.aio
 from google.protobuf.message import Message
 
+from agent.runtime.backoff import CLIENT_WATCH, Pauses
 from agent.runtime.errors import Reason
 from agent.service.channel import all_pages, open_channel
 from agent.service.implausible import drop_implausible
@@ -56,8 +57,6 @@ RECONNECT = 30.0
 """Seconds for which a watch tries to reach a server again that went away."""
 UNKNOWN_PATIENCE = 10.0
 """Seconds for which `wait` lets an unknown outcome become known (an agent restarts) before it raises `OutcomeUnknown`."""
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts to watch again
 
 
 class Client:
@@ -203,28 +202,26 @@ class Client:
         """
         last: Migration | None = None
         loop = asyncio.get_running_loop()
-        give_up_at, pause = loop.time() + reconnect, _FIRST_PAUSE
+        give_up_at, pauses = loop.time() + reconnect, Pauses(CLIENT_WATCH)
         while last is None or not last.state.ended:
             since = last.revision if last is not None else from_revision
             try:
                 async with aclosing(self._watch_once(migration_id, since, again=last is not None)) as changes:
                     async for migration in changes:
-                        give_up_at, pause = loop.time() + reconnect, _FIRST_PAUSE
+                        give_up_at = loop.time() + reconnect
+                        pauses.succeeded()
                         if last is None or migration.revision != last.revision:
                             last = migration
                             yield migration
             except DroverClientError as error:
                 lost = isinstance(error, Unreachable) or error.reason == Reason.WATCH_TOO_SLOW
-                if last is None or not lost or loop.time() + pause > give_up_at:
+                if last is None or not lost or loop.time() >= give_up_at:
                     raise
             if last is None:
                 text = f"the server at {self.address} ended the watch of migration {migration_id} without sending its state"
                 raise ServerFailed(text, reason=Reason.INTERNAL)
             if not last.state.ended:
-                await asyncio.sleep(
-                    pause
-                )  # no event to wait for, and a server that refuses at once must not be asked in a tight loop
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                await pauses.pause()  # a server that refuses at once must not be asked in a tight loop
 
     async def wait(
         self, migration_id: str, *, timeout: float | None = None, unknown_patience: float = UNKNOWN_PATIENCE

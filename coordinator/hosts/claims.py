@@ -8,6 +8,7 @@ from typing import Final
 
 from agent.config import MAX_NAME, NAME_PATTERN
 from agent.runtime.address import parse_address
+from agent.runtime.backoff import PROOF, Breaker, Clock
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel
@@ -77,8 +78,9 @@ def _uuid_taken(host: agent_pb.Host, address: str, other: pb.ClusterHost) -> Dro
 class Proofs:
     """Identity checks of agents that register, at most `MAX_PROOFS` at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._asking = 0
+        self._breaker = Breaker(PROOF, _NO_ANSWER, clock)
 
     async def prove(self, host: agent_pb.Host, address: str) -> Word:
         """Ask the agent at `address` for its host; return its answer, which has the name and host_uuid of `host`.
@@ -89,7 +91,8 @@ class Proofs:
             raise DroverError(Reason.BUSY, "too many hosts are registering at this moment", retry_after=1.0)
         self._asking += 1
         try:
-            answer = await _ask(host, address)
+            with self._breaker.guard(address):  # else those that never answer hold every place
+                answer = await _ask(host, address)
         except DroverError as error:
             if error.reason in _NO_ANSWER:
                 raise

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -11,6 +10,7 @@ import grpc.aio
 import structlog
 from google.protobuf.message import Message
 
+from agent.runtime.backoff import HOST_LINK, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.supervision import supervise
 from agent.service.bounds import checked_answer
@@ -26,10 +26,6 @@ QUESTION_SECONDS: Final = 2.0
 """Deadline of a query to an agent."""
 FIRST_WORD_SECONDS: Final = 3.0
 """An agent that takes longer than this to answer a watch counts as unreachable."""
-FIRST_PAUSE_SECONDS: Final = 0.2
-"""Longest pause before a broken watch is opened again for the first time; doubles after each failure, …"""
-LONGEST_PAUSE_SECONDS: Final = 120.0
-"""… up to this. An agent that comes back registers, which ends the pause."""
 LET_GO_AFTER: Final = 3
 """Failures after which the channel is closed until it is needed: gRPC would keep connecting by itself."""
 SPOKEN_AT_ONCE: Final = 64
@@ -85,13 +81,6 @@ class Lanes:
             self._silent.release()
 
 
-def pause_after(failures: int, random: Callable[[], float] = random.random) -> float:
-    """Return the seconds before the next attempt: random up to a ceiling that doubles with each failure, so that attempts to many
-    hosts are spread out.
-    """
-    return random() * min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, 32))
-
-
 class HostLink:
     """The connection to one agent. Watches the host and reconnects until it is stopped.
 
@@ -108,6 +97,7 @@ class HostLink:
         lanes: Lanes,
         heartbeat_seconds: float = 5.0,
         coordinator: str = "",
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self.name = name
         self.address = address
@@ -122,8 +112,9 @@ class HostLink:
         """The watch is open and has delivered a report."""
         self._on_word = on_word
         self._on_silence = on_silence
+        self._clock = clock
         self._hurry = asyncio.Event()
-        self._task = supervise(f"watch-host-{name}", self._keep_watching)
+        self._task = supervise(f"watch-host-{name}", self._keep_watching, clock)
 
     @property
     def channel(self) -> grpc.aio.Channel:
@@ -180,17 +171,16 @@ class HostLink:
             return checked_answer(await call, self.address)
 
     async def _keep_watching(self) -> None:
-        failures = 0
+        pauses = Pauses(HOST_LINK, self._clock)
         while True:
             why = await self._watch_until_silence()
-            failures = 1 if self.connected else failures + 1
+            if self.connected:
+                pauses.succeeded()
             self.connected = False
             self._on_silence(self, why)
-            if failures >= LET_GO_AFTER:
+            if pauses.failures + 1 >= LET_GO_AFTER:
                 await self.let_go()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_after(failures)):
-                    await self._hurry.wait()
+            await pauses.pause(self._hurry)
 
     async def _watch_until_silence(self) -> str:
         """Watch until that fails; return why it ended."""

@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from agent.runtime.backoff import STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.supervision import supervise
 from coordinator.hosts.claims import check_free
@@ -30,7 +31,7 @@ log = structlog.get_logger(__name__)
 class HostTable:
     """The hosts by name. `link_to` opens the connection to a host's agent; the table closes it when it drops the host."""
 
-    def __init__(self, store: Store, link_to: Callable[[pb.ClusterHost], HostLink], clock: Callable[[], float]) -> None:
+    def __init__(self, store: Store, link_to: Callable[[pb.ClusterHost], HostLink], clock: Clock) -> None:
         self.hosts: dict[str, KnownHost] = {}
         self._store = store
         self._link_to = link_to
@@ -49,7 +50,7 @@ class HostTable:
             for item in page.items:
                 self._adopt(item.key, item)
             after, more = page.items[-1].key if page.items else "", page.more
-        self._saver = supervise("save-hosts", self._keep_saving)
+        self._saver = supervise("save-hosts", self._keep_saving, self._clock)
 
     async def close(self) -> None:
         """End every watch, close every channel, save unsaved changes. Can be called again."""
@@ -82,7 +83,7 @@ class HostTable:
                 if isinstance(result, int):
                     self._drop([*renamed, host.name])
                     entry = self._enter(known, result)
-                    entry.heard_at = self._clock()  # it was asked just now
+                    entry.heard_at = self._clock.monotonic()  # it was asked just now
                     entry.link.hurry()
                     log.info("host.registered", host=host.name, host_uuid=host.host_uuid, address=known.agent_address)
                     if before is not None and before.known.host.host_uuid != host.host_uuid:
@@ -129,7 +130,7 @@ class HostTable:
             self.save_soon(entry)  # stores UNREACHABLE
 
     def _enter(self, known: pb.ClusterHost, mod_revision: int) -> KnownHost:
-        entry = KnownHost(known, mod_revision, self._clock(), self._link_to(known))
+        entry = KnownHost(known, mod_revision, self._clock.monotonic(), self._link_to(known))
         self.hosts[known.host.name] = entry
         return entry
 
@@ -146,18 +147,21 @@ class HostTable:
 
     def unsaved_for(self, entry: KnownHost) -> float:
         """Return the seconds since the entry was last saved."""
-        return self._clock() - entry.saved
+        return self._clock.monotonic() - entry.saved
 
     def save_soon(self, entry: KnownHost) -> None:
         self._unsaved.add(entry.name)
         self._wake_saver.set()
 
     async def _keep_saving(self) -> None:
+        pauses = Pauses(STORE, self._clock)
         while True:
             await self._wake_saver.wait()
             self._wake_saver.clear()
-            if not await self._save_all():
-                await asyncio.sleep(RETRY_SECONDS)  # no event tells when the disk works again
+            if await self._save_all():
+                pauses.succeeded()
+            else:
+                await pauses.pause()  # no event tells when the disk works again
                 self._wake_saver.set()
 
     async def _save_all(self) -> bool:
@@ -187,7 +191,7 @@ class HostTable:
                 put: Sequence[Operation] = [Put(key, entry.known.SerializeToString())]
                 result = await self._store.txn([Compare(key, entry.mod_revision)], put)
                 if isinstance(result, int):
-                    entry.mod_revision, entry.saved = result, self._clock()
+                    entry.mod_revision, entry.saved = result, self._clock.monotonic()
                     return
                 self._adopt(key, result.current[key])
         except BaseException:

@@ -14,6 +14,7 @@ from typing import Final, TypeVar
 import grpc.aio
 import structlog
 
+from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.wire import cut
 from coordinator.hosts.claims import Proofs, check_claim
@@ -33,13 +34,13 @@ Answers = tuple[list[tuple[str, T]], list[str]]
 
 
 class HostRegistry:
-    """The registry of the cluster's hosts. `clock`: monotonic seconds, for durations; `wall`: Unix time in seconds, for people."""
+    """The registry of the cluster's hosts. `clock`: for pauses and durations; `wall`: Unix time in seconds, for people."""
 
     def __init__(
         self,
         store: Store,
         heartbeat_seconds: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = SYSTEM_CLOCK,
         wall: Callable[[], float] = time.time,
         coordinator: str = "",
     ) -> None:
@@ -48,7 +49,7 @@ class HostRegistry:
         self._clock = clock
         self._wall = wall
         self._lanes = Lanes()
-        self._proofs = Proofs()
+        self._proofs = Proofs(clock)
         self._table = HostTable(store, self._link_to, clock)
 
     async def open(self) -> None:
@@ -142,7 +143,7 @@ class HostRegistry:
         return [self._table.hosts[name] for name in (self.names() if names is None else names)]
 
     def _shown(self, entry: KnownHost) -> pb.ClusterHost:
-        return shown(entry, self._clock(), self._wall())
+        return shown(entry, self._clock.monotonic(), self._wall())
 
     def _find(self, name: str) -> KnownHost:
         return find(self._table.hosts, name)
@@ -151,7 +152,9 @@ class HostRegistry:
 
     def _link_to(self, known: pb.ClusterHost) -> HostLink:
         name, address = known.host.name, known.agent_address
-        return HostLink(name, address, self._on_word, self._on_silence, self._lanes, self.heartbeat_seconds, self._coordinator)
+        return HostLink(
+            name, address, self._on_word, self._on_silence, self._lanes, self.heartbeat_seconds, self._coordinator, self._clock
+        )
 
     def _on_word(self, link: HostLink, word: Word) -> None:
         entry = self._entry_of(link)
@@ -159,7 +162,7 @@ class HostRegistry:
             return
         entry.check_identity(word.host)
         self._warn_of_rivals(entry, frozenset(word.host.coordinators) - {self._coordinator})
-        entry.heard_at = self._clock()
+        entry.heard_at = self._clock.monotonic()
         before, entry.known = entry.known, heard(entry.known, word, self._wall())
         if before.state != entry.known.state:
             log.info("host.up", host=entry.name)
@@ -172,7 +175,7 @@ class HostRegistry:
         """
         came, entry.rivals = rivals - entry.rivals, rivals
         entry.named_rivals &= rivals
-        now, others = self._clock(), rivals - entry.named_rivals
+        now, others = self._clock.monotonic(), rivals - entry.named_rivals
         if not others:
             return
         if not entry.warnings.due(now):

@@ -14,6 +14,7 @@ from typing import Final, Generic, Self, TypeVar
 
 import structlog
 
+from agent.runtime.backoff import STORE, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.supervision import supervise
 from coordinator.store import rows as core
@@ -39,8 +40,6 @@ T = TypeVar("T")
 
 WRITE_SECONDS: Final = 15.0
 """Deadline of a write, including the wait for its turn."""
-RETRY_SECONDS: Final = 1.0
-"""Pause before a failed write (the disk was full) is followed by another attempt to end the leases that are due."""
 
 log = structlog.get_logger(__name__)
 
@@ -219,12 +218,16 @@ class EmbeddedStore(ABC):
 
     async def _sweep(self) -> None:
         """End leases when they are due, even without a request; after a failed write, learn by another whether it took place."""
+        pauses = Pauses(STORE)
         while True:
             self._leases_changed.clear()
-            wait = RETRY_SECONDS if self._in_doubt else self._leases.next_end()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):  # not wait_for: in 3.11 it can swallow a cancellation
-                    await self._leases_changed.wait()
+            if self._in_doubt:
+                await pauses.pause(self._leases_changed)
+            else:
+                pauses.succeeded()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._leases.next_end()):  # not wait_for: in 3.11 it can swallow a cancellation
+                        await self._leases_changed.wait()
             if self._in_doubt or self._leases.due():
                 self._in_doubt = False
                 await self._sweep_once()
@@ -233,7 +236,7 @@ class EmbeddedStore(ABC):
         try:
             await self._write(lambda _: None)
         except DroverError as error:
-            log.warning("store.sweep_failed", error=error.message, retry_seconds=RETRY_SECONDS)
+            log.warning("store.sweep_failed", error=error.message)
 
 
 def _run(rows: Rows, due: Sequence[int], job: Callable[[Rows], T], changes_of: Callable[[T], Changes | None]) -> _Written[T]:

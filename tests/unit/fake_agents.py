@@ -15,17 +15,27 @@ from coordinator.store import Changes, MemoryStore, SqliteStore
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
 from drover.coordinator.v1 import host_pb2 as pb
+from tests.unit.clocks import QuickClock
 
 UP, UNREACHABLE = pb.HOST_STATE_UP, pb.HOST_STATE_UNREACHABLE
 AGENT_SERVICE = agent_pb.DESCRIPTOR.services_by_name["HostService"].full_name
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
+class Clock(QuickClock):
+    """`now` is moved by the test; sleeps are short, or never end (`stopped`)."""
 
-    def __call__(self) -> float:
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.stopped = False
+
+    def monotonic(self) -> float:
         return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        if self.stopped:
+            await asyncio.Event().wait()
+        await super().sleep(seconds)
 
 
 class Active:

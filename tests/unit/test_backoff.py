@@ -177,3 +177,12 @@ def test_7_a_question_that_was_broken_off_says_nothing_of_the_host() -> None:
     with pytest.raises(asyncio.CancelledError), host.breaker.guard("h1"):
         raise asyncio.CancelledError
     assert host.times(3) == 1
+
+
+async def test_7_an_error_of_the_clock_is_not_lost() -> None:
+    class Broken(FakeClock):
+        async def sleep(self, seconds: float) -> None:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        await Pauses(POLICY, Broken()).pause(asyncio.Event())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from agent.runtime.backoff import PROOF
 from agent.runtime.errors import DroverError, Reason
 from coordinator.hosts import claims
 from coordinator.hosts.host_table import PREFIX
@@ -14,7 +15,7 @@ from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
-from tests.unit.fake_agents import UNREACHABLE, UP, names, register, until
+from tests.unit.fake_agents import UNREACHABLE, UP, Clock, names, register, until
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,32 @@ async def test_6_24_questions_to_those_who_register_are_bounded(
     )
     assert [r.reason for r in results if isinstance(r, DroverError)].count(Reason.BUSY) == 3
     await register(registry, await agents("alpha"))  # there is room again
+
+
+async def test_7_an_address_that_does_not_answer_is_asked_less_often_and_noticed_soon_once_it_does(
+    registry: HostRegistry, clock: Clock, agents: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent registers each few seconds, from behind a firewall that lets no question in."""
+    alpha, asked, ask = await agents("alpha"), [], claims._ask
+
+    async def count(host: agent_pb.Host, address: str) -> agent_pb.Host:
+        asked.append(address)
+        return await ask(host, address)
+
+    monkeypatch.setattr(claims, "_ask", count)
+    monkeypatch.setattr(claims, "PROOF_SECONDS", 0.05)
+    await alpha.stop()
+    for _ in range(10):
+        with pytest.raises(DroverError) as caught:
+            await register(registry, alpha)
+        assert caught.value.reason in (Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED)
+    assert len(asked) < 10
+    await register(registry, await agents("beta"))  # others are not held up
+    monkeypatch.setattr(claims, "PROOF_SECONDS", 3.0)
+    await alpha.start()
+    clock.now += PROOF.cap
+    await register(registry, alpha)
+    assert await names(registry) == {"alpha": UP, "beta": UP}
 
 
 async def test_name_taken_and_taken_over(registry: HostRegistry, store: MemoryStore, agents: Any, tmp_path: Path) -> None:

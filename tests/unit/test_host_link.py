@@ -6,20 +6,14 @@ from pathlib import Path
 import pytest
 
 from coordinator.hosts import host_link
-from coordinator.hosts.host_link import HostLink, Lanes, pause_after
+from coordinator.hosts.host_link import HostLink, Lanes
 from coordinator.hosts.host_table import PREFIX
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
 from tests.unit.asking import until
-
-
-def test_6_24_pauses_grow_with_full_jitter_up_to_two_minutes() -> None:
-    longest = [pause_after(failures, lambda: 1.0) for failures in (1, 2, 3, 4, 100, 10_000)]
-    assert longest == [0.2, 0.4, 0.8, 1.6, 120.0, 120.0]
-    assert pause_after(5, lambda: 0.0) == 0.0
-    assert len({pause_after(9) for _ in range(10)}) == 10
+from tests.unit.clocks import FakeClock
 
 
 async def test_6_24_a_bounded_number_of_silent_hosts_is_tried_at_once() -> None:
@@ -50,11 +44,11 @@ async def test_6_24_the_channel_to_a_host_that_stays_silent_is_closed_and_opened
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_link, "FIRST_WORD_SECONDS", 0.02)
-    monkeypatch.setattr(host_link, "FIRST_PAUSE_SECONDS", 0.01)
     silences: list[str] = []
-    link = HostLink("h1", f"unix:{tmp_path}/none.sock", lambda *_: None, lambda _, why: silences.append(why), Lanes())
+    link = HostLink(
+        "h1", f"unix:{tmp_path}/none.sock", lambda *_: None, lambda _, why: silences.append(why), Lanes(), clock=FakeClock()
+    )
     first = link.channel
-    monkeypatch.setattr(host_link, "LONGEST_PAUSE_SECONDS", 0.01)
     await until(lambda: len(silences) > host_link.LET_GO_AFTER)
     assert link.channel is not first
     await link.close()

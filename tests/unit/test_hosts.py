@@ -73,9 +73,9 @@ async def test_broken_watch_is_unreachable_at_once_and_comes_back(registry: Host
 
 
 async def test_an_agent_that_is_back_says_so_and_is_looked_for_at_once(
-    registry: HostRegistry, store: MemoryStore, agents: Any, monkeypatch: pytest.MonkeyPatch
+    registry: HostRegistry, store: MemoryStore, agents: Any, clock: Clock
 ) -> None:
-    monkeypatch.setattr(host_link, "pause_after", lambda failures: 3600.0)
+    clock.stopped = True
     agent = await agents("alpha")
     await register(registry, agent)
     agent.change(incoming_in_use=1)
@@ -262,7 +262,6 @@ async def test_store_that_fails_makes_no_host_unreachable(
     tried = asyncio.Event()
     agent, newcomer = await agents("alpha"), await agents("new")
     await register(registry, agent)
-    monkeypatch.setattr("coordinator.hosts.host_table.RETRY_SECONDS", 0.05)
     with monkeypatch.context() as broken:
         broken.setattr(store, "txn", fail)
         agent.change(incoming_in_use=1)

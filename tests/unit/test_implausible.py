@@ -27,7 +27,6 @@ from agent.migration.progress import describe
 from agent.migration.uptime import with_age
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.errors import DOMAIN
-from agent.service import registration
 from agent.service.bounds import check_answer, check_request, checked_answer
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
@@ -47,6 +46,7 @@ from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, migration_pb
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
 from tests.unit.asking import ID, REF, until
+from tests.unit.clocks import FakeClock
 from tests.unit.fake_agents import UP, FakeAgent, register
 from tests.unit.fake_agents import until as stored
 from tests.unit.fake_directory import Driving
@@ -223,27 +223,21 @@ class Described:
     ("interval", "pause"),
     [(Duration(seconds=FAR), 1.0), (Duration(), 1.0), (Duration(seconds=-5), 1.0), (Duration(seconds=10**9), 60)],
 )
-async def test_6_11_a_host_registers_again_whatever_heartbeat_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: Duration, pause: float
-) -> None:
-    pauses: list[float] = []
+async def test_6_11_a_host_registers_again_whatever_heartbeat_is_asked_for(tmp_path: Path, interval: Duration, pause: float) -> None:
+    clock = FakeClock()
     coordinator = Coordinator(interval)  # type: ignore[abstract]
 
     def add(server: grpc.aio.Server) -> None:
         cluster_pb2_grpc.add_HostServiceServicer_to_server(coordinator, server)
 
-    async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-
     server = await start_server([f"unix:{tmp_path}/s"], add, [])
     async with open_channel(f"unix:{tmp_path}/s") as channel:
-        monkeypatch.setattr(registration, "asyncio", type("Asyncio", (), {"sleep": staticmethod(sleep)}))
-        registering = asyncio.create_task(keep_registered(channel, cast(AgentHost, Described()), "unix:/h1"))
-        await until(lambda: len(pauses) > 1)
+        registering = asyncio.create_task(keep_registered(channel, cast(AgentHost, Described()), "unix:/h1", clock))
+        await until(lambda: len(clock.slept) > 1)
         registering.cancel()
         await asyncio.wait({registering})
     await server.stop(0)
-    assert set(pauses) == {pause}
+    assert set(clock.slept) == {pause}
 
 
 # --- a client ---------------------------------------------------------------------------------------------------------

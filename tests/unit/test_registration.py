@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpc.aio
-import pytest
 import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from agent.runtime.errors import DroverError, Reason
-from agent.service import registration
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
 from agent.service.registration import keep_registered
@@ -19,6 +17,7 @@ from drover.agent.v1 import host_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
 from tests.unit.asking import until
+from tests.unit.clocks import FakeClock
 
 
 class Host:
@@ -39,8 +38,7 @@ class Coordinator(cluster_pb2_grpc.HostServiceServicer):
         return cluster_pb2.RegisterHostResponse(heartbeat_interval=Duration(nanos=1_000_000))
 
 
-async def test_only_a_change_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "_RETRY_SECONDS", 0.001)
+async def test_only_a_change_is_logged(tmp_path: Path) -> None:
     coordinator = Coordinator()  # type: ignore[abstract]
 
     def add(server: grpc.aio.Server) -> None:
@@ -49,7 +47,7 @@ async def test_only_a_change_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     server = await start_server([f"unix:{tmp_path}/s"], add, [])
     async with open_channel(f"unix:{tmp_path}/s") as channel:
         with structlog.testing.capture_logs() as logs:
-            registering = asyncio.create_task(keep_registered(channel, cast(AgentHost, Host()), "unix:/h1"))
+            registering = asyncio.create_task(keep_registered(channel, cast(AgentHost, Host()), "unix:/h1", FakeClock()))
             await until(lambda: coordinator.calls > 10)
             registering.cancel()
             await asyncio.wait({registering})

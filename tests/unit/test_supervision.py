@@ -13,14 +13,13 @@ from agent.handshake.host.engine import Engine
 from agent.runtime.backoff import BACKGROUND
 from agent.runtime.supervision import supervise
 from agent.service.host import AgentHost
-from coordinator.hosts import host_link
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, PATIENCE
 from tests.unit.asking import until as so
 from tests.unit.clocks import FakeClock
-from tests.unit.fake_agents import UNREACHABLE, UP, register, until
+from tests.unit.fake_agents import UNREACHABLE, UP, Clock, register, until
 from tests.unit.fake_directory import Driving
 from tests.unit.test_migrations import flowing
 
@@ -109,7 +108,7 @@ async def test_what_an_agent_does_in_the_background_is_supervised(tmp_path: Path
 
 
 async def test_a_host_whose_watch_breaks_in_an_unforeseen_way_is_watched_again(
-    registry: HostRegistry, store: MemoryStore, agents: Any, monkeypatch: pytest.MonkeyPatch
+    registry: HostRegistry, store: MemoryStore, agents: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = await agents("alpha")
     await register(registry, agent)
@@ -117,12 +116,11 @@ async def test_a_host_whose_watch_breaks_in_an_unforeseen_way_is_watched_again(
     await until(store, "alpha", lambda known: known.host.incoming_in_use == 1)
     broken = [RuntimeError("a bug")]
 
-    def pause(failures: int) -> float:
+    async def sleep(seconds: float) -> None:
         if broken:
             raise broken.pop()
-        return 0.01
 
-    monkeypatch.setattr(host_link, "pause_after", pause)
+    monkeypatch.setattr(clock, "sleep", sleep)
     await agent.stop()
     await until(store, "alpha", lambda known: known.state == UNREACHABLE)
     await agent.start()

@@ -15,9 +15,7 @@ from agent.hypervisor.base import DomainEvent, HypervisorError
 from agent.hypervisor.events import Fanout
 from agent.hypervisor.libvirt.connection import Link, Session
 from agent.hypervisor.libvirt.events import RECONNECTED, Subscription
-
-RECONNECT_SECONDS = (0.1, 2.0)
-"""First and longest pause between attempts to reach a libvirtd that is gone."""
+from agent.runtime.backoff import HYPERVISOR, Pauses
 
 
 class Watch:
@@ -83,11 +81,10 @@ class Watch:
             self._fanout.put(DomainEvent("", RECONNECTED, "", time.monotonic()))
 
     async def _subscribe_again(self) -> None:
-        pause, longest = RECONNECT_SECONDS
+        pauses = Pauses(HYPERVISOR)
         while True:
             await self._unsubscribe()
             try:
                 return await self._subscribe()
             except HypervisorError:
-                await asyncio.sleep(pause)
-                pause = min(longest, pause * 2)
+                await pauses.pause()
