@@ -125,7 +125,6 @@ class Journal:
 
     async def get_attempt(self, migration_id: str, attempt: int = 0) -> AttemptRecord | None:
         """Return the record, or None; attempt 0 means the newest. Also raises JOURNAL_UNAVAILABLE for a damaged record."""
-
         if migration_id not in self._ids:
             return None
 
