@@ -9,9 +9,9 @@ from typing import Any
 
 import grpc.aio
 
-from agent.handshake.host.attempt import MAX_WAIT
 from agent.handshake.host.engine import Engine
 from agent.handshake.host.phases import wait_of
+from agent.handshake.host.signs import MAX_WAIT
 from agent.service.bounds import checked_answer
 from agent.service.status import errors_of
 from drover.agent.v1 import handshake_pb2 as pb

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from agent.handshake.host import attempt
+from agent.handshake.host import signs
 from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import begin, confirm, fails
@@ -37,7 +37,7 @@ async def test_6_08_refused_calls_of_anybody_keep_no_silent_driver_unnoticed(bri
 async def test_6_08_calls_of_anybody_that_are_still_under_way_keep_no_silent_driver_unnoticed(
     brief: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "MAX_WAIT", 0.3)
+    monkeypatch.setattr(signs, "MAX_WAIT", 0.3)
     source = brief.source
     await source.engine.begin(begin(request_id="driver-1"))
     (begun,) = source.engine.active()
@@ -48,7 +48,7 @@ async def test_6_08_calls_of_anybody_that_are_still_under_way_keep_no_silent_dri
 async def test_6_08_a_call_of_the_driver_that_is_still_under_way_is_a_sign_of_life(
     brief: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "MAX_WAIT", 0.0)
+    monkeypatch.setattr(signs, "MAX_WAIT", 0.0)
     source = brief.source
     await source.engine.begin(begin(request_id="driver-1"))
     (begun,) = source.engine.active()

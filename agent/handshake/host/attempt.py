@@ -13,7 +13,8 @@ import msgspec
 import structlog
 
 from agent.handshake.host.journal import Journal
-from agent.handshake.host.records import MACHINES, AttemptRecord
+from agent.handshake.host.records import MACHINES, AttemptRecord, wrong_phase
+from agent.handshake.host.signs import SignsOfLife
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.machine import Refused
@@ -34,12 +35,6 @@ Look = Callable[["Attempt"], Awaitable[None]]
 
 Hindrance = Callable[["Attempt"], Awaitable[str]]
 """Returns why the hypervisor may not answer calls about the guest; empty: not known. Raises nothing."""
-
-MAX_WAIT: Final = 30.0
-"""Longest time in seconds for which a call waits; a caller that wants to wait longer calls again."""
-
-_DRIVERS: Final = 4
-"""How many names of drivers are remembered, besides those in the record: a driver that was restarted has a new name."""
 
 TELL_SECONDS: Final = 2.0
 """Seconds after which a call to the hypervisor that has not returned appears in `waiting_for`."""
@@ -88,13 +83,7 @@ class Attempt:
         self._lock = asyncio.Lock()
         self._bell = Bell()
         self._tasks: dict[asyncio.Task[None], str] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._calls = 0
-        self._silence: tuple[float, Callable[[], None]] | None = None
-        self._silent_at = 0.0
-        self._signs = 0
-        """How many of the calls under way come from a known driver: one of which a call was accepted before."""
-        self._drivers: list[str] = []
+        self.signs = SignsOfLife(lambda: self.record.request_ids)
 
     # ---- events
 
@@ -215,7 +204,7 @@ class Attempt:
         log.info("record", migration=record.migration_id, role=record.role.value, state=record.state, was=self.record.state)
         ends, self.record = record.final and not self.record.final, record
         if ends:
-            self._disarm()
+            self.signs.end()
             self._on_final(self)
         self.wake()
 
@@ -241,12 +230,12 @@ class Attempt:
     @property
     def busy(self) -> bool:
         """A call or an effect is under way."""
-        return bool(self._calls or self._tasks or self.opening is not None)
+        return bool(self.signs.calls or self._tasks or self.opening is not None)
 
     @property
     def in_use(self) -> bool:
         """A call is under way, or an event is being taken whose caller may have gone away."""
-        return bool(self._calls or self._applying)
+        return bool(self.signs.calls or self._applying)
 
     def _report_idle(self) -> None:
         if not self.in_use:
@@ -273,7 +262,7 @@ class Attempt:
 
     def drop(self) -> "list[asyncio.Task[None]]":
         """Cancel every task and the timer. Return the tasks that have yet to end."""
-        self._disarm()
+        self.signs.end()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -298,71 +287,17 @@ class Attempt:
                 return
             await changed.wait()
 
-    # ---- silence
-
-    def on_silence(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` once the driver of this attempt has given no sign of life (see `called`) for so many seconds."""
-        self._silence = (seconds, act)
-        self._silent_at = time.monotonic() + seconds
-        self._rearm()
-
-    def _rearm(self) -> None:
-        """Restart the timer. A call under way may turn out to be a new driver's, so it adds the time that a call can last."""
-        self._disarm()
-        if self._silence is not None and not self._signs and not self.record.final:
-            silent_at = self._silent_at + (MAX_WAIT if self._calls else 0.0)
-            self._timer = asyncio.get_running_loop().call_later(silent_at - time.monotonic(), self._silence[1])
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    # ---- calls
 
     @contextlib.asynccontextmanager
     async def called(self, call: str = "", request_id: str = "") -> AsyncIterator[None]:
-        """Count a call for this attempt (or its driver's watch) as under way.
-
-        A sign of life of the driver is a call that is accepted, or one from a driver of which a call was accepted before. Other
-        calls that are refused do not count: anybody may make them.
-        """
-        driver = driver_of(request_id)
-        is_known = is_sign = self.is_driver(driver)
-        self._calls += 1
-        self._signs += is_known
-        self._rearm()
+        """Count a call for this attempt (or its driver's watch) as under way; see `SignsOfLife.called`."""
         try:
-            yield
-            failpoint(self.record.role, call or "watch", "reply")
-            is_sign = True
-            if driver:
-                self._drivers = [*(other for other in self._drivers if other != driver), driver][-_DRIVERS:]
+            with self.signs.called(request_id):
+                yield
+                failpoint(self.record.role, call or "watch", "reply")
         finally:
-            self._calls -= 1
-            self._signs -= is_known
-            if is_sign and self._silence is not None:
-                self._silent_at = time.monotonic() + self._silence[0]
-            self._rearm()
             self._report_idle()
-
-    def is_driver(self, driver: str) -> bool:
-        """Return whether a request of that driver was accepted here. Drivers' names are secret: no answer contains one."""
-        return bool(driver) and (driver in self._drivers or driver in map(driver_of, self.record.request_ids.values()))
-
-
-def driver_of(request_id: str) -> str:
-    """Return the name of the driver that made a request: a request id is that name, "-" and a number. Empty without an id."""
-    return request_id.rpartition("-")[0]
-
-
-def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> DroverError:
-    """Return the error for a call that the record's state does not allow."""
-    state = refused.state or "unknown here"
-    return DroverError(
-        Reason.WRONG_PHASE,
-        f"{refused.event} is not allowed now: attempt {record.attempt} of migration {record.migration_id} is {state} on this "
-        f"{record.role}, and allows {', '.join(allowed) if allowed else 'no call that changes it'}",
-        metadata={"state": state, "event": refused.event, "allowed": ",".join(allowed), "role": record.role.value},
-    )
 
 
 async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -5,7 +5,7 @@ from typing import Final
 
 from agent.admission.slots import Slots
 from agent.handshake.host.arrival import check_arrival, never_here
-from agent.handshake.host.attempt import MAX_WAIT, Attempt
+from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.owner import Owner
 from agent.handshake.host.path import PathProbes
@@ -20,6 +20,7 @@ from agent.handshake.host.phases import (
     wait_of,
 )
 from agent.handshake.host.records import Role
+from agent.handshake.host.signs import MAX_WAIT
 from agent.handshake.host.stopwatch import timed
 from agent.handshake.host.stored import changes_of, check_documents
 from agent.handshake.machines.destination import DestinationEvent, DestinationState
@@ -197,7 +198,7 @@ class DestinationSide:
 
     def recover(self, attempt: Attempt) -> None:
         """Start the lease. Every call renews it; its end does not touch an armed copy."""
-        attempt.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
+        attempt.signs.on_silence(self._host.lease_seconds, lambda: self._expired(attempt))
 
     def _expired(self, attempt: Attempt) -> None:
         attempt.start("lease", self._end_or_renew(attempt))

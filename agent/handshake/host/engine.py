@@ -157,7 +157,7 @@ class Engine:
         async with contextlib.AsyncExitStack() as stack:
             counts = False
             async for record in attempt.changes():
-                if not counts and attempt.is_driver(request.driver):
+                if not counts and attempt.signs.is_driver(request.driver):
                     await stack.enter_async_context(attempt.called(request_id=f"{request.driver}-"))
                     counts = True
                 yield pb.WatchRecordResponse(record=self.host.show(record, attempt.progress))

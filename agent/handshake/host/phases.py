@@ -13,8 +13,9 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-from agent.handshake.host.attempt import MAX_WAIT, Attempt, waits_for
+from agent.handshake.host.attempt import Attempt, waits_for
 from agent.handshake.host.records import AttemptRecord, Role, Statement, record_to_proto
+from agent.handshake.host.signs import MAX_WAIT
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.base import Domain, DomainNotFound, HypervisorError
 from agent.hypervisor.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_of, fact_of_event, silent

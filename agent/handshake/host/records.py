@@ -11,11 +11,12 @@ from typing import Any, Final, cast
 import msgspec
 
 from agent.handshake.machines.destination import DESTINATION, DestinationState
+from agent.handshake.machines.machine import Refused
 from agent.handshake.machines.source import SOURCE, SourceState
 from agent.hypervisor.base import Stored
 from agent.hypervisor.guest_fact import GuestFact, fact_to_proto
 from agent.hypervisor.options import Options, Value
-from agent.runtime.errors import Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure, failure_to_proto
 from agent.runtime.wire import cut, duration, enum_name, timestamp
 from agent.transfer.progress import Progress
@@ -216,6 +217,17 @@ def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | No
     if progress is not None:
         message.progress.CopyFrom(progress)
     return message
+
+
+def wrong_phase(record: AttemptRecord, refused: Refused, allowed: list[str]) -> DroverError:
+    """Return the error for a call that the record's state does not allow."""
+    state = refused.state or "unknown here"
+    return DroverError(
+        Reason.WRONG_PHASE,
+        f"{refused.event} is not allowed now: attempt {record.attempt} of migration {record.migration_id} is {state} on this "
+        f"{record.role}, and allows {', '.join(allowed) if allowed else 'no call that changes it'}",
+        metadata={"state": state, "event": refused.event, "allowed": ",".join(allowed), "role": record.role.value},
+    )
 
 
 SECRETS: Mapping[str, Any] = {"domain_xml": "", "stored": None, "cookies": {}}

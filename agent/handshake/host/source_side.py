@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Final
 
-from agent.handshake.host.attempt import MAX_WAIT, Attempt
+from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.departure import Departures
 from agent.handshake.host.path import check_proved, prove
@@ -19,6 +19,7 @@ from agent.handshake.host.phases import (
     wait_of,
 )
 from agent.handshake.host.records import Role
+from agent.handshake.host.signs import MAX_WAIT
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.host.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.machines.source import SourceEvent, SourceState
@@ -218,7 +219,7 @@ class SourceSide:
 
     def recover(self, attempt: Attempt) -> None:
         """Start to wait for the driver's next call, also after a restart: as if it had just called."""
-        attempt.on_silence(self._host.takeover_after, lambda: self._silent(attempt))
+        attempt.signs.on_silence(self._host.takeover_after, lambda: self._silent(attempt))
 
     def _silent(self, attempt: Attempt) -> None:
         if attempt.record.state in (_S.BEGINNING, _S.BEGUN):
