@@ -1,4 +1,4 @@
-"""agent.hypervisor.libvirt.connecting: a connection that nobody answers is seen, and ended, in this machine's own kernel."""
+"""agent.hypervisor.libvirt.connecting: an unanswered connection is found and ended in this machine's own kernel."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ ADDRESSES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
 @contextlib.contextmanager
 def deaf(address: str) -> Iterator[tuple[str, int]]:
-    """A port whose backlog is full: the kernel drops what asks for more."""
+    """Open a port whose backlog is full: the kernel drops further connection requests."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(ADDRESSES[address]))
         listener.bind((address, 0))
@@ -31,14 +31,14 @@ def deaf(address: str) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-async def test_6_8_a_connection_that_nobody_answers_is_ended(address: str) -> None:
+async def test_6_8_an_unanswered_connection_is_ended(address: str) -> None:
     with deaf(address) as (uri, port):
-        told: list[int] = []
+        results: list[int] = []
 
         def connect() -> None:
             with socket.socket(ADDRESSES[address]) as asking:
                 asking.settimeout(None)
-                told.append(asking.connect_ex((address, port)))
+                results.append(asking.connect_ex((address, port)))
 
         before = len(connecting.unanswered(uri))
         thread = threading.Thread(target=connect)
@@ -50,11 +50,11 @@ async def test_6_8_a_connection_that_nobody_answers_is_ended(address: str) -> No
             pytest.skip("this user may not end sockets")
         assert all(ended)
         await until(lambda: not thread.is_alive())
-        assert told == [errno.ECONNABORTED]
+        assert results == [errno.ECONNABORTED]
         assert connecting.unanswered(uri) == []
 
 
-def test_6_8_what_has_ended_by_itself_is_no_error() -> None:
+def test_6_8_a_connection_that_has_ended_is_no_error() -> None:
     with deaf("127.0.0.1") as (uri, _):
         found = connecting.unanswered(uri)
     try:
@@ -64,5 +64,5 @@ def test_6_8_what_has_ended_by_itself_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("uri", ["", "tcp://h2:49152", "tcp://10.92.0.2", "unix:///run/x", "tcp://127.0.0.1:1"])
-def test_6_8_no_other_uri_is_taken_for_one(uri: str) -> None:
+def test_6_8_other_uris_have_no_unanswered_connection(uri: str) -> None:
     assert connecting.unanswered(uri) == []

@@ -28,7 +28,7 @@ class FakeConnection:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeConnection]:
-    """Connections that were opened, in order."""
+    """The connections that were opened, in order."""
     made: list[FakeConnection] = []
 
     def connect(uri: str) -> connection.Link:
@@ -53,7 +53,7 @@ async def test_threads_never_wait_for_each_other() -> None:
         threads.submit(lambda: 1 // 0).result(5)
 
 
-async def test_a_waiter_that_goes_away_does_not_break_its_thread() -> None:
+async def test_a_cancelled_waiter_does_not_break_its_thread() -> None:
     entered, gate = threading.Event(), threading.Event()
 
     def work() -> int:
@@ -70,13 +70,13 @@ async def test_a_waiter_that_goes_away_does_not_break_its_thread() -> None:
     assert await asyncio.to_thread(future.result, 5) == 7
 
 
-async def test_a_stuck_call_leaves_its_connection_behind(opened: list[FakeConnection]) -> None:
+async def test_a_stuck_call_abandons_its_connection(opened: list[FakeConnection]) -> None:
     session = connection.Session(connection.Pool("", call_timeout=0.5))
     gate = threading.Event()
     with pytest.raises(HypervisorUnavailable):
         await session.call(lambda _: gate.wait())
     assert await session.call(lambda found: found) is opened[1]
-    assert not opened[0].closed.is_set()  # a call is on it
+    assert not opened[0].closed.is_set()  # a call still runs on it
     gate.set()
     assert await closing(opened[0])
     await session.close()
@@ -151,7 +151,7 @@ async def test_pool_does_not_reuse_a_dead_connection(opened: list[FakeConnection
     await pool.close()
 
 
-async def test_a_libvirtd_that_hangs_while_it_is_called_takes_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_hanging_libvirtd_takes_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, under_way = threading.Event(), []
 
     def connect(uri: str) -> connection.Link:
@@ -174,7 +174,7 @@ async def test_a_libvirtd_that_hangs_while_it_is_called_takes_few_threads(monkey
     assert await pool.call(lambda _: 1) == 1
 
 
-async def test_a_call_that_gets_no_thread_never_runs_and_keeps_no_place(
+async def test_a_call_without_a_thread_never_runs_and_frees_its_slot(
     opened: list[FakeConnection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "CONNECTIONS", 1)
@@ -192,7 +192,7 @@ async def test_a_call_that_gets_no_thread_never_runs_and_keeps_no_place(
         short.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(HypervisorUnavailable, match="could not start a thread"):
             await pool.call(lambda _: ran.append(1))
-        opened[1].close()  # so that the next has to open one
+        opened[1].close()  # so that the next call has to open one
         with pytest.raises(HypervisorUnavailable, match="could not start a thread"):
             await pool.call(lambda _: ran.append(2))
         with pytest.raises(HypervisorUnavailable, match="could not start a thread"):

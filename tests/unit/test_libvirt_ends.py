@@ -1,4 +1,4 @@
-"""What either side of the libvirt driver makes of the end of its phases, with a libvirtd of a few lines."""
+"""How both sides of the libvirt driver handle the end of a phase, with a minimal fake libvirtd."""
 
 import asyncio
 from collections.abc import Callable
@@ -32,17 +32,17 @@ LEFT = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
 
 
 def refusal(code: int) -> Exception:
-    """libvirt's error of this code."""
+    """Return a libvirt error with this code."""
     error: Exception = libvirt.libvirtError("")
     vars(error)["err"] = (code, libvirt.VIR_FROM_QEMU, "", 0, "", None, None, 0, 0)
     return error
 
 
 class FakeDomain:
-    """One guest in one state; what is done to it is written into `done`."""
+    """One guest in one state. `done` records the calls that change it."""
 
     def __init__(self) -> None:
-        self.said = RUNNING
+        self.current = RUNNING
         self.arrives = False
         self.done: list[str] = []
 
@@ -53,13 +53,13 @@ class FakeDomain:
         return UUID
 
     def state(self) -> list[int]:
-        return list(self.said)
+        return list(self.current)
 
     def info(self) -> list[int]:
-        return [self.said[0], 65536, 65536, 1, 0]
+        return [self.current[0], 65536, 65536, 1, 0]
 
     def isActive(self) -> bool:  # noqa: N802
-        return bool(self.said[0] != libvirt.VIR_DOMAIN_SHUTOFF)
+        return bool(self.current[0] != libvirt.VIR_DOMAIN_SHUTOFF)
 
     def jobStats(self) -> dict[str, int]:  # noqa: N802
         if self.arrives:
@@ -83,7 +83,7 @@ class FakeDomain:
 
 
 class Libvirtd:
-    """The domain, a connection to it, its events, and how the phases end."""
+    """A fake libvirtd: one domain, a connection, its events, and the end of the phases."""
 
     def __init__(self) -> None:
         self.domain = FakeDomain()
@@ -102,11 +102,11 @@ class Libvirtd:
         return self.domain
 
     def tell(self, kind: str) -> None:
-        """An event, from whichever thread."""
+        """Emit an event; callable from any thread."""
         self.loop.call_soon_threadsafe(self.fanout.put, DomainEvent(UUID, kind))
 
     def ends(self, error: HypervisorError, *events: str) -> Callable[..., Any]:
-        """A phase that fails after these events."""
+        """Return a phase function that fails after these events."""
 
         def phase(*_arguments: object) -> None:
             for event in events:
@@ -140,7 +140,7 @@ ERRORS = [HypervisorError("it broke"), DomainBusy("cannot acquire state change l
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-async def test_a_guest_that_was_stopped_is_held_whatever_perform_says(
+async def test_a_guest_that_was_stopped_is_held_for_every_error_of_perform(
     error: HypervisorError, libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phases, "perform", libvirtd.ends(error, "suspended"))
@@ -159,43 +159,43 @@ async def test_an_early_refusal_of_perform_leaves_the_guest_alone(
     assert libvirtd.domain.done == []
 
 
-async def test_a_perform_that_was_not_answered_leaves_no_job_of_begin(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unanswered_perform_leaves_no_job_of_begin(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(phases, "perform", libvirtd.ends(HypervisorUnavailable("no thread for the call")))
     with pytest.raises(HypervisorUnavailable):
         await perform(libvirtd.outgoing())
     assert libvirtd.closed == 1
 
 
-async def test_abort_never_hits_the_guests_next_migration(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_abort_never_aborts_the_guests_next_migration(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
     handle = libvirtd.outgoing()
-    await handle.abort()  # by a fresh handle: it may well be the one that another life of the agent began
+    await handle.abort()  # by a new handle: the job may have been begun before a restart of the agent
     assert libvirtd.domain.done == ["abort"]
     monkeypatch.setattr(phases, "perform", libvirtd.ends(HypervisorError("it broke")))
     with pytest.raises(TransferFailed):
         await perform(handle)
     await handle.abort()
     assert libvirtd.domain.done == ["abort"]
-    libvirtd.domain.said = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
-    await handle.abort()  # Perform returns at the switch: it is for libvirt to refuse
+    libvirtd.domain.current = (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_POSTCOPY)
+    await handle.abort()  # Perform returns at the switch; libvirt itself refuses the abort
     assert libvirtd.domain.done == ["abort", "abort"]
 
 
 @pytest.mark.parametrize(
-    ("said", "arrives", "done"),
+    ("current", "arrives", "done"),
     [
         (LEFT, False, ["begin", "confirm", "undefine"]),
-        (RUNNING, False, ["begin", "confirm", "undefine"]),  # by a libvirtd that came back
+        (RUNNING, False, ["begin", "confirm", "undefine"]),  # resumed by a restarted libvirtd
         (LEFT, True, []),
         (CAME_BACK, False, []),
     ],
     ids=["left", "resumed", "arrives", "came-back"],
 )
-async def test_only_what_the_migration_left_is_removed(
-    said: tuple[int, int], arrives: bool, done: list[str], libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
+async def test_only_the_copy_that_the_migration_left_is_removed(
+    current: tuple[int, int], arrives: bool, done: list[str], libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phases, "begin", lambda domain, *_: domain.done.append("begin"))
     monkeypatch.setattr(phases, "confirm", lambda domain, *_, cancelled: domain.done.append("resume" if cancelled else "confirm"))
-    libvirtd.domain.said, libvirtd.domain.arrives = said, arrives
+    libvirtd.domain.current, libvirtd.domain.arrives = current, arrives
     with nullcontext() if done else pytest.raises(DomainBusy):
         await libvirtd.outgoing().remove(b"", Options())
     assert libvirtd.domain.done == done
@@ -206,20 +206,18 @@ async def test_6_31_a_copy_that_libvirt_cannot_confirm_is_destroyed(libvirtd: Li
         raise refusal(libvirt.VIR_ERR_OPERATION_INVALID)
 
     monkeypatch.setattr(phases, "begin", begin)
-    libvirtd.domain.said = LEFT
+    libvirtd.domain.current = LEFT
     await libvirtd.outgoing().remove(b"", Options())
     assert libvirtd.domain.done == ["destroy", "undefine"]
 
 
-async def test_6_31_a_job_that_was_begun_and_not_confirmed_ends_with_its_connection(
-    libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_6_31_an_unconfirmed_job_ends_with_its_connection(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
     def confirm(*_: object, cancelled: bool) -> None:
         raise refusal(libvirt.VIR_ERR_OPERATION_FAILED)
 
     monkeypatch.setattr(phases, "begin", lambda *_: ("", b""))
     monkeypatch.setattr(phases, "confirm", confirm)
-    libvirtd.domain.said = LEFT
+    libvirtd.domain.current = LEFT
     with pytest.raises(HypervisorError):
         await libvirtd.outgoing().remove(b"", Options())
     assert libvirtd.closed == 1
@@ -229,7 +227,7 @@ async def test_6_31_a_job_that_was_begun_and_not_confirmed_ends_with_its_connect
 
 
 async def prepare(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> LibvirtIncoming:
-    """A destination whose Prepare has made a copy, where nothing was before."""
+    """Return a destination handle whose Prepare has made a copy on a host without the guest."""
     monkeypatch.setattr(incoming, "_definition", lambda *_: None)
     monkeypatch.setattr(phases, "prepare", lambda *_: ("tcp://10.0.0.1:49152", b""))
     made = libvirtd.incoming()
@@ -246,7 +244,7 @@ async def test_a_guest_that_ran_and_was_ended_before_finish_returned_keeps_its_d
     reason: str, events: list[str], libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = await prepare(libvirtd, monkeypatch)
-    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, getattr(libvirt, f"VIR_DOMAIN_SHUTOFF_{reason}"))
+    libvirtd.domain.current = (libvirt.VIR_DOMAIN_SHUTOFF, getattr(libvirt, f"VIR_DOMAIN_SHUTOFF_{reason}"))
     monkeypatch.setattr(phases, "finish", libvirtd.ends(HypervisorError("domain is not running"), *events))
     with pytest.raises(HypervisorUnavailable):
         await finish(made)
@@ -257,30 +255,28 @@ async def test_a_guest_that_ran_and_was_ended_before_finish_returned_keeps_its_d
 
 async def test_a_copy_that_never_ran_leaves_no_definition(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
     made = await prepare(libvirtd, monkeypatch)
-    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED)
+    libvirtd.domain.current = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_CRASHED)
     monkeypatch.setattr(phases, "finish", libvirtd.ends(HypervisorError("the stream broke")))
     with pytest.raises(TransferFailed):
         await finish(made)
     assert libvirtd.domain.done == ["undefine"]
 
 
-async def test_6_13_a_copy_that_somebody_destroys_at_this_moment_has_not_run_for_that(
+async def test_6_13_a_copy_that_is_being_destroyed_does_not_count_as_run(
     libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """libvirt takes some 200 ms to end it, and calls it "in shutdown" for a part of that, as a guest that its user has stopped."""
+    """libvirt takes some 200 ms to end a copy. For a part of that it reports "in shutdown", as for a guest that its user stopped."""
     made = await prepare(libvirtd, monkeypatch)
-    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTDOWN, 0)
+    libvirtd.domain.current = (libvirt.VIR_DOMAIN_SHUTDOWN, 0)
     with pytest.raises(HypervisorUnavailable, match="in shutdown"):
         await made.abandon()
-    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED)
+    libvirtd.domain.current = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED)
     await made.abandon()
     assert libvirtd.domain.done == ["undefine"]
 
 
-async def test_a_guest_that_was_stopped_here_before_a_prepare_that_failed_is_no_copy(
-    libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    libvirtd.domain.said = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED)
+async def test_a_guest_that_was_here_before_a_failed_prepare_is_no_copy(libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch) -> None:
+    libvirtd.domain.current = (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED)
     monkeypatch.setattr(incoming, "_definition", libvirtd.ends(DomainBusy("cannot acquire state change lock")))
     made = libvirtd.incoming()
     with pytest.raises(DomainBusy):

@@ -1,4 +1,4 @@
-"""agent.hypervisor.libvirt.domain: which domain a reference means. On libvirt's own test driver, which needs no daemon."""
+"""agent.hypervisor.libvirt.domain: which domain a reference means. Uses libvirt's own test driver, which needs no daemon."""
 
 import gc
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ HEX, BRACED = B.replace("-", ""), f"{{{B}}}"
 def connection() -> Iterator[Any]:
     opened = libvirt.open("test:///default")
     yield opened
-    for domain in opened.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_INACTIVE):  # they live as long as the process
+    for domain in opened.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_INACTIVE):  # kept as long as the process runs
         domain.undefine()
     opened.close()
 
@@ -49,7 +49,7 @@ def test_6_03_the_name_of_one_and_the_uuid_of_another(connection: Any) -> None:
 
 
 @pytest.mark.parametrize("reference", ["nobody", A, HEX, BRACED, "../../victim"])
-def test_6_03_what_is_not_there(connection: Any, reference: str) -> None:
+def test_6_03_a_missing_guest_is_not_found(connection: Any, reference: str) -> None:
     define(connection, "web1", B)
     with pytest.raises(libvirt.libvirtError) as error:
         domains.find(connection, reference)
@@ -65,14 +65,14 @@ def no_garbage_collector() -> Iterator[None]:
 
 @pytest.mark.parametrize("reference", ["web1", A, B, "nobody"])
 def test_a_look_up_keeps_no_connection_open(connection: Any, no_garbage_collector: None, reference: str) -> None:
-    """A connection that stays open keeps the migration job that was begun on it: the guest is held until some garbage collection."""
+    """An open connection keeps the migration job that was begun on it, which would hold the guest until a garbage collection."""
     define(connection, "web1", A)
     other = libvirt.open("test:///default")
     Link(other).run(lambda opened: domains.find(opened, reference).name())
     assert other.close() == 0
 
 
-def test_a_connection_closes_whatever_refers_to_its_domains(connection: Any, no_garbage_collector: None) -> None:
+def test_a_connection_closes_even_if_a_cycle_holds_its_domains(connection: Any, no_garbage_collector: None) -> None:
     define(connection, "web1", A)
     link = Link(libvirt.open("test:///default"))
     freed: list[str] = []

@@ -1,4 +1,4 @@
-"""What libvirt's capabilities and the kernel say that a host can do."""
+"""What a host can do, according to libvirt's capabilities and the kernel."""
 
 import os
 from pathlib import Path
@@ -28,12 +28,12 @@ def _capabilities(secmodel: str) -> str:
         ("", None),
     ],
 )
-def test_6_30_the_user_of_qemu_is_read_from_what_libvirt_says(secmodel: str, uid: int | None) -> None:
+def test_6_30_the_user_of_qemu_is_read_from_the_capabilities(secmodel: str, uid: int | None) -> None:
     assert parse_capabilities(_capabilities(secmodel)).qemu_uid == uid
 
 
 @pytest.mark.parametrize(
-    ("sysctl", "uid", "words"),
+    ("sysctl", "uid", "parts"),
     [
         ("1", 64055, ()),
         ("1", None, ()),
@@ -43,10 +43,10 @@ def test_6_30_the_user_of_qemu_is_read_from_what_libvirt_says(secmodel: str, uid
         ("", 0, (f"no {SYSCTL}",)),
     ],
 )
-def test_6_30_post_copy_needs_the_sysctl_or_root(sysctl: str, uid: int | None, words: tuple[str, ...]) -> None:
+def test_6_30_post_copy_needs_the_sysctl_or_root(sysctl: str, uid: int | None, parts: tuple[str, ...]) -> None:
     why = refusal(sysctl, uid)
-    assert bool(why) == bool(words)
-    assert all(word in why for word in words), why
+    assert bool(why) == bool(parts)
+    assert all(part in why for part in parts), why
 
 
 def test_6_30_a_kernel_without_the_sysctl(tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ class _Connection:
         return self.xml
 
 
-def test_6_33_the_cpu_that_qemu_gives_is_read_from_what_libvirt_has_probed() -> None:
+def test_6_33_the_cpu_that_qemu_gives_is_read_from_the_domain_capabilities() -> None:
     assert given_cpu(_Connection(_DOMAIN_CAPABILITIES), "x86_64", "pc", "qemu") == "+avx2 -vme model=EPYC vendor=AMD"
     assert given_cpu(_Connection(_DOMAIN_CAPABILITIES.replace("yes", "no")), "x86_64", "pc", "kvm") == ""
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "words"),
+    ("theirs", "ours", "parts"),
     [
         ("+avx2 model=EPYC", "+avx2 model=EPYC", ()),
         ("+avx2 +avx512f model=EPYC", "+avx2 model=EPYC", ("+avx512f only at the source", "nothing only here")),
@@ -84,15 +84,13 @@ def test_6_33_the_cpu_that_qemu_gives_is_read_from_what_libvirt_has_probed() -> 
         (" ".join(f"+f{number}" for number in range(20)), "+x", ("and 12 more",)),
     ],
 )
-def test_6_33_a_cpu_of_the_host_is_the_same_on_both_or_its_difference_is_named(
-    theirs: str, ours: str, words: tuple[str, ...]
-) -> None:
+def test_6_33_the_difference_of_two_host_cpus_is_named(theirs: str, ours: str, parts: tuple[str, ...]) -> None:
     difference = cpu_difference("host-passthrough", theirs, ours)
-    assert bool(difference) == bool(words)
-    assert all(word in difference for word in words), difference
+    assert bool(difference) == bool(parts)
+    assert all(part in difference for part in parts), difference
 
 
-def test_6_33_the_version_that_runs_is_the_one_that_was_started_last(tmp_path: Path) -> None:
+def test_6_33_the_running_version_is_the_one_started_last(tmp_path: Path) -> None:
     log = tmp_path / "web1.log"
     assert started_version(log) == ""
     start = "2026-11-25 18:58:59.4+0000: starting up libvirt version: 9.0.0, package: 9.0.0-4, qemu version: {}, kernel: 6\n"
@@ -103,7 +101,7 @@ def test_6_33_the_version_that_runs_is_the_one_that_was_started_last(tmp_path: P
 @pytest.mark.parametrize(
     ("version", "fixed"), [("7.2.22", False), ("9.2.0", False), ("10.0.0", True), ("10.0.2", True), ("11", True)]
 )
-def test_6_22_the_versions_of_qemu_that_hand_over_disks_that_are_not_active(version: str, fixed: bool) -> None:
+def test_6_22_versions_of_qemu_that_can_hand_over_inactive_disks(version: str, fixed: bool) -> None:
     assert is_fixed(version) is fixed
 
 
@@ -116,5 +114,5 @@ def test_6_22_the_versions_of_qemu_that_hand_over_disks_that_are_not_active(vers
         ("<devices/>", False),
     ],
 )
-def test_6_22_what_qemu_opens_as_an_image(inside: str, has: bool) -> None:
+def test_6_22_elements_that_qemu_opens_as_an_image(inside: str, has: bool) -> None:
     assert has_disk(f"<domain>{inside}</domain>") is has

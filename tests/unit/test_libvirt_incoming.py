@@ -1,4 +1,4 @@
-"""agent.hypervisor.libvirt.incoming: what libvirt's status file says of a copy that answers nothing."""
+"""agent.hypervisor.libvirt.incoming: libvirt's status file identifies a copy whose QEMU does not answer."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ STATUS = "<domstatus state='paused' reason='migration' pid='7'><job type='none' 
         (None, False),
     ],
 )
-def test_6_08_only_a_copy_that_arrives_is_ended_while_its_qemu_is_stopped(tmp_path: Path, text: str | None, expected: bool) -> None:
+def test_6_08_only_an_incoming_copy_is_destroyed_while_its_qemu_is_stopped(tmp_path: Path, text: str | None, expected: bool) -> None:
     (tmp_path / "qemu").mkdir()
     if text is not None:
         (tmp_path / "qemu" / "vm1.xml").write_text(text)

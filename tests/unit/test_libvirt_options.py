@@ -1,4 +1,4 @@
-"""The libvirt driver's pure parts: flags, limits, errors, URIs, capabilities, requirements."""
+"""The pure functions of the libvirt driver: flags, limits, errors, URIs, capabilities, requirements."""
 
 from dataclasses import replace
 from typing import cast
@@ -41,7 +41,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(options.FLAGS))
-def test_a_word_is_honoured_both_ways(name: str) -> None:
+def test_a_choice_is_honoured_both_ways(name: str) -> None:
     flag = options.FLAGS[name]
     assert options.flags(cast(Options, {name: True})) & flag
     assert not options.flags(cast(Options, {name: False})) & flag
@@ -55,13 +55,13 @@ def test_an_option_without_support_is_refused_by_name_but_may_be_off(name: str) 
     assert options.flags(cast(Options, {name: False})) == DEFAULTS
 
 
-@pytest.mark.parametrize("said", [Options(live=False), Options(paused=True)])
-def test_postcopy_is_armed_by_default_only_where_libvirt_takes_it(said: Options) -> None:
-    assert not options.flags_for(said, "<domain/>") & libvirt.VIR_MIGRATE_POSTCOPY
-    assert options.flags_for(said | {"post_copy": True}, "<domain/>") & libvirt.VIR_MIGRATE_POSTCOPY
+@pytest.mark.parametrize("given", [Options(live=False), Options(paused=True)])
+def test_postcopy_is_armed_by_default_only_where_libvirt_allows_it(given: Options) -> None:
+    assert not options.flags_for(given, "<domain/>") & libvirt.VIR_MIGRATE_POSTCOPY
+    assert options.flags_for(given | {"post_copy": True}, "<domain/>") & libvirt.VIR_MIGRATE_POSTCOPY
 
 
-def test_a_pause_by_the_user_travels_with_the_xml() -> None:
+def test_a_pause_by_the_user_is_marked_in_the_xml() -> None:
     marked = options.mark("<domain/>", "paused")
     flags = options.flags_for(Options(), marked)
     assert flags & libvirt.VIR_MIGRATE_PAUSED
@@ -70,7 +70,7 @@ def test_a_pause_by_the_user_travels_with_the_xml() -> None:
     assert options.flags_for(Options(), "<domain/>") == DEFAULTS
 
 
-def test_6_20_a_transient_guest_stays_transient_unless_its_user_says_otherwise() -> None:
+def test_6_20_a_transient_guest_stays_transient_by_default() -> None:
     marked = options.mark("<domain/>", "transient", "paused")
     assert options.unmarked(marked) == "<domain/>"
     assert not options.flags_for(Options(), marked) & libvirt.VIR_MIGRATE_PERSIST_DEST
@@ -78,15 +78,15 @@ def test_6_20_a_transient_guest_stays_transient_unless_its_user_says_otherwise()
     assert options.flags_for(Options(persist_destination=True), marked) & libvirt.VIR_MIGRATE_PERSIST_DEST
 
 
-@pytest.mark.parametrize(("said", "mebibytes"), [(0, 0), (MIB, 1), (2 * MIB - 1, 1), (10**9, 953)])
-def test_limits_round_down(said: int, mebibytes: int) -> None:
-    assert options.mebibytes(said) == mebibytes
+@pytest.mark.parametrize(("limit", "mebibytes"), [(0, 0), (MIB, 1), (2 * MIB - 1, 1), (10**9, 953)])
+def test_limits_round_down(limit: int, mebibytes: int) -> None:
+    assert options.mebibytes(limit) == mebibytes
 
 
-@pytest.mark.parametrize("said", [-1, 1, MIB - 1])
-def test_limits_that_cannot_be_enforced(said: int) -> None:
-    with pytest.raises(Incompatible, match=str(said)):
-        options.mebibytes(said)
+@pytest.mark.parametrize("limit", [-1, 1, MIB - 1])
+def test_limits_that_cannot_be_enforced(limit: int) -> None:
+    with pytest.raises(Incompatible, match=str(limit)):
+        options.mebibytes(limit)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,11 @@ def test_error_classes(code: int, domain: int, message: str, wanted: type[Hyperv
         (libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_FROM_QEMU, "domain has active block job", DomainBusy),
     ],
 )
-def test_6_15_error_classes_while_libvirtd_is_there(code: int, domain: int, message: str, wanted: type[HypervisorError]) -> None:
+def test_6_15_error_classes_while_libvirtd_is_alive(code: int, domain: int, message: str, wanted: type[HypervisorError]) -> None:
     assert errors.class_of(code, domain, message, alive=True) is wanted
 
 
-def test_6_15_a_refusal_says_what_would_help() -> None:
+def test_6_15_a_refusal_contains_advice() -> None:
     assert "--option unsafe=on" in errors.advised("Unsafe migration: Migration without shared storage is unsafe")
     assert errors.advised("something else") == "something else"
 
@@ -176,7 +176,7 @@ DOMAIN = """\
 def test_capabilities_and_requirements() -> None:
     capabilities = host.parse_capabilities(CAPABILITIES)
     assert capabilities.host_uuid == "u-1"
-    assert capabilities.uri_transports == ("tcp",)  # what the host offers, less what the driver does not honour
+    assert capabilities.uri_transports == ("tcp",)  # those of the host that the driver supports
     needs = host.parse_requirements(DOMAIN)
     assert (needs.memory_bytes, needs.vcpus, needs.arch) == (64 * MIB, 2, "x86_64")
     assert needs.cpu == "<cpu mode='custom'><model>qemu64</model></cpu>".replace("'", '"')
@@ -184,7 +184,7 @@ def test_capabilities_and_requirements() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "sentence"),
     [
         (
             {"machine": "pc-q35-9.9"},
@@ -196,9 +196,9 @@ def test_capabilities_and_requirements() -> None:
         ({"vcpus": 289}, "machine type pc-q35-7.2 has at most 288 virtual CPUs here, but the guest has 289"),
     ],
 )
-def test_misfits_are_plain_sentences(change: dict[str, object], said: str) -> None:
+def test_misfits_are_plain_sentences(change: dict[str, object], sentence: str) -> None:
     needs = replace(host.parse_requirements(DOMAIN), **change)  # type: ignore[arg-type]
-    assert host.misfits(host.parse_capabilities(CAPABILITIES), needs, "QEMU 7.2") == [said]
+    assert host.misfits(host.parse_capabilities(CAPABILITIES), needs, "QEMU 7.2") == [sentence]
 
 
 def test_a_cpu_that_cannot_be_read_is_a_misfit() -> None:
@@ -211,7 +211,7 @@ def test_progress_units() -> None:
     assert (reading.elapsed, reading.dirty_rate, reading.downtime) == (1.5, 40960, 0.3)
 
 
-def test_reasons_in_words() -> None:
+def test_reason_names() -> None:
     paused, running = libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_RUNNING
     assert reason_name(paused, libvirt.VIR_DOMAIN_PAUSED_MIGRATION) == "migration"
     assert reason_name(running, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY_FAILED) == "post-copy failed"

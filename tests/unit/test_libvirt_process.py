@@ -1,4 +1,4 @@
-"""agent.hypervisor.libvirt.process: a QEMU that is stopped is told, with what lets it go on."""
+"""agent.hypervisor.libvirt.process: a stopped QEMU is reported, with the command that continues it."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 from agent.hypervisor.libvirt.process import stopped
 
 
-def test_6_8_a_stopped_process_is_told(tmp_path: Path) -> None:
+def test_6_8_a_stopped_process_is_reported(tmp_path: Path) -> None:
     (tmp_path / "qemu").mkdir()
     with subprocess.Popen(["sleep", "60"]) as child:
         try:
@@ -22,8 +22,8 @@ def test_6_8_a_stopped_process_is_told(tmp_path: Path) -> None:
             )
         finally:
             child.kill()
-    assert stopped("vm1", tmp_path) == "", "it has gone"
+    assert stopped("vm1", tmp_path) == "", "the process has ended"
 
 
-def test_6_8_where_it_cannot_be_told_nothing_is_said(tmp_path: Path) -> None:
+def test_6_8_an_unknown_process_is_not_reported(tmp_path: Path) -> None:
     assert stopped("vm1", None) == stopped("vm1", tmp_path) == stopped("\0", tmp_path) == ""

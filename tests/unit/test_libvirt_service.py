@@ -1,4 +1,4 @@
-"""Which libvirt daemon a URI leads to, and what follows from it."""
+"""agent.hypervisor.libvirt.service: the libvirt daemon behind a URI, its folders and its hook."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_6_36_the_daemon_follows_the_uri(tmp_path: Path, uri: str, name: str, ru
     ("sockets", "name"),
     [((), "libvirtd"), (("libvirt-sock",), "libvirtd"), (("libvirt-sock", "virtqemud-sock"), "virtqemud")],
 )
-def test_6_36_without_a_word_in_the_uri_the_sockets_tell(tmp_path: Path, sockets: tuple[str, ...], name: str) -> None:
+def test_6_36_without_parameters_in_the_uri_the_sockets_decide(tmp_path: Path, sockets: tuple[str, ...], name: str) -> None:
     for socket in sockets:
         (tmp_path / socket).touch()
     assert service_of("qemu:///system", tmp_path).name == name

@@ -1,4 +1,4 @@
-"""What is written into libvirt's status file after a death, by what QEMU answers; with a QEMU of a few lines."""
+"""The repair of libvirt's status file after libvirtd died, by QEMU's answers; with a minimal fake QEMU."""
 
 import fcntl
 import json
@@ -33,7 +33,7 @@ STATUS = """\
 
 
 class Qemu(threading.Thread):
-    """A monitor that answers from a script: states of the migration in turn; one with a ``!`` arrives as an event."""
+    """A monitor that answers with the given states of the migration in turn; a state with a ``!`` is sent as an event."""
 
     def __init__(self, path: Path, states: list[str], status: str) -> None:
         super().__init__(daemon=True)
@@ -75,11 +75,11 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def process() -> Iterator[int]:
-    """A process that could be the guest's QEMU, by its command line."""
-    words = [sys.executable, "-c", "print(flush=True); input()", "-uuid", UUID]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    """A process whose command line looks like that of the guest's QEMU."""
+    command = [sys.executable, "-c", "print(flush=True); input()", "-uuid", UUID]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        process.stdout.readline()  # it runs, so /proc has its command line
+        process.stdout.readline()  # once it has printed, /proc has its command line
         yield process.pid
         process.kill()
 
@@ -114,13 +114,13 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (["failed"], "running", Outcome.STAYS),
         (["cancelled"], "running", Outcome.STAYS),
         (["pre-switchover"], "finish-migrate", Outcome.STAYS),
-        # it was told to go on an instant before
+        # migrate-continue was executed just before
         (["pre-switchover", "device!", "completed!"], "postmigrate", Outcome.LEFT),
         (["device", "completed!"], "postmigrate", Outcome.LEFT),
         (["device"], "finish-migrate", Outcome.LEFT),
         (["device", "failed!"], "running", Outcome.STAYS),
         (["completed"], "postmigrate", Outcome.LEFT),
-        # of an earlier migration, after which the guest was kept
+        # "completed" is of an earlier migration, after which the guest was kept
         (["completed"], "running", Outcome.STAYS),
     ],
 )
@@ -155,7 +155,7 @@ def test_only_a_transfer_before_the_switch_over_is_cancelled(state: str, cancell
     assert ("migrate_cancel" in qemu.asked) is cancelled
 
 
-def test_a_qemu_that_is_silent_is_taken_for_one_that_sends_the_last_of_the_memory(run: Path, write: Write) -> None:
+def test_a_silent_qemu_counts_as_sending_the_last_of_the_memory(run: Path, write: Write) -> None:
     path = write()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(run / "m.sock"))
@@ -165,13 +165,13 @@ def test_a_qemu_that_is_silent_is_taken_for_one_that_sends_the_last_of_the_memor
 
 
 @pytest.mark.parametrize("phase", ["begin3", "perform3_done", "confirm3", "none"])
-def test_other_phases_are_libvirts_business(phase: str, run: Path, write: Write) -> None:
+def test_other_phases_are_left_to_libvirt(phase: str, run: Path, write: Write) -> None:
     before = write(phase).read_text()
     assert switchover.mend(run, UUID, "g1") is None
     assert (run / "qemu/g1.xml").read_text() == before
 
 
-def test_another_guest_of_the_name_is_left_alone(run: Path, write: Write) -> None:
+def test_another_guest_with_the_name_is_left_alone(run: Path, write: Write) -> None:
     write(uuid="00000000-0000-0000-0000-000000000001")
     assert switchover.mend(run, UUID, "g1") is None
 
@@ -191,11 +191,11 @@ def test_a_second_job_in_the_guests_metadata_is_never_written_to(run: Path, writ
     assert (run / "qemu/g1.xml").read_text() == before
 
 
-def test_a_qemu_that_is_dead_is_libvirts_business(run: Path, write: Write, process: int) -> None:
+def test_a_dead_qemu_is_left_to_libvirt(run: Path, write: Write, process: int) -> None:
     path = write()
     assert switchover.mend(run, UUID, "g1") is None  # no monitor
     path.write_text(path.read_text().replace(f"pid='{process}'", f"pid='{os.getpid()}'"))
-    assert switchover.mend(run, UUID, "g1") is None  # the number is another process's by now
+    assert switchover.mend(run, UUID, "g1") is None  # the pid belongs to another process by now
     assert "'perform3'" in path.read_text()
 
 
@@ -225,16 +225,16 @@ def test_libvirtd_is_gone_when_nobody_holds_its_lock(run: Path, write: Write) ->
         assert switchover.libvirtd_is_gone(run, 5)
     assert switchover.libvirtd_is_gone(run)
     with lock.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # asking took no lock
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the query has taken no lock
 
 
-def test_the_hook_stands_alone(tmp_path: Path) -> None:
+def test_the_hook_runs_without_any_other_file(tmp_path: Path) -> None:
     assert not switchover.is_installed(tmp_path / "libvirt" / switchover.HOOK)
     hook = switchover.install(tmp_path / "libvirt")
     assert switchover.is_installed(hook)
     assert switchover.install(tmp_path / "libvirt") == hook
-    for words in (["-", "start", "-", "start"], ["-", "shutdown", "-", "shutdown"]):
-        done = subprocess.run([hook, *words], capture_output=True, text=True, check=True, env={}, cwd="/", timeout=10)
+    for arguments in (["-", "start", "-", "start"], ["-", "shutdown", "-", "shutdown"]):
+        done = subprocess.run([hook, *arguments], capture_output=True, text=True, check=True, env={}, cwd="/", timeout=10)
         assert done.stdout + done.stderr == ""
     hook.write_text(hook.read_text() + "# of an older Drover")
     assert not switchover.is_installed(hook)

@@ -1,4 +1,4 @@
-"""agent.hypervisor.names, and where it is asked."""
+"""agent.hypervisor.names, and the requests and documents that it checks."""
 
 import pytest
 
@@ -18,16 +18,16 @@ TOO_LONG = ["x" * (MAX_NAME + 1), "é" * (MAX_NAME // 2 + 1)]
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_6_04_a_name_that_libvirt_takes(name: str) -> None:
+def test_6_04_valid_names(name: str) -> None:
     assert name_problem(name) == ""
 
 
 @pytest.mark.parametrize("name", ["", *BAD, *TOO_LONG])
-def test_6_04_a_name_that_no_host_takes(name: str) -> None:
+def test_6_04_invalid_names(name: str) -> None:
     assert name_problem(name)
 
 
-def test_6_04_every_file_that_is_named_after_a_guest_can_be_made() -> None:
+def test_6_04_every_file_named_after_a_guest_can_be_created() -> None:
     for pattern in ("{}.xml.new", "{}.monitor", "{}_VARS.qcow2", ".{}.xml.drover"):
         assert len(pattern.format("x" * MAX_NAME)) <= 255
 
@@ -39,7 +39,7 @@ def refusal(request: object) -> DroverError:
 
 
 @pytest.mark.parametrize("name", BAD + TOO_LONG)
-def test_6_04_every_entry_refuses_it(name: str) -> None:
+def test_6_04_every_request_refuses_an_invalid_name(name: str) -> None:
     ref = handshake_pb2.AttemptRef(migration_id=UUID, attempt=1)
     needs = host_pb2.GuestRequirements(name="web1", uuid=UUID)
     odd = host_pb2.GuestRequirements(name=name, uuid=UUID)
@@ -92,13 +92,13 @@ def test_6_04_the_document_of_a_guest() -> None:
         '<!DOCTYPE d [<!ENTITY a "aaaa">]><domain><name>&a;/</name></domain>',
     ],
 )
-def test_6_04_a_document_that_no_source_sends(text: str) -> None:
+def test_6_04_invalid_documents_are_refused(text: str) -> None:
     with pytest.raises(InvalidDocument):
         check_document(text, UUID)
 
 
 @pytest.mark.parametrize("text", [sim("../../victim"), sim("."), sim("web1", UUID.replace("0001", "0002")), "{}", "no JSON"])
-def test_6_04_the_simulator_is_as_strict(text: str) -> None:
+def test_6_04_the_simulator_refuses_invalid_documents_too(text: str) -> None:
     with pytest.raises(InvalidDocument):
         Definition.parse(text).check(UUID)
 
@@ -111,7 +111,7 @@ def test_6_03_a_uuid_is_what_libvirt_prints(text: str) -> None:
 @pytest.mark.parametrize(
     "text", [UUID.replace("-", ""), f"{{{UUID}}}", f"urn:uuid:{UUID}", UUID + "\n", f" {UUID}", UUID[:-1], "", "web1"]
 )
-def test_6_03_what_only_python_takes_for_one_is_a_name(text: str) -> None:
+def test_6_03_other_forms_of_a_uuid_are_names(text: str) -> None:
     assert not is_uuid(text)
 
 
@@ -125,6 +125,6 @@ def test_6_03_the_name_of_one_and_the_uuid_of_another() -> None:
     assert ambiguity(other, both) == ""
     assert ambiguity(UUID, both[:1]) == ""
     assert ambiguity(UUID, both[1:]) == ""
-    assert ambiguity(UUID, [(UUID, UUID)]) == "", "a guest may bear its own UUID"
-    assert ambiguity("web1", [("web1", UUID), ("web1", other)]) == "", "a name on two hosts is another question"
+    assert ambiguity(UUID, [(UUID, UUID)]) == "", "a guest's name may be its own UUID"
+    assert ambiguity("web1", [("web1", UUID), ("web1", other)]) == "", "the same name on two hosts is not ambiguous here"
     assert ambiguity(UUID.upper(), [("web1", UUID), (UUID.upper(), other)])

@@ -1,4 +1,4 @@
-"""agent.hypervisor.libvirt.qemu_log: how a QEMU died, from libvirt's log of its guest."""
+"""agent.hypervisor.libvirt.qemu_log: how a QEMU process ended, from libvirt's log of its guest."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ DESTROYED = "2026-11-25 18:37:58.412+0000: shutting down, reason=destroyed\n"
 
 
 @pytest.mark.parametrize(
-    ("log", "says"),
+    ("log", "message"),
     [
         (START + CRASHED, "the QEMU of vm1 died and its log gives no reason"),
         (START + OOM + CRASHED, "the QEMU of vm1 died: cannot set up guest memory 'pc.ram': Cannot allocate memory"),
@@ -33,10 +33,10 @@ DESTROYED = "2026-11-25 18:37:58.412+0000: shutting down, reason=destroyed\n"
         ("", None),
     ],
 )
-def test_6_14_a_death_with_the_last_words(tmp_path: Path, log: str, says: str | None) -> None:
+def test_6_14_a_death_with_the_last_log_lines(tmp_path: Path, log: str, message: str | None) -> None:
     (tmp_path / "vm1.log").write_text(log)
     found = death("vm1", tmp_path)
-    assert (str(found) if found else None) == says
+    assert (str(found) if found else None) == message
     assert found is None or ECHO not in found.native
 
 
@@ -52,20 +52,20 @@ def test_6_14_a_death_with_the_last_words(tmp_path: Path, log: str, says: str | 
         ("", False),
     ],
 )
-def test_6_14_a_copy_that_was_destroyed(tmp_path: Path, log: str, is_so: bool) -> None:
+def test_6_14_a_destroyed_copy_is_reported(tmp_path: Path, log: str, is_so: bool) -> None:
     (tmp_path / "vm1.log").write_text(log)
     found = destroyed("vm1", tmp_path)
     assert (found is not None) == is_so
     assert found is None or "the copy of vm1 was destroyed while it waited" in str(found)
 
 
-def test_6_14_a_stream_that_ended_is_an_echo_and_no_cause(tmp_path: Path) -> None:
+def test_6_14_a_broken_stream_is_a_consequence_and_no_cause(tmp_path: Path) -> None:
     (tmp_path / "vm1.log").write_text(START + STREAM + CRASHED)
     found = death("vm1", tmp_path)
     assert found is not None
     assert found.native[ECHO] == "true"
 
 
-def test_6_14_a_log_that_cannot_be_read_tells_nothing(tmp_path: Path) -> None:
+def test_6_14_an_unreadable_log_gives_none(tmp_path: Path) -> None:
     assert death("vm1", tmp_path) is None
     assert death("\0", tmp_path) is None

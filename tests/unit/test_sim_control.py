@@ -1,4 +1,4 @@
-"""The users of simulated guests, from outside of the agent's process."""
+"""agent.hypervisor.sim.control: users of simulated guests act on them from outside the agent's process."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -41,14 +41,14 @@ async def test_a_guest_is_started_and_ended_and_started_anew(control: tuple[SimH
 
 
 @pytest.mark.parametrize("request_", [{"start": WEB}, {"start": {"name": "../x"}}, {"stop": UUID}])
-async def test_what_cannot_be_done_is_told(control: tuple[SimHypervisor, Path], request_: dict[str, Any]) -> None:
+async def test_a_failed_request_gets_the_reason(control: tuple[SimHypervisor, Path], request_: dict[str, Any]) -> None:
     _, path = control
     await asked(path, {"start": WEB})
     with pytest.raises(RuntimeError, match=r"h1\.sim: .{10}"):
         await asked(path, request_)
 
 
-async def test_a_guest_that_is_ended_under_way_is_nowhere() -> None:
+async def test_a_guest_that_is_ended_during_its_migration_is_on_no_host() -> None:
     async with host("a", slow()) as a, host("b") as b:
         move = Move(a, b)
         await move.prepare()
@@ -61,7 +61,7 @@ async def test_a_guest_that_is_ended_under_way_is_nowhere() -> None:
         assert [await a.list_domains(), await b.list_domains()] == [[], []]
 
 
-async def test_6_2_a_memory_that_is_saved_waits_for_the_next_start(control: tuple[SimHypervisor, Path]) -> None:
+async def test_6_2_a_saved_memory_image_waits_for_the_next_start(control: tuple[SimHypervisor, Path]) -> None:
     host, path = control
     await asked(path, {"start": WEB})
     await asked(path, {"save": UUID})

@@ -1,4 +1,4 @@
-"""Two simulated hosts, and what is left when something breaks: as `facts/libvirt.md` saw it on the real thing."""
+"""Failures between two simulated hosts: what is left on each is what `facts/libvirt.md` observed with real libvirt."""
 
 import asyncio
 import socket
@@ -16,7 +16,7 @@ from agent.hypervisor.sim import Latencies, SimGuest, SimHypervisor
 from agent.hypervisor.sim.cookie import Cookie
 from agent.hypervisor.sim.receiver import receiver_of
 from agent.hypervisor.sim.stream import connect
-from tests.unit.test_sim_migration import MIB, UUID, Move, facts, host, said, slow, until, web
+from tests.unit.test_sim_migration import MIB, UUID, Move, facts, host, slow, state_text, until, web
 
 Hosts = Callable[..., Awaitable[tuple[SimHypervisor, SimHypervisor]]]
 
@@ -50,14 +50,14 @@ async def test_abort_twice_and_the_guest_never_stopped(hosts: Hosts) -> None:
     await move.out.abort()
     await fails(performing, match="aborted")
     await fails(finishing, match="gone")
-    assert (said(await facts(a)), said(await facts(b))) == ("running (booted)", "none")
+    assert (state_text(await facts(a)), state_text(await facts(b))) == ("running (booted)", "none")
     await move.out.abort()
     await move.out.resume()
     assert await move.out.progress() is None
-    await Move(a, b).prepare()  # nothing holds the guest any more
+    await Move(a, b).prepare()  # succeeds only if nothing holds the guest any more
 
 
-async def test_abort_before_the_stream_is_there(hosts: Hosts) -> None:
+async def test_abort_before_the_stream_is_connected(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
     await move.prepare()
@@ -65,7 +65,7 @@ async def test_abort_before_the_stream_is_there(hosts: Hosts) -> None:
     await asyncio.sleep(0)
     await move.out.abort()
     await fails(performing, match="aborted")
-    assert said(await facts(a)) == "running (booted)"
+    assert state_text(await facts(a)) == "running (booted)"
 
 
 @pytest.mark.parametrize("end", ["a", "b"])
@@ -78,7 +78,7 @@ async def test_a_stream_that_is_cut(hosts: Hosts, end: str) -> None:
     {"a": a, "b": b}[end].cut(UUID)
     await fails(performing)
     await fails(finishing)
-    assert (said(await facts(a)), said(await facts(b))) == ("running (booted)", "none")
+    assert (state_text(await facts(a)), state_text(await facts(b))) == ("running (booted)", "none")
 
 
 async def test_closing_the_destination_undoes_it(hosts: Hosts) -> None:
@@ -90,12 +90,12 @@ async def test_closing_the_destination_undoes_it(hosts: Hosts) -> None:
     await move.into.close()
     await move.into.close()
     await fails(performing)
-    assert (said(await facts(a)), said(await facts(b))) == ("running (booted)", "none")
+    assert (state_text(await facts(a)), state_text(await facts(b))) == ("running (booted)", "none")
     with pytest.raises(TransferFailed, match="no copy"):
         await move.finish()
 
 
-async def test_closing_while_it_is_prepared(hosts: Hosts) -> None:
+async def test_closing_during_prepare(hosts: Hosts) -> None:
     a, b = await hosts(web(), latencies=Latencies(prepare=0.05))
     move = Move(a, b)
     preparing = asyncio.create_task(move.prepare())
@@ -119,7 +119,7 @@ async def test_abandon_is_idempotent_and_from_any_handle(hosts: Hosts) -> None:
     await fails(finishing, match="abandoned")
 
 
-async def test_a_source_that_dies_takes_the_copy_with_it(hosts: Hosts) -> None:
+async def test_the_copy_is_removed_when_the_source_dies(hosts: Hosts) -> None:
     a, b = await hosts(slow())
     move = Move(a, b)
     await move.prepare()
@@ -143,13 +143,13 @@ async def test_a_silent_peer_is_given_up(hosts: Hosts) -> None:
     assert receiver._stream is not None
     receiver._stream._reader._transport.pause_reading()  # type: ignore[attr-defined]
     await fails(performing)
-    assert said(await facts(a)) == "running (booted)"
+    assert state_text(await facts(a)) == "running (booted)"
 
 
-# --- after the end: only the destination's word counts ----------------------------------------------------------------
+# --- after the end of the transfer: the destination decides -----------------------------------------------------------
 
 
-async def test_a_copy_that_never_ran_may_go_and_the_source_resumes(hosts: Hosts) -> None:
+async def test_a_copy_that_never_ran_is_abandoned_and_the_source_resumes(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
     await move.prepare()
@@ -157,12 +157,12 @@ async def test_a_copy_that_never_ran_may_go_and_the_source_resumes(hosts: Hosts)
     await move.out.abort()  # too late, and no error
     await move.into.close()
     assert await b.list_domains() == []
-    assert said(await facts(a)) == "paused (migration)"
+    assert state_text(await facts(a)) == "paused (migration)"
     fresh = a.outgoing(UUID)
     await fresh.resume()
     await fresh.resume()
     there = await a.get_domain(UUID)
-    assert (said(there), there.job) == ("running (unpaused)", Job.NONE)
+    assert (state_text(there), there.job) == ("running (unpaused)", Job.NONE)
     with pytest.raises(DomainBusy, match="not sent away"):
         await fresh.remove(b"", Options())
 
@@ -174,7 +174,7 @@ async def test_a_guest_that_its_user_paused_is_not_resumed(hosts: Hosts) -> None
     await move.perform()
     await move.into.abandon()
     await move.out.resume()
-    assert said(await facts(a)) == "paused (user)"
+    assert state_text(await facts(a)) == "paused (user)"
 
 
 async def test_a_copy_that_has_run_is_not_destroyed(hosts: Hosts) -> None:
@@ -184,11 +184,11 @@ async def test_a_copy_that_has_run_is_not_destroyed(hosts: Hosts) -> None:
     with pytest.raises(DomainBusy):
         await move.into.abandon()
     await move.into.close()
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
 
 
-async def test_a_stream_that_dies_with_the_last_word_leaves_the_source_paused(hosts: Hosts) -> None:
-    """The destination may have all of it: the source cannot know, so it does not run."""
+async def test_a_stream_that_breaks_at_complete_leaves_the_source_paused(hosts: Hosts) -> None:
+    """The destination may have the whole state. The source cannot know, so its guest stays paused."""
     a, b = await hosts(web(), peer_timeout=1)
     move = Move(a, b)
     await move.prepare()
@@ -203,9 +203,9 @@ async def test_a_stream_that_dies_with_the_last_word_leaves_the_source_paused(ho
     receiver._complete = complete_and_cut  # type: ignore[method-assign]
     finishing = move.finish()
     await fails(move.perform())
-    assert said(await facts(a)) == "paused (migration)"
+    assert state_text(await facts(a)) == "paused (migration)"
     await finishing
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
 
 
 # --- post-copy that breaks --------------------------------------------------------------------------------------------
@@ -227,9 +227,9 @@ async def broken_postcopy(a: SimHypervisor, b: SimHypervisor) -> Move:
 async def test_a_broken_post_copy_keeps_both_halves(hosts: Hosts) -> None:
     a, b = await hosts(slow())
     move = await broken_postcopy(a, b)
-    assert said(await facts(a)) == "paused (post-copy failed)"
+    assert state_text(await facts(a)) == "paused (post-copy failed)"
     there = await b.get_domain(UUID)
-    assert (said(there), there.postcopy) == ("running (post-copy failed)", True)
+    assert (state_text(there), there.postcopy) == ("running (post-copy failed)", True)
     assert not b._host.guest(UUID).ticking
     with pytest.raises(HypervisorError):
         await move.out.resume()
@@ -239,15 +239,15 @@ async def test_a_broken_post_copy_keeps_both_halves(hosts: Hosts) -> None:
     assert await b.get_domain(UUID) == there
 
 
-async def test_a_broken_post_copy_is_recovered_by_going_through_the_phases_again(hosts: Hosts) -> None:
+async def test_a_broken_post_copy_is_recovered_by_repeating_the_phases(hosts: Hosts) -> None:
     a, b = await hosts(slow(), link_rate=1 << 50)
     await broken_postcopy(a, b)
     again = Move(a, b)
-    assert said(await again.whole()) == "running (migrated)"
+    assert state_text(await again.whole()) == "running (migrated)"
     assert await a.list_domains() == []
 
 
-async def test_post_copy_without_finish_is_lost_when_the_destination_lets_go(hosts: Hosts) -> None:
+async def test_post_copy_without_finish_is_lost_when_the_destination_closes(hosts: Hosts) -> None:
     a, b = await hosts(slow())
     move = Move(a, b, bandwidth=MIB)
     await move.prepare()
@@ -255,16 +255,16 @@ async def test_post_copy_without_finish_is_lost_when_the_destination_lets_go(hos
     await move.flow()
     await move.out.start_postcopy()
     there = await until(lambda: facts(b), lambda domain: domain.postcopy)
-    assert (said(there), there.incoming) == ("paused (migration)", True)
+    assert (state_text(there), there.incoming) == ("paused (migration)", True)
     await move.into.close()
     await fails(performing)
-    assert said(await facts(a)) == "paused (post-copy failed)"
+    assert state_text(await facts(a)) == "paused (post-copy failed)"
 
 
-# --- strangers, ports, and requests that make no sense ----------------------------------------------------------------
+# --- strangers, ports, and invalid requests ---------------------------------------------------------------------------
 
 
-async def test_a_wrong_token_is_sent_away_and_the_copy_goes_on_waiting(hosts: Hosts) -> None:
+async def test_a_wrong_token_is_refused_and_the_copy_keeps_waiting(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
     await move.prepare()
@@ -275,10 +275,10 @@ async def test_a_wrong_token_is_sent_away_and_the_copy_goes_on_waiting(hosts: Ho
             await move.out.perform(move.prepared.uri, move.begun.domain_xml, wrong, move.options, "", 0)
     await move.perform()
     await move.finish()
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
 
 
-async def test_a_stranger_who_talks_nonsense_does_no_harm(hosts: Hosts) -> None:
+async def test_invalid_data_from_a_stranger_does_no_harm(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
     await move.prepare()
@@ -289,12 +289,12 @@ async def test_a_stranger_who_talks_nonsense_does_no_harm(hosts: Hosts) -> None:
     await until(lambda: asyncio.sleep(0), lambda _: (receiver := receiver_of(b._host, UUID)) is not None and not receiver._greeting)
     await move.perform()
     await finishing
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
     for stranger in strangers:
         await stranger.close()
 
 
-async def test_ports_run_out_and_come_back(hosts: Hosts) -> None:
+async def test_ports_are_used_up_and_freed(hosts: Hosts) -> None:
     a, b = await hosts(web(), web(name="db"), ports=(49_152, 49_152))
     first, second = Move(a, b), Move(a, b, uuid=(await a.get_named("db")).uuid)
     second.address = first.address
@@ -306,7 +306,7 @@ async def test_ports_run_out_and_come_back(hosts: Hosts) -> None:
     assert (await second.prepare()).uri == first.prepared.uri
 
 
-async def test_a_port_of_ones_own_choice(hosts: Hosts) -> None:
+async def test_a_port_given_in_the_uri(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
     assert (await move.prepare(f"tcp://{move.address}:49200")).uri == f"tcp://{move.address}:49200"
@@ -347,14 +347,14 @@ async def test_only_one_migration_holds_a_guest(hosts: Hosts) -> None:
     await a.outgoing(UUID).begin(Options(), "")
 
 
-async def test_a_guest_is_not_sent_to_where_it_is(hosts: Hosts) -> None:
+async def test_a_guest_is_not_migrated_to_its_own_host(hosts: Hosts) -> None:
     a, _ = await hosts(web())
     with pytest.raises(HypervisorError, match="already on this host"):
         await Move(a, a).prepare()
 
 
 @pytest.mark.parametrize("option", ["copy_storage", "compressed", "parallel", "tunnelled", "rdma", "encrypted"])
-async def test_a_word_that_cannot_be_honoured_is_an_error_that_names_it(hosts: Hosts, option: str) -> None:
+async def test_an_unsupported_option_is_an_error_that_names_it(hosts: Hosts, option: str) -> None:
     a, b = await hosts(web())
     with pytest.raises(Incompatible, match=option):
         await Move(a, b, cast(Options, {option: True})).prepare()
@@ -379,7 +379,7 @@ async def test_a_log_outside_the_root_is_refused(hosts: Hosts, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("document", ["", "<domain/>", "{}", "x" * 600_000, "\udc80"])
-async def test_a_document_that_is_none_is_refused(hosts: Hosts, document: str) -> None:
+async def test_an_invalid_document_is_refused(hosts: Hosts, document: str) -> None:
     _, b = await hosts()
     with pytest.raises(HypervisorError, match="document"):
         await b.incoming(UUID).prepare(document, b"", Options(), "", "127.0.0.1", "")
@@ -396,7 +396,7 @@ async def test_an_injected_fault_fails_once(hosts: Hosts, method: str) -> None:
     assert not (b if method == "prepare" else a)._host.fail_next
 
 
-async def test_an_injected_fault_of_finish_takes_the_copy_with_it(hosts: Hosts) -> None:
+async def test_an_injected_fault_of_finish_removes_the_copy(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
     await move.prepare()
@@ -406,10 +406,10 @@ async def test_an_injected_fault_of_finish_takes_the_copy_with_it(hosts: Hosts) 
     assert await b.list_domains() == []
 
 
-async def test_a_frozen_hypervisor_says_that_nothing_is_known(hosts: Hosts) -> None:
+async def test_a_frozen_hypervisor_is_unavailable(hosts: Hosts) -> None:
     a, _ = await hosts(web(), call_timeout=0.2)
     a.freeze()
     with pytest.raises(HypervisorUnavailable):
         await a.get_domain(UUID)
     a.thaw()
-    assert said(await facts(a)) == "running (booted)"
+    assert state_text(await facts(a)) == "running (booted)"

@@ -1,4 +1,4 @@
-"""Two simulated hosts in one process, with a real connection over loopback: what works, and how it looks meanwhile."""
+"""Successful migrations between two simulated hosts in one process, over a real loopback connection, and their states meanwhile."""
 
 import asyncio
 import itertools
@@ -36,7 +36,7 @@ _addresses = itertools.count()
 
 
 def fresh_address() -> str:
-    """A loopback address of this test's own, so that tests in parallel never share ports."""
+    """Return a loopback address that no other test uses, so that parallel tests never share ports."""
     n = next(_addresses)
     return f"127.{1 + os.getpid() % 250}.{1 + os.getpid() // 250 % 250}.{1 + n % 250}"
 
@@ -47,7 +47,7 @@ def web(**changes: Any) -> SimGuest:
 
 
 def slow(**changes: Any) -> SimGuest:
-    """A guest that needs minutes, so that a test may do what it likes in the middle."""
+    """Return a guest whose transfer takes minutes, so that a test can act during it."""
     return web(memory_bytes=100_000 * MIB, dirty_rate=1000 * MIB, **changes)
 
 
@@ -64,7 +64,7 @@ async def host(name: str, *guests: SimGuest, **config: Any) -> AsyncIterator[Sim
 
 @dataclass
 class Move:
-    """One migration, phase by phase."""
+    """One migration, whose phases are called one by one."""
 
     a: SimHypervisor
     b: SimHypervisor
@@ -92,11 +92,11 @@ class Move:
         return asyncio.create_task(self.into.finish(self.begun.domain_xml, b"", self.options, self.name))
 
     async def flow(self) -> None:
-        """Until memory flows."""
+        """Wait until memory flows."""
         await until(lambda: self.out.progress(), lambda progress: progress is not None and progress.processed_bytes > 0)
 
     async def whole(self) -> Domain:
-        """All of it; the guest as it arrived."""
+        """Run the whole migration. Return the guest at the destination."""
         await self.prepare()
         finishing = self.finish()
         await self.perform()
@@ -113,7 +113,7 @@ class Move:
 
 async def until(read: Callable[[], Awaitable[Any]], good: Callable[[Any], bool]) -> Any:
     async with asyncio.timeout(10):
-        while not good(value := await read()):  # noqa: ASYNC110 - what is waited for has no event
+        while not good(value := await read()):  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.002)
     return value
 
@@ -125,7 +125,7 @@ async def facts(hypervisor: SimHypervisor) -> Domain | None:
         return None
 
 
-def said(domain: Domain | None) -> str:
+def state_text(domain: Domain | None) -> str:
     return f"{domain.state} ({domain.reason})" if domain else "none"
 
 
@@ -152,14 +152,14 @@ async def test_finish_armed_early_starts_the_guest_by_itself(hosts: Hosts) -> No
     await move.prepare()
     assert move.prepared.uri == f"tcp://{move.address}:49152"
     waiting = await b.get_domain(UUID)
-    assert (waiting.incoming, waiting.job, said(waiting)) == (True, Job.INCOMING, "paused (migration)")
+    assert (waiting.incoming, waiting.job, state_text(waiting)) == (True, Job.INCOMING, "paused (migration)")
     finishing = move.finish()
     performed = await move.perform()
     finished = await finishing
-    assert said(await b.get_domain(UUID)) == "running (migrated)"
+    assert state_text(await b.get_domain(UUID)) == "running (migrated)"
     arrived = await b.get_domain(UUID)
     assert (arrived.persistent, arrived.incoming, arrived.job) == (True, False, Job.NONE)
-    assert said(await facts(a)) == "paused (migration)"
+    assert state_text(await facts(a)) == "paused (migration)"
     assert performed.final.processed_bytes >= 4 * MIB
     assert performed.final.remaining_bytes == 0
     await move.out.remove(finished.cookie, move.options)
@@ -173,27 +173,27 @@ async def test_without_finish_the_whole_copy_waits_and_both_are_paused(hosts: Ho
     move = Move(a, b)
     await move.prepare()
     await move.perform()
-    assert (said(await facts(a)), said(await facts(b))) == ("paused (migration)", "paused (migration)")
+    assert (state_text(await facts(a)), state_text(await facts(b))) == ("paused (migration)", "paused (migration)")
     await move.finish()
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
 
 
-async def test_finish_again_says_the_same_and_from_afresh_that_there_is_nothing_to_finish(hosts: Hosts) -> None:
+async def test_finish_is_idempotent_on_its_handle_and_fails_on_a_new_one(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)
     await move.whole()
     await move.finish()
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
     move.into = b.incoming(UUID)
     with pytest.raises(HypervisorError, match="not being migrated"):
         await move.finish()
 
 
-async def test_there_and_back_again(hosts: Hosts) -> None:
+async def test_a_guest_migrates_there_and_back(hosts: Hosts) -> None:
     a, b = await hosts(web())
     await Move(a, b).whole()
     await Move(b, a).whole()
-    assert (said(await facts(a)), said(await facts(b))) == ("running (migrated)", "none")
+    assert (state_text(await facts(a)), state_text(await facts(b))) == ("running (migrated)", "none")
 
 
 async def test_a_renamed_guest_keeps_its_uuid(hosts: Hosts) -> None:
@@ -202,11 +202,11 @@ async def test_a_renamed_guest_keeps_its_uuid(hosts: Hosts) -> None:
     assert (arrived.name, arrived.uuid) == ("web-2", UUID)
 
 
-async def test_definitions_stay_or_go_as_asked(hosts: Hosts) -> None:
+async def test_definitions_are_kept_or_removed_as_requested(hosts: Hosts) -> None:
     a, b = await hosts(web())
     arrived = await Move(a, b, Options(undefine_source=False, persist_destination=False)).whole()
     assert not arrived.persistent
-    assert said(await facts(a)) == "shutoff (migrated)"
+    assert state_text(await facts(a)) == "shutoff (migrated)"
 
 
 async def test_a_definition_at_the_destination_outlives_a_copy_that_fails(hosts: Hosts) -> None:
@@ -214,9 +214,9 @@ async def test_a_definition_at_the_destination_outlives_a_copy_that_fails(hosts:
     await Move(a, b, Options(undefine_source=False)).whole()
     back = Move(b, a)
     await back.prepare()
-    assert said(await facts(a)) == "paused (migration)"
+    assert state_text(await facts(a)) == "paused (migration)"
     await back.into.close()
-    assert said(await facts(a)) == "shutoff (failed)"
+    assert state_text(await facts(a)) == "shutoff (failed)"
 
 
 @pytest.mark.parametrize(
@@ -224,26 +224,26 @@ async def test_a_definition_at_the_destination_outlives_a_copy_that_fails(hosts:
 )
 async def test_a_guest_arrives_paused(hosts: Hosts, state: str, options: Options) -> None:
     a, b = await hosts(web(state=state))
-    assert said(await Move(a, b, options).whole()) == "paused (user)"
+    assert state_text(await Move(a, b, options).whole()) == "paused (user)"
 
 
-async def test_a_guest_that_is_not_live_stands_still_meanwhile(hosts: Hosts) -> None:
+async def test_a_guest_that_is_not_live_is_stopped_during_the_transfer(hosts: Hosts) -> None:
     a, b = await hosts(slow())
     move = Move(a, b, Options(live=False))
     await move.prepare()
     performing = move.perform()
     await move.flow()
-    assert said(await facts(a)) == "paused (migration)"
+    assert state_text(await facts(a)) == "paused (migration)"
     await move.out.abort()
     with pytest.raises(HypervisorError):
         await performing
-    assert said(await facts(a)) == "running (migration canceled)"
+    assert state_text(await facts(a)) == "running (migration canceled)"
 
 
 async def test_an_offline_migration_moves_the_definition(hosts: Hosts) -> None:
     a, b = await hosts(web(state="shutoff"))
     arrived = await Move(a, b, Options(offline=True)).whole_offline()
-    assert (said(arrived), arrived.persistent) == ("shutoff (migrated)", True)
+    assert (state_text(arrived), arrived.persistent) == ("shutoff (migrated)", True)
     assert await a.list_domains() == []
 
 
@@ -293,9 +293,9 @@ async def test_cancelling_the_await_leaves_perform_running(hosts: Hosts) -> None
         await performing
     await move.out.close()
     waiting = await until(lambda: facts(a), lambda domain: domain.job is Job.NONE)
-    assert said(waiting) == "paused (migration)"
+    assert state_text(waiting) == "paused (migration)"
     await move.finish()
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
     await a.outgoing(UUID).remove(b"", Options())
     assert await a.list_domains() == []
 
@@ -310,10 +310,10 @@ async def test_cancelling_the_await_leaves_finish_armed(hosts: Hosts) -> None:
     await asyncio.gather(finishing, return_exceptions=True)
     await move.into.close()
     await move.perform()
-    await until(lambda: facts(b), lambda domain: said(domain) == "running (migrated)")
+    await until(lambda: facts(b), lambda domain: state_text(domain) == "running (migrated)")
 
 
-async def test_events_tell_the_story(hosts: Hosts) -> None:
+async def test_events_of_a_migration_in_order(hosts: Hosts) -> None:
     a, b = await hosts(web())
     at_a, at_b = a.events(), b.events()
     await Move(a, b).whole()
@@ -338,7 +338,7 @@ async def test_post_copy_runs_at_the_destination_at_once(hosts: Hosts) -> None:
     await move.out.start_postcopy()
     there = await until(lambda: facts(b), lambda domain: domain.state is DomainState.RUNNING)
     assert (there.reason, there.postcopy, there.incoming) == ("post-copy", True, False)
-    assert said(await facts(a)) == "paused (post-copy)"
+    assert state_text(await facts(a)) == "paused (post-copy)"
     with pytest.raises(HypervisorError, match="post-copy"):
         await move.out.abort()
     with pytest.raises(HypervisorError):
@@ -349,7 +349,7 @@ async def test_post_copy_runs_at_the_destination_at_once(hosts: Hosts) -> None:
     final = (await performing).final
     assert final.processed_bytes >= 100_000 * MIB
     await finishing
-    assert said(await facts(b)) == "running (migrated)"
+    assert state_text(await facts(b)) == "running (migrated)"
     with pytest.raises(HypervisorError):
         await move.out.resume()
     await move.out.remove(b"", Options())
@@ -373,9 +373,9 @@ async def test_post_copy_that_was_not_armed_is_refused(hosts: Hosts) -> None:
 # --- the host ---------------------------------------------------------------------------------------------------------
 
 
-async def test_what_a_host_says_of_itself(hosts: Hosts) -> None:
+async def test_info_and_incompatibilities_of_a_host(hosts: Hosts) -> None:
     a, b = await hosts(web(machine="pc-new", cpu="cpu-new"))
-    _: Hypervisor = a  # it is one, for the type checker
+    _: Hypervisor = a  # for the type checker: the simulator implements the interface
     info = await a.info()
     assert (info.driver, info.host_uuid, info.features.ports) == ("sim", "a", (49_152, 49_215))
     needs = (await a.describe(UUID))[1]
@@ -391,7 +391,7 @@ async def lines_of(log: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-async def test_a_serial_log_has_one_life(hosts: Hosts, tmp_path: Path) -> None:
+async def test_a_serial_log_continues_without_a_gap_or_a_repeat(hosts: Hosts, tmp_path: Path) -> None:
     log = tmp_path / "web.log"
     a, b = await hosts(web(log=str(log)), log_root=str(tmp_path))
     await until(lambda: lines_of(log), lambda count: count >= 3)

@@ -1,4 +1,4 @@
-"""The arithmetic of a migration holds for every guest and every link."""
+"""agent.transfer.model: properties of the arithmetic for every guest and every link."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ from agent.transfer.model import (
 
 MIB = 1 << 20
 ENOUGH = 200
-"""Passes after which a transfer that shrinks has shrunk, and one that does not never will."""
+"""Number of passes after which a transfer has converged, or never will."""
 
 rates = st.floats(1 * MIB, 10_000 * MIB)
 limits = st.builds(Limits, max_downtime=st.floats(0, 5))
@@ -37,7 +37,7 @@ def loads(draw: st.DrawFn) -> Load:
 
 
 def run(load: Load, limit: Limits, rate: float, passes: int = ENOUGH) -> list[Transfer]:
-    """The transfer at the end of each pass, until it is done."""
+    """Return the transfer at the end of each pass, until it is done."""
     states = [start(load)]
     while states[-1].phase is not Phase.DONE and len(states) < passes:
         states.append(advance(states[-1], load, limit, rate, due(states[-1], rate)))
@@ -45,7 +45,7 @@ def run(load: Load, limit: Limits, rate: float, passes: int = ENOUGH) -> list[Tr
 
 
 @given(loads(), limits, rates)
-def test_sent_is_the_memory_and_what_each_pass_left(load: Load, limit: Limits, rate: float) -> None:
+def test_bytes_sent_are_the_memory_and_what_each_pass_left(load: Load, limit: Limits, rate: float) -> None:
     states = run(load, limit, rate)
     owed = load.memory + sum(state.remaining for state in states[1:])
     assert states[-1].sent + states[-1].remaining == pytest.approx(owed)
@@ -54,18 +54,18 @@ def test_sent_is_the_memory_and_what_each_pass_left(load: Load, limit: Limits, r
 
 @given(loads(), limits, rates)
 def test_pre_copy_ends_if_and_only_if_it_converges(load: Load, limit: Limits, rate: float) -> None:
-    assume(not 0.9 < load.dirty_rate / rate < 1)  # that ends too, but after more passes than a test has time for
+    assume(not 0.9 < load.dirty_rate / rate < 1)  # such a transfer ends, too, but after too many passes for a test
     assert (run(load, limit, rate)[-1].phase is Phase.DONE) == converges(load, rate, limit.max_downtime)
 
 
 @given(loads(), limits, rates)
-def test_the_downtime_is_what_was_allowed(load: Load, limit: Limits, rate: float) -> None:
+def test_the_downtime_stays_within_the_allowed_one(load: Load, limit: Limits, rate: float) -> None:
     last = run(load, limit, rate)[-1]
     assert last.downtime <= max(limit.max_downtime, LEAST_STOP / rate) * 1.000001
 
 
 @given(loads(), limits, rates, st.floats(0, 1), st.floats(0.001, 1000))
-def test_two_steps_are_one_step(load: Load, limit: Limits, rate: float, part: float, seconds: float) -> None:
+def test_two_steps_equal_one_step(load: Load, limit: Limits, rate: float, part: float, seconds: float) -> None:
     seconds = min(seconds, (load.memory + 50 * max(load.bound, LEAST_STOP)) / rate)  # some 50 passes
     once = advance(start(load), load, limit, rate, seconds)
     first = advance(start(load), load, limit, rate, seconds * part)
@@ -88,19 +88,19 @@ def test_post_copy_sends_each_byte_once_and_always_ends(load: Load, limit: Limit
 
 
 @given(loads(), limits)
-def test_nothing_moves_without_a_rate_but_the_guest_goes_on(load: Load, limit: Limits) -> None:
+def test_without_a_rate_nothing_is_sent_but_the_guest_runs(load: Load, limit: Limits) -> None:
     later = advance(start(load), load, limit, 0, 10)
     assert (later.sent, later.remaining, later.elapsed) == (0, load.memory, 10)
     assert later.dirty == pytest.approx(min(load.dirty_rate * 10, load.bound))
 
 
-def test_a_guest_that_stands_still_needs_one_pass() -> None:
+def test_a_stopped_guest_needs_one_pass() -> None:
     load = Load(100 * MIB, 50 * MIB, 100 * MIB)
     done = advance(start(load, live=False), load, Limits(), 10 * MIB, 10)
     assert (done.phase, done.sent, done.downtime) == (Phase.DONE, load.memory, 10)
 
 
-def test_the_throttle_makes_a_hopeless_guest_converge() -> None:
+def test_the_throttle_makes_a_fast_writer_converge() -> None:
     load = Load(100 * MIB, 200 * MIB, 100 * MIB)
     assert not converges(load, 100 * MIB, 0.1)
     states = run(load, Limits(0.1, auto_converge=True), 100 * MIB)
@@ -108,12 +108,12 @@ def test_the_throttle_makes_a_hopeless_guest_converge() -> None:
     assert all(later.throttle >= earlier.throttle for earlier, later in pairwise(states))
 
 
-def test_a_throttle_is_not_used_unasked() -> None:
+def test_the_throttle_is_used_only_on_request() -> None:
     load = Load(100 * MIB, 200 * MIB, 100 * MIB)
     assert {state.throttle for state in run(load, Limits(0.1), 100 * MIB, 20)} == {0}
 
 
-def test_progress_says_what_a_monitor_reads() -> None:
+def test_progress_is_a_monitors_reading() -> None:
     load = Load(100 * MIB, 40 * MIB, 100 * MIB)
     limit = Limits(0.1)
     first = progress(advance(start(load), load, limit, 50 * MIB, 1), load, limit, 50 * MIB)
@@ -140,11 +140,11 @@ def test_shares_are_max_min_fair(capacity: float, wishes: list[float]) -> None:
     assert sum(got) <= capacity * 1.000001
     assert all(share <= wish * 1.000001 for share, wish in zip(got, wishes, strict=True) if wish)
     held_back = [share for share, wish in zip(got, wishes, strict=True) if not wish or share < wish * 0.999999]
-    if held_back:  # then the link is full, and nobody has more than those who want more
+    if held_back:  # then the link is full, and no share is larger than that of a transfer that wants more
         assert sum(got) == pytest.approx(capacity)
         assert min(held_back) >= max(got) * 0.999999
 
 
-def test_what_one_leaves_goes_to_the_others() -> None:
+def test_unused_shares_go_to_the_others() -> None:
     assert max_min(100, [10, 0, 60]) == [10, 45, 45]
     assert max_min(100, []) == []

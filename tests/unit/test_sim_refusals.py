@@ -1,4 +1,4 @@
-"""The simulated hypervisor keeps guests from leaving, and from arriving, as libvirt does."""
+"""The simulated hypervisor refuses to let guests leave or arrive in the same cases as libvirt."""
 
 import asyncio
 import dataclasses
@@ -13,7 +13,7 @@ from tests.unit.test_sim_migration import UUID, Move, facts, host, web
 
 
 async def refusal(a: SimHypervisor, options: Options = Options(), kind: type[HypervisorError] = Incompatible) -> str:  # noqa: B008
-    """What the question and Begin both say, and leave the guest as it is."""
+    """Return the error of both `check_leaving` and Begin, which must be the same and leave the guest unchanged."""
     before = await facts(a)
     with pytest.raises(kind) as asked:
         await a.check_leaving(UUID, options, "")
@@ -24,7 +24,7 @@ async def refusal(a: SimHypervisor, options: Options = Options(), kind: type[Hyp
     return str(asked.value)
 
 
-async def test_6_15_what_keeps_a_guest_from_leaving_is_told_by_the_question() -> None:
+async def test_6_15_check_leaving_reports_what_keeps_a_guest_from_leaving() -> None:
     async with host("a", web(obstacle="cannot migrate domain with 1 snapshots")) as a:
         assert "snapshots" in await refusal(a, Options(unsafe=True))
     async with host("a", web(metadata="y" * (600 << 10))) as a:
@@ -34,14 +34,14 @@ async def test_6_15_what_keeps_a_guest_from_leaving_is_told_by_the_question() ->
         await a.check_leaving(UUID, Options(unsafe=True), "")
 
 
-async def test_6_32_a_pause_that_is_not_its_users_keeps_it() -> None:
+async def test_6_32_a_pause_that_is_not_the_users_keeps_the_guest() -> None:
     async with host("a", web(state="paused", pause_reason="ioerror")) as a:
         assert "paused (ioerror)" in await refusal(a)
     async with host("a", web(state="paused")) as a:
         await a.check_leaving(UUID, Options(), "")
 
 
-async def test_6_15_the_question_takes_nothing() -> None:
+async def test_6_15_check_leaving_changes_nothing() -> None:
     async with host("a", web()) as a:
         before = await facts(a)
         await a.check_leaving(UUID, Options(), "")
@@ -61,7 +61,7 @@ async def test_6_15_the_same_guest_under_another_name_at_the_destination() -> No
             await Move(a, b).prepare()
 
 
-async def test_6_30_what_a_host_forbids_fails_in_prepare_where_nobody_asked() -> None:
+async def test_6_30_a_forbidden_option_fails_in_prepare() -> None:
     async with host("a", web()) as a, host("b", forbidden={"post_copy": "the sysctl is 0"}) as b:
         refused = Move(a, b)
         with pytest.raises(HypervisorError, match="post_copy is not supported: the sysctl is 0"):
@@ -70,7 +70,7 @@ async def test_6_30_what_a_host_forbids_fails_in_prepare_where_nobody_asked() ->
         await Move(a, b, Options(post_copy=False)).whole()
 
 
-async def test_6_9_a_guest_that_does_not_answer_hides_no_other() -> None:
+async def test_6_9_a_silent_guest_does_not_hold_up_the_others() -> None:
     silent, other = web(), msgspec.structs.replace(web(), name="other", uuid=None)
     async with host("a", silent, other, call_timeout=0.05) as a:
         a.silence("web")

@@ -1,4 +1,4 @@
-"""The simulator stores and forgets what libvirt does: stored definitions, autostart, a pause by the guest's user."""
+"""The simulator stores and forgets the same as libvirt: stored definitions, autostart, a pause by the guest's user."""
 
 import asyncio
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tests.unit.test_sim_migration import UUID, Move, host, slow, web
 
 
 async def move(a: SimHypervisor, b: SimHypervisor, **changes: object) -> Move:
-    """A whole migration, with what is stored."""
+    """Run a whole migration, including what is stored of the guest."""
     made = replace(Move(a, b), **changes)  # type: ignore[arg-type]
     stored = await a.stored(UUID)
     await made.prepare()
@@ -40,7 +40,7 @@ async def test_6_20_an_edit_for_the_next_boot_is_stored_under_the_new_name(name:
     ("options", "persistent"),
     [(Options(), False), (Options(persist_destination=True), True), (Options(persist_destination=False), False)],
 )
-async def test_6_20_a_transient_guest_stays_transient_unless_its_user_says_otherwise(options: Options, persistent: bool) -> None:
+async def test_6_20_a_transient_guest_stays_transient_by_default(options: Options, persistent: bool) -> None:
     async with host("a", web(persistent=False)) as a, host("b") as b:
         assert await a.stored(UUID) is None
         await move(a, b, options=options)
@@ -59,7 +59,7 @@ async def test_6_2_autostart_needs_a_definition_and_waits_for_the_job() -> None:
 
 
 @pytest.mark.parametrize("guest", [slow()], ids=["slow"])
-async def test_6_21_a_pause_by_the_user_is_known_and_forgotten_as_libvirt_forgets_it(guest: SimGuest) -> None:
+async def test_6_21_a_pause_by_the_user_is_reported_and_forgotten_as_in_libvirt(guest: SimGuest) -> None:
     async with host("a", guest) as a, host("b") as b:
         made = Move(a, b)
         await made.prepare()

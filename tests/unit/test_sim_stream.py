@@ -1,4 +1,4 @@
-"""The memory stream believes nothing that comes from the network."""
+"""agent.hypervisor.sim.stream: nothing that comes from the network is trusted."""
 
 import asyncio
 import struct
@@ -82,7 +82,7 @@ def test_every_message_fits_a_frame() -> None:
         frame(msgspec.msgpack.encode({"type": "End", "clock": float("nan"), "wants_run": "yes"})),
     ],
 )
-async def test_nonsense_is_refused(data: bytes) -> None:
+async def test_invalid_data_is_refused(data: bytes) -> None:
     async with two_ends() as (near, far):
         write(near, data)
         with pytest.raises(StreamInvalid):
@@ -96,13 +96,13 @@ async def test_silence_is_a_broken_stream() -> None:
             await far.receive()
 
 
-async def test_an_end_that_goes_is_a_broken_stream() -> None:
+async def test_a_closed_end_is_a_broken_stream() -> None:
     async with two_ends() as (near, far):
         near.cut()
         with pytest.raises(StreamBroken):
             await far.receive()
 
 
-async def test_nobody_there() -> None:
+async def test_connecting_to_a_closed_port_fails() -> None:
     with pytest.raises(StreamBroken, match="cannot connect"):
         await connect("127.0.0.1", 1, 5, 5)

@@ -17,7 +17,7 @@ if os.environ.get("CI") != "true":
 from tests.lab.libvirt.sides import Side, becomes
 
 
-async def test_6_9_a_guest_that_does_not_answer_hides_no_other(lab: Lab, sides: tuple[Side, Side], guest: Guest) -> None:
+async def test_6_9_a_silent_guest_does_not_hold_up_the_others(lab: Lab, sides: tuple[Side, Side], guest: Guest) -> None:
     host, driver = lab["h1"], sides[0].driver
     host.start(lab.guest("talkative", memory_mib=32))
     pid = next(qemu.pid for qemu in host.qemu() if qemu.guest == guest.name)
