@@ -1,4 +1,4 @@
-"""What both ends must be able to do before a guest is touched (requirements H4, H5, O1). Pure decisions."""
+"""Checks that both ends support a migration before a guest is touched (requirements H4, H5, O1). Pure decisions."""
 
 from agent.hypervisor.options import OPTIONS, Support, shown
 from agent.hypervisor.wire import options_from_proto
@@ -7,35 +7,35 @@ from agent.runtime.wire import enum_name
 from drover.agent.v1 import options_pb2
 
 PROTOCOL_VERSION = 1
-"""The handshake that this code speaks; also the oldest that it speaks."""
+"""Version of the handshake that this code supports; it supports no older one."""
 
 
 def support_of(features: options_pb2.MigrationFeatures, option: str) -> Support:
-    """Of an option that it does not name, or of which it says what this version does not know: unsupported."""
-    word = enum_name(options_pb2.OptionSupport, features.options.get(option, options_pb2.OPTION_SUPPORT_UNSUPPORTED)).upper()
-    return Support.__members__.get(word, Support.UNSUPPORTED)
+    """Return a host's support for an option; UNSUPPORTED where it is missing, or has a value that this version does not know."""
+    name = enum_name(options_pb2.OptionSupport, features.options.get(option, options_pb2.OPTION_SUPPORT_UNSUPPORTED)).upper()
+    return Support.__members__.get(name, Support.UNSUPPORTED)
 
 
 def check_options(options: options_pb2.Options, features: options_pb2.MigrationFeatures, end: str) -> None:
-    """An explicit choice that this end cannot honour is an error that names the option and the end.
+    """Check that an end supports every option that the user chose.
 
     Raises:
-        DroverError: OPTION_UNSUPPORTED.
+        DroverError: OPTION_UNSUPPORTED, naming the option and the end.
     """
     for option, chosen in options_from_proto(options).items():
         support = support_of(features, option)
         if (chosen and support is Support.UNSUPPORTED) or (not chosen and support is Support.ALWAYS_ON):
-            why = features.reasons.get(option) or f"there it is {support.value.replace('_', ' ')}"
+            why = features.reasons.get(option) or f"it is {support.value.replace('_', ' ')} there"
             raise DroverError(
                 Reason.OPTION_UNSUPPORTED,
-                f"option {option}={shown(chosen)} cannot be honoured by {end}: {why}. "
-                "Nothing was done to the guest; leave the option out",
+                f"{end} cannot do option {option}={shown(chosen)}: {why}. Nothing was done to the guest; leave the option out",
                 metadata={"option": option, "end": end, "support": support.value},
             )
 
 
 def settled(options: options_pb2.Options, *ends: options_pb2.MigrationFeatures) -> options_pb2.Options:
-    """The options with an explicit "off" for each that is on by itself, but not where one of these ends lacks it."""
+    """Return the options with an explicit "off" for each that is on by default only if both ends support it, where one end does
+    not."""
     result = options_pb2.Options()
     result.CopyFrom(options)
     chosen = options_from_proto(options)
@@ -46,7 +46,7 @@ def settled(options: options_pb2.Options, *ends: options_pb2.MigrationFeatures) 
 
 
 def check_bandwidth(bandwidth: int, features: options_pb2.MigrationFeatures, end: str) -> int:
-    """The limit that this end enforces, in bytes per second: the one asked for, rounded down to what it can. 0 is no limit.
+    """Return the limit that this end will enforce, in bytes per second: the given one, rounded down to its unit. 0 is no limit.
 
     Raises:
         DroverError: BANDWIDTH_UNSUPPORTED for one that cannot be enforced; it is never ignored (requirement H5).
@@ -61,18 +61,18 @@ def check_bandwidth(bandwidth: int, features: options_pb2.MigrationFeatures, end
     if 0 < bandwidth < unit:
         raise DroverError(
             Reason.BANDWIDTH_UNSUPPORTED,
-            f"{end} cannot limit a transfer to {bandwidth} bytes per second: its least is {unit} ({unit / (1 << 20):g} MiB/s). "
-            "Nothing was done to the guest; give a higher limit, or none",
+            f"{end} cannot limit a transfer to {bandwidth} bytes per second; its lowest limit is {unit} "
+            f"({unit / (1 << 20):g} MiB/s). Nothing was done to the guest; give a higher limit, or none",
             metadata={"end": end, "least": str(unit)},
         )
     return bandwidth - bandwidth % unit
 
 
 def check_protocol(oldest: int, newest: int, end: str) -> None:
-    """Both ends must speak a common version of the handshake (requirement H6)."""
+    """Raise PROTOCOL_MISMATCH unless that end supports this version of the handshake (requirement H6)."""
     if not oldest <= PROTOCOL_VERSION <= newest:
         raise DroverError(
             Reason.PROTOCOL_MISMATCH,
-            f"{end} speaks handshake versions {oldest} to {newest}, and {PROTOCOL_VERSION} is needed: upgrade its agent",
+            f"{end} supports handshake versions {oldest} to {newest}, but {PROTOCOL_VERSION} is needed: upgrade the older agent",
             metadata={"end": end},
         )

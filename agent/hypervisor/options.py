@@ -18,9 +18,9 @@ class Support(StrEnum):
 
     SUPPORTED = "supported"
     ALWAYS_ON = "always_on"
-    """It happens whatever is asked; an explicit "off" is refused."""
+    """The driver always does it; an explicit "off" is refused."""
     UNSUPPORTED = "unsupported"
-    """It cannot be done; an explicit value other than "off" is refused."""
+    """The driver cannot do it; an explicit value other than "off" is refused."""
     UNDONE = "undone"
     """The hypervisor always does it, and Finish or Confirm undoes it where the user chose "off". On the wire: supported."""
 
@@ -30,9 +30,9 @@ class Option(NamedTuple):
 
     text: str
     default: Value | None = False
-    """What a driver that supports it does where the user chose nothing. None: it decides."""
+    """Value that a driver uses where the user chose none. None: the driver decides."""
     needs: str = ""
-    """What an end must have for it, beside a driver that supports it."""
+    """What an end must have for it, in addition to a driver that supports it."""
     only_if_both: bool = False
     """It is on by default only where both ends support it."""
     libvirt: str = ""
@@ -44,29 +44,29 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     """The values of a choice."""
     bounds: tuple[int, int] = (1, 1)
-    """The least and the most of a number. The least is 1 or more: 0 on the wire is a number that was not chosen."""
+    """Lowest and highest value of a number. The lowest is at least 1: 0 on the wire is a number that was not chosen."""
     unit: str = ""
-    """Of a number."""
+    """Unit of a number."""
     name: str = ""
     """Name of its field on the wire. The table sets this and `kind`."""
     kind: type[Value] = bool
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Return what a user may type as a value. Of a number, only the least and the most."""
+        """Return the values that a user may type; for a number, only the lowest and the highest."""
         if self.kind is bool:
             return ("on", "off")
         return self.choices or tuple(map(str, self.bounds))
 
     @property
     def expected(self) -> str:
-        """Return the values in words, such as ``on or off``."""
+        """Return the allowed values as text, such as ``on or off``."""
         if self.kind is int:
             return f"{self.bounds[0]} to {self.bounds[1]} {self.unit}".strip()
         return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
 
     def problem(self, value: object) -> str:
-        """Return what is wrong with a value, to be read after the name of the option; empty: nothing."""
+        """Return what is wrong with a value, as text to follow the name of the option; empty if nothing is."""
         good = type(value) is self.kind
         if isinstance(value, str):
             good = good and value in self.choices
@@ -75,7 +75,7 @@ class Option(NamedTuple):
         return "" if good else f"expected {self.expected}"
 
     def read(self, text: str) -> Value:
-        """Return the value that a user typed. Raises `ValueError`."""
+        """Convert what a user typed to a value. Raises `ValueError`."""
         value: Value = int(text) if self.kind is int else text if self.kind is str else _SWITCH.get(text.lower(), text)
         if problem := self.problem(value):
             raise ValueError(problem)
@@ -181,7 +181,7 @@ def shown(value: Value) -> str:
 
 
 def unknown_option(name: str) -> str:
-    """Return what is said of an option that there is not."""
+    """Return the error message for an option that does not exist."""
     import difflib  # noqa: PLC0415 - only a mistake needs it
 
     close = difflib.get_close_matches(name, OPTIONS, n=1)

@@ -31,8 +31,8 @@ _REASONS: Mapping[type[HypervisorError], Reason] = {
 
 
 def from_hypervisor(error: HypervisorError, host: str, domain: str = "") -> DroverError:
-    """The error of a host's hypervisor under Drover's own reason: it names the host and, where one was asked for, the guest, and
-    keeps code and message as metadata.
+    """Return the error of a host's hypervisor as a `DroverError` with Drover's own reason. It names the host and, if given, the
+    guest, and keeps the hypervisor's code and message as metadata.
     """
     reason = _REASONS.get(type(error), Reason.HYPERVISOR_FAILED)
     named = {"host": host, "domain": domain} if domain else {"host": host}

@@ -31,8 +31,8 @@ def features_to_proto(features: Features) -> options_pb2.MigrationFeatures:
 
 
 def _support_to_proto(support: Support) -> options_pb2.OptionSupport.ValueType:
-    told = Support.SUPPORTED if support is Support.UNDONE else support
-    return options_pb2.OptionSupport.Value(f"OPTION_SUPPORT_{told.name}")
+    shown = Support.SUPPORTED if support is Support.UNDONE else support
+    return options_pb2.OptionSupport.Value(f"OPTION_SUPPORT_{shown.name}")
 
 
 def domain_to_proto(domain: Domain) -> host_pb2.Domain:
@@ -52,7 +52,7 @@ def domain_to_proto(domain: Domain) -> host_pb2.Domain:
 
 
 _REQUIREMENTS = tuple(field.name for field in dataclasses.fields(Requirements))
-"""Have the same names on the wire."""
+"""Field names, which are the same on the wire."""
 
 
 def requirements_to_proto(requirements: Requirements) -> host_pb2.GuestRequirements:

@@ -1,4 +1,4 @@
-"""agent.hypervisor.features: what both ends must be able to do, and how a hypervisor's words read on the wire."""
+"""agent.hypervisor.features: what both ends must be able to do, and how a hypervisor's features and errors are sent."""
 
 import dataclasses
 
@@ -43,14 +43,14 @@ def test_features_on_the_wire() -> None:
         assert support_of(wire, option) is FEATURES.options[option]
 
 
-def test_what_is_not_said_is_unsupported() -> None:
+def test_a_missing_option_is_unsupported() -> None:
     wire = features_to_proto(FEATURES)
     assert support_of(wire, "tunnelled") is Support.UNSUPPORTED
     wire.options["tunnelled"] = options_pb2.OPTION_SUPPORT_UNSPECIFIED
     assert support_of(wire, "tunnelled") is Support.UNSUPPORTED
 
 
-def test_an_option_that_the_handshake_cannot_honour_is_unsupported_whatever_the_driver_says() -> None:
+def test_an_option_that_the_handshake_cannot_do_is_unsupported() -> None:
     assert support_of(features_to_proto(FEATURES), "offline") is Support.UNSUPPORTED
 
 
@@ -71,7 +71,7 @@ def test_every_option_of_the_wire_is_one_of_the_drivers() -> None:
         ("tunnelled", False, True),
     ],
 )
-def test_a_word_is_honoured_or_refused_never_ignored(option: str, wanted: bool, good: bool) -> None:
+def test_a_choice_is_honoured_or_refused_never_ignored(option: str, wanted: bool, good: bool) -> None:
     options = options_pb2.Options(**{option: wanted})  # type: ignore[arg-type]
     if good:
         check_options(options, features_to_proto(FEATURES), "the source h1")
@@ -83,19 +83,19 @@ def test_a_word_is_honoured_or_refused_never_ignored(option: str, wanted: bool, 
     assert f"{option}={'on' if wanted else 'off'}" in error.value.message
 
 
-def test_nothing_said_is_nothing_to_check() -> None:
+def test_no_choice_passes_the_check() -> None:
     check_options(options_pb2.Options(), options_pb2.MigrationFeatures(), "x")
 
 
-def test_6_30_what_forbids_an_option_is_told() -> None:
+def test_6_30_what_forbids_an_option_is_reported() -> None:
     wire = features_to_proto(dataclasses.replace(FEATURES, options={}, reasons={"post_copy": "the sysctl is 0"}))
-    with pytest.raises(DroverError, match="by h1: the sysctl is 0"):
+    with pytest.raises(DroverError, match="post_copy=on: the sysctl is 0"):
         check_options(options_pb2.Options(post_copy=True), wire, "h1")
     assert settled(options_pb2.Options(live=True), wire) == options_pb2.Options(live=True, post_copy=False)
     assert settled(options_pb2.Options(), features_to_proto(FEATURES)) == options_pb2.Options()
 
 
-def test_a_limit_that_cannot_be_kept_is_refused() -> None:
+def test_a_limit_that_cannot_be_enforced_is_refused() -> None:
     can, cannot = options_pb2.MigrationFeatures(bandwidth=True), options_pb2.MigrationFeatures()
     check_bandwidth(1, can, "x")
     check_bandwidth(0, cannot, "x")
@@ -104,11 +104,11 @@ def test_a_limit_that_cannot_be_kept_is_refused() -> None:
     assert error.value.reason is Reason.BANDWIDTH_UNSUPPORTED
 
 
-def test_6_07_a_limit_is_rounded_down_to_what_can_be_kept_and_refused_below_it() -> None:
+def test_6_07_a_limit_is_rounded_down_to_the_unit_and_refused_below_it() -> None:
     mebibytes = options_pb2.MigrationFeatures(bandwidth=True, bandwidth_unit=MIB)
     assert [check_bandwidth(limit, mebibytes, "x") for limit in (0, MIB, MIB + 1, 3 * MIB - 1)] == [0, MIB, MIB, 2 * MIB]
     for limit in (1, 512 << 10, 1_000_000):
-        with pytest.raises(DroverError, match="its least is 1048576") as error:
+        with pytest.raises(DroverError, match="its lowest limit is 1048576") as error:
             check_bandwidth(limit, mebibytes, "h1")
         assert error.value.reason is Reason.BANDWIDTH_UNSUPPORTED
 
@@ -117,7 +117,7 @@ def test_versions() -> None:
     check_protocol(PROTOCOL_VERSION, PROTOCOL_VERSION, "x")
     check_protocol(0, PROTOCOL_VERSION + 5, "x")
     for oldest, newest in ((PROTOCOL_VERSION + 1, PROTOCOL_VERSION + 2), (0, PROTOCOL_VERSION - 1)):
-        with pytest.raises(DroverError, match="h1 speaks") as error:
+        with pytest.raises(DroverError, match="h1 supports") as error:
             check_protocol(oldest, newest, "h1")
         assert error.value.reason is Reason.PROTOCOL_MISMATCH
 
@@ -133,7 +133,7 @@ def test_versions() -> None:
         (base.HypervisorError("x"), Reason.HYPERVISOR_FAILED),
     ],
 )
-def test_6_14_a_hypervisors_error_names_its_host_and_keeps_its_own_words(error: base.HypervisorError, reason: Reason) -> None:
+def test_6_14_a_hypervisors_error_names_its_host_and_keeps_its_message(error: base.HypervisorError, reason: Reason) -> None:
     error.native = {"code": "38"}
     ours = from_hypervisor(error, "h2")
     assert (ours.reason, ours.message, ours.metadata) == (reason, "h2: x", {"code": "38", "host": "h2"})
