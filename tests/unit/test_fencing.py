@@ -55,7 +55,7 @@ async def test_6_12_the_command_ends_with_the_last_migration_that_waits_for_it(t
 async def test_6_12_a_migration_that_comes_while_the_command_is_killed_starts_another_after_that(tmp_path: Path) -> None:
     fences = Fences(shell('echo x >> "$0/runs"; [ -e "$0/stop" ] || sleep 60', tmp_path))
     first = asyncio.create_task(fences.dead("h2", silent(5.0)))
-    await until(lambda: (tmp_path / "runs").exists())
+    await until(lambda: (tmp_path / "runs").exists() and bool((tmp_path / "runs").read_text()))
     (tmp_path / "stop").touch()
     first.cancel()
     await asyncio.sleep(0)
@@ -67,7 +67,7 @@ async def test_6_12_a_migration_that_goes_away_in_a_hurry_leaves_no_command_behi
     """It is cancelled again while the command is being killed, as when a silent host answers and falls silent again."""
     fences = Fences(shell('echo x >> "$0/runs"; [ -e "$0/stop" ] || sleep 60', tmp_path))
     first = asyncio.create_task(fences.dead("h2", silent(5.0)))
-    await until(lambda: (tmp_path / "runs").exists())
+    await until(lambda: (tmp_path / "runs").exists() and bool((tmp_path / "runs").read_text()))
     (tmp_path / "stop").touch()
     first.cancel()
     await asyncio.sleep(0)

@@ -175,9 +175,8 @@ class Attempts:
         """
         current = await self._current(ref.migration_id)
         if current is None or not current.record.state or ref.attempt > current.record.attempt:
-            raise DroverError(
-                Reason.RECORD_NOT_FOUND, f"this host has no record of attempt {ref.attempt} of migration {ref.migration_id}"
-            )
+            which = f"attempt {ref.attempt} of " if ref.attempt else ""
+            raise DroverError(Reason.RECORD_NOT_FOUND, f"this host has no record of {which}migration {ref.migration_id}")
         if ref.attempt and ref.attempt < current.record.attempt:
             raise _stale(ref, current.record)
         return current

@@ -65,8 +65,8 @@ class Owner:
 
     async def may_come(self, attempt: Attempt) -> bool:
         """Return whether the memory of a copy whose driver is silent may still come: an armed copy always may, a prepared one only
-        if the source's record says that it sends. Gives up an armed copy if the source's record says that it kept the guest, or
-        if the source has no record and its hypervisor has the guest as before.
+        if the source's record says that it sends. Gives the copy up if the source's record says that it kept the guest, or, once
+        it is armed, if the source has no record and its hypervisor has the guest as before.
         """
         record = None
         try:

@@ -178,7 +178,7 @@ def _address(text: str) -> Address | str:
 
 
 def check_address(address: str, field: str) -> None:
-    """Raise INVALID_FIELD unless `address` is one at which an agent can be asked later, or empty: then nobody is asked."""
+    """Raise INVALID_FIELD unless `address` is a valid agent address, or empty, which means that the agent is never asked."""
     if address:
         try:
             parse_address(address)
