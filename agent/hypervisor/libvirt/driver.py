@@ -68,7 +68,9 @@ class LibvirtHypervisor:
         hook = service_of(self._uri).hook
         if hook is not None and not is_installed(hook):
             log.warning(
-                "libvirt's hook is not installed, or is of another version of Drover: see docs/operations.md", hook=str(hook)
+                "libvirt's hook is not installed, or is of another version of Drover; install it on this host with "
+                "`python -m agent.hypervisor.libvirt.switchover install`",
+                hook=str(hook),
             )
         await self._watch.start()
         await self._capabilities()  # read in advance: the first read is slow, and each migration needs them

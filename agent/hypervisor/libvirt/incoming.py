@@ -59,8 +59,7 @@ class LibvirtIncoming:
     therefore leaves a definition behind. It is removed here, or the one that it replaced is restored. Only the handle that
     prepared knows what was here before Prepare; a new one treats the definition of a failed copy as the migration's own.
 
-    A guest that ran here and was ended before Finish returned (in post-copy, Finish lasts until the rest of the memory is here)
-    is not a failed copy: its definition belongs to its user and stays.
+    A guest that ran here and ended before Finish returned (possible in post-copy) is no failed copy: its user's definition stays.
     """
 
     def __init__(self, uuid: str, session: Session, pool: Pool, ports: tuple[int, int], events: Callable[[], EventStream]) -> None:

@@ -35,7 +35,7 @@ from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt.connection import Link, Pool, Session, unwrap
 from agent.hypervisor.libvirt.events import QEMU_MIGRATION
 from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle, stopped_by_user
-from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, refuse_half_a_guest, remove, state_of
+from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, refuse_incomplete_postcopy, remove, state_of
 from agent.hypervisor.libvirt.stored import remove_leftovers
 from agent.hypervisor.libvirt.switchover import CANCELLABLE
 from agent.hypervisor.options import Options
@@ -236,7 +236,7 @@ class LibvirtOutgoing:
         undefine = option_flags.wants(options, "undefine_source")
         with contextlib.suppress(DomainNotFound):
             if option_flags.wants(options, "post_copy"):
-                await self._call(refuse_half_a_guest)
+                await self._call(refuse_incomplete_postcopy)
             await self._confirm(cookie, options, cancelled=False)
             await self._call(lambda domain: None)  # raises DomainNotFound where Confirm has removed everything
             try:

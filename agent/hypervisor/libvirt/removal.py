@@ -23,7 +23,7 @@ from agent.hypervisor.libvirt.errors import translate
 _BEGIN = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_UNSAFE | libvirt.VIR_MIGRATE_CHANGE_PROTECTION
 """Flags of that job: none with a condition of its own; CHANGE_PROTECTION keeps the job until Confirm or the connection closes."""
 
-_CAME_BACK = (DomainState.RUNNING, "migrated")
+_RETURNED = (DomainState.RUNNING, "migrated")
 """State and reason of a guest that arrived here, until something stops it. The copy that a migration leaves behind was stopped: it
 is paused, or was resumed by a restarted libvirtd ("migration canceled").
 """
@@ -39,9 +39,9 @@ def remove(domain: Any, undefine: bool) -> None:
     """
     if domain.isActive():
         refuse_arrival(domain)
-        if state_of(domain) == _CAME_BACK:
+        if state_of(domain) == _RETURNED:
             raise DomainBusy("the guest has returned to this host by another migration")
-        refuse_half_a_guest(domain)
+        refuse_incomplete_postcopy(domain)
         _stop(domain, undefine)
     if undefine and domain.isPersistent():
         domain.undefineFlags(domains.UNDEFINE)
@@ -82,7 +82,7 @@ def in_postcopy(domain: Any) -> bool:
     return state_of(domain)[1].startswith("post-copy")
 
 
-def refuse_half_a_guest(domain: Any) -> None:
+def refuse_incomplete_postcopy(domain: Any) -> None:
     """Raise `DomainBusy` in post-copy while memory remains here: the guest runs at the destination and needs it."""
     left = (flow(domain) or {}).get("data_remaining", 0)
     if left and in_postcopy(domain):
