@@ -30,7 +30,7 @@ def common(command: F) -> F:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measures Drover on this machine. Figures go to standard output, what goes on to standard error.
+    """Measure Drover on this machine. Figures go to standard output, what goes on to standard error.
 
     The exit code is 0 whatever the figures are; 1 when something failed.
     """
@@ -64,7 +64,7 @@ def kind_option(choices: list[str], default: str, text: str) -> Callable[[F], F]
 
 
 def _known(kind: str) -> str:
-    """Refuses real hosts where they cannot be had, rather than measure something else."""
+    """Refuse real hosts where they cannot be had, rather than measure something else."""
     reason = why_not_libvirt() if kind == "libvirt" else None
     if reason:
         raise click.ClickException(f"{reason}; with --kind sim it runs on the simulated hypervisor")

@@ -161,7 +161,7 @@ Records = Mapping[str, handshake_pb2.Record]
 
 
 def records_of(made: LabCluster, migration_id: str) -> Records:
-    """Raises `SilentError`."""
+    """Raise `SilentError`."""
     found = {name: talk.record(agent, migration_id) for name, agent in made.agents.items()}
     return {name: record for name, record in found.items() if record is not None}
 

@@ -36,7 +36,7 @@ class SilentError(Exception):
 
 
 def ask(daemon: Daemon, call: Callable[[grpc.Channel], T]) -> T:
-    """Raises `SilentError`."""
+    """Raise `SilentError`."""
     with grpc.insecure_channel(daemon.address) as channel:
         try:
             return call(channel)
@@ -68,7 +68,7 @@ def start_until_accepted(daemon: Daemon, migration_id: str, spec: pb.MigrationSp
 
 
 def cancel(daemon: Daemon, migration_id: str) -> None:
-    """Raises `SilentError`."""
+    """Raise `SilentError`."""
     request = pb.CancelMigrationRequest(migration_id=migration_id)
     ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).CancelMigration(request, timeout=QUESTION_SECONDS))
 
@@ -80,7 +80,7 @@ def abandon(daemon: Daemon, migration_id: str, *, source_kept: bool = False) -> 
 
 
 def declare_dead(daemon: Daemon, migration_id: str, host: str) -> None:
-    """Raises `SilentError`, also where that is refused: a host is only believed to be dead once it does not answer."""
+    """Raise `SilentError`, also where that is refused: a host is only believed to be dead once it does not answer."""
     statement = handshake_pb2.Statement(dead_host=host, reason="chaos", said_by="tests.bench")
     request = pb.ResolveMigrationRequest(migration_id=migration_id, request_id=new_id(), statement=statement)
     ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).ResolveMigration(request, timeout=QUESTION_SECONDS))

@@ -59,7 +59,7 @@ class DaemonTarget:
         self.daemon.signal(signal.SIGSTOP)
 
     def restore(self) -> None:
-        """Does not wait until it serves: it may need a libvirtd that is still dead."""
+        """Do not wait until it serves: it may need a libvirtd that is still dead."""
         if self.daemon.running().poll() is None:
             self.daemon.signal(signal.SIGCONT)
         else:

@@ -33,7 +33,7 @@ class Reading:
 
 
 def read_process(pid: int, journal: Path | None = None) -> Reading:
-    """Raises `OSError` when there is no such process (any more)."""
+    """Raise `OSError` when there is no such process (any more)."""
     status = Path(f"/proc/{pid}/status").read_text()
     sockets = _sockets(pid)
     return Reading(

@@ -41,7 +41,7 @@ def test_a_perfect_log_may_start_late_in_the_guests_life() -> None:
 
 def test_an_empty_log_is_not_perfect() -> None:
     assert judge("").problems() == [
-        "the log holds no S line: the guest never ran",
+        "the log has no S line: the guest never ran",
         "the guest booted 0 times instead of once",
     ]
 

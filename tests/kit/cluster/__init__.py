@@ -4,7 +4,7 @@
         guest = c.start_guest("g1")
         subprocess.run(c.drover("migrate", "g1", "--to", "h2"))
 
-Tests, benches and the demonstration all stand on it, so a scenario runs unchanged on either driver.
+Tests, benches and the demonstration all use it, so a scenario runs unchanged on either driver.
 """
 
 from tests.kit.cluster.cluster import Cluster, ClusterGuest, GuestSpec

@@ -1,4 +1,4 @@
-"""What a cluster is to those who use it, whichever hypervisor its hosts have."""
+"""The interface of a cluster, for any hypervisor."""
 
 import shutil
 from abc import ABC, abstractmethod
@@ -17,23 +17,23 @@ from tests.kit.lab.processes import wait_until
 
 @dataclass(frozen=True)
 class GuestSpec:
-    """A guest that a cluster can start. Sizes in MiB, `dirty` in pages (4 KiB) per second."""
+    """The parameters of a guest. Sizes in MiB, `dirty` in pages (4 KiB) per second."""
 
     name: str
     memory_mib: int = 64
     dirty: int = 200
     machine: str | None = None
-    """None: one that every host knows."""
+    """None: one that every host has."""
     cpu: str = "qemu64"
     persistent: bool = True
     autostart: bool = False
     running: bool = True
     halted: bool = False
-    """Stopped behind libvirt's back, by QEMU's own monitor, once it runs."""
+    """Once it runs, stop it by QEMU's own monitor, without libvirt."""
     mem_mib: int | None = None
-    """Of its memory so much is filled (the rest stays zero); None: all. Real hosts only."""
+    """Memory that is filled (the rest stays zero). None: all. Real hosts only."""
     ticks: int = 100
-    """Lines of its log per second: a gap is seen to one tick. Real hosts only."""
+    """Lines of its log per second, the resolution of a gap. Real hosts only."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class ClusterGuest:
         return self.spec.name
 
     def judge(self) -> Verdict:
-        """What its own serial log proves."""
+        """Judge its serial log."""
         return judge_file(self.serial_log)
 
     def lines(self) -> int:
         return self.serial_log.read_bytes().count(b"\n") if self.serial_log.exists() else 0
 
     def wait_lines(self, more: int, timeout: float = 60.0) -> None:
-        """Until it has written so many lines more: it runs."""
+        """Wait until it has written `more` further lines: it runs."""
         start = self.lines()
         wait_until(lambda: self.lines() >= start + more, timeout, f"{more} lines more from guest {self.name}")
 
@@ -75,7 +75,7 @@ class Cluster(ABC):
         self.agents: dict[str, Daemon] = {}
         self.coordinator: Daemon
 
-    # ---- life
+    # ---- start and stop
 
     def start(self) -> None:
         """Start every daemon at once, then wait until all serve and every host is known."""
@@ -86,7 +86,7 @@ class Cluster(ABC):
         self.wait_known()
 
     def wait_known(self, timeout: float = 60.0) -> None:
-        """Until the coordinator says that every agent answers."""
+        """Wait until the coordinator reports that every agent answers."""
         wait_until(lambda: self.hosts_up() == sorted(self.hosts), timeout, "every host to be known to the coordinator")
 
     def hosts_up(self) -> list[str]:
@@ -107,11 +107,11 @@ class Cluster(ABC):
         """Start a guest of `specs` and wait until it runs."""
 
     def guest(self, name: str) -> ClusterGuest:
-        """The guest of that name, which is started unless it was."""
+        """Return the guest of that name; start it unless it was started."""
         return self.guests.get(name) or self.start_guest(name)
 
     def end_guests(self) -> None:
-        """End every guest that was started, and forget it: on every host, whatever it is called there by now, with its log."""
+        """End every started guest on every host, whatever its name there, and delete its log."""
         for guest in self.guests.values():
             self._end(guest)
             for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
@@ -120,23 +120,25 @@ class Cluster(ABC):
 
     @abstractmethod
     def _end(self, guest: ClusterGuest) -> None:
-        """Destroy and undefine it on every host that has it, by its UUID."""
+        """Destroy and undefine the guest on every host that has it, by its UUID."""
 
     @abstractmethod
     def save(self, guest: ClusterGuest, host: str) -> None:
-        """Have a host save the memory of a guest that runs there, for its next start there, and end it."""
+        """Make a host save the memory of a guest that runs there, for its next start there, and end the guest."""
 
     def running_on(self, guest: str) -> list[str]:
-        """The hosts whose hypervisor says that the guest runs there."""
+        """Return the hosts whose hypervisor reports that the guest runs there."""
         return [host for host, state in self.copies(guest).items() if state == "running"]
 
     @abstractmethod
     def copies(self, guest: str) -> dict[str, str]:
-        """State of every copy by host, definitions that are shut off included."""
+        """Return the state of every copy by host, including definitions that are shut off."""
 
     @abstractmethod
     def definitions(self, guest: str) -> dict[str, str]:
-        """By host that has the guest: "transient", "persistent", or "autostart" for one that starts with its host as well."""
+        """Return for each host that has the guest "transient", "persistent", or "autostart" (persistent, and starts with the
+        host).
+        """
 
     def wait_running_on(self, guest: str, host: str, timeout: float = 60.0) -> None:
         wait_until(lambda: self.running_on(guest) == [host], timeout, f"guest {guest} to run on {host} only")
@@ -146,15 +148,15 @@ class Cluster(ABC):
         return self.coordinator.address
 
     def drover(self, *arguments: str, server: str | None = None) -> list[str]:
-        """The command line of the operator's command."""
+        """Return the command line of `drover` with these arguments."""
         return [str(DROVER), "--server", server or self.server, *arguments]
 
     def state_dir(self, name: str) -> Path:
-        """The folder in which the daemon of that host (or "co") keeps its journal."""
+        """Return the folder of the journal of that host's daemon (or "co")."""
         return self.path / name / "state"
 
     def agent_config(self, name: str) -> dict[str, Any]:
-        """What all agents have in common."""
+        """Return the configuration that all agents have in common."""
         return {
             "name": name,
             "state_dir": str(self.state_dir(name)),
@@ -172,6 +174,6 @@ class Cluster(ABC):
         }
 
     def wipe_state(self) -> None:
-        """Forget every journal and store; for daemons that do not run."""
+        """Delete every journal and store. The daemons must not run."""
         for name in (*self.hosts, "co"):
             shutil.rmtree(self.state_dir(name), ignore_errors=True)

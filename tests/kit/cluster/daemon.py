@@ -1,4 +1,4 @@
-"""One process of Drover: started with a configuration file, known to serve, killed and started again by tests."""
+"""One process of Drover that tests start with a configuration file, kill and start again."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Popen = Callable[..., subprocess.Popen[Any]]
 
 
 class Daemon:
-    """`drover agent` or `drover coordinator`. `popen` starts a program where the daemon lives (a test host)."""
+    """A `drover agent` or `drover coordinator`. `popen` starts a program on the daemon's test host."""
 
     def __init__(self, kind: str, name: str, folder: Path, config: Mapping[str, Any], popen: Popen) -> None:
         self.kind = kind
@@ -34,7 +34,7 @@ class Daemon:
 
     @property
     def address(self) -> str:
-        """Reachable from everywhere on the machine: a unix socket knows no network namespace."""
+        """A unix socket, which can be reached from every network namespace of the machine."""
         return f"unix:{self.socket}"
 
     def start(self, *, wait: bool = True) -> None:
@@ -51,7 +51,7 @@ class Daemon:
             self.wait_serving()
 
     def wait_serving(self, timeout: float = 120.0) -> None:
-        """Until its log says that it serves."""
+        """Wait until its log says that it serves. Raises RuntimeError, with the end of its log, if it ends instead."""
         wait_until(self._serving, timeout, f"{self.kind} {self.name} to serve (its log: {self.log})")
 
     def _serving(self) -> bool:
@@ -61,7 +61,7 @@ class Daemon:
         return any(line.get("event") == "serving" for line in self.lines(self._mark))
 
     def lines(self, offset: int = 0) -> list[dict[str, Any]]:
-        """The log's lines from a byte on; what is no JSON (a traceback of the interpreter) is left out."""
+        """Return the log's lines from byte `offset` on, without lines that are not JSON (a traceback of the interpreter)."""
         with self.log.open("rb") as log:
             log.seek(offset)
             parsed = []
@@ -84,13 +84,13 @@ class Daemon:
         self.running().send_signal(number)
 
     def kill(self) -> None:
-        """As a crash: no warning, nothing tidied."""
+        """Kill it with SIGKILL, as a crash would."""
         if self.process is not None:
             self.process.kill()
             self.process.wait(timeout=10)
 
     def stop(self, timeout: float = 30.0) -> int:
-        """As an upgrade: SIGTERM, and wait for its end. The exit status."""
+        """Stop it with SIGTERM, as an upgrade would, and wait for its end. Return the exit status."""
         if self.process is None:
             return 0
         self.process.send_signal(signal.SIGCONT)
@@ -107,7 +107,7 @@ class Daemon:
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """Enough TOML for a configuration: tables, arrays of tables, and values (JSON's are TOML's, but for null)."""
+    """Return a configuration as TOML: tables, arrays of tables, and values (JSON's values are TOML's, except null)."""
     return "\n".join(_lines(table, ())) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`scripts/demo`: real migrations of a real guest, with what each command prints and what the guest's own log proves."""
+"""`scripts/demo`: real migrations of a real guest; shows the output of each command and the judgement of the guest's own log."""
 
 import shlex
 import subprocess
@@ -18,14 +18,14 @@ class Hop:
 
     title: str
     server: str
-    """Who is asked: the coordinator, or the source's agent."""
+    """Address of the server that is asked: the coordinator, or the source's agent."""
     destination: str
 
 
 def main() -> int:
     simulate = sys.argv[1:] == ["--sim"]
     if sys.argv[1:] and not simulate:
-        print("usage: scripts/demo [--sim]   (--sim: simulate, even where real test hosts can be had)", file=sys.stderr)
+        print("usage: scripts/demo [--sim]   (--sim: simulate, even if real test hosts can be made)", file=sys.stderr)
         return 2
     reason = "--sim was given" if simulate else why_not_libvirt()
     kind = "sim" if reason else "libvirt"
@@ -56,7 +56,7 @@ def hops(made: Cluster) -> list[Hop]:
 
 
 def migrate(made: Cluster, guest: ClusterGuest, hop: Hop) -> None:
-    """Run one migration with the operator's command, then say what the guest felt and which wires were used."""
+    """Run one migration with the command `drover`, then print the guest's blackout and the bytes on each network."""
     say(hop.title + ":")
     before, since = traffic(made), time.monotonic()
     run(made.drover("migrate", guest.name, "--to", hop.destination, server=hop.server))
@@ -70,7 +70,7 @@ def migrate(made: Cluster, guest: ClusterGuest, hop: Hop) -> None:
 
 
 def traffic(made: Cluster) -> dict[str, int]:
-    """Bytes that the hosts have sent so far, by network; nothing on the simulated hypervisor, which has no wires."""
+    """Return the bytes that the hosts have sent so far, by network; empty on the simulated hypervisor, which has no networks."""
     if not isinstance(made, LabCluster):
         return {}
     networks = made.lab.hosts[0].addresses
@@ -78,7 +78,7 @@ def traffic(made: Cluster) -> dict[str, int]:
 
 
 def verdict(made: Cluster, guest: ClusterGuest) -> int:
-    """Judge the guest's own serial log."""
+    """Judge the guest's own serial log and print the result. Return the exit code."""
     judged = guest.judge()
     say("What the guest's own serial log proves:")
     print(f"  {judged.count} numbered lines; repeated, falling or missing numbers, bad pages, restarts: ", end="")
@@ -90,7 +90,7 @@ def verdict(made: Cluster, guest: ClusterGuest) -> int:
 
 
 def run(command: list[str]) -> None:
-    """Run the operator's command as an operator would see it."""
+    """Print a command as an operator would type it, and run it."""
     print(f"$ drover {shlex.join(command[1:])}", flush=True)
     subprocess.run(command, check=True, timeout=120)
 

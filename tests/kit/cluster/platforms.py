@@ -19,11 +19,11 @@ from tests.kit.lab import Lab, missing_requirement
 from tests.kit.lab.lab import LabHost
 
 PORT = 7400
-"""Of every agent on the lab's management network; the coordinator has the next one."""
+"""Port of every agent on the lab's management network; the coordinator has the next one."""
 
 
 def why_not_libvirt() -> str | None:
-    """Why real test hosts cannot be made here, in one sentence; None where they can."""
+    """Return why this machine cannot have real test hosts, in one sentence; None if it can."""
     return missing_requirement()
 
 
@@ -38,8 +38,9 @@ def cluster(
     settings: Mapping[str, Any] | None = None,
     lab: Mapping[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """A running cluster. `settings` has tables ``agent``, ``coordinator`` (configuration keys) and ``sim``; `lab` has further
-    arguments of `Lab.up`, for real hosts."""
+    """Run a cluster. `settings` has tables ``agent``, ``coordinator`` (configuration keys) and ``sim``; `lab` has further arguments
+    of `Lab.up`, for real hosts.
+    """
     common = (tuple(guests), hosts, networks, lab_id, settings or {})
     with _lab_cluster(*common, lab or {}) if kind == "libvirt" else _sim_cluster(*common) as made:
         try:
@@ -71,7 +72,7 @@ def _sim_cluster(
 
 
 class LabCluster(Cluster):
-    """Real ones."""
+    """A cluster of real hosts."""
 
     kind = "libvirt"
 
@@ -93,7 +94,7 @@ class LabCluster(Cluster):
             self.agents[host.name] = Daemon("agent", host.name, folder, self._agent(host, folder, addresses), host.popen)
 
     def state_dir(self, name: str) -> Path:
-        """On the node's disk for journals."""
+        """Return a folder on the node's disk for journals."""
         return self.lab.node(name).disks["journal"].folder / "state"
 
     def _agent(self, host: LabHost, folder: Path, addresses: Mapping[str, str]) -> dict[str, Any]:
@@ -150,12 +151,12 @@ class LabCluster(Cluster):
     @staticmethod
     def _definition(host: LabHost, guest: str) -> str:
         lines = host.virsh("dominfo", guest).splitlines()
-        said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        return "autostart" if said["Autostart"] == "enable" else "persistent" if said["Persistent"] == "yes" else "transient"
+        info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return "autostart" if info["Autostart"] == "enable" else "persistent" if info["Persistent"] == "yes" else "transient"
 
 
 class SimCluster(Cluster):
-    """Simulated ones: each agent has the simulated hypervisor within it, and a loopback address of its own."""
+    """A cluster of simulated hosts: each agent contains the simulated hypervisor, and has a loopback address of its own."""
 
     kind = "sim"
 
@@ -222,7 +223,7 @@ class SimCluster(Cluster):
         ask(self._control(host), {"save": guest.uuid})
 
     def copies(self, guest: str) -> dict[str, str]:
-        """From the agents, which are the hypervisors here."""
+        """Return the copies from the agents, which contain the hypervisors here."""
         states = {}
         for host, daemon in self.agents.items():
             with grpc.insecure_channel(daemon.address) as channel:
@@ -233,7 +234,7 @@ class SimCluster(Cluster):
         return states
 
     def definitions(self, guest: str) -> dict[str, str]:
-        """From the hypervisors' state files."""
+        """Return the definitions from the hypervisors' state files."""
         found = {}
         for host in self.hosts:
             for record in json.loads((self.path / f"{host}.guests").read_text()):

@@ -1,4 +1,4 @@
-"""Renders the state machines as tables in docs/protocol.md, so that text and code cannot drift apart."""
+"""Writes the state machines as tables into docs/protocol.md, so that text and code cannot drift apart."""
 
 import sys
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "protocol.md"
 
 
 def machine_table(machine: Any) -> str:
-    """Each row of a machine; calls are set in bold."""
+    """Return the table of a machine; calls are in bold."""
     rows = [
         (state or "(none)", f"**{event}**" if event in machine.calls else event, row.state, ", ".join(row.effects))
         for (state, event), row in machine.table.items()
@@ -23,7 +23,7 @@ def machine_table(machine: Any) -> str:
 
 
 def driver_table() -> str:
-    """What the driver calls for each pair of records, when it goes on and when it was cancelled."""
+    """Return the table of the driver's calls for each pair of records, when it goes on and when it was cancelled."""
     rows = []
     for src in (None, *SourceState):
         for dst in (None, *DestinationState):
@@ -50,11 +50,11 @@ TABLES = {
     "driver": driver_table,
     "reasons": reason_table,
 }
-"""By the name that stands in the document: ``<!-- table NAME -->`` up to ``<!-- end -->``."""
+"""Tables by their name in the document: ``<!-- table NAME -->`` up to ``<!-- end -->``."""
 
 
 def rendered(text: str) -> str:
-    """The document with every table made anew."""
+    """Return the document with every table replaced."""
     for name, make in TABLES.items():
         head, start, rest = text.partition(f"<!-- table {name} -->\n")
         if not start:

@@ -1,4 +1,4 @@
-"""`scripts/lab`: the lab by hand. Everything it shows can be had as JSON too (`status -o json`)."""
+"""`scripts/lab`: the lab by hand. `status -o json` shows everything as JSON."""
 
 import json
 import os
@@ -18,10 +18,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Group(click.Group):
-    """Turns the lab's own errors into a message and exit code 1."""
+    """A group that reports the lab's errors as a message with exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command."""
         try:
             return super().invoke(ctx)
         except LabError as error:
@@ -29,8 +28,8 @@ class Group(click.Group):
 
 
 def lab_options(command: F) -> F:
-    """--id and --state, which every command takes."""
-    where = click.option("--state", type=click.Path(path_type=Path), default=STATE, show_default=True, help="Folder.")
+    """Add --id and --state, which every command takes."""
+    where = click.option("--state", type=click.Path(path_type=Path), default=STATE, show_default=True, help="Folder of all labs.")
     which = click.option("--id", "lab_id", default="lab", show_default=True, help="Which lab: 1-10 of a-z and 0-9.")
     return which(where(command))
 
@@ -44,9 +43,9 @@ def main() -> None:
 @lab_options
 @click.option("--hosts", type=int, default=2, show_default=True, help="How many hosts: h1, h2, …")
 @click.option("--networks", type=int, default=1, show_default=True, help="How many migration networks: mig1, …")
-@click.option("--setting", type=click.Choice(list(SETTINGS)), help=f"How libvirt is configured; else ${VARIABLE}, else stock.")
+@click.option("--setting", type=click.Choice(list(SETTINGS)), help=f"Configuration of libvirt. Default: ${VARIABLE}, else stock.")
 def up(lab_id: str, state: Path, hosts: int, networks: int, setting: str | None) -> None:
-    """Brings a lab up; returns when all of it is ready and leaves it running."""
+    """Bring a lab up; return when all of it is ready, and leave it running."""
     lab = Lab.up(lab_id, hosts, networks, state, setting)
     _show(lab)
 
@@ -55,7 +54,7 @@ def up(lab_id: str, state: Path, hosts: int, networks: int, setting: str | None)
 @lab_options
 @click.option("--all", "everything", is_flag=True, help="All labs of this machine.")
 def down(lab_id: str, state: Path, everything: bool) -> None:
-    """Ends every process of a lab and removes its namespaces and files, also after a crash. May be run again."""
+    """End every process of a lab and remove its namespaces and files, also after a crash. Safe to repeat."""
     for name in known_labs(state) if everything else [lab_id]:
         take_down(name, state)
         click.echo(f"lab {name} is down")
@@ -65,7 +64,7 @@ def down(lab_id: str, state: Path, everything: bool) -> None:
 @lab_options
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def status(lab_id: str, state: Path, output: str) -> None:
-    """Shows a lab's hosts, addresses and guests. Exit code 1 when there is no such lab."""
+    """Show a lab's hosts, addresses and guests. Exit code 1 if there is no such lab."""
     lab = Lab.attach(lab_id, state)
     if output == "json":
         click.echo(json.dumps({"id": lab.id, "path": str(lab.path), "nodes": [_node(node) for node in lab.nodes]}))
@@ -76,7 +75,7 @@ def status(lab_id: str, state: Path, output: str) -> None:
 @main.command(name="list")
 @lab_options
 def list_labs(lab_id: str, state: Path) -> None:
-    """Lists the ids of all labs on this machine, also those that a crash has left half."""
+    """List the ids of all labs on this machine, also of those that a crash left incomplete."""
     for name in known_labs(state):
         click.echo(name)
 
@@ -85,7 +84,7 @@ def list_labs(lab_id: str, state: Path) -> None:
 @lab_options
 @click.argument("host")
 def shell(lab_id: str, state: Path, host: str) -> None:
-    """Opens a shell inside HOST (h1, h2, … or co)."""
+    """Open a shell inside HOST (h1, h2, … or co)."""
     _become(Lab.attach(lab_id, state).node(host), [os.environ.get("SHELL", "/bin/sh")])
 
 
@@ -94,7 +93,7 @@ def shell(lab_id: str, state: Path, host: str) -> None:
 @click.argument("host")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def execute(lab_id: str, state: Path, host: str, command: tuple[str, ...]) -> None:
-    """Runs COMMAND inside HOST: lab exec h1 -- virsh list."""
+    """Run COMMAND inside HOST: lab exec h1 -- virsh list."""
     _become(Lab.attach(lab_id, state).node(host), list(command))
 
 
@@ -105,7 +104,7 @@ def _become(node: Node, argv: list[str]) -> None:
 
 
 def _node(node: Node) -> dict[str, Any]:
-    """One node as plain data."""
+    """Return a node as plain data."""
     known: dict[str, Any] = {"name": node.name, "up": node.init_pid is not None, "addresses": dict(node.addresses)}
     return known | node.details()
 

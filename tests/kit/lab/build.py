@@ -1,7 +1,7 @@
 """Compiles the test guest and the lab's two small native helpers, once per version of their source.
 
-Everything goes to a cache folder, under a name that holds a hash of source and command; so nothing has to be cleaned,
-and several labs may build at once (each writes its own temporary file and renames it).
+Products go to a cache folder, under a name with a hash of source and command; so nothing has to be cleaned, and several
+labs may build at once (each writes its own temporary file and renames it).
 """
 
 import hashlib
@@ -29,20 +29,20 @@ HELPER_FLAGS = ("-O2", "-Wall", "-Wextra")
 
 @cache
 def guest_kernel(folder: Path = CACHE) -> Path:
-    """The test guest: a 32-bit multiboot ELF of some 10 KiB, to be booted by `<kernel>`."""
+    """Return the test guest: a 32-bit multiboot ELF of some 10 KiB, to be booted by `<kernel>`."""
     script, *code = (HERE / name for name in GUEST_SOURCES)
     return _compiled("guest", (*GUEST_FLAGS, f"-Wl,-T,{script}"), (script, *code), code, folder)
 
 
 @cache
 def helper(name: str, folder: Path = CACHE) -> Path:
-    """A native helper by its name in `native/`: "init" (a host's process 1) or "stamp" (time stamps for serial logs)."""
+    """Return a native helper by its name in `native/`: "init" (a host's process 1) or "stamp" (time stamps for serial logs)."""
     source = HERE / "native" / f"{name}.c"
     return _compiled(name, HELPER_FLAGS, (source,), (source,), folder)
 
 
 def _compiled(name: str, flags: Sequence[str], read: Sequence[Path], code: Sequence[Path], folder: Path) -> Path:
-    """Runs gcc on `code` unless the product for this very content of `read` is there already."""
+    """Return the product of gcc on `code`. Runs gcc only if there is no product yet for the present content of `read`."""
     digest = hashlib.sha256(repr(flags).encode() + b"".join(path.read_bytes() for path in read)).hexdigest()[:16]
     product = folder / f"{name}-{digest}"
     if product.exists():

@@ -13,7 +13,7 @@ from tests.kit.lab.processes import wait_until
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
 PREFERRED_MACHINE = "pc-q35-7.2"
-"""Both QEMU 7.2 and 10.0 know it, and it can move between them (facts/libvirt.md, 1)."""
+"""QEMU 7.2 and 10.0 both have it, and guests with it can migrate between them (facts/libvirt.md, 1)."""
 
 UUID_ROOT = UUID("6d1f5b9e-6a1c-5b1e-9f6e-d7043e700000")
 RESERVED_MIB = 4
@@ -21,7 +21,7 @@ RESERVED_MIB = 4
 
 
 FIRMWARE = (Path("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path("/usr/share/OVMF/OVMF_VARS_4M.fd"))
-"""Its code, and the variables with which a guest begins."""
+"""The firmware's code, and the template of a guest's variables."""
 TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
 
 
@@ -32,7 +32,7 @@ def _disk(image: Path) -> str:
 
 @cache
 def machine_type(emulator: str = EMULATOR) -> str:
-    """The machine type to use with this QEMU: the preferred one, else its newest q35."""
+    """Return the machine type to use with this QEMU: the preferred one, else its newest q35."""
     done = subprocess.run([emulator, "-machine", "help"], capture_output=True, text=True, timeout=20, check=True)
     known = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("pc-q35-")]
     return PREFERRED_MACHINE if PREFERRED_MACHINE in known else known[0]
@@ -52,60 +52,60 @@ class Guest:
     dirty: int = 0
     """Pages (4 KiB) changed per second. Each counts for a whole page in a migration."""
     wss_mib: int | None = None
-    """The dirtied pages go round within this much memory (the writable working set); None: all of it."""
+    """Size of the writable working set, within which the dirtied pages rotate. None: all memory."""
     mem_mib: int | None = None
     """Memory filled and checked; the rest stays zero. None: all but the first 4 MiB."""
     sweep_ms: int = 2000
-    """The time in which all memory is checked once. Costs some 0.4 us per page."""
+    """Time in which all memory is checked once. Costs some 0.4 us per page."""
     log_every: int = 1
-    """A line each so many ticks."""
+    """Ticks per line of the log."""
     uuid: UUID | None = None
     """None: derived from the name, always the same."""
     kernel: Path | None = None
-    """None: the compiled test guest of this machine."""
+    """None: `guest_kernel()`."""
     emulator: str = EMULATOR
-    """A path that exists on one host only makes a guest that no other host can take."""
+    """A path that exists on only one host makes a guest that no other host can run."""
     machine: str | None = None
     """None: `machine_type(emulator)`."""
     cpu: str = "qemu64"
     cpu_features: tuple[str, ...] = ()
-    """Features that the CPU must have (policy 'require'); one that the host cannot give makes the guest foreign."""
+    """Features that the CPU must have (policy 'require'); the guest does not start on a host that lacks one."""
     metadata: str = ""
-    """Raw XML for inside <metadata>."""
+    """Raw XML inside <metadata>."""
     disk: Path | None = None
-    """A raw image, which must exist; the guest itself does not look at it."""
+    """A raw image, which must exist; the guest itself does not read it."""
     nvram: Path | None = None
-    """Where its firmware variables are; libvirt makes the file. The guest has UEFI firmware then (the package ovmf), which does not
-    boot the test guest: it runs, and logs nothing."""
+    """File of its firmware variables, which libvirt creates. The guest then has UEFI firmware (package ovmf), which does not boot
+    the test guest: it runs, but logs nothing."""
     tpm: bool = False
-    """It has an emulated TPM (the packages swtpm and swtpm-tools)."""
+    """Give it an emulated TPM (packages swtpm and swtpm-tools)."""
 
     def with_(self, **changes: Any) -> "Guest":
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
     @property
     def stable_uuid(self) -> UUID:
-        """The UUID of the domain, lab-wide the same for the same name unless given."""
+        """The UUID of the domain: `uuid`, else derived from the name, the same in the whole lab."""
         return self.uuid or uuid5(UUID_ROOT, self.name)
 
     @property
     def pages(self) -> int:
-        """The pages that the guest checks: so many more `checked` mean that all memory was seen once."""
+        """Number of pages that the guest checks: when `checked` has grown by this, all memory was checked once."""
         usable = self.memory_mib - RESERVED_MIB
         return min(self.mem_mib or usable, usable) * 256
 
     def lines(self) -> int:
-        """How many S lines the log holds by now (0 when there is no log yet)."""
+        """Return the number of S lines in the log so far (0 if there is no log yet)."""
         return self.serial_log.read_bytes().count(b"\nS ") if self.serial_log.exists() else 0
 
     def wait_lines(self, more: int, timeout: float = 60.0) -> None:
-        """Waits until the guest has written so many more S lines: it is running, and its memory is filled."""
+        """Wait until the guest has written `more` further S lines: it runs, and its memory is filled."""
         wanted = self.lines() + more
         wait_until(lambda: self.lines() >= wanted, timeout, f"guest {self.name} writes {more} more lines")
 
     def cmdline(self) -> str:
-        """The guest's options, in the words that `guest/guest.c` knows."""
+        """Return the guest's options in the syntax of `guest/guest.c`."""
         options = {
             "ticks": self.ticks,
             "dirty": self.dirty,
@@ -124,7 +124,7 @@ class Guest:
         return f"<kernel>{escape(str(self.kernel or guest_kernel()))}</kernel><cmdline>{escape(self.cmdline())}</cmdline>"
 
     def xml(self) -> str:
-        """The domain XML."""
+        """Return the domain XML."""
         features = "".join(f"<feature policy='require' name={quoteattr(name)}/>" for name in self.cpu_features)
         return f"""\
 <domain type='qemu'>

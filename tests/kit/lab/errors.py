@@ -1,9 +1,9 @@
-"""What goes wrong in the lab, as one kind of exception whose text says what to do next."""
+"""The lab's exceptions; their text says what to do next."""
 
 
 class LabError(Exception):
-    """The lab could not do what was asked; the message holds the command and its error output."""
+    """A failed action of the lab; the message has the command and its error output."""
 
 
 class LabTimeoutError(LabError):
-    """Something did not become true within its deadline; the message says what was waited for."""
+    """A condition that did not become true within its deadline; the message names the condition."""

@@ -1,15 +1,15 @@
-"""The judge: reads a test guest's serial log and says whether exactly one copy ran, and whether it lost anything.
+"""The judge: reads a test guest's serial log and decides whether exactly one copy ran, and whether it lost anything.
 
-Source and destination append to one file, so the file tells the whole life of the guest (`guest/guest.c` explains the
-lines): a number that repeats or falls proves a second running copy or one that went back in time, a number that is missing
+Source and destination append to one file, so it covers the whole life of the guest (`guest/guest.c` explains the lines): a
+number that repeats or falls proves a second running copy or one that was set back to an older state, a missing number
 proves lost output, a second BOOT a restart, BAD a lost page. Lines torn anywhere but at the end of the file prove two
 writers at the same time.
 
-How long the guest stood still is seen by three clocks:
+Three clocks show how long the guest stood still:
 
-- the host (`stamps`, written by `native/stamp.c` as the lines arrive): what somebody outside would have noticed,
-- the guest's own virtual clock, which stops with the guest: shows only the time for which it ran without getting on (pages
-  that post-copy had not brought yet),
+- the host's (`stamps`, written by `native/stamp.c` as the lines arrive): the gap as seen from outside,
+- the guest's own virtual clock, which stops with the guest: only the time for which it ran without progress (pages that
+  post-copy had not brought yet),
 - the guest's real-time clock against its virtual clock: the time for which QEMU had stopped it, per second, to about 0.2 ms.
 """
 
@@ -35,7 +35,7 @@ class Beat:
     """One S line."""
 
     line: int
-    """Its place in the file, from 1."""
+    """Line number in the file, from 1."""
     seq: int
     guest_us: int
     """The guest's virtual clock, microseconds since its boot."""
@@ -49,7 +49,7 @@ class Beat:
 
 @dataclass(frozen=True)
 class Gap:
-    """The time between two lines that follow one another, or for the RTC the time lost between two full seconds."""
+    """The time between two consecutive lines, or for the RTC the time lost between two full seconds."""
 
     ms: float
     after_seq: int
@@ -57,23 +57,23 @@ class Gap:
     line: int
     """The line in the log at which the gap ends, from 1."""
     host_us: int | None = None
-    """When it began, by the host's CLOCK_MONOTONIC in microseconds, where known."""
+    """Start of the gap by the host's CLOCK_MONOTONIC in microseconds, if known."""
 
 
 @dataclass(frozen=True)
 class BadPage:
-    """A page that did not hold what the guest had last written to it."""
+    """A page without the content that the guest had last written to it."""
 
     line: int
     page: int
     expected: int
     found: int
-    """Generations (how often the page had been changed); a smaller `found` is an old content: a change that was lost."""
+    """Generations (how often the page was changed); a smaller `found` is older content: a lost change."""
 
 
 @dataclass(frozen=True)
 class Oddity:
-    """A sequence number that should not be where it is."""
+    """A sequence number in the wrong place."""
 
     line: int
     seq: int
@@ -82,7 +82,7 @@ class Oddity:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a log proves. `perfect` is the short answer, `problems()` the long one."""
+    """The judgement of a log. `perfect` is the short answer, `problems()` the long one."""
 
     beats: tuple[Beat, ...]
     boots: int
@@ -93,7 +93,7 @@ class Verdict:
     fallen: tuple[Oddity, ...]
     """Numbers lower than the one before and never seen before: two writers out of order."""
     missing: tuple[int, ...]
-    """Numbers between the first and the last that never came."""
+    """Missing numbers between the first and the last."""
     bad_pages: tuple[BadPage, ...]
     torn: tuple[int, ...]
     """Lines (from 1) that are no line of the guest; a torn last line is normal and does not count."""
@@ -111,7 +111,7 @@ class Verdict:
 
     @property
     def count(self) -> int:
-        """How many S lines there are."""
+        """Number of S lines."""
         return len(self.beats)
 
     @property
@@ -134,29 +134,29 @@ class Verdict:
 
     @property
     def perfect(self) -> bool:
-        """One copy, one life, nothing lost."""
+        """Exactly one copy ran, without a restart, and nothing was lost."""
         return not self.problems()
 
     def blackout_between(self, since: float, until: float) -> float | None:
-        """The longest gap in ms that touches this span of time.monotonic() (seconds); None without stamped lines in it."""
+        """Return the longest gap in ms that overlaps this span of time.monotonic() (seconds); None without stamped lines in it."""
         since_us, until_us = since * 1e6, until * 1e6
         gaps = [gap.ms for gap in _host_gaps(self.beats) if _overlaps(gap, since_us, until_us)]
         return max(gaps, default=None)
 
     def checks_since(self, seq: int) -> float:
-        """How many times all memory has been checked since that number: wait for 1.0 before you call memory good."""
+        """Return how many times all memory was checked since that sequence number: memory is proved good from 1.0 on."""
         at = [beat.checked for beat in self.beats if beat.seq <= seq]
         return (self.beats[-1].checked - at[-1]) / self.pages if at and self.pages else 0.0
 
     def problems(self) -> list[str]:
-        """Everything that is wrong, as plain sentences; empty for a perfect log."""
+        """Return everything that is wrong, as sentences; empty for a perfect log."""
         found = []
         if not self.beats:
-            found.append("the log holds no S line: the guest never ran")
+            found.append("the log has no S line: the guest never ran")
         if self.boots != 1:
             found.append(f"the guest booted {self.boots} times instead of once")
-        found += _told("came again: a second copy ran, or one was set back", self.repeated)
-        found += _told("came after a higher one: two copies wrote at the same time", self.fallen)
+        found += _sentence("came again: a second copy ran, or one was set back", self.repeated)
+        found += _sentence("came after a higher one: two copies wrote at the same time", self.fallen)
         if self.missing:
             found.append(f"{len(self.missing)} sequence numbers are missing: {_shortened(self.missing)}")
         for page in self.bad_pages[:5]:
@@ -170,7 +170,7 @@ class Verdict:
         return found
 
 
-def _told(what: str, oddities: Sequence[Oddity]) -> list[str]:
+def _sentence(what: str, oddities: Sequence[Oddity]) -> list[str]:
     if not oddities:
         return []
     one = oddities[0]
@@ -183,7 +183,7 @@ def _shortened(numbers: Sequence[int]) -> str:
 
 
 def judge(log: str, stamps: str = "", gaps: int = 5) -> Verdict:
-    """Judges the text of a serial log; `stamps` is the text of its .stamps file, `gaps` how many of the longest to keep."""
+    """Judge the text of a serial log; `stamps` is the text of its .stamps file, `gaps` the number of longest gaps to keep."""
     lines = log.split("\n")
     lines.pop()  # What follows the last line end: nothing, or a torn line that is still being written.
     stamp_of = _arrivals(stamps)
@@ -226,7 +226,7 @@ def judge(log: str, stamps: str = "", gaps: int = 5) -> Verdict:
 
 
 def judge_file(path: Path, gaps: int = 5) -> Verdict:
-    """Judges a log file, with its stamps if there are any beside it. Give the stamps some ms after the last event."""
+    """Judge a log file, with its stamps file if there is one. The stamps of the latest lines arrive some ms later."""
     stamps = path.with_suffix(".stamps")
     # Stamps are written after the log, so they are read first: then no stamped line is missing in the log.
     stamped = stamps.read_text(errors="replace") if stamps.exists() else ""
@@ -234,7 +234,7 @@ def judge_file(path: Path, gaps: int = 5) -> Verdict:
 
 
 def _parsed(line: str) -> tuple[str, tuple[int, ...]]:
-    """(kind, figures) of a line; kind "" for what no guest writes."""
+    """Return (kind, figures) of a line; kind is "" for a line that no guest writes."""
     kind = line.partition(" ")[0]
     pattern = PATTERNS.get(kind)
     match = pattern.fullmatch(line) if pattern else None
@@ -242,7 +242,7 @@ def _parsed(line: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _arrivals(stamps: str) -> dict[tuple[int, int], int]:
-    """Host time by (seq, guest time): the first arrival of each S line."""
+    """Return the host's time of the first arrival of each S line, by (seq, guest time)."""
     found: dict[tuple[int, int], int] = {}
     for line in stamps.split("\n")[:-1]:
         host_us, _, text = line.partition(" ")
@@ -253,7 +253,7 @@ def _arrivals(stamps: str) -> dict[tuple[int, int], int]:
 
 
 def _order(beats: Sequence[Beat]) -> tuple[tuple[Oddity, ...], tuple[Oddity, ...]]:
-    """(repeated, fallen)."""
+    """Return (repeated, fallen)."""
     seen: set[int] = set()
     repeated, fallen = [], []
     previous = 0
@@ -288,7 +288,7 @@ def _guest_gaps(beats: Sequence[Beat]) -> Iterable[Gap]:
 
 
 def _stops(walls: Sequence[tuple[int, int, int, int]]) -> Iterable[Gap]:
-    """From W lines (line, second of day, guest time, last seq): wall time that the virtual clock did not see."""
+    """Yield the wall time that the virtual clock missed, from W lines (line, second of day, guest time, last seq)."""
     for (_, second_1, us_1, seq), (line, second_2, us_2, _) in pairwise(walls):
         wall_us = (second_2 - second_1) % DAY_S * 1_000_000
         yield Gap((wall_us - (us_2 - us_1)) / US_PER_MS, seq, line)

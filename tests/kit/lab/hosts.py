@@ -32,13 +32,13 @@ from tests.kit.lab.processes import (
 from tests.kit.lab.sockets import listening
 
 NOTHING_TO_END = ("failed to get domain", "Domain not found", "domain is not running")
-"""What virsh says of a guest that is not here, or is shut off."""
+"""Errors of virsh for a guest that is not on this host, or is shut off."""
 LIBVIRT_FOLDERS = ("etc/libvirt/pki", "var/lib/libvirt/images", "var/log/libvirt", "var/cache/libvirt/qemu")
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Bytes on one interface since it was made; frame headers are counted, as the kernel does."""
+    """Bytes on one interface since it was created, including frame headers, as the kernel counts them."""
 
     received: int
     sent: int
@@ -46,27 +46,27 @@ class Counters:
 
 @dataclass(frozen=True)
 class Qemu:
-    """A running QEMU process with a guest (QEMU that libvirt starts to probe it has none and is left out)."""
+    """A running QEMU process with a guest (not one that libvirt starts to probe QEMU)."""
 
     pid: int
     guest: str
     incoming: bool
-    """It was started to receive a migration; it stays true after that."""
+    """It was started to receive a migration; stays true afterwards."""
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """What a host still holds. A clean host (see `nothing`) has no guest running or defined and no port open."""
+    """What is left on a host. A clean host (see `nothing`) has no running or defined guest and no open port."""
 
     qemu: tuple[Qemu, ...]
     ports: tuple[tuple[str, int], ...]
     """Listening TCP sockets: (address as the kernel writes it, in hex; port)."""
     domains: tuple[str, ...]
-    """Running or defined, as libvirt knows them."""
+    """Guests that run or are defined, by libvirt."""
 
     @property
     def nothing(self) -> bool:
-        """Whether all of it is empty."""
+        """Whether nothing is left."""
         return not (self.qemu or self.ports or self.domains)
 
 
@@ -74,7 +74,7 @@ class Node:
     """A machine of the lab: network namespace, mount namespace, UTS namespace, an init that reaps orphans."""
 
     service: tuple[str, ...] = ()
-    """What the node's init runs; nothing for a plain node."""
+    """The program that the node's init runs; a plain node has none."""
 
     def __init__(self, name: str, index: int, lab_id: str, state: Path, nets: tuple[Network, ...]) -> None:
         self.name = name
@@ -86,20 +86,20 @@ class Node:
         self.path = state / name
         """The node's files. `path / "run"` is its /run."""
         self.addresses: Mapping[str, str] = {net.name: net.address(index) for net in nets}
-        """By network name: "mgmt", "mig1", …"""
+        """IP addresses by network name: "mgmt", "mig1", …"""
         self.disks: Mapping[str, Disk] = {"journal": Disk(self.path / "disk")}
-        """By what is kept there; mounted only in a lab with small disks."""
+        """Disks by purpose; mounted only in a lab with small disks."""
         self._children: list[subprocess.Popen[Any]] = []
 
-    # --- life
+    # --- start and stop
 
     def prepare(self) -> None:
-        """Makes the node's folders (each is mounted over its namesake inside the node)."""
+        """Make the node's folders (each is mounted over the folder of the same name inside the node)."""
         for folder in (*LIBVIRT_FOLDERS, "run"):
             (self.path / folder).mkdir(parents=True, exist_ok=True)
 
     def boot(self) -> None:
-        """Starts the node's init, and that starts its service. Returns at once: `wait_ready` waits."""
+        """Start the node's init, which starts its service. Returns at once; see `wait_ready`."""
         (self.path / "init.pid").unlink(missing_ok=True)
         words = ["setsid", "--fork", "nsenter", f"--net={NETNS_DIR / self.namespace}", "unshare", "--mount", "--uts"]
         init = (helper("init"), self.path / "service.pid", *self.service)
@@ -116,18 +116,18 @@ class Node:
             )
 
     def service_environment(self) -> Mapping[str, str]:
-        """Environment variables for the service."""
+        """Return environment variables for the service."""
         return {}
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Waits until the node can be used."""
+        """Wait until the node can be used."""
         try:
             wait_until(lambda: self.init_pid is not None, timeout, f"{self.name}: its init runs", 0.005)
         except LabTimeoutError as error:
             raise LabTimeoutError(f"{error}; {self.path}/init.log says: {self._tail('init.log')}") from None
 
     def crash(self) -> None:
-        """Kills every process of the node at once, as a power failure would. `boot` and `wait_ready` bring it back."""
+        """Kill every process of the node at once, as a power failure would. `boot` and `wait_ready` bring it back."""
         kill_namespaces([self._inode], [init] if (init := self.init_pid) else [])
         self._reap()
 
@@ -145,11 +145,11 @@ class Node:
         return inode
 
     def details(self) -> dict[str, Any]:
-        """What `lab status` says of this kind of node, as plain data."""
+        """Return what `lab status` shows for this kind of node, as plain data."""
         return {}
 
     def pids(self) -> list[int]:
-        """All processes of the node, as the whole machine numbers them."""
+        """Return all processes of the node, by the machine's process ids."""
         return namespace_pids([self._inode])
 
     def _tail(self, name: str) -> str:
@@ -159,7 +159,7 @@ class Node:
     # --- programs
 
     def inside(self, argv: Sequence[str | Path], cwd: str | Path | None = None) -> list[str]:
-        """The command that runs `argv` in the node. It execs: the process id you start is the program's own."""
+        """Return the command that runs `argv` in the node. It execs, so the started process id is the program's own."""
         pid = self.init_pid
         if pid is None:
             raise LabError(f"{self.name} is down: its init does not run")
@@ -169,18 +169,18 @@ class Node:
         ]
 
     def exec(self, argv: Sequence[str | Path], timeout: float = 30.0, stdin: str | None = None) -> str:
-        """Runs a program in the node to its end; returns its output, raises LabError when it fails."""
+        """Run a program in the node to its end; return its output. Raises LabError if it fails."""
         return run(self.inside(argv), timeout, stdin)
 
     def popen(self, argv: Sequence[str | Path], **kwargs: Any) -> subprocess.Popen[Any]:
-        """Starts a program in the node, with the keywords of `subprocess.Popen`. It ends with the lab at the latest."""
+        """Start a program in the node, with the keyword arguments of `subprocess.Popen`. It ends with the lab at the latest."""
         kwargs.setdefault("stdin", subprocess.DEVNULL)
         child: subprocess.Popen[Any] = subprocess.Popen(self.inside(argv, kwargs.pop("cwd", None)), **kwargs)
         self._children.append(child)
         return child
 
     def _reap(self) -> None:
-        """Collects the children of ours that were killed with the node."""
+        """Reap the child processes that were killed with the node."""
         for child in self._children:
             child.wait(timeout=5)
         self._children.clear()
@@ -188,13 +188,13 @@ class Node:
     # --- network
 
     def link(self, network: str) -> Link:
-        """The node's connection to a network."""
+        """Return the node's connection to a network."""
         if network not in self.addresses:
             raise LabError(f"{self.name} is not on a network {network!r}; it is on {', '.join(self.addresses)}")
         return Link(self.switch, self.namespace, self.name, network)
 
     def counters(self, network: str) -> Counters:
-        """Bytes received and sent by the node on this network."""
+        """Return the bytes that the node received and sent on this network."""
         pid = self.init_pid
         if pid is None:
             raise LabError(f"{self.name} is down: no counters")
@@ -206,33 +206,33 @@ class Node:
         raise LabError(f"{self.name} has no interface {network!r}")
 
     def limit_rate(self, network: str, bytes_per_second: int | None, direction: Direction | str = "both") -> None:
-        """Limits the rate on a network in each direction ("in", "out", "both"); None removes the limit."""
+        """Limit the rate on a network in each direction ("in", "out", "both"); None removes the limit."""
         self.link(network).limit(bytes_per_second, Direction(direction))
 
     def cut_link(self, network: str, direction: Direction | str = "both") -> None:
-        """Packets in this direction go missing, as if the cable were pulled outside the node. ARP as well."""
+        """Drop packets in this direction (ARP as well), as if the cable were pulled outside the node."""
         self.link(network).cut(Direction(direction))
 
     def reset_link(self, network: str) -> None:
-        """From now on every TCP connection over this network breaks at once, at both ends, and none can be made."""
+        """Break every TCP connection over this network at once, at both ends, and refuse new ones, until `restore_link`."""
         self.link(network).reset(self.addresses[network])
 
     def restore_link(self, network: str) -> None:
-        """Undoes `cut_link` and `reset_link`."""
+        """Undo `cut_link` and `reset_link`."""
         self.link(network).restore()
 
     def drop_connections(self, network: str) -> None:
-        """Breaks the TCP connections over this network that exist now; new ones can be made."""
+        """Break the present TCP connections over this network; new ones can be made."""
         self.link(network).drop_connections(self.addresses[network])
 
     def listening(self) -> tuple[tuple[str, int], ...]:
-        """Listening TCP sockets: (address, port)."""
+        """Return (address, port) of the listening TCP sockets; none while the node is down."""
         pid = self.init_pid
         return () if pid is None else listening(pid)
 
 
 class Host(Node):
-    """A test host: a node with its own libvirtd, reachable from everywhere on this machine by a unix socket."""
+    """A test host: a node with its own libvirtd, which can be reached from the whole machine by a unix socket."""
 
     service = ("libvirtd",)
 
@@ -242,30 +242,30 @@ class Host(Node):
 
     @property
     def libvirt_socket(self) -> Path:
-        """libvirtd's socket, as seen from outside; inside the host it is /run/libvirt/libvirt-sock."""
+        """libvirtd's socket outside the host; inside it is /run/libvirt/libvirt-sock."""
         return self.path / "run/libvirt/libvirt-sock"
 
     @property
     def libvirt_uri(self) -> str:
-        """The connection URI that works in and outside the host."""
+        """The connection URI that works inside and outside the host."""
         return f"qemu:///system?socket={self.libvirt_socket}"
 
     @property
     def destination_uri(self) -> str:
-        """The same as a URI with a transport, which `virsh migrate` asks of a destination."""
+        """The same with a transport, which `virsh migrate` requires of a destination."""
         return f"qemu+unix:///system?socket={self.libvirt_socket}"
 
     @property
     def tls_dir(self) -> Path:
-        """Put ca-cert.pem, server-*.pem and client-*.pem here for migrations with TLS."""
+        """Folder for ca-cert.pem, server-*.pem and client-*.pem of migrations with TLS."""
         return self.path / "etc/libvirt/pki"
 
     def virsh(self, *arguments: str, timeout: float = 30.0, stdin: str | None = None) -> str:
-        """Runs virsh on this host's libvirtd."""
+        """Run virsh on this host's libvirtd."""
         return run(["virsh", "-q", "-c", self.libvirt_uri, *arguments], timeout, stdin).rstrip("\n")
 
     def details(self) -> dict[str, Any]:
-        """Where libvirtd is, and the guests that run."""
+        """Return libvirtd's URI and process id, and the running guests."""
         guests = [{"guest": qemu.guest, "pid": qemu.pid} for qemu in self.qemu()] if self.init_pid else []
         return {"libvirt_uri": self.libvirt_uri, "libvirtd_pid": self.libvirtd_pid, "guests": guests}
 
@@ -273,19 +273,19 @@ class Host(Node):
 
     @property
     def libvirtd_pid(self) -> int | None:
-        """libvirtd, or None while it does not run."""
+        """Process id of libvirtd, or None while it does not run."""
         pid = read_pid(self.path / "service.pid")
         return pid if pid is not None and in_namespace(pid, self._inode) else None
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Waits until libvirtd answers a call."""
+        """Wait until libvirtd answers a call."""
         super().wait_ready(timeout)
         try:
             wait_until(self._accepts, timeout, f"{self.name}: libvirtd accepts connections")
             self.virsh("uri", timeout=timeout)
         except LabError as error:
-            said = self._tail("init.log") + self._tail("var/log/libvirt/libvirtd.log")
-            raise type(error)(f"{error}; {self.path}/init.log and libvirtd.log say: {said}") from None
+            logs = self._tail("init.log") + self._tail("var/log/libvirt/libvirtd.log")
+            raise type(error)(f"{error}; {self.path}/init.log and libvirtd.log say: {logs}") from None
 
     def _accepts(self) -> bool:
         with socket.socket(socket.AF_UNIX) as probe:
@@ -296,7 +296,7 @@ class Host(Node):
         return True
 
     def start_libvirtd(self, timeout: float = 60.0) -> None:
-        """Starts libvirtd unless it runs, and waits until it answers."""
+        """Start libvirtd unless it runs, and wait until it answers."""
         init = self.init_pid
         if init is None:
             raise LabError(f"{self.name} is down: its init does not run")
@@ -304,23 +304,23 @@ class Host(Node):
         self.wait_ready(timeout)
 
     def stop_libvirtd(self, timeout: float = 60.0) -> None:
-        """Asks libvirtd to end and waits for it; guests go on running."""
+        """Stop libvirtd with SIGTERM and wait for its end; guests go on running."""
         self._signal_libvirtd(signal.SIGTERM, timeout)
 
     def kill_libvirtd(self, timeout: float = 30.0) -> None:
-        """Kills libvirtd with SIGKILL and waits until it is gone; guests go on running."""
+        """Kill libvirtd with SIGKILL and wait until it is gone; guests go on running."""
         self._signal_libvirtd(signal.SIGKILL, timeout)
 
     def pause_libvirtd(self) -> None:
-        """SIGSTOP: libvirtd holds its sockets and answers nothing."""
+        """Send SIGSTOP: libvirtd keeps its sockets but does not answer."""
         self._signal_libvirtd(signal.SIGSTOP, None)
 
     def resume_libvirtd(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         self._signal_libvirtd(signal.SIGCONT, None)
 
     def restart_libvirtd(self) -> None:
-        """Stops libvirtd orderly and starts it again."""
+        """Stop libvirtd with SIGTERM and start it again."""
         self.stop_libvirtd()
         self.start_libvirtd()
 
@@ -332,7 +332,7 @@ class Host(Node):
     # --- guests
 
     def start(self, guest: Guest, persistent: bool = False) -> None:
-        """Defines (if persistent) and starts a guest; returns when QEMU runs (the first line comes 0.1 s later)."""
+        """Define (if persistent) and start a guest; return when QEMU runs (its first line comes 0.1 s later)."""
         if persistent:
             self.define(guest)
             self.virsh("start", guest.name)
@@ -340,15 +340,15 @@ class Host(Node):
             self.virsh("create", "/dev/stdin", stdin=guest.xml())
 
     def define(self, guest: Guest) -> None:
-        """Makes the guest known to this host without starting it."""
+        """Define the guest on this host without starting it."""
         self.virsh("define", "/dev/stdin", stdin=guest.xml())
 
     def domains(self) -> tuple[str, ...]:
-        """The names of all guests that run or are defined here."""
+        """Return the names of all guests that run or are defined here."""
         return tuple(sorted(self.virsh("list", "--all", "--name").split()))
 
     def domain_state(self, name: str) -> str:
-        """State and reason in libvirt's words, e.g. "running (migrated)"; "absent" when there is no such guest."""
+        """Return state and reason in libvirt's words, such as "running (migrated)"; "absent" if there is no such guest."""
         try:
             return self.virsh("domstate", name, "--reason")
         except LabError as error:
@@ -357,21 +357,21 @@ class Host(Node):
             raise
 
     def end(self, guest: UUID | str) -> None:
-        """Destroys and undefines a guest, by name or UUID; nothing where it is not here."""
+        """Destroy and undefine a guest, by name or UUID, if this host has it."""
         for words in (["destroy", str(guest)], ["undefine", str(guest), "--nvram", "--managed-save"]):
             try:
                 self.virsh(*words)
             except LabError as error:
-                if not any(said in str(error) for said in NOTHING_TO_END):
+                if not any(text in str(error) for text in NOTHING_TO_END):
                     raise
 
     def destroy_all(self) -> None:
-        """Destroys and undefines every guest of this host."""
+        """Destroy and undefine every guest of this host."""
         for name in self.domains():
             self.end(name)
 
     def qemu(self) -> list[Qemu]:
-        """The QEMU processes of this host, found by its namespace and not by what libvirt says."""
+        """Return the QEMU processes of this host, found by its namespace and not from libvirt."""
         found = []
         for pid in self.pids():
             words = command_line(pid)
@@ -383,15 +383,15 @@ class Host(Node):
         return found
 
     def signal_qemu(self, guest: str, number: signal.Signals = signal.SIGKILL) -> None:
-        """Sends a signal to the guest's QEMU (SIGKILL: waits until it is gone)."""
+        """Send a signal to the guest's QEMU; after SIGKILL, wait until it is gone."""
         for qemu in self.qemu():
             if qemu.guest == guest:
                 send_signal(qemu.pid, self._inode, number, 5.0 if number == signal.SIGKILL else None)
 
     def kill_qemu(self, qemu: Qemu) -> bool:
-        """Kills this very process and waits until it is gone. False when it was gone before."""
+        """Kill exactly this process and wait until it is gone. Return False if it was gone before."""
         return send_signal(qemu.pid, self._inode, signal.SIGKILL, 5.0)
 
     def leaks(self) -> Leaks:
-        """What is still here that a test may have left behind."""
+        """Return what a test has left behind on this host."""
         return Leaks(tuple(self.qemu()), self.listening(), self.domains())

@@ -1,4 +1,4 @@
-"""The lab: hosts, networks, a coordinator's place and shared files on one machine; comes up in seconds, leaves nothing."""
+"""The lab: hosts, networks, a coordinator's node and shared files on one machine; comes up in seconds and leaves nothing behind."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from tests.kit.lab.settings import Setting
 from tests.kit.lab.settings import find as find_setting
 
 STATE = Path("/run/drover-lab")
-"""Where labs keep their files unless told otherwise: one folder per lab id."""
+"""Default folder for the files of labs: one folder per lab id."""
 STATE_FILE = "lab.json"
 PROGRAMS = ("libvirtd", "virsh", "qemu-system-x86_64", "ip", "tc", "nft", "ss", "nsenter", "unshare", "setsid", "setpriv", "gcc")
 MAX_HOSTS = 64
@@ -37,7 +37,9 @@ SOCKET_PATH_LIMIT = 107
 HOST_UUIDS = UUID("0b8c1f3e-54f1-5d0e-8f5e-d70000000000")
 
 DRIVERS = ("qemu", "secret", "storage")
-"""The drivers that libvirtd loads here: without the others (udev, firewall, dnsmasq) it starts faster and touches less."""
+"""The drivers that libvirtd loads here: without the others (udev, firewall, dnsmasq) it starts faster and changes less of the
+machine.
+"""
 DRIVER_DIR = Path("/usr/lib/x86_64-linux-gnu/libvirt/connection-driver")
 KVM = Path("/dev/kvm")
 CAPABILITIES = "var/cache/libvirt/qemu/capabilities"
@@ -51,7 +53,7 @@ class LabHost(Host):
         self.setting = setting
 
     def prepare(self) -> None:
-        """Makes folders and configuration; takes over what an earlier lab's libvirtd found out about QEMU."""
+        """Make folders and configuration; copy the capabilities of QEMU that an earlier lab's libvirtd has probed."""
         super().prepare()
         etc = self.path / "etc/libvirt"
         uuid = uuid5(HOST_UUIDS, self.namespace)
@@ -70,17 +72,19 @@ class LabHost(Host):
             shutil.copytree(cached, self.path / CAPABILITIES, dirs_exist_ok=True)
 
     def service_environment(self) -> dict[str, str]:
-        """Makes libvirtd load the chosen drivers only."""
+        """Return the variable that makes libvirtd load only `DRIVERS`."""
         return {"LIBVIRT_DRIVER_DIR": str(self.path / "drivers")} if DRIVER_DIR.is_dir() else {}
 
 
 def capabilities_cache(setting: Setting) -> Path:
-    """libvirtd's probe of QEMU takes seconds; later labs reuse it (libvirtd checks whether it is still valid for its QEMU user)."""
+    """Return the cache of libvirtd's probe of QEMU, which takes seconds, for later labs (libvirtd checks whether it is still
+    valid).
+    """
     return tests.kit.lab.build.CACHE / f"capabilities-{setting.name}"
 
 
 class Lab:
-    """N hosts h1…hN, a coordinator's node, networks. Make one with `Lab.up()`, find a running one with `Lab.attach()`."""
+    """N hosts h1…hN, a coordinator's node and networks. `Lab.up()` makes one, `Lab.attach()` finds a running one."""
 
     def __init__(self, lab_id: str, hosts: int, migration_networks: int, base: Path, setting: Setting) -> None:
         if not re.fullmatch(r"[a-z0-9]{1,10}", lab_id):
@@ -98,7 +102,7 @@ class Lab:
         if len(str(self.hosts[-1].libvirt_socket)) > SOCKET_PATH_LIMIT:
             raise LabError(f"state folder {self.path} is too long for a unix socket's path; choose a shorter one")
 
-    # --- life
+    # --- up and down
 
     @classmethod
     def up(
@@ -110,17 +114,17 @@ class Lab:
         setting: str | None = None,
         disk_mib: int = 0,
     ) -> "Lab":
-        """Brings a lab up; returns when every libvirtd answers. When that fails, nothing is left behind.
+        """Bring a lab up; return when every libvirtd answers. If that fails, nothing is left behind.
 
-        `setting` is a name in `tests.kit.lab.settings.SETTINGS`; None: see `tests.kit.lab.settings.find`. With `disk_mib` the nodes'
-        disks are small ones of that size, which can be filled; without, they are folders on the machine's disk.
+        `setting` is a name in `tests.kit.lab.settings.SETTINGS`; None: see `tests.kit.lab.settings.find`. With `disk_mib` the nodes
+        have small disks of that size, which can be filled; without, their disks are folders on the machine's disk.
         """
         if missing := missing_requirement():
             raise LabError(missing)
         lab = cls(lab_id, hosts, migration_networks, base, find_setting(setting))
         if (left := _namespaces(lab_id)) or lab.path.exists():
             raise LabError(f"lab {lab_id!r} is up or was not taken down ({lab.path}, {left}); first: lab down --id {lab_id}")
-        run(["ip", "netns", "add", lab.switch])  # This fails if another `up` of the same id was quicker: then nothing is ours.
+        run(["ip", "netns", "add", lab.switch])  # Fails if another `up` of the same id was faster: then this one owns nothing.
         try:
             lab._build(disk_mib)
         except BaseException:
@@ -132,14 +136,14 @@ class Lab:
         self.path.mkdir(parents=True)
         self._write_state(ready=False)
         self.shared.mkdir()
-        # Source and destination hold a guest's files at the same time, and libvirt's memory of owners (extended attributes)
-        # is one per host: on a file system that both see, it must not be there, as it is not on NFS.
+        # Source and destination have a guest's files open at the same time, and libvirt remembers owners (in extended attributes)
+        # per host: a file system that both see must not have these attributes; NFS does not have them either.
         run(["mount", "-t", "ramfs", "-o", "mode=755", "ramfs", self.shared])
         self.serial.mkdir()
         (self.path / "hosts").write_text(self._hosts_file())
         shutil.copy(tests.kit.lab.build.guest_kernel(), self.kernel)  # libvirt changes its owner
         tools = [helper("init"), helper("stamp")]
-        # Ends with us, so that after a kill -9 nobody goes on making namespaces while `take_down` removes them.
+        # Dies with this process, so that after a kill -9 nothing makes further namespaces while `take_down` removes them.
         add = "".join(f"netns add {node.namespace}\n" for node in self.nodes)
         run(["setpriv", "--pdeathsig", "KILL", "ip", "-batch", "-"], stdin=add)
         make_switch(self.switch, self.networks)
@@ -179,18 +183,18 @@ class Lab:
         shutil.copytree(found, temporary, dirs_exist_ok=True)
         try:
             temporary.rename(cached)
-        except OSError:  # Another lab was quicker.
+        except OSError:  # Another lab was faster.
             shutil.rmtree(temporary)
 
     def down(self) -> None:
-        """Ends every process of the lab and removes every trace of it. May be called again."""
+        """End every process of the lab and remove every trace of it. May be called again."""
         take_down(self.id, self.path.parent)
         for node in self.nodes:
             node._reap()
 
     @classmethod
     def attach(cls, lab_id: str = "lab", base: Path = STATE) -> "Lab":
-        """Finds a running lab."""
+        """Return a running lab. Raises LabError if there is none, or it is not ready."""
         try:
             state = json.loads((base / lab_id / STATE_FILE).read_text())
         except FileNotFoundError:
@@ -228,7 +232,7 @@ class Lab:
 
     @property
     def shared(self) -> Path:
-        """A folder that every node sees at the same path (as they see all of the machine's disk but /run and libvirt's)."""
+        """A folder that every node sees at the same path (like all of the machine's disk except /run and libvirt's folders)."""
         return self.path / "shared"
 
     @property
@@ -242,11 +246,11 @@ class Lab:
         return self.shared / "serial"
 
     def guest(self, name: str, **options: Any) -> Guest:
-        """A guest whose serial log both hosts see; options are the fields of `Guest`."""
+        """Return a guest whose serial log all hosts see; options are the fields of `Guest`."""
         return Guest(**{"name": name, "serial_log": self.serial / f"{name}.log", "kernel": self.kernel, **options})
 
     def leaks(self) -> dict[str, Leaks]:
-        """Per host, what is left there; hosts that are clean are left out."""
+        """Return what is left on each host that is not clean."""
         found = {host.name: host.leaks() for host in self.hosts}
         return {name: leaks for name, leaks in found.items() if not leaks.nothing}
 
@@ -273,7 +277,7 @@ class Lab:
 
 
 def take_down(lab_id: str, base: Path = STATE) -> None:
-    """Removes a lab of which nothing but the id needs to be known: processes, namespaces, files. Idempotent."""
+    """Remove a lab by its id: processes, namespaces, files. Idempotent."""
     path = base / lab_id
     while names := _namespaces(lab_id):
         inodes = [inode for name in names if (inode := namespace_inode(name)) is not None]
@@ -281,7 +285,7 @@ def take_down(lab_id: str, base: Path = STATE) -> None:
         kill_namespaces(inodes, inits)
         for name in names:
             run(["ip", "netns", "del", name])
-        kill_namespaces(inodes)  # Those that were on their way into a namespace when it lost its name.
+        kill_namespaces(inodes)  # Processes that were entering a namespace when it lost its name.
     unmount_below(path)
     if (path / STATE_FILE).exists() or (path.is_dir() and not any(path.iterdir())):
         shutil.rmtree(path)
@@ -289,7 +293,7 @@ def take_down(lab_id: str, base: Path = STATE) -> None:
 
 
 def missing_requirement() -> str | None:
-    """Why no lab can be made on this machine, as a sentence; None when it can."""
+    """Return why this machine cannot have a lab, as a sentence; None if it can."""
     if os.geteuid() != 0:
         return "the lab needs root"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -297,7 +301,7 @@ def missing_requirement() -> str | None:
 
 
 def known_labs(base: Path = STATE) -> list[str]:
-    """The ids of all labs on this machine: those with files, and those of which only namespaces are left."""
+    """Return the ids of all labs on this machine: those with files, and those with only namespaces left."""
     by_file = {path.parent.name for path in base.glob(f"*/{STATE_FILE}")}
     by_namespace = {path.name.split("-")[1] for path in NETNS_DIR.glob("drv-*-*")}
     return sorted(by_file | by_namespace)
@@ -313,6 +317,6 @@ def _remove_if_empty(path: Path) -> None:
 
 
 def _each(action: Callable[[Node], None], nodes: Iterable[Node]) -> None:
-    """Does something to all nodes at once; raises the first error after all have ended."""
+    """Call `action` with all nodes at once; raise the first error after all have ended."""
     with ThreadPoolExecutor(max_workers=8) as pool:
         list(pool.map(action, nodes))

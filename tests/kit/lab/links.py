@@ -1,12 +1,12 @@
-"""The networks between the hosts, and how to slow, cut and reset them. Everything here happens inside namespaces.
+"""The networks between the hosts, and how to slow, cut and reset them. Everything here is done inside namespaces.
 
-Each network is one bridge in the lab's switch namespace; each node has one veth per network, whose inner end carries the
+Each network is one bridge in the lab's switch namespace; each node has one veth per network, whose inner end has the
 network's name (`mgmt`, `mig1`, …) and whose outer end is the bridge's port `<node>-<network>`.
 
 - A rate limit is `tc tbf` on the sending end: the inner end for what the node sends, the port for what it receives. (There
   is no netem in many small kernels, so no delay and no random loss.)
-- A cut is made at the switch, like a pulled cable: the node's kernel notices nothing, packets just go missing.
-- A reset is made in the node: connections are aborted, and no TCP packet comes in or opens a new one without an RST.
+- A cut is made at the switch, like a pulled cable: packets are dropped, and the node's kernel notices nothing.
+- A reset is made in the node: connections are aborted, and every TCP packet that comes in or opens a new one gets an RST.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Direction(StrEnum):
 
     @property
     def single(self) -> "tuple[Direction, ...]":
-        """The one or two simple directions."""
+        """The one or two single directions."""
         return (Direction.IN, Direction.OUT) if self is Direction.BOTH else (self,)
 
 
@@ -49,22 +49,22 @@ class Network:
         return IPv4Network(f"10.{91 + self.index}.0.0/24")
 
     def address(self, node_index: int) -> str:
-        """The address of node 1 (h1), 2, …"""
+        """Return the address of node 1 (h1), 2, …"""
         return str(self.subnet[node_index])
 
 
 def networks(migration_networks: int) -> tuple[Network, ...]:
-    """The management network and so many migration networks."""
+    """Return the management network and `migration_networks` migration networks."""
     return tuple(Network(index) for index in range(1 + migration_networks))
 
 
 def ip_batch(namespace: str, commands: list[str]) -> None:
-    """Runs several `ip` commands inside a namespace in one process."""
+    """Run several `ip` commands inside a namespace in one process."""
     run(["ip", "-n", namespace, "-batch", "-"], stdin="\n".join(commands) + "\n")
 
 
 def make_switch(namespace: str, nets: tuple[Network, ...]) -> None:
-    """One bridge per network, without spanning tree, so that ports forward at once."""
+    """Make one bridge per network, without spanning tree, so that ports forward at once."""
     commands = []
     for net in nets:
         commands += [f"link add name {net.name} type bridge stp_state 0 forward_delay 0", f"link set {net.name} up"]
@@ -72,7 +72,7 @@ def make_switch(namespace: str, nets: tuple[Network, ...]) -> None:
 
 
 def plug(switch: str, namespace: str, node: str, index: int, nets: tuple[Network, ...]) -> None:
-    """Gives a node an interface with an address on each of these networks."""
+    """Give a node an interface with an address on each of these networks."""
     outer, inner = [], ["link set lo up"]
     for net in nets:
         port = f"{node}-{net.name}"
@@ -100,11 +100,11 @@ class Link:
         return f"{self.node}-{self.network}"
 
     def _sender(self, direction: Direction) -> tuple[str, str]:
-        """(namespace, interface) that sends in this direction, as the node sees it."""
+        """Return (namespace, interface) of the sender in this direction, as the node sees it."""
         return (self.namespace, self.network) if direction is Direction.OUT else (self.switch, self.port)
 
     def limit(self, bytes_per_second: int | None, direction: Direction) -> None:
-        """Limits the rate in each of the given directions; None removes the limit.
+        """Limit the rate in each of the given directions; None removes the limit.
 
         The bucket holds 10 ms of traffic (at least 64 KiB, one big segment), the queue 50 ms.
         """
@@ -112,7 +112,7 @@ class Link:
             namespace, interface = self._sender(single)
             qdisc = ["tc", "-n", namespace, "qdisc"]
             if bytes_per_second is None:
-                # Only what is there can be deleted, and replacing always works.
+                # A qdisc must exist to be deleted, while replacing always works.
                 run([*qdisc, "replace", "dev", interface, "root", "pfifo_fast"])
                 run([*qdisc, "del", "dev", interface, "root"])
             else:
@@ -121,25 +121,25 @@ class Link:
                 run([*qdisc, "replace", "dev", interface, "root", *tbf.split()])
 
     def cut(self, direction: Direction) -> None:
-        """Drops everything in the given directions, silently."""
+        """Drop everything in the given directions, silently."""
         sets = [f"{single}_cut" for single in direction.single]
         self._nft(self.switch, SWITCH_RULES, [f"add element bridge lab {name} {{ {self.port} }}" for name in sets])
 
     def reset(self, address: str) -> None:
-        """Aborts all connections (both ends hear of it) and answers every attempt at another one with a reset."""
+        """Abort all connections, at both ends, and answer every attempt at a new one with a reset."""
         self._nft(self.namespace, NODE_RULES, [f"add element inet lab broken {{ {self.network} }}"])
         self.drop_connections(address)
 
     def restore(self) -> None:
-        """Undoes cut and reset (not a rate limit)."""
-        # An element must be there to be deleted, and adding one twice is no error.
+        """Undo cut and reset (not a rate limit)."""
+        # An element must exist to be deleted, and adding one twice is no error.
         changes = [f"{verb} element bridge lab {d}_cut {{ {self.port} }}" for d in ("in", "out") for verb in VERBS]
         self._nft(self.switch, SWITCH_RULES, changes)
         changes = [f"{verb} element inet lab broken {{ {self.network} }}" for verb in VERBS]
         self._nft(self.namespace, NODE_RULES, changes)
 
     def drop_connections(self, address: str) -> None:
-        """Makes the kernel abort, once, every TCP connection from or to this address of the node, RST to the peer."""
+        """Make the kernel abort, once, every TCP connection from or to this address of the node, RST to the peer."""
         run(["nsenter", f"--net=/run/netns/{self.namespace}", "ss", "-K", "-H", "-t", "src", address])
 
     @staticmethod
@@ -158,7 +158,7 @@ flush chain bridge lab forward
 add rule bridge lab forward oifname @in_cut drop
 add rule bridge lab forward iifname @out_cut drop
 """
-"""Can be loaded again and again; what is in the sets stays."""
+"""Can be loaded repeatedly; the sets keep their elements."""
 
 NODE_RULES = """\
 add table inet lab
@@ -170,5 +170,5 @@ flush chain inet lab output
 add rule inet lab input tcp flags & rst == 0 iifname @broken reject with tcp reset
 add rule inet lab output tcp flags & (syn | ack) == syn oifname @broken reject with tcp reset
 """
-"""Received: everything but a reset is answered with one. Sent: only the opening of a connection is (other packets pass, so
-that the peer's answer brings it its reset)."""
+"""Incoming: everything but a reset is answered with a reset. Outgoing: only the opening of a connection is (other packets pass, so
+that the peer's answer is what gets the reset)."""

@@ -1,7 +1,7 @@
-"""Run programs with deadlines; find and end the processes of a network namespace, and no other process.
+"""Runs programs with deadlines; finds and ends the processes of a network namespace, and no other process.
 
-A process belongs to the lab if and only if it lives in one of the lab's network namespaces. To end one, we hold it by a
-pidfd *before* we look at its namespace, so that a reused process id can never be hit (pidfd_open(2)).
+A process belongs to the lab if and only if it lives in one of the lab's network namespaces. To end a process, these functions
+open a pidfd *before* they check its namespace, so that a reused process id can never be hit (pidfd_open(2)).
 """
 
 import os
@@ -20,7 +20,7 @@ NETNS_DIR = Path("/run/netns")
 
 
 def run(argv: Sequence[str | Path], timeout: float = 30.0, stdin: str | None = None) -> str:
-    """Runs a program to its end and returns its standard output; `timeout` in seconds."""
+    """Run a program to its end; return its standard output. `timeout` in seconds. Raises LabError, LabTimeoutError."""
     words = [str(word) for word in argv]
     try:
         done = subprocess.run(
@@ -36,13 +36,15 @@ def run(argv: Sequence[str | Path], timeout: float = 30.0, stdin: str | None = N
     except OSError as error:
         raise LabError(f"`{words[0]}` cannot be run: {error}") from error
     if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip())[-2000:]
-        raise LabError(f"`{' '.join(words)}` ended with {done.returncode}: {said}")
+        output = (done.stderr.strip() or done.stdout.strip())[-2000:]
+        raise LabError(f"`{' '.join(words)}` ended with {done.returncode}: {output}")
     return done.stdout
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, what: str, interval: float = 0.01) -> None:
-    """Waits for something that gives no event to wait for: asks every `interval` seconds, at most `timeout` seconds."""
+    """Wait for a condition for which there is no event: check it every `interval` seconds. Raises LabTimeoutError, which names
+    `what`, after `timeout` seconds.
+    """
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() >= deadline:
@@ -51,20 +53,20 @@ def wait_until(condition: Callable[[], bool], timeout: float, what: str, interva
 
 
 def namespace_inode(name: str) -> int | None:
-    """The identity of a named network namespace, or None when there is none of that name.
+    """Return the inode of a named network namespace, or None if there is none of that name.
 
-    Our own namespace has no identity here, whatever its name: so nothing can ever be told to end its processes.
+    Returns None for this process's own namespace as well, so that its processes can never be ended through it.
     """
     try:
         found, own = (NETNS_DIR / name).stat(), os.stat("/proc/self/ns/net")
     except FileNotFoundError:
         return None
-    is_namespace = found.st_dev == own.st_dev  # else the plain file of an `ip netns add` that was killed half-way
+    is_namespace = found.st_dev == own.st_dev  # else it is the plain file of an `ip netns add` that was killed
     return found.st_ino if is_namespace and found.st_ino != own.st_ino else None
 
 
 def in_namespace(pid: int, inode: int) -> bool:
-    """Whether a process lives in that network namespace. Zombies live in none."""
+    """Return whether a process lives in that network namespace. Zombies live in none."""
     try:
         return os.stat(f"/proc/{pid}/ns/net").st_ino == inode
     except OSError:
@@ -72,7 +74,7 @@ def in_namespace(pid: int, inode: int) -> bool:
 
 
 def namespace_pids(inodes: Iterable[int]) -> list[int]:
-    """The processes that live in any of these network namespaces, oldest first."""
+    """Return the processes that live in any of these network namespaces, by process id."""
     wanted = set(inodes)
     found = []
     for entry in os.listdir("/proc"):
@@ -88,7 +90,7 @@ def namespace_pids(inodes: Iterable[int]) -> list[int]:
 
 
 def read_pid(path: Path) -> int | None:
-    """The number in a pid file; None when there is no file or nothing in it."""
+    """Return the number in a pid file; None if there is no file or it is empty."""
     try:
         return int(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -96,7 +98,7 @@ def read_pid(path: Path) -> int | None:
 
 
 def command_line(pid: int) -> list[str]:
-    """The words of a process's command line; empty when it is gone or a zombie."""
+    """Return the words of a process's command line; empty if it is gone or a zombie."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
     except OSError:
@@ -105,7 +107,7 @@ def command_line(pid: int) -> list[str]:
 
 @contextmanager
 def held(pid: int, inode: int) -> Iterator[int | None]:
-    """A pidfd of `pid` if it (still) is a process of that network namespace, else None."""
+    """Yield a pidfd of `pid` if it is (still) a process of that network namespace, else None."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -118,9 +120,9 @@ def held(pid: int, inode: int) -> Iterator[int | None]:
 
 
 def send_signal(pid: int, inode: int, number: signal.Signals, wait: float | None = None) -> bool:
-    """Sends a signal to a process of that namespace; with `wait`, waits that many seconds for it to end.
+    """Send a signal to a process of that namespace; with `wait`, wait for its end.
 
-    Returns False when there is no such process (any more).
+    Returns False if there is no such process (any more). Raises LabTimeoutError if it has not ended after `wait` seconds.
     """
     with held(pid, inode) as fd:
         if fd is None:
@@ -135,17 +137,17 @@ def send_signal(pid: int, inode: int, number: signal.Signals, wait: float | None
 
 
 def _ended(fd: int, timeout: float) -> bool:
-    """Whether the process behind a pidfd ends within `timeout` seconds (a pidfd becomes readable then)."""
+    """Return whether the process of a pidfd ends within `timeout` seconds (the pidfd then becomes readable)."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     return bool(poller.poll(timeout * 1000))
 
 
 def kill_namespaces(inodes: Iterable[int], reapers: Iterable[int] = (), timeout: float = 60.0) -> None:
-    """Kills every process of these network namespaces, again and again until none is left (they may fork meanwhile).
+    """Kill every process of these network namespaces, repeatedly until none is left (they may fork meanwhile).
 
-    The `reapers` (the nodes' inits) are killed last: they collect what was killed before, and so no zombies are left
-    for process 1, which in a container may take its time.
+    The `reapers` (the nodes' inits) are killed last: they reap the processes killed before, so that no zombies are left
+    to process 1, which may be slow in a container.
     """
     wanted, last = list(inodes), set(reapers)
     deadline = time.monotonic() + timeout

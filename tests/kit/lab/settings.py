@@ -1,4 +1,4 @@
-"""How a lab's hosts configure libvirt: the settings to choose from, as data."""
+"""The configurations of libvirt that a lab can have, as data."""
 
 import os
 import pwd
@@ -10,7 +10,7 @@ from typing import Final
 from tests.kit.lab.errors import LabError
 
 VARIABLE: Final = "DROVER_LAB_SETTING"
-"""Environment variable: the setting of every lab for which none is given."""
+"""Environment variable with the default setting of labs."""
 
 
 USERFAULTFD: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -18,18 +18,18 @@ USERFAULTFD: Final = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 @dataclass(frozen=True)
 class Setting:
-    """The contents of a host's configuration files. What a text does not mention has libvirt's (Debian's) default."""
+    """The contents of a host's configuration files. Keys that a text does not mention have libvirt's (Debian's) default."""
 
     name: str
     about: str
     qemu_user: str
-    """As whom QEMU runs; the setting needs this user on the machine."""
+    """User as which QEMU runs; it must exist on the machine."""
     qemu_conf: str
     libvirtd_conf: str
 
     @property
     def has_post_copy(self) -> bool:
-        """Whether the kernel lets this setting's QEMU use userfaultfd for the faults that post-copy needs."""
+        """Whether the kernel allows this setting's QEMU the use of userfaultfd that post-copy needs."""
         return self.qemu_user == "root" or USERFAULTFD.read_text().strip() == "1"
 
 
@@ -38,15 +38,15 @@ security_driver = "none"
 stdio_handler = "file"
 migrate_tls_x509_cert_dir = "/etc/libvirt/pki"
 """
-"""What every lab needs: AppArmor knows no network namespaces, so the machine's profiles would meet the lab's paths; QEMU itself
-writes the serial log (virtlogd would begin a new file after 2 MiB, and the judge reads one); certificates are the lab's."""
+"""Keys that every lab needs: AppArmor ignores network namespaces, so the machine's profiles would apply to the lab's paths; QEMU
+itself writes the serial log (virtlogd would start a new file after 2 MiB, and the judge reads one); certificates are the lab's."""
 
 _LAB_LIBVIRTD_CONF: Final = """\
 unix_sock_group = "root"
 log_level = 3
 log_outputs = "3:file:/var/log/libvirt/libvirtd.log"
 """
-"""What every lab needs, beside its `host_uuid`: no group ``libvirt``, and a log of its own."""
+"""Keys that every lab needs, beside its `host_uuid`: no group ``libvirt``, and a log of its own."""
 
 STOCK: Final = Setting(
     name="stock",
@@ -82,7 +82,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {setting.name: setting for setting in (
 
 
 def find(name: str | None = None) -> Setting:
-    """The setting of that name; without one, that of the environment, else the first whose user this machine has."""
+    """Return the setting of that name; by default, the one in the environment, else the first whose user exists on this machine."""
     wanted = name or os.environ.get(VARIABLE)
     if wanted is None:
         return next(setting for setting in SETTINGS.values() if _exists(setting.qemu_user))

@@ -1,4 +1,4 @@
-"""Sockets of a network namespace, as the kernel tells them."""
+"""Sockets of a network namespace, from /proc."""
 
 import ipaddress
 import sys
@@ -9,7 +9,7 @@ TCP_LISTEN = "0A"
 
 
 def listening(pid: int) -> tuple[tuple[str, int], ...]:
-    """Listening TCP sockets in the network namespace of a process: (address, port)."""
+    """Return (address, port) of the listening TCP sockets in the network namespace of a process."""
     found = []
     for table in ("tcp", "tcp6"):
         path = Path(f"/proc/{pid}/net/{table}")
@@ -22,7 +22,7 @@ def listening(pid: int) -> tuple[tuple[str, int], ...]:
 
 
 def _address(kernels: str) -> str:
-    """An address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
+    """Convert an address of /proc/net/tcp: 32-bit words in the machine's byte order."""
     words = [bytes.fromhex(kernels[at : at + 8]) for at in range(0, len(kernels), 8)]
     swapped = b"".join(word[::-1] if sys.byteorder == "little" else word for word in words)
     return str(ipaddress.ip_address(swapped))
