@@ -177,7 +177,7 @@ def _cookie(cookie: bytes) -> tuple[bytes | None, int]:
 
 
 def begin(domain: Any, params: Params, flags: int) -> tuple[str, bytes]:
-    """Begin, on the source. Return the guest's XML for the destination, and a cookie."""
+    """Call Begin on the source. Return the guest's XML for the destination, and a cookie."""
     array, count = _typed(params)
     cookie = _Out()
     text = _Out()
@@ -191,7 +191,7 @@ def begin(domain: Any, params: Params, flags: int) -> tuple[str, bytes]:
 
 
 def prepare(connection: Any, params: Params, cookie: bytes, flags: int) -> tuple[str, bytes]:
-    """Prepare, on the destination: start an empty copy. Return the URI that it listens on, and a cookie."""
+    """Call Prepare on the destination: start an empty copy. Return the URI that it listens on, and a cookie."""
     array, count = _typed(params)
     out, uri = _Out(), _Out()
     status = _library().virDomainMigratePrepare3Params(
@@ -211,7 +211,7 @@ def prepare(connection: Any, params: Params, cookie: bytes, flags: int) -> tuple
 
 
 def perform(domain: Any, params: Params, cookie: bytes, flags: int) -> bytes:
-    """Perform, on the source: send the guest's state. Blocks until all is sent. Return a cookie."""
+    """Call Perform on the source: send the guest's state. Blocks until all is sent. Return a cookie."""
     array, count = _typed(params)
     out = _Out()
     status = _library().virDomainMigratePerform3Params(
@@ -224,7 +224,7 @@ def perform(domain: Any, params: Params, cookie: bytes, flags: int) -> bytes:
 
 
 def finish(connection: Any, params: Params, cookie: bytes, flags: int, cancelled: bool = False) -> bytes:
-    """Finish, on the destination: wait for the end of the stream, start the guest, and return a cookie; `cancelled`: destroy the
+    """Call Finish on the destination: wait for the end of the stream, start the guest, and return a cookie; `cancelled`: destroy the
     copy."""
     array, count = _typed(params)
     out = _Out()
@@ -239,7 +239,7 @@ def finish(connection: Any, params: Params, cookie: bytes, flags: int, cancelled
 
 
 def confirm(domain: Any, params: Params, cookie: bytes, flags: int, cancelled: bool) -> None:
-    """Confirm, on the source: remove the copy here; `cancelled`: keep it and let it run."""
+    """Call Confirm on the source: remove the copy here; `cancelled`: keep it and let it run."""
     array, count = _typed(params)
     status = _library().virDomainMigrateConfirm3Params(
         _handle(domain, b"virDomainPtr"), array, count, *_cookie(cookie), flags, int(cancelled)
