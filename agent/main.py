@@ -169,7 +169,7 @@ async def _open(hypervisor: Hypervisor, stop: asyncio.Event) -> None:
 
 async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations) -> Server:
     def add(server: grpc.aio.Server) -> None:
-        handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(handshake_service.HandshakeServicer(host.engine), server)
+        handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(handshake_service.handshake_servicer(host.engine), server)
         host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(host), server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
 

@@ -17,9 +17,9 @@ from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel
-from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
 from agent.service.host import AgentHost
 from agent.service.host_service import get_domain
+from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
 from agent.service.status import errors_of
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb

@@ -11,8 +11,8 @@ from agent.hypervisor.base import Job
 from agent.hypervisor.names import ambiguity
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import checked_answer
-from agent.service.handshake_service import QUESTION_SECONDS, RemotePeer
 from agent.service.peers import ask_host, leaving_request
+from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
 from agent.service.status import errors_of
 from coordinator.hosts.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc

@@ -8,7 +8,7 @@ import grpc.aio
 
 from agent.runtime.wire import duration
 from agent.service.channel import open_channel
-from agent.service.handshake_service import RemotePeer
+from agent.service.remote_peer import RemotePeer
 from agent.service.status import error_from_rpc
 from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb

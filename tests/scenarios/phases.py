@@ -12,9 +12,9 @@ from tests.scenarios.conversation import Talk, assert_idle, new_id, record_state
 
 async def reserve(source: Talk, destination: Talk, ref: pb.AttemptRef, domain: str) -> pb.ReserveSlotResponse:
     guest: host_pb2.GetDomainResponse = await source.call(source.hosts.GetDomain, host_pb2.GetDomainRequest(domain=domain))
-    return await destination.handshake.reserve_slot(
-        pb.ReserveSlotRequest(ref=ref, request_id="r1", requirements=guest.requirements, source_host="h1")
-    )
+    request = pb.ReserveSlotRequest(ref=ref, request_id="r1", requirements=guest.requirements, source_host="h1")
+    response: pb.ReserveSlotResponse = await destination.handshake.reserve_slot(request)
+    return response
 
 
 async def test_every_phase_by_hand(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ from agent.handshake.host.path import PathProbe, prove
 from agent.handshake.host.records import Role, state_from_proto
 from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Incompatible, Job
 from agent.runtime.errors import Reason
-from agent.service.handshake_service import QUESTION_SECONDS
+from agent.service.remote_peer import QUESTION_SECONDS
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
     ADDRESSES,

@@ -8,7 +8,7 @@ import grpc.aio
 import pytest
 
 from agent.runtime.errors import Reason
-from agent.service.handshake_service import SERVICE, HandshakeServicer
+from agent.service.handshake_service import SERVICE, handshake_servicer
 from agent.service.server import Server, start_server
 from coordinator.hosts.directory import ClusterDirectory
 from coordinator.hosts.hosts import HostRegistry
@@ -38,7 +38,7 @@ async def registry() -> AsyncIterator[HostRegistry]:
 
 @pytest.fixture
 async def registers(registry: HostRegistry, pair: Pair, tmp_path: Path) -> AsyncIterator[Registers]:
-    servicer = HandshakeServicer(pair.destination.engine)
+    servicer = handshake_servicer(pair.destination.engine)
     servers: list[Server] = []
 
     async def registers(where: str, name: str, host_uuid: str) -> Server:

@@ -341,7 +341,7 @@ async def test_an_armed_host_that_was_declared_dead_pauses_what_has_started_mean
     assert h2.hypervisor.domains[UUID].state is DomainState.PAUSED
 
 
-async def test_news_that_was_overtaken_is_not_told_for_ever(brief: Pair) -> None:
+async def test_news_that_was_overtaken_is_not_told_for_ever(brief: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy starts while its source is asked: the event of the source's answer is dropped, not retried."""
     h2 = brief.destination
     h2.keep(record(Role.DESTINATION, "armed"))
@@ -349,13 +349,13 @@ async def test_news_that_was_overtaken_is_not_told_for_ever(brief: Pair) -> None
     brief.source.keep(record(Role.SOURCE, "kept"))
     asked = brief.to_source.get_record
 
-    async def answers_late(request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+    async def answers_late(request: pb.GetRecordRequest) -> object:
         answer = await asked(request)
         h2.hypervisor.put(ARRIVED)
         await until(lambda: h2.journalled == "running")
         return answer
 
-    brief.to_source.get_record = answers_late  # type: ignore[method-assign]
+    monkeypatch.setattr(brief.to_source, "get_record", answers_late, raising=False)
     await h2.restart()
     await until(lambda: any(entry["event"] == "event dropped" for entry in brief.logs))
     assert (await h2.record()).waiting_for == ""

@@ -212,17 +212,17 @@ async def test_6_08_a_commit_whose_source_cannot_be_asked_does_not_stay_for_ever
     assert [each.migration_id for each in await agent.journal.unsettled()] == ["young", "told"]
 
 
-async def test_6_6_an_answer_that_makes_no_sense_keeps_no_other_copy(pair: Pair) -> None:
+async def test_6_6_an_answer_that_makes_no_sense_keeps_no_other_copy(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     pair.destination.keep(record(Role.DESTINATION, "running", migration_id="odd", domain_uuid="another"))
     await declared_dead(pair)
     asked = pair.to_source.get_record
 
-    async def answers_oddly(request: pb.GetRecordRequest) -> pb.GetRecordResponse:
+    async def answers_oddly(request: pb.GetRecordRequest) -> object:
         if request.ref.migration_id == "odd":
             raise RuntimeError("odd")
         return await asked(request)
 
-    pair.to_source.get_record = answers_oddly  # type: ignore[method-assign]
+    monkeypatch.setattr(pair.to_source, "get_record", answers_oddly, raising=False)
     await pair.destination.restart(settling=True)
     await until(lambda: pair.destination.journalled == "gone")
     assert pair.runs_on == []

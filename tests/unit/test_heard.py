@@ -93,7 +93,7 @@ async def hearing(pair: Pair) -> str:
     prepared = await pair.destination.engine.prepare(prepare())
     ours = pair.source.durable
     await until(lambda: (told := pair.source.heard.of(ours)) is not None and told.uri == prepared.uri_out)
-    return prepared.uri_out
+    return str(prepared.uri_out)
 
 
 async def test_a_source_that_another_one_drives_hears_its_destination(pair: Pair, patient: None) -> None:

@@ -256,7 +256,7 @@ async def test_6_19_a_host_is_asked_before_it_is_taken_for_dead(driving: Driving
 
 async def test_6_19_a_host_that_answers_with_an_error_answers(driving: Driving) -> None:
     await in_doubt(driving)
-    driving.pair.to_destination.refuse["get_record"] = [JOURNAL_DOWN]
+    driving.pair.to_destination.refuse["get_record"] = [JOURNAL_DOWN] * 1000  # its driver asks too
     await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
 
 

@@ -20,7 +20,7 @@ from agent.runtime.failure import Failure
 from agent.runtime.paging import MAX_ITEM_BYTES, PAGE_BYTES, Key, Paging
 from agent.service.bounds import MAX_BYTES, MAX_ITEMS, MAX_STRING, check_request
 from agent.service.channel import MAX_MESSAGE_BYTES, all_pages, open_channel
-from agent.service.handshake_service import HandshakeServicer
+from agent.service.handshake_service import handshake_servicer
 from agent.service.migration_service import MigrationServicer
 from agent.service.server import start_server
 from coordinator.client import Client
@@ -255,7 +255,7 @@ async def test_6_25_records(tmp_path: Path) -> None:
     for number in range(400):
         values = {"role": base.role, "state": base.state, "domain_uuid": base.domain_uuid, "failure": failure}
         await journal.put_attempt(AttemptRecord(migration_id=f"{number:036}", attempt=1, **values))  # type: ignore[arg-type]
-    servicer = HandshakeServicer(agent.engine)
+    servicer = handshake_servicer(agent.engine)
     add = lambda server: handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(servicer, server)  # noqa: E731
     async with Served(f"unix:{tmp_path}/h2.sock", add) as channel:
         stub = handshake_pb2_grpc.HandshakeServiceStub(channel)

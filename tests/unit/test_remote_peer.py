@@ -1,19 +1,21 @@
-"""agent.service.handshake_service.RemotePeer: what its caller meets when channels close and answers are wrong."""
+"""agent.service.remote_peer.RemotePeer: what its caller meets when channels close and answers are wrong."""
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import pytest
 
 from agent.handshake.drive.driver import Driver
+from agent.handshake.host.engine import Engine
 from agent.handshake.host.peer import HandshakePeer
 from agent.runtime.errors import Reason
 from agent.service.channel import open_channel
-from agent.service.handshake_service import SERVICE, HandshakeServicer, RemotePeer
+from agent.service.handshake_service import SERVICE, handshake_servicer
+from agent.service.remote_peer import RemotePeer
 from agent.service.server import start_server
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc as rpc
@@ -26,22 +28,28 @@ LOOK = pb.GetRecordRequest(ref=REF)
 GUEST = host_pb2.GetDomainRequest(domain="web1")
 
 
-class Servicer(HandshakeServicer):
-    """`prepared` and `record` are put into the answers, where they are set."""
+class Altered:
+    """An engine. `prepared` and `record` are put into its answers, where they are set."""
 
     prepared: pb.PrepareResponse | None = None
     record: pb.Record | None = None
 
-    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareResponse:  # noqa: N802
-        response = await super().Prepare(request, context)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
+        response: pb.PrepareResponse = await self._engine.prepare(request)
         if self.prepared is not None:
             response.MergeFrom(self.prepared)
         return response
 
-    async def WatchRecord(self, request: pb.WatchRecordRequest, context: Any) -> AsyncIterator[pb.WatchRecordResponse]:  # noqa: N802
+    async def watch_record(self, request: pb.WatchRecordRequest) -> AsyncIterator[pb.WatchRecordResponse]:
         if self.record is not None:
             yield pb.WatchRecordResponse(record=self.record)
-        async for response in super().WatchRecord(request, context):
+        async for response in self._engine.watch_record(request):
             yield response
 
 
@@ -51,7 +59,7 @@ class Far:
     def __init__(self, pair: Pair, address: str) -> None:
         self.pair = pair
         self.address = address
-        self.servicer = Servicer(pair.destination.engine)
+        self.engine = Altered(pair.destination.engine)
         self.channel = open_channel(address)
         self.peer = RemotePeer(lambda: self.channel, "h2")
 
@@ -67,7 +75,8 @@ class Far:
 @pytest.fixture
 async def far(pair: Pair, tmp_path: Path) -> AsyncIterator[Far]:
     far = Far(pair, f"unix:{tmp_path}/run/agent.sock")
-    server = await start_server([far.address], lambda s: rpc.add_HandshakeServiceServicer_to_server(far.servicer, s), [SERVICE])
+    servicer = handshake_servicer(cast(Engine, far.engine))
+    server = await start_server([far.address], lambda s: rpc.add_HandshakeServiceServicer_to_server(servicer, s), [SERVICE])
     yield far
     await far.channel.close()
     await server.stop(0)
@@ -96,9 +105,11 @@ async def test_a_channel_that_is_closed_makes_the_host_unreachable_now_and_later
     peer = RemotePeer(lambda: mute, "h2")
 
     def made() -> "asyncio.Future[object]":
-        if call == "guest":
-            return asyncio.ensure_future(peer.get_domain(GUEST))
-        return asyncio.ensure_future(peer.get_record(LOOK) if call == "question" else watched(peer))
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "guest": lambda: peer.get_domain(GUEST),
+            "question": lambda: peer.get_record(LOOK),
+        }
+        return asyncio.ensure_future(calls.get(call, lambda: watched(peer))())
 
     under_way = made()
     await asyncio.sleep(0.1)
@@ -132,7 +143,7 @@ async def test_a_driver_finds_an_agent_that_has_moved(far: Far) -> None:
 
 
 async def test_a_cookie_that_is_too_large_never_reaches_the_hypervisor(far: Far) -> None:
-    far.servicer.prepared = pb.PrepareResponse(cookie_out=b"x" * 900_000)
+    far.engine.prepared = pb.PrepareResponse(cookie_out=b"x" * 900_000)
     driver = far.driver()
     await finished(driver)
     far.pair.stayed()
@@ -144,6 +155,6 @@ async def test_a_cookie_that_is_too_large_never_reaches_the_hypervisor(far: Far)
 
 
 async def test_a_watched_record_that_is_too_large_is_not_taken(far: Far) -> None:
-    far.servicer.record = pb.Record(waiting_for="x" * 1025)
+    far.engine.record = pb.Record(waiting_for="x" * 1025)
     error = await fails(watched(far.peer), Reason.FIELD_TOO_LARGE)
     assert "record.waiting_for" in error.message

@@ -9,8 +9,8 @@ from structlog.testing import capture_logs
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.records import Role
 from agent.migration.takeover import WARNING, take_over
-from agent.service.handshake_service import RemotePeer
 from agent.service.peers import MAX_CHANNELS, Channels, other_side
+from agent.service.remote_peer import RemotePeer
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, begin, finish, perform, prepare, record, reserve, statement, until

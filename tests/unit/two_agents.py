@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import sqlite3
 from collections import Counter
@@ -27,6 +28,7 @@ from agent.hypervisor.reasons import translated
 from agent.hypervisor.wire import domain_to_proto, features_to_proto
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.intact import add_functions
+from agent.service.adapter import methods_of
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ADDRESSES, ID, PATIENCE, REF, make_plan, until
@@ -183,6 +185,9 @@ class Agent:
         raise AssertionError(f"it ended as {state_from_proto(await self.record(ref))}, not as {states}")
 
 
+CALLS = methods_of(pb.DESCRIPTOR.services_by_name["HandshakeService"])
+
+
 class Line:
     """A link to an agent that loses calls (`lose`) or answers (`lose_answer`), or is cut. Counts the calls."""
 
@@ -238,32 +243,10 @@ class Line:
         losses[name] -= 1
         return losses[name] >= 0
 
-    async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse:
-        return await self._call("reserve_slot", request)  # type: ignore[no-any-return]
-
-    async def begin(self, request: pb.BeginRequest) -> pb.BeginResponse:
-        return await self._call("begin", request)  # type: ignore[no-any-return]
-
-    async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
-        return await self._call("prepare", request)  # type: ignore[no-any-return]
-
-    async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
-        return await self._call("perform", request)  # type: ignore[no-any-return]
-
-    async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
-        return await self._call("finish", request)  # type: ignore[no-any-return]
-
-    async def confirm(self, request: pb.ConfirmRequest) -> pb.ConfirmResponse:
-        return await self._call("confirm", request)  # type: ignore[no-any-return]
-
-    async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
-        return await self._call("abort", request)  # type: ignore[no-any-return]
-
-    async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
-        return await self._call("abandon", request)  # type: ignore[no-any-return]
-
-    async def get_record(self, request: pb.GetRecordRequest) -> pb.GetRecordResponse:
-        return await self._call("get_record", request)  # type: ignore[no-any-return]
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        if name not in CALLS:
+            raise AttributeError(name)
+        return functools.partial(self._call, name)
 
     async def get_host(self, request: host_pb2.GetHostRequest) -> host_pb2.GetHostResponse:
         if self.cut:

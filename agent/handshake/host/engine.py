@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import structlog
 
@@ -61,20 +62,16 @@ class Engine:
         self._destination = DestinationSide(host, self._attempts, slots, peers, self._owner)
         leaving, self._arriving = SourceEffects(host, peers), DestinationEffects(host, journal)
         self._attempts.effects = {Role.SOURCE: leaving.run, Role.DESTINATION: self._arriving.run}
-        transfers = Transfers(host, self._attempts, leaving.session, other_side)
+        self._parts = (self._destination, self._source, Transfers(host, self._attempts, leaving.session, other_side))
         self.changed = self._attempts.changed
         """Rings whenever an attempt starts or ends here."""
-        self.reserve_slot = self._destination.reserve_slot
-        self.prepare = self._destination.prepare
-        self.finish = self._destination.finish
-        self.abandon = self._destination.abandon
-        self.begin = self._source.begin
-        self.perform = self._source.perform
-        self.abort = self._source.abort
-        self.confirm = self._source.confirm
-        self.check_leaving = self._source.check_leaving
-        self.start_post_copy = transfers.start_post_copy
-        self.set_bandwidth = transfers.set_bandwidth
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the method of the part that serves the RPC of that name."""
+        part = next((part for part in self.__dict__.get("_parts", ()) if hasattr(part, name)), None)
+        if part is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        return getattr(part, name)
 
     async def recover(self) -> None:
         """Resume every attempt in the journal that has not ended, by its machine's RESTARTED event, and unfinished aftercare."""

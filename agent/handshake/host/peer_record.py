@@ -78,7 +78,7 @@ class PeerRecords:
             relayed: the record as the driver relays it. It counts only if the other host cannot be reached, and if it names the
                 attempt, the guest and both hosts.
             will_do: whether a record that the other host answered with lately is enough, so that it is not asked again.
-            within: deadline in seconds; by default that of a question (`handshake_service.QUESTION_SECONDS`).
+            within: deadline in seconds; by default that of a question (`remote_peer.QUESTION_SECONDS`).
         """
         ours = attempt.record
         heard = self._heard.of(ours)

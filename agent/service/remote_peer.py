@@ -1,0 +1,88 @@
+"""The agent of another host, as a peer of the handshake."""
+
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Final
+
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+
+from agent.handshake.host.phases import wait_of
+from agent.handshake.host.signs import MAX_WAIT
+from agent.service.adapter import methods_of
+from agent.service.bounds import checked_answer
+from agent.service.status import errors_of
+from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc
+
+CALL_SECONDS: Final = MAX_WAIT + 10.0
+"""Deadline of a call that lasts as long as the hypervisor takes."""
+
+QUESTION_SECONDS: Final = 5.0
+"""Deadline of a call that asks for what is known; beyond its `wait`, also of one that waits."""
+
+_STUBS: Final[Mapping[ServiceDescriptor, Any]] = {
+    pb.DESCRIPTOR.services_by_name["HandshakeService"]: handshake_pb2_grpc.HandshakeServiceStub,
+    host_pb2.DESCRIPTOR.services_by_name["HostService"]: host_pb2_grpc.HostServiceStub,
+}
+_METHODS: Final = {name: (method, stub) for service, stub in _STUBS.items() for name, method in methods_of(service).items()}
+_QUESTIONS: Final = frozenset({"reserve_slot", "get_record", "get_host", "get_domain"})
+"""Calls that answer from what is known. All others may act on the hypervisor first."""
+
+
+class RemotePeer:
+    """An `OtherHost` over a channel: it has every method of the two services by its name inside, and checks each answer.
+
+    `channel` returns the channel for each call: it is another one when the agent has moved; what it raises, the call raises. `name`
+    is the host's, for errors. `heard` gets the record in each answer about an attempt; None where there was no answer.
+    """
+
+    def __init__(
+        self,
+        channel: Callable[[], grpc.aio.Channel],
+        name: str,
+        heard: Callable[[pb.AttemptRef, pb.Record | None], None] = lambda _ref, _record: None,
+    ) -> None:
+        self._channel = channel
+        self._name = name
+        self._heard = heard
+        self._made: tuple[grpc.aio.Channel, dict[Any, Any]] | None = None
+
+    def __getattr__(self, name: str) -> Callable[[Any], Any]:
+        if name not in _METHODS:
+            raise AttributeError(f"{type(self).__name__} has no method {name}")
+        method, stub = _METHODS[name]
+        if method.server_streaming:
+            return functools.partial(self._watch, method.name, stub)
+        return functools.partial(self._call, method.name, stub, QUESTION_SECONDS if name in _QUESTIONS else CALL_SECONDS)
+
+    async def _call(self, method: str, stub: Any, timeout: float, request: Any) -> Any:
+        if "wait" in request.DESCRIPTOR.fields_by_name:
+            timeout = wait_of(request.wait, unset=0.0) + QUESTION_SECONDS
+        response = None
+        try:
+            with errors_of(self._name):
+                response = checked_answer(await getattr(self._stub(stub), method)(request, timeout=timeout), self._name)
+        finally:
+            if "ref" in request.DESCRIPTOR.fields_by_name:
+                self._heard(request.ref, response.record if response is not None else None)
+        return response
+
+    async def _watch(self, method: str, stub: Any, request: Any) -> AsyncIterator[Any]:
+        with errors_of(self._name):
+            call = getattr(self._stub(stub), method)(request)
+            try:
+                async for response in call:
+                    yield checked_answer(response, self._name)
+            finally:
+                call.cancel()  # leaving the loop early leaks the call otherwise
+
+    def _stub(self, stub: Any) -> Any:
+        """Return the stub of that class. Made once for each channel: it holds an object for each of its methods."""
+        channel = self._channel()
+        if self._made is None or self._made[0] is not channel:
+            self._made = channel, {}
+        stubs = self._made[1]
+        if stub not in stubs:
+            stubs[stub] = stub(channel)
+        return stubs[stub]
