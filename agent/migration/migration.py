@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from agent.handshake.drive.driver import Driver
-from agent.migration.uptime import seconds_since
+from agent.migration.uptime import age_of, seconds_since
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
@@ -19,11 +19,17 @@ FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILE
 
 
 class MigrationLog(Protocol):
-    """Keeps migrations over a restart."""
+    """Keeps migrations over a restart. Every method is durable when it returns, and raises JOURNAL_UNAVAILABLE."""
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None: ...
 
+    async def remove(self, migration_id: str) -> None:
+        """Forget a migration; nothing happens if there is none."""
+
     async def load(self) -> list[bytes]: ...
+
+    async def next_life(self, above: int) -> int:
+        """Return a number greater than `above` and than every one that this returned before, over restarts."""
 
 
 class Entry:
@@ -46,6 +52,17 @@ class Entry:
         self.telling: asyncio.TimerHandle | None = None
         """Runs when its driver has learned something that readers were not told yet."""
         self.changed = Bell()
+        self.cancel_asked = asyncio.Event()
+        if migration.HasField("cancel_time"):
+            self.cancel_asked.set()
+        self.placed = asyncio.Event()
+        """Set once the migration has its slot, or has ended without one."""
+        self.ending = False
+        """It ends without a slot, which is being written down: nothing else may be."""
+        self.refusal: DroverError | None = None
+        """Why it has no slot: what a fail-fast start raises."""
+        if migration.state not in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING):
+            self.placed.set()
         self._taken_up = time.monotonic()
 
     @property
@@ -60,8 +77,31 @@ class Entry:
         return time.time() if seconds_since(self.migration.create_uptime) is None else None
 
     @property
+    def slot_wait(self) -> float:
+        """Seconds for which it may wait for its slot, from the request on; 0: fail-fast."""
+        return self.migration.slot_wait.ToNanoseconds() / 1e9
+
+    @property
+    def slot_wait_left(self) -> float:
+        """Return how many of these seconds are left; 0 or less if none."""
+        return self.slot_wait - age_of(self.migration)[0]
+
+    async def accepted(self) -> pb.Migration:
+        """Return the migration, once it has its slot if it is fail-fast. Raises the refusal of a fail-fast one."""
+        if not self.slot_wait:
+            await self.placed.wait()
+        if self.refusal is not None:
+            raise self.refusal
+        return self.migration
+
+    @property
     def final(self) -> bool:
         return self.migration.state in FINAL
+
+    @property
+    def busy(self) -> bool:
+        """Whether its end needs this process, and would come."""
+        return not (self.final or self.gave_up or (self.slot_wait and not self.placed.is_set()))
 
     @property
     def cancelled(self) -> Failure | None:
@@ -104,6 +144,10 @@ class Entry:
         written = migration or self.migration
         await self._kept.save(written.migration_id, written.SerializeToString(), ended=written.state in FINAL)
         self.saved_statements = {statement.dead_host for statement in written.statements}
+
+    async def remove(self) -> None:
+        """Remove its row. Raises JOURNAL_UNAVAILABLE."""
+        await self._kept.remove(self.migration.migration_id)
 
     async def save_if_possible(self) -> None:
         try:

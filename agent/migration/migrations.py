@@ -8,42 +8,34 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
 from agent.handshake.drive.driver import Driver
-from agent.handshake.drive.ends import Directory, Side
-from agent.handshake.drive.pause import see_pause
-from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.ends import Directory
 from agent.handshake.host.records import timing_to_proto
 from agent.handshake.host.stopwatch import Stopwatch
-from agent.hypervisor.guest_fact import fact_of_description
+from agent.migration.collection import Change, Collection, life_of
+from agent.migration.driving import Drives
 from agent.migration.fencing import Fences, FencingConfig
-from agent.migration.migration import FINAL, Entry, MigrationLog
-from agent.migration.planning import make_plan, resume_plan
-from agent.migration.progress import describe, impossible
+from agent.migration.migration import Entry, MigrationLog
+from agent.migration.planning import make_plan, planned
 from agent.migration.uptime import uptime
-from agent.runtime.backoff import OTHER_HOST, SYSTEM_CLOCK, Clock, Pauses
-from agent.runtime.bell import Bell
+from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.supervision import supervise
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
 
-KEEP: Final = 1000
-"""Migrations that have ended and are kept."""
-
-TELL_SECONDS: Final = 0.01
-"""After which readers are told what a driver has learned; what it learned meanwhile is told with it."""
-
 
 @dataclass(frozen=True)
 class _Starting:
     spec: pb.MigrationSpec
-    task: "asyncio.Task[pb.Migration]"
+    task: "asyncio.Task[Entry]"
 
 
 class Migrations:
@@ -58,26 +50,33 @@ class Migrations:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._name = name
-        self._clock = clock
         self._fences = Fences(fencing) if fencing is not None else None
         self._directory = directory
         self._kept = kept
-        self._entries: dict[str, Entry] = {}
+        self._collection = Collection(name)
+        self._drives = Drives(directory, self._collection, self._fence_if_in_doubt, clock)
         self._starting: dict[str, _Starting] = {}
-        self._revision = 0
-        self._ended = Bell()
-        self.draining = False
 
     # ---- life
 
     async def recover(self) -> None:
         """Read what is kept, and go on with what has not ended."""
-        for body in await self._kept.load():
-            migration = pb.Migration.FromString(body)
-            self._revision = max(self._revision, migration.revision)
-            entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
+        entries = [Entry(pb.Migration.FromString(body), self._kept) for body in await self._kept.load()]
+        newest = max((entry.migration.revision for entry in entries), default=0)
+        self._collection.open(await self._kept.next_life(life_of(newest)), entries)
+        for entry in entries:
             if not entry.final:
-                entry.task = self._driving(entry)
+                self._collection.publish(entry, entry.changed_to())  # earlier lives may have told more than they wrote down
+                self._drives.start(entry)
+
+    @property
+    def draining(self) -> bool:
+        """The process stops: no migration is started, and none that waits for its slot goes on."""
+        return self._drives.draining
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._drives.draining = draining
 
     async def close(self) -> None:
         """Let go of every driver; the records remain, and the source ends what runs."""
@@ -85,10 +84,11 @@ class Migrations:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for entry in self._entries.values():
+        entries = self._collection.all()
+        for entry in entries:
             if entry.telling is not None:
                 entry.telling.cancel()
-        tasks = [task for entry in self._entries.values() for task in (entry.task, entry.fencing, entry.saving) if task is not None]
+        tasks = [task for entry in entries for task in (entry.task, entry.fencing, entry.saving) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -96,103 +96,93 @@ class Migrations:
             await self._fences.close()
 
     async def idle(self, timeout: float) -> bool:
-        """Wait until every migration has ended; False when one still runs after `timeout` seconds."""
+        """Wait until every migration has ended but those that wait for their slot: they go on in the next life. Return False if one
+        has not after `timeout` seconds.
+        """
         try:
             async with asyncio.timeout(timeout):
-                while self._starting or any(not entry.final and not entry.gave_up for entry in self._entries.values()):
-                    await self._ended.next.wait()
+                while self._starting or any(entry.busy for entry in self._collection.all()):
+                    await self._collection.changed.next.wait()
         except TimeoutError:
             return False
         return True
 
     # ---- calls
 
-    async def start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
-        """See `MigrationService.StartMigration`. Goes on when its caller goes away; the answer is given once the log has it."""
-        if known := self._entries.get(migration_id):
-            if known.migration.spec != spec:
+    async def start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float = 0.0) -> pb.Migration:
+        """See `MigrationService.StartMigration`. Goes on when its caller goes away; nothing is answered that is not durable."""
+        entry = self._collection.find(migration_id)
+        if entry is None:
+            if migration_id not in self._starting:
+                task = asyncio.create_task(self._start(migration_id, spec, slot_wait), name=f"start {migration_id[:8]}")
+                self._starting[migration_id] = _Starting(spec, task)
+                task.add_done_callback(lambda _: self._started(migration_id))
+            starting = self._starting[migration_id]
+            if starting.spec != spec:
                 raise _exists(migration_id)
-            return known.migration
-        if migration_id not in self._starting:
-            task = asyncio.create_task(self._start(migration_id, spec), name=f"start {migration_id[:8]}")
-            self._starting[migration_id] = _Starting(spec, task)
-            task.add_done_callback(lambda _: self._started(migration_id))
-        starting = self._starting[migration_id]
-        if starting.spec != spec:
+            entry = await asyncio.shield(starting.task)
+        elif entry.migration.spec != spec:
             raise _exists(migration_id)
-        return await asyncio.shield(starting.task)
+        return await entry.accepted()
 
     def _started(self, migration_id: str) -> None:
         task = self._starting.pop(migration_id).task
         if not task.cancelled():
             task.exception()  # it was told to whoever asked; nobody may be left
-        self._ended.ring()
+        self._collection.changed.ring()
 
-    async def _start(self, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
+    async def _start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float) -> Entry:
+        """Check by looking at both hosts, make the migration durable, and let it be driven."""
         began, moment, watch = time.time(), uptime(), Stopwatch("plan")
         if self.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
         ends = await self._directory.find(spec)
-        planned = timing_to_proto(watch.timing)
-        planned.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)
+        timing = timing_to_proto(watch.timing)
+        timing.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)
         plan, warnings = make_plan(spec, ends.source.host, ends.destination.host, ends.guest, ends.source.agent_address,
                                    ends.destination.agent_address)  # fmt: skip
-        migration = pb.Migration(
-            migration_id=migration_id,
-            spec=spec,
-            state=pb.MIGRATION_STATE_PENDING,
-            attempt=1,
-            source_host=plan.source_host,
-            destination_host=plan.destination_host,
-            domain_name=plan.domain_name,
-            domain_uuid=plan.domain_uuid,
-            source_guest=fact_of_description(ends.guest.domain),
-            network=plan.network,
-            options=plan.options,
-            warnings=warnings,
-            timings=[planned],
-            driver=self._name,
-            create_uptime=moment,
-        )
+        migration = planned(migration_id, spec, plan, warnings, ends.guest)
+        migration.timings.append(timing)
+        migration.driver = self._name
+        migration.create_uptime.CopyFrom(moment)
         migration.create_time.FromNanoseconds(int(began * 1e9))
+        if slot_wait:
+            migration.slot_wait.CopyFrom(duration(slot_wait))
+        self._collection.number(migration)
         entry = Entry(migration, self._kept)
-        entry.driver = self._driver(entry, ends.source, ends.destination, plan)
-        await entry.driver.reserve()
-        # Durable before it is acknowledged. Where it cannot be written, the guest was not touched and the slot ends with its lease;
-        # the same request again takes up the same slot.
         await entry.save()
-        self._trim()
-        self._entries[migration_id] = entry
-        self._tell(entry)
-        accepted = entry.migration
-        entry.task = self._driving(entry)
-        return accepted
+        entry.driver = self._drives.driver(entry, ends.source, ends.destination, plan)
+        self._collection.publish(entry, migration)
+        self._drives.start(entry)
+        return entry
 
     def take_over(self, migration: pb.Migration) -> None:
         """Drive to its end what another driver has begun and left; nothing where that is done here already."""
-        entry = self._entries.get(migration.migration_id)
+        entry = self._collection.find(migration.migration_id)
         if entry is not None and not entry.final:
             return
-        self._trim()
-        entry = self._entries[migration.migration_id] = Entry(migration, self._kept)
-        self._publish(entry, migration)
-        entry.task = self._driving(entry)
+        entry = Entry(migration, self._kept)
+        self._collection.publish(entry, migration)
+        self._drives.start(entry)
 
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`. The driver is told at once; the answer is given once the log has it.
 
         Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver was told, but a restart now would forget it).
         """
-        entry = self._entry(migration_id)
+        entry = self._collection.get(migration_id)
+        if entry.ending:
+            await entry.placed.wait()
         if entry.final or entry.gave_up:
             return entry.migration
         if entry.cancelled is None:
             cancelled = entry.changed_to(state=pb.MIGRATION_STATE_CANCELLING)
             cancelled.cancel_time.GetCurrentTime()
-            self._publish(entry, cancelled)
+            self._collection.publish(entry, cancelled)
+            entry.cancel_asked.set()
         if entry.driver is not None and entry.cancelled is not None:
             entry.driver.view.cancel(entry.cancelled)
-            self._tell(entry)
+            self._drives.tell(entry)
         answer = entry.migration
         await entry.save()
         return answer
@@ -203,7 +193,7 @@ class Migrations:
 
         Raises MIGRATION_NOT_FOUND, HOST_NOT_FOUND, NOT_IN_DOUBT, JOURNAL_UNAVAILABLE; nothing changed then.
         """
-        entry = self._entry(migration_id)
+        entry = self._collection.get(migration_id)
         migration, driver, side = entry.migration, entry.driver, entry.side(statement.dead_host)
         if not side:
             raise DroverError(
@@ -230,119 +220,35 @@ class Migrations:
             "declared dead", migration=migration_id, host=statement.dead_host, said_by=statement.said_by, reason=statement.reason
         )
         driver.view.declare_dead(side, statement)
-        self._tell(entry)
+        self._drives.tell(entry)
         return entry.migration
+
+    @property
+    def revision(self) -> int:
+        """Of the last change of any migration."""
+        return self._collection.revision
 
     def get(self, migration_id: str) -> pb.Migration:
         """Raises MIGRATION_NOT_FOUND."""
-        return self._entry(migration_id).migration
+        return self._collection.get(migration_id).migration
 
     def list(self, *, active_only: bool) -> "list[pb.Migration]":
         """The newest first."""
-        return sorted((e.migration for e in self._entries.values() if not (active_only and e.final)), key=newest_first)
+        return self._collection.list(active_only=active_only)
 
     def active_at(self, host: str) -> Sequence[str]:
         """Ids of migrations from or to that host that have not ended."""
-        return [key for key, entry in self._entries.items() if not entry.final and entry.side(host)]
+        return [entry.migration.migration_id for entry in self._collection.all() if not entry.final and entry.side(host)]
 
-    async def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
-        """The migration now, then whenever it has changed since the reader last took it, until it has ended."""
-        entry = self._entry(migration_id)
-        first = True
-        while True:
-            changed, migration = entry.changed.next, entry.migration
-            if first or migration.revision > from_revision or migration.state in FINAL:
-                yield migration
-            if migration.state in FINAL:
-                return
-            first = False
-            await changed.wait()
+    def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
+        """See `Collection.watch`."""
+        return self._collection.watch(migration_id, from_revision)
 
-    def _entry(self, migration_id: str) -> Entry:
-        entry = self._entries.get(migration_id)
-        if entry is None:
-            raise DroverError(
-                Reason.MIGRATION_NOT_FOUND,
-                f"{self._name} knows no migration {migration_id}; `drover migration list` shows those that it knows",
-            )
-        return entry
+    def watch_all(self, from_revision: int) -> AsyncIterator[Change]:
+        """See `Collection.watch_all`."""
+        return self._collection.watch_all(from_revision)
 
-    def _trim(self) -> None:
-        ended = [key for key, entry in self._entries.items() if entry.final]
-        for key in ended[: max(0, len(ended) - KEEP + 1)]:
-            del self._entries[key]
-
-    # ---- driving
-
-    def _driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
-        ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
-        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._clock)
-        if entry.cancelled is not None:
-            driver.view.cancel(entry.cancelled)
-        for statement in entry.migration.statements:
-            driver.view.declare_dead(entry.side(statement.dead_host), statement)
-        return driver
-
-    def _driving(self, entry: Entry) -> asyncio.Task[None]:
-        return supervise(f"drive {entry.migration.migration_id[:8]}", functools.partial(self._drive, entry), self._clock)
-
-    async def _drive(self, entry: Entry) -> None:
-        """To its end. Without a driver (after a restart of this process, as a take-over, or once one was broken off), the records
-        say where to go on.
-        """
-        try:
-            if entry.driver is None:
-                await self._take_up(entry)
-            await self._run(entry)
-        except asyncio.CancelledError:
-            entry.driver = None  # the next one looks first
-            raise
-
-    async def _take_up(self, entry: Entry) -> None:
-        pauses = Pauses(OTHER_HOST, self._clock)
-        while True:
-            try:
-                source, destination = await self._directory.ends(entry.migration)
-                entry.driver = self._driver(entry, source, destination, resume_plan(entry.migration, source, destination))
-                await entry.driver.resume()
-            except DroverError as error:
-                log.warning("cannot go on yet", migration=entry.migration.migration_id, error=error.message)
-                await pauses.pause()
-            else:
-                return
-
-    async def _run(self, entry: Entry) -> None:
-        """Drive to the end, tell, and make that durable: a next life would learn it from the records again."""
-        driver = entry.driver
-        if driver is None:
-            return
-        try:
-            await driver.run()
-            await see_pause(driver)
-        except Exception:
-            log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
-            entry.driver, entry.gave_up = None, True
-            self._fence_if_in_doubt(entry)
-            self._publish(entry, impossible(entry.migration))
-            self._ended.ring()
-            return
-        self._publish(entry, describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall))
-        entry.driver = None
-        self._fence_if_in_doubt(entry)
-        await entry.save_if_possible()
-        self._ended.ring()
-
-    def _update(self, entry: Entry) -> None:
-        """The driver learned something: let it act on that first, then tell the readers. Its end is told by `_run`."""
-        if entry.telling is None:
-            entry.telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self._tell, entry)
-
-    def _tell(self, entry: Entry) -> None:
-        entry.telling = None
-        if entry.driver is not None and entry.migration.migration_id in self._entries:
-            self._publish(entry, describe(entry.migration, entry.driver.view, entry.elapsed, ended=False, wall=entry.wall))
-            entry.forget_refuted()
-            self._fence_if_in_doubt(entry)
+    # ---- fencing
 
     def _fence_if_in_doubt(self, entry: Entry) -> None:
         """Start, or end, the wait for the fencing of the one host on which the outcome hangs."""
@@ -371,20 +277,9 @@ class Migrations:
             else:
                 return
 
-    def _publish(self, entry: Entry, migration: pb.Migration) -> None:
-        # Rises over restarts too: what a reader knows from an earlier life is older.
-        self._revision = max(self._revision + 1, time.time_ns() // 1_000_000)
-        migration.revision = self._revision
-        entry.migration = migration
-        entry.changed.ring()
-
 
 def _exists(migration_id: str) -> DroverError:
     return DroverError(
         Reason.MIGRATION_EXISTS,
         f"migration {migration_id} exists with another spec; nothing was done. Choose a new UUID for a new migration",
     )
-
-
-def newest_first(migration: pb.Migration) -> tuple[int, str]:
-    return -migration.create_time.ToNanoseconds(), migration.migration_id

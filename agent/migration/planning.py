@@ -10,6 +10,8 @@ import grpc
 
 from agent.handshake.drive.plan import Plan
 from agent.hypervisor.features import check_bandwidth, check_options, check_protocol, settled
+from agent.hypervisor.guest_fact import fact_of_description
+from agent.migration.whereabouts import whereabouts
 from agent.network.networks import MIGRATION_ROLE, common_network, listen_on
 from agent.network.uri import address_problem, same_address
 from agent.runtime.errors import DroverError, Reason, said_by_peer
@@ -73,6 +75,55 @@ def make_plan(
         ),
         warnings,
     )
+
+
+def planned(
+    migration_id: str, spec: pb.MigrationSpec, plan: Plan, warnings: list[str], guest: host_pb2.GetDomainResponse
+) -> pb.Migration:
+    """The migration as it begins: it waits for its slot, and nothing was done to the guest."""
+    migration = pb.Migration(
+        migration_id=migration_id,
+        spec=spec,
+        state=pb.MIGRATION_STATE_PENDING,
+        phase="reserve",
+        attempt=1,
+        source_host=plan.source_host,
+        destination_host=plan.destination_host,
+        domain_name=plan.domain_name,
+        domain_uuid=plan.domain_uuid,
+        source_guest=fact_of_description(guest.domain),
+        network=plan.network,
+        options=plan.options,
+        warnings=warnings,
+        waiting_for=slot_of(plan.destination_host),
+        wait_reason=pb.WAIT_REASON_SLOT,
+    )
+    migration.runs_on = whereabouts(migration).runs_on
+    return migration
+
+
+def slot_of(host: str) -> str:
+    """What a migration without a slot waits for."""
+    return f"an incoming slot of {host}"
+
+
+def same_guest(migration: pb.Migration) -> pb.MigrationSpec:
+    """The spec for planning a migration again: it is still about that guest on that host, whatever has its name now."""
+    spec = pb.MigrationSpec()
+    spec.CopyFrom(migration.spec)
+    spec.domain, spec.source_host = migration.domain_uuid, migration.source_host
+    return spec
+
+
+def check_same_hosts(migration: pb.Migration, plan: Plan) -> None:
+    """Raises HOST_NOT_FOUND where the destination's name or address belongs to another host by now."""
+    if plan.destination_host != migration.destination_host:
+        raise DroverError(
+            Reason.HOST_NOT_FOUND,
+            f"{migration.spec.destination_host} is {plan.destination_host} now, not {migration.destination_host}. Nothing was done "
+            "to the guest; start a new migration",
+            metadata={"host": migration.destination_host},
+        )
 
 
 def resume_plan(migration: pb.Migration, source: _End, destination: _End) -> Plan:

@@ -10,8 +10,9 @@ from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.facts import loss_of
 from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState
+from agent.migration.planning import slot_of
 from agent.migration.whereabouts import Place, said, whereabouts
-from agent.runtime.errors import Reason, said_by_peer
+from agent.runtime.errors import DroverError, Reason, said_by_peer
 from agent.runtime.failure import Failure, causes_first, failure_to_proto
 from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2
@@ -47,6 +48,7 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
     migration = pb.Migration()
     migration.CopyFrom(before)
     migration.waiting_for = "" if ended else _waiting_for(before, view)
+    migration.wait_reason = pb.WAIT_REASON_UNSPECIFIED if ended else _wait_reason(before, view)
     migration.uri = view.uri or before.uri
     del migration.silent_hosts[:]
     migration.silent_hosts.extend(_hosts(before)[side] for side in view.silent_since)
@@ -117,9 +119,36 @@ def _waiting_for(migration: pb.Migration, view: View) -> str:
             f"too. The agent of {there} asks again within half a minute and stops that copy; "
             f"`drover migration watch {migration.migration_id}` shows it"
         )
+    if _waits_for_slot(migration, view):
+        return (view.waiting_for or slot_of(migration.destination_host))[:1000]
     records = (view.source_record, view.destination_record)
     waits = dict.fromkeys((view.waiting_for, *(record.waiting_for for record in records if record is not None)))
     return "; ".join(wait for wait in waits if wait)[:1000]
+
+
+def _waits_for_slot(migration: pb.Migration, view: View) -> bool:
+    return view.untouched and migration.state in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING)
+
+
+def _wait_reason(migration: pb.Migration, view: View) -> pb.WaitReason.ValueType:
+    source, destination = view.source_record, view.destination_record
+    kinds = {
+        pb.WAIT_REASON_DISPUTED_COPY: view.disputed,
+        pb.WAIT_REASON_HOST_UNREACHABLE: view.silent_since,
+        pb.WAIT_REASON_SLOT: _waits_for_slot(migration, view),
+        pb.WAIT_REASON_DECISION: view.waiting_for and view.states == (Src.PERFORMED, Dst.ARMED),
+        pb.WAIT_REASON_HOST_NOT_READY: view.waiting_for,
+        pb.WAIT_REASON_SOURCE: source is not None and source.waiting_for,
+        pb.WAIT_REASON_DESTINATION: destination is not None and destination.waiting_for,
+    }
+    return next((reason for reason, waits in kinds.items() if waits), pb.WAIT_REASON_UNSPECIFIED)
+
+
+def slot_waited_for(host: str, error: DroverError) -> str:
+    """What a migration without a slot waits for, after an error."""
+    if error.reason is Reason.BUSY and error.metadata.get("limit") == "incoming":
+        return f"{slot_of(host)}: {error.metadata.get('in_use')} of {error.metadata.get('limit_value')} are taken"
+    return f"{error.message} (retrying)"
 
 
 def phase(src: Src | None, dst: Dst | None) -> str:

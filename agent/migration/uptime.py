@@ -36,12 +36,18 @@ def seconds_since(moment: pb.Uptime) -> float | None:
     return max(0.0, _seconds() - moment.since_boot.ToNanoseconds() / 1e9)
 
 
+def age_of(migration: pb.Migration) -> tuple[float, bool]:
+    """Return how many seconds ago a migration was requested, and whether that was measured; else the wall clock says it."""
+    measured = seconds_since(migration.create_uptime)
+    age = time.time() - migration.create_time.ToNanoseconds() / 1e9 if measured is None else measured
+    return max(0.0, age), measured is not None
+
+
 def with_age(migration: pb.Migration) -> pb.Migration:
-    """For an answer that is given now: how long ago it was accepted, measured where that can be, else by the wall clock."""
+    """Return the migration for an answer that is given now, with its age."""
     shown = pb.Migration()
     shown.CopyFrom(migration)
-    measured = seconds_since(migration.create_uptime)
-    shown.age_by_wall_clock = measured is None
-    age = time.time() - migration.create_time.ToNanoseconds() / 1e9 if measured is None else measured
-    shown.age.FromNanoseconds(int(max(0.0, age) * 1e9))
+    age, measured = age_of(migration)
+    shown.age_by_wall_clock = not measured
+    shown.age.FromNanoseconds(int(age * 1e9))
     return shown

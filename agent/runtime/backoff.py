@@ -181,6 +181,8 @@ EFFECT: Final = Backoff(0.2, 2, 5.0)
 """An effect that the hypervisor or the journal refused: each try is a job of the hypervisor and a write of the journal."""
 OTHER_HOST: Final = Backoff(0.4, 2, 1.0)
 """The agent of another host in a migration: a guest may stand still until it answers, and several drivers may ask it."""
+SLOT: Final = Backoff(0.5, 2, 5.0)
+"""A slot of another host that is taken: it may be free at any moment, and a try is one cheap question."""
 STORE: Final = Backoff(1.0, 2, 5.0)
 """A journal or store that cannot be read or written: its disk does not say when it is well again."""
 REGISTRATION: Final = Backoff(1.0, 2, 5.0)

@@ -175,7 +175,7 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
         return _size_check(field, max_bytes)
     if field.message_type is not None:
         if field.message_type.full_name == Duration.DESCRIPTOR.full_name:
-            return _duration
+            return _duration_check(_option(field, bounds_pb2.max_seconds))
         if field.message_type.full_name == Timestamp.DESCRIPTOR.full_name:
             return _timestamp
         if field.message_type.full_name == handshake_pb2.Record.DESCRIPTOR.full_name:
@@ -329,11 +329,16 @@ def _timestamp(value: Timestamp, path: str) -> None:
         raise invalid_field(path, "is no time between the years 1970 and 9999")
 
 
-def _duration(value: Duration, path: str) -> None:
-    if value.seconds < 0 or value.nanos < 0:
-        raise invalid_field(path, "is negative; a duration cannot be")
-    if not is_duration(value):
-        raise invalid_field(path, "is no valid duration")
+def _duration_check(max_seconds: int | None) -> _Check:
+    def check(value: Duration, path: str) -> None:
+        if value.seconds < 0 or value.nanos < 0:
+            raise invalid_field(path, "is negative; a duration cannot be")
+        if not is_duration(value):
+            raise invalid_field(path, "is no valid duration")
+        if max_seconds is not None and (value.seconds, value.nanos) > (max_seconds, 0):
+            raise invalid_field(path, f"is longer than {max_seconds} s")
+
+    return check
 
 
 def _message_check(max_bytes: int, check_fields: _Check) -> _Check:

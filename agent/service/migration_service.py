@@ -5,7 +5,8 @@ from typing import Any
 
 import grpc.aio
 
-from agent.migration.migrations import Migrations, newest_first
+from agent.migration.collection import newest_first
+from agent.migration.migrations import Migrations
 from agent.migration.uptime import with_age
 from agent.runtime.paging import Paging
 from drover.agent.v1 import migration_pb2 as pb
@@ -23,22 +24,34 @@ class MigrationServicer(rpc.MigrationServiceServicer):
         self._migrations = migrations
 
     async def StartMigration(self, request: pb.StartMigrationRequest, context: _Context) -> pb.StartMigrationResponse:  # noqa: N802
-        return pb.StartMigrationResponse(migration=with_age(await self._migrations.start(request.migration_id, request.spec)))
+        started = await self._migrations.start(request.migration_id, request.spec, request.slot_wait.ToNanoseconds() / 1e9)
+        return pb.StartMigrationResponse(migration=with_age(started))
 
     async def GetMigration(self, request: pb.GetMigrationRequest, context: _Context) -> pb.GetMigrationResponse:  # noqa: N802
         return pb.GetMigrationResponse(migration=with_age(self._migrations.get(request.migration_id)))
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: _Context) -> pb.ListMigrationsResponse:  # noqa: N802
-        paging = Paging(request, int, str, default=100)
+        paging = Paging(request, int, int, str, default=100)
         listed = self._migrations.list(active_only=request.active_only)
         page = paging.take((newest_first(migration), with_age(migration)) for migration in listed)
-        return pb.ListMigrationsResponse(migrations=page.items, next_page_token=page.token)
+        return pb.ListMigrationsResponse(migrations=page.items, next_page_token=page.token, revision=self._migrations.revision)
 
     async def WatchMigration(  # noqa: N802
         self, request: pb.WatchMigrationRequest, context: _Context
     ) -> AsyncIterator[pb.WatchMigrationResponse]:
         async for migration in self._migrations.watch(request.migration_id, request.from_revision):
             yield pb.WatchMigrationResponse(migration=with_age(migration))
+
+    async def WatchMigrations(  # noqa: N802
+        self, request: pb.WatchMigrationsRequest, context: _Context
+    ) -> AsyncIterator[pb.WatchMigrationsResponse]:
+        async for change in self._migrations.watch_all(request.from_revision):
+            response = pb.WatchMigrationsResponse(revision=change.revision)
+            if change.migration is not None:
+                response.migration.CopyFrom(with_age(change.migration))
+            elif change.removed:
+                response.removed_migration_id = change.removed
+            yield response
 
     async def ResolveMigration(  # noqa: N802
         self, request: pb.ResolveMigrationRequest, context: _Context

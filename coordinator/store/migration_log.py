@@ -2,14 +2,15 @@
 
 from typing import Final
 
+from agent.migration.collection import KEEP
 from agent.migration.migration import FINAL
-from agent.migration.migrations import KEEP
-from coordinator.store import Delete, KeyValue, Put, Store
+from coordinator.store import Compare, Conflict, Delete, KeyValue, Put, Store
 from drover.agent.v1 import migration_pb2 as pb
 
 _OPEN: Final = "/migrations/"
 ENDED: Final = "/ended-migrations/"
 """No decision depends on a migration under this prefix."""
+_LIFE: Final = "/migrations-life"
 
 
 class StoredMigrations:
@@ -32,6 +33,20 @@ class StoredMigrations:
         for each in surplus:
             del self._ended[each]
         await self._store.txn([], [Put(key, body), Delete(before), *(Delete(each) for each in surplus)])
+
+    async def remove(self, migration_id: str) -> None:
+        keys = (_OPEN + migration_id, ENDED + migration_id)
+        for key in keys:
+            self._ended.pop(key, None)
+        await self._store.txn([], [Delete(key) for key in keys])
+
+    async def next_life(self, above: int) -> int:
+        while True:
+            before = await self._store.get(_LIFE)
+            number = max(above, int(before.value) if before is not None else 0) + 1
+            compare = Compare(_LIFE, before.mod_revision if before is not None else 0)
+            if not isinstance(await self._store.txn([compare], [Put(_LIFE, b"%d" % number)]), Conflict):
+                return number
 
     async def load(self) -> list[bytes]:
         items = sorted([*await self._all(_OPEN), *await self._all(ENDED)], key=lambda item: item.mod_revision)

@@ -65,6 +65,7 @@ class FakeLog:
     def __init__(self) -> None:
         self.rows: dict[str, tuple[bytes, bool]] = {}
         self.fails: list[Exception] = []
+        self.lives = 0
         self.held: asyncio.Event | None = None
         self.waiting = asyncio.Event()
         """Set as soon as a write waits for `held`."""
@@ -78,8 +79,18 @@ class FakeLog:
             raise self.fails.pop(0)
         self.rows[migration_id] = body, ended
 
+    async def remove(self, migration_id: str) -> None:
+        await asyncio.sleep(0)
+        if self.fails:
+            raise self.fails.pop(0)
+        self.rows.pop(migration_id, None)
+
     async def load(self) -> list[bytes]:
         return [body for body, _ in self.rows.values()]
+
+    async def next_life(self, above: int) -> int:
+        self.lives = max(above, self.lives) + 1
+        return self.lives
 
 
 class Driving:

@@ -180,6 +180,10 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
             async with self.changed:
                 self.changed.notify_all()
 
+    async def WatchMigrations(self, request, context) -> AsyncIterator[migration_pb2.WatchMigrationsResponse]:  # type: ignore[no-untyped-def]  # noqa: N802
+        for migration_id in self.histories:
+            yield migration_pb2.WatchMigrationsResponse(migration=self._now(migration_id))
+
     async def CancelMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
         history = self._history(request.migration_id)
         if history[-1].state not in (4, 5, 6):

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-import agent.migration.migrations
-from agent.migration.migrations import KEEP
+import agent.migration.driving
+from agent.migration.collection import KEEP
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import options_pb2
@@ -161,11 +161,11 @@ async def test_an_option_that_cannot_be_honoured_is_refused_before_any_host_is_c
 
 
 async def test_6_6_what_cannot_be_written_down_is_not_accepted(driving: Driving) -> None:
-    """Nothing was done to the guest, and the same request again, within the lease, takes up the same slot."""
+    """No host was called, and the same request can be made again."""
     driving.log.fails = [JOURNAL_DOWN]
     await fails(driving.migrations.start(ID, SPEC), Reason.JOURNAL_UNAVAILABLE)
     assert driving.migrations.list(active_only=False) == []
-    assert driving.pair.source.calls == []
+    assert driving.pair.source.calls == driving.pair.destination.calls == []
     await driving.migrations.start(ID, SPEC)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
     assert [a.record.migration_id for a in driving.pair.destination.engine.active()] == []
@@ -259,7 +259,7 @@ async def test_a_watch_says_at_once_how_it_is_and_ends_with_it(driving: Driving)
 
 
 async def test_a_slow_reader_misses_what_was_in_between_never_the_end(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migration.migrations, "TELL_SECONDS", 0)
+    monkeypatch.setattr(agent.migration.driving, "TELL_SECONDS", 0)
     await flowing(driving)
     slow, quick = driving.migrations.watch(ID, 0), driving.migrations.watch(ID, 0)
     first = await anext(slow)

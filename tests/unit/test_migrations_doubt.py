@@ -67,7 +67,7 @@ async def test_6_6_an_answer_is_given_once_the_migration_is_written_down(driving
     assert ID in driving.log.rows
 
 
-async def test_6_6_a_life_that_died_before_it_answered_leaves_a_lease_behind(driving: Driving) -> None:
+async def test_6_6_a_life_that_died_before_a_start_was_durable_leaves_nothing(driving: Driving) -> None:
     driving.log.held = asyncio.Event()
     starting = asyncio.create_task(driving.migrations.start(ID, SPEC))
     await driving.log.waiting.wait()
@@ -76,7 +76,7 @@ async def test_6_6_a_life_that_died_before_it_answered_leaves_a_lease_behind(dri
     with pytest.raises(DroverError, match="knows no migration"):
         driving.migrations.get(ID)
     assert driving.pair.source.calls == []
-    assert driving.pair.states == ("", "reserved")
+    assert driving.pair.states == ("", "")
 
 
 async def test_what_has_ended_stays_ended_over_a_restart(driving: Driving) -> None:

@@ -66,9 +66,9 @@ async def left_alone(pair: Pair, driving: Driving, channels: Channels) -> Callab
 
 async def test_what_was_taken_over_is_driven_once_and_can_be_seen(pair: Pair, driving: Driving, channels: Channels) -> None:
     again = await left_alone(pair, driving, channels)
-    task = driving.migrations._entries[ID].task
+    task = driving.migrations._collection.get(ID).task
     again()
-    assert driving.migrations._entries[ID].task is task
+    assert driving.migrations._collection.get(ID).task is task
     shown = driving.migrations.get(ID)
     assert (shown.domain_name, shown.source_host, shown.destination_host) == ("web1", "h1", "h2")
     assert list(shown.warnings) == [WARNING]

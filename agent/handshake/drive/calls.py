@@ -45,6 +45,11 @@ class Calls:
         self._perform_cookie = b""
         self._epoch = 0
 
+    @property
+    def can_reserve(self) -> bool:
+        """Whether the plan says what the guest needs: that of a resumed migration does not."""
+        return self._plan is not None and self._plan.requirements is not None
+
     def due(self, call: Call) -> Call:
         """Return the call to make for `call`: an earlier one where its answer was lost, or came before this driver was restarted."""
         if call is Call.PERFORM and self.view.source_state is Src.BEGUN and not self._prepared.uri_out:

@@ -71,25 +71,48 @@ class Driver:
         """Before a side is called again after an error."""
         self._stalled: asyncio.TimerHandle | None = None
         self._is_stalled = False
+        self._slot_asked = False
         self._source = source
         self._destination = destination
 
     # ---- the loop
 
     async def reserve(self) -> None:
-        """Reserve the slot, without a retry: a refusal is raised as it is, and has changed nothing."""
+        """Reserve the slot, without a retry: a refusal is raised as it is, and has changed nothing. Where the destination did not
+        answer, the slot may have been taken.
+        """
         failpoint("driver", Call.RESERVE, "before")
-        await self.calls.make(Call.RESERVE)
+        self._slot_asked = True
+        try:
+            await self.calls.make(Call.RESERVE)
+        except DroverError as error:
+            self.view.missed("destination", error)
+            self._slot_asked = "destination" in self.view.silent_since
+            raise
+        self.view.waiting_for = ""
         failpoint("driver", Call.RESERVE, "after")
 
-    async def resume(self) -> None:
+    @property
+    def may_hold_slot(self) -> bool:
+        """Whether the destination may hold a slot of which this driver has no answer."""
+        return self._slot_asked or "destination" in self.view.silent_since
+
+    async def give_back(self) -> None:
+        """Give up a slot that may have been taken. On an error, its lease ends it."""
+        with contextlib.suppress(DroverError):
+            await self.calls.abandon(source_kept=False)
+
+    async def resume(self, *, pending: bool = False) -> None:
         """Read both records first, however long it takes: another driver, or this one before a restart, has begun the attempt. Both
-        are read again until both are known, since one side goes on while the other is silent.
+        are read again until both are known, since one side goes on while the other is silent. `pending`: it is enough to know that
+        the source has none, as the guest is untouched then.
         """
         pauses = Pauses(OTHER_HOST, self.clock)
         while True:
             looked = await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
             if all(looked) or self.view.ended:  # the record of a source that has removed its copy is enough
+                return
+            if pending and self.view.source_record is None and "source" not in self.view.silent_since:
                 return
             await pauses.pause()
 
@@ -149,8 +172,7 @@ class Driver:
     async def _give_back(self) -> None:
         """Give back the slot that was taken under an id that belongs to another migration. On an error, its lease ends by itself."""
         if self.view.destination_record is not None and self.view.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED):
-            with contextlib.suppress(DroverError):
-                await self.calls.abandon(source_kept=False)
+            await self.give_back()
 
     def _stalls(self) -> bool:
         """Return whether the records have been PERFORMED and ARMED for `STALLED` seconds. Wakes the loop when that time is over."""

@@ -107,6 +107,11 @@ class View:
     def ended(self) -> bool:
         return ended(*self.states)
 
+    @property
+    def untouched(self) -> bool:
+        """Whether neither host is known to have a record, so that the slot has yet to be reserved."""
+        return self.source_record is None and self.destination_record is None
+
     def declare_dead(self, side: str, statement: pb.Statement) -> None:
         """Go on without a side that does not answer. If it answers before the end, the statement is dropped for good."""
         self.statements[side] = statement

@@ -22,11 +22,12 @@ from typing import Final
 import msgspec
 import structlog
 
+from agent.handshake.host.journal_damage import ENDED, damages_in
 from agent.handshake.host.records import AttemptRecord, Role, decode, encode
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.runtime.errors import DroverError
-from agent.runtime.intact import Damage, as_bytes, seal
+from agent.runtime.intact import seal
 from agent.runtime.sqlite import Database, Migration
 from agent.runtime.sqlite_errors import unusable
 
@@ -35,7 +36,7 @@ log = structlog.get_logger(__name__)
 KEEP: Final = 1000
 """How many rows of each table are kept although no decision depends on them."""
 
-_ACTIVE, _ENDED, _MUST_STAY = range(3)
+_ACTIVE, _ENDED, _MUST_STAY = 0, ENDED, 2
 
 _LEAP: Final = 1 << 32
 """How far numbers jump ahead after rows were lost: more than a journal ever loses."""
@@ -53,6 +54,10 @@ _SCHEMA: Final[tuple[Migration, ...]] = (
     CREATE INDEX migrations_kind ON migrations (kind, number);
     """,
     lambda connection: _add_arrivals_and_checksums(connection),
+    """
+    CREATE TABLE lives (id INTEGER PRIMARY KEY, number INTEGER NOT NULL, sum INTEGER NOT NULL);
+    INSERT INTO lives VALUES (0, 0, seal(0));
+    """,
 )
 
 _TRIM = """
@@ -84,7 +89,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._db = Database(path, _SCHEMA, check=_damages)
+        self._db = Database(path, _SCHEMA, check=damages_in)
         self._numbers = itertools.count(1)
         """Numbers of rows and epochs, rising over restarts."""
         self._ids: set[str] = set()
@@ -214,6 +219,22 @@ class Journal:
 
         return await self._db.read(read)
 
+    async def remove(self, migration_id: str) -> None:
+        """Forget a migration that this agent drives."""
+        await self._db.transaction(
+            lambda connection: connection.execute("DELETE FROM migrations WHERE migration_id = ?", (migration_id,)).rowcount
+        )
+
+    async def next_life(self, above: int) -> int:
+        """Return a number greater than `above` and than every one that this returned before, over restarts."""
+
+        def write(connection: sqlite3.Connection) -> int:
+            number = int(max(above, *connection.execute("SELECT number FROM lives").fetchone())) + 1
+            connection.execute("UPDATE lives SET number = ?1, sum = seal(?1)", (number,))
+            return number
+
+        return await self._db.transaction(write)
+
 
 def must_stay(record: AttemptRecord) -> bool:
     """Return whether an ended record must stay: another host's decision may depend on it, or its aftercare is not done.
@@ -279,42 +300,3 @@ def _add_arrivals_and_checksums(connection: sqlite3.Connection) -> None:
         connection.execute(_PUT_ATTEMPT, (*record.key, _kind_of(record), number, encode(record)))
     for row in connection.execute("SELECT migration_id, kind, number, body FROM migrations").fetchall():
         connection.execute(_PUT_MIGRATION, row)
-
-
-# ---- damage
-
-_EMPTY: Final = {
-    "attempts": "kind = 1, body = x'', head = seal(migration_id, attempt, 1, number), sum = seal(migration_id, attempt, x'')",
-    "migrations": "kind = 1, body = x'', head = seal(migration_id, 1, number), sum = seal(migration_id, x'')",
-}
-"""Assignments that empty a row, so that only its key is left."""
-
-
-def _damages(connection: sqlite3.Connection) -> list[Damage]:
-    """Return every row whose checksums do not match."""
-    damages = []
-    for key, attempt, kind, number, body, head, total in connection.execute(
-        "SELECT migration_id, attempt, kind, number, body, head, sum FROM attempts"
-    ):
-        which = f"the record of attempt {attempt} of migration {key}"
-        sound = seal(key, attempt, kind, number) == head
-        if not sound or seal(key, attempt, body) != total:
-            damages.append(_damage("attempts", which, (key, attempt), ended=sound and kind == _ENDED, sound=sound))
-    for key, kind, number, body, head, total in connection.execute(
-        "SELECT migration_id, kind, number, body, head, sum FROM migrations"
-    ):
-        sound = seal(key, kind, number) == head
-        if not sound or seal(key, body) != total:
-            which = f"migration {key}, which this agent drives,"
-            damages.append(_damage("migrations", which, (key,), ended=sound and kind == _ENDED, sound=sound))
-    for *columns, total in connection.execute("SELECT domain_uuid, migration_id, attempt, sum FROM arrivals"):
-        if seal(*columns) != total:
-            remove = "DELETE FROM arrivals WHERE CAST(domain_uuid AS BLOB) = ?"
-            damages.append(Damage(f"the arrival of guest {columns[0]}", True, remove, (as_bytes(columns[0]),)))
-    return damages
-
-
-def _damage(table: str, which: str, key: tuple[str, int] | tuple[str], *, ended: bool, sound: bool) -> Damage:
-    where = "WHERE CAST(migration_id AS BLOB) = ?" + (" AND attempt IS ?" if len(key) > 1 else "")
-    mend = f"UPDATE {table} SET {_EMPTY[table]} {where}" if sound else f"DELETE FROM {table} {where}"
-    return Damage(which, matters=not ended, mend=mend, parameters=(as_bytes(key[0]), *key[1:]))

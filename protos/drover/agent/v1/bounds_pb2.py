@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64rover/agent/v1/bounds.proto\x12\x0f\x64rover.agent.v1\x1a google/protobuf/descriptor.proto:5\n\tmax_bytes\x12\x1d.google.protobuf.FieldOptions\x18\x91\x93\x03 \x01(\r\x88\x01\x01:5\n\tmax_items\x12\x1d.google.protobuf.FieldOptions\x18\x92\x93\x03 \x01(\r\x88\x01\x01:>\n\x12reserved_for_later\x12\x1d.google.protobuf.FieldOptions\x18\x93\x93\x03 \x01(\x08\x88\x01\x01:4\n\x08required\x12\x1d.google.protobuf.FieldOptions\x18\x94\x93\x03 \x01(\x08\x88\x01\x01:6\n\nguest_name\x12\x1d.google.protobuf.FieldOptions\x18\x95\x93\x03 \x01(\x08\x88\x01\x01:;\n\x0fmay_be_negative\x12\x1d.google.protobuf.FieldOptions\x18\x96\x93\x03 \x01(\x08\x88\x01\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x64rover/agent/v1/bounds.proto\x12\x0f\x64rover.agent.v1\x1a google/protobuf/descriptor.proto:5\n\tmax_bytes\x12\x1d.google.protobuf.FieldOptions\x18\x91\x93\x03 \x01(\r\x88\x01\x01:5\n\tmax_items\x12\x1d.google.protobuf.FieldOptions\x18\x92\x93\x03 \x01(\r\x88\x01\x01:>\n\x12reserved_for_later\x12\x1d.google.protobuf.FieldOptions\x18\x93\x93\x03 \x01(\x08\x88\x01\x01:4\n\x08required\x12\x1d.google.protobuf.FieldOptions\x18\x94\x93\x03 \x01(\x08\x88\x01\x01:6\n\nguest_name\x12\x1d.google.protobuf.FieldOptions\x18\x95\x93\x03 \x01(\x08\x88\x01\x01:;\n\x0fmay_be_negative\x12\x1d.google.protobuf.FieldOptions\x18\x96\x93\x03 \x01(\x08\x88\x01\x01:7\n\x0bmax_seconds\x12\x1d.google.protobuf.FieldOptions\x18\x97\x93\x03 \x01(\r\x88\x01\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)

@@ -16,6 +16,7 @@ RESERVED_FOR_LATER_FIELD_NUMBER: builtins.int
 REQUIRED_FIELD_NUMBER: builtins.int
 GUEST_NAME_FIELD_NUMBER: builtins.int
 MAY_BE_NEGATIVE_FIELD_NUMBER: builtins.int
+MAX_SECONDS_FIELD_NUMBER: builtins.int
 max_bytes: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
 """Upper bound of a field, in bytes of its encoded value (each item, in a repeated field). A message without it is bounded by its
 fields, but for those that the receiver does not know.
@@ -32,3 +33,5 @@ characters, more than 243 bytes. Empty is right unless `required`.
 """
 may_be_negative: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]
 """A number or duration that may be negative. Of others a negative value is refused in a request, and counts as not told in an answer."""
+max_seconds: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
+"""Upper bound of a duration, in seconds."""

@@ -86,7 +86,7 @@ class _MigrationStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Migrati
     MIGRATION_STATE_UNSPECIFIED: _MigrationState.ValueType  # 0
     """Not said."""
     MIGRATION_STATE_PENDING: _MigrationState.ValueType  # 1
-    """Accepted: the slot is taken, nothing was done to the guest."""
+    """Accepted and durable; nothing was done to the guest. It waits for its slot (wait_reason) or has just taken it."""
     MIGRATION_STATE_ACTIVE: _MigrationState.ValueType  # 2
     """Under way: see phase."""
     MIGRATION_STATE_CANCELLING: _MigrationState.ValueType  # 3
@@ -106,7 +106,7 @@ class MigrationState(_MigrationState, metaclass=_MigrationStateEnumTypeWrapper):
 MIGRATION_STATE_UNSPECIFIED: MigrationState.ValueType  # 0
 """Not said."""
 MIGRATION_STATE_PENDING: MigrationState.ValueType  # 1
-"""Accepted: the slot is taken, nothing was done to the guest."""
+"""Accepted and durable; nothing was done to the guest. It waits for its slot (wait_reason) or has just taken it."""
 MIGRATION_STATE_ACTIVE: MigrationState.ValueType  # 2
 """Under way: see phase."""
 MIGRATION_STATE_CANCELLING: MigrationState.ValueType  # 3
@@ -119,6 +119,51 @@ MIGRATION_STATE_CANCELLED: MigrationState.ValueType  # 6
 """As FAILED, because it was asked for. Final."""
 MIGRATION_STATE_OUTCOME_UNKNOWN: MigrationState.ValueType  # 7
 """It cannot be known now where the guest runs; it is still being asked for. See failure for what to do."""
+
+class _WaitReason:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WaitReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_WaitReason.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    WAIT_REASON_UNSPECIFIED: _WaitReason.ValueType  # 0
+    """Nothing is waited for, or waiting_for alone says what."""
+    WAIT_REASON_SLOT: _WaitReason.ValueType  # 1
+    """An incoming slot of the destination."""
+    WAIT_REASON_HOST_UNREACHABLE: _WaitReason.ValueType  # 2
+    """An answer of a host that does not answer now: see silent_hosts."""
+    WAIT_REASON_HOST_NOT_READY: _WaitReason.ValueType  # 3
+    """A host that answers with an error that passes (its hypervisor or journal is away, it is stopping): the call is repeated."""
+    WAIT_REASON_SOURCE: _WaitReason.ValueType  # 4
+    """The source's host: its hypervisor, or a transfer that stands still."""
+    WAIT_REASON_DESTINATION: _WaitReason.ValueType  # 5
+    """The destination's host: its hypervisor, or a copy that takes no data."""
+    WAIT_REASON_DECISION: _WaitReason.ValueType  # 6
+    """The destination's decision to start the guest or give up its copy, after the source has sent everything."""
+    WAIT_REASON_DISPUTED_COPY: _WaitReason.ValueType  # 7
+    """The end of the copy on a host that was declared dead and is back."""
+
+class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
+    """What a migration waits for, as a code: waiting_for says it in words. Later versions add values; treat an unknown one as
+    WAIT_REASON_UNSPECIFIED.
+    """
+
+WAIT_REASON_UNSPECIFIED: WaitReason.ValueType  # 0
+"""Nothing is waited for, or waiting_for alone says what."""
+WAIT_REASON_SLOT: WaitReason.ValueType  # 1
+"""An incoming slot of the destination."""
+WAIT_REASON_HOST_UNREACHABLE: WaitReason.ValueType  # 2
+"""An answer of a host that does not answer now: see silent_hosts."""
+WAIT_REASON_HOST_NOT_READY: WaitReason.ValueType  # 3
+"""A host that answers with an error that passes (its hypervisor or journal is away, it is stopping): the call is repeated."""
+WAIT_REASON_SOURCE: WaitReason.ValueType  # 4
+"""The source's host: its hypervisor, or a transfer that stands still."""
+WAIT_REASON_DESTINATION: WaitReason.ValueType  # 5
+"""The destination's host: its hypervisor, or a copy that takes no data."""
+WAIT_REASON_DECISION: WaitReason.ValueType  # 6
+"""The destination's decision to start the guest or give up its copy, after the source has sent everything."""
+WAIT_REASON_DISPUTED_COPY: WaitReason.ValueType  # 7
+"""The end of the copy on a host that was declared dead and is back."""
 
 @typing.final
 class MigrationSpec(message.Message):
@@ -236,6 +281,9 @@ class Migration(message.Message):
     DURATION_IS_LEAST_FIELD_NUMBER: builtins.int
     AGE_FIELD_NUMBER: builtins.int
     AGE_BY_WALL_CLOCK_FIELD_NUMBER: builtins.int
+    WAIT_REASON_FIELD_NUMBER: builtins.int
+    SLOT_WAIT_FIELD_NUMBER: builtins.int
+    CREATE_REVISION_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chose."""
     state: MigrationState.ValueType
@@ -263,7 +311,7 @@ class Migration(message.Message):
     waiting_for: builtins.str
     """What is waited for now, in one sentence."""
     revision: builtins.int
-    """Rises with every change of any migration here."""
+    """Rises with every change of any migration here, over restarts of the server too."""
     driver: builtins.str
     """Who drives it: name of the coordinator, or of the source's agent."""
     duration_is_least: builtins.bool
@@ -272,6 +320,10 @@ class Migration(message.Message):
     """`age` is the difference of two readings of the server's wall clock, and wrong by as much as that was set meanwhile: its machine was
     restarted, or the migration was taken over. Set in every answer.
     """
+    wait_reason: WaitReason.ValueType
+    """What is waited for now, as a code."""
+    create_revision: builtins.int
+    """Revision at which it was made: lists are ordered by it, the highest first. Zero for one that an older version made."""
     @builtins.property
     def spec(self) -> MigrationSpec:
         """What the user wants."""
@@ -362,6 +414,10 @@ class Migration(message.Message):
         answer.
         """
 
+    @builtins.property
+    def slot_wait(self) -> duration_pb2.Duration:
+        """slot_wait of the request that started it. Unset: fail-fast."""
+
     def __init__(
         self,
         *,
@@ -401,10 +457,13 @@ class Migration(message.Message):
         duration_is_least: builtins.bool = ...,
         age: duration_pb2.Duration | None = ...,
         age_by_wall_clock: builtins.bool = ...,
+        wait_reason: WaitReason.ValueType = ...,
+        slot_wait: duration_pb2.Duration | None = ...,
+        create_revision: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "options", b"options", "progress", b"progress", "source_guest", b"source_guest", "spec", b"spec", "statement", b"statement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "options", b"options", "progress", b"progress", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "spec", b"spec", "statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statement", b"statement", "statements", b"statements", "timings", b"timings", "uri", b"uri", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_revision", b"create_revision", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statement", b"statement", "statements", b"statements", "timings", b"timings", "uri", b"uri", "wait_reason", b"wait_reason", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -443,6 +502,7 @@ class StartMigrationRequest(message.Message):
     MIGRATION_ID_FIELD_NUMBER: builtins.int
     SPEC_FIELD_NUMBER: builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: builtins.int
+    SLOT_WAIT_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     """UUID that the client chooses; repeating the request with it is harmless."""
     validate_only: builtins.bool
@@ -451,16 +511,24 @@ class StartMigrationRequest(message.Message):
     def spec(self) -> MigrationSpec:
         """What the user wants."""
 
+    @builtins.property
+    def slot_wait(self) -> duration_pb2.Duration:
+        """How long the migration may wait for its slot, from the request on; the wait goes on over restarts of the server. While it lasts, a
+        busy or unreachable destination is tried again; then the migration ends as FAILED with the last of those errors. At most 7 days.
+        Unset or zero: fail-fast, that is BUSY or HOST_UNREACHABLE is the answer of the call.
+        """
+
     def __init__(
         self,
         *,
         migration_id: builtins.str = ...,
         spec: MigrationSpec | None = ...,
         validate_only: builtins.bool = ...,
+        slot_wait: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["slot_wait", b"slot_wait", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["migration_id", b"migration_id", "spec", b"spec", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migration_id", b"migration_id", "slot_wait", b"slot_wait", "spec", b"spec", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -564,8 +632,11 @@ class ListMigrationsResponse(message.Message):
 
     MIGRATIONS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
     """For `page_token` of the next call. Empty: there is no more."""
+    revision: builtins.int
+    """Revision at which this page was read."""
     @builtins.property
     def migrations(self) -> containers.RepeatedCompositeFieldContainer[Migration]:
         """The newest first."""
@@ -575,12 +646,65 @@ class ListMigrationsResponse(message.Message):
         *,
         migrations: abc.Iterable[Migration] | None = ...,
         next_page_token: builtins.str = ...,
+        revision: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["migrations", b"migrations", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migrations", b"migrations", "next_page_token", b"next_page_token", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WatchMigrationsRequest(message.Message):
+    """Asks for all migrations, now and at every change."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    FROM_REVISION_FIELD_NUMBER: builtins.int
+    from_revision: builtins.int
+    """A revision that this server gave: send what changed after it. Zero: all."""
+    def __init__(
+        self,
+        *,
+        from_revision: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["from_revision", b"from_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class WatchMigrationsResponse(message.Message):
+    """One change."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: builtins.int
+    MIGRATION_FIELD_NUMBER: builtins.int
+    REMOVED_MIGRATION_ID_FIELD_NUMBER: builtins.int
+    revision: builtins.int
+    """Revision of the change: watch from it to go on after this message."""
+    removed_migration_id: builtins.str
+    """Id of a migration that is gone: the start was refused, or it ended long ago and newer ones took its place."""
+    @builtins.property
+    def migration(self) -> Migration:
+        """A migration as it is now."""
+
+    def __init__(
+        self,
+        *,
+        revision: builtins.int = ...,
+        migration: Migration | None = ...,
+        removed_migration_id: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["change", b"change", "migration", b"migration", "removed_migration_id", b"removed_migration_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["change", b"change", "migration", b"migration", "removed_migration_id", b"removed_migration_id", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_change: _TypeAlias = typing.Literal["migration", "removed_migration_id"]  # noqa: Y015
+    _WhichOneofArgType_change: _TypeAlias = typing.Literal["change", b"change"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
 @typing.final
 class WatchMigrationRequest(message.Message):

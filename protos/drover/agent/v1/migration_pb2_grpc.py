@@ -58,6 +58,11 @@ class MigrationServiceStub:
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationRequest.SerializeToString,
                 response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationResponse.FromString,
                 _registered_method=True)
+        self.WatchMigrations = channel.unary_stream(
+                '/drover.agent.v1.MigrationService/WatchMigrations',
+                request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.FromString,
+                _registered_method=True)
         self.CancelMigration = channel.unary_unary(
                 '/drover.agent.v1.MigrationService/CancelMigration',
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
@@ -78,8 +83,10 @@ class MigrationServiceServicer:
     """
 
     def StartMigration(self, request, context):
-        """Starts a migration. All that can be checked is checked, and the slot at the destination is taken, before it answers;
-        a refusal changes nothing. Repeating it with the same migration_id and spec answers the migration as it is now.
+        """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
+        the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
+        error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
+        same migration_id and spec answers the migration as it is now.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
         HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
         URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -96,7 +103,7 @@ class MigrationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMigrations(self, request, context):
-        """Migrations, the newest first, in pages.
+        """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +112,15 @@ class MigrationServiceServicer:
     def WatchMigration(self, request, context):
         """One migration as it is now, then at every change, until it has ended.
         A reader that is slow misses what was in between, never the latest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchMigrations(self, request, context):
+        """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
+        in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
+        too slow, or the server was restarted); list again, and watch from the revision of that list.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,6 +164,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.WatchMigration,
                     request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationRequest.FromString,
                     response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationResponse.SerializeToString,
+            ),
+            'WatchMigrations': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchMigrations,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.SerializeToString,
             ),
             'CancelMigration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelMigration,
@@ -272,6 +293,33 @@ class MigrationService:
             '/drover.agent.v1.MigrationService/WatchMigration',
             drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationRequest.SerializeToString,
             drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchMigrations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/drover.agent.v1.MigrationService/WatchMigrations',
+            drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,8 +38,10 @@ class MigrationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MigrationServiceAsyncStub: ...
     StartMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]
-    """Starts a migration. All that can be checked is checked, and the slot at the destination is taken, before it answers;
-    a refusal changes nothing. Repeating it with the same migration_id and spec answers the migration as it is now.
+    """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
+    the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
+    error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
+    same migration_id and spec answers the migration as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
     URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -47,10 +49,15 @@ class MigrationServiceStub:
     GetMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]
     """One migration."""
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]
-    """Migrations, the newest first, in pages."""
+    """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]
     """One migration as it is now, then at every change, until it has ended.
     A reader that is slow misses what was in between, never the latest.
+    """
+    WatchMigrations: _grpc.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationsRequest, _migration_pb2.WatchMigrationsResponse]
+    """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
+    in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
+    too slow, or the server was restarted); list again, and watch from the revision of that list.
     """
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]
     """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
@@ -71,8 +78,10 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]  # type: ignore[assignment]
-    """Starts a migration. All that can be checked is checked, and the slot at the destination is taken, before it answers;
-    a refusal changes nothing. Repeating it with the same migration_id and spec answers the migration as it is now.
+    """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
+    the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
+    error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
+    same migration_id and spec answers the migration as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
     URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -80,10 +89,15 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     GetMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]  # type: ignore[assignment]
     """One migration."""
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]  # type: ignore[assignment]
-    """Migrations, the newest first, in pages."""
+    """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]  # type: ignore[assignment]
     """One migration as it is now, then at every change, until it has ended.
     A reader that is slow misses what was in between, never the latest.
+    """
+    WatchMigrations: _aio.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationsRequest, _migration_pb2.WatchMigrationsResponse]  # type: ignore[assignment]
+    """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
+    in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
+    too slow, or the server was restarted); list again, and watch from the revision of that list.
     """
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
@@ -107,8 +121,10 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.StartMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.StartMigrationResponse, _abc.Awaitable[_migration_pb2.StartMigrationResponse]]:
-        """Starts a migration. All that can be checked is checked, and the slot at the destination is taken, before it answers;
-        a refusal changes nothing. Repeating it with the same migration_id and spec answers the migration as it is now.
+        """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
+        the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
+        error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
+        same migration_id and spec answers the migration as it is now.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
         HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
         URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -128,7 +144,7 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.ListMigrationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.ListMigrationsResponse, _abc.Awaitable[_migration_pb2.ListMigrationsResponse]]:
-        """Migrations, the newest first, in pages."""
+        """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
 
     @_abc_1.abstractmethod
     def WatchMigration(
@@ -138,6 +154,17 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_migration_pb2.WatchMigrationResponse], _abc.AsyncIterator[_migration_pb2.WatchMigrationResponse]]:
         """One migration as it is now, then at every change, until it has ended.
         A reader that is slow misses what was in between, never the latest.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchMigrations(
+        self,
+        request: _migration_pb2.WatchMigrationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_migration_pb2.WatchMigrationsResponse], _abc.AsyncIterator[_migration_pb2.WatchMigrationsResponse]]:
+        """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
+        in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
+        too slow, or the server was restarted); list again, and watch from the revision of that list.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,174 @@
+"""The migrations of one process: their order, the revisions of their changes, and watches of one or of all."""
+
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from agent.migration.migration import FINAL, Entry
+from agent.runtime.bell import Bell
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import migration_pb2 as pb
+
+KEEP: Final = 1000
+"""Most ended migrations that are kept, and most removals that are remembered for watches."""
+
+_LIFE_BITS: Final = 32
+"""A revision is the number of the process's life, which the log gives, and so many bits of a counter: no two lives give the same
+one, even if the earlier one ended before it wrote its last one down."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One message of a watch of all migrations. Without `migration` and `removed`: all that changed up to `revision` was told."""
+
+    revision: int
+    migration: pb.Migration | None = None
+    removed: str = ""
+
+
+class Collection:
+    """Holds every migration of this process, the last changed last. Nothing in its order or its revisions comes from a clock."""
+
+    def __init__(self, name: str) -> None:
+        self.revision = 0
+        """Of the last change."""
+        self.changed = Bell()
+        """Rings at every change."""
+        self._name = name
+        self._entries: dict[str, Entry] = {}
+        self._removed: deque[tuple[int, str]] = deque()
+        self._known_since = 0
+        """Removals after this revision are in `_removed`."""
+
+    # ---- changes
+
+    def open(self, life: int, entries: Iterable[Entry]) -> None:
+        """Begin with what earlier lives have left. `life`: greater than the number of any of them."""
+        self.revision = self._known_since = life << _LIFE_BITS
+        for entry in sorted(entries, key=lambda entry: entry.migration.revision):
+            self._entries[entry.migration.migration_id] = entry
+
+    def number(self, migration: pb.Migration) -> None:
+        """Give a new migration its place in lists, before it is written down."""
+        self.revision += 1
+        migration.create_revision = migration.revision = self.revision
+
+    def publish(self, entry: Entry, migration: pb.Migration) -> None:
+        """Make `migration` the state of the entry, which is added if it is new, and tell everyone who watches."""
+        if entry.migration.migration_id not in self._entries:
+            self._trim()
+        if not migration.create_revision and not migration.revision:
+            self.number(migration)
+        self.revision += 1
+        migration.revision = self.revision
+        entry.migration = migration
+        self._entries.pop(migration.migration_id, None)
+        self._entries[migration.migration_id] = entry
+        entry.changed.ring()
+        self.changed.ring()
+
+    def remove(self, migration_id: str) -> None:
+        """Forget a migration and tell everyone who watches all of them."""
+        del self._entries[migration_id]
+        self.revision += 1
+        self._removed.append((self.revision, migration_id))
+        if len(self._removed) > KEEP:
+            self._known_since = self._removed.popleft()[0]
+        self.changed.ring()
+
+    def _trim(self) -> None:
+        ended = [key for key, entry in self._entries.items() if entry.final]
+        for key in ended[: max(0, len(ended) - KEEP + 1)]:
+            self.remove(key)
+
+    # ---- questions
+
+    def all(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    def find(self, migration_id: str) -> Entry | None:
+        return self._entries.get(migration_id)
+
+    def get(self, migration_id: str) -> Entry:
+        """Raises MIGRATION_NOT_FOUND."""
+        entry = self._entries.get(migration_id)
+        if entry is None:
+            raise DroverError(
+                Reason.MIGRATION_NOT_FOUND,
+                f"{self._name} knows no migration {migration_id}; `drover migration list` shows those that it knows",
+            )
+        return entry
+
+    # ---- watches
+
+    async def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
+        """Yield the migration now, then whenever it has changed since the reader last took it, until it has ended."""
+        entry = self.get(migration_id)
+        first = True
+        while True:
+            changed, migration = entry.changed.next, entry.migration
+            if first or migration.revision > from_revision or migration.state in FINAL:
+                yield migration
+            if migration.state in FINAL:
+                return
+            first = False
+            await changed.wait()
+
+    async def watch_all(self, from_revision: int) -> AsyncIterator[Change]:
+        """Yield the state of each migration that changed after that revision (0: of all), a `Change` without any, then each change.
+
+        A watch keeps no state of a migration: a slow reader gets the newest one. Raises WATCH_TOO_SLOW where the removals after the
+        reader's revision are not known, or this process never gave that revision.
+        """
+        seen, first = from_revision, True
+        while True:
+            if seen and not self._known_since <= seen <= self.revision:
+                raise self._too_slow(seen)
+            changed, now = self.changed.next, self.revision
+            for revision, migration_id, removed in self._changed_after(seen):
+                entry = self._entries.get(migration_id)
+                if removed:
+                    yield Change(revision, removed=migration_id)
+                elif entry is not None:
+                    yield Change(revision, entry.migration)
+            if first:
+                yield Change(now)
+            seen, first = now, False
+            await changed.wait()
+
+    def _changed_after(self, revision: int) -> list[tuple[int, str, bool]]:
+        """Return revision, id, and whether it was removed, of each change after `revision` that no later one has replaced."""
+        changes = []
+        for migration_id, entry in reversed(self._entries.items()):
+            if revision and entry.migration.revision <= revision:
+                break
+            changes.append((entry.migration.revision, migration_id, False))
+        for removed_at, migration_id in reversed(self._removed):
+            if not revision or removed_at <= revision:
+                break
+            changes.append((removed_at, migration_id, True))
+        return sorted(changes)
+
+    def _too_slow(self, revision: int) -> DroverError:
+        return DroverError(
+            Reason.WATCH_TOO_SLOW,
+            f"{self._name} does not know what was removed after revision {revision}: the reader is too slow, or {self._name} was "
+            "restarted. List again, and watch from the revision of that list",
+            metadata={"revision": str(revision), "oldest_revision": str(self._known_since), "last_revision": str(self.revision)},
+        )
+
+    def list(self, *, active_only: bool) -> "list[pb.Migration]":
+        """Return the migrations, the newest first."""
+        return sorted((e.migration for e in self._entries.values() if not (active_only and e.final)), key=newest_first)
+
+
+def life_of(revision: int) -> int:
+    """Return the number of the life that gave a revision. Older versions counted milliseconds: theirs are of an early life, too."""
+    return revision >> _LIFE_BITS
+
+
+def newest_first(migration: pb.Migration) -> tuple[int, int, str]:
+    """Order of lists. Of those that an older version made, only the time of their request is known."""
+    made = 0 if migration.create_revision else migration.create_time.ToNanoseconds()
+    return -migration.create_revision, -made, migration.migration_id

@@ -1,0 +1,253 @@
+"""Drives one migration from its first durable moment to its end: first the wait for its slot, then the handshake."""
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import structlog
+
+from agent.handshake.drive.driver import PATIENCE, Driver
+from agent.handshake.drive.ends import Directory, Side
+from agent.handshake.drive.pause import see_pause
+from agent.handshake.drive.plan import Plan
+from agent.handshake.machines.destination import DestinationState
+from agent.migration.collection import Collection
+from agent.migration.migration import Entry
+from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
+from agent.migration.progress import describe, impossible, slot_waited_for
+from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.failure import Failure
+from agent.runtime.supervision import supervise
+from drover.agent.v1 import handshake_pb2
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+TELL_SECONDS: Final = 0.01
+"""After which readers are told what a driver has learned; what it learned meanwhile is told with it."""
+
+_WAITED_FOR: Final = frozenset(
+    {
+        Reason.BUSY,
+        Reason.HOST_UNREACHABLE,
+        Reason.DEADLINE_EXCEEDED,
+        Reason.DRAINING,
+        Reason.OVERLOADED,
+        Reason.HYPERVISOR_UNAVAILABLE,
+        Reason.JOURNAL_UNAVAILABLE,
+    }
+)
+"""Errors after which a migration that may wait for its slot tries again."""
+
+
+class Drives:
+    """Drives the entries of a collection. `on_told` is called whenever something that a driver knows was told."""
+
+    def __init__(self, directory: Directory, collection: Collection, on_told: Callable[[Entry], None], clock: Clock) -> None:
+        self.draining = False
+        """The process stops: a migration that waits for its slot stays as it is, for the next life."""
+        self._directory = directory
+        self._collection = collection
+        self._on_told = on_told
+        self._clock = clock
+
+    def start(self, entry: Entry) -> None:
+        """Drive the entry, in a task of its own."""
+        entry.task = supervise(f"drive {entry.migration.migration_id[:8]}", functools.partial(self._drive, entry), self._clock)
+
+    def driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
+        """Return a driver for the entry, which is told of its cancel and of its statements."""
+        ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
+        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._clock)
+        if entry.cancelled is not None:
+            driver.view.cancel(entry.cancelled)
+        for statement in entry.migration.statements:
+            driver.view.declare_dead(entry.side(statement.dead_host), statement)
+        return driver
+
+    async def _drive(self, entry: Entry) -> None:
+        """Drive to the end. Without a driver (after a restart of this process, as a take-over, or once one was broken off), the
+        records say where to go on.
+        """
+        try:
+            begins = entry.driver is not None
+            if entry.driver is None:
+                await self._take_up(entry)
+            if not entry.placed.is_set() and entry.driver is not None and entry.driver.view.untouched:
+                try:
+                    await self._take_slot(entry, patience=0.0 if begins else PATIENCE)
+                except DroverError as error:
+                    await self._end_without_slot(entry, entry.driver, error, forget=begins and not entry.slot_wait)
+                    return
+                self.tell(entry)
+            entry.placed.set()
+            await self._run(entry)
+        except asyncio.CancelledError:
+            entry.driver = None  # the next one looks first
+            raise
+
+    async def _take_up(self, entry: Entry) -> None:
+        pauses = Pauses(OTHER_HOST, self._clock)
+        while True:
+            try:
+                entry.driver = await self._resumed(entry)
+                await entry.driver.resume(pending=not entry.placed.is_set())
+            except DroverError as error:
+                log.warning("cannot go on yet", migration=entry.migration.migration_id, error=error.message)
+                await pauses.pause()
+            else:
+                return
+
+    async def _resumed(self, entry: Entry) -> Driver:
+        source, destination = await self._directory.ends(entry.migration)
+        return self.driver(entry, source, destination, resume_plan(entry.migration, source, destination))
+
+    # ---- the slot: nothing was done to the guest yet
+
+    async def _take_slot(self, entry: Entry, patience: float) -> None:
+        """Reserve the slot, with further tries as long as the migration may wait for it, at least for `patience` seconds.
+
+        Raises:
+            DroverError: CANCELLED at once when that is requested; else why there is no slot. After HOST_UNREACHABLE, CANCELLED and
+                DEADLINE_EXCEEDED it may have been taken all the same.
+        """
+        clock, pauses = self._clock.monotonic, Pauses(SLOT, self._clock)
+        patient_until = clock() + patience
+        while True:
+            try:
+                await _unless(entry.cancel_asked, lambda: self._reserve(entry))
+            except DroverError as error:
+                left = max(entry.slot_wait_left, patient_until - clock())
+                if left <= 0 or not await self._try_again(entry, error):
+                    raise
+            else:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await pauses.pause(entry.cancel_asked)
+            if self.draining:
+                await asyncio.Event().wait()  # for the end of this task
+
+    async def _reserve(self, entry: Entry) -> None:
+        if entry.driver is None or not entry.driver.calls.can_reserve:
+            entry.driver = await self._planned_again(entry)
+        await entry.driver.reserve()
+
+    async def _planned_again(self, entry: Entry) -> Driver:
+        """Ask both hosts and plan once more: what the guest needs is not kept over a restart."""
+        spec = same_guest(entry.migration)
+        ends = await self._directory.find(spec)
+        plan, _ = make_plan(spec, ends.source.host, ends.destination.host, ends.guest, ends.source.agent_address,
+                            ends.destination.agent_address)  # fmt: skip
+        check_same_hosts(entry.migration, plan)
+        again = entry.changed_to(network=plan.network)
+        again.options.CopyFrom(plan.options)
+        self._collection.publish(entry, again)
+        return self.driver(entry, ends.source, ends.destination, plan)
+
+    async def _try_again(self, entry: Entry, error: DroverError) -> bool:
+        """Tell what is waited for after an error. Return whether another try makes sense."""
+        if error.reason is Reason.WRONG_PHASE and error.metadata.get("state") == DestinationState.GONE:
+            # The slot was granted, its answer was lost, and its lease has ended: that attempt is over.
+            again = entry.changed_to(attempt=entry.migration.attempt + 1)
+            await entry.save(again)
+            self._collection.publish(entry, again)
+            entry.driver = await self._resumed(entry)
+        elif error.reason not in _WAITED_FOR:
+            return False
+        if entry.driver is not None:
+            entry.driver.view.waiting_for = slot_waited_for(entry.migration.destination_host, error)
+            self._update(entry)
+        return True
+
+    async def _end_without_slot(self, entry: Entry, driver: Driver, error: DroverError, *, forget: bool) -> None:
+        """End a migration that has no slot; `forget`: unless it was cancelled, nothing is left of it. It is durable before it is
+        told, as no record says it again: what was told as ended must not begin in the next life of this process.
+        """
+        driver = entry.driver or driver
+        entry.driver = None
+        waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait:g} s: " if entry.slot_wait else ""
+        driver.view.cancel(Failure(error.reason, f"{waited}{error.message}", dict(error.metadata)))
+        ended = describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall)
+        forget = forget and entry.cancelled is None
+        await self._settle(entry, entry.remove if forget else functools.partial(entry.save, ended))
+        self._collection.publish(entry, ended)
+        if entry.cancelled is None:
+            entry.refusal = error
+        if forget:
+            await asyncio.sleep(0)  # those who watch it see its end
+            self._collection.remove(entry.migration.migration_id)
+        entry.placed.set()
+        if driver.may_hold_slot and not forget:  # the same id again takes up the slot of one that is forgotten
+            await driver.give_back()
+
+    async def _settle(self, entry: Entry, write: Callable[[], Awaitable[None]]) -> None:
+        """Write the end down, however long that takes; who waits for the start is told of a log that cannot be written."""
+        pauses = Pauses(STORE, self._clock)
+        entry.ending = True
+        if entry.saving is not None:
+            await asyncio.wait({entry.saving})
+        while True:
+            try:
+                await write()
+            except DroverError as error:
+                log.error("the end of a migration was not written down", migration=entry.migration.migration_id, error=error.message)
+                entry.refusal = error
+                entry.placed.set()
+                await pauses.pause()
+            else:
+                return
+
+    # ---- the handshake
+
+    async def _run(self, entry: Entry) -> None:
+        """Drive to the end, tell, and make that durable: a next life would learn it from the records again."""
+        driver = entry.driver
+        if driver is None:
+            return
+        try:
+            await driver.run()
+            await see_pause(driver)
+        except Exception:
+            log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)
+            entry.driver, entry.gave_up = None, True
+            self._on_told(entry)
+            self._collection.publish(entry, impossible(entry.migration))
+            return
+        self._collection.publish(entry, describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall))
+        entry.driver = None
+        self._on_told(entry)
+        await entry.save_if_possible()
+
+    def _update(self, entry: Entry) -> None:
+        """The driver learned something: let it act on that first, then tell the readers. Its end is told by `_run`."""
+        if entry.telling is None:
+            entry.telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self.tell, entry)
+
+    def tell(self, entry: Entry) -> None:
+        """Tell readers what the entry's driver knows now."""
+        entry.telling = None
+        if entry.driver is not None and self._collection.find(entry.migration.migration_id) is entry:
+            migration = describe(entry.migration, entry.driver.view, entry.elapsed, ended=False, wall=entry.wall)
+            self._collection.publish(entry, migration)
+            entry.forget_refuted()
+            self._on_told(entry)
+
+
+async def _unless(event: asyncio.Event, work: Callable[[], Awaitable[T]]) -> T:
+    """Return what `work` returns. Raises CANCELLED, and ends `work`, as soon as `event` is set."""
+    if not event.is_set():
+        task, waiting = asyncio.ensure_future(work()), asyncio.ensure_future(event.wait())
+        try:
+            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+            waiting.cancel()
+            await asyncio.wait({task, waiting})
+    raise DroverError(Reason.CANCELLED, "cancelled on request")
