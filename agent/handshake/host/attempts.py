@@ -124,9 +124,9 @@ class Attempts:
         arrivals = [a.record for a in self.active(Role.DESTINATION) if a.record.destination_name == name]
         if arrivals or name in self._claimed_names:
             by = f"migration {arrivals[0].migration_id} of guest {arrivals[0].domain_uuid}" if arrivals else "another migration"
-            text = f"another guest is already arriving on {host} under the name {name}, by {by}. Choose another name with --name"
+            text = f"another guest is already arriving on {host} under the name {name}, by {by}; choose another name with --name"
             metadata = {"host": host, "domain": name} | ({"migration_id": arrivals[0].migration_id} if arrivals else {})
-            raise DroverError(Reason.DOMAIN_EXISTS, f"{text}; nothing was done to the guest", metadata=metadata)
+            raise DroverError(Reason.DOMAIN_EXISTS, f"{text}. Nothing was done to the guest", metadata=metadata)
         self._claimed_names.add(name)
         try:
             yield
