@@ -1,5 +1,5 @@
-"""`scripts/bench`: what Drover costs, measured side by side with what it is compared with.
+"""`scripts/bench`: the cost of Drover, measured side by side with its alternatives.
 
 Nothing here asserts a speed: machines differ, and a shared one differs from minute to minute. Every figure is printed with the
-conditions under which it came about, and with its minimum, which is the least disturbed.
+conditions of its measurement, and with its minimum, which is the least disturbed.
 """

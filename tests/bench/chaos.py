@@ -1,4 +1,6 @@
-"""`scripts/bench chaos`: real guests are migrated while something is killed, stopped, cut or reset, again and again."""
+"""`scripts/bench chaos`: migrates real guests while faults are injected: kills, stops, cut and reset links, full disks, clock
+steps.
+"""
 
 import contextlib
 import heapq
@@ -29,38 +31,38 @@ from tests.kit.lab.errors import LabError
 from tests.kit.lab.processes import wait_until
 
 DEADLINE: Final = 45.0
-"""Seconds from the mending of the last fault to the end. Long: how long it takes is measured, not required."""
+"""Seconds from the repair of the last fault to the end. Long, because the time is measured, not required."""
 REACH_SECONDS: Final = 3.0
-"""A failpoint that was not reached for so long: the fault strikes then."""
+"""Longest wait for a failpoint; the fault strikes then anyway."""
 
 DISK_MIB: Final = 16
-"""Of each small disk: a journal with its write-ahead log fits four times."""
+"""Size of each small disk: four times a journal with its write-ahead log."""
 
 
 @dataclass(frozen=True)
 class Strike:
-    """A fault as it was inflicted."""
+    """A fault as it was injected."""
 
     fault: Fault
     phase: str
-    """The phase that was under way."""
+    """The phase at that moment."""
     sending: bool
-    """The source had begun to send."""
+    """The source had started to send."""
     after: float
     """Seconds after the request."""
 
 
 @dataclass
 class Result:
-    """What came of a round."""
+    """The result of a round."""
 
     plan: Plan
     judgement: Judgement
     strikes: list[Strike] = field(default_factory=list)
     refused: str = ""
-    """Why the migration was not accepted."""
+    """Why the migration was not accepted; empty if it was."""
     seconds: float = 0.0
-    """The whole round."""
+    """Duration of the whole round."""
 
     @property
     def good(self) -> bool:
@@ -71,19 +73,19 @@ class Result:
         return self.judgement.outcome if self.good else "BAD"
 
     def report(self) -> str:
-        """For a person who wants to understand it."""
+        """Return the plan, the outcome and the strikes as text."""
         lines = [str(self.plan), f"outcome: {self.outcome} after {self.judgement.seconds:.1f} s, {self.judgement}"]
         lines += [f"struck: {s.fault.name} in phase {s.phase}, {s.after:.3f} s after the request" for s in self.strikes]
         return "\n".join([*lines, f"refused: {self.refused}"] if self.refused else lines)
 
 
 Keep = Callable[[Plan], Path]
-"""Where a bad round's evidence goes."""
+"""Returns the folder for the evidence of a bad round."""
 Tell = Callable[[Result], None]
 
 
 def run(arenas: Sequence[Arena], plans: Iterable[Plan], keep: Keep, tell: Tell) -> list[Result]:
-    """All rounds, in each arena one after the other. In the order of their numbers."""
+    """Run all rounds, in each arena one after the other. Return the results in the order of the rounds' numbers."""
     waiting = iter(plans)
     lock = threading.Lock()
 
@@ -102,12 +104,12 @@ def run(arenas: Sequence[Arena], plans: Iterable[Plan], keep: Keep, tell: Tell) 
 
 
 def new_arena(lab_id: str) -> Arena:
-    """With a third host, and with disks small enough to be filled."""
+    """Return an arena with three hosts and disks small enough to be filled."""
     return Arena(lab_id, hosts=len(HOSTS), disk_mib=DISK_MIB)
 
 
 def _round(arena: Arena, plan: Plan, keep: Keep, tell: Tell) -> Result:
-    """One round; after a bad one the arena gets a fresh cluster."""
+    """Run one round; after a bad one the arena gets a fresh cluster."""
     began = time.monotonic()
     spec = GuestSpec(f"chaos{plan.number}", memory_mib=64, mem_mib=24, dirty=plan.dirty)
     with arena.guest(spec, plan.source) as guest:
@@ -124,7 +126,7 @@ def _round(arena: Arena, plan: Plan, keep: Keep, tell: Tell) -> Result:
 
 
 class _Round:
-    """One round under way: a timeline of things to do, the earliest first."""
+    """One round under way: a timeline of actions, the earliest first."""
 
     def __init__(self, made: LabCluster, plan: Plan, guest: ClusterGuest) -> None:
         self._made = made
@@ -143,7 +145,7 @@ class _Round:
     def run(self) -> Result:
         try:
             self._run()
-        except (LabError, RuntimeError) as error:  # such as a daemon that does not come up again: judged, not raised
+        except (LabError, RuntimeError) as error:  # such as a daemon that does not start again: a bad round
             self._result.judgement.problems.append(str(error))
         return self._result
 
@@ -188,7 +190,7 @@ class _Round:
         heapq.heappush(self._timeline, (when, next(self._order), act))
 
     def _arm(self) -> Daemon | None:
-        """The process that will be held at the first fault's failpoint, if it has one."""
+        """Prepare the daemons for the faults; return the one that will be held at the first fault's failpoint, if there is one."""
         for fault in self._plan.faults:
             target = TARGETS[fault.target](self._roles)
             if isinstance(target, ClockTarget):
@@ -201,7 +203,7 @@ class _Round:
         return daemon
 
     def _ask(self) -> str:
-        """Once, as most programs do; while nothing is broken yet, until the hosts know each other again after `_arm`."""
+        """Ask for the migration. Repeats it only until the first fault, as hosts may not know each other yet after `_arm`."""
         spec = self._spec(self._roles.destination)
         return talk.start_until_accepted(self._driver, self._migration_id, spec, lambda: bool(self._result.strikes))
 
@@ -217,7 +219,7 @@ class _Round:
         return Asked(talk.new_id(), self._driver, destination)
 
     def _ask_rivals(self) -> None:
-        """Once, whatever the answer is: it may be refused, and rightly."""
+        """Ask for the rivals' migrations once; a refusal may be right."""
         for rival in self._rivals:
             with contextlib.suppress(talk.SilentError):
                 talk.start(rival.driver, rival.migration_id, self._spec(rival.destination))
@@ -227,11 +229,11 @@ class _Round:
             talk.cancel(self._driver, self._migration_id)
 
     def _strike(self, fault: Fault, held: Daemon | None, others: list[Fault]) -> None:
-        """Break it, see to its mending, and to the next fault."""
+        """Inject the fault; schedule its repair and the next fault."""
         if held is not None:
             with contextlib.suppress(LabError):
                 wait_until(lambda: stopped(held), REACH_SECONDS, "the failpoint", interval=0.005)
-                held.environment.pop(VARIABLE)  # it has fired, and does so only once
+                held.environment.pop(VARIABLE)  # it has fired, which it does only once
         target = TARGETS[fault.target](self._roles)
         found = states(self._made, self._migration_id)
         inflict(target, fault.action)

@@ -1,4 +1,4 @@
-"""Where faults are tried out: a cluster that is used again after a good round, and replaced after a bad one."""
+"""The cluster in which faults are injected: reused after a good round, replaced after a bad one."""
 
 import contextlib
 import itertools
@@ -17,17 +17,17 @@ from tests.kit.cluster.platforms import LabCluster
 from tests.kit.lab.errors import LabError
 
 QUICK: Final[Mapping[str, Any]] = {"agent": {"incoming_limit": 2, "lease_seconds": 5, "takeover_after_seconds": 3}}
-"""Settings under which whatever waits for a silence ends soon; not so soon that a busy machine's Prepare is taken for one."""
+"""Short time-outs for silent peers, but longer than a Prepare on a busy machine."""
 
 BROKEN: Final = frozenset({"effect failed", "the take-over failed", "the driver stopped on an impossible state"})
-"""Events of the daemons' logs that must never happen, beside all of level critical."""
+"""Log events of the daemons that must never happen, like all of level critical."""
 
 
 class Arena:
-    """Makes the cluster when it is first used, and again after `discard`."""
+    """A cluster that is made at its first use, and again after `discard`."""
 
     def __init__(self, lab_id: str, settings: Mapping[str, Any] = QUICK, *, hosts: int = 2, disk_mib: int = 0) -> None:
-        """`disk_mib`: the nodes' disks can be filled, and have that size; 0: they are the machine's."""
+        """`disk_mib`: size of the nodes' own disks, which can be filled; 0: they use the machine's disk."""
         self._make = partial(cluster, "libvirt", lab_id=lab_id, settings=settings, hosts=hosts, lab={"disk_mib": disk_mib})
         self._stack = contextlib.ExitStack()
         self._made: LabCluster | None = None
@@ -35,7 +35,7 @@ class Arena:
         self._numbers = itertools.count(1)
 
     def new_name(self, prefix: str) -> str:
-        """For a guest: a name that no other has had, since a guest's log is kept by its name."""
+        """Return a new name for a guest: a used one would continue the former guest's log."""
         return f"{prefix}{next(self._numbers)}"
 
     def __enter__(self) -> "Arena":
@@ -46,7 +46,7 @@ class Arena:
 
     @property
     def made(self) -> LabCluster:
-        """The cluster, all of it well."""
+        """The cluster, without faults."""
         if self._made is None:
             made = self._stack.enter_context(self._make())
             assert isinstance(made, LabCluster), "asked for real hosts"
@@ -56,14 +56,14 @@ class Arena:
         return self._made
 
     def discard(self) -> None:
-        """Take it down, whatever state it is in."""
+        """Take the cluster down, whatever its state."""
         self._made = None
         self._stack.close()
         clear_clocks()
 
     @contextlib.contextmanager
     def guest(self, spec: GuestSpec, host: str) -> Iterator[ClusterGuest]:
-        """A fresh guest, and no trace of it afterwards."""
+        """Yield a new guest; destroy it afterwards on every host."""
         made = self.made
         self._marks = {daemon.name: _size(daemon.log) for daemon in made.daemons()}
         made.specs[spec.name] = spec
@@ -76,7 +76,7 @@ class Arena:
                     each.destroy_all()
 
     def complaints(self) -> list[str]:
-        """What the daemons logged since the guest was started that must never happen."""
+        """Return the log lines since the guest's start that must never happen (see `BROKEN`)."""
         return [
             f"{daemon.name} logged: {line.get('event')} {str(line.get('exception', ''))[-300:]}".strip()
             for daemon in self.made.daemons()
@@ -85,7 +85,7 @@ class Arena:
         ]
 
     def keep_evidence(self, folder: Path, guest: ClusterGuest, report: str) -> None:
-        """Copy what is needed to understand a failure: logs from the guest's start on, journals, the guest's own log."""
+        """Copy the evidence of a failure to `folder`: logs since the guest's start, journals, the guest's own log, `report`."""
         made = self.made
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -105,7 +105,7 @@ class Arena:
 
 
 def whole_journal(path: Path) -> list[Path]:
-    """The database and what belongs to it: its write-ahead log, the mark that says how many transactions it must have, …"""
+    """Return the database and its other files: its write-ahead log, the mark with its number of transactions, …"""
     return sorted(path.parent.glob(f"{path.name}*"))
 
 

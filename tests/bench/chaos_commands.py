@@ -32,22 +32,22 @@ _evidence = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("/tmp/drover-evidence"),
     show_default=True,
-    help="Folder for logs and journals of what was not judged good.",
+    help="Folder for logs and journals of failures.",
 )
 
 
 @click.command("failpoints")
 @click.option("--mode", type=click.Choice(list(MODES)), default="both", show_default=True, help="Who drives.")
-@click.option("--only", default="*", help="A pattern: of failpoints, or of mode:failpoint.")
-@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write the table here as well.")
-@click.option("--defaults", is_flag=True, help="With the product's own lease and take-over times instead of short ones.")
-@click.option("--lab-id", default="fp", show_default=True, help="Of the test hosts: 1-10 of a-z and 0-9.")
+@click.option("--only", default="*", help="Pattern of failpoints, or of mode:failpoint.")
+@click.option("--markdown", type=click.Path(dir_okay=False, path_type=Path), help="Write the table to this file as well.")
+@click.option("--defaults", is_flag=True, help="Use the product's own lease and take-over times instead of short ones.")
+@click.option("--lab-id", default="fp", show_default=True, help="Id of the lab: 1-10 of a-z and 0-9.")
 @_evidence
 @_output
 def failpoints_command(
     mode: str, only: str, markdown: Path | None, defaults: bool, lab_id: str, evidence: Path, output: str
 ) -> None:
-    """Kill each process at each of its failpoints; all must end by itself within 15 s of the restart."""
+    """Kill each process at each of its failpoints; every migration must end without help within 15 s of the restart."""
     _needs_real_hosts()
     with Arena(lab_id, {} if defaults else QUICK) as arena:
         rows = failpoints.run(arena, failpoints_cases.cases(MODES[mode], only), evidence, failpoints_report.tell_row)
@@ -61,13 +61,13 @@ def failpoints_command(
 
 
 @click.command("chaos")
-@click.option("--rounds", type=click.IntRange(1), default=25, show_default=True, help="How many.")
-@click.option("--seed", type=int, help="The same seed means the same rounds. Without it one is drawn, and told.")
-@click.option("--round", "one", type=click.IntRange(1), help="This round only.")
-@click.option("--each-phase", is_flag=True, help="Instead: libvirtd and QEMU killed on either side in each phase, once each.")
-@click.option("--only", default="*", help='A pattern of faults, such as "kill source *" or "*libvirtd".')
-@click.option("--jobs", type=click.IntRange(1, 8), default=1, show_default=True, help="Rounds at a time, each on hosts of its own.")
-@click.option("--lab-id", default="ch", show_default=True, help="Of the test hosts: 1-9 of a-z and 0-9; each job adds a digit.")
+@click.option("--rounds", type=click.IntRange(1), default=25, show_default=True, help="Number of rounds.")
+@click.option("--seed", type=int, help="The same seed gives the same rounds. Default: random, and printed.")
+@click.option("--round", "one", type=click.IntRange(1), help="Run only this round.")
+@click.option("--each-phase", is_flag=True, help="Instead: kill libvirtd and QEMU on either side in each phase, once each.")
+@click.option("--only", default="*", help='Pattern of faults, such as "kill source *" or "*libvirtd".')
+@click.option("--jobs", type=click.IntRange(1, 8), default=1, show_default=True, help="Rounds at once, each on its own hosts.")
+@click.option("--lab-id", default="ch", show_default=True, help="Id of the lab: 1-9 of a-z and 0-9; each job adds a digit.")
 @_evidence
 @_output
 def chaos_command(
@@ -81,7 +81,9 @@ def chaos_command(
     evidence: Path,
     output: str,
 ) -> None:
-    """Migrate real guests while something dies, hangs or is cut off; at the end exactly one copy runs, and nothing is left."""
+    """Migrate real guests while something dies, hangs or is cut off; check that exactly one copy runs at the end and nothing is
+    left.
+    """
     _needs_real_hosts()
     if seed is None:
         seed = secrets.randbelow(1_000_000)
@@ -90,7 +92,7 @@ def chaos_command(
     def keep(plan: chaos_plan.Plan) -> Path:
         folder = evidence / f"seed-{seed}-round-{plan.number}"
         only_too = f" --only {quote(only)}" if only != "*" else ""
-        say(f"kept in {folder}; again: scripts/bench chaos --seed {seed} --round {plan.number}{only_too}")
+        say(f"evidence: {folder}; repeat with: scripts/bench chaos --seed {seed} --round {plan.number}{only_too}")
         return folder
 
     numbers = [one] if one is not None else range(1, rounds + 1)

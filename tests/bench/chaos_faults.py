@@ -1,4 +1,4 @@
-"""Breaking a cluster in the middle of a migration: when (failpoints), what was under way then (journals), and mending it all."""
+"""Injects faults into a cluster during a migration: at failpoints, with the phase read from the journals; and repairs them."""
 
 import contextlib
 import sqlite3
@@ -27,7 +27,7 @@ ARMED_DAEMONS: Final[Mapping[str, Callable[[Roles, bool], Daemon]]] = {
 
 
 def inflict(target: Target, action: str) -> None:
-    """Break it. What is already dead or gone cannot be broken again, and that is no error."""
+    """Inject the fault. A target that is already dead or gone is no error."""
     with contextlib.suppress(LabError, ProcessLookupError):
         getattr(target, action.replace(" ", "_"))()
 
@@ -36,7 +36,7 @@ def inflict(target: Target, action: str) -> None:
 
 
 def arm(daemon: Daemon, points: str = "", *, clock: bool = False) -> None:
-    """Start the daemon anew with failpoints switched on, such as "source.begin.reply=kill", or with a clock that can be stepped."""
+    """Restart the daemon with failpoints switched on, such as "source.begin.reply=kill", or with a clock that can be stepped."""
     daemon.kill()
     if points:
         daemon.environment[VARIABLE] = points
@@ -46,7 +46,7 @@ def arm(daemon: Daemon, points: str = "", *, clock: bool = False) -> None:
 
 
 def disarm(daemon: Daemon) -> bool:
-    """Start it anew without any of that, where it still has some; whether it had."""
+    """Restart the daemon without failpoints and stepped clock, if it runs with any. Return whether it had any."""
     armed = bool(daemon.environment)
     daemon.environment.clear()
     if armed and daemon.running().poll() is None:
@@ -56,7 +56,7 @@ def disarm(daemon: Daemon) -> bool:
 
 
 def stopped(daemon: Daemon) -> bool:
-    """A failpoint (or a fault) has sent it SIGSTOP."""
+    """Return whether the daemon is stopped (SIGSTOP), by a failpoint or a fault."""
     try:
         stat = Path(f"/proc/{daemon.running().pid}/stat").read_text()
     except OSError:
@@ -64,16 +64,16 @@ def stopped(daemon: Daemon) -> bool:
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
-# ---- what is under way
+# ---- state of the migration
 
 
 def states(made: LabCluster, migration_id: str) -> dict[Role, str]:
-    """What the agents' journals say now, read from the files: an agent that is dead or stopped answers no question."""
+    """Return the states in the agents' journals, read from the files, as a dead or stopped agent does not answer."""
     return {record.role: record.state for name in made.hosts for record in _journalled(journal_of(made, name), migration_id)}
 
 
 def _journalled(path: Path, migration_id: str) -> list[AttemptRecord]:
-    """Nothing where the journal cannot be read just now."""
+    """Return the records of the migration; none if the journal cannot be read at this moment."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0.2)) as journal:
             rows = journal.execute("SELECT body FROM attempts WHERE migration_id = ?", (migration_id,)).fetchall()
@@ -83,7 +83,7 @@ def _journalled(path: Path, migration_id: str) -> list[AttemptRecord]:
 
 
 def phase_of(found: Mapping[Role, str]) -> str:
-    """The phase under way, by what the journals say; "before" and "after" the migration."""
+    """Return the present phase, by the states in the journals; "before" or "after" if the migration has not started or has ended."""
     source, destination = found.get(Role.SOURCE), found.get(Role.DESTINATION)
     if not found:
         return "before"
@@ -93,10 +93,10 @@ def phase_of(found: Mapping[Role, str]) -> str:
 
 
 def mend(made: LabCluster, targets: list[Target]) -> float:
-    """Restore all, then wait until everything serves. The time (`time.monotonic`) at which the last thing was restored."""
+    """Restore all targets, then wait until every daemon serves. Return when the last target was restored (`time.monotonic`)."""
     for target in sorted(targets, key=lambda target: isinstance(target, DaemonTarget)):
         target.restore()
-    if any(isinstance(target, DiskTarget) for target in targets):  # a daemon that is started on a full disk ends, and says why
+    if any(isinstance(target, DiskTarget) for target in targets):  # a daemon that was started on a full disk has ended
         for daemon in made.daemons():
             DaemonTarget(daemon).restore()
     restored = time.monotonic()

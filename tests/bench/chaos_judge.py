@@ -1,16 +1,16 @@
-"""The judge of a migration that went through a fault: waits until all that was broken has ended, then says what is wrong.
+"""The judge of a migration with faults: waits until the migration has ended, then returns what is wrong.
 
-What must be true at the end, whatever died (the one rule of the design, requirements R1 to R6):
+Required at the end, whatever died (the one rule of the design, requirements R1 to R6):
 
-- exactly one host's libvirt says that the guest runs, the one that the records and every driver name, and no host has another
+- exactly one host's libvirt reports that the guest runs, the one that the records and every driver name, and no host has another
   copy, half defined or half arrived;
-- the guest's serial log is perfect: no number twice, none lower, none missing, no page lost;
-- the records of both agents are final and agree, and so does the migration where its driver knows it;
-- no slot is taken, no QEMU process is too many, no port of a migration listens;
+- the guest's serial log is perfect: no number repeated, falling or missing, no page lost;
+- the records of both agents are final and agree, and so does the migration if its driver knows it;
+- no slot is taken, no QEMU process is left over, no port of a migration listens;
 - the same guest can be migrated again.
 
-The one exception: a guest whose own QEMU was killed is lost by that. Then nothing may be left of it, and the migration must
-say so (GUEST_CRASHED) instead of calling it an error of its own.
+One exception: a guest whose QEMU was killed may be lost. Then nothing may be left of it, and the migration must fail with
+GUEST_CRASHED and no other reason.
 """
 
 import time
@@ -29,43 +29,43 @@ POLL_SECONDS = 0.1
 AGAIN_SECONDS = 20.0
 """Deadline of the further migration."""
 CLEAN_UP_SECONDS = 10.0
-"""Once everybody says that it has ended, what is left over has to go within this; nobody would remove it later."""
+"""Deadline for leftovers once all records and drivers say that it has ended; nothing would remove them later."""
 LINES = 5
-"""So many lines more prove that the guest runs on."""
+"""Number of further lines that prove that the guest runs."""
 
 LOST = "guest lost with its QEMU"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A migration that somebody asked for. One id may be asked for twice: of two drivers."""
+    """A requested migration. The same id may be requested from two drivers."""
 
     migration_id: str
     driver: Daemon
-    """Who was asked: the coordinator, or the source's agent."""
+    """The daemon that got the request: the coordinator, or the source's agent."""
     destination: str
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is judged."""
+    """The migrations to judge, and what happened to them."""
 
     asked: Asked
     guest: ClusterGuest
     source: str
     """The host on which the guest was started."""
     rivals: tuple[Asked, ...] = ()
-    """Others who want to move the same guest at the same time."""
+    """Other requests to move the same guest at the same time."""
     killed_qemu: frozenset[str] = frozenset()
-    """The hosts whose QEMU of this guest was killed; the guest may be lost then."""
+    """Hosts whose QEMU of this guest was killed; the guest may then be lost."""
     arrives_paused: bool = False
-    """It was asked that the guest is paused at its destination: then it runs on no host, and that is what must be told."""
+    """The guest was to be paused at its destination: then it runs on no host, and the migration must report that."""
     in_transfer: bool = True
-    """It was killed while memory flowed or later: then the migration must say so."""
+    """The QEMU was killed while memory flowed or later: then the migration must report it."""
     cancelled: bool = False
-    """Somebody asked for an end."""
+    """The migration was cancelled."""
     goes_back: bool = False
-    """An operator's word had an older state of the guest go on, so its log cannot be perfect."""
+    """An operator's statement let an older state of the guest go on, so its log cannot be perfect."""
 
     @property
     def all_asked(self) -> tuple[Asked, ...]:
@@ -74,21 +74,21 @@ class Case:
 
 @dataclass
 class Judgement:
-    """What came of it."""
+    """The result of judging a case."""
 
     outcome: str = "open"
-    """"done", "rolled back", `LOST`, or "open" when it did not end in time."""
+    """"done", "rolled back", `LOST`, or "open" if it did not end in time."""
     seconds: float = 0.0
     """From the restart to the end."""
     problems: list[str] = field(default_factory=list)
     records: tuple[str, str] = ("", "")
     """States of the source's and the destination's record, as last seen."""
     reported: str = ""
-    """State of the migration as its driver tells it, and the reason of its failure."""
+    """State of the migration as its driver reports it, with the reason of its failure."""
     told: float = 0.0
-    """When all records, and the migration, were first seen to have ended (`time.monotonic`); 0: not yet."""
+    """When all records, and the migration, were first seen to have ended (`time.monotonic`). 0: not yet."""
     remarks: list[str] = field(default_factory=list)
-    """What harms no guest, but is not as it should be."""
+    """Defects that harm no guest."""
 
     @property
     def good(self) -> bool:
@@ -96,9 +96,9 @@ class Judgement:
 
 
 def judge(made: LabCluster, case: Case, restarted: float, deadline: float) -> Judgement:
-    """Wait for the end at most `deadline` seconds from `restarted` (by `time.monotonic`), and judge it."""
+    """Wait for the end, at most `deadline` seconds from `restarted` (by `time.monotonic`), and judge it."""
     judgement = Judgement()
-    waiting = ["nothing was seen"]
+    waiting = ["nothing was checked"]
     end = restarted + deadline
     while waiting and time.monotonic() < end:
         waiting = list(_unfinished(made, case, judgement))
@@ -116,13 +116,13 @@ def judge(made: LabCluster, case: Case, restarted: float, deadline: float) -> Ju
 
 
 REMARKS: Mapping[str, Callable[[Case, Judgement], bool]] = {
-    "told as cancelled, and nobody has cancelled it": lambda case, j: j.reported.startswith("cancelled") and not case.cancelled,
-    "told as failed, with no reason": lambda case, j: j.reported == "failed",
-    "the guest's QEMU was killed before the memory flowed, and that is not told": lambda case, j: (
+    "reported as cancelled, though nobody cancelled it": lambda case, j: j.reported.startswith("cancelled") and not case.cancelled,
+    "reported as failed, without a reason": lambda case, j: j.reported == "failed",
+    "the guest's QEMU was killed before the memory flowed, and that is not reported": lambda case, j: (
         j.outcome == LOST and j.records[1] != "running" and Reason.GUEST_CRASHED not in j.reported
     ),
 }
-"""What harms no guest, but is not as it should be."""
+"""Defects that harm no guest."""
 
 
 def _judge_log(case: Case, judgement: Judgement) -> None:
@@ -130,11 +130,11 @@ def _judge_log(case: Case, judgement: Judgement) -> None:
         judgement.problems += [f"guest log: {problem}" for problem in case.guest.judge().problems()]
 
 
-# ---- what has not ended yet
+# ---- has it ended?
 
 
 def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[str]:
-    """Everything that is not as it must be, as sentences; asks the hosts only once the records have ended."""
+    """Yield everything that is wrong so far, as sentences; asks the hosts only once the records have ended."""
     try:
         records = {asked.migration_id: records_of(made, asked.migration_id) for asked in case.all_asked}
         own = records[case.asked.migration_id]
@@ -147,7 +147,7 @@ def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[
         way = way_of(case.source, list(moves.values()))
         lost = way[-1] in case.killed_qemu and not made.running_on(case.guest.name)
         judgement.outcome = LOST if lost else "done" if moves else "rolled back"
-        yield from _told(case, judgement, own.get(case.source), moves, way)
+        yield from _reported(case, judgement, own.get(case.source), moves, way)
         for name, agent in made.agents.items():
             if taken := talk.slots_in_use(agent):
                 yield f"{name} has {taken} slots taken"
@@ -157,17 +157,17 @@ def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[
 
 
 Records = Mapping[str, handshake_pb2.Record]
-"""Of one migration, by host; hosts that have none are left out."""
+"""Records of one migration by host, without hosts that have none."""
 
 
 def records_of(made: LabCluster, migration_id: str) -> Records:
-    """Raise `SilentError`."""
+    """Return the agents' records of the migration. Raises `SilentError`."""
     found = {name: talk.record(agent, migration_id) for name, agent in made.agents.items()}
     return {name: record for name, record in found.items() if record is not None}
 
 
 def _open(records: Records) -> Iterator[str]:
-    """Records that have not ended, or that do not agree, as sentences."""
+    """Yield a sentence if the records have not ended or do not agree."""
     states = {name: talk.record_state(record) for name, record in records.items()}
     removed, running = ([name for name, state in states.items() if state == wanted] for wanted in ("removed", "running"))
     agree = len(removed) == len(running) <= 1 and all(records[name].peer_host == running[0] for name in removed)
@@ -178,15 +178,15 @@ def _open(records: Records) -> Iterator[str]:
 
 
 def moved(records: Records) -> tuple[str, str] | None:
-    """From where to where ended records say that the guest went; None where it stayed."""
+    """Return the guest's move (from, to) by records that have ended; None if it stayed."""
     arrived = [name for name, record in records.items() if talk.record_state(record) == "running"]
     left = [name for name, record in records.items() if talk.record_state(record) == "removed"]
     return (left[0], arrived[0]) if left and arrived else None
 
 
 def way_of(start: str, moves: Sequence[tuple[str, str]]) -> list[str]:
-    """The hosts on which the guest was, one after the other; each move is made once. A move that does not fit is left out, and
-    then the hosts show another end of the way than this.
+    """Return the hosts on which the guest was, in order, using each move once. A move that does not fit is left out; the guest is
+    then found on another host than the last one, which the judge reports.
     """
     way, left = [start], list(moves)
     while step := next((move for move in left if move[0] == way[-1]), None):
@@ -195,14 +195,16 @@ def way_of(start: str, moves: Sequence[tuple[str, str]]) -> list[str]:
     return way
 
 
-def _told(
+def _reported(
     case: Case,
     judgement: Judgement,
     source: handshake_pb2.Record | None,
     moves: Mapping[str, tuple[str, str]],
     way: Sequence[str],
 ) -> Iterator[str]:
-    """What each driver tells must fit. One may not know the migration: it refused it, or was killed before it wrote it down."""
+    """Yield each driver's report that does not fit the records. A driver need not know the migration: it may have refused it, or was
+    killed before it stored it.
+    """
     for asked in reversed(case.all_asked):
         found = talk.migration(asked.driver, asked.migration_id)
         judgement.reported = "unknown to the driver" if found is None else _words(found)
@@ -225,7 +227,7 @@ def _told(
     if judgement.outcome == LOST and case.in_transfer and judgement.records[1] != "running":
         reasons = {found.failure.reason if found else "", source.failure.reason if source else ""} - {""}
         if reasons != {Reason.GUEST_CRASHED.value}:
-            yield f"the guest's QEMU was killed, and the migration says {', '.join(sorted(reasons)) or 'nothing'} of it"
+            yield f"the guest's QEMU was killed, but the migration's reason is {', '.join(sorted(reasons)) or 'empty'}"
 
 
 def _words(found: pb.Migration) -> str:
@@ -233,7 +235,7 @@ def _words(found: pb.Migration) -> str:
 
 
 def _hosts(made: LabCluster, case: Case, where: str | None) -> Iterator[str]:
-    """What libvirt and the kernel of each host say; the guest should run on `where`, or was lost."""
+    """Yield what is wrong on the hosts, by libvirt and the kernel; the guest should run on `where`, or (None) was lost."""
     name = case.guest.name
     copies = made.copies(name)
     if where is not None and copies != {where: "running"}:
@@ -253,7 +255,7 @@ def _hosts(made: LabCluster, case: Case, where: str | None) -> Iterator[str]:
 
 
 def _migrates_again(made: LabCluster, case: Case) -> Iterator[str]:
-    """The guest runs on, and can be moved to the host on which it is not; each problem as a sentence."""
+    """Move the guest to another host; yield each problem as a sentence."""
     try:
         case.guest.wait_lines(LINES)
         yield from _move(made, case)

@@ -1,4 +1,4 @@
-"""What happens in a round of chaos: chosen by seed and number alone, so that a round can be repeated."""
+"""The plan of a round of chaos: depends only on seed and number, so that a round can be repeated."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +16,13 @@ LIMIT: Final = 16 * MIB
 """Bytes per second: Perform lasts some 1.5 s for the guest of the rounds."""
 
 MAX_DOWN: Final = 3.0
-"""Seconds after which what was broken is mended, at most."""
+"""Longest time in seconds until a fault is repaired."""
 
 LEAST_STEP: Final = 1.5
-"""Seconds for which a clock stays stepped, at least: a daemon sees a step after a second."""
+"""Shortest time in seconds for which a clock stays stepped: a daemon sees a step after a second."""
 
 LATEST: Final = 2.2
-"""Seconds after the request at which a cancel or a rival comes, at most."""
+"""Latest time of a cancel or a rival, in seconds after the request."""
 
 HOSTS: Final = ("h1", "h2", "h3")
 
@@ -58,42 +58,42 @@ POINTS: Final[Mapping[str, Sequence[str]]] = {
         "driver.confirm_running.before",
     ),
 }
-"""Failpoints that every migration without an accident reaches: some part of the rounds strikes there."""
+"""Failpoints that every undisturbed migration reaches; some of the rounds inject their fault there."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is broken, and mended again."""
+    """One fault, which is repaired again."""
 
     action: str
     target: str
     at: float
-    """Seconds after the migration was asked for; of the second fault: after the first."""
+    """Seconds after the request for the migration; for the second fault: after the first."""
     down: float
-    """Seconds until it is mended."""
+    """Seconds until it is repaired."""
     point: str = ""
-    """Strike here instead: the process is held (SIGSTOP) at this failpoint meanwhile."""
+    """Inject it at this failpoint instead, at which the process is held (SIGSTOP) meanwhile."""
 
     @property
     def name(self) -> str:
-        """For tallies and `--only`, such as "kill source agent"."""
+        """The name in tables and for `--only`, such as "kill source agent"."""
         return f"{self.action} {self.target}"
 
     def __str__(self) -> str:
         when = f"at {self.point}" if self.point else f"after {self.at:.2f} s"
-        return f"{self.name} {when}, mended {self.down:.2f} s later"
+        return f"{self.name} {when}, repaired {self.down:.2f} s later"
 
 
 @dataclass(frozen=True)
 class Rival:
-    """Somebody else who asks for a migration of the same guest meanwhile."""
+    """Another request to migrate the same guest meanwhile."""
 
     same_id: bool
-    """Under the migration's own id, of another driver: the source's agent of a managed one, the coordinator of one peer to peer."""
+    """It has the migration's own id and goes to the other driver: the source's agent if managed, the coordinator if peer to peer."""
     third: bool
-    """To a host that has no part in the migration."""
+    """Its destination is a host that has no part in the migration."""
     at: float
-    """Seconds after the migration was asked for."""
+    """Seconds after the request for the migration."""
 
     def __str__(self) -> str:
         who = "another driver with the same id" if self.same_id else "a second migration"
@@ -102,7 +102,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Plan:
-    """One round."""
+    """The plan of one round."""
 
     number: int
     mode: str
@@ -114,7 +114,7 @@ class Plan:
     bandwidth: int
     """Bytes per second; 0: no limit."""
     cancel: float | None
-    """Seconds after the request."""
+    """Seconds after the request. None: not cancelled."""
     faults: tuple[Fault, ...]
     rival: Rival | None = None
 
@@ -130,7 +130,7 @@ class Plan:
 
 
 def plan(seed: int, number: int, only: str = "*") -> Plan:
-    """The round of that number. `only` is a pattern for the names of faults."""
+    """Return the plan of the round `number`. `only` is a pattern for the names of faults."""
     random = Random(f"drover/{seed}/{number}")
     mode = random.choices(("managed", "p2p"), (3, 2))[0]
     bandwidth = random.choice((0, LIMIT, LIMIT))
@@ -165,13 +165,13 @@ PHASES: Final[Mapping[str, str]] = {
     "finish": "destination.saw_running.news",
     "confirm": "source.remove.effect.before",
 }
-"""A failpoint in each phase; Perform lasts long enough to strike by time."""
+"""A failpoint in each phase; Perform lasts long enough to be hit by time."""
 
 HYPERVISORS: Final = ("source libvirtd", "destination libvirtd", "source qemu", "destination qemu")
 
 
 def each_phase() -> Iterator[Plan]:
-    """Not drawn: what belongs to the hypervisor is killed on either side in each phase, managed and peer to peer."""
+    """Yield a fixed series of plans: kill libvirtd and QEMU on either side in each phase, managed and peer to peer."""
     cases = itertools.product(("managed", "p2p"), HYPERVISORS, PHASES.values())
     for number, (mode, target, point) in enumerate(cases, start=1):
         fault = Fault("kill", target, at=0.8, down=0.5, point=point)
@@ -192,7 +192,7 @@ def _faults(random: Random, mode: str, bandwidth: int, only: str) -> list[Fault]
 
 
 def _kind(random: Random, known: Sequence[tuple[str, str]]) -> tuple[str, str]:
-    """Every target is as likely as any other, however many things can be done to it."""
+    """Choose a target, all with the same probability, then one of its actions."""
     target = random.choice(sorted({target for _, target in known}))
     return random.choice([each for each in known if each[1] == target])
 
@@ -200,7 +200,7 @@ def _kind(random: Random, known: Sequence[tuple[str, str]]) -> tuple[str, str]:
 def _fault(random: Random, action: str, target: str, bandwidth: int, *, first: bool) -> Fault:
     longest = (2.2 if bandwidth else 0.7) if first else 1.0
     point = random.choice(POINTS[random.choice(tuple(POINTS))]) if first and random.random() < 0.4 else ""
-    down = MAX_DOWN * random.random() ** 2  # short ones are more likely, as more of them fit into a minute
+    down = MAX_DOWN * random.random() ** 2  # prefers short ones, as more rounds fit into a minute
     if target.endswith("clock"):
         down += LEAST_STEP
     return Fault(action, target, at=random.uniform(0, longest), down=down, point=point)

@@ -1,4 +1,4 @@
-"""What came of the rounds, as tables: by fault, by phase and by outcome, and how long it took to the end."""
+"""The results of the rounds as tables: by fault, by phase and by outcome, with the time to the end."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +15,7 @@ HEAD = ("rounds", *OUTCOMES, "median s", "worst s")
 
 
 def tell_round(result: Result) -> None:
-    """One line while it goes on."""
+    """Print one line about a round, as progress."""
     struck = ", ".join(f"{strike.fault.name} in {strike.phase}" for strike in result.strikes)
     struck += "".join(f", {extra}" for extra in (result.plan.rival, "cancelled" * (result.plan.cancel is not None)) if extra)
     say(
@@ -25,7 +25,7 @@ def tell_round(result: Result) -> None:
 
 
 def tell(results: Sequence[Result]) -> None:
-    """The tables and the verdict, to standard output."""
+    """Print the tables and the verdict to standard output."""
     strikes = [(strike, result) for result in results for strike in result.strikes]
     _table("By fault", "fault", strikes, lambda strike: strike.fault.name)
     _table("By phase in which it struck", "phase", strikes, lambda strike: strike.phase)

@@ -1,7 +1,7 @@
 """Short blocking calls to daemons that may be dead, stopped or unreachable: each has a deadline, and a channel of its own.
 
-The channel is new for each call because an old one remembers failures and waits before it tries again. All go over the
-daemons' unix sockets, so a cut management network cuts the hosts off from each other, but not the judge from them.
+Each call has a new channel, because an old one remembers failures and waits before it connects again. All calls use the
+daemons' unix sockets, so a cut management network separates the hosts from each other, but not the judge from them.
 """
 
 import time
@@ -19,24 +19,24 @@ from tests.kit.cluster import Daemon
 T = TypeVar("T")
 
 QUESTION_SECONDS = 3.0
-"""Deadline of a question. A daemon that takes longer does not answer."""
+"""Deadline of a query. A daemon that takes longer counts as silent."""
 
 START_SECONDS = 15.0
-"""Deadline of a start: it asks both hosts, and takes the slot."""
+"""Deadline of a start, which asks both hosts and takes the slot."""
 
 PATIENCE_SECONDS = 8.0
-"""For so long hosts may be unknown or unreachable after they came back."""
+"""Time for which hosts may be unknown or unreachable after a restart."""
 
 FINAL = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED)
 RECORD_FINAL = frozenset({"removed", "kept", "running", "gone"})
 
 
 class SilentError(Exception):
-    """The daemon gave no answer, or an error; the message says which."""
+    """A daemon that gave no answer, or an error; the message says which."""
 
 
 def ask(daemon: Daemon, call: Callable[[grpc.Channel], T]) -> T:
-    """Raise `SilentError`."""
+    """Return the result of `call` on a new channel to the daemon. Raises `SilentError`."""
     with grpc.insecure_channel(daemon.address) as channel:
         try:
             return call(channel)
@@ -45,15 +45,16 @@ def ask(daemon: Daemon, call: Callable[[grpc.Channel], T]) -> T:
 
 
 def start(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
-    """Ask a coordinator or an agent for a migration. Raises `SilentError`, also for a refusal."""
+    """Ask a coordinator or an agent to migrate. Raises `SilentError`, also for a refusal."""
     request = pb.StartMigrationRequest(migration_id=migration_id, spec=spec)
     return ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).StartMigration(request, timeout=START_SECONDS)).migration
 
 
 def start_until_accepted(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec, give_up: Callable[[], bool]) -> str:
-    """Ask again for some seconds: hosts that were cut off or restarted may need a moment to be known again.
+    """Ask for a migration, and again until `give_up` or `PATIENCE_SECONDS`: hosts that were cut off or restarted may not be known
+    yet.
 
-    Returns the last refusal, or nothing when it was accepted.
+    Returns the last refusal; empty if it was accepted.
     """
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -68,26 +69,26 @@ def start_until_accepted(daemon: Daemon, migration_id: str, spec: pb.MigrationSp
 
 
 def cancel(daemon: Daemon, migration_id: str) -> None:
-    """Raise `SilentError`."""
+    """Cancel the migration. Raises `SilentError`."""
     request = pb.CancelMigrationRequest(migration_id=migration_id)
     ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).CancelMigration(request, timeout=QUESTION_SECONDS))
 
 
 def abandon(daemon: Daemon, migration_id: str, *, source_kept: bool = False) -> None:
-    """As an operator with grpcurl would: give up a copy by hand. Raises `SilentError`, also where that is refused."""
+    """Abandon a copy by hand, as an operator with grpcurl would. Raises `SilentError`, also for a refusal."""
     request = handshake_pb2.AbandonRequest(ref=reference(migration_id), request_id=new_id(), source_kept=source_kept)
     ask(daemon, lambda channel: handshake_pb2_grpc.HandshakeServiceStub(channel).Abandon(request, timeout=QUESTION_SECONDS))
 
 
 def declare_dead(daemon: Daemon, migration_id: str, host: str) -> None:
-    """Raise `SilentError`, also where that is refused: a host is only believed to be dead once it does not answer."""
+    """State that a host is dead. Raises `SilentError`, also for a refusal: a statement counts only once the host does not answer."""
     statement = handshake_pb2.Statement(dead_host=host, reason="chaos", said_by="tests.bench")
     request = pb.ResolveMigrationRequest(migration_id=migration_id, request_id=new_id(), statement=statement)
     ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).ResolveMigration(request, timeout=QUESTION_SECONDS))
 
 
 def migration(daemon: Daemon, migration_id: str) -> pb.Migration | None:
-    """None where the daemon does not know it. Raises `SilentError`."""
+    """Return the migration, or None if the daemon does not know it. Raises `SilentError`."""
     request = pb.GetMigrationRequest(migration_id=migration_id)
 
     def get(channel: grpc.Channel) -> pb.Migration:
@@ -97,7 +98,7 @@ def migration(daemon: Daemon, migration_id: str) -> pb.Migration | None:
 
 
 def record(agent: Daemon, migration_id: str) -> handshake_pb2.Record | None:
-    """What an agent's journal says of the first attempt; None where it says nothing. Raises `SilentError`."""
+    """Return an agent's record of the first attempt, or None if it has none. Raises `SilentError`."""
     request = handshake_pb2.GetRecordRequest(ref=reference(migration_id))
 
     def get(channel: grpc.Channel) -> handshake_pb2.Record:
@@ -107,7 +108,7 @@ def record(agent: Daemon, migration_id: str) -> handshake_pb2.Record | None:
 
 
 def slots_in_use(agent: Daemon) -> int:
-    """Incoming slots that are taken. Raises `SilentError`."""
+    """Return the number of incoming slots in use. Raises `SilentError`."""
     stub = host_pb2_grpc.HostServiceStub
     host = ask(agent, lambda channel: stub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)).host
     return host.incoming_in_use
@@ -122,12 +123,12 @@ def new_id() -> str:
 
 
 def state_of(found: pb.Migration) -> str:
-    """Such as "succeeded"."""
+    """Return the state in lower case, such as "succeeded"."""
     return pb.MigrationState.Name(found.state).removeprefix("MIGRATION_STATE_").lower()
 
 
 def record_state(found: handshake_pb2.Record | None) -> str:
-    """Such as "armed"; "none" where there is no record."""
+    """Return the state in lower case, such as "armed"; "none" if there is no record."""
     return "none" if found is None else handshake_pb2.RecordState.Name(found.state).removeprefix("RECORD_STATE_").lower()
 
 

@@ -1,4 +1,4 @@
-"""What can be broken in a cluster, how, and how it is mended: tables rather than branches."""
+"""The targets of faults in a cluster, with their actions and their repair, as tables."""
 
 import signal
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ MIGRATION_LINK: Final = "mig1"
 
 @dataclass(frozen=True)
 class Roles:
-    """Who is who in one migration."""
+    """The hosts of one migration by role."""
 
     made: LabCluster
     guest: str
@@ -28,20 +28,20 @@ class Roles:
 
     @property
     def third(self) -> str:
-        """A host that has no part in it."""
+        """A host that has no part in the migration."""
         return next(name for name in self.made.hosts if name not in (self.source, self.destination))
 
     def host(self, side: str) -> str:
-        """The name of the host that is "source" or "destination"."""
+        """Return the name of the host that is "source" or "destination"."""
         return {"source": self.source, "destination": self.destination}[side]
 
     def daemon(self, side: str) -> Daemon:
-        """The agent of the "source" or the "destination", or the "coordinator"."""
+        """Return the agent of the "source" or the "destination", or the "coordinator"."""
         return self.made.coordinator if side == "coordinator" else self.made.agents[self.host(side)]
 
 
 class Target(Protocol):
-    """Something that can be broken. `restore` mends whatever was done to it, and does nothing to what is well."""
+    """A target of faults. `restore` repairs any of its faults, and does nothing without one."""
 
     def restore(self) -> None: ...
 
@@ -59,7 +59,7 @@ class DaemonTarget:
         self.daemon.signal(signal.SIGSTOP)
 
     def restore(self) -> None:
-        """Do not wait until it serves: it may need a libvirtd that is still dead."""
+        """Continue or start it, without waiting until it serves: it may need a libvirtd that is still dead."""
         if self.daemon.running().poll() is None:
             self.daemon.signal(signal.SIGCONT)
         else:
@@ -93,7 +93,7 @@ class QemuTarget:
         self._host = host
         self._guest = guest
         self.hit = False
-        """There was one, and it was killed."""
+        """A QEMU was there and was killed."""
         self._doomed: list[Qemu] = []
 
     def kill(self) -> None:
@@ -104,7 +104,7 @@ class QemuTarget:
         self._host.signal_qemu(self._guest, signal.SIGSTOP)
 
     def stop_then_kill(self) -> None:
-        """It never goes on: it is killed when others are mended."""
+        """Stop it; `restore` kills it instead of continuing it."""
         self._doomed = [qemu for qemu in self._host.qemu() if qemu.guest == self._guest]
         self.stop()
 
@@ -152,7 +152,7 @@ class DiskTarget:
 
 
 class ClockTarget:
-    """The wall clock of one daemon, which was started with `clock_environment`; its monotonic clock stays true."""
+    """The wall clock of one daemon, which was started with `clock_environment`; its monotonic clock is not changed."""
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
@@ -165,7 +165,7 @@ class ClockTarget:
         self._file.write_text(f"-{CLOCK_STEP}\n")
 
     def restore(self) -> None:
-        """Another step."""
+        """Step it back to the true time."""
         self._file.write_text("+0\n")
 
 
@@ -175,25 +175,25 @@ LIBFAKETIME: Final = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1
 
 
 def clock_file(daemon: Daemon) -> Path:
-    """Holds the offset of the daemon's wall clock, in seconds."""
+    """Return the file with the offset of the daemon's wall clock, in seconds."""
     return daemon.folder / f"{daemon.name}.clock"
 
 
 def clock_environment(daemon: Daemon) -> dict[str, str]:
-    """Environment variables under which a `ClockTarget` can step the daemon's clock while it runs."""
+    """Return environment variables with which a `ClockTarget` can step the daemon's clock while it runs."""
     if not LIBFAKETIME.exists():
         raise LabError(f"a daemon's clock cannot be stepped: there is no {LIBFAKETIME}; install libfaketime")
     clock_file(daemon).write_text("+0\n")
     return {
         "LD_PRELOAD": str(LIBFAKETIME),
         "FAKETIME_TIMESTAMP_FILE": str(clock_file(daemon)),
-        "FAKETIME_CACHE_DURATION": "1",  # seconds after which the file is read again; each reading of a clock would do it otherwise
+        "FAKETIME_CACHE_DURATION": "1",  # seconds between two readings of the file, instead of one at each use of the clock
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
 
 
 def clear_clocks() -> None:
-    """Remove what libfaketime leaves in shared memory for processes that were killed."""
+    """Remove the files that libfaketime leaves in shared memory for killed processes."""
     for left in Path("/dev/shm").glob("*faketime_*"):
         if not Path("/proc", left.name.rpartition("_")[2]).exists():
             left.unlink(missing_ok=True)
@@ -245,7 +245,7 @@ TARGETS: Final[Mapping[str, Callable[[Roles], Target]]] = {
     "coordinator clock": partial(_clock, "coordinator"),
     **{f"{side} {what}": partial(make, side) for side in ("source", "destination") for what, make in _OF_A_HOST.items()},
 }
-"""By name, what it is in one migration."""
+"""Target name -> function that returns the target in one migration."""
 
 _ACTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "link": ("cut", "cut in", "cut out", "reset"),
@@ -253,7 +253,7 @@ _ACTIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "clock": ("step forward", "step back"),
     "qemu": ("kill", "stop", "stop then kill"),
 }
-"""By the last word of the target's name; any other is a process."""
+"""Actions by the last word of the target's name; all other targets are processes."""
 _PROCESS_ACTIONS: Final = ("kill", "stop")
 
 FAULTS: Final[tuple[tuple[str, str], ...]] = tuple(

@@ -1,7 +1,7 @@
-"""`scripts/bench failpoints`: each process is killed at each of its failpoints; whatever was under way must end by itself.
+"""`scripts/bench failpoints`: kills each process at each of its failpoints; the migration under way must end without help.
 
-A row: switch the failpoint on (with a restart), ask for a migration, wait until the process is dead, start it again without
-the failpoint, and let the judge wait for the end. A row that no run reaches is shown as such.
+One row: switch the failpoint on (with a restart), ask for a migration, wait until the process is dead, start it again without
+the failpoint, and let the judge wait for the end. The table marks a row whose failpoint was not reached.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from tests.kit.lab.errors import LabError
 from tests.kit.lab.processes import wait_until
 
 DEADLINE: Final = 15.0
-"""Seconds from the restart to the end: the bar of the requirement."""
+"""Longest time in seconds from the restart to the end, by the requirement."""
 REACH_SECONDS: Final = 12.0
-"""A failpoint that was not reached for so long, beyond what the scenario itself waits, is not reached at all."""
+"""Longest wait for a failpoint, beyond the waits of the scenario itself."""
 TRIES: Final = 3
-"""A row that was not reached is tried again: two ways to learn the same thing race, and the failpoint is on one of them."""
+"""Tries for a row whose failpoint is not reached: a failpoint may be on only one of two racing ways to learn the same fact."""
 SETTLE_SECONDS: Final = 0.5
-"""What may still come after the migration's end, such as the last effect of an agent."""
+"""Time after the migration's end in which a failpoint may still be reached, such as at the last effect of an agent."""
 TAKEN_PORT: Final = 49152
 LISTEN: Final = (
     "import socket, sys, time; s = socket.create_server((sys.argv[1], int(sys.argv[2]))); print(flush=True); time.sleep(60)"
@@ -46,7 +46,7 @@ LISTEN: Final = (
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one case."""
+    """The result of one case."""
 
     case: FailpointCase
     reached: bool
@@ -63,7 +63,7 @@ class Row:
 
 
 def run(arena: Arena, cases: Iterable[FailpointCase], evidence: Path, tell: Callable[[Row], None]) -> list[Row]:
-    """One row after the other; after a bad one on a fresh cluster."""
+    """Run one case after the other; after a bad one on a fresh cluster."""
     rows = []
     for number, case in enumerate(cases):
         source = ("h1", "h2")[number % 2]
@@ -85,7 +85,7 @@ def _try(arena: Arena, case: FailpointCase, source: str, evidence: Path) -> Row:
         if not row.good:
             folder = evidence / f"{case.mode}-{case.point}"
             arena.keep_evidence(folder, guest, f"{case}\n{row.judgement}")
-            say(f"kept in {folder}; again: scripts/bench failpoints --only '{case.name}'")
+            say(f"evidence: {folder}; repeat with: scripts/bench failpoints --only '{case.name}'")
     return row
 
 
@@ -129,14 +129,14 @@ class _Trial:
             arrives_paused=self._case.scenario.paused,
         )
         judgement = judge(self._made, case, restarted, DEADLINE)
-        if not self._case.scenario.lie:  # that a lie does not fit is logged as critical, and rightly
+        if not self._case.scenario.lie:  # a false claim that does not fit is rightly logged as critical
             judgement.problems += self._arena.complaints()
         return Row(self._case, reached, judgement, self._first_reached)
 
     # ---- before
 
     def _arm(self, first: First | None) -> None:
-        """Both failpoints; a process that dies at the first one gets the second one when it is started again."""
+        """Switch both failpoints on; a process that dies at the first one gets the second one at its restart."""
         points: dict[str, list[str]] = {self._subject.name: [f"{self._case.point}=kill"]}
         if first is not None:
             name = self._daemon(first.point).name
@@ -156,7 +156,7 @@ class _Trial:
             options=options_pb2.Options(paused=True) if scenario.paused else None,
             uri=f"tcp://{self._address}:{TAKEN_PORT}" if scenario.uri else "",
         )
-        # Refused at first where a channel has not found the process again that was just restarted.
+        # It may be refused at first, while a channel has not reconnected to a process that was just restarted.
         talk.start_until_accepted(self._driver, self._migration_id, spec, lambda: _dead(self._subject) or _dead(self._driver))
 
     @property
@@ -165,7 +165,7 @@ class _Trial:
 
     @contextlib.contextmanager
     def _port_taken(self) -> Iterator[None]:
-        """Somebody else listens on the port, where the scenario wants that."""
+        """Let another program listen on the port, if the scenario says so."""
         if not self._case.scenario.uri:
             yield
             return
@@ -173,9 +173,9 @@ class _Trial:
             [sys.executable, "-c", LISTEN, self._address, str(TAKEN_PORT)], stdout=subprocess.PIPE
         )
         try:
-            with other.stdout or contextlib.nullcontext() as said:
-                assert said is not None, "made with a pipe"
-                said.readline()
+            with other.stdout or contextlib.nullcontext() as output:
+                assert output is not None, "made with a pipe"
+                output.readline()
                 yield
         finally:
             other.kill()
@@ -184,7 +184,9 @@ class _Trial:
     # ---- meanwhile
 
     def _let_first_happen(self, first: First) -> None:
-        """Wait for it, keep it down for its time, and bring it back; with its second failpoint, where it has one."""
+        """Wait for the first failpoint, keep its process down for `first.down` seconds, and restart it, with its second failpoint if
+        any.
+        """
         daemon = self._daemon(first.point)
         if self._case.scenario.cancel:
             self._cancel()
@@ -201,7 +203,7 @@ class _Trial:
             daemon.start(wait=False)
         else:
             if daemon is not self._subject:
-                daemon.environment.pop(VARIABLE, None)  # it has fired, and does so only once
+                daemon.environment.pop(VARIABLE, None)  # it has fired, which it does only once
             DaemonTarget(daemon).restore()
 
     def _act(self) -> None:
@@ -223,7 +225,7 @@ class _Trial:
             talk.abandon(self._made.agents[self._roles.destination], self._migration_id, source_kept=True)
 
     def _wait_for_perform(self) -> None:
-        """Until the memory flows and the copy is armed, or the process is dead."""
+        """Wait until the memory flows and the copy is armed, or the process is dead."""
         wanted = {Role.SOURCE: "performing", Role.DESTINATION: "armed"}
         _within(5, lambda: _dead(self._subject) or states(self._made, self._migration_id) == wanted)
         time.sleep(0.3)
@@ -245,7 +247,7 @@ class _Trial:
         self.kill_libvirtd(self._roles.source)
 
     def restart_destination_libvirtd(self) -> None:
-        """Its next life destroys the copy that waits, and so breaks the stream."""
+        """Restart it: the new libvirtd destroys the waiting copy, which breaks the stream."""
         libvirtd = LibvirtdTarget(self._made.lab[self._roles.destination])
         libvirtd.kill()
         libvirtd.restore()
@@ -263,7 +265,7 @@ class _Trial:
         self._killed_qemu = frozenset({self._roles.source})
 
     def declare_destination_dead(self) -> None:
-        """Its whole host is dead: the QEMU that it has just started, too."""
+        """Kill the guest's QEMU at the destination as well, as if the whole host were dead, then state that the host is dead."""
         self._made.lab[self._roles.destination].signal_qemu(self._guest.name, signal.SIGKILL)
 
         def declared() -> bool:
@@ -274,7 +276,7 @@ class _Trial:
         _within(REACH_SECONDS, declared)
 
     def _wait_for_subject(self, asked: "Future[None]") -> bool:
-        """Whether it died. Gives up soon after the migration has ended, or was refused."""
+        """Wait for the process to die; return whether it did. Gives up soon after the migration has ended or was refused."""
         end = time.monotonic() + REACH_SECONDS
         while time.monotonic() < end:
             if _dead(self._subject):
@@ -286,7 +288,7 @@ class _Trial:
 
     @property
     def _settle_seconds(self) -> float:
-        """A host that was declared dead asks when it is back, long after the migration's end."""
+        """Longer for a host that was declared dead: it asks its source when it is back, long after the migration's end."""
         return REACH_SECONDS if self._case.scenario.goes_back else SETTLE_SECONDS
 
     def _ended(self) -> bool:
@@ -297,7 +299,7 @@ class _Trial:
         return found is None or found.state in talk.FINAL
 
     def _all_well(self) -> float:
-        """Start what is dead, without failpoints; when that was done."""
+        """Start everything that is dead, without failpoints; return when (`time.monotonic`)."""
         for target in self._broken:
             target.restore()
         restarted = time.monotonic()
@@ -311,7 +313,7 @@ class _Trial:
         return restarted
 
     def _let_it_run(self) -> None:
-        """What its user would do with a guest that has arrived paused."""
+        """Resume a guest that has arrived paused, as its user would."""
         arrived = {Role.DESTINATION: "running"}
         _within(5, lambda: states(self._made, self._migration_id).items() >= arrived.items())
         with contextlib.suppress(LabError):

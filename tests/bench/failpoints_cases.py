@@ -1,4 +1,4 @@
-"""At which process each failpoint is switched on, and what has to happen so that it is reached: data."""
+"""The process of each failpoint, and the scenario in which it is reached, as data."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ MIB: Final = 1 << 20
 SLOW: Final = 16 * MIB
 """Bytes per second: Perform lasts some 1.5 s for the guest of the failpoints."""
 SLOWER: Final = 6 * MIB
-"""Perform outlasts the patience of a source whose driver is silent."""
+"""Bytes per second: Perform lasts longer than a source waits for a silent driver."""
 
 MANAGED, P2P, TAKE_OVER = "managed", "p2p", "take-over"
 
@@ -29,41 +29,41 @@ PROCESSES: Final[Mapping[tuple[str, str], str]] = {
 
 @dataclass(frozen=True)
 class First:
-    """What happens to a process before the failpoint in question is reached."""
+    """What happens to a process before the case's failpoint is reached."""
 
     point: str
-    """Its own failpoint; the first word says which process."""
+    """Its own failpoint; the first word names the process."""
     action: str = "kill"
     down: float = 0.0
-    """So many seconds it stays dead or stopped, or until the failpoint in question was reached."""
+    """Seconds for which it stays dead or stopped, or until the case's failpoint was reached."""
     before_hand: float = 0.0
-    """Seconds from then until something is done by hand."""
+    """Seconds from then until the action by hand."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """One way through a migration."""
+    """One course of a migration."""
 
     name: str
     bandwidth: int = SLOW
     cancel: bool = False
-    """Cancelled while the memory flows and the destination is armed."""
+    """It is cancelled while the memory flows and the destination is armed."""
     first: First | None = None
     by_hand: str = ""
-    """What an operator (or fate) does once `first` has happened, or during Perform: see `failpoints.BY_HAND`."""
+    """Action after `first`, or during Perform, by an operator or by chance: see `failpoints.BY_HAND`."""
     lie: bool = False
-    """Somebody says by hand, while the memory flows, that the source has kept the guest."""
+    """A caller claims falsely, while the memory flows, that the source has kept the guest."""
     goes_back: bool = False
-    """An operator's word makes the guest go on from before its switch-over, so its log is not judged."""
+    """An operator's statement lets the guest go on from before its switch-over, so its log is not judged."""
     paused: bool = False
-    """The guest is to arrive paused, so that no start of it tells the commit before Finish does."""
+    """The guest is to arrive paused, so that Finish reports the commit and not the guest's start."""
     uri: str = ""
-    """For the destination; "taken" means a port on which somebody else listens."""
+    """URI for the destination; "taken" means a port on which another program listens."""
 
 
 PLAIN: Final = Scenario("plain")
 CANCEL: Final = Scenario("cancelled during Perform", cancel=True, bandwidth=SLOWER)
-"""So slow that a busy machine cancels in time, too."""
+"""So slow that even a busy machine cancels in time."""
 NEVER_ARMED: Final = Scenario(
     "all is sent, and the destination agent dies before it arms",
     bandwidth=0,
@@ -77,7 +77,7 @@ CANCELLED_WHEN_SENT: Final = Scenario(
     by_hand="cancel, and kill the destination's agent",
 )
 STARTS_MEANWHILE: Final = Scenario(
-    "told by hand to give the copy up, which starts meanwhile",
+    "abandoned by a false claim while the copy starts",
     first=First("destination.abandon.effect.before", "stop", down=4),
     lie=True,
 )
@@ -141,10 +141,10 @@ SCENARIOS: Final[tuple[tuple[str, Scenario], ...]] = (
     ),
     ("*", PLAIN),
 )
-"""The first pattern that fits counts."""
+"""(pattern, scenario); the first pattern that matches counts."""
 
 TAKEN_OVER_POINTS: Final = ("driver.perform.*", "driver.finish.*", "driver.confirm_running.*")
-"""What a source agent that takes over from a dead coordinator drives by itself."""
+"""The failpoints of a source agent that has taken over from a dead coordinator."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +161,12 @@ class FailpointCase:
 
     @property
     def name(self) -> str:
-        """For `--only`, such as "managed:driver.finish.before"."""
+        """The name for `--only`, such as "managed:driver.finish.before"."""
         return f"{self.mode}:{self.point}"
 
 
 def cases(modes: tuple[str, ...], only: str = "*") -> Iterator[FailpointCase]:
-    """Every row, one mode after the other."""
+    """Yield every matching row, one mode after the other."""
     for mode in modes:
         for point in all_points():
             case = _case(point, mode)

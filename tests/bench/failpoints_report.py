@@ -14,7 +14,7 @@ HEAD = ("failpoint", "process", "mode", "run", "reached", "outcome", "s to the e
 
 
 def cells(row: Row) -> list[str]:
-    """One line of the table."""
+    """Return one line of the table."""
     judgement = row.judgement
     seconds = f"{judgement.seconds:.1f}" if row.reached else "-"
     outcome = judgement.outcome if row.reached else "-"
@@ -24,12 +24,12 @@ def cells(row: Row) -> list[str]:
 
 
 def tell_row(row: Row) -> None:
-    """One line while it goes on."""
+    """Print one row, as progress."""
     say("  ".join(cells(row)))
 
 
 def tell(rows: Sequence[Row]) -> None:
-    """The table and what it comes to, to standard output."""
+    """Print the table and its summary to standard output."""
     show_table("Killed at each failpoint, started again", HEAD, [cells(row) for row in rows])
     click.echo("")
     for line in summary(rows):
@@ -37,7 +37,7 @@ def tell(rows: Sequence[Row]) -> None:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """What the table comes to, as sentences."""
+    """Return the summary of the table, as sentences."""
     reached = [row for row in rows if row.reached]
     bad = [row.case.name for row in rows if not row.good]
     seconds = [row.judgement.seconds for row in reached] or [0.0]
@@ -52,7 +52,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
-    """For docs/failpoints.md."""
+    """Write docs/failpoints.md."""
     lines = [
         "# Failpoints",
         "",

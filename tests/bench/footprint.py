@@ -1,4 +1,4 @@
-"""`scripts/bench footprint`: how soon agent and coordinator serve, and what they take while nothing happens."""
+"""`scripts/bench footprint`: how soon agent and coordinator serve, and what they use while idle."""
 
 import os
 import time
@@ -20,23 +20,23 @@ RSS_BAR_MIB = 90.0
 
 @dataclass(frozen=True)
 class Footprint:
-    """One daemon on one hypervisor."""
+    """The figures of one daemon on one hypervisor."""
 
     kind: str
     daemon: str
     start_ms: Series
     """From the start of its process until it serves, by its own log."""
     rss_mib: Series
-    """Resident memory after the idle seconds that follow a start; shared libraries count in full."""
+    """Resident memory at the end of the idle seconds after a start; shared libraries count in full."""
     cpu_percent: Series
-    """Of one core, over those seconds. With the cluster's heartbeat of one second."""
+    """Per cent of one core over the idle seconds, with the cluster's heartbeat of one second."""
     threads: int
     fds: int
 
 
 @dataclass(frozen=True)
 class Footprints:
-    """All of them."""
+    """The figures of all daemons, and their conditions."""
 
     starts: int
     idle_seconds: float
@@ -45,7 +45,7 @@ class Footprints:
 
 
 def measure(kinds: tuple[str, ...], starts: int, idle_seconds: float, lab_id: str) -> Footprints:
-    """Start the first host's agent and the coordinator so many times, each alone, in a cluster that is otherwise up."""
+    """Start the first host's agent and the coordinator `starts` times, each alone, in a cluster that is otherwise up."""
     load = os.getloadavg()[0]
     found = []
     for kind in kinds:
@@ -64,7 +64,7 @@ def _measure(made: Cluster, kind: str, what: str, daemon: Daemon, starts: int, i
         made.wait_known()
         pid = daemon.running().pid
         before = read_process(pid)
-        time.sleep(idle_seconds)  # what is measured is the passing of time
+        time.sleep(idle_seconds)  # the measured period
         after = read_process(pid, journal_of(made, daemon.name))
         rss.append(after.rss_kib / 1024)
         cpu.append((after.cpu_seconds - before.cpu_seconds) / idle_seconds * 100)
@@ -73,7 +73,7 @@ def _measure(made: Cluster, kind: str, what: str, daemon: Daemon, starts: int, i
 
 
 def _start(daemon: Daemon) -> float:
-    """Seconds until it said that it serves, by the time stamp of that line."""
+    """Start the daemon; return the seconds until it served, by the time stamp of its log line."""
     mark = daemon.log.stat().st_size
     began = time.time()
     daemon.start()
@@ -81,11 +81,11 @@ def _start(daemon: Daemon) -> float:
     return datetime.fromisoformat(line["timestamp"]).timestamp() - began
 
 
-# ---- telling
+# ---- report
 
 
 def tell(footprints: Footprints) -> None:
-    """A table and the verdicts to standard output."""
+    """Print a table and the verdicts to standard output."""
     click.echo(
         f"{footprints.starts} starts each, then {footprints.idle_seconds:g} s idle. "
         f"Load of the machine {footprints.load[0]:.1f} before, {footprints.load[1]:.1f} after."
@@ -104,7 +104,7 @@ def _row(f: Footprint) -> list[str]:
 
 
 def verdicts(footprints: Footprints) -> list[str]:
-    """The issue's bars are for the agent."""
+    """Return a line for each limit; only the agent has any."""
     lines = []
     for f in footprints.found:
         if f.daemon != "agent":

@@ -1,7 +1,7 @@
-"""`scripts/bench handshake`: Drover and virsh move the same guest between the same hosts, in turns, and are timed alike.
+"""`scripts/bench handshake`: Drover and virsh move the same guest between the same hosts, in turns, timed in the same way.
 
-Each round has every contender once, in an order of its own (drawn with a fixed seed), so that a spell of load on the machine
-hits all of them alike and nobody always follows the same one. The guest goes back and forth between two hosts that are alike.
+Each round runs every contender once, in a random order (with a fixed seed), so that a period of load on the machine affects all of
+them, and no contender always follows the same other one. The guest goes back and forth between two equal hosts.
 """
 
 import asyncio
@@ -24,31 +24,31 @@ MANAGED, PEER, COMMAND = "drover, managed", "drover, peer to peer", "drover comm
 P2P, DIRECT, P2P_COMMAND, DIRECT_COMMAND = "virsh p2p", "virsh direct", "virsh p2p command", "virsh direct command"
 
 BASELINES = (P2P, P2P_COMMAND)
-"""`virsh migrate --live --p2p`; the quicker of the two is what Drover is compared with."""
+"""`virsh migrate --live --p2p`; Drover is compared with the faster of the two."""
 
 GUEST = "bench"
 SETTLE_SECONDS = 0.15
-"""Between two migrations: what the last contender tidies away must not slow the next one."""
+"""Pause between two migrations, so that one contender's clean-up does not slow the next one."""
 
 OVERHEAD_BAR_MS = 25.0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, alike for all contenders."""
+    """The parameters of the measurement, the same for all contenders."""
 
     rounds: int
     memory_mib: int
     mem_mib: int
-    """So much of it is filled. Little, so that QEMU stops the guest for what a switch-over takes and not for its downtime
+    """Memory that is filled. Small, so that QEMU stops the guest for the duration of a switch-over and not for its downtime
     limit of 300 ms, into which most of a small full guest fits."""
     dirty: int
     """Pages per second."""
     ticks: int
-    """Lines per second of the guest's log: a blackout is seen to one tick, and contains one."""
+    """Lines per second of the guest's log: the resolution of a blackout, which includes one tick."""
     post_copy: bool
     commands: bool
-    """Also as commands of their own, whose start counts."""
+    """Also time each contender as a command, with its start."""
     lab_id: str
     log_level: str = "info"
 
@@ -61,10 +61,10 @@ class Run:
     round: int
     source: str
     began: float
-    """By `time.monotonic()`, seconds."""
+    """`time.monotonic()`, in seconds."""
     ended: float
     migration: Migration | None = None
-    """Drover's own account."""
+    """The migration as Drover reports it; None for virsh."""
 
     @property
     def total(self) -> float:
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def overhead(self) -> float | None:
-        """Of what Drover measures itself, the time in which no call of a hypervisor was under way."""
+        """Time outside hypervisor calls in ms, by Drover's own measurement."""
         return self.migration.overhead * 1e3 if self.migration is not None else None
 
     @property
     def until_it_runs(self) -> float | None:
-        """From the request until the guest is known to run at the destination."""
+        """Time in ms from the request until the guest is known to run at the destination."""
         if self.migration is None or self.migration.committed is None or self.migration.created is None:
             return None
         return (self.migration.committed - self.migration.created).total_seconds() * 1e3
@@ -85,13 +85,13 @@ class Run:
 
 @dataclass
 class Result:
-    """All of it."""
+    """The results of all rounds."""
 
     setting: Setting
     runs: list[Run] = field(default_factory=list)
     blackouts: dict[str, Series] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    """What the guest's log proves to have gone wrong."""
+    """Problems that the guest's log proves."""
     load: tuple[float, float] = (0.0, 0.0)
     """The machine's load average over a minute, before and after."""
 
@@ -121,7 +121,7 @@ Mover = Callable[[str, str], Awaitable[Migration | None]]
 
 
 async def measure(setting: Setting) -> Result:
-    """Bring a cluster up, move the guest about, and let its log be judged."""
+    """Bring a cluster up, move the guest in rounds, and judge its log."""
     spec = GuestSpec(
         GUEST, memory_mib=setting.memory_mib, mem_mib=setting.mem_mib, dirty=setting.dirty, ticks=setting.ticks, persistent=True
     )
@@ -182,7 +182,7 @@ async def _movers(made: LabCluster, setting: Setting, stack: AsyncExitStack) -> 
 
 
 async def _warm_up(movers: Mapping[str, Mover], guest: ClusterGuest) -> None:
-    """There and back once each, not counted: connections are made, files are cached."""
+    """Move the guest there and back once by each way, not counted, so that connections are open and files cached."""
     for name in (MANAGED, P2P):
         for source in ("h1", "h2"):
             await movers[name](source, _other(source))
@@ -212,7 +212,7 @@ def _orders(contenders: Sequence[str], rounds: int) -> Iterator[list[str]]:
 
 
 async def _settle(guest: ClusterGuest) -> None:
-    """The guest runs, and what the last contender had to tidy away is tidied."""
+    """Wait until the guest runs and the last contender has cleaned up."""
     guest.wait_lines(5)
     await asyncio.sleep(SETTLE_SECONDS)
 

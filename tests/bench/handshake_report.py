@@ -1,4 +1,4 @@
-"""How the figures of `scripts/bench handshake` are told."""
+"""The report of `scripts/bench handshake`."""
 
 import os
 import statistics
@@ -16,7 +16,7 @@ OUTSIDE = "outside hypervisor calls"
 
 
 def tell(result: Result) -> None:
-    """Tables and verdicts to standard output."""
+    """Print tables and verdicts to standard output."""
     setting = result.setting
     click.echo(
         f"Guest of {setting.memory_mib} MiB: {setting.mem_mib} MiB filled, {setting.dirty} pages/s dirty, {setting.ticks} ticks/s. "
@@ -33,13 +33,13 @@ def tell(result: Result) -> None:
 
 
 def _caution(result: Result) -> str:
-    """A contender takes about one core: where others load the machine too, it is chance that is compared."""
+    """Return a warning if the machine was busy: a contender takes about one core, so other load distorts the comparison."""
     busy = max(result.load) > (os.cpu_count() or 1) * 0.75
-    return ": others were busy, so trust minima and differences per round rather than medians" if busy else ""
+    return ": the machine was busy, so trust minima and differences per round rather than medians" if busy else ""
 
 
 def _show_totals(result: Result) -> None:
-    """With the differences within each round too: what load does to a whole round falls out of them."""
+    """Print the totals, with the differences within each round, from which load during a whole round cancels out."""
     base = result.totals(result.baseline)
     rows = [[*_row(name, result.totals(name), base), _signed(paired_difference(result, name))] for name in result.contenders]
     title = f"Total, from request to done [ms]; ratios to {result.baseline}; per round: median of the differences to it"
@@ -62,7 +62,7 @@ def _row(name: str, figures: Series, base: Series) -> list[str]:
 
 
 def paired_difference(result: Result, contender: str) -> float | None:
-    """The median over rounds of the contender's total less the baseline's of the same round, in ms."""
+    """Return the median over rounds of the contender's total minus the baseline's of the same round, in ms."""
     base = {run.round: run.total for run in result.of(result.baseline)}
     differences = [run.total - base[run.round] for run in result.of(contender) if run.round in base]
     return statistics.median(differences) if differences else None
@@ -96,7 +96,9 @@ def _show_parts(result: Result) -> None:
 
 
 def parts(runs: Sequence[Run]) -> dict[str, Series]:
-    """Each phase's hypervisor call, and what lies between. Finish begins while Perform runs, so it counts from Perform's end."""
+    """Return the times of each phase's hypervisor call and between them. Finish starts during Perform, so it counts from Perform's
+    end.
+    """
     found: dict[str, list[float]] = {}
     for run in runs:
         for name, milliseconds in _parts(run):
@@ -130,7 +132,7 @@ def _parts(run: Run) -> list[tuple[str, float]]:
 
 
 def verdicts(result: Result) -> list[str]:
-    """A line for each bar: what was measured, and whether it is met."""
+    """Return a line for each limit: the measured value, and whether it is met."""
     base = result.baseline
     total, blackout = result.totals(base), result.blackouts[base]
     lines = []

@@ -1,4 +1,4 @@
-"""Requests that are well formed and may mean anything: what a caller who is not the driver, or who has gone wrong, can send."""
+"""Random well-formed requests, as a hostile or faulty caller can send them."""
 
 import random
 from collections.abc import Sequence
@@ -45,7 +45,9 @@ TEXTS: Final = ("", "x", "banana", "../../victim", "a/b", ".", "é" * 100, "\u20
 
 
 class Hostile:
-    """Makes messages at random; the same `rng` makes the same ones. The rest is what a caller can learn by listing."""
+    """A source of random messages; the same `rng` gives the same ones. The other parameters are what a caller can learn by
+    listing.
+    """
 
     def __init__(
         self, rng: random.Random, *, ids: Sequence[str], guests: Sequence[str], hosts: Sequence[str], agents: Sequence[str]
@@ -72,7 +74,7 @@ class Hostile:
         }
 
     def make(self, kind: type[Message]) -> Any:
-        """A message of that type."""
+        """Return a random message of that type."""
         message = kind()
         self._fill(message)
         return message

@@ -1,4 +1,4 @@
-"""Tables: drawn on a terminal, aligned plain text elsewhere."""
+"""Output of the benches: tables (drawn on a terminal, aligned plain text elsewhere) and progress."""
 
 import sys
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Row = Sequence[str]
 
 
 def show_table(title: str, head: Row, rows: Sequence[Row]) -> None:
-    """The first column is text, the others are figures and stand to the right."""
+    """Print a table. The first column is text; the others are figures and right-aligned."""
     if sys.stdout.isatty():
         _draw(title, head, rows)
     else:
@@ -30,7 +30,7 @@ def _draw(title: str, head: Row, rows: Sequence[Row]) -> None:
 
 
 def plain(head: Row, rows: Sequence[Row]) -> str:
-    """Columns as wide as their longest cell, two spaces between."""
+    """Return the table as text: columns as wide as their longest cell, separated by two spaces."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(_aligned(line, widths) for line in lines)
@@ -44,5 +44,5 @@ def _aligned(line: Row, widths: Sequence[int]) -> str:
 
 
 def say(text: str) -> None:
-    """To standard error: what goes on, while figures go to standard output."""
+    """Print progress to standard error; figures go to standard output."""
     click.echo(text, err=True)

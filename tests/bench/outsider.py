@@ -1,4 +1,4 @@
-"""A caller who is not the driver: phase calls that look right, about migrations that others drive, made at random."""
+"""A caller who is not the driver: makes plausible random phase calls about migrations that others drive."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,12 @@ from drover.agent.v1 import host_pb2
 
 AT_DESTINATION: Final = frozenset({"ReserveSlot", "Prepare", "Finish", "Abandon"})
 EPOCHS: Final = (0, 1, 2, 3)
-"""Guesses, beside what was learned."""
+"""Guessed epochs, beside the learned one."""
 
 
 @dataclass
 class Known:
-    """What anybody can learn of one migration, by asking and by repeating calls."""
+    """What any caller can learn about one migration, by queries and repeated calls."""
 
     domain: str
     source: str
@@ -29,7 +29,7 @@ class Known:
 
 
 class Outsider:
-    """Makes one request after the other. `agents` are addresses by host, `uuids` those of the guests by name."""
+    """A source of requests. `agents`: addresses by host; `uuids`: UUIDs of the guests by name."""
 
     def __init__(self, rng: random.Random, agents: Mapping[str, str], uuids: Mapping[str, str]) -> None:
         self._rng = rng
@@ -52,12 +52,12 @@ class Outsider:
         )
 
     def next(self) -> tuple[str, str, Any]:
-        """A host, the name of a method, and its request. Needs something `known`."""
+        """Return a host, the name of a method, and its request. `known` must not be empty."""
         rng = self._rng
-        migration_id = rng.choice([*self.known][-12:])  # the newest, most of which are under way
+        migration_id = rng.choice([*self.known][-12:])  # the newest ones, most of which are under way
         known = self.known[migration_id]
         ref = pb.AttemptRef(migration_id=migration_id, attempt=rng.choice((known.attempt,) * 8 + (0, 1, 2)))
-        if rng.random() < 0.05:  # a handshake of its own
+        if rng.random() < 0.05:  # a new migration of its own
             ref.migration_id = f"{rng.getrandbits(32):08x}-0000-4000-8000-00000000beef"
         make = rng.choices([maker for _, maker in self._makers], [weight for weight, _ in self._makers])[0]
         request = make(ref, known)
@@ -66,7 +66,7 @@ class Outsider:
         return self._mostly(right), method, request
 
     def learn(self, request: Any, answer: Any) -> None:
-        """Keep what an answer tells."""
+        """Remember what an answer reveals."""
         known = self.known.get(request.ref.migration_id)
         if known is None:
             return
@@ -109,13 +109,13 @@ class Outsider:
 
     def _confirm(self, ref: pb.AttemptRef, known: Known) -> Any:
         decision = self._rng.choice((pb.DECISION_RUNNING, pb.DECISION_GONE, pb.DECISION_GONE))
-        word = self._word() if decision == pb.DECISION_GONE else None
+        statement = self._statement() if decision == pb.DECISION_GONE else None
         return pb.ConfirmRequest(
             ref=ref,
             decision=decision,
             cookie_in=self._cookie(known),
             wait=self._wait(),
-            statement=word,
+            statement=statement,
             destination_record=self._record(ref, known, known.destination),
         )
 
@@ -127,7 +127,7 @@ class Outsider:
         return pb.AbandonRequest(
             ref=ref,
             source_kept=kept,
-            statement=self._word() if kept else None,
+            statement=self._statement() if kept else None,
             source_record=self._record(ref, known, known.source),
         )
 
@@ -140,7 +140,7 @@ class Outsider:
     def _get(self, ref: pb.AttemptRef, known: Known) -> Any:
         return pb.GetRecordRequest(ref=ref)
 
-    # ---- their parts
+    # ---- parts of requests
 
     def _host(self) -> str:
         return self._rng.choice([*self._agents])
@@ -152,7 +152,7 @@ class Outsider:
         return self._rng.choice((self._agents[host], self._agents[host], self._agents[host], ""))
 
     def _record(self, ref: pb.AttemptRef, known: Known, host: str) -> pb.Record | None:
-        """A forged record of that host, as if it were handed on."""
+        """Return a forged record of that host, as if relayed, or None."""
         if self._rng.random() < 0.3:
             return None
         return pb.Record(
@@ -176,9 +176,9 @@ class Outsider:
     def _rate(self) -> int:
         return self._rng.choice((0, 8 << 20, 100 << 20))
 
-    def _word(self) -> pb.Statement | None:
+    def _statement(self) -> pb.Statement | None:
         if self._rng.random() < 0.5:
             return None
-        word = pb.Statement(dead_host=self._host(), reason="so it seems", said_by="somebody")
-        word.say_time.GetCurrentTime()
-        return word
+        statement = pb.Statement(dead_host=self._host(), reason="so it seems", said_by="somebody")
+        statement.say_time.GetCurrentTime()
+        return statement

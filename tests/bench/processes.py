@@ -1,4 +1,4 @@
-"""What a process holds, by /proc."""
+"""The resources of processes, from /proc."""
 
 import contextlib
 import os
@@ -15,25 +15,25 @@ TCP_LISTEN = "0A"
 
 @dataclass(frozen=True)
 class Reading:
-    """One process at one moment."""
+    """The resources of one process at one moment."""
 
     threads: int
     fds: int
     """Open file descriptors."""
     ports: int
-    """TCP sockets on which it listens."""
+    """Listening TCP sockets."""
     rss_kib: int
     """Resident memory, KiB."""
     cpu_seconds: float
     """User and system time since its start."""
     journal_kib: int = 0
-    """Its SQLite file, KiB."""
+    """Size of its SQLite file, KiB."""
     wal_kib: int = 0
-    """The write-ahead log beside it, KiB: folded into the file at about 4 MiB, and then written from its start again."""
+    """Size of its write-ahead log, KiB: merged into the file at about 4 MiB, and then overwritten from its start."""
 
 
 def read_process(pid: int, journal: Path | None = None) -> Reading:
-    """Raise `OSError` when there is no such process (any more)."""
+    """Return the resources of a process, and the sizes of its `journal`. Raises `OSError` if there is no such process (any more)."""
     status = Path(f"/proc/{pid}/status").read_text()
     sockets = _sockets(pid)
     return Reading(
@@ -55,13 +55,13 @@ def _figure(status: str, name: str) -> int:
 
 
 def _cpu_seconds(pid: int) -> float:
-    # The name (field 2) may hold blanks and parentheses; what follows the last parenthesis begins with field 3.
+    # The name (field 2) may contain blanks and parentheses; field 3 follows the last parenthesis.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _sockets(pid: int) -> set[str]:
-    """Inodes of its open sockets."""
+    """Return the inodes of its open sockets."""
     found = set()
     for entry in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
@@ -72,7 +72,7 @@ def _sockets(pid: int) -> set[str]:
 
 
 def _listening(pid: int) -> set[str]:
-    """Inodes of the listening TCP sockets of its network namespace."""
+    """Return the inodes of the listening TCP sockets of its network namespace."""
     rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]]
     return {row[9] for row in rows if row[3] == TCP_LISTEN}
 
@@ -82,7 +82,7 @@ def _size_kib(path: Path | None) -> int:
 
 
 def read_all(made: Cluster) -> dict[str, Reading]:
-    """Every daemon of a cluster by what it is, libvirtd of real hosts included."""
+    """Return the reading of every daemon of a cluster by kind and host, including libvirtd of real hosts."""
     found = {f"agent {name}": read_process(daemon.running().pid, journal_of(made, name)) for name, daemon in made.agents.items()}
     found["coordinator"] = read_process(made.coordinator.running().pid, journal_of(made, "co"))
     if isinstance(made, LabCluster):
@@ -93,5 +93,5 @@ def read_all(made: Cluster) -> dict[str, Reading]:
 
 
 def journal_of(made: Cluster, name: str) -> Path:
-    """The SQLite file of an agent, or of the coordinator ("co")."""
+    """Return the SQLite file of an agent, or of the coordinator ("co")."""
     return made.state_dir(name) / ("store.sqlite" if name == "co" else "journal.sqlite")

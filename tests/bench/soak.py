@@ -1,4 +1,4 @@
-"""`scripts/bench soak`: one guest back and forth, many times, and what is left over afterwards."""
+"""`scripts/bench soak`: moves one guest back and forth many times, and checks what is left over or has grown."""
 
 import asyncio
 import os
@@ -19,32 +19,32 @@ from tests.kit.cluster.platforms import LabCluster
 
 GUEST = GuestSpec("soak", memory_mib=64, dirty=500)
 WARM_UP = 8
-"""Migrations before the first reading: pools fill, modules load, allocators take what they keep."""
+"""Migrations before the first reading, in which pools fill, modules load and allocators reach their size."""
 PEER_SHARE = 4
-"""Each so-many-th migration goes peer to peer, the others through the coordinator."""
+"""Every n-th migration goes peer to peer, the others through the coordinator."""
 
 SLACK = 4
-"""Threads and file descriptors that may have come by chance: an agent keeps up to 4 idle connections to libvirtd."""
+"""Allowed growth of threads and file descriptors: an agent keeps up to 4 idle connections to libvirtd."""
 RSS_SLACK_KIB = 16 * 1024
-"""Ended migrations are kept (1000 at most, some KiB each), and allocators do not give everything back."""
+"""Allowed growth of memory: ended migrations are kept (1000 at most, some KiB each), and allocators do not return everything."""
 WAL_BOUND_KIB = 5 * 1024
 JOURNAL_KIB_PER_MIGRATION = 8
-"""A row of each migration and attempt is kept, up to 1000 of each kind."""
+"""Allowed growth of a journal, which keeps a row of each migration and attempt, up to 1000 of each kind."""
 QUIET_SECONDS = 45.0
-"""Longest wait for what ends by itself: idle threads do after 30 s."""
+"""Longest wait until growth recedes: idle threads end after 30 s."""
 
 
 @dataclass
 class Soak:
-    """What came of it."""
+    """The result of a soak."""
 
     kind: str
     migrations: int
     done: int = 0
     seconds: Series = field(default_factory=lambda: Series(()))
-    """Per migration."""
+    """Duration of each migration."""
     failures: list[str] = field(default_factory=list)
-    """Of migrations, one sentence each."""
+    """A sentence for each failed migration."""
     before: Mapping[str, Reading] = field(default_factory=dict)
     half: Mapping[str, Reading] = field(default_factory=dict)
     after: Mapping[str, Reading] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Soak:
         return not (self.failures or self.left or self.log_problems or self.grown())
 
     def grown(self) -> list[str]:
-        """What grew beyond its bound."""
+        """Return a sentence for everything that grew beyond its bound."""
         return [sentence for name, after in self.after.items() for sentence in self._grown(name, self.before[name], after)]
 
     def _grown(self, name: str, before: Reading, after: Reading) -> list[str]:
@@ -74,7 +74,7 @@ class Soak:
 
 
 async def measure(kind: str, migrations: int, lab_id: str) -> Soak:
-    """Bring a cluster up and move its guest so many times."""
+    """Bring a cluster up and move its guest `migrations` times."""
     soak = Soak(kind, migrations)
     with cluster(kind, [GUEST], lab_id=lab_id) as made:
         guest = made.start_guest(GUEST.name)
@@ -124,7 +124,7 @@ async def _where(client: Client, guest: ClusterGuest) -> str:
 
 
 async def _quiet(soak: Soak, made: Cluster) -> None:
-    """Read until nothing is above its bound any more, or for as long as anything ends by itself."""
+    """Take readings until nothing is above its bound, for at most `QUIET_SECONDS`."""
     end = time.monotonic() + QUIET_SECONDS
     while True:
         soak.after = read_all(made)
@@ -143,7 +143,7 @@ def _ports(made: Cluster) -> Mapping[str, object]:
 
 
 def _left(made: Cluster, ports: Mapping[str, object]) -> list[str]:
-    """Real hosts: copies of the guest, QEMU processes and ports beside those that were there before."""
+    """Return what is left over: copies of the guest; on real hosts also QEMU processes, and ports that were not there before."""
     copies = made.copies(GUEST.name)
     left = [f"copies of the guest: {copies}"] if list(copies.values()) != ["running"] else []
     if isinstance(made, LabCluster):
@@ -155,11 +155,11 @@ def _left(made: Cluster, ports: Mapping[str, object]) -> list[str]:
     return left
 
 
-# ---- telling
+# ---- report
 
 
 def tell(soak: Soak) -> None:
-    """Tables and the verdict to standard output."""
+    """Print tables and verdicts to standard output."""
     times = soak.seconds
     where = "real hosts" if soak.kind == "libvirt" else "the SIMULATED hypervisor"
     click.echo(
@@ -188,7 +188,7 @@ def _row(soak: Soak, name: str) -> list[str]:
 
 
 def verdicts(soak: Soak) -> list[str]:
-    """A line for each thing that must be so."""
+    """Return a line for each requirement: met or not."""
     return [
         _verdict(f"{soak.done} of {soak.migrations} migrations done", soak.failures),
         _verdict("the guest's log is perfect", soak.log_problems),

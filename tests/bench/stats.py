@@ -1,4 +1,4 @@
-"""Figures from a handful of samples."""
+"""Statistics of a few samples."""
 
 import statistics
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Series:
-    """Samples of one quantity, in one unit. With few of them p95 is close to the worst: read it as such."""
+    """Samples of one quantity, in one unit. With few samples, p95 is close to the worst one."""
 
     samples: tuple[float, ...]
 
     @classmethod
     def of(cls, samples: "Sequence[float | None]") -> "Series":
-        """What is None was not measured, and is left out."""
+        """Return the series without the samples that are None (not measured)."""
         return cls(tuple(sample for sample in samples if sample is not None))
 
     def __bool__(self) -> bool:
@@ -47,7 +47,7 @@ class Series:
 
 
 def percentile(samples: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of the samples lie, interpolated between the two nearest."""
+    """Return the value below which `share` (0 to 1) of the samples lie, interpolated between the two nearest."""
     ordered = sorted(samples)
     place = share * (len(ordered) - 1)
     below = int(place)

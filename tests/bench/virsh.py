@@ -1,4 +1,4 @@
-"""`virsh migrate`, as a command of its own each time, or fed to a virsh that is there already."""
+"""`virsh migrate`, as a new process each time, or through a virsh that runs already."""
 
 import os
 import select
@@ -17,9 +17,9 @@ TIMEOUT = 60.0
 
 
 def migrate_words(guest: str, destination: Host, *, p2p: bool, post_copy: bool) -> list[str]:
-    """The words after `virsh`. The flags are those that Drover gives to libvirt, so that all do the same.
+    """Return the arguments of `virsh`. The flags are those that Drover gives to libvirt, so that all do the same.
 
-    `p2p`: the source's libvirtd speaks to the destination's by itself; else virsh speaks to both and calls the phases.
+    `p2p`: the source's libvirtd calls the destination's itself; else virsh calls the phases of both.
     """
     address = destination.addresses[NETWORK]
     flags = ["--live", "--persistent", "--undefinesource", "--change-protection"]
@@ -28,7 +28,7 @@ def migrate_words(guest: str, destination: Host, *, p2p: bool, post_copy: bool) 
 
 
 class Virsh:
-    """A virsh that runs and reads its commands from a pipe, so that its own start is not part of what is measured."""
+    """A running virsh that reads its commands from a pipe, so that its start is not measured."""
 
     def __init__(self, host: Host) -> None:
         self._count = 0
@@ -52,29 +52,31 @@ class Virsh:
                 pipe.close()
 
     def run(self, words: Sequence[str]) -> None:
-        """Run one command to its end. Raises `LabError` with what virsh says."""
+        """Run one command to its end. Raises `LabError` with virsh's error."""
         self._count += 1
-        # virsh repeats what it reads; the quotes keep the mark itself out of that.
+        # virsh echoes its input; the quotes keep the mark itself out of the echo.
         mark = f"mark-{self._count};"
         _pipe(self._process.stdin).write(f"{' '.join(words)}; echo 'mark'-{self._count}';'\n".encode())
-        said = self._read_until(mark.encode()).decode(errors="replace")
-        errors = [line for line in said.splitlines() if line.startswith("error:")]
+        output = self._read_until(mark.encode()).decode(errors="replace")
+        errors = [line for line in output.splitlines() if line.startswith("error:")]
         if errors:
             raise LabError(f"virsh {words[0]}: {' '.join(errors)}")
 
     def _read_until(self, mark: bytes) -> bytes:
         output = _pipe(self._process.stdout)
         deadline = time.monotonic() + TIMEOUT
-        said = b""
-        while mark not in said:
+        received = b""
+        while mark not in received:
             readable, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
-                raise LabTimeoutError(f"virsh did not answer within {TIMEOUT:g} s; it said: {said.decode(errors='replace')[-500:]}")
+                raise LabTimeoutError(
+                    f"virsh did not answer within {TIMEOUT:g} s; it wrote: {received.decode(errors='replace')[-500:]}"
+                )
             data = os.read(output.fileno(), 65536)
             if not data:
-                raise LabError(f"virsh ended; it said: {said.decode(errors='replace')[-500:]}")
-            said += data
-        return said
+                raise LabError(f"virsh ended; it wrote: {received.decode(errors='replace')[-500:]}")
+            received += data
+        return received
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

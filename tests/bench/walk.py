@@ -1,7 +1,7 @@
-"""`scripts/bench walk`: honest migrations, while a caller who is not their driver makes phase calls at random.
+"""`scripts/bench walk`: honest migrations, while a caller who is not their driver makes random phase calls.
 
-He may spoil a migration: who he is nobody asks yet. But never do two copies of a guest run, never none, and nobody is stuck for long
-after he has gone.
+That caller can make a migration fail, as callers are not authenticated yet. But a guest never has two running copies and never none,
+and every migration ends soon after the last call.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ GUESTS: Final = tuple(GuestSpec(f"walk{number}", memory_mib=16, dirty=200) for n
 SETTINGS: Final[Mapping[str, Any]] = {"agent": {"lease_seconds": 3, "takeover_after_seconds": 2, "incoming_limit": 4}}
 HOSTS: Final = 3
 AT_ONCE: Final = 4
-"""Calls that the outsider has under way."""
+"""Calls of the outsider that are under way at once."""
 CALL_SECONDS: Final = 5.0
 LOOK_AROUND: Final = 40
-"""Calls after which it looks again which migrations there are."""
+"""Number of calls after which the outsider lists the migrations again."""
 PEER_SHARE: Final = 4
-"""Each so-many-th migration goes peer to peer, the others through the coordinator."""
+"""Every n-th migration goes peer to peer, the others through the coordinator."""
 BANDWIDTH: Final = 24 << 20
-"""Bytes per second, so that a transfer takes long enough to be met."""
+"""Bytes per second, so that a transfer is long enough to be hit by a call."""
 QUIET_SECONDS: Final = 30.0
-"""After the last call, within this all has ended."""
+"""Longest time from the last call until everything has ended."""
 
 
 @dataclass
 class Walk:
-    """What came of it."""
+    """The result of a walk."""
 
     calls: int
     seed: int
@@ -50,7 +50,7 @@ class Walk:
     answers: Counter[str] = field(default_factory=Counter)
     migrations: Counter[str] = field(default_factory=Counter)
     quiet_after: float | None = None
-    """Seconds after the last call until all had ended. None: not within `QUIET_SECONDS`."""
+    """Seconds from the last call until everything had ended. None: not within `QUIET_SECONDS`."""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -85,7 +85,7 @@ def _servers(made: Cluster) -> dict[str, str]:
     return {"co": made.server, **{host: agent.address for host, agent in made.agents.items()}}
 
 
-# ---- the honest ones
+# ---- the honest migrations
 
 
 async def _migrate_for_ever(clients: Mapping[str, Client], guest: str, walk: Walk) -> None:
@@ -112,7 +112,7 @@ async def _migrate(clients: Mapping[str, Client], guest: str, number: int, walk:
             walk.migrations[migration.state.value] += 1
 
 
-# ---- the other one
+# ---- the outsider
 
 
 async def _call_at_random(outsider: Outsider, channels: Mapping[str, grpc.aio.Channel], coordinator: Client, walk: Walk) -> None:
@@ -146,7 +146,7 @@ async def _look_around(outsider: Outsider, coordinator: Client) -> None:
 
 
 async def _call(outsider: Outsider, channel: grpc.aio.Channel, method: str, request: Any) -> str:
-    """OK, or the reason."""
+    """Make the call; return "OK", or the reason of its error."""
     try:
         answer = await getattr(handshake_pb2_grpc.HandshakeServiceStub(channel), method)(request, timeout=CALL_SECONDS)
     except grpc.aio.AioRpcError as error:
@@ -164,7 +164,7 @@ async def _wait_until_quiet(
     began = time.monotonic()
     left = ["?"]
     while left and time.monotonic() < began + QUIET_SECONDS:
-        await asyncio.sleep(0.25)  # three kinds of things end, and none tells of the others
+        await asyncio.sleep(0.25)  # three kinds of things end, and no event tells of all of them
         left = await _left(made, clients, channels)
     if left:
         walk.problems += [f"{QUIET_SECONDS:g} s after the last call: {what}" for what in left]
@@ -192,14 +192,14 @@ async def _left(made: Cluster, clients: Mapping[str, Client], channels: Mapping[
 
 
 def _judge(made: Cluster, walk: Walk) -> None:
-    """What the guests' own logs prove of all the time: two copies that run write one number twice."""
+    """Judge the guests' own logs, which cover the whole time: two running copies write the same number twice."""
     for name, guest in made.guests.items():
         with suppress(Exception):
             guest.wait_lines(3, timeout=5.0)
         walk.problems += [f"{name}: {problem}" for problem in guest.judge().problems()]
 
 
-# ---- what is told
+# ---- report
 
 
 def tell(walk: Walk) -> None:
