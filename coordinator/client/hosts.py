@@ -10,9 +10,9 @@ import grpc.aio
 from agent.runtime.errors import Reason
 from agent.runtime.open_enum import OpenEnum
 from agent.service.channel import all_pages
+from coordinator.client.convert import FromWire, wire
 from coordinator.client.errors import ServerFailed, no_such_host
-from coordinator.client.types import seconds_of, time_of, word_of
-from drover.agent.v1 import host_pb2, host_pb2_grpc, options_pb2
+from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
 
@@ -32,43 +32,43 @@ class DomainState(OpenEnum):
     OTHER = "other"
 
 
-@dataclass(frozen=True)
-class Network:
+@dataclass(frozen=True, kw_only=True)
+class Network(FromWire):
     name: str
     address: str
     """IP address of the host on this network."""
     roles: tuple[str, ...]
     """"migration" (the memory of guests may travel here), "management"."""
-    line_rate: int
+    line_rate: int = wire("line_bytes_per_second")
     """Bytes per second. 0: unknown."""
 
 
-@dataclass(frozen=True)
-class Host:
+@dataclass(frozen=True, kw_only=True)
+class Host(FromWire):
     """A host, as reported by its agent (by its last report, while it is unreachable)."""
 
-    name: str
+    name: str = wire("host.name")
     state: HostState
-    address: str
+    address: str = wire("agent_address")
     """Address of its agent."""
-    last_seen: datetime | None
-    driver: str
-    hypervisor: str
+    last_seen: datetime | None = wire("last_seen_time")
+    driver: str = wire("host.driver")
+    hypervisor: str = wire("host.hypervisor")
     """Such as "QEMU 7.2.22"."""
-    agent_version: str
-    incoming_in_use: int
-    incoming_limit: int
+    agent_version: str = wire("host.agent_version")
+    incoming_in_use: int = wire("host.incoming_in_use")
+    incoming_limit: int = wire("host.incoming_limit")
     """Largest number of incoming migrations at once."""
-    networks: tuple[Network, ...]
-    option_support: dict[str, str]
+    networks: tuple[Network, ...] = wire("host.networks")
+    option_support: dict[str, str] = wire("host.migration_features.options")
     """For each option "supported", "always_on" or "unsupported"."""
-    option_reasons: dict[str, str]
+    option_reasons: dict[str, str] = wire("host.migration_features.reasons")
     """For each option that this host cannot use though its driver has it: why not."""
-    uri_transports: tuple[str, ...]
-    bandwidth: bool
+    uri_transports: tuple[str, ...] = wire("host.migration_features.uri_transports")
+    bandwidth: bool = wire("host.migration_features.bandwidth")
     """The host can limit the rate of a transfer."""
-    split_phases: bool
-    draining: bool
+    split_phases: bool = wire("host.migration_features.split_phases")
+    draining: bool = wire("host.draining")
     last_seen_age: float | None
     """Seconds between the host's last message and the coordinator's answer. None: the server does not send it."""
     last_seen_by_wall_clock: bool
@@ -84,76 +84,28 @@ class Host:
         """Return the host from the answer of its own agent at `address`."""
         return cls.from_proto(cluster_pb2.ClusterHost(host=host, agent_address=address, state=cluster_pb2.HOST_STATE_UP))
 
-    @classmethod
-    def from_proto(cls, message: cluster_pb2.ClusterHost) -> "Host":
-        host, features = message.host, message.host.migration_features
-        return cls(
-            name=host.name,
-            state=HostState(word_of(cluster_pb2.HostState, message.state, "HOST_STATE_")),
-            address=message.agent_address,
-            last_seen=time_of(message.last_seen_time) if message.HasField("last_seen_time") else None,
-            driver=host.driver,
-            hypervisor=host.hypervisor,
-            agent_version=host.agent_version,
-            incoming_in_use=host.incoming_in_use,
-            incoming_limit=host.incoming_limit,
-            networks=tuple(Network(n.name, n.address, tuple(n.roles), n.line_bytes_per_second) for n in host.networks),
-            option_support={
-                name: word_of(options_pb2.OptionSupport, support, "OPTION_SUPPORT_") for name, support in features.options.items()
-            },
-            option_reasons=dict(features.reasons),
-            uri_transports=tuple(features.uri_transports),
-            bandwidth=features.bandwidth,
-            split_phases=features.split_phases,
-            draining=host.draining,
-            last_seen_age=seconds_of(message.last_seen_age) if message.HasField("last_seen_age") else None,
-            last_seen_by_wall_clock=message.last_seen_by_wall_clock,
-            unreachable_reason=message.unreachable_reason,
-            clock_skew=seconds_of(message.clock_skew) if message.HasField("clock_skew") else None,
-            proto=message,
-        )
 
-
-@dataclass(frozen=True)
-class Domain:
+@dataclass(frozen=True, kw_only=True)
+class Domain(FromWire):
     """A guest on a host."""
 
     host: str
-    name: str
-    uuid: str
-    state: DomainState
-    state_reason: str
-    memory_bytes: int
-    vcpus: int
-    persistent: bool
-    job: str
+    name: str = wire("domain.name")
+    uuid: str = wire("domain.uuid")
+    state: DomainState = wire("domain.state")
+    state_reason: str = wire("domain.reason")
+    memory_bytes: int = wire("domain.memory_bytes")
+    vcpus: int = wire("domain.vcpus")
+    persistent: bool = wire("domain.persistent")
+    job: str = wire("domain.job")
     """The migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
-    silent_for: float
+    silent_for: float = wire("domain.silence")
     """Seconds since its process stopped answering; 0 if it answers."""
-    running_version: str
+    running_version: str = wire("domain.running_version")
     """Version of the hypervisor that runs it. Empty: unknown."""
-    installed_version: str
+    installed_version: str = wire("domain.installed_version")
     """Version of the hypervisor that its next start would use."""
     proto: cluster_pb2.PlacedDomain = field(repr=False, compare=False)
-
-    @classmethod
-    def from_proto(cls, message: cluster_pb2.PlacedDomain) -> "Domain":
-        domain = message.domain
-        return cls(
-            host=message.host,
-            name=domain.name,
-            uuid=domain.uuid,
-            state=DomainState(word_of(host_pb2.DomainState, domain.state, "DOMAIN_STATE_")),
-            state_reason=domain.reason,
-            memory_bytes=domain.memory_bytes,
-            vcpus=domain.vcpus,
-            persistent=domain.persistent,
-            job=domain.job or "none",
-            silent_for=domain.silence.ToNanoseconds() / 1e9,
-            running_version=domain.running_version,
-            installed_version=domain.installed_version,
-            proto=message,
-        )
 
 
 @dataclass(frozen=True)

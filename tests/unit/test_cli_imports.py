@@ -29,6 +29,7 @@ OURS = {
     "coordinator.cli.units",
     "coordinator.client",
     "coordinator.client.client",
+    "coordinator.client.convert",
     "coordinator.client.errors",
     "coordinator.client.options",
     "coordinator.client.types",
@@ -55,7 +56,7 @@ OTHERS = {
     "typing_extensions",
 }
 NOT_FOR_A_SUCCESS = {"difflib", "ipaddress", "google.protobuf.json_format", "google.protobuf.any_pb2", "ssl", "_ssl"}
-FOR_THE_COURSE = {"agent.migration.whereabouts", "coordinator.cli.follow", "coordinator.client.types"}
+FOR_THE_COURSE = {"agent.migration.whereabouts", "coordinator.cli.follow", "coordinator.client.convert", "coordinator.client.types"}
 """Of ours, what a migration that is under way needs, and its start does not wait for."""
 
 PROGRAM = """

@@ -39,7 +39,7 @@ from coordinator.cli.inventory import _print_host
 from coordinator.cli.migration import _print_migration
 from coordinator.cli.show import to_json
 from coordinator.client import Client, Domain, Host, Migration
-from coordinator.client.types import word_of
+from coordinator.client.convert import name_of
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, migration_pb2_grpc, options_pb2
@@ -265,7 +265,7 @@ async def test_6_11_the_client_takes_the_rest_of_a_server_s_word(tmp_path: Path)
 
 
 def test_6_11_an_enum_value_below_zero_has_a_word() -> None:
-    assert word_of(cluster_pb2.HostState, -5, "HOST_STATE_") == "unknown_minus_5"
+    assert name_of(cluster_pb2.HostState.DESCRIPTOR, -5) == "unknown_minus_5"
     assert Host.from_proto(cluster_pb2.ClusterHost(state=-5)).state == "unknown_minus_5"  # type: ignore[arg-type]
 
 

@@ -71,14 +71,14 @@ def test_6_11_each_message_with_unknown_values_is_read_kept_and_passed_on(kind: 
 
 
 def test_6_11_the_client_shows_what_it_does_not_know() -> None:
-    migration = Migration.from_proto(fill(migration_pb2.Migration()))  # type: ignore[arg-type]
+    migration = Migration.from_proto(fill(migration_pb2.Migration()))
     assert (migration.state, migration.state.ended) == ("unknown_99", False)
     assert migration.failure is not None
     assert migration.failure.reason == "OF_TOMORROW"
     assert migration.whereabouts.sentence
-    host = Host.from_proto(fill(cluster_pb2.ClusterHost()))  # type: ignore[arg-type]
+    host = Host.from_proto(fill(cluster_pb2.ClusterHost()))
     assert (host.state, host.option_support) == ("unknown_99", {"xbzrle": "unknown_99"})
-    assert Domain.from_proto(fill(cluster_pb2.PlacedDomain())).state == "unknown_99"  # type: ignore[arg-type]
+    assert Domain.from_proto(fill(cluster_pb2.PlacedDomain())).state == "unknown_99"
 
 
 def test_6_11_where_a_guest_is_in_a_state_that_is_not_known_is_told_as_such() -> None:
