@@ -26,6 +26,8 @@ from agent.migration.takeover import take_over_silent
 from agent.network.interfaces import is_own
 from agent.runtime.backoff import HYPERVISOR, Pauses
 from agent.runtime.daemon import run_until_stopped
+from agent.runtime.event_log import events_logged
+from agent.runtime.events import Bus, HostChanged
 from agent.runtime.log import logging_to_stderr
 from agent.runtime.supervision import supervise
 from agent.service import handshake_service, host_service, migration_service, peers
@@ -53,7 +55,9 @@ def run(config_path: str) -> None:
 @contextlib.asynccontextmanager
 async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Server]:
     """A running agent; left when `stop` is set."""
+    bus = Bus()
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(events_logged(bus))
         hypervisor = make_hypervisor(config)
         stack.push_async_callback(hypervisor.close)
         await _open(hypervisor, stop)
@@ -75,20 +79,21 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             features=features_to_proto(info.features),
             lease_seconds=config.lease_seconds,
             takeover_after=config.takeover_after_seconds,
+            bus=bus,
             simulated=config.hypervisor == "sim",
         )
         heard = Heard()
         engine = Engine(local, journal, Slots(config.incoming_limit), silent.put_nowait, other_side, heard)
         stack.push_async_callback(engine.close)
-        host = AgentHost(info, hypervisor, engine)
+        host = AgentHost(info, hypervisor, engine, bus)
         address = config.advertised_address()
         directory = PeerDirectory(host, address, config.peers, named, heard)
-        migrations = Migrations(config.name, directory, journal, config.fencing)
+        migrations = Migrations(config.name, directory, journal, bus, config.fencing)
         stack.push_async_callback(migrations.close)
         check_name(config.name, [*await journal.active(), *await journal.unsettled()])
         await engine.recover()
         await migrations.recover()
-        server = await _serve(config, host, migrations)
+        server = await _serve(config, host, migrations, bus)
         log.info("serving", host=config.name, addresses=server.addresses)
         taking_over = functools.partial(take_over_silent, silent, migrations, config.name, other_side)
         stack.callback(supervise("take over", taking_over).cancel)
@@ -167,18 +172,18 @@ async def _open(hypervisor: Hypervisor, stop: asyncio.Event) -> None:
             raise SystemExit(0)
 
 
-async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations) -> Server:
+async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations, bus: Bus) -> Server:
     def add(server: grpc.aio.Server) -> None:
         handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(handshake_service.handshake_servicer(host.engine), server)
         host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(host), server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
 
-    return await start_server(config.listen, add, [handshake_service.SERVICE, host_service.SERVICE, migration_service.SERVICE])
+    return await start_server(config.listen, add, [handshake_service.SERVICE, host_service.SERVICE, migration_service.SERVICE], bus)
 
 
 async def _stop(local: LocalHost, migrations: Migrations, engine: Engine, server: Server) -> None:
     """Take no new work, end what ends soon, let go of the rest."""
-    log.info("stopping", active=len(engine.active()))
+    local.bus.publish(HostChanged(local.name, change="stopping", message=f"{len(engine.active())} attempts have not ended"))
     local.draining = migrations.draining = True
     engine.changed.ring()
     async with asyncio.timeout(STOP_SECONDS + 1):

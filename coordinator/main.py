@@ -11,6 +11,8 @@ import structlog
 from agent.config import make_state_dir
 from agent.migration.migrations import Migrations
 from agent.runtime.daemon import run_until_stopped
+from agent.runtime.event_log import events_logged
+from agent.runtime.events import Bus
 from agent.runtime.log import logging_to_stderr
 from agent.service import migration_service
 from agent.service.server import Server, start_server
@@ -39,17 +41,19 @@ def run(config_path: str) -> None:
 @contextlib.asynccontextmanager
 async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
     """Run a coordinator; yield its server."""
+    bus = Bus()
     async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(events_logged(bus))
         store = await SqliteStore.open(make_state_dir(config.state_dir) / "store.sqlite", expendable=[ENDED])
         stack.push_async_callback(store.close)
         identity = f"{config.name} on {socket.gethostname()} ({config.listen[-1]})"
-        registry = HostRegistry(store, config.heartbeat_seconds, coordinator=identity[:200])
+        registry = HostRegistry(store, bus, config.heartbeat_seconds, coordinator=identity[:200])
         await registry.open()
         stack.push_async_callback(registry.close)
-        migrations = Migrations(config.name, ClusterDirectory(registry), StoredMigrations(store), config.fencing)
+        migrations = Migrations(config.name, ClusterDirectory(registry), StoredMigrations(store), bus, config.fencing)
         stack.push_async_callback(migrations.close)
         await migrations.recover()
-        server = await _serve(config, registry, migrations)
+        server = await _serve(config, registry, migrations, bus)
         log.info("serving", name=config.name, addresses=server.addresses)
         yield server
         log.info("stopping")
@@ -58,9 +62,9 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         await server.stop(grace=0.2)
 
 
-async def _serve(config: CoordinatorConfig, registry: HostRegistry, migrations: Migrations) -> Server:
+async def _serve(config: CoordinatorConfig, registry: HostRegistry, migrations: Migrations, bus: Bus) -> Server:
     def add(server: grpc.aio.Server) -> None:
         host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(registry, migrations), server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
 
-    return await start_server(config.listen, add, [host_service.SERVICE, migration_service.SERVICE])
+    return await start_server(config.listen, add, [host_service.SERVICE, migration_service.SERVICE], bus)

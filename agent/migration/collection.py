@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from agent.migration.migration import FINAL, Entry
+from agent.migration.migration import FINAL, Entry, event_of
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from drover.agent.v1 import migration_pb2 as pb
 
 KEEP: Final = 1000
@@ -30,12 +31,13 @@ class Change:
 class Collection:
     """Holds every migration of this process, the last changed last. Nothing in its order or its revisions comes from a clock."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, bus: Bus) -> None:
         self.revision = 0
         """Of the last change."""
         self.changed = Bell()
         """Rings at every change."""
         self._name = name
+        self._bus = bus
         self._entries: dict[str, Entry] = {}
         self._removed: deque[tuple[int, str]] = deque()
         self._known_since = 0
@@ -56,8 +58,11 @@ class Collection:
 
     def publish(self, entry: Entry, migration: pb.Migration) -> None:
         """Make `migration` the state of the entry, which is added if it is new, and tell everyone who watches."""
-        if entry.migration.migration_id not in self._entries:
+        known = self._entries.get(migration.migration_id)
+        if known is None:
             self._trim()
+        if known is None or event_of(known.migration) != event_of(migration):
+            self._bus.publish(event_of(migration))
         if not migration.create_revision and not migration.revision:
             self.number(migration)
         self.revision += 1

@@ -19,6 +19,7 @@ from agent.migration.planning import check_same_hosts, make_plan, resume_plan, s
 from agent.migration.progress import describe, impossible, slot_waited_for
 from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
 from drover.agent.v1 import handshake_pb2
@@ -47,12 +48,15 @@ _WAITED_FOR: Final = frozenset(
 class Drives:
     """Drives the entries of a collection. `on_told` is called whenever something that a driver knows was told."""
 
-    def __init__(self, directory: Directory, collection: Collection, on_told: Callable[[Entry], None], clock: Clock) -> None:
+    def __init__(
+        self, directory: Directory, collection: Collection, on_told: Callable[[Entry], None], bus: Bus, clock: Clock
+    ) -> None:
         self.draining = False
         """The process stops: a migration that waits for its slot stays as it is, for the next life."""
         self._directory = directory
         self._collection = collection
         self._on_told = on_told
+        self._bus = bus
         self._clock = clock
 
     def start(self, entry: Entry) -> None:
@@ -62,7 +66,7 @@ class Drives:
     def driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
         """Return a driver for the entry, which is told of its cancel and of its statements."""
         ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
-        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._clock)
+        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._bus, self._clock)
         if entry.cancelled is not None:
             driver.view.cancel(entry.cancelled)
         for statement in entry.migration.statements:

@@ -10,12 +10,29 @@ from agent.handshake.drive.driver import Driver
 from agent.migration.uptime import age_of, seconds_since
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import MigrationChanged
 from agent.runtime.failure import Failure
+from agent.runtime.wire import enum_name
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
 
 FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED})
+
+
+def event_of(migration: pb.Migration) -> MigrationChanged:
+    """Return the event that tells of this migration; equal for two that differ in readings and texts only."""
+    return MigrationChanged(
+        migration.migration_id,
+        migration.attempt,
+        state=enum_name(pb.MigrationState, migration.state),
+        phase=migration.phase,
+        source_host=migration.source_host,
+        destination_host=migration.destination_host,
+        domain_uuid=migration.domain_uuid,
+        wait_reason=enum_name(pb.WaitReason, migration.wait_reason) if migration.wait_reason else "",
+        reason=migration.failure.reason,
+    )
 
 
 class MigrationLog(Protocol):

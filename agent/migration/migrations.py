@@ -14,6 +14,7 @@ import structlog
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.ends import Directory
+from agent.handshake.drive.view import statement_event
 from agent.handshake.host.records import timing_to_proto
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.migration.collection import Change, Collection, life_of
@@ -24,6 +25,7 @@ from agent.migration.planning import make_plan, planned
 from agent.migration.uptime import uptime
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.runtime.supervision import supervise
 from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2
@@ -46,15 +48,17 @@ class Migrations:
         name: str,
         directory: Directory,
         kept: MigrationLog,
+        bus: Bus,
         fencing: FencingConfig | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._name = name
+        self._bus = bus
         self._fences = Fences(fencing) if fencing is not None else None
         self._directory = directory
         self._kept = kept
-        self._collection = Collection(name)
-        self._drives = Drives(directory, self._collection, self._fence_if_in_doubt, clock)
+        self._collection = Collection(name, bus)
+        self._drives = Drives(directory, self._collection, self._fence_if_in_doubt, bus, clock)
         self._starting: dict[str, _Starting] = {}
 
     # ---- life
@@ -216,9 +220,7 @@ class Migrations:
         if side not in driver.view.silent_since or entry.driver is not driver:  # it answered meanwhile
             entry.forget_refuted()
             raise entry.not_in_doubt(statement.dead_host)
-        log.warning(
-            "declared dead", migration=migration_id, host=statement.dead_host, said_by=statement.said_by, reason=statement.reason
-        )
+        self._bus.publish(statement_event(migration_id, statement, "made"))
         driver.view.declare_dead(side, statement)
         self._drives.tell(entry)
         return entry.migration

@@ -17,6 +17,7 @@ from agent.hypervisor.base import HypervisorError, HypervisorInfo
 from agent.hypervisor.features import PROTOCOL_VERSION
 from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.wire import features_to_proto
+from agent.runtime.events import Bus, HostChanged
 from agent.runtime.seldom import Seldom
 from drover.agent.v1 import host_pb2 as pb
 
@@ -35,9 +36,10 @@ MAX_COORDINATORS: Final = 8
 class AgentHost:
     """What an agent says of its host, now and at every change."""
 
-    def __init__(self, info: HypervisorInfo, hypervisor: Hypervisor, engine: Engine) -> None:
+    def __init__(self, info: HypervisorInfo, hypervisor: Hypervisor, engine: Engine, bus: Bus) -> None:
         self.hypervisor = hypervisor
         self.engine = engine
+        self._bus = bus
         self._info = info
         self._coordinators: Counter[str] = Counter()
         """Open watches by coordinator, the oldest first."""
@@ -80,12 +82,8 @@ class AgentHost:
             with contextlib.suppress(HypervisorError):  # until it answers, what it said last holds
                 info = await self.hypervisor.info()
                 if info != self._info:
-                    log.info(
-                        "the hypervisor has changed",
-                        hypervisor=info.hypervisor,
-                        library=info.library_version,
-                        host_uuid=info.host_uuid,
-                    )
+                    text = f"{info.hypervisor}, library {info.library_version}, host UUID {info.host_uuid}"
+                    self._bus.publish(HostChanged(self.name, change="hypervisor", message=text))
                     self._info, self.engine.host.features = info, features_to_proto(info.features)
                     self.engine.changed.ring()
 

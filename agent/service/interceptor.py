@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import grpc
@@ -19,6 +20,7 @@ import structlog
 from google.protobuf.message import Message
 
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus, CallHandled
 from agent.service.bounds import check_request
 from agent.service.connections import Calls
 from agent.service.identity import current_caller, set_caller
@@ -48,11 +50,42 @@ class _Malformed:
     """
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Put it first in the list of a server's interceptors. `calls` are those of this server."""
+@dataclass(frozen=True)
+class _Method:
+    """What the wrapper of a method's handler needs."""
 
-    def __init__(self, calls: Calls) -> None:
+    name: str
+    right: Right
+    calls: Calls
+    bus: Bus
+
+    def entered(self, context: _Context) -> AbstractContextManager[None]:
+        """Note who calls, and count the call while the block runs. Raises OVERLOADED."""
+        uri = context.peer()
+        set_caller(uri)
+        return self.calls.one(uri)
+
+    def tell(self, request: Any, started: float, reason: str = "") -> None:
+        """Publish a call that has ended, unless it only reads."""
+        if self.right is not Right.READ:
+            event = CallHandled(
+                self.name,
+                _migration_of(request),
+                right=self.right,
+                caller=str(current_caller()),
+                milliseconds=round((time.monotonic() - started) * 1000, 2),
+                reason=reason,
+            )
+            self.bus.publish(event)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Put it first in the list of a server's interceptors. `calls` are those of this server; `bus` is told of those that change
+    something."""
+
+    def __init__(self, calls: Calls, bus: Bus) -> None:
         self._calls = calls
+        self._bus = bus
         # A method's handler is the same at every call; there are as many as methods.
         self._wrapped: dict[str, _Handler] = {}
 
@@ -66,28 +99,30 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             handler: Any = await continuation(handler_call_details) if method in RIGHTS else None
             if handler is None:
                 return _unknown_method(method)  # not kept: a peer could fill the memory with names
-            self._wrapped[method] = self._wrap(method, handler)
+            self._wrapped[method] = _wrap(_Method(method, RIGHTS[method], self._calls, self._bus), handler)
         return self._wrapped[method]
 
-    def _wrap(self, method: str, handler: Any) -> _Handler:
-        if not method.startswith(OUR_SERVICES):
-            return self._counted(handler)
-        coders = _tolerant(handler.request_deserializer), handler.response_serializer
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(_unary(self._calls, method, handler.unary_unary), *coders)
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(_stream(self._calls, method, handler.unary_stream), *coders)
-        raise NotImplementedError(f"{method}: the wire has no streams of requests")
 
-    def _counted(self, handler: Any) -> _Handler:
-        """Health and reflection: as they are, but they count."""
-        for kind in ("unary_unary", "unary_stream", "stream_stream"):
-            behavior = getattr(handler, kind)
-            if behavior is not None:
-                counted = (_counted_stream if inspect.isasyncgenfunction(behavior) else _counted)(self._calls, behavior)
-                make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
-                return cast("_Handler", make(counted, handler.request_deserializer, handler.response_serializer))
-        raise NotImplementedError("neither health nor reflection has such a call")
+def _wrap(method: _Method, handler: Any) -> _Handler:
+    if not method.name.startswith(OUR_SERVICES):
+        return _wrap_counted(method, handler)
+    coders = _tolerant(handler.request_deserializer), handler.response_serializer
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), *coders)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(_stream(method, handler.unary_stream), *coders)
+    raise NotImplementedError(f"{method.name}: the wire has no streams of requests")
+
+
+def _wrap_counted(method: _Method, handler: Any) -> _Handler:
+    """Health and reflection: as they are, but they count."""
+    for kind in ("unary_unary", "unary_stream", "stream_stream"):
+        behavior = getattr(handler, kind)
+        if behavior is not None:
+            counted = (_counted_stream if inspect.isasyncgenfunction(behavior) else _counted)(method, behavior)
+            make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+            return cast("_Handler", make(counted, handler.request_deserializer, handler.response_serializer))
+    raise NotImplementedError("neither health nor reflection has such a call")
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -100,34 +135,27 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return deserializer
 
 
-def _entered(calls: Calls, context: _Context) -> AbstractContextManager[None]:
-    """Note who calls, and count the call while the block runs. Raises OVERLOADED."""
-    uri = context.peer()
-    set_caller(uri)
-    return calls.one(uri)
-
-
-def _unary(calls: Calls, method: str, behavior: _Unary) -> _Unary:
+def _unary(method: _Method, behavior: _Unary) -> _Unary:
     async def call(request: Any, context: _Context) -> Any:
         started = time.monotonic()
         try:
-            with _entered(calls, context):
-                _check(method, request)
+            with method.entered(context):
+                _check(method.name, request)
                 response = await behavior(request, context)
         except Exception as error:
             await _fail(method, request, started, error, context)
-        _log_call(method, request, started, "ok")
+        method.tell(request, started)
         return response
 
     return call
 
 
-def _stream(calls: Calls, method: str, behavior: _Stream) -> _Stream:
+def _stream(method: _Method, behavior: _Stream) -> _Stream:
     async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         started = time.monotonic()
         try:
-            with _entered(calls, context):
-                _check(method, request)
+            with method.entered(context):
+                _check(method.name, request)
                 # Closed at once when the caller leaves, not when the garbage collector finds it.
                 async with aclosing(_generator(behavior(request, context))) as responses:
                     async for response in responses:
@@ -138,10 +166,10 @@ def _stream(calls: Calls, method: str, behavior: _Stream) -> _Stream:
     return call
 
 
-def _counted(calls: Calls, behavior: _Unary) -> _Unary:
+def _counted(method: _Method, behavior: _Unary) -> _Unary:
     async def call(request: Any, context: _Context) -> Any:
         try:
-            with _entered(calls, context):
+            with method.entered(context):
                 return await behavior(request, context)
         except DroverError as error:
             await _abort(error, context)
@@ -149,10 +177,10 @@ def _counted(calls: Calls, behavior: _Unary) -> _Unary:
     return call
 
 
-def _counted_stream(calls: Calls, behavior: _Stream) -> _Stream:
+def _counted_stream(method: _Method, behavior: _Stream) -> _Stream:
     async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
         try:
-            with _entered(calls, context):
+            with method.entered(context):
                 async with aclosing(_generator(behavior(request, context))) as responses:
                     async for response in responses:
                         yield response
@@ -174,12 +202,12 @@ def _check(method: str, request: Any) -> None:
     check_request(request)
 
 
-async def _fail(method: str, request: Any, started: float, error: Exception, context: _Context) -> NoReturn:
+async def _fail(method: _Method, request: Any, started: float, error: Exception, context: _Context) -> NoReturn:
     """End the call with the status of the error. Raises always: what grpcio raises for an abort."""
     if isinstance(error, grpc.aio.AbortError):
         raise error  # the handler gave a status of its own
-    ours = _as_drover_error(method, error)
-    _log_call(method, request, started, ours.reason)
+    ours = _as_drover_error(method.name, error)
+    method.tell(request, started, ours.reason)
     await _abort(ours, context)
 
 
@@ -207,14 +235,6 @@ def _as_drover_error(method: str, error: Exception) -> DroverError:
 def _without_secrets(message: str) -> str:
     cuts = [position for mark in _SECRET_MARKS if (position := message.find(mark)) >= 0]
     return " ".join(message[: min([*cuts, MAX_LOGGED])].split())
-
-
-def _log_call(method: str, request: Any, started: float, outcome: str) -> None:
-    """Not of a call that only reads."""
-    if RIGHTS[method] is Right.READ:
-        return
-    milliseconds, caller = round((time.monotonic() - started) * 1000, 2), str(current_caller())
-    _log.debug("call", method=method, migration=_migration_of(request), caller=caller, outcome=outcome, milliseconds=milliseconds)
 
 
 def _migration_of(request: Any) -> str:

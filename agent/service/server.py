@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyped]
 
 from agent.runtime.address import TcpAddress, UnixAddress, parse_address
+from agent.runtime.events import Bus
 from agent.runtime.supervision import supervise
 from agent.service.channel import KEEPALIVE_OPTIONS
 from agent.service.connections import MAX_CALLS, Calls, Connections, most_connections
@@ -70,11 +71,14 @@ class Server:
         await asyncio.gather(*(server.wait_for_termination() for server in self._servers))
 
 
-async def start_server(listen: Sequence[str], add: Callable[[grpc.aio.Server], None], service_names: Sequence[str]) -> Server:
+async def start_server(
+    listen: Sequence[str], add: Callable[[grpc.aio.Server], None], service_names: Sequence[str], bus: Bus
+) -> Server:
     """Listen on every address of `listen` (``unix:/path`` or ``ip:port``, port 0 for any) and serve.
 
     `add` adds the servicers, twice where both kinds of addresses are given; `service_names` are their full names, for reflection
-    and health. A unix socket is for its owner only (mode 0600) and its directory is made; what a dead process left there is removed.
+    and health; `bus` is told of calls. A unix socket is for its owner only (mode 0600) and its directory is made; what a dead
+    process left there is removed.
 
     Raises `AddressError`, `ValueError` for what is no address.
     """
@@ -84,7 +88,7 @@ async def start_server(listen: Sequence[str], add: Callable[[grpc.aio.Server], N
     health = health_aio.HealthServicer()
     for name in service_names:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    servers = {kind: _make_server(kind) for kind in {type(address) for address in addresses}}
+    servers = {kind: _make_server(kind, bus) for kind in {type(address) for address in addresses}}
     for server in servers.values():
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         add(server)
@@ -100,11 +104,11 @@ async def start_server(listen: Sequence[str], add: Callable[[grpc.aio.Server], N
     return Server(tuple(servers.values()), health, bound)
 
 
-def _make_server(kind: type[UnixAddress | TcpAddress]) -> grpc.aio.Server:
+def _make_server(kind: type[UnixAddress | TcpAddress], bus: Bus) -> grpc.aio.Server:
     if kind is UnixAddress:  # its peers are the host's own, and all of them one address
-        return grpc.aio.server(interceptors=[ErrorInterceptor(Calls(MAX_CALLS, MAX_CALLS))], options=_SERVER_OPTIONS)
+        return grpc.aio.server(interceptors=[ErrorInterceptor(Calls(MAX_CALLS, MAX_CALLS), bus)], options=_SERVER_OPTIONS)
     options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections()))
-    return grpc.aio.server(interceptors=[ErrorInterceptor(Calls())], options=options)
+    return grpc.aio.server(interceptors=[ErrorInterceptor(Calls(), bus)], options=options)
 
 
 def _bind(server: grpc.aio.Server, address: UnixAddress | TcpAddress) -> str:

@@ -12,6 +12,7 @@ import structlog
 
 from agent.runtime.backoff import STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus, HostChanged
 from agent.runtime.supervision import supervise
 from coordinator.hosts.claims import check_free
 from coordinator.hosts.host_link import CLOSE_SECONDS, HostLink, close_links
@@ -31,11 +32,12 @@ log = structlog.get_logger(__name__)
 class HostTable:
     """The hosts by name. `link_to` opens the connection to a host's agent; the table closes it when it drops the host."""
 
-    def __init__(self, store: Store, link_to: Callable[[pb.ClusterHost], HostLink], clock: Clock) -> None:
+    def __init__(self, store: Store, link_to: Callable[[pb.ClusterHost], HostLink], clock: Clock, bus: Bus) -> None:
         self.hosts: dict[str, KnownHost] = {}
         self._store = store
         self._link_to = link_to
         self._clock = clock
+        self._bus = bus
         self._writing = asyncio.Lock()  # one writer of /hosts/ at a time
         self._unsaved: set[str] = set()
         self._wake_saver = asyncio.Event()
@@ -85,7 +87,8 @@ class HostTable:
                     entry = self._enter(known, result)
                     entry.heard_at = self._clock.monotonic()  # it was asked just now
                     entry.link.hurry()
-                    log.info("host.registered", host=host.name, host_uuid=host.host_uuid, address=known.agent_address)
+                    text = f"{host.host_uuid} at {known.agent_address}"
+                    self._bus.publish(HostChanged(host.name, change="registered", message=text))
                     if before is not None and before.known.host.host_uuid != host.host_uuid:
                         was = before.known.host.host_uuid
                         log.warning("host.uuid_changed", host=host.name, host_uuid=host.host_uuid, was=was)
@@ -107,7 +110,7 @@ class HostTable:
                 result = await self._store.txn([Compare(key, entry.mod_revision)], [Delete(key)])
                 if isinstance(result, int):
                     self._drop([name])
-                    log.info("host.removed", host=name, address=entry.known.agent_address)
+                    self._bus.publish(HostChanged(name, change="removed", message=f"was at {entry.known.agent_address}"))
                     return
                 self._adopt(key, result.current[key])
         raise DroverError(Reason.BUSY, f'the entry of host "{name}" changes at this moment; try again', retry_after=RETRY_SECONDS)

@@ -16,6 +16,7 @@ import structlog
 
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus, HostChanged
 from agent.runtime.wire import cut
 from coordinator.hosts.claims import Proofs, check_claim
 from coordinator.hosts.host_link import HostLink, Lanes, Word, answer_of
@@ -39,6 +40,7 @@ class HostRegistry:
     def __init__(
         self,
         store: Store,
+        bus: Bus,
         heartbeat_seconds: float = 5.0,
         clock: Clock = SYSTEM_CLOCK,
         wall: Callable[[], float] = time.time,
@@ -46,11 +48,12 @@ class HostRegistry:
     ) -> None:
         self.heartbeat_seconds = heartbeat_seconds
         self._coordinator = coordinator
+        self._bus = bus
         self._clock = clock
         self._wall = wall
         self._lanes = Lanes()
         self._proofs = Proofs(clock)
-        self._table = HostTable(store, self._link_to, clock)
+        self._table = HostTable(store, self._link_to, clock, bus)
 
     async def open(self) -> None:
         """Load the hosts of the store and connect to their agents; each host is unreachable until its agent reports."""
@@ -165,7 +168,7 @@ class HostRegistry:
         entry.heard_at = self._clock.monotonic()
         before, entry.known = entry.known, heard(entry.known, word, self._wall())
         if before.state != entry.known.state:
-            log.info("host.up", host=entry.name)
+            self._bus.publish(HostChanged(entry.name, change="up"))
         if is_worth_saving(before, entry.known, self._table.unsaved_for(entry)):
             self._table.save_soon(entry)
 
@@ -188,8 +191,8 @@ class HostRegistry:
     def _on_silence(self, link: HostLink, why: str) -> None:
         entry = self._entry_of(link)
         if entry is not None and entry.up:
-            log.warning("host.unreachable", host=entry.name, why=why)
             entry.known.state = pb.HOST_STATE_UNREACHABLE
+            self._bus.publish(HostChanged(entry.name, change="unreachable", reason=Reason.HOST_UNREACHABLE, message=cut(why, 1024)))
             self._table.save_soon(entry)
         if entry is not None:
             entry.known.unreachable_reason = cut(why, 1024)

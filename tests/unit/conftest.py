@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agent.handshake.drive import calls
+from agent.runtime.events import Bus
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from tests.unit.fake_agents import Clock, FakeAgent
@@ -63,8 +64,13 @@ async def store() -> AsyncIterator[MemoryStore]:
 
 
 @pytest.fixture
-async def registry(store: MemoryStore, clock: Clock) -> AsyncIterator[HostRegistry]:
-    made = HostRegistry(store, 5.0, clock, wall=lambda: clock.now)
+def bus() -> Bus:
+    return Bus()
+
+
+@pytest.fixture
+async def registry(store: MemoryStore, bus: Bus, clock: Clock) -> AsyncIterator[HostRegistry]:
+    made = HostRegistry(store, bus, 5.0, clock, wall=lambda: clock.now)
     await made.open()
     yield made
     await made.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.service.server import Server, start_server
 from coordinator.hosts.host_table import PREFIX
 from coordinator.hosts.hosts import HostRegistry
@@ -68,7 +69,7 @@ class FakeAgent(agent_rpc.HostServiceServicer):
 
     async def start(self) -> None:
         self._server = await start_server(
-            [self.address], lambda server: agent_rpc.add_HostServiceServicer_to_server(self, server), [AGENT_SERVICE]
+            [self.address], lambda server: agent_rpc.add_HostServiceServicer_to_server(self, server), [AGENT_SERVICE], Bus()
         )
 
     async def stop(self) -> None:

@@ -51,7 +51,12 @@ class FakeDirectory:
 
 
 def _host(agent: Agent) -> AgentHost:
-    return AgentHost(HypervisorInfo("sim", "fake 1", "fake 1", f"uuid of {agent.name}", FEATURES), agent.hypervisor, agent.engine)
+    return AgentHost(
+        HypervisorInfo("sim", "fake 1", "fake 1", f"uuid of {agent.name}", FEATURES),
+        agent.hypervisor,
+        agent.engine,
+        agent.bus,
+    )
 
 
 def _side(agent: Agent, line: Line, address: str) -> Side:
@@ -105,7 +110,7 @@ class Driving:
         self._all = [self.migrations]
 
     def _new(self) -> Migrations:
-        return Migrations("h1", self.directory, self.log, self._fencing, QUICK)
+        return Migrations("h1", self.directory, self.log, self.pair.source.bus, self._fencing, QUICK)
 
     async def restart(self) -> None:
         await self.migrations.close()

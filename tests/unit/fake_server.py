@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.service.server import Server, start_server
 from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc, options_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
@@ -281,7 +282,7 @@ async def serve_coordinator(address: str, migrations: FakeMigrations) -> Server:
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
         cluster_pb2_grpc.add_HostServiceServicer_to_server(FakeCluster(), server)  # type: ignore[abstract]
 
-    return await start_server([address], add, [])
+    return await start_server([address], add, [], Bus())
 
 
 async def serve_agent(address: str, migrations: FakeMigrations) -> Server:
@@ -289,7 +290,7 @@ async def serve_agent(address: str, migrations: FakeMigrations) -> Server:
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
         host_pb2_grpc.add_HostServiceServicer_to_server(FakeAgentHost(), server)  # type: ignore[abstract]
 
-    return await start_server([address], add, [])
+    return await start_server([address], add, [], Bus())
 
 
 async def _main(directory: str) -> None:

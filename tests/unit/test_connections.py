@@ -15,6 +15,7 @@ import grpc.aio
 import pytest
 
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.service.channel import open_channel
 from agent.service.connections import (
     KEPT_FILES,
@@ -186,7 +187,7 @@ class Slow(rpc.HostServiceServicer):
 
 async def test_6_26_a_call_too_many_is_told_so_and_made_again() -> None:
     slow = Slow()  # type: ignore[abstract]
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(Calls(most_of_peer=2))])
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(Calls(most_of_peer=2), Bus())])
     rpc.add_HostServiceServicer_to_server(slow, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -221,7 +222,7 @@ async def test_6_26_a_flood_from_the_network_gets_no_bare_cancelled(tmp_path: Pa
     quick = Slow()  # type: ignore[abstract]
     quick.go_on.set()
     server = await start_server(
-        ["127.0.0.1:0", f"unix:{tmp_path}/x.sock"], lambda s: rpc.add_HostServiceServicer_to_server(quick, s), [SERVICE]
+        ["127.0.0.1:0", f"unix:{tmp_path}/x.sock"], lambda s: rpc.add_HostServiceServicer_to_server(quick, s), [SERVICE], Bus()
     )
     try:
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]

@@ -11,6 +11,7 @@ from agent.handshake.host.path import PathProbe, prove
 from agent.handshake.host.records import Role, state_from_proto
 from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Incompatible, Job
 from agent.runtime.errors import Reason
+from agent.runtime.events import Bus
 from agent.service.remote_peer import QUESTION_SECONDS
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import (
@@ -229,7 +230,7 @@ async def test_6_01_the_same_id_towards_a_third_host_ends_and_moves_nothing(pair
     first = pair.driver()
     running = asyncio.create_task(finished(first))
     await pair.in_doubt(first)
-    again = Driver(REF, pair.to_source, Line(third), make_plan(destination_host="h3"), lambda: None, QUICK)
+    again = Driver(REF, pair.to_source, Line(third), make_plan(destination_host="h3"), lambda: None, Bus(), QUICK)
     if cancelled:
         again.view.cancel(CANCELLED)
     await finished(again)

@@ -8,6 +8,7 @@ import grpc.aio
 import pytest
 
 from agent.runtime.errors import Reason
+from agent.runtime.events import Bus
 from agent.service.handshake_service import SERVICE, handshake_servicer
 from agent.service.server import Server, start_server
 from coordinator.hosts.directory import ClusterDirectory
@@ -30,7 +31,7 @@ Registers = Callable[[str, str, str], Awaitable[Server]]
 @pytest.fixture
 async def registry() -> AsyncIterator[HostRegistry]:
     async with await MemoryStore.open() as store:
-        registry = HostRegistry(store)
+        registry = HostRegistry(store, Bus())
         await registry.open()
         yield registry
         await registry.close()
@@ -48,7 +49,7 @@ async def registers(registry: HostRegistry, pair: Pair, tmp_path: Path) -> Async
             handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(servicer, grpc_server)
             host_pb2_grpc.add_HostServiceServicer_to_server(agent, grpc_server)
 
-        server = await start_server([f"unix:{tmp_path}/{where}/agent.sock"], add, [SERVICE])
+        server = await start_server([f"unix:{tmp_path}/{where}/agent.sock"], add, [SERVICE], Bus())
         servers.append(server)
         entries = registry._table.hosts
         await until(lambda: name not in entries or not entries[name].up)  # the name is free once its holder is silent

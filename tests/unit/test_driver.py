@@ -10,6 +10,7 @@ from agent.handshake.drive.driver import Driver
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, REF, fails, finished, make_plan, until
@@ -139,7 +140,7 @@ async def test_every_first_call_and_every_first_answer_is_lost(pair: Pair) -> No
 
 async def test_an_outage_is_no_busy_loop(pair: Pair) -> None:
     clock = FakeClock()
-    driver = Driver(REF, pair.to_source, pair.to_destination, make_plan(), lambda: None, clock)
+    driver = Driver(REF, pair.to_source, pair.to_destination, make_plan(), lambda: None, Bus(), clock)
     pair.to_destination.cut = True
     running = asyncio.create_task(finished(driver))
     await until(lambda: pair.to_destination.count["reserve_slot"] > 10)

@@ -7,6 +7,7 @@ import pytest
 import agent.handshake.drive.driver
 from agent.handshake.drive.driver import Driver
 from agent.runtime.errors import Reason
+from agent.runtime.events import Bus
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import CANCELLED, PATIENCE, REF, finished, make_plan, statement, until
 from tests.unit.clocks import QUICK
@@ -35,7 +36,7 @@ async def test_the_outcome_is_unknown_while_the_destination_is_silent_and_known_
 async def cut_off(pair: Pair) -> tuple[Driver, "asyncio.Task[None]"]:
     """Only the driver loses the destination, after the source has sent everything."""
     driver_line = Line(pair.destination)
-    driver = Driver(REF, pair.to_source, driver_line, make_plan(), lambda: None, QUICK)
+    driver = Driver(REF, pair.to_source, driver_line, make_plan(), lambda: None, Bus(), QUICK)
     running = asyncio.create_task(finished(driver))
     pair.wire.all_sent.clear()
     await pair.are("performing", "armed")
@@ -82,7 +83,7 @@ async def test_6_01_an_id_that_a_guest_came_by_moves_nothing_on(pair: Pair) -> N
     async with pair_of_agents() as others:
         third = Line(others.destination)
         third.agent.name = "h2"
-        driver = Driver(REF, pair.to_destination, third, make_plan(source_host="h2"), lambda: None, QUICK)
+        driver = Driver(REF, pair.to_destination, third, make_plan(source_host="h2"), lambda: None, Bus(), QUICK)
         await finished(driver)
         assert driver.view.foreign is not None
         assert driver.view.foreign.reason is Reason.MIGRATION_EXISTS
@@ -286,7 +287,7 @@ async def test_a_cancelled_driver_that_missed_the_end_asks_the_destination(pair:
     asked = pair.to_destination.count["finish"]
     await asyncio.sleep(0.1)  # the calls under way have failed; only Abort is called now
     assert pair.to_destination.count["finish"] <= asked + 1
-    other = Driver(lonely.view.ref, pair.source.engine, pair.destination.engine, None, lambda: None, QUICK)
+    other = Driver(lonely.view.ref, pair.source.engine, pair.destination.engine, None, lambda: None, Bus(), QUICK)
     await other.resume()
     pair.wire.all_sent.set()
     await finished(other)
@@ -325,7 +326,7 @@ async def test_a_take_over_has_no_plan_and_ends_what_has_begun(pair: Pair, call:
     await asyncio.gather(dying, return_exceptions=True)
     for line in (pair.to_source, pair.to_destination):
         line.on_call = lambda name: None
-    second = Driver(first.view.ref, pair.to_source, pair.to_destination, None, lambda: None, QUICK)
+    second = Driver(first.view.ref, pair.to_source, pair.to_destination, None, lambda: None, Bus(), QUICK)
     await second.resume()
     await finished(second)
     getattr(pair, end)()
@@ -365,7 +366,7 @@ async def test_6_10_a_lease_ends_no_transfer_though_the_driver_is_cut_off(monkey
     async with pair_of_agents(lease=0.4) as pair:
         pair.wire.all_sent.clear()
         line = Line(pair.destination)
-        driver = Driver(REF, pair.to_source, line, make_plan(), lambda: None, QUICK)
+        driver = Driver(REF, pair.to_source, line, make_plan(), lambda: None, Bus(), QUICK)
         line.on_call = lambda name: setattr(line, "cut", line.cut or name == "finish")
         running = asyncio.create_task(finished(driver))
         await pair.are("performing", "prepared")

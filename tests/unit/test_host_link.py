@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.runtime.events import Bus
 from coordinator.hosts import host_link
 from coordinator.hosts.host_link import HostLink, Lanes
 from coordinator.hosts.host_table import PREFIX
@@ -61,7 +62,7 @@ async def test_6_24_a_coordinator_with_many_dead_hosts_stops_soon(tmp_path: Path
             host = agent_pb.Host(name=f"h{number}", host_uuid=f"u{number}")
             known = pb.ClusterHost(host=host, agent_address=f"unix:{tmp_path}/{number}.sock", state=pb.HOST_STATE_UNREACHABLE)
             await store.txn([], [Put(PREFIX + host.name, known.SerializeToString())])
-        registry = HostRegistry(store)
+        registry = HostRegistry(store, Bus())
         await registry.open()
         assert len(registry.names()) == 1000
         async with asyncio.timeout(20):

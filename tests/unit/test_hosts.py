@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from agent.hypervisor.base import HypervisorInfo
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.service.channel import open_channel
 from agent.service.host import SHORTEST_REPEAT_SECONDS, AgentHost
 from agent.service.host_service import HostServicer as AgentServicer
@@ -155,7 +156,7 @@ async def test_agent_that_never_says_a_word(
 
 async def test_an_agent_that_repeats_its_word_stays_up_and_one_that_hangs_does_not(store: MemoryStore, agents: Any) -> None:
     agent = await agents("alpha")
-    registry = HostRegistry(store, 0.2)
+    registry = HostRegistry(store, Bus(), 0.2)
     await registry.open()
     await register(registry, agent)
     await so(lambda: agent.words > 6)  # longer than three heartbeats, though nothing has changed
@@ -173,7 +174,7 @@ async def test_an_agent_that_repeats_its_word_stays_up_and_one_that_hangs_does_n
 async def test_an_agent_of_an_older_version_repeats_nothing_and_stays_up(store: MemoryStore, agents: Any) -> None:
     agent = await agents("alpha")
     agent.older = True
-    registry = HostRegistry(store, 0.05)
+    registry = HostRegistry(store, Bus(), 0.05)
     await registry.open()
     await register(registry, agent)
     await asyncio.sleep(1.0)  # many times three heartbeats: what is shown is that nothing happens
@@ -229,7 +230,7 @@ async def test_find_domain(registry: HostRegistry, store: MemoryStore, agents: A
 async def test_restart_of_the_coordinator(tmp_path: Path, agents: Any) -> None:
     agent, gone = await agents("alpha"), await agents("gone")
     async with await SqliteStore.open(tmp_path / "s.db") as store:
-        registry = HostRegistry(store)
+        registry = HostRegistry(store, Bus())
         await registry.open()
         await register(registry, agent)
         await register(registry, gone)
@@ -237,7 +238,7 @@ async def test_restart_of_the_coordinator(tmp_path: Path, agents: Any) -> None:
     await gone.stop()
     async with await SqliteStore.open(tmp_path / "s.db") as store:
         watch = store.watch(PREFIX + "alpha")
-        registry = HostRegistry(store)
+        registry = HostRegistry(store, Bus())
         await registry.open()
         assert await names(registry) == {"alpha": UNREACHABLE, "gone": UNREACHABLE}
         assert (await registry.get("gone")).host == gone.host
@@ -279,7 +280,7 @@ async def test_service(registry: HostRegistry, agents: Any, tmp_path: Path) -> N
     address = f"unix:{tmp_path}/c.sock"
     active: dict[str, list[str]] = {}
     servicer = HostServicer(registry, Active(active))  # type: ignore[arg-type]
-    server = await start_server([address], lambda s: rpc.add_HostServiceServicer_to_server(servicer, s), [SERVICE])
+    server = await start_server([address], lambda s: rpc.add_HostServiceServicer_to_server(servicer, s), [SERVICE], Bus())
     agent = await agents("alpha")
     async with open_channel(address) as channel:
         stub = rpc.HostServiceStub(channel)
@@ -311,12 +312,12 @@ async def test_service(registry: HostRegistry, agents: Any, tmp_path: Path) -> N
 
 async def test_6_36_two_coordinators_that_claim_one_agent_are_both_told(pair: Pair, tmp_path: Path) -> None:
     info = HypervisorInfo("fake", "fake 1", "fake 1", "uuid-h1", FEATURES)
-    host = AgentHost(info, pair.source.hypervisor, pair.source.engine)
+    host = AgentHost(info, pair.source.hypervisor, pair.source.engine, Bus())
     address = f"unix:{tmp_path}/agent.sock"
     add = agent_rpc.add_HostServiceServicer_to_server
-    server = await start_server([address], lambda grpc_server: add(AgentServicer(host), grpc_server), [SERVICE])
+    server = await start_server([address], lambda grpc_server: add(AgentServicer(host), grpc_server), [SERVICE], Bus())
     async with await MemoryStore.open() as one, await MemoryStore.open() as two:
-        registries = [HostRegistry(store, coordinator=name) for store, name in ((one, "c one"), (two, "c two"))]
+        registries = [HostRegistry(store, Bus(), coordinator=name) for store, name in ((one, "c one"), (two, "c two"))]
         with capture_logs() as logs:
             for registry in registries:
                 await registry.open()
@@ -336,8 +337,8 @@ async def test_a_watch_repeats_its_word_when_nothing_changes_if_that_is_asked(
 ) -> None:
     info = HypervisorInfo("fake", "fake 1", "fake 1", "uuid-h1", FEATURES)
     address = f"unix:{tmp_path}/agent.sock"
-    servicer = AgentServicer(AgentHost(info, pair.source.hypervisor, pair.source.engine))
-    server = await start_server([address], lambda s: agent_rpc.add_HostServiceServicer_to_server(servicer, s), [SERVICE])
+    servicer = AgentServicer(AgentHost(info, pair.source.hypervisor, pair.source.engine, Bus()))
+    server = await start_server([address], lambda s: agent_rpc.add_HostServiceServicer_to_server(servicer, s), [SERVICE], Bus())
     async with open_channel(address) as channel:
         request = agent_pb.WatchHostRequest()
         request.repeat_interval.FromNanoseconds(1)  # counts as the shortest one

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.runtime.events import Bus
 from agent.service.channel import open_channel
 from agent.service.identity import Caller, caller_of, current_caller
 from agent.service.server import start_server
@@ -51,7 +52,7 @@ class Host(rpc.HostServiceServicer):
 async def test_7_a_handler_and_its_tasks_see_the_caller(tmp_path: Path) -> None:
     host = Host()  # type: ignore[abstract]
     server = await start_server(
-        [f"unix:{tmp_path}/s", "127.0.0.1:0", "[::1]:0"], lambda s: rpc.add_HostServiceServicer_to_server(host, s), [SERVICE]
+        [f"unix:{tmp_path}/s", "127.0.0.1:0", "[::1]:0"], lambda s: rpc.add_HostServiceServicer_to_server(host, s), [SERVICE], Bus()
     )
     for address in server.addresses:
         async with open_channel(address) as channel:

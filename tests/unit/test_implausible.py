@@ -27,6 +27,7 @@ from agent.migration.progress import describe
 from agent.migration.uptime import with_age
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.errors import DOMAIN
+from agent.runtime.events import Bus
 from agent.service.bounds import check_answer, check_request, checked_answer
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
@@ -181,7 +182,7 @@ def test_6_11_a_time_that_is_not_told_is_neither_midnight_nor_a_skew() -> None:
     migration = migration_pb2.Migration(domain_name="web1", source_host="h1", destination_host="h2", silent_hosts=["h1"])
     migration.source_guest.state = handshake_pb2.GUEST_STATE_RUNNING
     assert "at a time that it did not tell" in whereabouts(migration).sentence
-    view = View(REF, None, lambda: None)
+    view = View(REF, None, lambda: None, Bus())
     view.read_clock("source", handshake_pb2.Record(revision=1, update_time=Timestamp(seconds=1000)))
     view.read_clock("destination", handshake_pb2.Record(revision=1))
     assert view.clock_skew == 0
@@ -230,7 +231,7 @@ async def test_6_11_a_host_registers_again_whatever_heartbeat_is_asked_for(tmp_p
     def add(server: grpc.aio.Server) -> None:
         cluster_pb2_grpc.add_HostServiceServicer_to_server(coordinator, server)
 
-    server = await start_server([f"unix:{tmp_path}/s"], add, [])
+    server = await start_server([f"unix:{tmp_path}/s"], add, [], Bus())
     async with open_channel(f"unix:{tmp_path}/s") as channel:
         registering = asyncio.create_task(keep_registered(channel, cast(AgentHost, Described()), "unix:/h1", clock))
         await until(lambda: len(clock.slept) > 1)
@@ -254,7 +255,7 @@ class Odd(migration_pb2_grpc.MigrationServiceServicer):
 async def test_6_11_the_client_takes_the_rest_of_a_server_s_word(tmp_path: Path) -> None:
     servicer = Odd()  # type: ignore[abstract]
     server = await start_server(
-        [f"unix:{tmp_path}/s"], lambda s: migration_pb2_grpc.add_MigrationServiceServicer_to_server(servicer, s), []
+        [f"unix:{tmp_path}/s"], lambda s: migration_pb2_grpc.add_MigrationServiceServicer_to_server(servicer, s), [], Bus()
     )
     async with Client(f"unix:{tmp_path}/s") as client:
         migration = await client.get_migration(ID)
@@ -328,7 +329,7 @@ def answered(message: Message, check: Callable[[Message], None]) -> Any:
 def test_6_11_whatever_two_hosts_answer_is_described_and_shown(
     source: Any, destination: Any, states: tuple[str, str] | None, ended: bool, silent: set[str]
 ) -> None:
-    view = View(REF, None, lambda: None)
+    view = View(REF, None, lambda: None, Bus())
     for saw, record, state in zip((view.saw_source, view.saw_destination), (source, destination), states or ("", ""), strict=True):
         if state:  # else whatever it says
             record.state = handshake_pb2.RecordState.Value(f"RECORD_STATE_{state.upper()}")

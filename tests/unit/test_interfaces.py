@@ -9,6 +9,7 @@ from agent.handshake.host.phases import LocalHost
 from agent.network.interfaces import is_own
 from agent.network.uri import MigrationUri
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from drover.agent.v1 import options_pb2
 from tests.unit.fake_hypervisor import FakeHypervisor
 
@@ -26,7 +27,7 @@ def outward() -> str:
 
 
 def local(*, simulated: bool = False) -> LocalHost:
-    return LocalHost("h1", FakeHypervisor("h1"), (), options_pb2.MigrationFeatures(), 30, 10, simulated=simulated)
+    return LocalHost("h1", FakeHypervisor("h1"), (), options_pb2.MigrationFeatures(), 30, 10, Bus(), simulated=simulated)
 
 
 def test_6_05_own_addresses() -> None:

@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from agent.handshake.host.journal import Journal
 from agent.handshake.host.records import AttemptRecord, Role
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.paging import MAX_ITEM_BYTES, PAGE_BYTES, Key, Paging
 from agent.service.bounds import MAX_BYTES, MAX_ITEMS, MAX_STRING, check_request
@@ -179,7 +180,7 @@ class Served:
         self.address, self._add = address, add
 
     async def __aenter__(self) -> grpc.aio.Channel:
-        self._server = await start_server([self.address], self._add, [])
+        self._server = await start_server([self.address], self._add, [], Bus())
         self._channel = open_channel(self.address)
         return self._channel
 

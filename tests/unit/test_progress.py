@@ -12,6 +12,7 @@ from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState, fact_to_proto
 from agent.migration.progress import describe, impossible, phase, union, with_eta
 from agent.runtime.errors import Reason
+from agent.runtime.events import Bus
 from agent.runtime.failure import Failure, failure_to_proto
 from agent.runtime.wire import duration, timestamp
 from drover.agent.v1 import handshake_pb2
@@ -30,7 +31,7 @@ BEFORE = pb.Migration(
 
 
 def knows(src: Src | None, dst: Dst | None, *silent: str, **records: Any) -> View:
-    view = View(REF, None, lambda: None)
+    view = View(REF, None, lambda: None, Bus())
     for side, state in (("source", src), ("destination", dst)):
         if state is not None:
             wire = handshake_pb2.RecordState.Value(f"RECORD_STATE_{state.upper()}")

@@ -9,6 +9,7 @@ from google.protobuf import descriptor_pb2
 from google.protobuf.json_format import MessageToDict
 from grpc_reflection.v1alpha import reflection_pb2 as pb  # type: ignore[import-untyped]
 
+from agent.runtime.events import Bus
 from agent.service import handshake_service, host_service, migration_service
 from agent.service.channel import open_channel
 from agent.service.server import start_server
@@ -21,7 +22,7 @@ VERSIONS = ("v1", "v1alpha")
 
 @pytest.fixture(name="channel")
 async def _channel() -> AsyncIterator[grpc.aio.Channel]:
-    server = await start_server(["127.0.0.1:0"], lambda _: None, SERVICES)
+    server = await start_server(["127.0.0.1:0"], lambda _: None, SERVICES, Bus())
     async with open_channel(server.addresses[0]) as channel:
         yield channel
     await server.stop(0)

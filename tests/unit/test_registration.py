@@ -9,6 +9,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
 from agent.service.registration import keep_registered
@@ -44,7 +45,7 @@ async def test_only_a_change_is_logged(tmp_path: Path) -> None:
     def add(server: grpc.aio.Server) -> None:
         cluster_pb2_grpc.add_HostServiceServicer_to_server(coordinator, server)
 
-    server = await start_server([f"unix:{tmp_path}/s"], add, [])
+    server = await start_server([f"unix:{tmp_path}/s"], add, [], Bus())
     async with open_channel(f"unix:{tmp_path}/s") as channel:
         with structlog.testing.capture_logs() as logs:
             registering = asyncio.create_task(keep_registered(channel, cast(AgentHost, Host()), "unix:/h1", FakeClock()))

@@ -13,6 +13,7 @@ from agent.handshake.drive.driver import Driver
 from agent.handshake.host.engine import Engine
 from agent.handshake.host.peer import HandshakePeer
 from agent.runtime.errors import Reason
+from agent.runtime.events import Bus
 from agent.service.channel import open_channel
 from agent.service.handshake_service import SERVICE, handshake_servicer
 from agent.service.remote_peer import RemotePeer
@@ -64,7 +65,7 @@ class Far:
         self.peer = RemotePeer(lambda: self.channel, "h2")
 
     def driver(self) -> Driver:
-        return Driver(REF, self.pair.to_source, self.peer, make_plan(), lambda: None, QUICK)
+        return Driver(REF, self.pair.to_source, self.peer, make_plan(), lambda: None, Bus(), QUICK)
 
     async def moves(self) -> None:
         """As when an agent registers with another address."""
@@ -76,7 +77,7 @@ class Far:
 async def far(pair: Pair, tmp_path: Path) -> AsyncIterator[Far]:
     far = Far(pair, f"unix:{tmp_path}/run/agent.sock")
     servicer = handshake_servicer(cast(Engine, far.engine))
-    server = await start_server([far.address], lambda s: rpc.add_HandshakeServiceServicer_to_server(servicer, s), [SERVICE])
+    server = await start_server([far.address], lambda s: rpc.add_HandshakeServiceServicer_to_server(servicer, s), [SERVICE], Bus())
     yield far
     await far.channel.close()
     await server.stop(0)

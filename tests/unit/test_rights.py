@@ -9,6 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from agent.runtime.errors import Reason
+from agent.runtime.events import Bus
 from agent.service import interceptor, rights
 from agent.service.channel import open_channel
 from agent.service.reflection import METHOD, SERVICE, V1, V1ALPHA
@@ -51,6 +52,7 @@ async def test_7_an_rpc_without_a_right_is_not_served(tmp_path: Path, monkeypatc
         [f"unix:{tmp_path}/s"],
         lambda s: rpc.add_HostServiceServicer_to_server(Host(), s),  # type: ignore[abstract]
         ["drover.agent.v1.HostService"],
+        Bus(),
     )
     async with open_channel(server.addresses[0]) as channel:
         call = rpc.HostServiceStub(channel).GetHost

@@ -8,6 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from agent.hypervisor.base import HypervisorInfo
+from agent.runtime.events import Bus
 from agent.runtime.seldom import SECONDS, Seldom
 from agent.service.host import MAX_COORDINATORS, AgentHost
 from coordinator.hosts.hosts import HostRegistry
@@ -18,7 +19,9 @@ from tests.unit.two_agents import Pair
 
 @pytest.fixture
 def host(pair: Pair) -> AgentHost:
-    return AgentHost(HypervisorInfo("fake", "fake 1", "fake 1", "uuid-h1", FEATURES), pair.source.hypervisor, pair.source.engine)
+    return AgentHost(
+        HypervisorInfo("fake", "fake 1", "fake 1", "uuid-h1", FEATURES), pair.source.hypervisor, pair.source.engine, Bus()
+    )
 
 
 def test_a_line_is_due_again_after_a_while_and_tells_how_many_were_not() -> None:

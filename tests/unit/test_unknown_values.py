@@ -18,6 +18,7 @@ from agent.hypervisor.options import Support
 from agent.migration.migration import FINAL
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.service.bounds import check_answer
 from agent.service.status import error_from_rpc, to_status, trailing_metadata
@@ -183,7 +184,7 @@ async def test_6_11_a_driver_that_takes_up_waits_for_a_state_that_it_knows(pair:
         return answer
 
     pair.to_destination.answer["get_record"] = newer
-    second = Driver(first.view.ref, pair.to_source, pair.to_destination, None, lambda: None, QUICK)
+    second = Driver(first.view.ref, pair.to_source, pair.to_destination, None, lambda: None, Bus(), QUICK)
     await second.resume()
     assert asked >= 3
     assert not second.view.silent_since

@@ -6,6 +6,7 @@ from typing import Any, cast
 import pytest
 
 from agent.migration import uptime
+from agent.runtime.events import Bus
 from agent.runtime.wire import timestamp
 from agent.service.migration_service import MigrationServicer
 from coordinator.cli.follow import print_summary
@@ -131,7 +132,7 @@ async def test_6_16_when_a_host_was_last_seen_in_an_earlier_life_is_told_by_the_
         host.name = name
         known = cluster_pb2.ClusterHost(host=host, agent_address=f"unix:/none/{name}", state=UP, last_seen_time=timestamp(seen))
         await store.txn([], [Put(PREFIX + name, known.SerializeToString())])
-    registry = HostRegistry(store, 5.0, wall=clock.monotonic)
+    registry = HostRegistry(store, Bus(), 5.0, wall=clock.monotonic)
     await registry.open()
     assert [(host.last_seen_age.seconds, host.last_seen_by_wall_clock) for host in await registry.list_hosts()] == [
         (90, True),

@@ -27,6 +27,7 @@ from agent.handshake.host.records import AttemptRecord, decode, state_from_proto
 from agent.hypervisor.reasons import translated
 from agent.hypervisor.wire import domain_to_proto, features_to_proto
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.runtime.intact import add_functions
 from agent.service.adapter import methods_of
 from drover.agent.v1 import handshake_pb2 as pb
@@ -110,6 +111,7 @@ class Agent:
         self.name = name
         self.calls: list[str] = []
         """Journal writes and effects, in order."""
+        self.bus = Bus()
         self.hypervisor = FakeHypervisor(name, wire, self.calls)
         self.journal = FakeJournal(self.calls)
         self.taken_over: asyncio.Queue[Attempt] = asyncio.Queue()
@@ -124,7 +126,15 @@ class Agent:
     def _engine(self) -> Engine:
         networks = (host_pb2.Network(name="mig", address=ADDRESSES[self.name], roles=["migration"]),)
         host = LocalHost(
-            self.name, self.hypervisor, networks, features_to_proto(FEATURES), self.lease, self.takeover, simulated=True, clock=QUICK
+            self.name,
+            self.hypervisor,
+            networks,
+            features_to_proto(FEATURES),
+            self.lease,
+            self.takeover,
+            self.bus,
+            simulated=True,
+            clock=QUICK,
         )
         return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side, self.heard)
 
@@ -288,7 +298,7 @@ class Pair:
         self.source.other_side, self.destination.other_side = self.to_destination, self.to_source
 
     def driver(self, plan: Plan | None = None, on_change: Callable[[], None] = lambda: None) -> Driver:
-        return Driver(REF, self.to_source, self.to_destination, plan or make_plan(), on_change, QUICK)
+        return Driver(REF, self.to_source, self.to_destination, plan or make_plan(), on_change, self.source.bus, QUICK)
 
     def alone(self) -> Agent:
         """Return the source, cut off from its destination, so that a record that its caller relays counts."""

@@ -21,7 +21,9 @@ from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.source import SourceState as Src
 from agent.runtime.backoff import OTHER_HOST, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus, CallFailed, DriverDecided
 from agent.runtime.failure import Failure
+from agent.runtime.wire import cut
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
@@ -61,11 +63,14 @@ class Driver:
         destination: HandshakePeer,
         plan: Plan | None,
         on_change: Callable[[], None],
+        bus: Bus,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         parties = Parties(plan.source_host, plan.destination_host, plan.domain_uuid) if plan is not None else None
-        self.view = View(ref, parties, on_change)
+        self.view = View(ref, parties, on_change, bus)
         self.calls = Calls(self.view, source, destination, plan)
+        self._bus = bus
+        self._decided: frozenset[Call] = frozenset()
         self.clock = clock
         self._pauses = {side: Pauses(OTHER_HOST, clock) for side in ("source", "destination")}
         """Before a side is called again after an error."""
@@ -144,9 +149,7 @@ class Driver:
         try:
             while not self.view.ended and self.view.foreign is None:
                 self.view.news.clear()
-                for call in decide(
-                    *self.view.states, cancel=self.view.cancelling, stalled=self._stalls(), by_statement=self.view.by_statement
-                ):
+                for call in self._decide():
                     if call not in tasks:
                         tasks[call] = asyncio.create_task(self._make(call), name=f"{self.view.ref.migration_id[:8]} {call}")
                 for side in self._followed():
@@ -168,6 +171,23 @@ class Driver:
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+    def _decide(self) -> frozenset[Call]:
+        """Return the calls that must be under way now, and tell if they have changed."""
+        view = self.view
+        calls = decide(*view.states, cancel=view.cancelling, stalled=self._stalls(), by_statement=view.by_statement)
+        if calls != self._decided:
+            source, destination = view.states
+            event = DriverDecided(
+                *view.about,
+                calls=tuple(sorted(calls)),
+                source_state=source or "",
+                destination_state=destination or "",
+                reason=view.failure.reason if view.failure is not None else "",
+            )
+            self._bus.publish(event)
+        self._decided = calls
+        return calls
 
     async def _give_back(self) -> None:
         """Give back the slot that was taken under an id that belongs to another migration. On an error, its lease ends by itself."""
@@ -202,9 +222,8 @@ class Driver:
             await self.calls.make(call)
             failpoint("driver", call, "after")
         except DroverError as error:
-            log.info(
-                "call failed", migration=self.view.ref.migration_id, call=call.value, reason=error.reason.value, error=error.message
-            )
+            message = cut(error.message, 1024)
+            self._bus.publish(CallFailed(*self.view.about, call=call, side=side, reason=error.reason, message=message))
             await self._failed(call, side, error)
         else:
             self._pauses[side].succeeded()

@@ -4,19 +4,16 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
-
-import structlog
+from typing import Final, Literal
 
 from agent.handshake.host.records import state_from_proto
 from agent.handshake.machines.decide import assume, disputed, ended
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus, StatementChanged
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
-
-log = structlog.get_logger()
 
 _LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
 """States in which the guest does not run at the source any more, or not yet again."""
@@ -38,6 +35,11 @@ _NO_ANSWER: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED
 """Errors that mean that the host did not answer."""
 
 
+def statement_event(migration_id: str, statement: pb.Statement, change: Literal["made", "refuted"]) -> StatementChanged:
+    said_by, text = statement.said_by, statement.reason
+    return StatementChanged(migration_id, change=change, dead_host=statement.dead_host, said_by=said_by, message=text)
+
+
 class StateUnknownError(DroverError):
     """A record is in a state that this version does not know. Nothing may be concluded from it."""
 
@@ -52,8 +54,10 @@ class StateUnknownError(DroverError):
 class View:
     """What is known of one attempt. Sides are named ``source`` and ``destination``. `on_change` is called after every change."""
 
-    def __init__(self, ref: pb.AttemptRef, parties: Parties | None, on_change: Callable[[], None]) -> None:
+    def __init__(self, ref: pb.AttemptRef, parties: Parties | None, on_change: Callable[[], None], bus: Bus) -> None:
         self.ref = ref
+        self.about = ref.migration_id, ref.attempt
+        self._bus = bus
         self.foreign: DroverError | None = None
         """MIGRATION_EXISTS once a record turned out to be of another migration with this id; then no more calls are made."""
         self.parties = parties
@@ -225,9 +229,9 @@ class View:
         self._changed()
 
     def refuted(self, side: str) -> None:
-        """Drop the statement about a side that was declared dead, as it answers the other host."""
-        if self.statements.pop(side, None) is not None:
-            log.warning("a host that was declared dead answers the other host", migration=self.ref.migration_id, side=side)
+        """Drop the statement about a side that was declared dead, as it answers here or to the other host."""
+        if (statement := self.statements.pop(side, None)) is not None:
+            self._bus.publish(statement_event(self.ref.migration_id, statement, "refuted"))
 
     def silent_for(self, side: str) -> float:
         """Return for how many seconds a side has not answered; 0 if it answers."""
@@ -238,8 +242,7 @@ class View:
         """Note that a side has answered, with an error or not: it is neither silent nor dead."""
         if self.silent_since.pop(side, None) is not None and not self.silent_since:
             self.waiting_for = ""
-        if self.statements.pop(side, None) is not None:
-            log.warning("a host that was declared dead answers", migration=self.ref.migration_id, side=side)
+        self.refuted(side)
 
     def missed(self, side: str, error: DroverError) -> None:
         """Note that a call to a side failed: it did not answer, or answered with an error."""

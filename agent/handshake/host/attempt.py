@@ -22,6 +22,7 @@ from agent.hypervisor.guest_fact import GuestFact
 from agent.runtime.backoff import EFFECT, Clock, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
@@ -60,9 +61,11 @@ class Attempt:
         on_final: Callable[["Attempt"], None],
         on_idle: Callable[["Attempt"], None],
         clock: Clock,
+        bus: Bus,
     ) -> None:
         self.record = record
         self.clock = clock
+        self._bus = bus
         self.progress: pb.Progress | None = None
         """The latest reading of the transfer; not journalled."""
         self.stopwatch: Stopwatch | None = None
@@ -201,7 +204,7 @@ class Attempt:
     async def _put(self, record: AttemptRecord) -> None:
         await self._journal.put_attempt(record)
         record = msgspec.structs.replace(record, seen=self.record.seen)  # `saw` may have changed it meanwhile
-        log.info("record", migration=record.migration_id, role=record.role.value, state=record.state, was=self.record.state)
+        self._bus.publish(record.event(was=self.record.state))
         ends, self.record = record.final and not self.record.final, record
         if ends:
             self.signs.end()

@@ -13,6 +13,7 @@ from agent.handshake.machines.source import SourceEffect, SourceState
 from agent.runtime.backoff import Clock
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.events import Bus
 from drover.agent.v1 import handshake_pb2 as pb
 
 AFTERCARE: Final = "aftercare"
@@ -35,10 +36,11 @@ class Attempts:
     """Every attempt that has not ended, and the last ones that have."""
 
     def __init__(
-        self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None], clock: Clock
+        self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None], clock: Clock, bus: Bus
     ) -> None:
         self.journal = journal
         self._clock = clock
+        self._bus = bus
         self.effects: Mapping[Role, EffectRunner] = {}
         self._look = look
         self._hindrance = hindrance
@@ -63,6 +65,7 @@ class Attempts:
             self._on_final,
             self._forget_unless_known,
             self._clock,
+            self._bus,
         )
         self._by_id.pop(record.migration_id, None)
         self._by_id[record.migration_id] = attempt

@@ -1,7 +1,7 @@
 """The destination's calls: ReserveSlot, Prepare, Finish and Abandon, and the lease of its slot."""
 
 import time
-from typing import Final
+from typing import Final, Literal
 
 from agent.admission.slots import Slots
 from agent.handshake.host.arrival import check_arrival, never_here
@@ -28,6 +28,7 @@ from agent.hypervisor.features import settled
 from agent.hypervisor.wire import options_from_proto
 from agent.network.networks import listen_on
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import SlotChanged
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -107,10 +108,16 @@ class DestinationSide:
             )
             if not attempt.record.final:
                 self._held_since[attempt] = time.monotonic()
+                self._tell_slot(attempt, "taken")
         self.recover(attempt)
 
     def _expiry(self) -> float:
         return time.time() + self._host.lease_seconds
+
+    def _tell_slot(self, attempt: Attempt, change: Literal["taken", "freed"]) -> None:
+        in_use, limit = len(self._attempts.active(Role.DESTINATION)), self._slots.limit
+        about = attempt.record.migration_id, attempt.record.attempt
+        self._host.bus.publish(SlotChanged(*about, change=change, in_use=in_use, limit=limit))
 
     def _check_room(self, newcomer: Attempt) -> None:
         now = time.monotonic()
@@ -213,6 +220,8 @@ class DestinationSide:
 
     def on_final(self, attempt: Attempt) -> None:
         """Take note that an attempt has ended, which frees its slot."""
+        if attempt.record.epoch:
+            self._tell_slot(attempt, "freed")
         since = self._held_since.pop(attempt, None)
         if since is not None and attempt.record.state == _S.RUNNING:
             self._slots.arrived(time.monotonic() - since)

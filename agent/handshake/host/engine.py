@@ -54,7 +54,7 @@ class Engine:
         self.slots = slots
         self._journal = journal
         look, why = functools.partial(see, host), functools.partial(hindrance, host)
-        self._attempts = Attempts(journal, look, why, self._ended, host.clock)
+        self._attempts = Attempts(journal, look, why, self._ended, host.clock, host.bus)
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
         peers = PeerRecords(host.name, other_side, heard)

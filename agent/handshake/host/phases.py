@@ -27,6 +27,7 @@ from agent.network.uri import MigrationUri, address_problem
 from agent.runtime.address import Address, parse_address
 from agent.runtime.backoff import HYPERVISOR, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2, options_pb2
@@ -47,11 +48,12 @@ class LocalHost:
     features: options_pb2.MigrationFeatures
     lease_seconds: float
     takeover_after: float
+    bus: Bus
     simulated: bool = False
     """Whether its hypervisor is simulated, in this process: several such hosts share the addresses of one machine."""
     draining: bool = False
-    clock: Clock = SYSTEM_CLOCK
     """Whether the agent is stopping."""
+    clock: Clock = SYSTEM_CLOCK
 
     def show(self, record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
         """Return a record of this host for the wire, under the name that the host had when the record was made."""

@@ -17,6 +17,7 @@ from agent.hypervisor.base import Stored
 from agent.hypervisor.guest_fact import GuestFact, fact_to_proto
 from agent.hypervisor.options import Options, Value
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import RecordChanged
 from agent.runtime.failure import Failure, failure_to_proto
 from agent.runtime.wire import cut, duration, enum_name, timestamp
 from agent.transfer.progress import Progress
@@ -140,6 +141,20 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def user_options(self) -> Options:
         return cast(Options, self.options)
+
+    def event(self, was: str) -> RecordChanged:
+        """Return the event that tells of this record; `was` is the state of the one before."""
+        return RecordChanged(
+            self.migration_id,
+            self.attempt,
+            role=self.role,
+            state=self.state,
+            was=was,
+            peer_host=self.peer_host,
+            domain_uuid=self.domain_uuid,
+            waiting_for=self.waiting_for,
+            reason=self.failure.reason if self.failure is not None else "",
+        )
 
     def changed(self, **changes: Any) -> "AttemptRecord":
         """Return a new record with the next revision. One that ends drops what only a running migration needs."""

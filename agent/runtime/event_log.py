@@ -1,0 +1,63 @@
+"""The log as a consumer of the bus: one line for each event."""
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator
+from typing import Final
+
+import msgspec
+import structlog
+
+from agent.runtime.errors import DroverError
+from agent.runtime.events import Bus, CallHandled, Event, HostChanged, Published, StatementChanged, Subscription
+from agent.runtime.supervision import supervise
+
+log = structlog.get_logger("drover.events")
+
+FLUSH_SECONDS: Final = 1.0
+"""For the lines that are still to be written at the end."""
+
+
+@contextlib.asynccontextmanager
+async def events_logged(bus: Bus) -> AsyncIterator[None]:
+    """Write a line for each event that is published in the block; close the bus at its end."""
+    task = supervise("log events", functools.partial(_write_all, bus, bus.subscribe()))
+    try:
+        yield
+    finally:
+        bus.close()
+        await asyncio.wait({task}, timeout=FLUSH_SECONDS)
+        task.cancel()
+
+
+async def _write_all(bus: Bus, events: Subscription) -> None:
+    while True:
+        try:
+            async for published in events:
+                _write(published)
+        except DroverError as error:
+            log.warning("events left out", error=error.message)
+            events = bus.subscribe()
+        else:
+            return
+
+
+def _write(published: Published) -> None:
+    event = published.event
+    fields = {name: value for name, value in msgspec.structs.asdict(event).items() if value != ""}
+    if "migration_id" in fields:
+        fields["migration"] = fields.pop("migration_id")
+    log.log(level_of(event), str(event.__struct_config__.tag), revision=published.revision, **fields)
+
+
+def level_of(event: Event) -> int:
+    """Return the level of an event's line. Calls that are refused, or made again and again, would drown the others."""
+    match event:
+        case HostChanged(change="unreachable") | StatementChanged():
+            return logging.WARNING
+        case CallHandled() if event.reason or event.right not in ("migrate", "operate"):
+            return logging.DEBUG
+        case _:
+            return logging.INFO
