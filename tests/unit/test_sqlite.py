@@ -11,7 +11,8 @@ from random import Random
 import pytest
 
 from agent.runtime.errors import DroverError, Reason
-from agent.runtime.sqlite import TIDY_COMMITS, TIDY_PAGES, Database
+from agent.runtime.sqlite import Database
+from agent.runtime.sqlite_file import TIDY_COMMITS, TIDY_PAGES
 
 SCHEMA = ("CREATE TABLE item (id INTEGER PRIMARY KEY, data BLOB)",)
 

@@ -64,7 +64,8 @@ class FakeJournal(Journal):
     """A journal in memory. `fails`: the errors of the next writes; `down`: all fail; `held`: writes wait for it."""
 
     def __init__(self, calls: list[str] | None = None) -> None:
-        self._db = MemoryDatabase()  # type: ignore[assignment]
+        self._memory = MemoryDatabase()
+        self._db = self._memory  # type: ignore[assignment]
         self.path = Path("/journal.sqlite")
         self._numbers = itertools.count(1)
         self._ids = set()
@@ -80,7 +81,7 @@ class FakeJournal(Journal):
 
     def row(self, migration_id: str = ID) -> AttemptRecord | None:
         """The durable records."""
-        rows = self._db._connection.execute("SELECT body FROM attempts WHERE migration_id = ? ORDER BY attempt", (migration_id,))
+        rows = self._memory._connection.execute("SELECT body FROM attempts WHERE migration_id = ? ORDER BY attempt", (migration_id,))
         bodies = [row[0] for row in rows]
         return decode(bodies[-1]) if bodies else None
 

@@ -28,8 +28,9 @@ from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.runtime.errors import DroverError
 from agent.runtime.intact import seal
-from agent.runtime.sqlite import Database, Migration
+from agent.runtime.sqlite import Database
 from agent.runtime.sqlite_errors import unusable
+from agent.runtime.sqlite_file import Migration
 
 log = structlog.get_logger(__name__)
 

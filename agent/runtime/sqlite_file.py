@@ -1,0 +1,251 @@
+"""One SQLite file and its connection, as the thread of a `sqlite.Database` uses them: synchronous, and of one thread only."""
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+import structlog
+
+from agent.runtime.errors import DroverError
+from agent.runtime.intact import Damage, Loss, Mark, add_functions, as_text, commits, look, make_commits, set_commits
+from agent.runtime.sqlite_errors import cause_of, unusable
+
+T = TypeVar("T")
+
+Migration = str | Callable[[sqlite3.Connection], None]
+"""One step of a schema: a script, or a function for what SQL cannot say. It holds no BEGIN or COMMIT."""
+
+log = structlog.get_logger(__name__)
+
+CHECKPOINT_PAGES: Final = 1000
+"""Pages (4 KiB) of the WAL after which a commit copies it into the database; bounds the WAL to about 4 MiB, unless one
+transaction alone is larger."""
+
+TIDY_COMMITS: Final = 512
+"""After so many commits, pages that deletes have freed are given back to the file system …"""
+
+TIDY_PAGES: Final = 1000
+"""… at most so many at once (a few milliseconds)."""
+
+MARK_SECONDS: Final = 1.0
+"""The mark is synced so long after it was synced last, at the next commit."""
+
+
+class DatabaseFile:
+    """The file, its lock, its mark and its connection. See `sqlite.Database` for the arguments.
+
+    `later` runs a chore after the transaction under way, for which nobody waits.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        schema: Sequence[Migration],
+        check: Callable[[sqlite3.Connection], Sequence[Damage]],
+        timeout: float,
+        later: Callable[[Callable[[], None]], object],
+    ) -> None:
+        self.path = path
+        self.lost = False
+        """It was opened although something that mattered is missing: an operator accepted that."""
+        self._accept_loss = Path(f"{path}.accept-loss")
+        self._mark = Mark(Path(f"{path}.mark"))
+        self._mark_synced = 0.0
+        self._count: int | None = None
+        """Transactions that were committed; None where that is to be read."""
+        self._schema = tuple(schema)
+        self._check_rows = check
+        self._timeout = timeout
+        self._later = later
+        self._lock_fd = -1
+        self._open: sqlite3.Connection | None = None
+
+    @property
+    def _connection(self) -> sqlite3.Connection:
+        if self._open is None:
+            raise sqlite3.ProgrammingError("the database is not open")
+        return self._open
+
+    def open(self) -> None:
+        with self._translated("no"):
+            self._take_lock()
+            faults, loss = look(self.path, self._mark)
+            if faults:
+                raise self.error("SQLITE_CORRUPT", "; ".join(faults), "no")
+            if loss is not None:
+                self._lose(loss)
+            # SQLite makes the file with the umask's rights; a journal is nobody else's business.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._open = sqlite3.connect(self.path, timeout=self._timeout / 2, isolation_level=None)
+            self._configure(self._open)
+            self._migrate(self._open)
+            self._mend_rows(self._open)
+            self._mark.open(commits(self._open) or 0)
+            self._accept_loss.unlink(missing_ok=True)
+
+    def _mend_rows(self, connection: sqlite3.Connection) -> None:
+        """Tell of damaged rows and forget them; refuse where something may still be decided by one."""
+        connection.text_factory = as_text
+        damages = self._check_rows(connection)
+        connection.text_factory = str
+        mattering = [damage for damage in damages if damage.matters]
+        if mattering:
+            more = f" (and {len(mattering) - 1} more rows)" if len(mattering) > 1 else ""
+            self._lose(Loss("DAMAGED_ROW", f"{mattering[0].row}{more} is damaged, and something may still be decided by it"))
+        for damage in damages:
+            log.error("sqlite.damaged_row", path=str(self.path), row=damage.row, matters=damage.matters)
+        connection.execute("BEGIN IMMEDIATE")
+        for damage in damages:
+            connection.execute(damage.mend, damage.parameters)
+        connection.execute("COMMIT")
+
+    def _lose(self, loss: Loss) -> None:
+        """Something that mattered is missing: refuse, unless an operator has accepted that."""
+        if not self._accept_loss.exists():
+            raise self.error(loss.cause, loss.what, "no")
+        self.lost = True
+        log.error("sqlite.loss_accepted", path=str(self.path), cause=loss.cause, what=loss.what)
+
+    def _take_lock(self) -> None:
+        """Two daemons on one journal would each trust what they remember; a file of its own, because closing any other
+        descriptor of the database would drop SQLite's own locks."""
+        self._lock_fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self.error("SQLITE_BUSY", "it is in use by another process", "no") from None
+
+    @staticmethod
+    def _configure(connection: sqlite3.Connection) -> None:
+        add_functions(connection)
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before WAL: it only works before the first page is written
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        # A larger WAL (one huge transaction) is cut back to this at the next checkpoint.
+        connection.execute(f"PRAGMA journal_size_limit={CHECKPOINT_PAGES * 4096}")
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        done = connection.execute("PRAGMA user_version").fetchone()[0]
+        if done > len(self._schema):
+            raise self.error(
+                "NEWER_SCHEMA",
+                f"it was written by a newer Drover (schema {done}, this one knows {len(self._schema)})",
+                "no",
+                "install that version again, or restore the file from a backup",
+            )
+        make_commits(connection)
+        for version, migration in enumerate(self._schema[done:], start=done + 1):
+            # One transaction, so that the tables and the number that says they exist cannot disagree.
+            try:
+                if isinstance(migration, str):
+                    connection.executescript(f"BEGIN IMMEDIATE;\n{migration}\n;")  # it leaves the transaction open
+                else:
+                    connection.execute("BEGIN IMMEDIATE")
+                    migration(connection)
+                connection.execute(f"PRAGMA user_version={version}")
+                connection.execute("COMMIT")
+            except BaseException:
+                self._roll_back(connection)
+                raise
+
+    def transaction(self, fn: Callable[[sqlite3.Connection], T], commit_or_deadline: threading.Lock) -> T:
+        if commit_or_deadline.locked():
+            raise self.error("DEADLINE", "the deadline passed in the queue", "no")
+        with self._translated("no"):
+            connection = self._connection
+            self._roll_back(connection)  # nothing, unless the rollback after an error failed too
+            connection.execute("BEGIN IMMEDIATE")
+            count, changes = None, connection.total_changes
+            try:
+                result = fn(connection)
+                if connection.total_changes != changes:
+                    count = self._count + 1 if self._count is not None else (commits(connection) or 0) + 1
+                    set_commits(connection, count)
+                if not commit_or_deadline.acquire(blocking=False):
+                    raise self.error("DEADLINE", "the deadline passed before the commit", "no")
+                # A failed commit may have put its frames on the disk, where a restart would find them.
+                with self._translated("unknown"):
+                    connection.execute("COMMIT")
+            except BaseException:
+                self._count = None  # whether it was committed is to be read again
+                self._roll_back(connection)
+                raise
+        if count is not None:
+            self._count = count
+            self._count_commit(count)
+        return result
+
+    def read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
+        with self._translated("no"):
+            connection = self._connection
+            self._roll_back(connection)
+            connection.execute("BEGIN")
+            try:
+                return fn(connection)
+            finally:
+                self._roll_back(connection)
+
+    @staticmethod
+    def _roll_back(connection: sqlite3.Connection) -> None:
+        # After some errors (disk full) SQLite has rolled back by itself; the first error is the one to tell.
+        if connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+
+    def _count_commit(self, count: int) -> None:
+        try:
+            self._mark.write(count)
+        except OSError as error:  # the data is safe; the mark says too little
+            log.warning("sqlite.mark_not_written", path=str(self._mark.path), error=str(error))
+        chores = [self._tidy] if count % TIDY_COMMITS == 0 else []
+        if time.monotonic() - self._mark_synced > MARK_SECONDS:
+            self._mark_synced = time.monotonic()
+            chores.append(self._sync_mark)
+        for chore in chores:
+            # A job of its own, so that no caller waits for it.
+            with contextlib.suppress(RuntimeError):  # closed in this very moment
+                self._later(chore)
+
+    def _sync_mark(self) -> None:
+        with contextlib.suppress(OSError):
+            self._mark.sync()
+
+    def _tidy(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # a chore: whoever writes next is told of a broken disk
+            # The pragma frees one page for each step, and Python's execute makes one step only; executescript makes all.
+            # But executescript commits what is open, which here can only be what a failed rollback left: never that.
+            self._roll_back(self._connection)
+            if not self._connection.in_transaction:
+                self._connection.executescript(f"PRAGMA incremental_vacuum({TIDY_PAGES})")
+
+    def close(self) -> None:
+        if self._open is not None:
+            with contextlib.suppress(sqlite3.Error):  # the WAL stays then, and the next open recovers from it
+                self._tidy()
+                self._open.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            with contextlib.suppress(sqlite3.Error):
+                self._open.close()
+            self._open = None
+            self._sync_mark()
+        self._mark.close()
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    @contextlib.contextmanager
+    def _translated(self, written: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise self.error(cause_of(error), str(error), written) from error
+
+    def error(self, cause: str, what: str, written: str, advice: str = "") -> DroverError:
+        return unusable(self.path, cause, what, written, advice)
