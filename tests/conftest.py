@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Hooks and settings of all tests."""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,7 +15,9 @@ for _module in ("documents", "migrating", "phases", "refusing"):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """A test's guests end with it: later ones do not see them, nor pay for them. The parameters of one test share theirs."""
+    """End a test's guests with it, so that later tests do not see them, nor share the machine with them. The parameters of one test
+    share its guests.
+    """
     made = getattr(item, "funcargs", {}).get("cluster")
     if isinstance(made, Cluster) and _function(item) != _function(nextitem):
         made.end_guests()

@@ -1,8 +1,8 @@
-"""Runs the console blocks of the documentation as they stand there.
+"""Runs the console blocks of the documentation as they are.
 
-Lines that begin with ``$ `` are commands, run one after the other in one shell that stops at the first failure. A line below
-a command is what it printed in a real session; but for numbers (and their units of time and size), ids and the width of columns
-it must be there to the letter. ``…`` stands for anything.
+Lines that begin with ``$ `` are commands, run one after the other in one shell that stops at the first failure. Each line below
+a command must be in its output exactly, except for numbers (and their units of time and size), ids and the width of columns. ``…``
+stands for anything.
 """
 
 import os
@@ -35,7 +35,7 @@ class Step:
 
 
 def steps(text: str) -> Iterator[Step]:
-    """The commands of a document and what is said to be printed."""
+    """Yield the commands of a document with their documented output."""
     for block in re.findall(r"^```console\n(.*?)^```", text, re.M | re.S):
         command: str = ""
         printed: list[str] = []
@@ -51,8 +51,8 @@ def steps(text: str) -> Iterator[Step]:
 
 
 def run(document: Path, folder: Path, environment: Mapping[str, str], instead: Mapping[str, str] | None = None) -> None:
-    """Run all commands of a document, with what `instead` replaces in its text. Raises AssertionError with the command that
-    failed or printed something else.
+    """Run all commands of a document, after replacing in its text the keys of `instead` by their values. Raises AssertionError with
+    the command that failed or printed something else.
     """
     text = document.read_text()
     for old, new in (instead or {}).items():
@@ -79,7 +79,7 @@ def run(document: Path, folder: Path, environment: Mapping[str, str], instead: M
 
 
 def pattern(line: str) -> str:
-    """What a printed line may look like in another run."""
+    """Return a regular expression for the line in another run."""
     parts, at = [], 0
     for match in _VARIES.finditer(line.strip()):
         parts += [re.escape(line.strip()[at : match.start()]), _PATTERNS[str(match.lastgroup)]]

@@ -18,7 +18,7 @@ from tests.unit.two_agents import Pair, pair_of_agents
 
 @pytest.fixture(autouse=True)
 def short_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host that has stopped answering is noticed soon."""
+    """Shorten the polls, so that a host that has stopped answering is noticed soon."""
     monkeypatch.setattr(calls, "LONG_POLL", 0.1)
 
 

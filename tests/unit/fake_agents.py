@@ -23,7 +23,7 @@ AGENT_SERVICE = agent_pb.DESCRIPTOR.services_by_name["HostService"].full_name
 
 
 class Clock(QuickClock):
-    """`now` is moved by the test; sleeps are short, or never end (`stopped`)."""
+    """A clock that the test moves (`now`); sleeps are short, or never end (`stopped`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Clock(QuickClock):
 
 
 class Active:
-    """The part of `Migrations` that the service asks."""
+    """A fake of the part of `Migrations` that the service uses."""
 
     def __init__(self, active: dict[str, list[str]]) -> None:
         self._active = active
@@ -57,7 +57,7 @@ class FakeAgent(agent_rpc.HostServiceServicer):
         self.domains = [agent_pb.Domain(name=f"vm-{name}", uuid=f"u-{name}", state=agent_pb.DOMAIN_STATE_RUNNING)]
         self.address = f"unix:{directory}/{name}.sock"
         self.older = False
-        """Of a version that neither repeats its word nor says when it sent it."""
+        """It behaves as an older version, without repeated reports and send times."""
         self.hangs = False
         self.watches = 0
         self.watches_ever = 0
@@ -126,7 +126,7 @@ class FakeAgent(agent_rpc.HostServiceServicer):
 
 
 async def until(store: MemoryStore | SqliteStore, name: str, true: Callable[[pb.ClusterHost], bool]) -> pb.ClusterHost:
-    """Wait until what the store says of the host is so."""
+    """Wait until `true` holds for the store's entry of the host."""
     watch = store.watch(PREFIX + name)
     async with asyncio.timeout(10):
         item = await store.get(PREFIX + name)

@@ -1,6 +1,6 @@
 """An in-memory coordinator and an in-memory agent, for the tests of the client and the command line.
 
-What a migration does is told by the name of its guest: see `SCRIPTS` and `REFUSALS`. Run as a program with a directory, it
+The name of its guest determines what a migration does: see `SCRIPTS` and `REFUSALS`. Run as a program with a directory, it
 serves both there, as ``coordinator.sock`` and ``agent.sock``, until it is killed.
 """
 
@@ -123,7 +123,7 @@ def timing(phase: str, milliseconds: int) -> handshake_pb2.PhaseTiming:
 
 
 class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
-    """Replays a script to every watcher. What `Get` answers is the state that was shown last."""
+    """A service that replays a script to every watcher. `Get` returns the state that was sent last."""
 
     def __init__(self) -> None:
         self.histories: dict[str, list[migration_pb2.Migration]] = {}

@@ -14,14 +14,14 @@ from coordinator.cli import main
 
 UUID = "0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11"
 HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-"""Tests that run in the background of a shell have SIGINT ignored, and a child inherits that. Said in the child's own program, as
-what runs between fork and exec stumbles over the threads of gRPC here."""
+"""Restores SIGINT, which is ignored in tests in the background of a shell and so in their children. Runs in the child's own program,
+because code between fork and exec fails with the threads of gRPC here."""
 DROVER = (sys.executable, "-c", HEED + "from coordinator.cli import run; run()")
 
 
 @contextmanager
 def serving(directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A fake coordinator and a fake agent in a process of their own, as the command runs its own event loop."""
+    """Run a fake coordinator and a fake agent in another process, as the command runs its own event loop."""
     program = Path(__file__).with_name("fake_server.py")
     with subprocess.Popen([sys.executable, program, directory], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -31,7 +31,7 @@ def serving(directory: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 class Drover:
-    """Runs ``drover`` in this process."""
+    """The command ``drover``, run in this process."""
 
     def __init__(self, server: str) -> None:
         self.server = server

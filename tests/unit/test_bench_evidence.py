@@ -1,4 +1,4 @@
-"""What `scripts/bench chaos` and `failpoints` keep of a bad round."""
+"""The evidence of a bad round that `scripts/bench chaos` and `failpoints` keep."""
 
 from pathlib import Path
 

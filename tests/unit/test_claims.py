@@ -1,4 +1,4 @@
-"""coordinator.hosts.claims: what a host that registers must show, and who gives way to it."""
+"""coordinator.hosts.claims: the checks of a registration, and which hosts it displaces."""
 
 import asyncio
 from pathlib import Path
@@ -86,7 +86,7 @@ async def test_6_24_questions_to_those_who_register_are_bounded(
 async def test_7_an_address_that_does_not_answer_is_asked_less_often_and_noticed_soon_once_it_does(
     registry: HostRegistry, clock: Clock, agents: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its agent registers each few seconds, from behind a firewall that lets no question in."""
+    """Its agent registers every few seconds, from behind a firewall that blocks the coordinator's queries."""
     alpha, asked, ask = await agents("alpha"), [], claims._ask
 
     async def count(host: agent_pb.Host, address: str) -> agent_pb.Host:
@@ -129,7 +129,7 @@ async def test_two_claim_one_name_at_once(registry: HostRegistry, agents: Any, t
     for number in range(3):
         (tmp_path / str(number)).mkdir()
         claimants.append(await agents("alpha", f"u{number}", str(number)))
-        claimants[-1].hangs = True  # so that the winner is neither heard nor lost while this goes on
+        claimants[-1].hangs = True  # so that the winner sends no report and is not lost meanwhile
     results = await asyncio.gather(*(register(registry, agent) for agent in claimants), return_exceptions=True)
     refused = [result for result in results if isinstance(result, DroverError)]
     assert [error.reason for error in refused] == [Reason.HOST_NAME_TAKEN] * 2
@@ -213,7 +213,7 @@ async def test_somebody_else_wrote_to_the_store(registry: HostRegistry, store: M
     foreign = pb.ClusterHost(host=agent_pb.Host(name="beta", host_uuid="uuid-x"), agent_address="unix:/none", state=UP)
     await store.txn([], [Put(PREFIX + "beta", foreign.SerializeToString())])
     beta = await agents("beta")
-    await register(registry, beta)  # nobody here has heard of the other one
+    await register(registry, beta)  # no known host conflicts with it
     assert (await registry.get("beta")).host.host_uuid == "uuid-beta"
 
 

@@ -1,4 +1,4 @@
-"""What ``drover migrate`` imports: each module costs every migration, and most of what Drover has is for others."""
+"""The imports of ``drover migrate``: each module delays every migration, and it needs only a few of Drover's modules."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ OTHERS = {
 }
 NOT_FOR_A_SUCCESS = {"difflib", "ipaddress", "google.protobuf.json_format", "google.protobuf.any_pb2", "ssl", "_ssl"}
 FOR_THE_COURSE = {"agent.migration.whereabouts", "coordinator.cli.follow", "coordinator.client.convert", "coordinator.client.types"}
-"""Of ours, what a migration that is under way needs, and its start does not wait for."""
+"""Drover's modules that are needed only once a migration is under way, and are imported after its start."""
 
 PROGRAM = """
 import json, sys
@@ -70,7 +70,7 @@ finally:
 
 
 def modules(drover: Drover, *args: str, code: int = 0) -> set[str]:
-    """Those that a command has imported when it has done its work."""
+    """Return the modules that a command has imported when it has ended."""
     command = [sys.executable, "-c", PROGRAM, "--server", drover.server, *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == code, done.stderr
@@ -88,7 +88,7 @@ def test_6_bar_migrate_imports_what_it_needs(drover: Drover) -> None:
 
 
 def test_6_bar_what_shows_the_course_is_imported_once_it_is_under_way(drover: Drover) -> None:
-    """To a server that is not there: all that is imported by then is in the way of every start."""
+    """The server does not exist, so every module imported by then delays every start."""
     nowhere = Drover(f"{drover.server}.not")
     loaded = modules(nowhere, "migrate", "vm1", "--to", "b", code=3)
     assert {name for name in loaded if name.split(".")[0] in ("agent", "coordinator", "drover")} & FOR_THE_COURSE == set()
@@ -100,6 +100,6 @@ def test_6_bar_help_imports_neither_grpc_nor_protobuf(drover: Drover) -> None:
 
 
 def test_6_bar_what_others_need_is_imported_for_them(drover: Drover) -> None:
-    """The list above would say nothing if the program that makes it saw no imports."""
+    """Checks the check: `modules` sees imports."""
     assert "google.protobuf.json_format" in modules(drover, "migrate", "vm1", "--to", "b", "-o", "json")
     assert "coordinator.client.hosts" in modules(drover, "host", "list")

@@ -1,4 +1,4 @@
-"""How hosts and guests read in tables."""
+"""The tables of hosts and guests."""
 
 from coordinator.cli.inventory import _domain_state, _versions
 from coordinator.client import Domain
@@ -28,7 +28,7 @@ def test_6_24_a_host_is_removed_on_the_command_line(drover: Drover) -> None:
 
 
 def test_6_16_a_clock_that_differs_is_told(drover: Drover) -> None:
-    """In the list beside the table, as a program reads that."""
+    """The warning is on stderr, as programs read the table."""
     listed = drover("host", "list")
     assert "\nwarning: the clock of b is 1 h 00 min ahead of the coordinator's: check the time service of both\n" in listed.stderr
     assert "1 h 00 min ahead of the coordinator's" in drover("host", "show", "b").stdout
@@ -37,14 +37,14 @@ def test_6_16_a_clock_that_differs_is_told(drover: Drover) -> None:
 
 
 def test_6_16_how_long_ago_is_what_the_server_says(drover: Drover) -> None:
-    """Its times are of 2023: no clock of this side is compared with them."""
+    """The server's times are of 2023: they are not compared with a clock of the client."""
     drover("migrate", "vm1", "--to", "b")
     assert "1 min 30 s ago" in drover("migration", "list").stdout
     migration_id = drover.json("migration", "list")["migrations"][0]["migration_id"]
     assert "1 min 30 s ago" in drover("migration", "show", migration_id).stdout
     assert "1 min 30 s ago" in drover("host", "show", "a").stdout
     assert "about" not in drover("host", "show", "a").stdout
-    assert "about 1 min 30 s ago" in drover("host", "show", "b").stdout  # of which its wall clock alone tells
+    assert "about 1 min 30 s ago" in drover("host", "show", "b").stdout  # known by its wall clock only
 
 
 def test_6_19_an_answer_that_cannot_be_taken_is_not_told_as_silence(drover: Drover) -> None:

@@ -1,4 +1,4 @@
-"""What ``drover`` does with a terminal, with Ctrl-C, and with output that nobody reads."""
+"""``drover`` on a terminal, with Ctrl-C, and with an output that was closed."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_a_terminal_gets_a_live_line(drover: Drover) -> None:
     assert "cancelled" in screen
     lines = [line for line in re.split(r"[\r\n]+|\x1b\[[0-9;?]*[A-Za-z]", screen) if "long: perform" in line]
     assert lines
-    assert all(len(line) <= 50 and line.endswith("…") for line in lines), lines  # one line, or it would not change in place
+    assert all(len(line) <= 50 and line.endswith("…") for line in lines), lines  # one line, as more could not be updated in place
 
 
 def _read_until(terminal: int, words: str) -> str:
@@ -117,6 +117,6 @@ def _read_until(terminal: int, words: str) -> str:
         if select.select([terminal], [], [], 0.5)[0]:
             try:
                 seen += os.read(terminal, 4096).decode(errors="replace")
-            except OSError:  # nobody writes there any more
+            except OSError:  # the other end has closed it
                 pytest.fail(seen)
     return seen

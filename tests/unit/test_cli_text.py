@@ -1,4 +1,4 @@
-"""coordinator.cli.text, and that the command line lets nothing past it."""
+"""coordinator.cli.text, and that all output of the command line goes through it."""
 
 import json
 

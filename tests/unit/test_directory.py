@@ -1,4 +1,4 @@
-"""coordinator.hosts.directory: which agent a migration speaks to while hosts come, move and go."""
+"""coordinator.hosts.directory: which agent a migration uses while hosts register, move and disappear."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,7 +25,7 @@ LOOK = handshake_pb2.GetRecordRequest(ref=REF)
 MIGRATION = pb.Migration(source_host="h1", destination_host="h2")
 
 Registers = Callable[[str, str, str], Awaitable[Server]]
-"""An agent begins to serve in a directory of that name, and registers under a host's name and UUID."""
+"""Starts an agent in a directory of that name, and registers it under a host's name and UUID."""
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ async def test_the_peer_follows_its_agent_to_another_address(registry: HostRegis
 
 
 async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRegistry, registers: Registers) -> None:
-    """It has no record of the attempt, so its word would end a copy that may run on the host that is meant."""
+    """It has no record of the attempt, so its answer would end a copy that may run on the right host."""
     await registers("a", "h1", "uuid-1")
     before = await registers("b", "h2", "uuid-2")
     _, destination = await ClusterDirectory(registry).ends(MIGRATION)
@@ -92,7 +92,7 @@ async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRe
 async def test_6_17_a_host_whose_uuid_was_changed_stays_the_peer_of_its_migrations(
     registry: HostRegistry, registers: Registers
 ) -> None:
-    """As the remedy for two hosts of one UUID has it: the same name, at the same address."""
+    """The remedy for two hosts with one UUID changes the UUID, but neither name nor address."""
     await registers("a", "h1", "uuid-1")
     before = await registers("b", "h2", "uuid-2")
     _, destination = await ClusterDirectory(registry).ends(MIGRATION)
@@ -111,7 +111,7 @@ def copy(host: str, state: str, job: str = "none", uuid: str = "u1") -> tuple[st
 
 
 class Asked:
-    """A registry that has asked all hosts."""
+    """A fake registry with the answers of all hosts."""
 
     def __init__(self, *found: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> None:
         self.answer = list(found), silent
@@ -121,7 +121,7 @@ class Asked:
 
 
 async def test_6_03_the_name_of_one_guest_and_the_uuid_of_another() -> None:
-    """Whichever of them runs: a user may mean either."""
+    """It is ambiguous whichever of them runs, as a user may mean either."""
     uuid = "8b2f4f7e-0d5c-4a57-9c55-3c1f5a9e0001"
     named = "SHUTOFF", host_pb2.Domain(name=uuid, uuid="u2")
     for state, domain in (named, ("RUNNING", named[1])):
@@ -143,7 +143,7 @@ async def found(*copies: tuple[str, host_pb2.GetDomainResponse], silent: list[st
         [],
         [copy("h2", "SHUTOFF")],
         [copy("h2", "PAUSED", job="incoming")],
-        [copy("h2", "PAUSED")],  # what a host that was declared dead has left of it
+        [copy("h2", "PAUSED")],  # left over on a host that was declared dead
     ],
 )
 async def test_a_guest_is_where_it_runs(others: list[tuple[str, host_pb2.GetDomainResponse]]) -> None:

@@ -1,4 +1,4 @@
-"""The documentation as far as a program can check it: links lead somewhere, tables are whole."""
+"""What a program can check in the documentation: links lead somewhere, tables are complete."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def anchors(document: Path) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""The judge must find every kind of harm; a judge that lets one through makes all lab tests worthless."""
+"""tests.kit.lab.guestlog: the judge must find every kind of harm; all lab tests rest on it."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def log(*numbers: int) -> str:
 
 
 def stamps(text: str, arrivals_us: dict[int, int] | None = None) -> str:
-    """Stamps for a log: each S line arrives 5 s after its guest time, unless told otherwise by its number."""
+    """Return stamps for a log: each S line arrives 5 s after its guest time, or at `arrivals_us` by its number."""
     found = ""
     for one in text.splitlines(keepends=True):
         words = one.split()

@@ -1,4 +1,4 @@
-"""coordinator.hosts.host_link: how often, and how many at once, hosts that do not answer are asked."""
+"""coordinator.hosts.host_link: how often, and how many at once, it tries to reach silent hosts."""
 
 import asyncio
 from pathlib import Path
@@ -71,7 +71,7 @@ async def test_6_24_a_coordinator_with_many_dead_hosts_stops_soon(tmp_path: Path
 
 @pytest.mark.parametrize("ticks", range(6))
 async def test_6_24_whoever_is_cancelled_keeps_no_turn(ticks: int) -> None:
-    """At whichever moment: when the turn has just come, too."""
+    """At any moment, also when the turn has just been granted."""
     lanes = Lanes()
 
     async def connect() -> None:

@@ -45,7 +45,7 @@ async def test_register_get_list(registry: HostRegistry, store: MemoryStore, age
     assert stored is not None
     saved = pb.ClusterHost.FromString(stored.value)
     assert (saved.host, saved.agent_address, saved.state) == (known.host, known.agent_address, UP)
-    known.agent_address = "mine"  # a copy: nobody else's business
+    known.agent_address = "mine"  # a copy, so the registry does not change
     assert (await registry.get("alpha")).agent_address == alpha.address
     with pytest.raises(DroverError, match="drover host list") as caught:
         await registry.get("gamma")
@@ -99,7 +99,7 @@ async def test_6_24_a_forged_registration_of_a_host_that_is_up_changes_nothing(
     await registry.register(forged(agent.host), agent.address)
     known = await registry.get("alpha")
     assert (known.host, known.state) == (agent.host, UP)
-    agent.change(incoming_in_use=2)  # and what follows is the agent's word again
+    agent.change(incoming_in_use=2)  # the next report is the agent's own
     after = await until(store, "alpha", lambda known: known.host != before.host)
     assert after.host == agent.host
 
@@ -124,7 +124,7 @@ async def test_6_24_what_a_new_host_says_is_asked_of_its_agent(registry: HostReg
 
 
 def forged(host: agent_pb.Host) -> agent_pb.Host:
-    """What somebody else may say of that host."""
+    """Return a false description of that host, as another caller may send it."""
     said = agent_pb.Host()
     said.CopyFrom(host)
     said.incarnation, said.incoming_limit, said.draining = "forged", 99, True
@@ -161,9 +161,9 @@ async def test_an_agent_that_repeats_its_word_stays_up_and_one_that_hangs_does_n
     await register(registry, agent)
     await so(lambda: agent.words > 6)  # longer than three heartbeats, though nothing has changed
     assert (agent.watches_ever, await names(registry)) == (1, {"alpha": UP})
-    agent.hangs = True  # the connection lives
+    agent.hangs = True  # the connection stays open
     await until(store, "alpha", lambda known: known.state == UNREACHABLE)
-    await register(registry, agent)  # anybody could say that
+    await register(registry, agent)  # anybody could claim that
     assert await names(registry) == {"alpha": UNREACHABLE}
     agent.hangs = False
     agent.change()
@@ -177,7 +177,7 @@ async def test_an_agent_of_an_older_version_repeats_nothing_and_stays_up(store: 
     registry = HostRegistry(store, Bus(), 0.05)
     await registry.open()
     await register(registry, agent)
-    await asyncio.sleep(1.0)  # many times three heartbeats: what is shown is that nothing happens
+    await asyncio.sleep(1.0)  # many times three heartbeats, in which nothing may happen
     assert (agent.watches_ever, agent.words, await names(registry)) == (1, 1, {"alpha": UP})
     await registry.close()
 
@@ -242,7 +242,7 @@ async def test_restart_of_the_coordinator(tmp_path: Path, agents: Any) -> None:
         await registry.open()
         assert await names(registry) == {"alpha": UNREACHABLE, "gone": UNREACHABLE}
         assert (await registry.get("gone")).host == gone.host
-        # Its agent is asked, though it has not registered again.
+        # The coordinator connects to its agent, though that has not registered again.
         async with asyncio.timeout(5):
             async for changes in watch:
                 now = changes.events[0].now

@@ -1,4 +1,4 @@
-"""tests.bench.outsider: its calls look right, so that what refuses them is the handshake."""
+"""tests.bench.outsider: its calls are valid, so that only the handshake refuses them."""
 
 import random
 from collections import Counter

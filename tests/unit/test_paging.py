@@ -1,4 +1,4 @@
-"""Issue 6, line 25: no list is too long for an answer, and no item keeps the others from the reader."""
+"""Issue 6, line 25: no list is too long for an answer, and no item hides the others."""
 
 import base64
 import json
@@ -106,7 +106,7 @@ def test_6_25_a_token_belongs_to_its_list_and_fits_its_numbers() -> None:
         Paging(request(number), int)
 
 
-# ---- the bounds add up
+# ---- everything within the bounds fits into a message
 
 TIME = ("google.protobuf.Timestamp", "google.protobuf.Duration")
 
@@ -116,7 +116,7 @@ def option(field: FieldDescriptor, extension: Any) -> int:
 
 
 def most_bytes(message: Descriptor) -> int:
-    """The most bytes that a message may have by its bounds."""
+    """Return the largest size in bytes that a message may have by its bounds."""
     return sum(_most_bytes_of_field(field) for field in message.fields)
 
 
@@ -174,7 +174,7 @@ async def read_all(method: Any, request: Any) -> list[Any]:
 
 
 class Served:
-    """Serves `add` on a socket."""
+    """A server with `add` on a socket."""
 
     def __init__(self, address: str, add: Callable[[grpc.aio.Server], None]) -> None:
         self.address, self._add = address, add
@@ -190,7 +190,7 @@ class Served:
 
 
 class ManyHosts:
-    """A `HostRegistry` of 3,000 hosts with 5 guests each, of which some do not answer."""
+    """A `HostRegistry` with 3,000 hosts of 5 guests each; some hosts do not answer."""
 
     def __init__(self) -> None:
         networks = [host_pb2.Network(name=f"network-{n}", address="10.0.0.1", roles=["migration"]) for n in range(20)]

@@ -1,4 +1,4 @@
-"""Requirement H10: what grpcurl and its like ask a server about itself."""
+"""Requirement H10: the reflection by which grpcurl and similar clients query a server."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""agent.service.registration: a host makes itself known, again and again."""
+"""agent.service.registration: an agent registers its host, and repeats it."""
 
 import asyncio
 from pathlib import Path
@@ -27,7 +27,7 @@ class Host:
 
 
 class Coordinator(cluster_pb2_grpc.HostServiceServicer):
-    """Refuses every call but each fifth and the one after it."""
+    """A coordinator that refuses all calls but every fifth and the one after it."""
 
     def __init__(self) -> None:
         self.calls = 0

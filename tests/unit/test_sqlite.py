@@ -42,7 +42,7 @@ def put_many(ids: Iterable[int], data: bytes) -> Callable[[sqlite3.Connection], 
 
 
 def size(path: Path) -> int:
-    """Bytes of a file; -1 when there is none."""
+    """Return the size of a file in bytes; -1 if there is none."""
     return path.stat().st_size if path.exists() else -1
 
 
@@ -59,7 +59,7 @@ def mark_of(path: Path) -> Path:
 
 
 def flip(path: Path, count: int, random: Random) -> None:
-    """Flip so many bits at random places."""
+    """Flip `count` bits at random places."""
     data = bytearray(path.read_bytes())
     for _ in range(count):
         data[random.randrange(len(data))] ^= 1 << random.randrange(8)
@@ -213,7 +213,7 @@ async def test_failed_migration_changes_nothing(tmp_path: Path) -> None:
 
 
 def crashed_copy(db: Database, target: Path) -> Path:
-    """The files as a power cut would leave them, without the memory map beside them."""
+    """Copy the files as a power cut would leave them, without the memory map beside them."""
     shutil.copy(db.path, target)
     shutil.copy(f"{db.path}-wal", f"{target}-wal")
     shutil.copy(mark_of(db.path), mark_of(target))
@@ -237,7 +237,7 @@ async def test_wal_cut_short_loses_only_the_last_transaction(db: Database, tmp_p
 
 
 def files(path: Path) -> dict[str, bytes]:
-    """The bytes of a database and of what belongs to it."""
+    """Return the contents of a database's files."""
     kept = [path, wal_of(path), mark_of(path)]
     return {each.name: each.read_bytes() for each in kept if size(each) > 0}
 

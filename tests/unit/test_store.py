@@ -1,4 +1,4 @@
-"""The coordinator's stores: one suite, and the same answers from all of them and from a model."""
+"""coordinator.store: one suite for all stores, and a comparison of their answers with a model's."""
 
 import asyncio
 import sqlite3
@@ -172,7 +172,7 @@ async def test_revoke_of_no_lease_leaves_the_keys_that_have_none(store: AnyStore
 
 
 async def test_lease_ends_without_being_asked() -> None:
-    """On the real clock (most of the second is skipped): the watch is told, though nobody calls the store."""
+    """On the real clock (most of the second is skipped): the watch gets the end, though nobody calls the store."""
     skipped = 0.0
     async with await MemoryStore.open(clock=lambda: time.monotonic() + skipped) as store:
         await put(store, "/a", b"", await store.grant(1))
@@ -239,7 +239,7 @@ async def test_slow_watch_is_dropped_and_memory_is_bounded() -> None:
         await soon(slow)
     history.append(5, [changes(6, 97)])
     assert history.oldest == 6
-    # A commit that nobody saw: revision 7.
+    # A commit of which the store got no answer: revision 7.
     history.append(7, [changes(8)])
     with pytest.raises(DroverError, match="list again"):
         await soon(quick)
@@ -317,12 +317,12 @@ async def test_full_disk_refuses_and_recovers(tmp_path: Path, clock: Clock) -> N
         assert [(await soon(watch)).revision, (await soon(watch)).revision] == [revision + 1, revision + 2]
 
 
-# ---- the same answers from everybody
+# ---- the same answers from all stores
 
 
 @dataclass
 class Model:
-    """The store as one would explain it to a child; shares no code with the real ones."""
+    """The simplest possible model of a store; it shares no code with the real ones."""
 
     revision: int = 1
     rows: dict[str, tuple[bytes, int, int, int]] = field(default_factory=dict)
@@ -434,7 +434,7 @@ async def _do(store: AnyStore, name: str, arguments: list) -> object:  # type: i
 
 
 async def _until(watch: AsyncIterator[Changes], revision: int) -> AsyncIterator[Changes]:
-    """What a watch has to tell up to now: the stores are idle, so what does not come at once is not there."""
+    """Yield what a watch delivers up to `revision`: the stores are idle, so a change that does not come at once does not exist."""
     try:
         while True:
             async with asyncio.timeout(0.02):

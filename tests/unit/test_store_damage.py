@@ -1,4 +1,4 @@
-"""The coordinator's store: what happens when its files are damaged, and what it keeps of migrations that have ended."""
+"""coordinator.store: damaged files, and the migrations that have ended which it keeps."""
 
 import asyncio
 import sqlite3
@@ -24,7 +24,7 @@ SUFFIXES: Final = ("", "-wal", ".mark")
 
 @dataclass(frozen=True)
 class Crashed:
-    """The files of a store as its coordinator's death left them, and what was in it."""
+    """The files of a store as a crash of its coordinator left them, and its contents."""
 
     files: dict[str, bytes]
     items: list[KeyValue]
@@ -54,7 +54,7 @@ def crash(tmp_path_factory: pytest.TempPathFactory) -> Crashed:
 
 
 async def damaged(path: Path, crash: Crashed, random: Random) -> str:
-    """Flip bits, open, and compare. What it says where it is refused, empty where all that was promised is served."""
+    """Flip bits, open the store, and compare. Return the error if it refuses; empty if it serves everything it had acknowledged."""
     for suffix, data in crash.files.items():
         Path(f"{path}{suffix}").write_bytes(data)
     for suffix in random.choice([[""], ["-wal"], ["", "-wal"]]):

@@ -8,15 +8,15 @@
  *   S <seq> <us> <checked> <bad>          seq rises by one; us: virtual clock since BOOT in microseconds;
  *                                         checked: pages checked since BOOT; bad: pages found wrong since BOOT
  *   W <second of day> <us>                at each full second of the real-time clock (wall time of the host)
- *   BAD <page> <gen expected> <gen found> a page that does not hold what was last written to it
+ *   BAD <page> <gen expected> <gen found> a page without the content that was last written to it
  *
  * Command line (defaults in brackets): ticks=<per second> [100], mem=<MiB to use> [all above 4 MiB],
  * dirty=<pages per second> [0], wss=<MiB that are dirtied in turn> [mem], sweep=<ms to check all memory> [2000],
- * log=<a line each so many ticks> [1].
+ * log=<ticks per line> [1].
  *
- * Two clocks tell the blackout from inside: `us` (HPET) stands still while QEMU has stopped the guest, the RTC goes on
+ * Two clocks show the blackout from inside: `us` (HPET) stands still while QEMU has stopped the guest, the RTC goes on
  * with the host's wall time. So between two W lines, (wall seconds passed) - (us passed) is the time for which the guest
- * was stopped, while a gap in `us` between two S lines is time for which it ran without getting anywhere (a page
+ * was stopped, while a gap in `us` between two S lines is time for which it ran without progress (waiting for a page
  * that post-copy had not yet brought).
  *
  * Memory: each page holds WORDS words of a fixed pattern of its number; of these, the LIVE words depend on the
@@ -237,7 +237,7 @@ static void check_page(u32 page, u32 sweep)
     put_string("BAD");
     put_number(page); put_number(gens[page]); put_number(page_words(page)[0]);
     put_char('\n');
-    fill_page(page, gens[page] + 1);                            /* so that each loss is told once */
+    fill_page(page, gens[page] + 1);                            /* so that each loss is reported once */
     flush_tlb();
 }
 

@@ -4,7 +4,7 @@
  * - It is a child subreaper, so every orphan of the host (QEMU above all) becomes its child and is reaped at once. (In
  *   a container the real process 1 may take seconds, and libvirt then believes that a dead QEMU still lives.)
  * - It starts COMMAND, the host's only service, writes its process id to SERVICE_PID_FILE, and empties the file when it ends.
- * - SIGUSR1 starts COMMAND again if it does not run. It is never started again unasked: tests kill it on purpose.
+ * - SIGUSR1 starts COMMAND again if it does not run. Nothing else starts it again: tests kill it on purpose.
  */
 #define _GNU_SOURCE
 #include <errno.h>
