@@ -113,7 +113,8 @@ class Drives:
     # ---- the slot: nothing was done to the guest yet
 
     async def _take_slot(self, entry: Entry, patience: float) -> None:
-        """Reserve the slot, with further tries as long as the migration may wait for it, at least for `patience` seconds.
+        """Reserve the slot, with further tries as long as the migration may wait for it; at least for `patience` seconds unless the
+        destination is busy.
 
         Raises:
             DroverError: CANCELLED at once when that is requested; else why there is no slot. After HOST_UNREACHABLE, CANCELLED and
@@ -125,7 +126,7 @@ class Drives:
             try:
                 await _unless(entry.cancel_asked, lambda: self._reserve(entry))
             except DroverError as error:
-                left = max(entry.slot_wait_left, patient_until - clock())
+                left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
                 if left <= 0 or not await self._try_again(entry, error):
                     raise
             else:

@@ -70,6 +70,7 @@ class FakeLog:
     def __init__(self) -> None:
         self.rows: dict[str, tuple[bytes, bool]] = {}
         self.fails: list[Exception] = []
+        self.remove_fails: list[Exception] = []
         self.lives = 0
         self.held: asyncio.Event | None = None
         self.waiting = asyncio.Event()
@@ -86,8 +87,8 @@ class FakeLog:
 
     async def remove(self, migration_id: str) -> None:
         await asyncio.sleep(0)
-        if self.fails:
-            raise self.fails.pop(0)
+        if self.remove_fails:
+            raise self.remove_fails.pop(0)
         self.rows.pop(migration_id, None)
 
     async def load(self) -> list[bytes]:
