@@ -17,12 +17,9 @@ The rules of a message are compiled once for each type. A walk then looks at the
 takes a few microseconds.
 """
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
-from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -31,22 +28,32 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from agent.hypervisor.names import name_problem
 from agent.runtime.errors import DroverError, Reason, invalid_field
-from agent.service.implausible import drop_implausible, is_duration, is_time
+from agent.service.checks import (
+    MAX_STRING,
+    Check,
+    bytes_check,
+    check_count,
+    check_size,
+    duration_check,
+    enum_check,
+    guest_name,
+    ip_address,
+    not_negative,
+    size,
+    string_check,
+    timestamp,
+    unsupported,
+    uuid,
+)
+from agent.service.implausible import drop_implausible
 from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2, options_pb2
 
-MAX_STRING = 253
-"""Bytes of a string that has no max_bytes of its own."""
 MAX_BYTES = 65536
 """Bytes of a bytes field that has no max_bytes of its own."""
 MAX_ITEMS = 64
 """Items of a repeated field or map that has no max_items of its own."""
-MAX_LINE = 1024
-"""A string whose bound is no higher than this is a single line."""
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 _UUID_FIELDS = {"migration_id", "uuid", "domain_uuid"}
 
@@ -56,9 +63,6 @@ _NETWORK_ADDRESS = host_pb2.Network.DESCRIPTOR.fields_by_name["address"].full_na
 _CLOSED = {options_pb2.Options.DESCRIPTOR.full_name, migration_pb2.MigrationSpec.DESCRIPTOR.full_name}
 
 _M = TypeVar("_M", bound=Message)
-
-_Check = Callable[[Any, str], None]
-"""Checks one value; the path of its field is for the error. Raises `DroverError`."""
 
 
 def check_request(message: Message) -> None:
@@ -110,7 +114,7 @@ class _Kind(Enum):
 class _Rules:
     """What to check in messages of one type."""
 
-    checks: dict[int, _Check]
+    checks: dict[int, Check]
     """By field number."""
     required: tuple[tuple[str, bool], ...]
     """Names of required fields, and whether presence is what counts (messages)."""
@@ -144,7 +148,7 @@ def _rules(descriptor: Descriptor, answer: bool) -> _Rules:
     return _Rules(_checks(descriptor, kind), required, closed)
 
 
-def _checks(descriptor: Descriptor, kind: _Kind) -> dict[int, _Check]:
+def _checks(descriptor: Descriptor, kind: _Kind) -> dict[int, Check]:
     return {field.number: check for field in descriptor.fields if (check := _field_check(field, kind)) is not None}
 
 
@@ -154,9 +158,9 @@ def _option(field: FieldDescriptor, extension: Any) -> Any:
     return options.Extensions[extension] if options.HasExtension(extension) else None
 
 
-def _field_check(field: FieldDescriptor, kind: _Kind) -> _Check | None:
+def _field_check(field: FieldDescriptor, kind: _Kind) -> Check | None:
     if kind is not _Kind.ANSWER and _option(field, bounds_pb2.reserved_for_later):
-        return _unsupported
+        return unsupported
     if _is_map(field):
         return _map_check(field, kind)
     item = _value_check(field, kind, _option(field, bounds_pb2.max_bytes))
@@ -169,46 +173,46 @@ def _is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
 
 
-def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> _Check | None:
+def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> Check | None:
     """The check of a single value; None where every value is right."""
     if kind is _Kind.ANSWER:
         return _size_check(field, max_bytes)
     if field.message_type is not None:
         if field.message_type.full_name == Duration.DESCRIPTOR.full_name:
-            return _duration_check(_option(field, bounds_pb2.max_seconds))
+            return duration_check(_option(field, bounds_pb2.max_seconds))
         if field.message_type.full_name == Timestamp.DESCRIPTOR.full_name:
-            return _timestamp
+            return timestamp
         if field.message_type.full_name == handshake_pb2.Record.DESCRIPTOR.full_name:
             return _relayed
         return _message if max_bytes is None else _message_check(max_bytes, _message)
     if field.enum_type is not None:
-        return _enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None
+        return enum_check(frozenset(field.enum_type.values_by_number)) if kind is _Kind.ORDER else None
     if field.type == FieldDescriptor.TYPE_STRING:
         if _option(field, bounds_pb2.guest_name):
-            return _guest_name
+            return guest_name
         if field.full_name == _NETWORK_ADDRESS:
-            return _ip_address
-        return _uuid if field.name in _UUID_FIELDS else _string_check(max_bytes or MAX_STRING)
+            return ip_address
+        return uuid if field.name in _UUID_FIELDS else string_check(max_bytes or MAX_STRING)
     if field.type == FieldDescriptor.TYPE_BYTES:
-        return _bytes_check(max_bytes or MAX_BYTES)
+        return bytes_check(max_bytes or MAX_BYTES)
     if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
-        return _not_negative
+        return not_negative
     return None
 
 
-def _size_check(field: FieldDescriptor, max_bytes: int | None) -> _Check | None:
+def _size_check(field: FieldDescriptor, max_bytes: int | None) -> Check | None:
     if field.message_type is not None:
         return _answer if max_bytes is None else _message_check(max_bytes, _answer)
     if field.full_name == _NETWORK_ADDRESS:
-        return _ip_address
+        return ip_address
     if field.type == FieldDescriptor.TYPE_STRING:
-        return lambda value, path: _check_size(_size(value), max_bytes or MAX_STRING, path)
-    return _bytes_check(max_bytes or MAX_BYTES) if field.type == FieldDescriptor.TYPE_BYTES else None
+        return lambda value, path: check_size(size(value), max_bytes or MAX_STRING, path)
+    return bytes_check(max_bytes or MAX_BYTES) if field.type == FieldDescriptor.TYPE_BYTES else None
 
 
-def _items_check(max_items: int, item: _Check | None) -> _Check:
+def _items_check(max_items: int, item: Check | None) -> Check:
     def check(values: Any, path: str) -> None:
-        _check_count(len(values), max_items, path)
+        check_count(len(values), max_items, path)
         if item is not None:
             for index, value in enumerate(values):
                 item(value, f"{path}[{index}]")
@@ -216,7 +220,7 @@ def _items_check(max_items: int, item: _Check | None) -> _Check:
     return check
 
 
-def _map_check(field: FieldDescriptor, kind: _Kind) -> _Check:
+def _map_check(field: FieldDescriptor, kind: _Kind) -> Check:
     assert field.message_type is not None
     entry = field.message_type.fields_by_name
     key_check = _value_check(entry["key"], kind, None)
@@ -224,64 +228,12 @@ def _map_check(field: FieldDescriptor, kind: _Kind) -> _Check:
     max_items = _option(field, bounds_pb2.max_items) or MAX_ITEMS
 
     def check(values: Any, path: str) -> None:
-        _check_count(len(values), max_items, path)
+        check_count(len(values), max_items, path)
         for key in values:
             if key_check is not None:
                 key_check(key, f"{path} (a key)")
             if value_check is not None:
                 value_check(values[key], f"{path}[{key}]")
-
-    return check
-
-
-def _check_count(count: int, max_items: int, path: str) -> None:
-    if count > max_items:
-        raise _too_large(path, f"has {count} items; at most {max_items} are allowed", max_items, count)
-
-
-def _string_check(max_bytes: int) -> _Check:
-    one_line = max_bytes <= MAX_LINE
-
-    def check(value: str, path: str) -> None:
-        _check_size(_size(value), max_bytes, path)
-        if one_line and (found := _CONTROL.search(value)):
-            raise invalid_field(path, f"has the control character U+{ord(found.group()):04X}; this field is a single line")
-        if "\0" in value:
-            raise invalid_field(path, "has a NUL character")
-
-    return check
-
-
-def _size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
-
-
-def _bytes_check(max_bytes: int) -> _Check:
-    def check(value: bytes, path: str) -> None:
-        _check_size(len(value), max_bytes, path)
-
-    return check
-
-
-def _check_size(size: int, max_bytes: int, path: str) -> None:
-    if size > max_bytes:
-        raise _too_large(path, f"has {size} bytes; at most {max_bytes} are allowed", max_bytes, size)
-
-
-def _too_large(path: str, description: str, bound: int, size: int) -> DroverError:
-    error = invalid_field(path, description, Reason.FIELD_TOO_LARGE)
-    return DroverError(
-        error.reason,
-        error.message,
-        metadata={"field": path, "bound": str(bound), "size": str(size)},
-        violations=error.violations,
-    )
-
-
-def _enum_check(numbers: frozenset[int]) -> _Check:
-    def check(value: int, path: str) -> None:
-        if value not in numbers:
-            raise invalid_field(path, f"{value} is no value that is known here")
 
     return check
 
@@ -299,58 +251,12 @@ def _relayed(value: Message, path: str) -> None:
     _answer(value, path)
 
 
-def _uuid(value: str, path: str) -> None:
-    _check_size(len(value), 36, path)
-    if _UUID.fullmatch(value) is None:
-        raise invalid_field(path, "is no UUID such as 0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11 (lower case, with dashes)")
-
-
-def _guest_name(value: str, path: str) -> None:
-    _check_size(_size(value), MAX_STRING, path)
-    if problem := name_problem(value):
-        raise invalid_field(path, f"{problem}; no host takes a guest of that name")
-
-
-def _not_negative(value: int, path: str) -> None:
-    if value < 0:
-        raise invalid_field(path, f"is {value}; it cannot be negative")
-
-
-def _ip_address(value: str, path: str) -> None:
-    try:
-        if value:  # whether it may be empty says `required`
-            ip_address(value)
-    except ValueError:
-        raise invalid_field(path, "is no IP address") from None
-
-
-def _timestamp(value: Timestamp, path: str) -> None:
-    if not is_time(value):
-        raise invalid_field(path, "is no time between the years 1970 and 9999")
-
-
-def _duration_check(max_seconds: int | None) -> _Check:
-    def check(value: Duration, path: str) -> None:
-        if value.seconds < 0 or value.nanos < 0:
-            raise invalid_field(path, "is negative; a duration cannot be")
-        if not is_duration(value):
-            raise invalid_field(path, "is no valid duration")
-        if max_seconds is not None and (value.seconds, value.nanos) > (max_seconds, 0):
-            raise invalid_field(path, f"is longer than {max_seconds} s")
-
-    return check
-
-
-def _message_check(max_bytes: int, check_fields: _Check) -> _Check:
+def _message_check(max_bytes: int, check_fields: Check) -> Check:
     def check(value: Message, path: str) -> None:
-        _check_size(value.ByteSize(), max_bytes, path)
+        check_size(value.ByteSize(), max_bytes, path)
         check_fields(value, path)
 
     return check
-
-
-def _unsupported(_value: Any, path: str) -> None:
-    raise invalid_field(path, "nothing here honours this field yet; leave it out", Reason.UNSUPPORTED_FIELD)
 
 
 def _refuse_unknown_fields(message: Message, prefix: str) -> None:

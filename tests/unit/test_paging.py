@@ -19,8 +19,9 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.paging import MAX_ITEM_BYTES, PAGE_BYTES, Key, Paging
-from agent.service.bounds import MAX_BYTES, MAX_ITEMS, MAX_STRING, check_request
+from agent.service.bounds import MAX_BYTES, MAX_ITEMS, check_request
 from agent.service.channel import MAX_MESSAGE_BYTES, all_pages, open_channel
+from agent.service.checks import MAX_STRING
 from agent.service.handshake_service import handshake_servicer
 from agent.service.migration_service import MigrationServicer
 from agent.service.server import start_server
