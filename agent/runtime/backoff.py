@@ -1,23 +1,16 @@
-"""How everything that failed is tried again: pauses that grow up to a cap, with full jitter; a breaker for hosts that do not answer;
-the clock of both, which tests replace; and, at the end, the policies.
+"""How everything that failed is tried again: pauses that grow up to a cap, with full jitter; the clock that waits, which tests
+replace; and, at the end, the policies. For hosts that many tasks ask there is `breaker`.
 
 The model is `stamina`. The library itself does not fit: its jitter is added below the cap and vanishes at it, its only clock is the
 event loop's, and it neither begins anew after a success (a watch that ran for a day) nor lets an event end a pause.
 """
 
 import asyncio
-import contextlib
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Protocol
-
-import structlog
-
-from agent.runtime.errors import DroverError, Reason
-
-log = structlog.get_logger()
 
 
 class Clock(Protocol):
@@ -91,84 +84,6 @@ class Pauses:
     def succeeded(self) -> None:
         """Begin with the first pause again."""
         self.failures = 0
-
-
-@dataclass
-class _Trouble:
-    message: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    failures: int = 0
-    closed_until: float = float("-inf")
-
-
-class Breaker:
-    """Spares hosts that do not answer, and those who ask them, for all tasks that ask. Counts by host and reason.
-
-    Opens after `opens_after` failures in a row: then questions fail at once with the last error. After a pause it lets one
-    question through; its failure makes the next pause longer, and any answer closes the breaker.
-    """
-
-    def __init__(
-        self,
-        backoff: Backoff,
-        reasons: Collection[Reason],
-        clock: Clock = SYSTEM_CLOCK,
-        rand: Callable[[], float] = random.random,
-        *,
-        opens_after: int = 3,
-        size: int = 1024,
-    ) -> None:
-        """`reasons`: those that mean that there was no answer. `size`: hosts that are remembered; the oldest is forgotten first."""
-        self._backoff = backoff
-        self._reasons = reasons
-        self._clock = clock
-        self._rand = rand
-        self._opens_after = opens_after
-        self._size = size
-        self._hosts: dict[str, dict[Reason, _Trouble]] = {}
-
-    @contextlib.contextmanager
-    def guard(self, host: str) -> Iterator[None]:
-        """Wrap one question to a host. Raises its last error, without asking, while the breaker is open."""
-        self._check(host)
-        try:
-            yield
-        except DroverError as error:
-            if error.reason in self._reasons:
-                self._failed(host, error)
-            else:
-                self._answered(host)
-            raise
-        self._answered(host)
-
-    def _check(self, host: str) -> None:
-        now = self._clock.monotonic()
-        troubles = self._hosts.get(host, {})
-        for reason, trouble in troubles.items():
-            if now < trouble.closed_until:
-                left = trouble.closed_until - now
-                raise DroverError(reason, trouble.message, metadata=trouble.metadata, retry_after=left)
-        for trouble in troubles.values():
-            if trouble.failures >= self._opens_after:
-                trouble.closed_until = now + self._pause(trouble)  # this question goes through; those beside it do not
-
-    def _failed(self, host: str, error: DroverError) -> None:
-        if host not in self._hosts and len(self._hosts) >= self._size:
-            del self._hosts[next(iter(self._hosts))]
-        trouble = self._hosts.setdefault(host, {}).setdefault(error.reason, _Trouble())
-        trouble.message, trouble.metadata = error.message, error.metadata
-        trouble.failures += 1
-        if trouble.failures >= self._opens_after:
-            trouble.closed_until = self._clock.monotonic() + self._pause(trouble)
-        if trouble.failures == self._opens_after:
-            log.warning("a host does not answer and is asked less often", host=host, reason=error.reason, error=error.message)
-
-    def _answered(self, host: str) -> None:
-        if any(trouble.failures >= self._opens_after for trouble in self._hosts.pop(host, {}).values()):
-            log.info("a host answers again", host=host)
-
-    def _pause(self, trouble: _Trouble) -> float:
-        return self._backoff.delay(trouble.failures - self._opens_after + 1, self._rand())
 
 
 # ---- the policies: first pause, growth, cap

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import grpc.aio
 from google.protobuf.message import Message
 
-from agent.runtime.backoff import CLIENT_WATCH, Pauses
 from agent.runtime.errors import Reason
 from agent.service.channel import all_pages, open_channel
 from agent.service.implausible import drop_implausible
@@ -202,7 +201,8 @@ class Client:
         """
         last: Migration | None = None
         loop = asyncio.get_running_loop()
-        give_up_at, pauses = loop.time() + reconnect, Pauses(CLIENT_WATCH)
+        backoff = importlib.import_module("agent.runtime.backoff")  # imported here: the start of a migration does not wait for it
+        give_up_at, pauses = loop.time() + reconnect, backoff.Pauses(backoff.CLIENT_WATCH)
         while last is None or not last.state.ended:
             since = last.revision if last is not None else from_revision
             try:

@@ -12,6 +12,7 @@ OURS = {
     "agent.migration.whereabouts",
     "agent.runtime",
     "agent.runtime.address",
+    "agent.runtime.backoff",
     "agent.runtime.errors",
     "agent.runtime.open_enum",
     "agent.service",
@@ -56,7 +57,13 @@ OTHERS = {
     "typing_extensions",
 }
 NOT_FOR_A_SUCCESS = {"difflib", "ipaddress", "google.protobuf.json_format", "google.protobuf.any_pb2", "ssl", "_ssl"}
-FOR_THE_COURSE = {"agent.migration.whereabouts", "coordinator.cli.follow", "coordinator.client.convert", "coordinator.client.types"}
+FOR_THE_COURSE = {
+    "agent.runtime.backoff",
+    "agent.migration.whereabouts",
+    "coordinator.cli.follow",
+    "coordinator.client.convert",
+    "coordinator.client.types",
+}
 """Drover's modules that are needed only once a migration is under way, and are imported after its start."""
 
 PROGRAM = """

@@ -27,7 +27,6 @@ from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
 
-
 EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 """Carries out one effect and reports its result with `Attempt.report`."""
 
@@ -44,8 +43,7 @@ FRESH_SECONDS: Final = 0.1
 """Maximum age of the guest's state in a record that ends; an older one is asked for again."""
 
 _LateChanges = Callable[[], Mapping[str, Any]]
-"""Returns what a request adds to the record. Called under the attempt's lock, so that nothing changes the record meanwhile; raises
-`DroverError` for a request that must be refused."""
+"""Returns what a request adds to the record; raises `DroverError` for one that must be refused. Called under the attempt's lock."""
 
 
 class Attempt:
@@ -94,8 +92,7 @@ class Attempt:
         """Take one event: step, make the new record durable, then start the effects. Goes on if its caller is cancelled.
 
         Raises:
-            DroverError: WRONG_PHASE for a call that this state does not allow; what `late` raises; JOURNAL_UNAVAILABLE. Nothing
-                was done then.
+            DroverError (nothing was done): WRONG_PHASE for a call that the state forbids; what `late` raises; JOURNAL_UNAVAILABLE.
         """
         await asyncio.shield(asyncio.ensure_future(self._apply(event, late, changes)))
 
@@ -161,8 +158,7 @@ class Attempt:
         await self.clock.sleep(TELL_SECONDS)
         while True:
             why = await self._hindrance(self)
-            because = f": {why}" if why else ""
-            self.tell(f"{what}, asked {time.monotonic() - began:.0f} s ago and not answered yet{because}")
+            self.tell(f"{what}, asked {time.monotonic() - began:.0f} s ago and not answered yet" + (f": {why}" if why else ""))
             await self.clock.sleep(1.0)
 
     @staticmethod
@@ -254,8 +250,7 @@ class Attempt:
 
     async def ended(self, *names: str) -> None:
         """Wait until none of these tasks runs, except the calling one."""
-        current = asyncio.current_task()
-        tasks = [task for task in self.running(*names) if task is not current]
+        tasks = [task for task in self.running(*names) if task is not asyncio.current_task()]
         if tasks:
             await asyncio.wait(tasks)
 
@@ -310,14 +305,13 @@ async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]
         try:
             async with attempt.telling(what):
                 await work()
+            break
         except Exception as error:
             log.warning("will be tried again", migration=attempt.record.migration_id, what=what, error=str(error))
             await waits_for(attempt, f"{what}: {error}")
             await pauses.pause()
-        else:
-            if pauses.failures:
-                await waits_for(attempt, "")
-            return
+    if pauses.failures:
+        await waits_for(attempt, "")
 
 
 async def waits_for(attempt: Attempt, what: str) -> None:

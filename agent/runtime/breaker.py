@@ -1,0 +1,91 @@
+"""Spares hosts that do not answer, and those who ask them."""
+
+import contextlib
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+
+from agent.runtime.backoff import SYSTEM_CLOCK, Backoff, Clock
+from agent.runtime.errors import DroverError, Reason
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Trouble:
+    message: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    failures: int = 0
+    open_until: float = float("-inf")
+
+
+class Breaker:
+    """One for all tasks that ask the same hosts. Counts by host and reason.
+
+    Opens after `opens_after` failures in a row: then questions fail at once with the last error. After a pause it lets one
+    question through; its failure makes the next pause longer, and any answer closes the breaker.
+    """
+
+    def __init__(
+        self,
+        backoff: Backoff,
+        reasons: Collection[Reason],
+        clock: Clock = SYSTEM_CLOCK,
+        rand: Callable[[], float] = random.random,
+        *,
+        opens_after: int = 3,
+        size: int = 1024,
+    ) -> None:
+        """`reasons`: those that mean that there was no answer. `size`: hosts that are remembered; the oldest is forgotten first."""
+        self._backoff = backoff
+        self._reasons = reasons
+        self._clock = clock
+        self._rand = rand
+        self._opens_after = opens_after
+        self._size = size
+        self._hosts: dict[str, dict[Reason, _Trouble]] = {}
+
+    @contextlib.contextmanager
+    def guard(self, host: str) -> Iterator[None]:
+        """Wrap one question to a host. Raises its last error, without asking, while the breaker is open."""
+        self._check(host)
+        try:
+            yield
+        except DroverError as error:
+            if error.reason in self._reasons:
+                self._failed(host, error)
+            else:
+                self._answered(host)
+            raise
+        self._answered(host)
+
+    def _check(self, host: str) -> None:
+        now = self._clock.monotonic()
+        troubles = self._hosts.get(host, {})
+        for reason, trouble in troubles.items():
+            if now < trouble.open_until:
+                left = trouble.open_until - now
+                raise DroverError(reason, trouble.message, metadata=trouble.metadata, retry_after=left)
+        for trouble in troubles.values():
+            if trouble.failures >= self._opens_after:
+                trouble.open_until = now + self._pause(trouble)  # this question goes through; those beside it do not
+
+    def _failed(self, host: str, error: DroverError) -> None:
+        if host not in self._hosts and len(self._hosts) >= self._size:
+            del self._hosts[next(iter(self._hosts))]
+        trouble = self._hosts.setdefault(host, {}).setdefault(error.reason, _Trouble())
+        trouble.message, trouble.metadata = error.message, error.metadata
+        trouble.failures += 1
+        if trouble.failures >= self._opens_after:
+            trouble.open_until = self._clock.monotonic() + self._pause(trouble)
+        if trouble.failures == self._opens_after:
+            log.warning("a host does not answer and is asked less often", host=host, reason=error.reason, error=error.message)
+
+    def _answered(self, host: str) -> None:
+        if any(trouble.failures >= self._opens_after for trouble in self._hosts.pop(host, {}).values()):
+            log.info("a host answers again", host=host)
+
+    def _pause(self, trouble: _Trouble) -> float:
+        return self._backoff.delay(trouble.failures - self._opens_after + 1, self._rand())
