@@ -10,9 +10,7 @@ Deadlines: every call has one (`timeout`, seconds; a migration's start has `star
 taken before it answers). A watch ends with the migration; keepalive notices a silent server within 15 s, and the watch then
 tries to reach it again for up to `reconnect` seconds.
 
-Closing the client, or cancelling a task that waits, cancels no migration.
-
-Errors: see the tree in `coordinator.client.errors`.
+Closing the client, or cancelling a task that waits, cancels no migration. Errors: see the tree in `coordinator.client.errors`.
 """
 
 import asyncio
@@ -100,9 +98,7 @@ class Client:
         """Move a guest to the host `to`; return when it runs there and nothing is left at the source.
 
         Arguments as in `start_migration`; `timeout` is the longest wait in seconds (None: as long as the migration takes).
-        Cancelling this await does not cancel the migration; `cancel_migration` does.
-
-        Raises: as `start_migration` and `wait`.
+        Cancelling this await does not cancel the migration; `cancel_migration` does. Raises as `start_migration` and `wait`.
         """
         migration = await self.start_migration(
             domain,
@@ -170,18 +166,16 @@ class Client:
         return found[:limit]
 
     async def cancel_migration(self, migration_id: str) -> "Migration":
-        """Ask that a migration end with the guest running at the source: possible until the commit.
-
-        Too late, or twice, is no error. The migration may still be CANCELLING when this returns: see `wait`.
+        """Ask that a migration end with the guest running at the source: possible until the commit. Too late, or twice, is no error.
+        The migration may still be CANCELLING when this returns: see `wait`.
         """
         request = migration_pb2.CancelMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()))
         response = await self._call(self._migrations.CancelMigration(request, timeout=self.timeout))
         return _migration(response.migration)
 
     async def resolve_migration(self, migration_id: str, *, dead_host: str, reason: str, said_by: str) -> "Migration":
-        """State that a host which does not answer is dead, so that the migration can end without its record.
-
-        If that is wrong, two copies of the guest may run. Raises `Refused` if the host answers or the migration has ended.
+        """State that a host which does not answer is dead, so that the migration can end without its record. If that is wrong, two
+        copies of the guest may run. Raises `Refused` if the host answers or the migration has ended.
         """
         statement = handshake_pb2.Statement(dead_host=dead_host, reason=reason, said_by=said_by)
         request = migration_pb2.ResolveMigrationRequest(migration_id=migration_id, request_id=str(uuid.uuid4()), statement=statement)
@@ -191,13 +185,11 @@ class Client:
     async def watch_migration(
         self, migration_id: str, *, from_revision: int = 0, reconnect: float = RECONNECT
     ) -> "AsyncGenerator[Migration, None]":
-        """Yield the migration now and after every change, until it has ended. A reader that is too slow misses changes, never the
-        last one.
+        """Yield the migration now and after every change, until it has ended. A slow reader misses changes, never the last one.
 
-        Leaving the loop ends the watch; ``contextlib.aclosing`` ends it without waiting for the garbage collector.
-
-        If the server goes away, the watch reconnects and goes on from the last revision. Raises `Unreachable` after `reconnect`
-        seconds without the server, and at once if it was never reached.
+        Leaving the loop ends the watch; ``contextlib.aclosing`` ends it without waiting for the garbage collector. If the server goes
+        away, the watch reconnects and goes on from the last revision. Raises `Unreachable` after `reconnect` seconds without the
+        server, and at once if it was never reached.
         """
         last: Migration | None = None
         loop = asyncio.get_running_loop()
@@ -230,10 +222,8 @@ class Client:
 
         `timeout` in seconds (None: as long as it takes); `unknown_patience`: seconds for an unknown outcome to become known.
 
-        Raises:
-            MigrationFailed, MigrationCancelled, OutcomeUnknown: each with the `migration`.
-            NotFound, Unreachable.
-            DeadlineExceeded: `timeout` is over; the migration goes on.
+        Raises `MigrationFailed`, `MigrationCancelled`, `OutcomeUnknown`, each with the `migration`; `NotFound`, `Unreachable`;
+        `DeadlineExceeded` after `timeout`, while the migration goes on.
         """
         last: Migration | None = None
         changes = self.watch_migration(migration_id)
@@ -249,11 +239,8 @@ class Client:
         except TimeoutError:
             if unknown_until is not None and last is not None:
                 raise outcome_unknown(last) from None
-            raise DeadlineExceeded(
-                f"migration {migration_id} has not ended within {timeout:g} s; it goes on",
-                reason=Reason.DEADLINE_EXCEEDED,
-                migration=last,
-            ) from None
+            text = f"migration {migration_id} has not ended within {timeout:g} s; it goes on"
+            raise DeadlineExceeded(text, reason=Reason.DEADLINE_EXCEEDED, migration=last) from None
         finally:
             await changes.aclose()
         return raise_unless_succeeded(last)
