@@ -187,9 +187,9 @@ class Client:
     ) -> "AsyncGenerator[Migration, None]":
         """Yield the migration now and after every change, until it has ended. A slow reader misses changes, never the last one.
 
-        Leaving the loop ends the watch; ``contextlib.aclosing`` ends it without waiting for the garbage collector. If the server goes
-        away, the watch reconnects and goes on from the last revision. Raises `Unreachable` after `reconnect` seconds without the
-        server, and at once if it was never reached.
+        Leaving the loop ends the watch; ``contextlib.aclosing`` ends it without waiting for the garbage collector. If the server
+        goes away, the watch reconnects and goes on from the last revision. Raises `Unreachable` after `reconnect` seconds without
+        the server, and at once if it was never reached.
         """
         last: Migration | None = None
         loop = asyncio.get_running_loop()
