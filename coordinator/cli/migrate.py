@@ -7,7 +7,7 @@ from typing import cast
 import click
 
 from coordinator.cli.exit_codes import EPILOG
-from coordinator.cli.parse import OptionWord, Rate
+from coordinator.cli.parse import OptionWord, Rate, Seconds
 from coordinator.cli.session import Session, run
 from coordinator.cli.show import Stage, output_option, print_json, to_json, to_type
 from coordinator.client import OptionWords
@@ -44,6 +44,14 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--id", "migration_id", metavar="UUID", callback=_migration_id, help="Id of the migration; repeat a request with its id safely."
 )
+@click.option(
+    "--wait",
+    "slot_wait",
+    type=Seconds(most=7 * 86400),
+    default=0.0,
+    metavar="DURATION",
+    help="How long to wait for a slot of a busy or unreachable destination, such as 10min. Default: refuse at once.",
+)
 @click.option("--detach", is_flag=True, help="Return as soon as it is accepted; do not watch.")
 @output_option
 def migrate(
@@ -55,6 +63,7 @@ def migrate(
     uri: str,
     bandwidth: int,
     words: tuple[tuple[str, bool | None], ...],
+    slot_wait: float,
     migration_id: str,
     detach: bool,
     output: str,
@@ -76,6 +85,7 @@ def migrate(
             uri=uri,
             bandwidth=bandwidth,
             options=options,
+            slot_wait=slot_wait,
             migration_id=migration_id,
         )
         from coordinator.cli.follow import follow, print_warnings  # noqa: PLC0415 - now that the migration is under way

@@ -17,6 +17,9 @@ _UNITS: dict[str, float] = {
 _RATE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)(?:/s)?")
 _MAX_RATE = 2**63 - 1
 
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]+)")
+
 _WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False, "default": None}
 
 
@@ -35,6 +38,26 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
         if not 1 <= rate <= _MAX_RATE:
             self.fail(f'"{value}" is out of range; leave it out for no limit', param, ctx)
         return rate
+
+
+class Seconds(click.ParamType):  # type: ignore[type-arg]
+    """A duration in seconds: ``90s``, ``10min``, ``2h``. `most` is the longest one."""
+
+    name = "duration"
+
+    def __init__(self, most: float) -> None:
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = _DURATION.fullmatch(str(value).strip())
+        if match is None or match["unit"] not in _SECONDS:
+            self.fail(f'"{value}" is not a duration; expected for example 90s, 10min or 2h', param, ctx)
+        duration = float(match["number"]) * _SECONDS[match["unit"]]
+        if not 0 < duration <= self._most:
+            self.fail(f'"{value}" is out of range: more than 0 and at most {self._most / 86400:g}d', param, ctx)
+        return duration
 
 
 class OptionWord(click.ParamType):  # type: ignore[type-arg]

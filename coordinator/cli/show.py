@@ -110,6 +110,8 @@ _EXIT: tuple[tuple[type[DroverClientError], ExitCode], ...] = (
 def exit_code(error: DroverClientError) -> ExitCode:
     if error.migration is not None and lost_or_stuck(error.migration):
         return ExitCode.UNKNOWN
+    if error.reason == "BUSY":  # also of a migration that has waited for its slot
+        return ExitCode.REFUSED
     return next((code for kind, code in _EXIT if isinstance(error, kind)), ExitCode.UNKNOWN)
 
 

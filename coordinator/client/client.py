@@ -92,6 +92,7 @@ class Client:
         uri: str = "",
         bandwidth: int = 0,
         options: OptionWords | None = None,
+        slot_wait: float = 0.0,
         migration_id: str = "",
         timeout: float | None = None,
     ) -> "Migration":
@@ -109,6 +110,7 @@ class Client:
             uri=uri,
             bandwidth=bandwidth,
             options=options,
+            slot_wait=slot_wait,
             migration_id=migration_id,
         )
         return await self.wait(migration.id, timeout=timeout)
@@ -124,16 +126,19 @@ class Client:
         uri: str = "",
         bandwidth: int = 0,
         options: OptionWords | None = None,
+        slot_wait: float = 0.0,
         migration_id: str = "",
     ) -> "Migration":
-        """Start a migration; return when everything is checked and the slot is taken. A refusal has changed nothing.
+        """Start a migration; return when everything is checked and the slot is taken, or with `slot_wait` as soon as it is checked
+        and durable. A refusal has changed nothing.
 
         `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer).
         `source`: name of the source host; empty: the host that has the guest. `name`: name of the guest at the destination;
         empty: unchanged. `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the
         destination; empty: proposed by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `OptionWords`.
-        `migration_id`: a UUID chosen by the caller; empty: a new one. To repeat the call with the same id is safe, and
-        right after this raised `Unreachable`.
+        `slot_wait`: seconds for which it may wait for a slot of a destination that is busy or unreachable; 0: such a
+        destination raises `Busy` or `Unreachable`. `migration_id`: a UUID chosen by the caller; empty: a new one. To
+        repeat the call with the same id is safe, and right after this raised `Unreachable`.
         """
         spec = migration_pb2.MigrationSpec(
             domain=domain,
@@ -146,6 +151,7 @@ class Client:
             options=options_message(options),
         )
         request = migration_pb2.StartMigrationRequest(migration_id=migration_id or str(uuid.uuid4()), spec=spec)
+        request.slot_wait.FromNanoseconds(round(slot_wait * 1e9))
         response = await self._call(self._migrations.StartMigration(request, timeout=self.start_timeout))
         return _migration(response.migration)
 

@@ -107,6 +107,8 @@ class Migration(FromWire):
     other_failures: tuple[Failure, ...]
     """Other errors of the same migration, such as the effect of the failure on the other host."""
     waiting_for: str
+    wait_reason: str
+    """What `waiting_for` says, as a code such as "slot" or "host_unreachable"; "unspecified": none."""
     warnings: tuple[str, ...]
     created: datetime | None = wire("create_time")
     """When it was accepted, by the wall clock of its driver."""

@@ -71,6 +71,19 @@ SCRIPTS: dict[str, list[dict[str, object]]] = {
         },
     ],
     "long": [_PERFORM],
+    "waits": [
+        {
+            "state": S.MIGRATION_STATE_PENDING,
+            "runs_on": "a",
+            "waiting_for": "an incoming slot of b: 2 of 2 are taken",
+            "wait_reason": migration_pb2.WAIT_REASON_SLOT,
+        },
+        {
+            "state": S.MIGRATION_STATE_FAILED,
+            "runs_on": "a",
+            "failure": handshake_pb2.Failure(reason="BUSY", message="b gave no slot within 60 s: 2 of 2 slots of b are taken"),
+        },
+    ],
     "tomorrow": [
         _PERFORM | {"state": 99},
         {
@@ -214,6 +227,7 @@ def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step
     migration = migration_pb2.Migration(
         migration_id=request.migration_id,
         spec=request.spec,
+        slot_wait=request.slot_wait,
         attempt=1,
         source_host="a",
         destination_host=request.spec.destination_host,

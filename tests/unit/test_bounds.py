@@ -194,6 +194,16 @@ def test_no_string_of_any_request_is_longer_than_its_bound_or_has_control_charac
         assert bound > 1024 or "\n" not in value
 
 
+@pytest.mark.parametrize(("seconds", "nanos", "is_right"), [(604_800, 0, True), (604_800, 1, False), (0, 0, True), (-1, 0, False)])
+def test_7_a_duration_keeps_its_bound(seconds: int, nanos: int, is_right: bool) -> None:
+    request = start()
+    request.slot_wait.seconds, request.slot_wait.nanos = seconds, nanos
+    if is_right:
+        check_request(request)
+    else:
+        assert refusal(request).metadata["field"] == "slot_wait"
+
+
 @pytest.mark.parametrize("address", ["banana", "10.0.0", "10.0.0.1/24", "::1::", " "])
 def test_6_29_a_network_has_an_ip_address(address: str) -> None:
     network = host_pb2.Network(name="mig", address=address)

@@ -86,6 +86,7 @@ def test_detach(drover: Drover) -> None:
         ("down", 3, ["h2 cannot be reached", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
         ("late", 3, ["h2 did not answer in time", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
         ("fails", 1, ["the stream broke", 'guest: "fails" runs on a', "next: drover migration show "]),
+        ("waits", 4, ["b gave no slot within 60 s", 'guest: "waits" runs on a', "next: drover migration show "]),
         ("lost", 5, ["host b does not answer", 'guest: "lost" is on a or on b', "do not start the guest by hand"]),
         ("crash", 5, ["the guest's QEMU died", 'guest: "crash" runs nowhere: its QEMU on a died; start it again', "next: drover"]),
         ("bug", 5, ["nobody foresaw", "next: it may have been started; ask: drover migration show"]),
@@ -172,6 +173,17 @@ def test_rates(drover: Drover, text: str, bytes_per_second: int | None) -> None:
     result = drover("migrate", "vm1", "--to", "b", "--bandwidth", text, "-o", "json", code=0 if bytes_per_second else 2)
     if bytes_per_second:
         assert json.loads(result.stdout)["spec"]["bandwidth_bytes_per_second"] == str(bytes_per_second)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("250ms", "0.250s"), ("90s", "90s"), ("10 min", "600s"), ("1.5h", "5400s"), ("7d", "604800s")]
+    + [(wrong, None) for wrong in ("8d", "0s", "90", "soon", "-1s")],
+)
+def test_7_durations(drover: Drover, text: str, seconds: str | None) -> None:
+    result = drover("migrate", "vm1", "--to", "b", "--wait", text, "-o", "json", code=0 if seconds else 2)
+    if seconds:
+        assert json.loads(result.stdout)["slot_wait"] == seconds
 
 
 def test_migrations_are_listed_and_shown_by_a_prefix(drover: Drover) -> None:

@@ -64,11 +64,21 @@ async def test_migrate_returns_when_it_is_done(client: Client, fake: FakeMigrati
     assert migration.progress is not None
     assert (migration.progress.downtime, migration.progress.total_bytes) == (0.023, 64 * MIB)
     assert [timing.phase for timing in migration.timings] == ["begin", "prepare", "perform", "finish"]
+    assert not fake.started[0].HasField("slot_wait") or not fake.started[0].slot_wait.ToNanoseconds()
     spec = fake.started[0].spec
     assert (spec.source_host, spec.destination_name, spec.network, spec.bandwidth_bytes_per_second) == ("a", "vm2", "mig0", 1000)
     assert spec.options.HasField("live")
     assert not spec.options.live
     assert not spec.options.HasField("paused")
+
+
+async def test_7_a_start_may_wait_for_its_slot(client: Client, fake: FakeMigrations) -> None:
+    started = await client.start_migration("waits", "b", slot_wait=60.5)
+    assert fake.started[0].slot_wait.ToMilliseconds() == 60_500
+    async with aclosing(client.watch_migration(started.id)) as changes:
+        waits = [(migration.wait_reason, migration.waiting_for) async for migration in changes]
+    assert waits[1] == ("slot", "an incoming slot of b: 2 of 2 are taken")
+    assert waits[-1] == ("unspecified", "")
 
 
 async def test_an_id_is_made_where_none_is_given(client: Client) -> None:
