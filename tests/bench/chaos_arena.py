@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from agent.hypervisor.libvirt import switchover
+from agent.hypervisor.libvirt import hook
 from tests.bench.chaos_targets import clear_clocks
 from tests.bench.processes import journal_of
 from tests.kit.cluster import ClusterGuest, GuestSpec, cluster
@@ -51,7 +51,7 @@ class Arena:
             made = self._stack.enter_context(self._make())
             assert isinstance(made, LabCluster), "asked for real hosts"
             for host in made.lab.hosts:
-                switchover.install(host.path / "etc/libvirt")  # as docs/operations.md tells every operator to
+                hook.install(host.path / "etc/libvirt")  # as docs/operations.md tells every operator to
             self._made = made
         return self._made
 

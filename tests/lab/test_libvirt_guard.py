@@ -34,6 +34,7 @@ if os.environ.get("CI") != "true":
     pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
 from agent.hypervisor.libvirt import LibvirtHypervisor, switchover
+from agent.hypervisor.libvirt.hook import install
 
 OPTIONS = Options(post_copy=False)
 """An unprivileged QEMU may not use post-copy, and no round switches to it."""
@@ -256,7 +257,7 @@ def a_round(lab: Lab, strike: Strike) -> Result:
     hook = lab["h1"].path / "etc/libvirt" / switchover.HOOK
     hook.unlink(missing_ok=True)
     if strike.hook:
-        switchover.install(lab["h1"].path / "etc/libvirt")
+        install(lab["h1"].path / "etc/libvirt")
     guest = lab.guest(f"g{random.randrange(1 << 40):x}", memory_mib=32)
     lab["h1"].start(guest, persistent=True)
     guest.wait_lines(5)

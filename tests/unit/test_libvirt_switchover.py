@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("libvirt", reason="libvirt-python is not installed")
 
 from agent.hypervisor.libvirt import switchover
+from agent.hypervisor.libvirt.hook import install, is_installed
 from agent.hypervisor.libvirt.switchover import Outcome
 
 UUID = "0b8c1f3e-54f1-5d0e-8f5e-d70000000001"
@@ -229,12 +230,12 @@ def test_libvirtd_is_gone_when_nobody_holds_its_lock(run: Path, write: Write) ->
 
 
 def test_the_hook_runs_without_any_other_file(tmp_path: Path) -> None:
-    assert not switchover.is_installed(tmp_path / "libvirt" / switchover.HOOK)
-    hook = switchover.install(tmp_path / "libvirt")
-    assert switchover.is_installed(hook)
-    assert switchover.install(tmp_path / "libvirt") == hook
+    assert not is_installed(tmp_path / "libvirt" / switchover.HOOK)
+    hook = install(tmp_path / "libvirt")
+    assert is_installed(hook)
+    assert install(tmp_path / "libvirt") == hook
     for arguments in (["-", "start", "-", "start"], ["-", "shutdown", "-", "shutdown"]):
         done = subprocess.run([hook, *arguments], capture_output=True, text=True, check=True, env={}, cwd="/", timeout=10)
         assert done.stdout + done.stderr == ""
     hook.write_text(hook.read_text() + "# of an older Drover")
-    assert not switchover.is_installed(hook)
+    assert not is_installed(hook)

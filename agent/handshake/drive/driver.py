@@ -282,11 +282,13 @@ class Driver:
 
     def _followed(self) -> list[str]:
         """Return the sides to watch now: those that no call is made to while the other side works, and a source that sends."""
+        going = self.view.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED, Dst.ABANDONING)
+        # Abandon answers only once the copy is gone: meanwhile the record shows what that waits for.
+        given_up = self.view.destination_state is Dst.ARMED and self.view.source_state in (Src.KEPT, Src.LOST)
         watched = {
             # While Begin lasts, the source's record shows what it waits for.
             "source": self.view.source_state in (Src.BEGUN, Src.PERFORMING) or self.view.states == (None, Dst.RESERVED),
-            "destination": self.view.destination_state in (Dst.RESERVED, Dst.PREPARING, Dst.PREPARED, Dst.ABANDONING)
-            or self.view.disputed,
+            "destination": going or given_up or self.view.disputed,
         }
         return [side for side, wanted in watched.items() if wanted]
 

@@ -26,10 +26,10 @@ from agent.hypervisor.libvirt import host, leaving, phases, postcopy, process, q
 from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
+from agent.hypervisor.libvirt.hook import is_installed
 from agent.hypervisor.libvirt.incoming import LibvirtIncoming
 from agent.hypervisor.libvirt.outgoing import LibvirtOutgoing
 from agent.hypervisor.libvirt.service import service_of
-from agent.hypervisor.libvirt.switchover import is_installed
 from agent.hypervisor.libvirt.versions import Versions
 from agent.hypervisor.libvirt.watch import Watch
 from agent.hypervisor.options import Options, Support
@@ -69,7 +69,7 @@ class LibvirtHypervisor:
         if hook is not None and not is_installed(hook):
             log.warning(
                 "libvirt's hook is not installed, or is of another version of Drover; install it on this host with "
-                "`python -m agent.hypervisor.libvirt.switchover install`",
+                "`python -m agent.hypervisor.libvirt.hook`",
                 hook=str(hook),
             )
         await self._watch.start()

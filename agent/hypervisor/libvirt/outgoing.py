@@ -21,7 +21,6 @@ from agent.hypervisor.base import (
     DomainBusy,
     DomainEvent,
     DomainNotFound,
-    DomainState,
     HypervisorError,
     HypervisorUnavailable,
     Incompatible,
@@ -29,13 +28,13 @@ from agent.hypervisor.base import (
     Performed,
     TransferFailed,
 )
-from agent.hypervisor.libvirt import connecting, leaving, phases, threads
+from agent.hypervisor.libvirt import connecting, job, leaving, phases, threads
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt.connection import Link, Pool, Session, unwrap
 from agent.hypervisor.libvirt.events import QEMU_MIGRATION
-from agent.hypervisor.libvirt.guard import Guard, hold, is_held, is_switching, settle, stopped_by_user
-from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, refuse_incomplete_postcopy, remove, state_of
+from agent.hypervisor.libvirt.guard import Guard, hold, is_switching, settle, stopped_by_user
+from agent.hypervisor.libvirt.removal import in_postcopy, refuse_incomplete_postcopy, remove
 from agent.hypervisor.libvirt.stored import remove_leftovers
 from agent.hypervisor.libvirt.switchover import CANCELLABLE
 from agent.hypervisor.options import Options
@@ -45,7 +44,6 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 0.01
 """Interval of retries between the call of Perform and the start of its transfer, when libvirt has no job to act on yet."""
-
 SWITCH_BEGINS_SECONDS = 0.05
 """QEMU begins the switch-over within this time after it has stopped the guest, unless a disk takes long to flush."""
 
@@ -126,7 +124,7 @@ class LibvirtOutgoing:
             self._guard.watch(domain.name())
             out = phases.perform(domain, params, cookie, flags)
             self._performed = True  # in the thread, because the await may be cancelled
-            return out, _final(domain)
+            return out, job.final(domain)
 
         self._remember(domain_xml, options, destination_name)
         link = self._begun = self._begun if self._begun and self._begun.alive else await self._session.open()
@@ -199,7 +197,7 @@ class LibvirtOutgoing:
         def abort(domain: Any) -> bool:
             # Check this last: once Perform has ended, the running job may be the guest's next migration. In post-copy Perform
             # ends early, and libvirt itself refuses to abort.
-            return (self._outcome_is_known and not in_postcopy(domain)) or _abort(domain)
+            return (self._outcome_is_known and not in_postcopy(domain)) or job.abort(domain)
 
         await self._while_starting(abort)
 
@@ -217,19 +215,19 @@ class LibvirtOutgoing:
 
     async def progress(self) -> Progress | None:
         try:
-            reading = await self._call(_progress)
+            reading = await self._call(job.progress)
         except DomainNotFound:
             return None
         # libvirt reports the job as running until Confirm; after Perform, memory flows only in post-copy.
         return reading if reading is None or reading.postcopy or not self._performed else None
 
     async def start_postcopy(self) -> None:
-        if not await self._while_starting(_start_postcopy):
+        if not await self._while_starting(job.start_postcopy):
             raise NoTransfer("no transfer is running that could be switched to post-copy")
 
     async def set_bandwidth(self, bandwidth: int) -> None:
         limit = option_flags.mebibytes(bandwidth)
-        if not await self._while_starting(lambda domain: _set_bandwidth(domain, limit)):
+        if not await self._while_starting(lambda domain: job.set_bandwidth(domain, limit)):
             raise NoTransfer("no transfer is running whose bandwidth could be changed")
 
     async def remove(self, cookie: bytes, options: Options) -> None:
@@ -256,9 +254,9 @@ class LibvirtOutgoing:
             self._outcome_is_known, self._must_hold = True, False
 
     async def resume(self) -> None:
-        await self._call(_refuse_foreign)
+        await self._call(job.refuse_foreign)
         await self._confirm(b"", self._options, cancelled=True)
-        await self._call(_resume)
+        await self._call(job.resume)
 
     async def close(self) -> None:
         if self._is_performing:
@@ -320,60 +318,3 @@ class LibvirtOutgoing:
 
 async def _in_thread(function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(threads.submit(function))
-
-
-# Every function below blocks: it runs in a thread, on libvirt's domain.
-
-
-def _abort(domain: Any) -> bool:
-    try:
-        domain.abortJob()
-    except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID and not in_postcopy(domain):
-            return False  # there is no job
-        raise
-    return True
-
-
-def _progress(domain: Any) -> Progress | None:
-    stats = flow(domain)
-    return None if stats is None else domains.progress_of(stats, in_postcopy(domain))
-
-
-def _final(domain: Any) -> Progress:
-    """Return the statistics of a transfer that has just ended; zeros where libvirt gives none (no reason to fail).
-
-    They are those of the running job: it lasts until Confirm, and libvirt lists the job as completed only afterwards.
-    """
-    with contextlib.suppress(libvirt.libvirtError):
-        return domains.progress_of(domain.jobStats(), in_postcopy(domain))
-    return Progress()
-
-
-def _start_postcopy(domain: Any) -> bool:
-    if flow(domain) is None:
-        return False
-    domain.migrateStartPostCopy()
-    return True
-
-
-def _set_bandwidth(domain: Any, limit: int) -> bool:
-    if flow(domain) is None:
-        return False
-    domain.migrateSetMaxSpeed(limit)
-    domain.migrateSetMaxSpeed(limit, libvirt.VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY)
-    return True
-
-
-def _refuse_foreign(domain: Any) -> None:
-    """Raise `DomainBusy` for what must not be resumed here: a guest that runs at the destination, and a copy that arrives."""
-    if in_postcopy(domain):
-        raise DomainBusy("the guest was switched to post-copy and runs at the destination, so it is not resumed here")
-    refuse_arrival(domain)
-
-
-def _resume(domain: Any) -> None:
-    """Resume a guest that a migration paused. Do nothing to one that its user paused, or that runs."""
-    state, reason = state_of(domain)
-    if (state is DomainState.PAUSED and reason == domains.MIGRATION) or is_held(domain):
-        domain.resume()

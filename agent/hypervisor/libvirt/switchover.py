@@ -15,7 +15,7 @@ do it, and either is enough:
 - the live agent, at the moment that its Perform loses libvirtd (`guard.Guard`);
 - libvirt's own hook ``daemon … start``, which libvirtd runs, and waits for, before it looks at any guest. (The hook
   ``qemu NAME reconnect`` comes too late: libvirt 9.0 calls it after the guest was resumed.) So it also holds when the
-  agent is dead. Install it with ``python -m agent.hypervisor.libvirt.switchover install``.
+  agent is dead. Install it with ``python -m agent.hypervisor.libvirt.hook``.
 
 Why QEMU's answer can be trusted. QEMU serves a new monitor connection only after it has noticed the end of the old one and
 dropped the commands pending on it, so nobody can tell it to switch over any more: before ``device`` the guest stays, from
@@ -47,7 +47,6 @@ from typing import Any
 
 RUN = Path("/run/libvirt")
 """libvirt's folder for state that lasts until the next boot."""
-
 MARKS = "drover"
 """Folder of the marks, in `RUN`."""
 
@@ -274,27 +273,23 @@ def mend_after_death(run: Path, uuid: str, name: str) -> Outcome | None:
 def libvirtd_is_gone(run: Path, within: float = 0.0) -> bool:
     """Return whether no process holds the lock of libvirt's QEMU driver, which libvirtd takes before it reads any guest. `within`:
     seconds to wait for the end of a process that holds it. False where the lock file cannot be read."""
-    try:
-        with (run / "qemu/driver.pid").open() as file:
-            holder = _lock_holder(file.fileno())
-            return not holder or (_has_ended(holder, within) and not _lock_holder(file.fileno()))
-    except OSError:
-        return False
+    holder = _driver_lock(run)
+    return holder == 0 or (holder is not None and _has_ended(holder, within) and _driver_lock(run) == 0)
 
 
 def libvirtd_pid(run: Path) -> int:
     """Return the process that holds that lock; 0 where none does, or the file cannot be read."""
+    return _driver_lock(run) or 0
+
+
+def _driver_lock(run: Path) -> int | None:
+    """Return the process that holds that lock, 0 where none does, None where the file cannot be read. Takes no lock."""
+    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock, 64 bit
     try:
         with (run / "qemu/driver.pid").open() as file:
-            return _lock_holder(file.fileno())
+            answer = struct.unpack("hhqqi4x", fcntl.fcntl(file.fileno(), fcntl.F_GETLK, question))
     except OSError:
-        return 0
-
-
-def _lock_holder(descriptor: int) -> int:
-    """Return the process that holds a lock on the file, 0 where none does. Takes no lock."""
-    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock, 64 bit
-    answer = struct.unpack("hhqqi4x", fcntl.fcntl(descriptor, fcntl.F_GETLK, question))
+        return None
     return 0 if answer[0] == fcntl.F_UNLCK else int(answer[4])
 
 
@@ -314,31 +309,9 @@ def _has_ended(pid: int, within: float) -> bool:
 # --- the hook
 
 
-def install(etc: Path) -> Path:
-    """Install the hook in this configuration folder of libvirt, and return its path. libvirtd runs it from its next start on."""
-    hook = etc / HOOK
-    hook.parent.mkdir(parents=True, exist_ok=True)
-    temporary = hook.with_name(f".{hook.name}")
-    interpreter = Path(sys.executable).resolve()  # resolved, because an upgrade may remove the virtual environment
-    temporary.write_text(f"#!{interpreter} -I\n{Path(__file__).read_text()}")
-    temporary.chmod(0o755)
-    temporary.replace(hook)
-    return hook
-
-
-def is_installed(hook: Path) -> bool:
-    """Return whether the hook is installed and is of this very version of Drover."""
-    try:
-        return hook.read_text().endswith(Path(__file__).read_text())
-    except OSError:
-        return False
-
-
 def main(arguments: list[str]) -> None:
-    """Run as the hook (``- start - start``), or install it (``install [/etc/libvirt]``)."""
-    if arguments[:1] == ["install"]:
-        print(install(Path(arguments[1]) if arguments[1:] else ETC))
-    elif arguments[1:2] == ["start"]:
+    """Run as the hook: libvirtd calls it with ``- start - start``."""
+    if arguments[1:2] == ["start"]:
         for uuid, name in marked(RUN):  # in parallel: libvirtd waits for the hook, and each silent QEMU takes `MONITOR_SECONDS`
             threading.Thread(target=mend, args=(RUN, uuid, name)).start()
 
