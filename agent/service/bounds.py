@@ -28,6 +28,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from agent.hypervisor.options import OPTIONS
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.service.checks import (
     MAX_STRING,
@@ -40,6 +41,7 @@ from agent.service.checks import (
     guest_name,
     ip_address,
     not_negative,
+    option_check,
     size,
     string_check,
     timestamp,
@@ -56,6 +58,8 @@ MAX_ITEMS = 64
 
 
 _UUID_FIELDS = {"migration_id", "uuid", "domain_uuid"}
+
+_OPTION_FIELDS = {field.full_name for field in options_pb2.Options.DESCRIPTOR.fields}
 
 _NETWORK_ADDRESS = host_pb2.Network.DESCRIPTOR.fields_by_name["address"].full_name
 
@@ -177,6 +181,8 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
     """The check of a single value; None where every value is right."""
     if kind is _Kind.ANSWER:
         return _size_check(field, max_bytes)
+    if field.full_name in _OPTION_FIELDS:
+        return option_check(OPTIONS[field.name])
     if field.message_type is not None:
         if field.message_type.full_name == Duration.DESCRIPTOR.full_name:
             return duration_check(_option(field, bounds_pb2.max_seconds))

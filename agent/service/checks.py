@@ -9,6 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.hypervisor.names import name_problem
+from agent.hypervisor.options import Option
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.service.implausible import is_duration, is_time
 
@@ -72,6 +73,14 @@ def enum_check(numbers: frozenset[int]) -> Check:
     def check(value: int, path: str) -> None:
         if value not in numbers:
             raise invalid_field(path, f"{value} is no value that is known here")
+
+    return check
+
+
+def option_check(option: Option) -> Check:
+    def check(value: Any, path: str) -> None:
+        if problem := option.problem(value):
+            raise invalid_field(path, problem)
 
     return check
 

@@ -2,15 +2,17 @@
 
 import re
 import uuid
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import click
 
 from coordinator.cli.exit_codes import EPILOG
-from coordinator.cli.parse import OptionWord, Rate, Seconds
+from coordinator.cli.parse import OptionValue, Rate, Seconds
 from coordinator.cli.session import Session, run
 from coordinator.cli.show import Stage, output_option, print_json, to_json, to_type
-from coordinator.client import OptionWords
+
+if TYPE_CHECKING:
+    from agent.hypervisor.options import Options, Value
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -35,11 +37,11 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
 )
 @click.option(
     "--option",
-    "words",
-    type=OptionWord(),
+    "chosen",
+    type=OptionValue(),
     multiple=True,
-    metavar="NAME=on|off|default",
-    help="Set an option, such as live=off; repeatable.",
+    metavar="NAME=VALUE",
+    help="Set an option, such as live=off; repeatable. docs/protocol.md lists them.",
 )
 @click.option(
     "--id", "migration_id", metavar="UUID", callback=_migration_id, help="Id of the migration; repeat a request with its id safely."
@@ -62,7 +64,7 @@ def migrate(
     network: str,
     uri: str,
     bandwidth: int,
-    words: tuple[tuple[str, bool | None], ...],
+    chosen: "tuple[tuple[str, Value | None], ...]",
     slot_wait: float,
     migration_id: str,
     detach: bool,
@@ -72,7 +74,7 @@ def migrate(
 
     Ctrl-C ends the watching, not the migration.
     """
-    options = cast(OptionWords, {option: value for option, value in dict(words).items() if value is not None})
+    options = cast("Options", {option: value for option, value in dict(chosen).items() if value is not None})
 
     async def body(session: Session) -> int | None:
         session.migration_id, session.stage = migration_id, Stage.STARTING

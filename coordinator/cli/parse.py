@@ -1,10 +1,13 @@
 """Values on the command line."""
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
+
+if TYPE_CHECKING:
+    from agent.hypervisor.options import Value
 
 _UNITS: dict[str, float] = {
     "B": 1,
@@ -19,8 +22,6 @@ _MAX_RATE = 2**63 - 1
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]+)")
-
-_WORDS = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False, "default": None}
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]
@@ -60,31 +61,25 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         return duration
 
 
-class OptionWord(click.ParamType):  # type: ignore[type-arg]
-    """One option and the user's word on it: ``live=off``. Three-valued: on, off, or default (the driver's choice)."""
+class OptionValue(click.ParamType):  # type: ignore[type-arg]
+    """One option and its value: ``live=off``. None for ``live=default``, which leaves it to the driver."""
 
-    name = "name=on|off|default"
+    name = "name=value"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, bool | None]:
-        name, equals, word = value.partition("=")
-        name = name.strip().replace("-", "_")
-        names = _option_names()
-        if name not in names:
-            import difflib  # noqa: PLC0415 - only a mistake needs it
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "tuple[str, Value | None]":
+        from agent.hypervisor.options import OPTIONS, unknown_option  # noqa: PLC0415 - most migrations have none
 
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f'did you mean "{close[0]}"?' if close else f"known: {', '.join(names)}"
-            self.fail(f'unknown option "{name}"; {hint}', param, ctx)
-        if not equals or word.strip().lower() not in _WORDS:
-            self.fail(f'"{value}": expected {name}=on, {name}=off or {name}=default', param, ctx)
-        return name, _WORDS[word.strip().lower()]
+        name, _, typed = (part.strip() for part in value.partition("="))
+        option = OPTIONS.get(name := name.replace("-", "_"))
+        if option is None:
+            self.fail(unknown_option(name), param, ctx)
+        try:
+            return name, None if typed.lower() == "default" else option.read(typed)
+        except ValueError:
+            self.fail(f'"{value}": {name} takes {option.expected}, or default', param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        words = [f"{name}={word}" for name in _option_names() for word in ("on", "off")]
-        return [CompletionItem(word) for word in words if word.startswith(incomplete)]
+        from agent.hypervisor.options import OPTIONS  # noqa: PLC0415 - see above
 
-
-def _option_names() -> tuple[str, ...]:
-    from coordinator.client.options import option_names  # noqa: PLC0415 - the wire's code is slow to import
-
-    return option_names()
+        offered = [f"{name}={word}" for name, option in OPTIONS.items() for word in option.words]
+        return [CompletionItem(each) for each in offered if each.startswith(incomplete)]

@@ -1,7 +1,7 @@
 """The Python client of a coordinator or of one agent. Import it from here: ``from coordinator.client import Busy, Client``.
 
-`client` has the class `Client`, `errors` the tree of its errors, `types` and `hosts` the values that it returns, `options` a user's
-options by name.
+`client` has the class `Client`, `errors` the tree of its errors, `types` and `hosts` the values that it returns, `options` checks
+a user's options.
 """
 
 import importlib
@@ -22,9 +22,9 @@ from coordinator.client.errors import (
     Unreachable,
     raise_unless_succeeded,
 )
-from coordinator.client.options import OptionWords, option_names
 
 if TYPE_CHECKING:
+    from agent.hypervisor.options import Options
     from coordinator.client.hosts import Domain, DomainList, DomainState, Host, HostState, Network
     from coordinator.client.types import Failure, Migration, MigrationState, PhaseTiming, Progress
 
@@ -47,19 +47,18 @@ __all__ = [
     "MigrationState",
     "Network",
     "NotFound",
-    "OptionWords",
+    "Options",
     "OutcomeUnknown",
     "PhaseTiming",
     "Progress",
     "Refused",
     "ServerFailed",
     "Unreachable",
-    "option_names",
     "raise_unless_succeeded",
 ]
 
-_LATER = ("coordinator.client.types", "coordinator.client.hosts")
-"""Modules of the types that the client returns, imported when one is asked for: a migration starts that much sooner."""
+_LATER = ("coordinator.client.types", "coordinator.client.hosts", "agent.hypervisor.options")
+"""Modules of the types that the client takes and returns, imported when one is asked for: a migration starts that much sooner."""
 
 
 def __getattr__(name: str) -> Any:

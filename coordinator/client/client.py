@@ -37,10 +37,10 @@ from coordinator.client.errors import (
     outcome_unknown,
     raise_unless_succeeded,
 )
-from coordinator.client.options import OptionWords, options_message
 from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
 
 if TYPE_CHECKING:
+    from agent.hypervisor.options import Options
     from coordinator.client.hosts import DomainList, Host, HostQuestions
     from coordinator.client.types import Migration
 
@@ -91,7 +91,7 @@ class Client:
         network: str = "",
         uri: str = "",
         bandwidth: int = 0,
-        options: OptionWords | None = None,
+        options: "Options | None" = None,
         slot_wait: float = 0.0,
         migration_id: str = "",
         timeout: float | None = None,
@@ -125,7 +125,7 @@ class Client:
         network: str = "",
         uri: str = "",
         bandwidth: int = 0,
-        options: OptionWords | None = None,
+        options: "Options | None" = None,
         slot_wait: float = 0.0,
         migration_id: str = "",
     ) -> "Migration":
@@ -135,11 +135,16 @@ class Client:
         `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer).
         `source`: name of the source host; empty: the host that has the guest. `name`: name of the guest at the destination;
         empty: unchanged. `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the
-        destination; empty: proposed by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `OptionWords`.
+        destination; empty: proposed by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `Options`.
         `slot_wait`: seconds for which it may wait for a slot of a destination that is busy or unreachable; 0: such a
         destination raises `Busy` or `Unreachable`. `migration_id`: a UUID chosen by the caller; empty: a new one. To
         repeat the call with the same id is safe, and right after this raised `Unreachable`.
         """
+        message = None
+        if options:
+            from coordinator.client.options import options_message  # noqa: PLC0415 - most migrations have none
+
+            message = options_message(options)
         spec = migration_pb2.MigrationSpec(
             domain=domain,
             destination_host=to,
@@ -148,7 +153,7 @@ class Client:
             network=network,
             uri=uri,
             bandwidth_bytes_per_second=bandwidth,
-            options=options_message(options),
+            options=message,
         )
         request = migration_pb2.StartMigrationRequest(migration_id=migration_id or str(uuid.uuid4()), spec=spec)
         request.slot_wait.FromNanoseconds(round(slot_wait * 1e9))

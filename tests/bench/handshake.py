@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
-from coordinator.client import Client, Migration, OptionWords
+from coordinator.client import Client, Migration, Options
 from tests.bench.output import say
 from tests.bench.stats import Series
 from tests.bench.virsh import Virsh, migrate_words
@@ -145,7 +145,7 @@ async def measure(setting: Setting) -> Result:
 
 
 async def _movers(made: LabCluster, setting: Setting, stack: AsyncExitStack) -> Mapping[str, Mover]:
-    options: OptionWords = {"post_copy": setting.post_copy}
+    options: Options = {"post_copy": setting.post_copy}
     clients = {name: await stack.enter_async_context(Client(agent.address)) for name, agent in made.agents.items()}
     managing = await stack.enter_async_context(Client(made.server))
     shells = {host.name: stack.enter_context(Virsh(host)) for host in made.lab.hosts}

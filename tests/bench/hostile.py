@@ -71,6 +71,7 @@ class Hostile:
             "uri_in": URIS,
             "network": ("", "", "mig1", "mig2", "banana"),
             "domain_xml": XML,
+            "compression_method": ("", "", "xbzrle", "lzo"),
         }
 
     def make(self, kind: type[Message]) -> Any:

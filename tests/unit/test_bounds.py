@@ -32,7 +32,8 @@ def refusal(message: Message) -> DroverError:
 
 
 def test_a_good_request_passes() -> None:
-    spec = {"options": {"live": False, "post_copy": True}, "bandwidth_bytes_per_second": 1, "uri": "tcp://10.0.0.1"}
+    options = {"live": False, "post_copy": True, "compression_method": "xbzrle", "parallel_connections": 4}
+    spec = {"options": options, "bandwidth_bytes_per_second": 1, "uri": "tcp://10.0.0.1"}
     check_request(start(**spec))
     xml = "<domain>\n\t<name>vm1</name>\n</domain>"
     ref = handshake_pb2.AttemptRef(migration_id=UUID, attempt=1)
@@ -52,7 +53,9 @@ def test_a_good_request_passes() -> None:
         (start(bandwidth_bytes_per_second=-1), Reason.INVALID_FIELD, "spec.bandwidth_bytes_per_second"),
         (start(tenant="t"), Reason.UNSUPPORTED_FIELD, "spec.tenant"),
         (start(wait_mode=1), Reason.UNSUPPORTED_FIELD, "spec.wait_mode"),
-        (start(options={"compression_method": "xbzrle"}), Reason.UNSUPPORTED_FIELD, "spec.options.compression_method"),
+        (start(options={"compression_method": "lzo"}), Reason.INVALID_FIELD, "spec.options.compression_method"),
+        (start(options={"parallel_connections": 256}), Reason.INVALID_FIELD, "spec.options.parallel_connections"),
+        (start(options={"parallel_connections": -1}), Reason.INVALID_FIELD, "spec.options.parallel_connections"),
         (migration_pb2.StartMigrationRequest(migration_id=UUID), Reason.INVALID_FIELD, "spec"),
         (migration_pb2.GetMigrationRequest(), Reason.INVALID_FIELD, "migration_id"),
         (migration_pb2.GetMigrationRequest(migration_id="12"), Reason.INVALID_FIELD, "migration_id"),

@@ -32,7 +32,6 @@ OURS = {
     "coordinator.client.client",
     "coordinator.client.convert",
     "coordinator.client.errors",
-    "coordinator.client.options",
     "coordinator.client.types",
     "drover",
     "drover.agent",

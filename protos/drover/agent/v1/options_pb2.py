@@ -25,31 +25,27 @@ _sym_db = _symbol_database.Default()
 from drover.agent.v1 import bounds_pb2 as drover_dot_agent_dot_v1_dot_bounds__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64rover/agent/v1/options.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\"\xd3\x05\n\x07Options\x12\x11\n\x04live\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12 \n\x13persist_destination\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x1c\n\x0fundefine_source\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x13\n\x06paused\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x14\n\x07offline\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12\x1e\n\x11\x63hange_protection\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x1b\n\x0e\x61\x62ort_on_error\x18\x07 \x01(\x08H\x06\x88\x01\x01\x12\x13\n\x06unsafe\x18\x08 \x01(\x08H\x07\x88\x01\x01\x12\x19\n\x0c\x63opy_storage\x18\t \x01(\x08H\x08\x88\x01\x01\x12\x1a\n\rauto_converge\x18\n \x01(\x08H\t\x88\x01\x01\x12\x16\n\tpost_copy\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x17\n\ncompressed\x18\x0c \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08parallel\x18\r \x01(\x08H\x0c\x88\x01\x01\x12\x16\n\ttunnelled\x18\x0e \x01(\x08H\r\x88\x01\x01\x12\x11\n\x04rdma\x18\x0f \x01(\x08H\x0e\x88\x01\x01\x12\x16\n\tencrypted\x18\x10 \x01(\x08H\x0f\x88\x01\x01\x12 \n\x12\x63ompression_method\x18\x11 \x01(\tB\x04\x98\x99\x19\x01\x12\"\n\x14parallel_connections\x18\x12 \x01(\x05\x42\x04\x98\x99\x19\x01\x42\x07\n\x05_liveB\x16\n\x14_persist_destinationB\x12\n\x10_undefine_sourceB\t\n\x07_pausedB\n\n\x08_offlineB\x14\n\x12_change_protectionB\x11\n\x0f_abort_on_errorB\t\n\x07_unsafeB\x0f\n\r_copy_storageB\x10\n\x0e_auto_convergeB\x0c\n\n_post_copyB\r\n\x0b_compressedB\x0b\n\t_parallelB\x0c\n\n_tunnelledB\x07\n\x05_rdmaB\x0c\n\n_encrypted\"\x9e\x03\n\x11MigrationFeatures\x12@\n\x07options\x18\x01 \x03(\x0b\x32/.drover.agent.v1.MigrationFeatures.OptionsEntry\x12\x16\n\x0euri_transports\x18\x02 \x03(\t\x12\x11\n\tbandwidth\x18\x03 \x01(\x08\x12\x14\n\x0csplit_phases\x18\x04 \x01(\x08\x12\x12\n\nfirst_port\x18\x05 \x01(\r\x12\x11\n\tlast_port\x18\x06 \x01(\r\x12G\n\x07reasons\x18\x07 \x03(\x0b\x32/.drover.agent.v1.MigrationFeatures.ReasonsEntryB\x05\x88\x99\x19\x80\x08\x12\x16\n\x0e\x62\x61ndwidth_unit\x18\x08 \x01(\x03\x1aN\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0e\x32\x1e.drover.agent.v1.OptionSupport:\x02\x38\x01\x1a.\n\x0cReasonsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x8b\x01\n\rOptionSupport\x12\x1e\n\x1aOPTION_SUPPORT_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPTION_SUPPORT_SUPPORTED\x10\x01\x12\x1c\n\x18OPTION_SUPPORT_ALWAYS_ON\x10\x02\x12\x1e\n\x1aOPTION_SUPPORT_UNSUPPORTED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64rover/agent/v1/options.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\"\xc7\x05\n\x07Options\x12\x11\n\x04live\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12 \n\x13persist_destination\x18\x02 \x01(\x08H\x01\x88\x01\x01\x12\x1c\n\x0fundefine_source\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x13\n\x06paused\x18\x04 \x01(\x08H\x03\x88\x01\x01\x12\x14\n\x07offline\x18\x05 \x01(\x08H\x04\x88\x01\x01\x12\x1e\n\x11\x63hange_protection\x18\x06 \x01(\x08H\x05\x88\x01\x01\x12\x1b\n\x0e\x61\x62ort_on_error\x18\x07 \x01(\x08H\x06\x88\x01\x01\x12\x13\n\x06unsafe\x18\x08 \x01(\x08H\x07\x88\x01\x01\x12\x19\n\x0c\x63opy_storage\x18\t \x01(\x08H\x08\x88\x01\x01\x12\x1a\n\rauto_converge\x18\n \x01(\x08H\t\x88\x01\x01\x12\x16\n\tpost_copy\x18\x0b \x01(\x08H\n\x88\x01\x01\x12\x17\n\ncompressed\x18\x0c \x01(\x08H\x0b\x88\x01\x01\x12\x15\n\x08parallel\x18\r \x01(\x08H\x0c\x88\x01\x01\x12\x16\n\ttunnelled\x18\x0e \x01(\x08H\r\x88\x01\x01\x12\x11\n\x04rdma\x18\x0f \x01(\x08H\x0e\x88\x01\x01\x12\x16\n\tencrypted\x18\x10 \x01(\x08H\x0f\x88\x01\x01\x12\x1a\n\x12\x63ompression_method\x18\x11 \x01(\t\x12\x1c\n\x14parallel_connections\x18\x12 \x01(\x05\x42\x07\n\x05_liveB\x16\n\x14_persist_destinationB\x12\n\x10_undefine_sourceB\t\n\x07_pausedB\n\n\x08_offlineB\x14\n\x12_change_protectionB\x11\n\x0f_abort_on_errorB\t\n\x07_unsafeB\x0f\n\r_copy_storageB\x10\n\x0e_auto_convergeB\x0c\n\n_post_copyB\r\n\x0b_compressedB\x0b\n\t_parallelB\x0c\n\n_tunnelledB\x07\n\x05_rdmaB\x0c\n\n_encrypted\"\x9e\x03\n\x11MigrationFeatures\x12@\n\x07options\x18\x01 \x03(\x0b\x32/.drover.agent.v1.MigrationFeatures.OptionsEntry\x12\x16\n\x0euri_transports\x18\x02 \x03(\t\x12\x11\n\tbandwidth\x18\x03 \x01(\x08\x12\x14\n\x0csplit_phases\x18\x04 \x01(\x08\x12\x12\n\nfirst_port\x18\x05 \x01(\r\x12\x11\n\tlast_port\x18\x06 \x01(\r\x12G\n\x07reasons\x18\x07 \x03(\x0b\x32/.drover.agent.v1.MigrationFeatures.ReasonsEntryB\x05\x88\x99\x19\x80\x08\x12\x16\n\x0e\x62\x61ndwidth_unit\x18\x08 \x01(\x03\x1aN\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0e\x32\x1e.drover.agent.v1.OptionSupport:\x02\x38\x01\x1a.\n\x0cReasonsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x8b\x01\n\rOptionSupport\x12\x1e\n\x1aOPTION_SUPPORT_UNSPECIFIED\x10\x00\x12\x1c\n\x18OPTION_SUPPORT_SUPPORTED\x10\x01\x12\x1c\n\x18OPTION_SUPPORT_ALWAYS_ON\x10\x02\x12\x1e\n\x1aOPTION_SUPPORT_UNSUPPORTED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'drover.agent.v1.options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OPTIONS'].fields_by_name['compression_method']._loaded_options = None
-  _globals['_OPTIONS'].fields_by_name['compression_method']._serialized_options = b'\230\231\031\001'
-  _globals['_OPTIONS'].fields_by_name['parallel_connections']._loaded_options = None
-  _globals['_OPTIONS'].fields_by_name['parallel_connections']._serialized_options = b'\230\231\031\001'
   _globals['_MIGRATIONFEATURES_OPTIONSENTRY']._loaded_options = None
   _globals['_MIGRATIONFEATURES_OPTIONSENTRY']._serialized_options = b'8\001'
   _globals['_MIGRATIONFEATURES_REASONSENTRY']._loaded_options = None
   _globals['_MIGRATIONFEATURES_REASONSENTRY']._serialized_options = b'8\001'
   _globals['_MIGRATIONFEATURES'].fields_by_name['reasons']._loaded_options = None
   _globals['_MIGRATIONFEATURES'].fields_by_name['reasons']._serialized_options = b'\210\231\031\200\010'
-  _globals['_OPTIONSUPPORT']._serialized_start=1224
-  _globals['_OPTIONSUPPORT']._serialized_end=1363
+  _globals['_OPTIONSUPPORT']._serialized_start=1212
+  _globals['_OPTIONSUPPORT']._serialized_end=1351
   _globals['_OPTIONS']._serialized_start=81
-  _globals['_OPTIONS']._serialized_end=804
-  _globals['_MIGRATIONFEATURES']._serialized_start=807
-  _globals['_MIGRATIONFEATURES']._serialized_end=1221
-  _globals['_MIGRATIONFEATURES_OPTIONSENTRY']._serialized_start=1095
-  _globals['_MIGRATIONFEATURES_OPTIONSENTRY']._serialized_end=1173
-  _globals['_MIGRATIONFEATURES_REASONSENTRY']._serialized_start=1175
-  _globals['_MIGRATIONFEATURES_REASONSENTRY']._serialized_end=1221
+  _globals['_OPTIONS']._serialized_end=792
+  _globals['_MIGRATIONFEATURES']._serialized_start=795
+  _globals['_MIGRATIONFEATURES']._serialized_end=1209
+  _globals['_MIGRATIONFEATURES_OPTIONSENTRY']._serialized_start=1083
+  _globals['_MIGRATIONFEATURES_OPTIONSENTRY']._serialized_end=1161
+  _globals['_MIGRATIONFEATURES_REASONSENTRY']._serialized_start=1163
+  _globals['_MIGRATIONFEATURES_REASONSENTRY']._serialized_end=1209
 # @@protoc_insertion_point(module_scope)

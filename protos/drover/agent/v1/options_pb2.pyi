@@ -26,31 +26,32 @@ class _OptionSupport:
 class _OptionSupportEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_OptionSupport.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     OPTION_SUPPORT_UNSPECIFIED: _OptionSupport.ValueType  # 0
-    """Not said: same as unsupported."""
+    """Same as unsupported."""
     OPTION_SUPPORT_SUPPORTED: _OptionSupport.ValueType  # 1
-    """Can be switched on and off."""
+    """Every value is honoured."""
     OPTION_SUPPORT_ALWAYS_ON: _OptionSupport.ValueType  # 2
     """Happens whatever is asked; an explicit "off" is refused."""
     OPTION_SUPPORT_UNSUPPORTED: _OptionSupport.ValueType  # 3
-    """Cannot be done; an explicit "on" is refused."""
+    """Cannot be done; every value but an explicit "off" is refused."""
 
 class OptionSupport(_OptionSupport, metaclass=_OptionSupportEnumTypeWrapper):
-    """What a driver says of one option."""
+    """What an end of a migration does about one option."""
 
 OPTION_SUPPORT_UNSPECIFIED: OptionSupport.ValueType  # 0
-"""Not said: same as unsupported."""
+"""Same as unsupported."""
 OPTION_SUPPORT_SUPPORTED: OptionSupport.ValueType  # 1
-"""Can be switched on and off."""
+"""Every value is honoured."""
 OPTION_SUPPORT_ALWAYS_ON: OptionSupport.ValueType  # 2
 """Happens whatever is asked; an explicit "off" is refused."""
 OPTION_SUPPORT_UNSUPPORTED: OptionSupport.ValueType  # 3
-"""Cannot be done; an explicit "on" is refused."""
+"""Cannot be done; every value but an explicit "off" is refused."""
 
 @typing.final
 class Options(message.Message):
-    """The user's word on each option. Unset means the driver's default; true and false are orders, and one that an end of the
-    migration cannot honour is refused with OPTION_UNSUPPORTED before the guest is touched. A field number that the receiver
-    does not know is refused with UNKNOWN_OPTION. Every field is immutable once the migration has started.
+    """The options that the user chose. An unset one takes the driver's default; a string and a number are unset while empty or zero. A
+    value that an end of the migration cannot honour, "false" too, is refused with OPTION_UNSUPPORTED before the guest is touched; one
+    that the option does not take, with INVALID_FIELD; a field number that the receiver does not know, with UNKNOWN_OPTION. Immutable
+    once the migration has started. What each driver does is the table in docs/protocol.md.
     """
 
     DESCRIPTOR: descriptor.Descriptor
@@ -106,9 +107,9 @@ class Options(message.Message):
     encrypted: builtins.bool
     """TLS on the stream. Default: true where certificates are there."""
     compression_method: builtins.str
-    """Method of compression, such as "xbzrle". Empty: the driver's choice."""
+    """Method of compression. One of mt, xbzrle, zlib or zstd. Empty: the driver's choice."""
     parallel_connections: builtins.int
-    """Number of connections with `parallel`. Zero: the driver's choice."""
+    """Number of connections with `parallel`. From 1 to 255. Zero: the driver's choice."""
     def __init__(
         self,
         *,
