@@ -1,7 +1,7 @@
 """Short ways to say to a cluster what scenarios say again and again."""
 
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
@@ -41,9 +41,13 @@ class Talk:
             raise error_from_rpc(error, "the server") from None
 
     async def start(self, domain: str, to: str, migration_id: str = "", **spec: Any) -> pb.Migration:
-        request = pb.StartMigrationRequest(
-            migration_id=migration_id or new_id(), spec=pb.MigrationSpec(domain=domain, destination_host=to, **spec)
-        )
+        return await self._start(migration_id or new_id(), pb.MigrationSpec(domain=domain, destination_host=to, **spec))
+
+    async def start_waiting(self, domain: str, to: str, slot_wait: float) -> pb.Migration:
+        return await self._start(new_id(), pb.MigrationSpec(domain=domain, destination_host=to), slot_wait)
+
+    async def _start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float = 0.0) -> pb.Migration:
+        request = pb.StartMigrationRequest(migration_id=migration_id, spec=spec, slot_wait=duration(slot_wait))
         response: pb.StartMigrationResponse = await self.call(self.migrations.StartMigration, request)
         return response.migration
 
@@ -57,6 +61,27 @@ class Talk:
         finally:
             call.cancel()
         raise AssertionError("the migration ended, and what was waited for never came")
+
+    async def get(self, migration_id: str) -> pb.Migration:
+        request = pb.GetMigrationRequest(migration_id=migration_id)
+        response: pb.GetMigrationResponse = await self.call(self.migrations.GetMigration, request)
+        return response.migration
+
+    async def list(self, *, active_only: bool = False) -> pb.ListMigrationsResponse:
+        request = pb.ListMigrationsRequest(active_only=active_only)
+        response: pb.ListMigrationsResponse = await self.call(self.migrations.ListMigrations, request)
+        return response
+
+    async def changes(self, from_revision: int) -> AsyncIterator[pb.WatchMigrationsResponse]:
+        """What a watch of all migrations says. Errors are `DroverError`s."""
+        call = self.migrations.WatchMigrations(pb.WatchMigrationsRequest(from_revision=from_revision), timeout=40)
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error, "the server") from None
+        finally:
+            call.cancel()
 
     async def end(self, migration_id: str) -> pb.Migration:
         return await self.watch(migration_id, lambda m: m.state in FINAL)

@@ -19,6 +19,8 @@ GUESTS = {
         GuestSpec("saved"),
         GuestSpec("busy-1", memory_mib=128),
         GuestSpec("busy-2"),
+        *(GuestSpec(f"waited-for-{test}", memory_mib=128) for test in ("coordinator", "agent", "cancel", "kill")),
+        *(GuestSpec(f"waits-{test}") for test in ("coordinator", "agent", "cancel", "kill")),
         GuestSpec("by-hand"),
         GuestSpec("leased"),
         GuestSpec("refused"),

@@ -73,16 +73,18 @@ async def test_full_destination(cluster: Cluster) -> None:
     first, second = cluster.start_guest("busy-1"), cluster.start_guest("busy-2")
     async with Talk(cluster.server) as talk:
         running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+        migration_id = new_id()
         with pytest.raises(DroverError) as busy:
-            await talk.start(second.name, "h2")
+            await talk.start(second.name, "h2", migration_id)
         assert busy.value.reason is Reason.BUSY
+        assert migration_id not in [migration.migration_id for migration in (await talk.list()).migrations]
         assert busy.value.code.name == "RESOURCE_EXHAUSTED"
         assert busy.value.retry_after is not None
         assert busy.value.retry_after >= 1
         assert busy.value.metadata["limit_value"] == "1"
         assert cluster.copies(second.name) == {"h1": "running"}
         assert state(await talk.end(running.migration_id)) == "succeeded"
-        assert state(await talk.migrate(second.name, "h2")) == "succeeded"
+        assert state(await talk.end((await talk.start(second.name, "h2", migration_id)).migration_id)) == "succeeded"
     second.wait_lines(5)
     assert second.judge().problems() == []
 

@@ -8,5 +8,6 @@ from tests.scenarios.migrating import *  # noqa: F403 - the tests themselves
 from tests.scenarios.naming import *  # noqa: F403
 from tests.scenarios.phases import *  # noqa: F403
 from tests.scenarios.refusing import *  # noqa: F403
+from tests.scenarios.waiting import *  # noqa: F403
 
 pytestmark = pytest.mark.xdist_group("sim")
