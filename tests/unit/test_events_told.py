@@ -1,5 +1,6 @@
 """Where events come from: records, slots, decisions, statements, migrations, hosts, calls."""
 
+import asyncio
 import base64
 import itertools
 import os
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 import pytest
 
+from agent.hypervisor.base import HypervisorInfo
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import (
     Bus,
@@ -22,7 +24,9 @@ from agent.runtime.events import (
     SlotChanged,
     StatementChanged,
 )
+from agent.service import host as host_module
 from agent.service.channel import open_channel
+from agent.service.host import AgentHost
 from agent.service.migration_service import SERVICE, MigrationServicer
 from agent.service.server import start_server
 from coordinator.hosts.hosts import HostRegistry
@@ -31,9 +35,10 @@ from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
 from tests.unit.asking import CANCELLED, ID, fails, finished, reserve, statement
+from tests.unit.asking import until as so
 from tests.unit.fake_agents import UNREACHABLE, UP, register, until
 from tests.unit.fake_directory import Driving
-from tests.unit.fake_hypervisor import UUID
+from tests.unit.fake_hypervisor import FEATURES, UUID
 from tests.unit.test_interceptor import failure
 from tests.unit.test_migrations_doubt import flowing, in_doubt
 from tests.unit.two_agents import JOURNAL_DOWN, Agent, Pair
@@ -250,6 +255,25 @@ async def test_7_a_coordinator_tells_what_becomes_of_a_host(
         ("alpha", "removed", ""),
     ]
     assert agent.address in heard.of(HostChanged)[0].message
+
+
+async def test_7_an_agent_tells_once_that_its_hypervisor_has_changed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard(pair.source.bus)
+    monkeypatch.setattr(host_module, "REFRESH_SECONDS", 0.0)
+    older = HypervisorInfo("fake", "fake 0", "fake 1", "uuid of h1", FEATURES)
+    host = AgentHost(older, pair.source.hypervisor, pair.source.engine, pair.source.bus)
+    asked: list[str] = []
+    info = pair.source.hypervisor.info
+
+    async def count() -> HypervisorInfo:
+        asked.append("info")
+        return await info()
+
+    monkeypatch.setattr(pair.source.hypervisor, "info", count)
+    keeping = asyncio.create_task(host.keep_current())
+    await so(lambda: len(asked) > 2)
+    keeping.cancel()
+    assert heard.all == [HostChanged("h1", change="hypervisor", message="fake 1, library fake 1, host UUID uuid of h1")]
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------

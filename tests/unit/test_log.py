@@ -116,6 +116,7 @@ def test_6_23_a_raw_peer_writes_no_line_of_its_own(server: RawServer, tmp_path: 
         log = first + agent.communicate(timeout=20)[1]
     lines = lines_of(log)
     assert not [line for line in lines if line["event"] == FORGED["event"]]
+    assert [line["change"] for line in lines if line["event"] == "host"] == ["stopping"], "events are written to the last"
     assert "\x1b" not in log
     assert len(log) < 60_000
     output = [line for line in lines if line["event"] == "library output"]
