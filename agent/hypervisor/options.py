@@ -123,7 +123,7 @@ class Options(TypedDict, total=False):
     ]
     offline: Annotated[
         bool,
-        Option("Only the definition of a stopped guest moves.", blocked="the handshake has no way around Perform yet", sim=_QEMU),
+        Option("Only the definition of a stopped guest moves.", blocked="the handshake has no way around Perform", sim=_QEMU),
     ]
     change_protection: Annotated[
         bool,

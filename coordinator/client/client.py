@@ -37,6 +37,7 @@ from coordinator.client.errors import (
     outcome_unknown,
     raise_unless_succeeded,
 )
+from coordinator.client.options import options_message
 from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
 
 if TYPE_CHECKING:
@@ -140,11 +141,6 @@ class Client:
         destination raises `Busy` or `Unreachable`. `migration_id`: a UUID chosen by the caller; empty: a new one. To
         repeat the call with the same id is safe, and right after this raised `Unreachable`.
         """
-        message = None
-        if options:
-            from coordinator.client.options import options_message  # noqa: PLC0415 - most migrations have none
-
-            message = options_message(options)
         spec = migration_pb2.MigrationSpec(
             domain=domain,
             destination_host=to,
@@ -153,7 +149,7 @@ class Client:
             network=network,
             uri=uri,
             bandwidth_bytes_per_second=bandwidth,
-            options=message,
+            options=options_message(options),
         )
         request = migration_pb2.StartMigrationRequest(migration_id=migration_id or str(uuid.uuid4()), spec=spec)
         request.slot_wait.FromNanoseconds(round(slot_wait * 1e9))

@@ -14,7 +14,7 @@ from agent.hypervisor.features import (
     settled,
     support_of,
 )
-from agent.hypervisor.options import OPTIONS, Support
+from agent.hypervisor.options import Support
 from agent.hypervisor.reasons import from_hypervisor
 from agent.hypervisor.wire import features_to_proto
 from agent.runtime.errors import DroverError, Reason
@@ -52,10 +52,6 @@ def test_a_missing_option_is_unsupported() -> None:
 
 def test_an_option_that_the_handshake_cannot_do_is_unsupported() -> None:
     assert support_of(features_to_proto(FEATURES), "offline") is Support.UNSUPPORTED
-
-
-def test_every_option_of_the_wire_is_one_of_the_drivers() -> None:
-    assert [field.name for field in options_pb2.Options.DESCRIPTOR.fields] == list(OPTIONS)
 
 
 @pytest.mark.parametrize(

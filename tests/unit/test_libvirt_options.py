@@ -40,6 +40,13 @@ def test_defaults() -> None:
     assert options.flags(Options()) == DEFAULTS
 
 
+def test_7_every_option_that_the_table_gives_a_flag_is_a_switch_with_a_flag_of_its_own() -> None:
+    """A value needs one of libvirt's typed parameters, which no option has yet."""
+    named = {name for name, option in OPTIONS.items() if option.libvirt}
+    assert named == set(options.FLAGS) == {name for name, support in options.SUPPORT.items() if support is Support.SUPPORTED}
+    assert len({*options.FLAGS.values()}) == len(named)
+
+
 @pytest.mark.parametrize("name", sorted(options.FLAGS))
 def test_a_choice_is_honoured_both_ways(name: str) -> None:
     flag = options.FLAGS[name]

@@ -1,4 +1,4 @@
-"""Writes the state machines as tables into docs/protocol.md, so that text and code cannot drift apart."""
+"""Writes state machines, options and reasons as tables into docs/protocol.md, so that text and code cannot drift apart."""
 
 import sys
 from collections.abc import Iterable
@@ -8,6 +8,8 @@ from typing import Any
 from agent.handshake.machines.decide import decide, ended
 from agent.handshake.machines.destination import DESTINATION, DestinationState
 from agent.handshake.machines.source import SOURCE, SourceState
+from agent.hypervisor.options import OPTIONS, Option, Support, shown
+from agent.hypervisor.sim.profiles import PROFILES
 from agent.runtime.errors import CODES
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "protocol.md"
@@ -39,6 +41,30 @@ def reason_table() -> str:
     return table(("reason", "gRPC code"), [(reason.value, code.name) for reason, code in CODES.items()])
 
 
+def option_table() -> str:
+    """The table of options."""
+    head = ("option", "values", "default", "libvirt", *(f"sim `{profile}`" for profile in PROFILES), "needs", "what it does")
+    return table(head, (_option_row(option) for option in OPTIONS.values()))
+
+
+def _option_row(option: Option) -> tuple[str, ...]:
+    default = "the driver's choice" if option.default is None else shown(option.default)
+    libvirt = f"`{option.libvirt}`" if option.libvirt else "no"
+    sim = (option.sim.get(profile, Support.UNSUPPORTED) for profile in PROFILES)
+    does = (libvirt, *(_SUPPORT[support] for support in sim))
+    where = f"{default} where both ends support it" if option.only_if_both else default
+    needs = f"not offered yet: {option.blocked}" if option.blocked else option.needs
+    return (f"`{option.name}`", option.expected, where, *does, needs, option.text)
+
+
+_SUPPORT = {
+    Support.SUPPORTED: "yes",
+    Support.ALWAYS_ON: "always",
+    Support.UNSUPPORTED: "no",
+    Support.UNDONE: "yes (undone by Finish or Confirm)",
+}
+
+
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -48,6 +74,7 @@ TABLES = {
     "destination": lambda: machine_table(DESTINATION),
     "source": lambda: machine_table(SOURCE),
     "driver": driver_table,
+    "options": option_table,
     "reasons": reason_table,
 }
 """Tables by their name in the document: ``<!-- table NAME -->`` up to ``<!-- end -->``."""
