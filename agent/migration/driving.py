@@ -122,13 +122,15 @@ class Drives:
         """
         clock, pauses = self._clock.monotonic, Pauses(SLOT, self._clock)
         patient_until = clock() + patience
+        asked_before = bool(entry.slot_wait or patience)
         while True:
             try:
-                await _unless(entry.cancel_asked, lambda: self._reserve(entry))
+                await _unless(entry.cancel_asked, lambda: self._reserve(entry, asked_before=asked_before))
             except DroverError as error:
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
-                if left <= 0 or not await self._try_again(entry, error):
+                if left <= 0 or error.reason not in _WAITED_FOR:
                     raise
+                self._tell_wait(entry, error)
             else:
                 return
             with contextlib.suppress(TimeoutError):
@@ -137,10 +139,21 @@ class Drives:
             if self.draining:
                 await asyncio.Event().wait()  # for the end of this task
 
-    async def _reserve(self, entry: Entry) -> None:
+    async def _reserve(self, entry: Entry, *, asked_before: bool) -> None:
+        """Reserve the slot once. `asked_before`: an earlier call of this migration may have taken it."""
         if entry.driver is None or not entry.driver.calls.can_reserve:
             entry.driver = await self._planned_again(entry)
-        await entry.driver.reserve()
+        try:
+            await entry.driver.reserve()
+        except DroverError as error:
+            if not asked_before or error.reason is not Reason.WRONG_PHASE or error.metadata.get("state") != DestinationState.GONE:
+                raise
+            # The slot was taken, the answer was lost, and its lease has ended: that attempt is over.
+            again = entry.changed_to(attempt=entry.migration.attempt + 1)
+            await entry.save(again)
+            self._collection.publish(entry, again)
+            entry.driver = await self._planned_again(entry)
+            await entry.driver.reserve()
 
     async def _planned_again(self, entry: Entry) -> Driver:
         """Ask both hosts and plan once more: what the guest needs is not kept over a restart."""
@@ -154,20 +167,10 @@ class Drives:
         self._collection.publish(entry, again)
         return self.driver(entry, ends.source, ends.destination, plan)
 
-    async def _try_again(self, entry: Entry, error: DroverError) -> bool:
-        """Tell what is waited for after an error. Return whether another try makes sense."""
-        if error.reason is Reason.WRONG_PHASE and error.metadata.get("state") == DestinationState.GONE:
-            # The slot was granted, its answer was lost, and its lease has ended: that attempt is over.
-            again = entry.changed_to(attempt=entry.migration.attempt + 1)
-            await entry.save(again)
-            self._collection.publish(entry, again)
-            entry.driver = await self._resumed(entry)
-        elif error.reason not in _WAITED_FOR:
-            return False
+    def _tell_wait(self, entry: Entry, error: DroverError) -> None:
         if entry.driver is not None:
             entry.driver.view.waiting_for = slot_waited_for(entry.migration.destination_host, error)
             self._update(entry)
-        return True
 
     async def _end_without_slot(self, entry: Entry, driver: Driver, error: DroverError, *, forget: bool) -> None:
         """End a migration that has no slot; `forget`: unless it was cancelled, nothing is left of it. It is durable before it is

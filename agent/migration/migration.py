@@ -118,7 +118,12 @@ class Entry:
     @property
     def busy(self) -> bool:
         """Whether its end needs this process, and would come."""
-        return not (self.final or self.gave_up or (self.slot_wait and not self.placed.is_set()))
+        return not (self.final or self.gave_up or self.waits)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for its slot, and may do so."""
+        return bool(self.slot_wait) and not self.placed.is_set()
 
     @property
     def cancelled(self) -> Failure | None:

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -32,6 +32,10 @@ from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
+
+
+MOST_WAITING: Final = 1000
+"""Migrations that wait for their slots: each is kept in memory, and asks for its slot every few seconds."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,9 @@ class Migrations:
         began, moment, watch = time.time(), uptime(), Stopwatch("plan")
         if self.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
+        if slot_wait and sum(entry.waits for entry in self._collection.all()) >= MOST_WAITING:
+            text = f"{MOST_WAITING} migrations wait for their slots at {self._name} already, and it takes no more; nothing was done"
+            raise DroverError(Reason.OVERLOADED, text, retry_after=5.0)
         ends = await self._directory.find(spec)
         timing = timing_to_proto(watch.timing)
         timing.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)

@@ -65,7 +65,8 @@ def list_(active: bool, limit: int, output: str) -> None:
 
 
 def _row(migration: Migration) -> tuple[str, ...]:
-    took = took_words(migration) if migration.state.ended else migration.phase
+    waits = "" if migration.wait_reason == "unspecified" else f" (waiting: {migration.wait_reason})"
+    took = took_words(migration) if migration.state.ended else f"{migration.phase}{waits}"
     names = (migration.domain, migration.source, migration.destination)
     return (migration.id[:8], migration.state.value, *names, _started(migration), took)
 

@@ -1,8 +1,9 @@
-"""The tables of hosts and guests."""
+"""The tables of hosts, guests and migrations."""
 
 from coordinator.cli.inventory import _domain_state, _versions
-from coordinator.client import Domain
-from drover.agent.v1 import host_pb2
+from coordinator.cli.migration import _row
+from coordinator.client import Domain, Migration
+from drover.agent.v1 import host_pb2, migration_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from tests.unit.running_drover import Drover
 
@@ -56,3 +57,12 @@ def test_6_19_an_answer_that_cannot_be_taken_is_not_told_as_silence(drover: Drov
     assert "because" not in drover("host", "show", "a").stdout
     missing = drover("domain", "list").stderr
     assert missing == "the guests of these hosts are missing: b (no valid answer; `drover domain list --host NAME` says why)\n"
+
+
+def test_7_the_list_says_what_a_migration_waits_for() -> None:
+    waits = migration_pb2.Migration(
+        state=migration_pb2.MIGRATION_STATE_PENDING, phase="reserve", wait_reason=migration_pb2.WAIT_REASON_SLOT
+    )
+    assert _row(Migration.from_proto(waits))[-1] == "reserve (waiting: slot)"
+    waits.wait_reason = migration_pb2.WAIT_REASON_UNSPECIFIED
+    assert _row(Migration.from_proto(waits))[-1] == "reserve"

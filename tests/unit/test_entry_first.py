@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+import agent.migration.migrations
 from agent.migration import uptime
 from agent.migration.collection import Change
 from agent.runtime.errors import Reason
@@ -16,6 +17,7 @@ from tests.unit.test_migrations import OTHER_SPEC, SPEC
 from tests.unit.test_uptime import HOUR, set_wall_clock
 from tests.unit.two_agents import JOURNAL_DOWN, Pair
 
+OTHER_ID = ID.replace("6f1c", "7f1c")
 WEEK = 7 * 24 * HOUR
 
 
@@ -265,6 +267,17 @@ async def test_7_the_end_of_the_wait_says_what_it_waited_for_and_stays(driving: 
     assert state(driving) == pb.MIGRATION_STATE_FAILED
     assert (await driving.migrations.start(ID, SPEC, 60)).state == pb.MIGRATION_STATE_FAILED
     assert driving.pair.source.calls == driving.pair.destination.calls == []
+
+
+async def test_7_only_so_many_migrations_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.migration.migrations, "MOST_WAITING", 1)
+    await waiting(driving)
+    error = await fails(driving.migrations.start(OTHER_ID, SPEC, 60), Reason.OVERLOADED)
+    assert error.retry_after
+    await fails(driving.migrations.start(OTHER_ID, SPEC), Reason.BUSY)  # one that does not wait is not counted
+    await driving.migrations.cancel(ID)
+    await driving.ended(ID)
+    assert (await driving.migrations.start(OTHER_ID, SPEC, 60)).state == pb.MIGRATION_STATE_PENDING
 
 
 async def test_7_the_same_id_for_another_spec_is_refused_while_it_waits(driving: Driving) -> None:
