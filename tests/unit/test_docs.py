@@ -38,3 +38,12 @@ def test_what_an_operator_reads_names_only_reasons_that_there_are() -> None:
     words = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+|BUSY)`", (ROOT / "docs/operations.md").read_text()))
     assert words
     assert words <= {reason.value for reason in Reason}
+
+
+@pytest.mark.parametrize("document", ["architecture.md", "checklists.md"])
+def test_7_the_maps_name_files_that_there_are(document: str) -> None:
+    """A file may be named by the end of its path, as the map shows its folder."""
+    named = re.findall(r"[`/ ]((?:[a-z_0-9]+/)*[a-z_0-9]+\.(?:py|proto|md))`?", (ROOT / "docs" / document).read_text())
+    there = [f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.*") if ".venv" not in path.parts]
+    assert named
+    assert [name for name in named if not any(path.endswith(f"/{name}") for path in there)] == []
