@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from tests.model.explore import explore
+from tests.model.flaws import Mutation
 from tests.model.invariants import HARM
-from tests.model.mutations import MUTATIONS, Mutation
+from tests.model.mutations import MUTATIONS
 from tests.model.trace import table
 
 _ids = [mutation.world.name for mutation in MUTATIONS]
