@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 _LATER = ("coordinator.client.types", "coordinator.client.hosts", "agent.hypervisor.options")
-"""Modules of the types that the client takes and returns, imported when one is asked for: a migration starts that much sooner."""
+"""Modules of the types that the client takes and returns, imported at their first use so that a migration starts sooner."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""The one conversion from messages to what the client returns. The type of an attribute says how, `wire` from where.
+"""The one conversion from messages to the client's types, by the type of each attribute.
 
 An attribute has the name of its field unless `wire` names another. A duration becomes seconds, a timestamp a time, an enum its
-name in lower case, a message the dataclass of the attribute's type. One that may be None is None where the message lacks the field.
+name in lower case, a message the dataclass of the attribute's type. An optional attribute is None if the message lacks the field.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 PROTO = "proto"
-"""The attribute that keeps the whole message."""
+"""Name of the attribute that has the whole message."""
 
 
 def wire(*paths: str) -> Any:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def options_message(options: "Options | None") -> options_pb2.Options | None:
-    """Raises `InvalidRequest` for an option that does not exist, and for a value that it does not take."""
+    """Return the options as a message. Raises `InvalidRequest` for an unknown option, and for a value that it does not take."""
     if not options:
         return None
     from agent.hypervisor.options import OPTIONS, unknown_option  # noqa: PLC0415 - most migrations need no table

@@ -108,7 +108,7 @@ class Migration(FromWire):
     """Other errors of the same migration, such as the effect of the failure on the other host."""
     waiting_for: str
     wait_reason: str
-    """What `waiting_for` says, as a code such as "slot" or "host_unreachable"; "unspecified": none."""
+    """The reason of `waiting_for` as a code, such as "slot" or "host_unreachable"; "unspecified": none."""
     warnings: tuple[str, ...]
     created: datetime | None = wire("create_time")
     """When it was accepted, by the wall clock of its driver."""
