@@ -8,9 +8,8 @@
 
 Deadlines: every call has one (`timeout`, seconds; a migration's start has `start_timeout`, as hosts are asked and a slot is
 taken before it answers). A watch ends with the migration; keepalive notices a silent server within 15 s, and the watch then
-tries to reach it again for up to `reconnect` seconds.
-
-Closing the client, or cancelling a task that waits, cancels no migration. Errors: see the tree in `coordinator.client.errors`.
+tries to reach it again for up to `reconnect` seconds. Closing the client, or cancelling a task that waits, cancels no migration.
+Errors: see the tree in `coordinator.client.errors`.
 """
 
 import asyncio
@@ -58,9 +57,8 @@ UNKNOWN_PATIENCE = 10.0
 
 
 class Client:
-    """A connection to a coordinator or to one agent, at ``unix:/path`` or ``ip:port``. Use it with ``async with``.
-
-    It connects at the first call. Any number of tasks of one event loop can share a client.
+    """A connection to a coordinator or to one agent, at ``unix:/path`` or ``ip:port``. Use it with ``async with``. It connects at
+    the first call. Any number of tasks of one event loop can share it.
     """
 
     def __init__(self, address: str, *, timeout: float = TIMEOUT, start_timeout: float = START_TIMEOUT) -> None:
@@ -133,13 +131,13 @@ class Client:
         """Start a migration; return when everything is checked and the slot is taken, or with `slot_wait` as soon as it is checked
         and durable. A refusal has changed nothing.
 
-        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer).
-        `source`: name of the source host; empty: the host that has the guest. `name`: name of the guest at the destination;
-        empty: unchanged. `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the
-        destination; empty: proposed by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `Options`.
-        `slot_wait`: seconds for which it may wait for a slot of a destination that is busy or unreachable; 0: such a
-        destination raises `Busy` or `Unreachable`. `migration_id`: a UUID chosen by the caller; empty: a new one. To
-        repeat the call with the same id is safe, and right after this raised `Unreachable`.
+        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer). `source`:
+        name of the source host; empty: the host that has the guest. `name`: name of the guest at the destination; empty: unchanged.
+        `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the destination; empty: proposed
+        by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `Options`. `slot_wait`: seconds for which it may wait
+        for a slot of a destination that is busy or unreachable; 0: such a destination raises `Busy` or `Unreachable`.
+        `migration_id`: a UUID chosen by the caller; empty: a new one. Repeating the call with the same id is safe, and right after
+        `Unreachable`.
         """
         spec = migration_pb2.MigrationSpec(
             domain=domain,
@@ -282,9 +280,8 @@ class Client:
                 bound = None
                 yield _migration(response.migration)
         except TimeoutError:
-            raise DeadlineExceeded(
-                f"the server at {self.address} did not answer within {self.timeout:g} s", reason=Reason.DEADLINE_EXCEEDED
-            ) from None
+            text = f"the server at {self.address} did not answer within {self.timeout:g} s"
+            raise DeadlineExceeded(text, reason=Reason.DEADLINE_EXCEEDED) from None
         finally:
             call.cancel()
 
