@@ -1,19 +1,18 @@
-"""What the kernel says of this host's own addresses."""
+"""Queries to the kernel about this host's own addresses."""
 
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 _DISCARD: Final = 9
-"""A port; nothing is sent to it."""
+"""Any port: nothing is sent to it."""
 
 
 def is_own(address: IPv4Address | IPv6Address) -> bool:
-    """Whether the kernel delivers what is sent to that address to this host itself.
+    """Return whether the kernel delivers what is sent to that address to this host itself.
 
-    It routes the address of a connected datagram socket, and sends nothing. For a local address the source that it chooses is that
-    address. (Whether it can be bound says less: ``net.ipv4.ip_nonlocal_bind`` allows that for any address.)
-    """
+    Connects a datagram socket, which sends nothing: for a local address the kernel chooses the same address as the source. (A bind
+    proves less: ``net.ipv4.ip_nonlocal_bind`` allows it for any address.)"""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:

@@ -1,8 +1,7 @@
-"""Which network carries a guest's memory, and which migration URIs a destination takes. Pure decisions.
+"""Choice of the network that carries a guest's memory, and checks of migration URIs. Pure.
 
-A migration URI is an injection surface (requirement H7): a peer could point a source's hypervisor at any address. So a scheme
-must be one that the destination declared, a host one of its own addresses, a port within its range.
-"""
+A migration URI is an injection surface (requirement H7): a peer could point a source's hypervisor at any address. So its scheme must
+be one that the destination declared, its host one of the destination's addresses, its port within the destination's range."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -17,23 +16,17 @@ MIGRATION_ROLE = "migration"
 
 @dataclass(frozen=True)
 class Listen:
-    """Where the destination's hypervisor listens: one address of one network."""
+    """The one address of one network on which the destination's hypervisor listens."""
 
     network: str
     address: str
     uri: str
-    """In its normal form, with a port where one was asked for, else without."""
+    """In its normal form; with a port only if one was requested."""
 
 
 def common_network(source: Sequence[host_pb2.Network], destination: Sequence[host_pb2.Network], named: str) -> host_pb2.Network:
-    """The destination's side of the network for one migration.
-
-    `named` may be any network that both hosts have; without it, the first (by the destination's order) that has the migration
-    role on both.
-
-    Raises:
-        DroverError: NETWORK_NOT_FOUND, saying what each host has.
-    """
+    """Return the destination's side of the network for one migration: `named`, which both hosts must have; if that is empty, the
+    first (by the destination's order) with the migration role on both. Raises NETWORK_NOT_FOUND, with what each host has."""
     theirs = {network.name: network for network in source}
     for network in destination:
         other = theirs.get(network.name)
@@ -55,16 +48,12 @@ def _listing(networks: Sequence[host_pb2.Network]) -> str:
 
 
 def own_network(networks: Sequence[host_pb2.Network], named: str) -> host_pb2.Network:
-    """This host's network of that name, or its first with the migration role."""
+    """Return this host's network of that name; if that is empty, its first with the migration role."""
     return common_network(networks, networks, named)
 
 
 def listen_on(networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures, named: str, uri: str) -> Listen:
-    """Where to listen for one migration, from the network's name or the URI that was asked for.
-
-    Raises:
-        DroverError: URI_NOT_ALLOWED, NETWORK_NOT_FOUND.
-    """
+    """Return where to listen for one migration, from the requested network or URI. Raises URI_NOT_ALLOWED, NETWORK_NOT_FOUND."""
     if not uri:
         network = own_network(networks, named)
         own = ipaddress.ip_address(network.address)
@@ -79,7 +68,7 @@ def listen_on(networks: Sequence[host_pb2.Network], features: options_pb2.Migrat
 
 
 def read_uri(uri: str, transports: Sequence[str]) -> MigrationUri:
-    """A migration URI with nothing else in it, and a declared scheme. Raises URI_NOT_ALLOWED."""
+    """Parse a migration URI, whose scheme must be declared. Raises URI_NOT_ALLOWED."""
     try:
         read = MigrationUri.parse(uri)
     except ValueError as error:
@@ -90,7 +79,8 @@ def read_uri(uri: str, transports: Sequence[str]) -> MigrationUri:
 
 
 def check_destination_uri(uri: str, networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures) -> str:
-    """The normal form of what a destination answered as `uri_out`: one of its own addresses, or URI_NOT_ALLOWED is raised."""
+    """Return the normal form of a destination's `uri_out`. Raises URI_NOT_ALLOWED unless it is an address and port of the
+    destination."""
     read = read_uri(uri, features.uri_transports)
     _network_of(networks, read)
     if not features.first_port <= read.port <= features.last_port:

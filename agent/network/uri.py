@@ -1,4 +1,4 @@
-"""Migration URIs: ``tcp://10.92.0.2:49152``. One reader and one normal form, for whatever a user or a peer writes."""
+"""Migration URIs, such as ``tcp://10.92.0.2:49152``: one parser and one normal form."""
 
 import re
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ _URI: Final = re.compile(r"(?P<scheme>[A-Za-z]+)://(?P<host>\[[0-9A-Za-z:.%_-]+\
 
 @dataclass(frozen=True)
 class MigrationUri:
-    """Where a destination listens for the memory of a guest. Equal for every spelling of one address."""
+    """The address on which a destination listens for a guest's memory. Equal for every spelling of one address."""
 
     scheme: str
     """In lower case."""
     host: IPv4Address | IPv6Address
     port: int = 0
-    """0: none was said; the destination chooses one."""
+    """0: not given; the destination chooses one."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Takes ``SCHEME://ADDRESS[:PORT]`` and nothing else. Raises `ValueError` with a sentence for a person."""
+        """Parse ``SCHEME://ADDRESS[:PORT]``, and nothing else. Raises `ValueError` with a message for a person."""
         match = _URI.fullmatch(text) if len(text) <= MAX_URI else None
         if match is None:
-            raise ValueError("only SCHEME://ADDRESS[:PORT] is taken, with an IP address (IPv6 in brackets)")
+            raise ValueError("expected SCHEME://ADDRESS[:PORT] with an IP address (IPv6 in brackets)")
         host, port = match["host"], int(match["port"] or 0)
         if port > 65535:
-            raise ValueError(f"{port} is no port")
+            raise ValueError(f"{port} is not a port")
         try:
             address = ip_address(host.removeprefix("[").removesuffix("]"))
         except ValueError:
-            raise ValueError(f"{host} is no IP address") from None
+            raise ValueError(f"{host} is not an IP address") from None
         if (address.version == 6) != host.startswith("["):
             raise ValueError("brackets belong around an IPv6 address, and only there")
         return cls(match["scheme"].lower(), address, port)
 
     def __str__(self) -> str:
-        """The normal form."""
+        """Return the normal form."""
         host = f"[{self.host}]" if self.host.version == 6 else str(self.host)
         return f"{self.scheme}://{host}" + (f":{self.port}" if self.port else "")
 
 
 def address_problem(address: IPv4Address | IPv6Address) -> str:
-    """Why that address leads no other host to this one, whoever has it; empty where it may."""
+    """Return why an address can never lead other hosts to the one that has it; empty if it may."""
     meant = (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
     if meant.is_unspecified:
         return "is the wildcard"
@@ -58,7 +58,7 @@ def address_problem(address: IPv4Address | IPv6Address) -> str:
 
 
 def same_address(one: str, other: IPv4Address | IPv6Address) -> bool:
-    """Whether a text is that address, however it is spelled; False for what is none."""
+    """Return whether a text is that address, in any spelling."""
     try:
         return ip_address(one) == other
     except ValueError:

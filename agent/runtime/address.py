@@ -1,8 +1,6 @@
 """Addresses of agents and coordinators: ``unix:/path``, ``10.91.0.1:7400`` or ``[fd00::1]:7400``.
 
-Host names are not addresses here: what a name means can change between two look-ups, and the answer decides where a guest
-goes.
-"""
+Host names are rejected: a name may resolve differently at each look-up, and the address decides where a guest goes."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     import ipaddress
 
 MAX_SOCKET_PATH = 107
-"""Bytes that Linux leaves for the path of a unix socket."""
+"""Bytes: Linux's limit for the path of a unix socket."""
 
 EXAMPLES = '"10.91.0.1:7400", "[fd00::1]:7400" or "unix:/run/drover/agent.sock"'
 
@@ -39,10 +37,10 @@ Address = UnixAddress | TcpAddress
 
 
 def parse_address(text: str) -> Address:
-    """Raises `ValueError` with a sentence for a person."""
+    """Return the parsed address. Raises `ValueError` with a message for a person."""
     if text.startswith("unix:"):
         return _unix(text.removeprefix("unix:"))
-    import ipaddress  # noqa: PLC0415 - a command that speaks to its own host starts sooner
+    import ipaddress  # noqa: PLC0415 - commands that use the local socket start sooner without it
 
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
@@ -58,7 +56,7 @@ def parse_address(text: str) -> Address:
 
 
 def _unix(path: str) -> UnixAddress:
-    # "unix:///run/x" is the same place to gRPC; one spelling only, so that addresses can be compared.
+    # gRPC takes "unix:///run/x" for the same path; keep one spelling, so that addresses can be compared.
     path = path.removeprefix("//") if path.startswith("///") else path
     if not path.startswith("/") or "\0" in path:
         raise ValueError(f'"unix:{path}": the path of a socket must be absolute, such as "unix:/run/drover/agent.sock"')

@@ -1,4 +1,4 @@
-"""Work that goes on beside the code which needs its result."""
+"""A coroutine that runs concurrently with a block of code."""
 
 import asyncio
 import contextlib
@@ -10,7 +10,8 @@ T = TypeVar("T")
 
 @contextlib.asynccontextmanager
 async def alongside(work: Coroutine[Any, Any, T]) -> AsyncIterator["asyncio.Task[T]"]:
-    """Begin the work; the block awaits it where it needs what comes of it. A block that ends before ends the work."""
+    """Run `work` in a task while the block runs; the block awaits the task for its result. Cancels `work` if the block ends
+    first."""
     task = asyncio.create_task(work)
     try:
         yield task
@@ -18,4 +19,4 @@ async def alongside(work: Coroutine[Any, Any, T]) -> AsyncIterator["asyncio.Task
         task.cancel()
         await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # of a block that did not ask for it
+            task.exception()  # retrieved, so that asyncio does not log an error that the block ignored

@@ -1,17 +1,17 @@
-"""Tells any number of waiters that something has changed."""
+"""A notification of changes to any number of waiters."""
 
 import asyncio
 
 
 class Bell:
-    """Take `next` before you look at the state, then await it: a change between the look and the wait is not missed."""
+    """Wakes all waiters at a change. Take `next` before you read the state, then await it: no change in between is missed."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     @property
     def next(self) -> asyncio.Event:
-        """Set at the next ring."""
+        """The event that the next `ring` sets."""
         return self._event
 
     def ring(self) -> None:

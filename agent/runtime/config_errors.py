@@ -1,4 +1,4 @@
-"""Turns what msgspec says about a configuration into the words of somebody who edits a file."""
+"""Rewrites msgspec's validation errors for the person who edits the configuration file."""
 
 import difflib
 import re
@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 
-class KeyProblem(ValueError):  # noqa: N818 - not every wrong key is an error of its own
-    """Raised by a struct's `__post_init__`: the value of one of its keys is wrong in a way that a type cannot say."""
+class KeyProblem(ValueError):  # noqa: N818 - msgspec wraps it into its own error
+    """A wrong value that the type of its key cannot exclude. Raised by a struct's `__post_init__`."""
 
     def __init__(self, key: str, problem: str) -> None:
         super().__init__(problem)
@@ -24,7 +24,7 @@ _STEP = re.compile(r"\[(?P<index>[^\]]*)\]|(?P<name>[^.\[]+)")
 
 
 def explain(error: msgspec.ValidationError, data: Any, kind: type) -> str:
-    """One sentence that begins with the full path of the key, such as ``networks[0].address``."""
+    """Return one sentence that begins with the full path of the key, such as ``networks[0].address``."""
     text = str(error)
     at = _AT.search(text)
     text = text[: at.start()] if at else text
@@ -50,7 +50,7 @@ def _suggestion(key: str, struct: Any) -> str:
 
 
 def _expectation(text: str, at_type: Any) -> str:
-    """What the type at the place allows, where that reads better than msgspec's words."""
+    """Return what the type allows, from its description where it has one, else from msgspec's text."""
     for part in (at_type, *typing.get_args(at_type)):
         for meta in getattr(part, "__metadata__", ()):
             if isinstance(meta, msgspec.Meta) and meta.description and "got" not in text:
@@ -62,7 +62,7 @@ def _expectation(text: str, at_type: Any) -> str:
 
 
 def _resolve(path: str, data: Any, kind: Any) -> tuple[str, Any]:
-    """The path with the keys that msgspec leaves out (it writes ``[...]``), and the type at its end."""
+    """Return the path with the keys that msgspec leaves out (it writes ``[...]``), and the type at its end."""
     found = ""
     for step in _STEP.finditer(path):
         kind = _plain(kind)
@@ -82,7 +82,7 @@ def _resolve(path: str, data: Any, kind: Any) -> tuple[str, Any]:
 
 
 def _wrong_item(data: Any, key_type: Any, value_type: Any) -> tuple[str, Any]:
-    """The first key of a table that is wrong or has a wrong value, and the type that it should have had."""
+    """Return the first key of a table that is wrong or has a wrong value, and the type that was expected."""
     for key, value in data.items():
         for item, kind in ((key, key_type), (value, value_type)):
             try:
@@ -93,7 +93,7 @@ def _wrong_item(data: Any, key_type: Any, value_type: Any) -> tuple[str, Any]:
 
 
 def _plain(kind: Any) -> Any:
-    """Without `Annotated` and without the None of an optional."""
+    """Return the type without `Annotated` and without the None of an optional."""
     if hasattr(kind, "__metadata__"):
         return _plain(kind.__origin__)
     if isinstance(kind, types.UnionType):

@@ -1,4 +1,4 @@
-"""What every daemon of Drover does alike: run until it is told to stop."""
+"""The main loop of a daemon: runs until SIGTERM or SIGINT."""
 
 import asyncio
 import gc
@@ -10,19 +10,20 @@ from contextlib import AbstractAsyncContextManager
 from typing import Final
 
 SWITCH_SECONDS: Final = 0.0005
-"""For which a thread keeps the interpreter while another one waits for it. With Python's own 5 ms, each return from a thread
-that waited for libvirt or SQLite may take as long, and a handshake has dozens."""
+"""How long a thread keeps the interpreter while another one waits for it. With Python's default of 5 ms, each return from a call of
+libvirt or SQLite in a thread may take that long, and a handshake has dozens."""
 
 
 def run_until_stopped(daemon: Callable[[asyncio.Event], AbstractAsyncContextManager[object]]) -> None:
-    """Enter the daemon, and leave it on SIGTERM or SIGINT. It is handed the event that says so, for a start that takes long."""
+    """Enter the daemon, and leave it on SIGTERM or SIGINT. The signal sets the daemon's event, so that a long start can end
+    early."""
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit()
     asyncio.run(_main(daemon))
 
 
 def raise_file_limit() -> None:
-    """Allow this process as many open files as the system permits; systemd's default is 1,024."""
+    """Raise the limit of open files to the hard limit; systemd's default is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -33,5 +34,5 @@ async def _main(daemon: Callable[[asyncio.Event], AbstractAsyncContextManager[ob
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with daemon(stop):
-        gc.freeze()  # what lives from the start lives to the end: the collector need not look at it again and again
+        gc.freeze()  # objects of the start live until the end: the collector need not visit them
         await stop.wait()

@@ -1,9 +1,7 @@
-"""Every error that Drover gives: one reason each, and one table that says what a reason means on the wire.
+"""Drover's errors: the reasons, and the gRPC status code of each.
 
-A `DroverError` carries a reason, a sentence for a person (what happened, where the guest runs, what to do next) and
-metadata. `agent.service.status` turns it into a `google.rpc.Status` and back, so the same error is raised on both sides of
-a wire.
-"""
+A `DroverError` carries a reason, a message for a person (what happened, where the guest runs, what to do next) and metadata.
+`agent.service.status` converts it to a `google.rpc.Status` and back, so both sides of a call raise the same error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ DOMAIN = "drover"
 
 
 class Reason(OpenEnum):
-    """`google.rpc.ErrorInfo.reason`. A newer version has more of them."""
+    """`google.rpc.ErrorInfo.reason`. Newer versions add values."""
 
     INVALID_FIELD = "INVALID_FIELD"
     FIELD_TOO_LARGE = "FIELD_TOO_LARGE"
@@ -136,19 +134,18 @@ CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.UNIMPLEMENTED: _C.UNIMPLEMENTED,
     Reason.INTERNAL: _C.INTERNAL,
 }
-"""The one table from reasons to codes."""
 
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One field of a request that is not right; `google.rpc.BadRequest`."""
+    """One invalid field of a request; `google.rpc.BadRequest`."""
 
     field: str
     description: str
 
 
 class DroverError(Exception):
-    """An error with a reason. `retry_after` in seconds says when trying again makes sense."""
+    """An error with a reason. `retry_after`: seconds before a retry makes sense. `code`: for a reason that `CODES` does not have."""
 
     def __init__(
         self,
@@ -160,7 +157,6 @@ class DroverError(Exception):
         violations: tuple[FieldViolation, ...] = (),
         code: grpc.StatusCode = grpc.StatusCode.INTERNAL,
     ) -> None:
-        """`code` is of a reason that only a newer version knows; the table has those of the others."""
         super().__init__(message)
         self.reason = reason
         self.message = message
@@ -171,7 +167,7 @@ class DroverError(Exception):
 
 
 def said_by_peer(
-    word: str,
+    name: str,
     message: str,
     metadata: Mapping[str, str],
     *,
@@ -179,16 +175,15 @@ def said_by_peer(
     violations: tuple[FieldViolation, ...] = (),
     code: grpc.StatusCode = grpc.StatusCode.INTERNAL,
 ) -> DroverError:
-    """The error that a peer tells of; a newer one's reason and code are carried through."""
+    """Return the error that a peer reported. The reason and code of a newer version are kept."""
     try:
-        reason = Reason(word)
-    except ValueError:  # no word of any version
+        reason = Reason(name)
+    except ValueError:  # not a valid reason in any version
         reason = Reason.INTERNAL
     return DroverError(reason, message, metadata=metadata, retry_after=retry_after, violations=violations, code=code)
 
 
 def invalid_field(field: str, description: str, reason: Reason = Reason.INVALID_FIELD) -> DroverError:
-    """A request's field that cannot be used; nothing was changed."""
-    return DroverError(
-        reason, f"{field}: {description}", metadata={"field": field}, violations=(FieldViolation(field, description),)
-    )
+    """Return the error for an invalid field of a request, before anything was changed."""
+    violations = (FieldViolation(field, description),)
+    return DroverError(reason, f"{field}: {description}", metadata={"field": field}, violations=violations)

@@ -1,4 +1,4 @@
-"""The log as a consumer of the bus: one line for each event."""
+"""The consumer of the bus that logs one line for each event."""
 
 import asyncio
 import contextlib
@@ -17,12 +17,12 @@ from agent.runtime.supervision import supervise
 log = structlog.get_logger("drover.events")
 
 FLUSH_SECONDS: Final = 1.0
-"""For the lines that are still to be written at the end."""
+"""How long the end waits for the lines that are still to be written."""
 
 
 @contextlib.asynccontextmanager
 async def events_logged(bus: Bus) -> AsyncIterator[None]:
-    """Write a line for each event that is published in the block; close the bus at its end."""
+    """Log each event that is published in the block; close the bus at its end."""
     task = supervise("log events", functools.partial(_write_all, bus, bus.subscribe()))
     try:
         yield
@@ -53,7 +53,7 @@ def _write(published: Published) -> None:
 
 
 def level_of(event: Event) -> int:
-    """Return the level of an event's line. Calls that are refused, or made again and again, would drown the others."""
+    """Return the log level of an event. Calls that are refused, or that drivers repeat, get DEBUG: they would drown the others."""
     match event:
         case HostChanged(change="unreachable") | StatementChanged():
             return logging.WARNING

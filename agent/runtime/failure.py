@@ -11,13 +11,11 @@ from agent.runtime.wire import cut
 from drover.agent.v1 import handshake_pb2 as pb
 
 ECHO: Final = "echo"
-"""Key in `Failure.metadata` of an error that is only a consequence: this end noticed, for example by "Broken pipe", that the
-other end failed or that somebody aborted. The cause is in another error."""
+"""Key in `Failure.metadata` that marks a mere consequence: this end noticed, for example by "Broken pipe", that the other end failed
+or that somebody aborted. Another error holds the cause."""
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """An error as a value."""
-
     reason: Reason
     message: str
     metadata: dict[str, str] = {}
@@ -31,12 +29,12 @@ class Failure(msgspec.Struct, frozen=True):
 
     @property
     def distance(self) -> int:
-        """Distance from the cause: 0 a cause, 1 an echo of a failure on the other host, 2 the giving up that follows."""
+        """Distance from the cause: 0 for a cause, 1 for an echo of a failure on the other host, 2 for the giving up that follows."""
         return 2 if self.reason is Reason.GIVEN_UP else int(ECHO in self.metadata)
 
 
 def causes_first(failures: Iterable[Failure | None]) -> list[Failure]:
-    """Return each failure once: first causes, then echoes, then those of giving up; each kind in the given order."""
+    """Return each failure once, ordered by `distance`; those of equal distance keep their order."""
     found: dict[tuple[str, str], Failure] = {}
     for failure in failures:
         if failure is not None:

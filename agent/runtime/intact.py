@@ -1,9 +1,8 @@
-"""What shows that a database still holds all that it promised: checksums of its rows, and a mark beside it.
+"""Detection of damaged or missing data in a database: a checksum in each row, and a mark file beside the database.
 
-SQLite notices damage to its own structure, but not to what is in a row. It takes a write-ahead log with a damaged frame for one that
-was cut short by a crash, and an empty file for a new database: both lose what was acknowledged without a word. The mark is
-outside of the database, so it tells how many transactions there must be.
-"""
+SQLite detects damage to its own structure, but not to the content of a row. It takes a write-ahead log with a damaged frame for one
+that a crash cut short, and an empty file for a new database: both silently lose acknowledged transactions. The mark file is
+independent of the database and holds the number of transactions that it must contain."""
 
 import contextlib
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 
 
 def seal(*columns: str | bytes | int) -> int:
-    """A checksum of a row's columns and of their types, as stored beside them; a function of SQL, too."""
+    """Return the checksum of a row's columns and their types, which the row stores. Also a function of SQL."""
     total = 0
     for column in columns:
         data = column if isinstance(column, bytes) else as_bytes(column)
@@ -24,18 +23,18 @@ def seal(*columns: str | bytes | int) -> int:
 
 
 def as_bytes(column: object) -> bytes:
-    """Of a column that was read with `as_text`."""
+    """Return the bytes of a column that was read with `as_text`."""
     return column if isinstance(column, bytes) else str(column).encode(errors="surrogateescape")
 
 
 def as_text(data: bytes) -> str:
-    """Reads damaged text, too."""
+    """Decode a column, even if its text is damaged."""
     return data.decode(errors="surrogateescape")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Something that mattered is not there any more."""
+    """Missing data that mattered."""
 
     cause: str
     what: str
@@ -43,34 +42,33 @@ class Loss:
 
 @dataclass(frozen=True)
 class Damage:
-    """A row whose checksum does not hold."""
+    """A row whose checksum is wrong."""
 
     row: str
     """For a message: "the record of attempt 1 of migration X"."""
     matters: bool
-    """Something may still be decided by it, so nothing can go on as if it had never been there."""
+    """A decision may still depend on it, so the database must not be used without it."""
     mend: str
-    """SQL that removes it, or leaves only the fact that it was there."""
+    """SQL that removes the row, or leaves only the fact that it existed."""
     parameters: Sequence[str | bytes | int]
 
 
-class DamagedMark(Exception):  # noqa: N818 - what was found
-    """The file is there and says nothing."""
+class DamagedMark(Exception):  # noqa: N818 - a finding
+    """The mark file exists, but its content is invalid."""
 
 
 class Mark:
-    """The file that says how many transactions were acknowledged.
+    """The file with the number of acknowledged transactions.
 
-    It is written after each commit, and synced now and then and at the end. So it never says more than what was committed, whatever
-    dies; after a loss of power it may say less, which makes it blind only for a loss of those very transactions.
-    """
+    It is written after each commit, and synced about once a second and at the end. So it never holds more than was committed,
+    whatever dies; after a loss of power it may hold less, and then only a loss of those last transactions goes unnoticed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = -1
 
     def read(self) -> int | None:
-        """The count; None where there is no file. Raises `DamagedMark`, `OSError`."""
+        """Return the count; None if there is no file. Raises `DamagedMark`, `OSError`."""
         try:
             text = self.path.read_bytes()
         except FileNotFoundError:
@@ -81,21 +79,21 @@ class Mark:
         return int(digits)
 
     def open(self, count: int) -> None:
-        """Make it say so, durably, and be ready to `write`."""
-        if self._said() is None:
+        """Set the count durably, and prepare for `write`."""
+        if self._read_or_none() is None:
             self._make(count)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
         self.write(count)
         self.sync()
 
-    def _said(self) -> int | None:
+    def _read_or_none(self) -> int | None:
         try:
             return self.read()
         except DamagedMark:
             return None
 
     def _make(self, count: int) -> None:
-        """A new file, whole from the first moment on."""
+        """Create the file atomically."""
         new = self.path.with_name(f"{self.path.name}.new")
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -111,11 +109,10 @@ class Mark:
             os.close(folder)
 
     def write(self, count: int) -> None:
-        """Survives the death of the process; a loss of power only after `sync`."""
+        """Write the count. It survives the death of the process, but a loss of power only after `sync`."""
         os.pwrite(self._fd, _line(b"%020d" % count), 0)
 
     def sync(self) -> None:
-        """What was written survives a loss of power."""
         if self._fd >= 0:
             os.fdatasync(self._fd)
 
@@ -130,14 +127,13 @@ def _line(digits: bytes) -> bytes:
 
 
 def look(path: Path, mark: Mark) -> tuple[Sequence[str], Loss | None]:
-    """The faults in the structure of a database that is not open, and whether it holds less than its mark says.
+    """Return the faults in the structure of a closed database, and the loss if it holds less than its mark says.
 
-    Changes nothing, to the byte: opened for writing, SQLite would fold what it can read of the WAL into the database and delete
-    the rest. Raises `sqlite3.Error`, `OSError`.
-    """
+    Changes no byte: opened for writing, SQLite would fold the readable part of the WAL into the database and delete the rest. Raises
+    `sqlite3.Error`, `OSError`."""
     count: int | None = None
     if path.exists():
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))  # the system's own words for what is no file, or not ours
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))  # raises the system's error if it is not a file, or not accessible
     if path.exists() and path.stat().st_size:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             faults = [row[0] for row in connection.execute("PRAGMA integrity_check(3)")]
@@ -151,9 +147,9 @@ def _loss(count: int | None, mark: Mark) -> Loss | None:
     try:
         promised = mark.read()
     except DamagedMark:
-        return Loss("DAMAGED_MARK", f"its mark {mark.path} is damaged, so nothing tells whether it is complete")
+        return Loss("DAMAGED_MARK", f"its mark {mark.path} is damaged, so it is unknown whether it is complete")
     if promised is None and count:
-        return Loss("DAMAGED_MARK", f"its mark {mark.path} is missing, so nothing tells whether it is complete")
+        return Loss("DAMAGED_MARK", f"its mark {mark.path} is missing, so it is unknown whether it is complete")
     if promised and (count or 0) < promised:
         what = f"it holds {count or 'none'} of the {promised} transactions that were acknowledged, so decisions are missing"
         return Loss("LOST_WRITES", what)
@@ -161,23 +157,23 @@ def _loss(count: int | None, mark: Mark) -> Loss | None:
 
 
 def add_functions(connection: sqlite3.Connection) -> None:
-    """What Drover's SQL needs: `seal`."""
+    """Register `seal` as a function of SQL."""
     connection.create_function("seal", -1, seal, deterministic=True)
 
 
 def make_commits(connection: sqlite3.Connection) -> None:
-    """The table that counts the transactions."""
+    """Create the table that counts the transactions, if it is missing."""
     connection.execute("CREATE TABLE IF NOT EXISTS drover_commits (count INTEGER NOT NULL, sum INTEGER NOT NULL)")
     connection.execute("INSERT INTO drover_commits SELECT 0, seal(0) WHERE NOT EXISTS (SELECT 1 FROM drover_commits)")
 
 
 def set_commits(connection: sqlite3.Connection, count: int) -> None:
-    """Count one more, in the transaction that is open."""
+    """Set the number of transactions, in the open one."""
     connection.execute("UPDATE drover_commits SET count = ?, sum = ?", (count, seal(count)))
 
 
 def commits(connection: sqlite3.Connection) -> int | None:
-    """How many transactions the database holds; None for one of an earlier Drover, or a new one. Damaged: as if it held none."""
+    """Return the number of transactions; None in a new database or one of an earlier Drover, 0 if the number is damaged."""
     if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'drover_commits'").fetchone() is None:
         return None
     row = connection.execute("SELECT count, sum FROM drover_commits").fetchone()

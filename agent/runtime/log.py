@@ -1,8 +1,7 @@
-"""Logs: structured lines on stderr, for a person on a terminal and JSON for everything else.
+"""Structured log lines on stderr: readable on a terminal, JSON elsewhere.
 
-Every line of a daemon goes this way, those of libraries too: Python's `logging`, and what their C cores write on stderr. So no
-peer can write a line of its own. Cookies and domain XML are never passed to a logger.
-"""
+Libraries' output takes the same way: Python's `logging`, and what their C cores write to stderr. So no peer can forge a line.
+Cookies and domain XML are never passed to a logger."""
 
 import contextlib
 import faulthandler
@@ -20,14 +19,14 @@ MAX_LIBRARY_MESSAGE: Final = 2000
 """Characters of a library's message that are logged."""
 
 CALLER_LEFT: Final = "ExecuteBatchError"
-"""What gRPC raises, and logs with its traceback, where an answer cannot be sent any more. It is no error of this process."""
+"""Error that gRPC raises, and logs with its traceback, when the caller of an RPC is gone. Not an error of this process."""
 
 _log = structlog.get_logger("drover.library")
 
 
 @contextlib.contextmanager
 def logging_to_stderr(level: LogLevel = "info") -> Iterator[None]:
-    """Around the whole run of a daemon. `level` is the lowest that is written."""
+    """Configure logging while the block runs. `level`: the lowest that is written."""
     number = logging.getLevelNamesMapping()[level.upper()]
     with real_stderr() as stream:
         renderer: Any = structlog.dev.ConsoleRenderer() if stream.isatty() else structlog.processors.JSONRenderer()
@@ -45,7 +44,7 @@ def logging_to_stderr(level: LogLevel = "info") -> Iterator[None]:
         )
         # Warnings at least: libraries (grpc, asyncio) are chatty.
         logging.basicConfig(handlers=[_ToStructlog()], level=max(logging.WARNING, number), force=True)
-        faulthandler.enable(stream)  # a crash of a C core: what it says itself ends in the pipe
+        faulthandler.enable(stream)  # for crashes of C cores, whose own output ends in the pipe
         try:
             with captured(_log_line, _log_dropped):
                 yield
@@ -58,7 +57,7 @@ def _log_line(line: str) -> None:
 
 
 def _log_dropped(lines: int) -> None:
-    _log.warning("library output was too much", lines_left_out=lines)
+    _log.warning("too much library output", lines_left_out=lines)
 
 
 class _ToStructlog(logging.Handler):

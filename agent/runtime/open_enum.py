@@ -1,4 +1,4 @@
-"""Enums of words that grow from version to version."""
+"""String enums to which newer versions add values."""
 
 import re
 from enum import StrEnum
@@ -8,10 +8,9 @@ _WORD: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,62}\Z")
 
 
 class OpenEnum(StrEnum):
-    """Also takes a word that only a newer version knows: it is carried through as it is, equals itself and no member.
+    """Enum that also accepts the values of newer versions: such a value keeps its text, and equals itself but no member.
 
-    Raises `ValueError` for what cannot be such a word.
-    """
+    Raises `ValueError` for text that no version could use."""
 
     @classmethod
     def _missing_(cls, value: object) -> Self | None:

@@ -1,8 +1,7 @@
-"""Lists in pages, in one place for every list call: `page_size`, `page_token` and `next_page_token` as in AIP-158.
+"""Pages of every list call: `page_size`, `page_token` and `next_page_token` as in AIP-158.
 
-A token names the last item of its page by the key that orders the list. So it stays valid over a restart, and an item that comes
-or goes between two pages shifts no other one.
-"""
+A token holds the key of the last item of its page. So it survives a restart, and an item that comes or goes between two pages shifts
+no other one."""
 
 import base64
 import binascii
@@ -19,9 +18,9 @@ from agent.runtime.errors import DroverError, invalid_field
 MAX_ITEMS: Final = 1000
 """Most items of a page."""
 PAGE_BYTES: Final = 512 * 1024
-"""A page ends before it is larger than this. A message may have twice as much."""
+"""Largest size of a page with more than one item. A message may be twice as large."""
 MAX_ITEM_BYTES: Final = 256 * 1024
-"""The bounds of the wire keep every listed message below this."""
+"""Largest size of an item; the bounds of the wire keep every listed message below it."""
 
 Key = tuple[str | int, ...]
 
@@ -31,33 +30,29 @@ _M = TypeVar("_M", bound=Message)
 
 
 class Page(NamedTuple, Generic[_M]):
-    """Items of a list, and how it goes on."""
+    """Items of a list, and where the next page begins."""
 
     items: list[_M]
     end: Key | None
-    """The next page begins behind this key. None: there is no more."""
+    """The next page begins after this key. None: there is none."""
     token: str
     """`next_page_token`."""
 
 
 class Paging:
-    """One request of a list call. `kinds` are the types of the parts of a key, `default` the page size where none is asked for.
+    """The page that a request asks for. `kinds`: types of the parts of a key. `default`: page size if the request has none.
 
-    Raises INVALID_FIELD for a token that is not of this list.
-    """
+    Raises INVALID_FIELD for a token that is not of this list."""
 
     def __init__(self, request: Any, *kinds: type, default: int = MAX_ITEMS) -> None:
         self._list = _digest(request)
         self.size = min(request.page_size or default, MAX_ITEMS)
         self.after: Key | None = self._read(request.page_token, kinds) if request.page_token else None
-        """The page begins behind this key. None: at the beginning."""
+        """The page begins after this key. None: at the beginning."""
 
     def take(self, rows: Iterable[tuple[Key, _M]], end: Key | None = None) -> Page[_M]:
-        """The page that this request asks for.
-
-        `rows` are ordered by their keys, each of which is unique; those that are not behind `after` are skipped. `end` is the key
-        up to which `rows` are the whole list; None: to its end.
-        """
+        """Return the page. `rows` are ordered by unique keys; those up to `after` are skipped. `end`: key up to which `rows` are
+        complete; None: to the end of the list."""
         items: list[_M] = []
         size, last = 0, self.after
         for key, item in rows:
@@ -99,7 +94,7 @@ class Paging:
 
 
 def _digest(request: Any) -> int:
-    """Of all that a request says beside the page."""
+    """Return a checksum of the request without its page."""
     asked = type(request)()
     asked.CopyFrom(request)
     for field in ("page_size", "page_token"):

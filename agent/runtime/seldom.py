@@ -1,24 +1,24 @@
-"""Lines of a log that others can provoke: how often they are written does not depend on how often that is done. Pure."""
+"""Rate limit of log lines that peers can provoke. Pure."""
 
 from typing import Final
 
 SECONDS: Final = 10.0
-"""Between two lines of one kind, at least."""
+"""Shortest time between two lines of one kind."""
 
 
 class Seldom:
-    """When the next line of one kind may be written, and how many were held back meanwhile. Times are monotonic, in seconds."""
+    """The limit of one kind of line, with the number of lines held back. Times are monotonic, in seconds."""
 
     def __init__(self) -> None:
         self.held_back = 0
         self._next = float("-inf")
 
     def due(self, now: float) -> bool:
-        """Whether a line may be written now."""
+        """Return whether a line may be written now."""
         return now >= self._next
 
     def told(self, now: float) -> int:
-        """A line is written now: how many were held back since the one before."""
+        """Note that a line is written now. Return how many were held back since the last one."""
         held_back, self.held_back = self.held_back, 0
         self._next = now + SECONDS
         return held_back

@@ -1,22 +1,20 @@
-"""The one way in which Drover uses SQLite: the agent's journal and the coordinator's embedded store.
+"""SQLite as Drover uses it: the agent's journal and the coordinator's embedded store.
 
-A `Database` owns one file, one connection and one thread. A whole transaction is one hop into that thread, so nothing that
-happens to the coroutine that waits (a deadline, a cancellation, the end of its RPC) can leave half of a transaction::
+A `Database` owns one file, one connection and one thread. A whole transaction is one job of that thread, so nothing that happens to
+the coroutine that waits (a deadline, a cancellation, the end of its RPC) can leave half of a transaction::
 
     async with Database(path, SCHEMA) as db:
         rows = await db.transaction(lambda connection: connection.execute("SELECT …").fetchall())
 
-Durability: WAL with `synchronous=FULL`, that is one fdatasync for each transaction that wrote; when `transaction` returns,
-the data survives a loss of power. A read costs no sync. About 0.3 ms each on a disk that syncs in 0.13 ms.
+Durability: WAL with `synchronous=FULL`, that is one fdatasync for each transaction that wrote; when `transaction` returns, the data
+survives a loss of power. A read costs no sync. About 0.3 ms each on a disk that syncs in 0.13 ms.
 
-Wholeness: what was acknowledged and is not there any more is noticed when the file is opened (`intact`), and the file is then
-refused, unless a file ``PATH.accept-loss`` says that an operator wants to go on with what is left.
+Integrity: opening a file detects missing acknowledged data (`intact`) and then fails, unless an operator has created the file
+``PATH.accept-loss`` to go on with the rest.
 
-Errors: `JOURNAL_UNAVAILABLE` for everything that SQLite, the disk or the deadline does, with metadata `path`, `cause`
-(SQLite's name, such as ``SQLITE_FULL``) and `written`: ``no`` (certainly not, and never will be) or ``unknown`` (the
-commit had begun: the data may be there after a restart; repeat the write, so writes must be idempotent). What `fn` raises
-itself passes through after a rollback, unless it is a `sqlite3.Error` or `OSError`.
-"""
+Errors: `JOURNAL_UNAVAILABLE` for every failure of SQLite, the disk or the deadline, with metadata `path`, `cause` (SQLite's name,
+such as ``SQLITE_FULL``) and `written`: ``no`` (not written, and never will be) or ``unknown`` (the commit had begun: the data may be
+there after a restart; repeat the write, so writes must be idempotent). Other errors of `fn` pass through after a rollback."""
 
 import asyncio
 import contextlib
@@ -43,13 +41,11 @@ TIMEOUT_SECONDS: Final = 10.0
 
 
 class Database:
-    """One SQLite file, used by this process alone (a lock on ``PATH.lock`` sees to that).
+    """One SQLite file, used by this process alone (by a lock on ``PATH.lock``).
 
-    `schema` is a tuple of migrations. `PRAGMA user_version` counts those that have run; never change one that was
-    released, append another. Each runs in a transaction of its own.
-
-    `check` finds the damaged rows of its tables. `timeout` in seconds bounds each transaction, opening and closing.
-    """
+    `schema`: migrations, each of which runs in a transaction of its own. `PRAGMA user_version` counts those that have run; never
+    change a released one, append another. `check` returns the damaged rows. `timeout` in seconds bounds each transaction, opening
+    and closing."""
 
     def __init__(
         self,
@@ -63,12 +59,12 @@ class Database:
         self._timeout = timeout
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"sqlite-{self.path.name}")
         self._file = DatabaseFile(self.path, schema, check, timeout, self._executor.submit)
-        """Touched in the executor's thread only, but for its errors."""
+        """Used in the executor's thread only, except for `error` and `lost`."""
         self._closed = False
 
     @property
     def lost(self) -> bool:
-        """Whether it was opened although something that mattered is missing: an operator accepted that."""
+        """Whether it was opened in spite of a loss, which an operator accepted."""
         return self._file.lost
 
     async def __aenter__(self) -> Self:
@@ -79,39 +75,36 @@ class Database:
         await self.close()
 
     async def open(self) -> None:
-        """Open or create the file, check it as a whole, and bring its tables up to date.
+        """Open or create the file, check all of it, and migrate its tables.
 
-        A transaction that was cut short by a crash is gone, all that were committed are there. After an error the
-        `Database` is closed; make another one to try again.
-        """
+        A transaction that a crash cut short is gone, every committed one is there. After an error the `Database` is closed; make
+        another one to try again."""
         try:
             await self._hop(self._file.open, threading.Lock(), self._timeout)
         except BaseException as error:
             closing = self._begin_close()
-            if not isinstance(error, asyncio.CancelledError):  # who was cancelled leaves at once
+            if not isinstance(error, asyncio.CancelledError):  # a cancelled caller leaves at once
                 await asyncio.wait({closing}, timeout=self._timeout)
             raise
 
     async def transaction(self, fn: Callable[[sqlite3.Connection], T], *, timeout: float | None = None) -> T:
-        """Run `fn` between BEGIN IMMEDIATE and COMMIT in the writer's thread and give back what it returns.
+        """Run `fn` between BEGIN IMMEDIATE and COMMIT in the writer's thread and return its result.
 
-        `fn` must not wait for anything but the connection, not commit, and return values, not cursors.
+        `fn` must wait for nothing but the connection, must not commit, and must return values, not cursors.
 
-        Cancellation: the caller leaves at once, and the transaction is carried out whole all the same (a write that was
-        asked for is not lost because the asker went away). Deadline: `timeout` seconds (default: the database's); what had
-        not begun to commit by then is rolled back, and the error says so.
-        """
+        Cancellation: the caller leaves at once, and the transaction is carried out all the same. Deadline: `timeout` seconds
+        (default: the database's); a transaction that has not begun to commit by then is rolled back, and the error says so."""
         commit_or_deadline = threading.Lock()
         deadline = self._timeout if timeout is None else timeout
         return await self._hop(lambda: self._file.transaction(fn, commit_or_deadline), commit_or_deadline, deadline)
 
     async def read(self, fn: Callable[[sqlite3.Connection], T], *, timeout: float | None = None) -> T:
-        """Run `fn` on one consistent state; what it writes is rolled back. Works on a disk that is full."""
+        """Run `fn` on one consistent state; its writes are rolled back. Works on a full disk."""
         deadline = self._timeout if timeout is None else timeout
         return await self._hop(lambda: self._file.read(fn), threading.Lock(), deadline)
 
     async def close(self) -> None:
-        """Wait for the transactions under way, fold the WAL into the file, and close. Can be called again."""
+        """Wait for the transactions under way, fold the WAL into the file, and close. Idempotent."""
         if self._closed:
             return
         done, _ = await asyncio.wait({self._begin_close()}, timeout=self._timeout)
@@ -121,18 +114,17 @@ class Database:
     # ---- from the loop to the thread
 
     def _begin_close(self) -> "asyncio.Future[None]":
-        """Nothing enters the queue any more; what is in it is done first."""
+        """Accept no more jobs, and close after those in the queue."""
         self._closed = True
         future = self._executor.submit(self._file.close)
         self._executor.shutdown(wait=False)
         return asyncio.wrap_future(future)
 
     async def _hop(self, job: Callable[[], T], once: threading.Lock, deadline: float) -> T:
-        """Run `job` in the thread. `once` is taken by the commit or by the deadline, whichever comes first.
+        """Run `job` in the thread and return its result. `once` is taken by the commit or by the deadline, whichever comes first.
 
-        One plain future and one timer for each hop: a handshake makes dozens, and what `asyncio.wait` and `wrap_future` do
-        for theirs costs as much as the write. The waiter's cancellation ends the future and not the job.
-        """
+        Makes one plain future and one timer: a handshake needs dozens of hops, and `asyncio.wait` with `wrap_future` costs as much
+        as the write. Cancelling the caller does not cancel the job."""
         if self._closed:
             raise self._file.error("CLOSED", "it is closed", "no")
         loop = asyncio.get_running_loop()
@@ -157,7 +149,7 @@ class Database:
                 answer.set_result(result)
             else:
                 answer.set_exception(error)
-        elif error is not None:  # the one who asked is gone, so a failure is told to the log
+        elif error is not None:  # the caller is gone
             log.warning("sqlite.transaction_failed_unseen", path=str(self.path), error=str(error))
 
     # ---- in the thread

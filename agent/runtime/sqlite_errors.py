@@ -1,4 +1,4 @@
-"""Errors of a database, in words that say what a person can do."""
+"""Errors of a database, with advice for the operator."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -26,12 +26,13 @@ _ADVICE: Mapping[str, str] = {
     "DAMAGED_MARK": _ACCEPT,
     "DAMAGED_ROW": f"restore it, its -wal and its .mark from a backup; or {_ACCEPT}",
 }
-"""What a person can do, by SQLite's primary error code."""
+"""By SQLite's primary error code."""
 
 
 def unusable(path: Path, cause: str, what: str, written: str, advice: str = "") -> DroverError:
-    """JOURNAL_UNAVAILABLE. `cause` is SQLite's name of the error or one of Drover's; `written`: whether a write took place."""
-    what = " ".join(what.split())  # SQLite's report of a damaged file has lines
+    """Return JOURNAL_UNAVAILABLE. `cause`: SQLite's name of the error or one of Drover's; `written`: whether the write took
+    place."""
+    what = " ".join(what.split())  # SQLite's report of a damaged file has several lines
     primary = "_".join(cause.split("_")[:2])  # SQLITE_IOERR_WRITE is a kind of SQLITE_IOERR
     advice = (advice or _ADVICE.get(primary, "look at the file and at its disk")).replace("{path}", str(path))
     return DroverError(
@@ -42,7 +43,7 @@ def unusable(path: Path, cause: str, what: str, written: str, advice: str = "") 
 
 
 def cause_of(error: sqlite3.Error | OSError) -> str:
-    """SQLite's name of the error; an error of the system counts as the one that SQLite would have made of it."""
+    """Return SQLite's name of the error; for an error of the system, the name that SQLite would use."""
     if isinstance(error, OSError):
         return _SYSTEM.get(type(error), "SQLITE_IOERR")
     return getattr(error, "sqlite_errorname", None) or type(error).__name__

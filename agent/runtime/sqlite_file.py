@@ -1,4 +1,4 @@
-"""One SQLite file and its connection, as the thread of a `sqlite.Database` uses them: synchronous, and of one thread only."""
+"""One SQLite file and its connection: synchronous, for the thread of a `sqlite.Database` only."""
 
 import contextlib
 import fcntl
@@ -19,29 +19,25 @@ from agent.runtime.sqlite_errors import cause_of, unusable
 T = TypeVar("T")
 
 Migration = str | Callable[[sqlite3.Connection], None]
-"""One step of a schema: a script, or a function for what SQL cannot say. It holds no BEGIN or COMMIT."""
+"""One step of a schema: an SQL script, or a function for what SQL cannot express. Contains no BEGIN or COMMIT."""
 
 log = structlog.get_logger(__name__)
 
 CHECKPOINT_PAGES: Final = 1000
-"""Pages (4 KiB) of the WAL after which a commit copies it into the database; bounds the WAL to about 4 MiB, unless one
-transaction alone is larger."""
-
+"""Pages (4 KiB) of the WAL after which a commit copies it into the database: bounds the WAL to about 4 MiB, or one larger
+transaction."""
 TIDY_COMMITS: Final = 512
-"""After so many commits, pages that deletes have freed are given back to the file system …"""
-
+"""Commits after which freed pages are returned to the file system."""
 TIDY_PAGES: Final = 1000
-"""… at most so many at once (a few milliseconds)."""
-
+"""Most pages that are returned at once (a few milliseconds)."""
 MARK_SECONDS: Final = 1.0
-"""The mark is synced so long after it was synced last, at the next commit."""
+"""Shortest time between two syncs of the mark, each of which follows a commit."""
 
 
 class DatabaseFile:
-    """The file, its lock, its mark and its connection. See `sqlite.Database` for the arguments.
+    """The file, its lock, its mark and its connection. Arguments as for `sqlite.Database`.
 
-    `later` runs a chore after the transaction under way, for which nobody waits.
-    """
+    `later` runs a chore after the transaction under way; no caller waits for it."""
 
     def __init__(
         self,
@@ -53,12 +49,12 @@ class DatabaseFile:
     ) -> None:
         self.path = path
         self.lost = False
-        """It was opened although something that mattered is missing: an operator accepted that."""
+        """It was opened in spite of a loss, which an operator accepted."""
         self._accept_loss = Path(f"{path}.accept-loss")
         self._mark = Mark(Path(f"{path}.mark"))
         self._mark_synced = 0.0
         self._count: int | None = None
-        """Transactions that were committed; None where that is to be read."""
+        """Committed transactions; None: to be read from the file."""
         self._schema = tuple(schema)
         self._check_rows = check
         self._timeout = timeout
@@ -80,7 +76,7 @@ class DatabaseFile:
                 raise self.error("SQLITE_CORRUPT", "; ".join(faults), "no")
             if loss is not None:
                 self._lose(loss)
-            # SQLite makes the file with the umask's rights; a journal is nobody else's business.
+            # SQLite would create the file with the umask's mode; only its owner may read a journal.
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._open = sqlite3.connect(self.path, timeout=self._timeout / 2, isolation_level=None)
             self._configure(self._open)
@@ -90,14 +86,14 @@ class DatabaseFile:
             self._accept_loss.unlink(missing_ok=True)
 
     def _mend_rows(self, connection: sqlite3.Connection) -> None:
-        """Tell of damaged rows and forget them; refuse where something may still be decided by one."""
+        """Log damaged rows and remove them. Raises DAMAGED_ROW if a decision may still depend on one."""
         connection.text_factory = as_text
         damages = self._check_rows(connection)
         connection.text_factory = str
         mattering = [damage for damage in damages if damage.matters]
         if mattering:
             more = f" (and {len(mattering) - 1} more rows)" if len(mattering) > 1 else ""
-            self._lose(Loss("DAMAGED_ROW", f"{mattering[0].row}{more} is damaged, and something may still be decided by it"))
+            self._lose(Loss("DAMAGED_ROW", f"{mattering[0].row}{more} is damaged, and a decision may still depend on it"))
         for damage in damages:
             log.error("sqlite.damaged_row", path=str(self.path), row=damage.row, matters=damage.matters)
         connection.execute("BEGIN IMMEDIATE")
@@ -106,15 +102,15 @@ class DatabaseFile:
         connection.execute("COMMIT")
 
     def _lose(self, loss: Loss) -> None:
-        """Something that mattered is missing: refuse, unless an operator has accepted that."""
+        """Raise the error of a loss, unless an operator has accepted it."""
         if not self._accept_loss.exists():
             raise self.error(loss.cause, loss.what, "no")
         self.lost = True
         log.error("sqlite.loss_accepted", path=str(self.path), cause=loss.cause, what=loss.what)
 
     def _take_lock(self) -> None:
-        """Two daemons on one journal would each trust what they remember; a file of its own, because closing any other
-        descriptor of the database would drop SQLite's own locks."""
+        """Exclude a second daemon. The lock is a file of its own: closing any other descriptor of the database would drop SQLite's
+        locks."""
         self._lock_fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,7 +120,7 @@ class DatabaseFile:
     @staticmethod
     def _configure(connection: sqlite3.Connection) -> None:
         add_functions(connection)
-        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before WAL: it only works before the first page is written
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")  # before WAL: no effect once the first page is written
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -143,7 +139,7 @@ class DatabaseFile:
             )
         make_commits(connection)
         for version, migration in enumerate(self._schema[done:], start=done + 1):
-            # One transaction, so that the tables and the number that says they exist cannot disagree.
+            # One transaction, so that the tables and user_version always agree.
             try:
                 if isinstance(migration, str):
                     connection.executescript(f"BEGIN IMMEDIATE;\n{migration}\n;")  # it leaves the transaction open
@@ -161,7 +157,7 @@ class DatabaseFile:
             raise self.error("DEADLINE", "the deadline passed in the queue", "no")
         with self._translated("no"):
             connection = self._connection
-            self._roll_back(connection)  # nothing, unless the rollback after an error failed too
+            self._roll_back(connection)  # no effect, unless the rollback after an error failed
             connection.execute("BEGIN IMMEDIATE")
             count, changes = None, connection.total_changes
             try:
@@ -175,7 +171,7 @@ class DatabaseFile:
                 with self._translated("unknown"):
                     connection.execute("COMMIT")
             except BaseException:
-                self._count = None  # whether it was committed is to be read again
+                self._count = None  # it may have been committed: read the number again
                 self._roll_back(connection)
                 raise
         if count is not None:
@@ -195,7 +191,7 @@ class DatabaseFile:
 
     @staticmethod
     def _roll_back(connection: sqlite3.Connection) -> None:
-        # After some errors (disk full) SQLite has rolled back by itself; the first error is the one to tell.
+        # After some errors (disk full) SQLite has rolled back by itself; the first error is the one to report.
         if connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
@@ -203,15 +199,14 @@ class DatabaseFile:
     def _count_commit(self, count: int) -> None:
         try:
             self._mark.write(count)
-        except OSError as error:  # the data is safe; the mark says too little
+        except OSError as error:  # the data is safe; the mark is behind
             log.warning("sqlite.mark_not_written", path=str(self._mark.path), error=str(error))
         chores = [self._tidy] if count % TIDY_COMMITS == 0 else []
         if time.monotonic() - self._mark_synced > MARK_SECONDS:
             self._mark_synced = time.monotonic()
             chores.append(self._sync_mark)
         for chore in chores:
-            # A job of its own, so that no caller waits for it.
-            with contextlib.suppress(RuntimeError):  # closed in this very moment
+            with contextlib.suppress(RuntimeError):  # the database is being closed
                 self._later(chore)
 
     def _sync_mark(self) -> None:
@@ -219,9 +214,9 @@ class DatabaseFile:
             self._mark.sync()
 
     def _tidy(self) -> None:
-        with contextlib.suppress(sqlite3.Error):  # a chore: whoever writes next is told of a broken disk
-            # The pragma frees one page for each step, and Python's execute makes one step only; executescript makes all.
-            # But executescript commits what is open, which here can only be what a failed rollback left: never that.
+        with contextlib.suppress(sqlite3.Error):  # the next write reports a broken disk
+            # The pragma frees one page per step; execute makes one step, executescript all. But executescript commits an open
+            # transaction, and one that a failed rollback left open must never be committed.
             self._roll_back(self._connection)
             if not self._connection.in_transaction:
                 self._connection.executescript(f"PRAGMA incremental_vacuum({TIDY_PAGES})")

@@ -1,8 +1,7 @@
-"""What is written on stderr past the log: by the C cores of libraries (gRPC, libvirt), and so perhaps in a peer's words.
+"""Capture of what the C cores of libraries (gRPC, libvirt) write to stderr, which may contain text of a peer.
 
-While a daemon runs, file descriptor 2 is a pipe. A thread reads it, and logs a line of it as a value: cut, without control
-characters, and only so many of them that nobody fills a disk. The log has a descriptor of its own.
-"""
+While a daemon runs, file descriptor 2 is a pipe. A thread reads it, and logs each line as a value: cut, without control characters,
+and rate-limited, so that nobody can fill the disk. The log has a descriptor of its own."""
 
 import contextlib
 import os
@@ -16,7 +15,7 @@ from typing import Final, TextIO
 MAX_LINE: Final = 500
 """Bytes of a line that are logged."""
 MAX_LINES: Final = 10
-"""Lines that are logged in `WINDOW_SECONDS`; the others are counted."""
+"""Lines that are logged in each `WINDOW_SECONDS`; the others are counted."""
 WINDOW_SECONDS: Final = 10.0
 CLOSE_SECONDS: Final = 1.0
 
@@ -25,17 +24,16 @@ _CHUNK: Final = 65536
 
 @contextlib.contextmanager
 def real_stderr() -> Iterator[TextIO]:
-    """A stream of its own to what stderr is now."""
+    """Yield a stream to the present stderr, with a descriptor of its own."""
     with os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as stream:
         yield stream
 
 
 @contextlib.contextmanager
 def captured(on_line: Callable[[str], None], on_dropped: Callable[[int], None]) -> Iterator[None]:
-    """In this block, `on_line` gets what is written to descriptor 2, and `on_dropped` the number of lines that were too many.
+    """Capture descriptor 2 while the block runs: `on_line` gets its lines, `on_dropped` the number of lines over the limit.
 
-    Both are called in a thread. A writer never waits: what the pipe cannot hold is lost.
-    """
+    Both are called in a thread. A writer never waits: what the pipe cannot hold is lost."""
     sys.stderr.flush()
     before, (reading, writing) = os.dup(2), os.pipe()
     os.set_blocking(writing, False)
@@ -47,7 +45,7 @@ def captured(on_line: Callable[[str], None], on_dropped: Callable[[int], None]) 
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(before, 2)  # the last writer is gone, and the thread comes to the end; but for children that live on
+        os.dup2(before, 2)  # closes the pipe's last writer, which ends the thread, unless a child process lives on
         os.close(before)
         reader.join(CLOSE_SECONDS)
 
@@ -80,7 +78,7 @@ class _Limiter:
         self._logged = self._dropped = 0
 
     def seconds_left(self) -> float | None:
-        """Until there is something to tell without another line. None: never."""
+        """Return the time until dropped lines are to be reported; None if there are none."""
         return max(0.0, self._ends - time.monotonic()) if self._dropped else None
 
     def line(self, line: bytes) -> None:
@@ -100,6 +98,6 @@ class _Limiter:
 
 
 def printable(line: bytes) -> str:
-    """The line as text, cut, with escapes in place of what a terminal would obey."""
+    """Return the line as text: cut, with non-printable characters escaped."""
     text = line[:MAX_LINE].decode("utf-8", "backslashreplace") + ("…" if len(line) > MAX_LINE else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""Work in the background that must not end unseen."""
+"""Background tasks that restart after an unexpected error."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,9 +11,8 @@ log = structlog.get_logger()
 
 
 def supervise(name: str, work: Callable[[], Awaitable[None]], clock: Clock = SYSTEM_CLOCK) -> "asyncio.Task[None]":
-    """Do this work until it returns, or the task is cancelled. An error that it did not foresee is logged with its traceback, and
-    the work begins again: it must look at what there is, not go on from where it was.
-    """
+    """Run `work` in a task until it returns or the task is cancelled. Any error is logged with its traceback, and `work` restarts
+    after a pause: it must begin from the present state, not go on from where it was."""
     return asyncio.create_task(_keep_doing(name, work, clock), name=name)
 
 
@@ -26,9 +25,9 @@ async def _keep_doing(name: str, work: Callable[[], Awaitable[None]], clock: Clo
         except asyncio.CancelledError:
             if _is_being_cancelled():
                 raise
-            log.error("work in the background was broken off, and nobody asked for it; it begins again", work=name, exc_info=True)
+            log.error("background work was cancelled unexpectedly; it restarts", work=name, exc_info=True)
         except Exception:
-            log.exception("unexpected error (bug) in the background; it begins again", work=name)
+            log.exception("unexpected error (bug) in background work; it restarts", work=name)
         else:
             return
         if clock.monotonic() - began > BACKGROUND.cap:
@@ -37,6 +36,6 @@ async def _keep_doing(name: str, work: Callable[[], Awaitable[None]], clock: Clo
 
 
 def _is_being_cancelled() -> bool:
-    """gRPC raises CancelledError in whoever reads from a channel that is closed, too."""
+    """Return whether the task itself is being cancelled: gRPC also raises CancelledError in the readers of a closed channel."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0

@@ -151,7 +151,7 @@ def test_6_23_what_goes_past_the_log_is_a_value_bounded_and_limited() -> None:
     assert texts[0] == '{"event": "forged"}\\x1b[31m'
     assert texts[1] == "x" * MAX_LINE + "…"
     assert len(texts) == MAX_LINES
-    (left_out,) = [line["lines_left_out"] for line in lines if line["event"] == "library output was too much"]
+    (left_out,) = [line["lines_left_out"] for line in lines if line["event"] == "too much library output"]
     assert left_out > 10
     (message,) = [line for line in lines if line["event"] == "library message"]
     assert (message["logger"], message["text"]) == ("grpc", "broken\nthing")
