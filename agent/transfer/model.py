@@ -87,7 +87,6 @@ class Transfer:
     pass_bytes: float = 0.0
     pass_seconds: float = 0.0
     """Duration of this pass until now."""
-    requests: float = 0.0
     """Pages that the guest touched before they had arrived (post-copy)."""
 
 
@@ -126,7 +125,6 @@ def _flow(transfer: Transfer, load: Load, rate: float, seconds: float) -> Transf
     moved = transfer.remaining if whole else rate * seconds
     copying, stopped = transfer.phase is Phase.COPY, transfer.phase is Phase.STOP
     written = load.dirty_rate * (1 - transfer.throttle) * seconds if copying else 0.0
-    missing = transfer.remaining / load.memory if transfer.phase is Phase.POSTCOPY and load.memory else 0.0
     return replace(
         transfer,
         remaining=transfer.remaining - moved,
@@ -135,7 +133,6 @@ def _flow(transfer: Transfer, load: Load, rate: float, seconds: float) -> Transf
         elapsed=transfer.elapsed + seconds,
         pass_seconds=transfer.pass_seconds + seconds,
         downtime=transfer.downtime + (seconds if stopped else 0.0),
-        requests=transfer.requests + load.dirty_rate / PAGE * missing * seconds,
     )
 
 
@@ -197,7 +194,6 @@ def progress(transfer: Transfer, load: Load, limits: Limits, rate: float) -> Pro
         dirty_rate=round(transfer.dirty_rate),
         downtime=transfer.downtime if stopping else expected,
         postcopy=transfer.phase is Phase.POSTCOPY,
-        postcopy_requests=int(transfer.requests),
     )
 
 

@@ -20,4 +20,3 @@ class Progress:
     downtime: float = 0.0
     """The expected downtime while the transfer runs; the measured one at its end."""
     postcopy: bool = False
-    postcopy_requests: int = 0

@@ -51,7 +51,6 @@ class Row:
     case: FailpointCase
     reached: bool
     judgement: Judgement
-    first_reached: bool = True
 
     @property
     def good(self) -> bool:
@@ -102,7 +101,6 @@ class _Trial:
         self._migration_id = talk.new_id()
         self._driver = self._daemon("driver")
         self._subject = self._made.agents[source] if case.process == "source agent" else self._daemon(case.point)
-        self._first_reached = True
         self._broken: list[Target] = []
         self._killed_qemu: frozenset[str] = frozenset()
 
@@ -131,7 +129,7 @@ class _Trial:
         judgement = judge(self._made, case, restarted, DEADLINE)
         if not self._case.scenario.lie:  # a false claim that does not fit is rightly logged as critical
             judgement.problems += self._arena.complaints()
-        return Row(self._case, reached, judgement, self._first_reached)
+        return Row(self._case, reached, judgement)
 
     # ---- before
 
@@ -192,8 +190,8 @@ class _Trial:
             self._cancel()
         if self._case.scenario.lie:
             self._lie()
-        self._first_reached = _within(REACH_SECONDS, lambda: _dead(daemon) or stopped(daemon))
-        if self._first_reached:
+        first_reached = _within(REACH_SECONDS, lambda: _dead(daemon) or stopped(daemon))
+        if first_reached:
             time.sleep(first.before_hand)
             self._by_hand()
         _within(first.down, lambda: daemon is not self._subject and _dead(self._subject))

@@ -15,7 +15,6 @@ from tests.unit.fake_hypervisor import guest
 from tests.unit.two_agents import JOURNAL_DOWN, Agent, Pair
 
 ABORT, ABANDON = pb.AbortRequest(ref=REF), pb.AbandonRequest(ref=REF)
-SOURCE_KEPT = pb.AbandonRequest(ref=REF, source_kept=True)
 RUNNING, GONE = confirm(pb.DECISION_RUNNING), confirm(pb.DECISION_GONE)
 OTHER = pb.AttemptRef(migration_id=ID, attempt=2)
 
@@ -33,12 +32,6 @@ def destination(pair: Pair) -> Agent:
 async def to_prepared(agent: Agent) -> None:
     await agent.engine.reserve_slot(reserve())
     await agent.engine.prepare(prepare())
-
-
-async def to_performing(pair: Pair) -> None:
-    pair.wire.all_sent.clear()
-    await pair.alone().engine.begin(begin())
-    await pair.source.engine.perform(perform())
 
 
 async def to_armed(pair: Pair) -> None:

@@ -179,5 +179,4 @@ def progress_of(stats: Mapping[str, int], postcopy: bool = False) -> Progress:
         dirty_rate=stats.get("memory_dirty_rate", 0) * stats.get("memory_page_size", 4096),
         downtime=stats.get("downtime", 0) / 1000,
         postcopy=postcopy,
-        postcopy_requests=stats.get("memory_postcopy_requests", 0),
     )

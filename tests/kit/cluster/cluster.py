@@ -1,6 +1,5 @@
 """The interface of a cluster, for any hypervisor."""
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,8 +171,3 @@ class Cluster(ABC):
             "heartbeat_seconds": 1,
             **self.settings.get("coordinator", {}),
         }
-
-    def wipe_state(self) -> None:
-        """Delete every journal and store. The daemons must not run."""
-        for name in (*self.hosts, "co"):
-            shutil.rmtree(self.state_dir(name), ignore_errors=True)

@@ -255,11 +255,6 @@ class Host(Node):
         """The same with a transport, which `virsh migrate` requires of a destination."""
         return f"qemu+unix:///system?socket={self.libvirt_socket}"
 
-    @property
-    def tls_dir(self) -> Path:
-        """Folder for ca-cert.pem, server-*.pem and client-*.pem of migrations with TLS."""
-        return self.path / "etc/libvirt/pki"
-
     def virsh(self, *arguments: str, timeout: float = 30.0, stdin: str | None = None) -> str:
         """Run virsh on this host's libvirtd."""
         return run(["virsh", "-q", "-c", self.libvirt_uri, *arguments], timeout, stdin).rstrip("\n")
