@@ -1,7 +1,5 @@
-"""Configuration files: TOML, checked whole before anything starts, with errors that name the key and say what is expected.
-
-`load` is for any daemon's file; `AgentConfig` is the agent's.
-"""
+"""Configuration files: TOML, checked completely before anything starts; errors name the key and what is expected. `load` reads any
+daemon's file; `AgentConfig` is the agent's."""
 
 import ipaddress
 import tomllib
@@ -30,13 +28,13 @@ Name = Annotated[
         description='a name: at most 63 of a-z, 0-9, "." and "-", beginning and ending with a letter or digit',
     ),
 ]
-"""Of a host, a network or a coordinator."""
+"""Name of a host, a network or a coordinator."""
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used; the message names the file, the key and what is expected."""
+    """An invalid configuration; the message names the file, the key and what is expected."""
 
 
 class LibvirtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,9 +43,9 @@ class LibvirtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     uri: str = "qemu:///system"
     """Connection URI of the host's own libvirt."""
     first_port: Port = 49152
-    """First port on which this host listens for the memory of guests."""
+    """First port on which this host listens for guests' memory."""
     last_port: Port = 49215
-    """Last one, inclusive."""
+    """Last such port, inclusive."""
 
     def __post_init__(self) -> None:
         if not self.uri.isprintable() or (":///" not in self.uri and "+unix://" not in self.uri):
@@ -64,9 +62,9 @@ class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     address: str
     """This host's IP address on it."""
     roles: tuple[Literal["migration", "management"], ...] = ("migration",)
-    """``migration``: the memory of guests may travel here."""
+    """``migration``: the network may carry guests' memory."""
     line_bytes_per_second: Annotated[int, msgspec.Meta(ge=0, le=10**12)] = 0
-    """Speed of the line. 0: not known."""
+    """Speed of the line. 0: unknown."""
 
     def __post_init__(self) -> None:
         try:
@@ -91,22 +89,22 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     hypervisor: Literal["libvirt", "sim"] = "libvirt"
     libvirt: LibvirtConfig = LibvirtConfig()
     sim: dict[str, Any] | None = None
-    """Of the simulated hypervisor; checked by `agent.hypervisor.sim`."""
+    """Settings of the simulated hypervisor, checked by `agent.hypervisor.sim`."""
     networks: Annotated[tuple[NetworkConfig, ...], msgspec.Meta(max_length=64)] = ()
     incoming_limit: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
-    """Most migrations that this host takes at once."""
+    """Most incoming migrations at once."""
     lease_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 30
-    """A slot that nothing renews for so long is free again."""
+    """A slot that is not renewed for this long is free again."""
     takeover_after_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 10
-    """The source's agent drives a migration to its end when its driver is silent for so long."""
+    """The source's agent takes over a migration whose driver is silent for this long."""
     coordinator: str = ""
     """Address of the coordinator. Empty: none; the agent serves peer to peer only."""
     peers: dict[Name, str] = {}
-    """Agents by the name of their host, for migrations peer to peer."""
+    """Addresses of agents by the name of their host, for migrations peer to peer."""
     fencing: FencingConfig | None = None
-    """What makes sure that a host which never comes back is dead. None: only an operator can say so."""
+    """The command that makes sure that an unreachable host is dead. None: only an operator can state it."""
     allow_insecure_tcp: bool = False
-    """Serve TCP beyond loopback with neither encryption nor identity. For test networks only."""
+    """Serve TCP beyond loopback without encryption and identity. For test networks only."""
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
@@ -127,37 +125,36 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise KeyProblem(key, f"{network.address} {problem}; expected the one address of this host on the network")
 
     def advertised_address(self, listening: Sequence[str] = ()) -> str:
-        """The address to give to others: `advertise`, else the first TCP address on which it listens, else the first.
-
-        `listening` are the server's real addresses, where a port 0 has become a number.
-        """
+        """Return the address to give to others: `advertise`, else the first TCP address on which it listens, else the first.
+        `listening`: the server's actual addresses, if a port 0 may be configured."""
         addresses = tuple(listening) or self.listen
         return str(parse_address(self.advertise or next((a for a in addresses if not a.startswith("unix:")), addresses[0])))
 
 
 def _addresses(config: AgentConfig) -> Iterator[tuple[str, str]]:
-    """Keys and values of the addresses of others."""
+    """Yield the keys and values of addresses that others are called at, or call."""
     yield from ((f"peers.{name}", address) for name, address in config.peers.items())
     optional = {"advertise": config.advertise, "coordinator": config.coordinator}
     yield from ((key, address) for key, address in optional.items() if address)
 
 
 def check_listen(listen: Sequence[str], allow_insecure_tcp: bool) -> None:
-    """Addresses to listen on: well formed, each once, and no TCP beyond loopback unless that was allowed."""
+    """Raise `KeyProblem` unless the addresses to listen on are valid and distinct, and no TCP beyond loopback unless allowed."""
     for index, text in enumerate(listen):
         key = f"listen[{index}]"
         address = check_address(key, text, port_zero=True)
         if isinstance(address, TcpAddress) and not address.host.is_loopback and not allow_insecure_tcp:
             raise KeyProblem(
                 key,
-                f'"{text}" is open to the network, and mutual TLS is not there yet (it comes with a later version); '
+                f'"{text}" is open to the network, and this version has no mutual TLS; '
                 'listen on "unix:/path" or loopback, or set allow_insecure_tcp = true on a network that you trust',
             )
     _check_unique("listen", [text for text in listen if not text.endswith(":0")])
 
 
 def check_address(key: str, text: str, *, port_zero: bool = False) -> object:
-    """The parsed address. An address of others must have a port and be somebody's: no 0, no wildcard."""
+    """Return the parsed address. Raises `KeyProblem`; without `port_zero` also for port 0 and the wildcard, which nobody can
+    call."""
     try:
         address = parse_address(text)
     except ValueError as error:
@@ -173,18 +170,18 @@ def check_path(key: str, path: str) -> None:
 
 
 def make_state_dir(path: str) -> Path:
-    """The directory, made for its owner only. Raises `ConfigError`."""
+    """Create the directory, for its owner only. Raises `ConfigError`."""
     try:
         Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"state_dir {path} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"state_dir {path} cannot be created: {error.strerror}") from error
     return Path(path)
 
 
 def _check_unique(key: str, values: Sequence[str], what: str = "address") -> None:
     for index, value in enumerate(values):
         if value in values[:index]:
-            raise KeyProblem(f"{key}[{index}]", f'has the {what} "{value}" again; each may stand here once')
+            raise KeyProblem(f"{key}[{index}]", f'the {what} "{value}" is listed twice')
 
 
 def load(path: str | Path, kind: type[T]) -> T:
@@ -201,7 +198,7 @@ def load(path: str | Path, kind: type[T]) -> T:
 
 
 def convert(data: dict[str, Any], kind: type[T], where: str) -> T:
-    """Check tables that were read already. `where` is the file, for the error. Raises `ConfigError`."""
+    """Check parsed tables against `kind`. `where`: the file, for the error. Raises `ConfigError`."""
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:

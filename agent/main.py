@@ -1,4 +1,4 @@
-"""The agent: puts the rooms together, serves, and stops in good order."""
+"""The agent: assembles its parts, serves, and stops in order."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc, migrati
 log = structlog.get_logger()
 
 STOP_SECONDS: Final = 10.0
-"""How long an agent that is told to stop waits for its migrations; the hypervisor and the next agent end what is left."""
+"""How long a stopping agent waits for its migrations; the hypervisor and the agent's next start end the others."""
 
 
 def run(config_path: str) -> None:
@@ -54,7 +54,7 @@ def run(config_path: str) -> None:
 
 @contextlib.asynccontextmanager
 async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Server]:
-    """A running agent; left when `stop` is set."""
+    """Run an agent while the block runs. `stop` ends a start that still waits for the hypervisor."""
     bus = Bus()
     async with contextlib.AsyncExitStack() as stack:
         await stack.enter_async_context(events_logged(bus))
@@ -65,8 +65,8 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         journal = Journal(make_state_dir(config.state_dir) / "journal.sqlite")
         await journal.open()
         stack.push_async_callback(journal.close)
-        # Anybody may name addresses, and the oldest channel is closed where there are too many: one on which the other host of a
-        # migration is asked must not go for that, or that host would seem to be out of reach.
+        # Users may name any address, and the oldest channel is closed when there are too many. Channels between the two hosts of a
+        # migration are kept apart: if one were closed, that host would seem unreachable.
         named, other_hosts = Channels(), Channels()
         stack.push_async_callback(named.close)
         stack.push_async_callback(other_hosts.close)
@@ -109,34 +109,30 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
 
 
 def check_name(name: str, records: Iterable[AttemptRecord]) -> None:
-    """Other hosts know this one's open migrations, and guests that came here lately, by its name. Raises `ConfigError`."""
+    """Raise `ConfigError` if open migrations, or guests that came here lately, know this host by another name."""
     for record in records:
         if record.host not in ("", name):
             raise ConfigError(
-                f"name: this host was {record.host}, and others know it by that name until all has ended (migration "
+                f"name: this host was {record.host}, and other hosts know it by that name while a migration is open (migration "
                 f'{record.migration_id} with {record.peer_host}); start the agent as "{record.host}" until '
                 "`drover migration list --active` shows nothing there and on the other hosts, then change the name"
             )
 
 
 def check_networks(config: AgentConfig) -> None:
-    """Each address of the configuration is this host's, by the word of its kernel: the memory of guests comes in there.
-
-    A simulated hypervisor may share the addresses of its machine with others. Raises `ConfigError`.
-    """
+    """Raise `ConfigError` unless the kernel has each configured address: guests' memory comes in there. A simulated hypervisor is
+    exempt: it may share the addresses of its machine."""
     for index, network in enumerate(config.networks):
         if config.hypervisor != "sim" and not is_own(ip_address(network.address)):
             raise ConfigError(
-                f"networks[{index}].address: {network.address} is no address of this host now (see `ip address`); expected the one "
-                f'that it has on network "{network.name}"'
+                f"networks[{index}].address: {network.address} is not an address of this host now (see `ip address`); expected its "
+                f'address on network "{network.name}"'
             )
 
 
 def make_hypervisor(config: AgentConfig) -> Hypervisor:
-    """The driver that the configuration names. Imported here: a host needs the library of its own driver only.
-
-    Raises `ConfigError` where that library is missing.
-    """
+    """Return the configured driver, imported here, as a host needs only its own driver's library. Raises `ConfigError` without
+    it."""
     if config.hypervisor == "sim":
         from agent.hypervisor.sim import SimHypervisor  # noqa: PLC0415
         from agent.hypervisor.sim.config import SimConfig, uuid_of  # noqa: PLC0415
@@ -160,7 +156,7 @@ def _network(config: NetworkConfig) -> host_pb2.Network:
 
 
 async def _open(hypervisor: Hypervisor, stop: asyncio.Event) -> None:
-    """Wait for the hypervisor's daemon: it may start later than the agent."""
+    """Wait for the hypervisor's daemon, which may start after the agent. Raises `SystemExit` once `stop` is set."""
     pauses = Pauses(HYPERVISOR)
     while True:
         try:
@@ -182,7 +178,7 @@ async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations, b
 
 
 async def _stop(local: LocalHost, migrations: Migrations, engine: Engine, server: Server) -> None:
-    """Take no new work, end what ends soon, let go of the rest."""
+    """Accept no new work, and stop once everything has ended, at the latest after `STOP_SECONDS`."""
     local.bus.publish(HostChanged(local.name, change="stopping", message=f"{len(engine.active())} attempts have not ended"))
     local.draining = migrations.draining = True
     engine.changed.ring()

@@ -1,5 +1,3 @@
-"""The gRPC adapter: identity and rights of callers, bounds, errors, one adapter for each service, and the client side towards other
-agents (`peers`).
+"""The gRPC layer: identity and rights of callers, bounds, errors, one adapter per service, and the client of other agents (`peers`).
 
-Adapters translate and call; they hold no rules. Begin with `server` and `interceptor`, through which every call passes.
-"""
+Adapters convert and call; they hold no rules. Begin with `server` and `interceptor`, through which every call passes."""

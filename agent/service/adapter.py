@@ -1,4 +1,4 @@
-"""A service from its descriptor: each RPC has the name that its method has inside, so none of them is written down twice."""
+"""Servicers built from a service's descriptor: each RPC calls the method of its name in snake case."""
 
 import functools
 import re
@@ -12,15 +12,13 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def methods_of(service: ServiceDescriptor) -> Mapping[str, MethodDescriptor]:
-    """Return the RPCs of a service by their names inside: ``ReserveSlot`` is ``reserve_slot``."""
+    """Return the RPCs of a service by their names in snake case: ``ReserveSlot`` is ``reserve_slot``."""
     return {re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower(): method for method in service.methods}
 
 
 def servicer_of(base: Any, service: ServiceDescriptor, target: object) -> Any:
-    """Return a servicer of the generated class `base`, whose RPCs call the methods of `target` by their names inside.
-
-    A unary one returns its response, a stream yields responses. Raises `AttributeError` for an RPC that the target lacks.
-    """
+    """Return a servicer of the generated class `base`, whose RPCs call the methods of `target`: a unary one returns its response, a
+    streaming one yields responses. Raises `AttributeError` for an RPC that `target` lacks."""
     body = {}
     for name, method in methods_of(service).items():
         body[method.name] = (_stream if method.server_streaming else _unary)(getattr(target, name))

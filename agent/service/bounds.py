@@ -1,21 +1,19 @@
-"""One walker that checks a request against the bounds that stand in the protos, before anything uses it; of an answer, its sizes.
+"""Checks every request against the bounds in the protos before it is used, and the sizes of every answer.
 
-It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, guest_name) and the rules of the whole wire:
+It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, guest_name) and the rules of all messages:
 
 - no integer and no duration is negative;
 - ``migration_id`` and the UUID of a guest are in their canonical form (lower case), so that one thing has one name;
-- a string that may have at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals
-  and XML); only longer ones, such as the XML, may have several lines;
-- a time is one that a calendar has, and a network's address is an IP address (in an answer, too);
-- of an answer, what cannot be meant counts as not told (`agent.service.implausible`);
-- an order holds nothing that is not understood: `Options` and `MigrationSpec` no unknown field, they and the requests
-  themselves no unknown enum value. Reports (a `Host`) may: a newer agent may say more;
-- a record that a driver relays is the answer of another host, and checked like one: a call must not be refused for what that
-  host's hypervisor has said.
+- a string of at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals and XML); only longer
+  ones, such as XML, may have several lines;
+- a time lies between 1970 and 9999, and a network's address is an IP address (in an answer, too);
+- implausible values in an answer are cleared (`agent.service.implausible`);
+- an order contains nothing unknown: `Options` and `MigrationSpec` no unknown field, they and the requests themselves no unknown enum
+  value. Reports (a `Host`) may: a newer agent may report more;
+- a record that a driver relays is checked like an answer of the host that made it: a call must not be refused for what that host's
+  hypervisor has reported.
 
-The rules of a message are compiled once for each type. A walk then looks at the fields that are set and no others, so it
-takes a few microseconds.
-"""
+The rules are compiled once for each type of message. A check visits only the fields that are set, which takes a few microseconds."""
 
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -63,65 +61,56 @@ _OPTION_FIELDS = {field.full_name for field in options_pb2.Options.DESCRIPTOR.fi
 
 _NETWORK_ADDRESS = host_pb2.Network.DESCRIPTOR.fields_by_name["address"].full_name
 
-# Orders: what is not understood here must be refused, not skipped.
+# Orders: anything unknown in them is refused, not skipped.
 _CLOSED = {options_pb2.Options.DESCRIPTOR.full_name, migration_pb2.MigrationSpec.DESCRIPTOR.full_name}
 
 _M = TypeVar("_M", bound=Message)
 
 
 def check_request(message: Message) -> None:
-    """Raise the error of the first thing that is wrong with the request. Nothing has been changed by then.
-
-    INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD or UNKNOWN_OPTION, with the path of the field, such as
-    ``spec.options.live``.
-    """
+    """Check a request before anything is changed. Raises INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD or UNKNOWN_OPTION for the
+    first invalid field, with its path, such as ``spec.options.live``."""
     _walk(message, "")
 
 
 def checked_answer(answer: _M, peer: str) -> _M:
-    """The answer of that peer, if nothing in it is too large: it goes to the hypervisor, into the store, or to whoever watches.
-    What cannot be meant has been dropped from it.
-
-    Raises FIELD_TOO_LARGE.
-    """
+    """Return a peer's answer without implausible values. Raises FIELD_TOO_LARGE: it goes to the hypervisor, the store or a
+    watcher."""
     try:
         check_answer(answer)
     except DroverError as error:
-        text = f"the answer of {peer} is not taken: {error.message}"
+        text = f"the answer of {peer} is refused: {error.message}"
         raise DroverError(error.reason, text, metadata={**error.metadata, "peer": peer}) from None
     return answer
 
 
 def check_answer(message: Message) -> None:
-    """Drop what cannot be meant, and raise FIELD_TOO_LARGE, with the path of the field, for the first thing in a peer's answer that
-    is too large.
+    """Clear implausible values in a peer's answer, and raise FIELD_TOO_LARGE for its first field that is too large.
 
-    It is refused for its size alone: what a record says of itself may be clumsy, and it must be read all the same, for nothing else
-    tells where the guest runs.
-    """
+    Nothing else is a reason to refuse an answer: a faulty record must still be read, as only it tells where the guest runs."""
     drop_implausible(message)
     _walk(message, "", answer=True)
 
 
 class _Kind(Enum):
-    """How strict to be with a message."""
+    """How strictly a message is checked."""
 
     ORDER = auto()
-    """What is not understood is refused."""
+    """Unknown values are refused."""
     REPORT = auto()
-    """Part of an order that tells, such as a `Host`: who sends it may be newer, and say more."""
+    """Unknown values are allowed: part of a request that reports, such as a `Host`, whose sender may be newer."""
     ANSWER = auto()
     """Only sizes are checked."""
 
 
 @dataclass(frozen=True)
 class _Rules:
-    """What to check in messages of one type."""
+    """The checks of messages of one type."""
 
     checks: dict[int, Check]
     """By field number."""
     required: tuple[tuple[str, bool], ...]
-    """Names of required fields, and whether presence is what counts (messages)."""
+    """Names of required fields, and whether presence is checked (messages) or the value."""
     closed: bool
 
 
@@ -157,7 +146,7 @@ def _checks(descriptor: Descriptor, kind: _Kind) -> dict[int, Check]:
 
 
 def _option(field: FieldDescriptor, extension: Any) -> Any:
-    """The value of one of our field options, or None where the field does not have it."""
+    """Return the value of one of our field options, or None if the field lacks it."""
     options = field.GetOptions()
     return options.Extensions[extension] if options.HasExtension(extension) else None
 
@@ -178,7 +167,7 @@ def _is_map(field: FieldDescriptor) -> bool:
 
 
 def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> Check | None:
-    """The check of a single value; None where every value is right."""
+    """Return the check of a single value; None if every value is valid."""
     if kind is _Kind.ANSWER:
         return _size_check(field, max_bytes)
     if field.full_name in _OPTION_FIELDS:
@@ -271,7 +260,6 @@ def _refuse_unknown_fields(message: Message, prefix: str) -> None:
         where = prefix.removesuffix(".") or message.DESCRIPTOR.name
         raise DroverError(
             Reason.UNKNOWN_OPTION,
-            f"{where}: field number {numbers[0]} is not known here; "
-            "the sender is newer or wrong, and nothing was done rather than half of what it asks",
+            f"{where}: field number {numbers[0]} is not known here; the sender is newer or wrong. Nothing was done",
             metadata={"field": where, "number": str(numbers[0])},
         )

@@ -12,11 +12,11 @@ MAX_MESSAGE_BYTES = 1 << 20
 """1 MiB: domain XML (512 KiB) and a cookie (64 KiB) with room to spare. The same in both directions, on both ends."""
 
 KEEPALIVE_SECONDS = 10
-"""A peer that is silent for so long is pinged."""
+"""Silence after which a peer is pinged."""
 KEEPALIVE_TIMEOUT_SECONDS = 5
-"""A ping that is not answered for so long ends the connection, and every call on it with UNAVAILABLE."""
+"""A ping that is not answered for this long ends the connection, and every call on it with UNAVAILABLE."""
 MAX_RECONNECT_BACKOFF_SECONDS = 1
-"""A peer that comes back is found again within about this time; a mesh of hosts is small, so no storm comes of it."""
+"""A peer that comes back is reconnected within about this time; a mesh of hosts is small, so this causes no storm."""
 
 KEEPALIVE_OPTIONS = (
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
@@ -41,8 +41,8 @@ _RETRY = {
         }
     ]
 }
-"""A peer that is just being restarted, or has too much to do, is no error: every call is idempotent, so it is made again for about
-two seconds. CANCELLED is what gRPC's core answers itself in both cases; a call that is cancelled on this side is not made again."""
+"""A peer that restarts or is overloaded is no error: every call is idempotent, so it is repeated for about two seconds. gRPC's core
+answers CANCELLED in both cases; a call that is cancelled on this side is not repeated."""
 
 _CHANNEL_OPTIONS = (
     *KEEPALIVE_OPTIONS,
@@ -58,18 +58,16 @@ _CHANNEL_OPTIONS = (
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to ``ip:port`` or ``unix:/path``. Connects at the first call, and again by itself; close it when done.
+    """Return a channel to ``ip:port`` or ``unix:/path``. It connects at the first call and reconnects by itself; close it when done.
 
-    Not encrypted: for unix sockets, and for networks where the operator allowed it, until mutual TLS is there.
-
-    Raises `ValueError` for what is no address.
-    """
+    Not encrypted, until mutual TLS exists: for unix sockets, and for networks where the operator allowed it. Raises `ValueError` for
+    an invalid address."""
     parsed = parse_address(address)
     return grpc.aio.insecure_channel(str(parsed), options=_CHANNEL_OPTIONS)
 
 
 async def all_pages(ask: Callable[[Any], Awaitable[Any]], request: Any) -> AsyncIterator[Any]:
-    """Every answer of a list call (`agent.runtime.paging`), as `ask` gets them. Changes `request`."""
+    """Yield every answer of a list call (`agent.runtime.paging`), which `ask` makes. Changes `request`."""
     while True:
         response = await ask(request)
         yield response

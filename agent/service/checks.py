@@ -1,4 +1,4 @@
-"""Checks of single values against the bounds of their fields. Each takes the value and the path of its field, for the error."""
+"""Checks of single values against the bounds of their fields. Each takes a value and its field's path, and raises `DroverError`."""
 
 import ipaddress
 import re
@@ -22,7 +22,6 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 Check = Callable[[Any, str], None]
-"""Checks one value; the path of its field is for the error. Raises `DroverError`."""
 
 
 def check_count(count: int, max_items: int, path: str) -> None:
@@ -61,18 +60,14 @@ def check_size(size: int, max_bytes: int, path: str) -> None:
 
 def too_large(path: str, description: str, bound: int, size: int) -> DroverError:
     error = invalid_field(path, description, Reason.FIELD_TOO_LARGE)
-    return DroverError(
-        error.reason,
-        error.message,
-        metadata={"field": path, "bound": str(bound), "size": str(size)},
-        violations=error.violations,
-    )
+    metadata = {"field": path, "bound": str(bound), "size": str(size)}
+    return DroverError(error.reason, error.message, metadata=metadata, violations=error.violations)
 
 
 def enum_check(numbers: frozenset[int]) -> Check:
     def check(value: int, path: str) -> None:
         if value not in numbers:
-            raise invalid_field(path, f"{value} is no value that is known here")
+            raise invalid_field(path, f"{value} is not a known value")
 
     return check
 
@@ -88,13 +83,13 @@ def option_check(option: Option) -> Check:
 def uuid(value: str, path: str) -> None:
     check_size(len(value), 36, path)
     if _UUID.fullmatch(value) is None:
-        raise invalid_field(path, "is no UUID such as 0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11 (lower case, with dashes)")
+        raise invalid_field(path, "is not a UUID such as 0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11 (lower case, with dashes)")
 
 
 def guest_name(value: str, path: str) -> None:
     check_size(size(value), MAX_STRING, path)
     if problem := name_problem(value):
-        raise invalid_field(path, f"{problem}; no host takes a guest of that name")
+        raise invalid_field(path, f"{problem}; no host accepts a guest of that name")
 
 
 def not_negative(value: int, path: str) -> None:
@@ -104,23 +99,23 @@ def not_negative(value: int, path: str) -> None:
 
 def ip_address(value: str, path: str) -> None:
     try:
-        if value:  # whether it may be empty says `required`
+        if value:  # `required` refuses an empty one
             ipaddress.ip_address(value)
     except ValueError:
-        raise invalid_field(path, "is no IP address") from None
+        raise invalid_field(path, "is not an IP address") from None
 
 
 def timestamp(value: Timestamp, path: str) -> None:
     if not is_time(value):
-        raise invalid_field(path, "is no time between the years 1970 and 9999")
+        raise invalid_field(path, "is not a time between the years 1970 and 9999")
 
 
 def duration_check(max_seconds: int | None) -> Check:
     def check(value: Duration, path: str) -> None:
         if value.seconds < 0 or value.nanos < 0:
-            raise invalid_field(path, "is negative; a duration cannot be")
+            raise invalid_field(path, "is negative; a duration cannot be negative")
         if not is_duration(value):
-            raise invalid_field(path, "is no valid duration")
+            raise invalid_field(path, "is not a valid duration")
         if max_seconds is not None and (value.seconds, value.nanos) > (max_seconds, 0):
             raise invalid_field(path, f"is longer than {max_seconds} s")
 
@@ -128,4 +123,4 @@ def duration_check(max_seconds: int | None) -> Check:
 
 
 def unsupported(_value: Any, path: str) -> None:
-    raise invalid_field(path, "nothing here honours this field yet; leave it out", Reason.UNSUPPORTED_FIELD)
+    raise invalid_field(path, "is not supported by this version; leave it out", Reason.UNSUPPORTED_FIELD)

@@ -1,9 +1,8 @@
-"""How many connections and calls a server takes: no peer shuts out another one, and none the local socket.
+"""Bounds on the connections and calls of a server, so that no peer can shut out another one, or the local socket.
 
-Three bounds hold. Of open files, a part is kept for everything that is no connection from the network. gRPC closes connections over
-the bound of a listener. And one peer has at most `MAX_CONNECTIONS_OF_PEER`, which gRPC cannot count: here its newest ones are shut
-down. Calls are counted where they are handled (`Calls`), and refused in words over the bound.
-"""
+Some open files are reserved for everything but connections from the network. gRPC closes connections over the bound of a listener.
+One peer may have `MAX_CONNECTIONS_OF_PEER`, which gRPC cannot count: its newest ones are shut down here. `Calls` counts calls, and
+refuses those over the bound with OVERLOADED."""
 
 import asyncio
 import contextlib
@@ -22,35 +21,35 @@ import structlog
 from agent.runtime.errors import DroverError, Reason
 
 MAX_CONNECTIONS: Final = 16_384
-"""From the network, to one listener, where the limit of open files allows it."""
+"""From the network, to one listener, if the limit of open files allows it."""
 MAX_CONNECTIONS_OF_PEER: Final = 128
 MAX_CALLS: Final = 4096
-"""Under way at once in one server, watches among them."""
+"""Under way at once in one server, watches included."""
 MAX_CALLS_OF_PEER: Final = 1024
-"""Of those, from one address."""
+"""Of those, from one peer."""
 RETRY_SECONDS: Final = 1.0
-"""After which a call that was too many may be made again."""
+"""Pause before a refused call may be repeated."""
 
 KEPT_FILES: Final = 512
-"""Open files that connections from the network leave alone: the local socket's, the journal's, the hypervisor's, channels."""
+"""Open files reserved for the local socket, the journal, the hypervisor and channels."""
 SWEEP_SECONDS: Final = 1.0
 FEW_FILES: Final = 64
-"""So few are open that no peer can have too many connections."""
+"""With fewer open files, no peer can have too many connections."""
 
 Peer = str
-"""An IPv4 address, or a /64 of IPv6: what one host has."""
+"""An IPv4 address, or a /64 of IPv6, as one host has all of it."""
 
 log = structlog.get_logger(__name__)
 
 
 def most_connections() -> int:
-    """That a listener takes from the network, by the limit of open files."""
+    """Return the bound of a listener's connections from the network, by the limit of open files."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return min(MAX_CONNECTIONS, max(64, (limit - KEPT_FILES) * 3 // 4))
 
 
 class Calls:
-    """Counts the calls of a server that are under way."""
+    """The calls of a server that are under way."""
 
     def __init__(self, most: int = MAX_CALLS, most_of_peer: int = MAX_CALLS_OF_PEER) -> None:
         self._most = most
@@ -60,7 +59,7 @@ class Calls:
 
     @contextlib.contextmanager
     def one(self, peer: str) -> Iterator[None]:
-        """A call of this peer (in gRPC's words) is under way in this block. Raises OVERLOADED where it is one too many."""
+        """Count a call of a peer (gRPC's ``context.peer()``) while the block runs. Raises OVERLOADED over the bound."""
         key = peer_of_uri(peer)
         if self._total >= self._most or self._of_peer[key] >= self._most_of_peer:
             raise DroverError(
@@ -82,7 +81,7 @@ class Calls:
 
 @functools.lru_cache(maxsize=1024)
 def peer_of_uri(uri: str) -> Peer:
-    """The peer of a call, such as ``ipv4:10.91.0.2:55010`` or ``ipv6:[fd92::1]:55010``; all of a unix socket are one."""
+    """Return the peer of a call from, say, ``ipv4:10.91.0.2:55010`` or ``ipv6:[fd92::1]:55010``; a unix socket is one peer."""
     family, _, rest = uri.partition(":")
     return _peer(rest.rpartition(":")[0].strip("[]").replace("%5B", "").replace("%5D", "")) if family.startswith("ip") else family
 
@@ -104,19 +103,19 @@ class Connections:
         self._ports = frozenset(ports)
         self._most_of_peer = most_of_peer
         self._known: dict[tuple[str, int], None] = {}
-        """Addresses of the other ends, the oldest first."""
+        """Remote addresses, the oldest connection first."""
 
     async def keep_bounded(self) -> None:
-        """For ever."""
+        """Sweep for ever."""
         while True:
-            await asyncio.sleep(SWEEP_SECONDS)  # no event tells of a new connection
+            await asyncio.sleep(SWEEP_SECONDS)  # gRPC has no event for a new connection
             try:
                 self.sweep()
-            except OSError as error:  # there are too few files to look at them: some moment later, perhaps
+            except OSError as error:  # out of file descriptors: the next sweep may succeed
                 log.warning("the connections could not be counted", error=str(error))
 
     def sweep(self) -> None:
-        """Shut down the newest connections of each peer that has too many."""
+        """Shut down the newest connections of each peer over its bound."""
         descriptors = os.listdir("/proc/self/fd")
         if len(descriptors) < FEW_FILES:
             self._known.clear()
@@ -129,20 +128,20 @@ class Connections:
                     found[connection.getpeername()[:2]] = stack.enter_context(connection)
             self._known = dict.fromkeys((*(end for end in self._known if end in found), *found))
             for end in too_many(self._known, self._most_of_peer):
-                with contextlib.suppress(OSError):  # it has gone by itself
-                    found[end].shutdown(socket.SHUT_RDWR)  # gRPC reads the end of it, and closes its own descriptor
+                with contextlib.suppress(OSError):  # already closed
+                    found[end].shutdown(socket.SHUT_RDWR)  # gRPC reads EOF, and closes its own descriptor
 
     def _connection(self, descriptor: int) -> socket.socket | None:
-        """A duplicate of the descriptor, if it is a connection to one of the listeners."""
+        """Return a duplicate of the descriptor, if it is a connection to one of the ports."""
         try:
-            duplicate = os.dup(descriptor)  # whatever becomes of the descriptor, this one stays the same
+            duplicate = os.dup(descriptor)  # stays valid if gRPC closes the descriptor
         except OSError:
             return None
         if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
             os.close(duplicate)
             return None
         found = socket.socket(fileno=duplicate)
-        with contextlib.suppress(OSError):  # one that listens, or is closed just now, has no other end
+        with contextlib.suppress(OSError):  # a socket that listens, or was just closed, has no remote address
             inet = found.family in (socket.AF_INET, socket.AF_INET6)
             if inet and found.getsockname()[1] in self._ports and found.getpeername():
                 return found
@@ -151,7 +150,7 @@ class Connections:
 
 
 def too_many(ends: Iterable[tuple[str, int]], most_of_peer: int) -> list[tuple[str, int]]:
-    """Those over the bound of their peer; the first ones stay."""
+    """Return the connections over the bound of their peer: all but its first ones."""
     of_peer: Counter[Peer] = Counter()
     over = []
     for end in ends:

@@ -1,4 +1,4 @@
-"""This host as others see it."""
+"""The host as its agent reports it."""
 
 import asyncio
 import contextlib
@@ -24,17 +24,15 @@ from drover.agent.v1 import host_pb2 as pb
 log = structlog.get_logger()
 
 REFRESH_SECONDS: Final = 5.0
-"""Between two looks at what the hypervisor can; each costs a few local reads."""
-
+"""Interval of queries for the hypervisor's features; each costs a few local reads."""
 SHORTEST_REPEAT_SECONDS: Final = 0.1
-"""Between two words of a watch on which nothing changes."""
-
+"""Shortest interval of a watch's messages when nothing changes."""
 MAX_COORDINATORS: Final = 8
-"""That are told of: those whose watches have been open longest, so that no newcomer hides them."""
+"""Coordinators that are reported: those with the oldest watches, so that no newcomer hides them."""
 
 
 class AgentHost:
-    """What an agent says of its host, now and at every change."""
+    """The description of this host, now and at every change."""
 
     def __init__(self, info: HypervisorInfo, hypervisor: Hypervisor, engine: Engine, bus: Bus) -> None:
         self.hypervisor = hypervisor
@@ -76,10 +74,10 @@ class AgentHost:
         return sorted(itertools.islice(self._coordinators, MAX_COORDINATORS))
 
     async def keep_current(self) -> None:
-        """Ask the hypervisor again what it can, for ever: a sysctl is set, a libvirtd comes back with another QEMU."""
+        """Query the hypervisor's features for ever: a sysctl may be set, a libvirtd may come back with another QEMU."""
         while True:
             await asyncio.sleep(REFRESH_SECONDS)
-            with contextlib.suppress(HypervisorError):  # until it answers, what it said last holds
+            with contextlib.suppress(HypervisorError):  # until it answers, its last answer holds
                 info = await self.hypervisor.info()
                 if info != self._info:
                     text = f"{info.hypervisor}, library {info.library_version}, host UUID {info.host_uuid}"
@@ -88,8 +86,8 @@ class AgentHost:
                     self.engine.changed.ring()
 
     async def watch(self, coordinator: str = "", repeat_seconds: float = 0.0) -> AsyncGenerator[pb.Host, None]:
-        """This host now, whenever it has changed since it was last looked at, and (unless 0) after so long without a change.
-        `coordinator`: who claims it by this watch."""
+        """Yield this host now, after each change, and every `repeat_seconds` without one (unless 0). `coordinator`: who claims the
+        host by this watch."""
         patience = max(repeat_seconds, SHORTEST_REPEAT_SECONDS) if repeat_seconds > 0 else None
         with self._claimed_by(coordinator) if coordinator else contextlib.nullcontext():
             while True:
@@ -113,13 +111,10 @@ class AgentHost:
             self.engine.changed.ring()
 
     def _warn(self) -> None:
-        """Anybody may claim this host, as often as they like."""
+        """Log that several coordinators claim this host; rate-limited, as anybody may claim it."""
         now = time.monotonic()
         if not self._warnings.due(now):
             self._warnings.held_back += 1
             return
-        log.warning(
-            "more than one coordinator claims this host",
-            coordinators=self._told_coordinators,
-            held_back=self._warnings.told(now),
-        )
+        held_back = self._warnings.told(now)
+        log.warning("more than one coordinator claims this host", coordinators=self._told_coordinators, held_back=held_back)

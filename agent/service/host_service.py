@@ -1,4 +1,4 @@
-"""`drover.agent.v1.HostService`: what an agent knows of its host."""
+"""`drover.agent.v1.HostService`: the host and its guests."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -23,8 +23,6 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class HostServicer(rpc.HostServiceServicer):
-    """Serves this host."""
-
     def __init__(self, host: AgentHost) -> None:
         self._host = host
 
@@ -55,7 +53,7 @@ def _identity(domain: pb.Domain) -> tuple[str, str]:
 
 
 async def get_domain(host: AgentHost, request: pb.GetDomainRequest) -> pb.GetDomainResponse:
-    """The guest and, when it runs, what it needs, and what keeps it from leaving if that is asked."""
+    """Return the guest; if it runs, also its requirements, and what keeps it from leaving if the request asks that."""
     with timed("plan") as watch:
         with translated(host.name, request.domain):
             domain, needs = await host.hypervisor.describe(request.domain)

@@ -1,9 +1,8 @@
-"""What in an answer cannot be meant is dropped, so that it counts as not told: nothing that reads an answer can raise for it.
+"""Clears implausible values in an answer: they count as not set, and no reader of the answer can fail on them.
 
-That is a time that no calendar has, a duration that no clock can measure, and a negative number where there is none. The answer
-itself is taken: a host whose clock is broken must still be able to say what is decided. Strings need nothing: what is not UTF-8 is
-no message.
-"""
+Implausible are a time outside of the years 1970 to 9999, a duration over 10,000 years, and a negative number where none is allowed.
+The answer itself is accepted: a host with a broken clock must still be able to report a decision. Strings need no check: protobuf
+rejects what is not UTF-8."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -24,11 +23,11 @@ MAX_TIME_SECONDS: Final = 253_402_300_799
 _SIGNED: Final = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
 
 _Drop = Callable[[Message, Any], None]
-"""Looks at the value of one field, and drops it from the message or drops what is in it."""
+"""Clears the value of one field of a message if it is implausible, or implausible values in it."""
 
 
 def drop_implausible(message: Message) -> None:
-    """Clear what cannot be meant in the message, at any depth."""
+    """Clear implausible values in the message, at any depth."""
     drops = _drops(message.DESCRIPTOR)
     for field, value in message.ListFields():
         drop = drops.get(field.number)
@@ -37,12 +36,12 @@ def drop_implausible(message: Message) -> None:
 
 
 def is_time(value: Timestamp) -> bool:
-    """Whether it is between the years 1970 and 9999."""
+    """Return whether it is between the years 1970 and 9999."""
     return 0 <= value.seconds <= MAX_TIME_SECONDS and 0 <= value.nanos < 1_000_000_000
 
 
 def is_duration(value: Duration) -> bool:
-    """Whether it is under 10,000 years, negative or not; strictly, as it may be rounded up to that."""
+    """Return whether it is strictly below 10,000 years (it may be rounded up), negative or not."""
     same_sign = value.seconds * value.nanos >= 0
     return abs(value.seconds) < MAX_DURATION_SECONDS and abs(value.nanos) < 1_000_000_000 and same_sign
 
@@ -61,7 +60,7 @@ def _drops(descriptor: Descriptor) -> Mapping[int, _Drop]:
 
 
 def _drop_of(field: FieldDescriptor) -> _Drop | None:
-    """None where every value can be meant."""
+    """Return None if every value of the field is plausible."""
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return _drop_in_values if field.message_type.fields_by_name["value"].message_type is not None else None
     plausible = _plausible(field)
@@ -73,7 +72,7 @@ def _drop_of(field: FieldDescriptor) -> _Drop | None:
 
 
 def _plausible(field: FieldDescriptor) -> Callable[[Any], bool] | None:
-    """None where that is not to be asked of the field's value. No wire has several times or numbers in one field."""
+    """Return the test of the field's value; None if there is none. No message has a repeated time or number."""
     signed = field.GetOptions().Extensions[bounds_pb2.may_be_negative]
     if field.message_type is None:
         return _is_count if field.cpp_type in _SIGNED and not signed else None

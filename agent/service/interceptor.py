@@ -1,8 +1,7 @@
-"""The outermost interceptor: a request is checked before its handler sees it, and only our errors leave the process.
+"""The outermost interceptor: checks each request before its handler sees it, and converts each error to a Drover error.
 
-It holds for the services of Drover (``/drover.``); calls of health and reflection are only counted. What it never logs: requests
-and responses (cookies, XML), and what an unforeseen exception says after the first ``<`` or byte string.
-"""
+Calls of health and reflection are only counted. Never logged: requests and responses (cookies, XML), and the message of an
+unexpected exception from the first ``<`` or byte string on."""
 
 from __future__ import annotations  # the stubs of grpc are generic, its classes are not
 
@@ -31,7 +30,7 @@ _log = structlog.get_logger("drover.rpc")
 
 OUR_SERVICES = "/drover."
 MAX_LOGGED = 200
-"""Characters that are logged of the message of an unforeseen exception."""
+"""Characters that are logged of the message of an unexpected exception."""
 
 _SECRET_MARKS = ("<", "b'", 'b"')
 
@@ -43,11 +42,8 @@ if TYPE_CHECKING:
 
 
 class _Malformed:
-    """Stands for a request that is no protobuf message of its type.
-
-    A deserializer that raises would make grpcio answer UNKNOWN with a stack trace in the log; so ours never raises, and
-    the handler's wrapper refuses this.
-    """
+    """A request that is not a protobuf message of its type, which the handler's wrapper refuses. Our deserializer returns this
+    instead of raising: grpcio would answer UNKNOWN and log a stack trace."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class _Method:
     bus: Bus
 
     def entered(self, context: _Context) -> AbstractContextManager[None]:
-        """Note who calls, and count the call while the block runs. Raises OVERLOADED."""
+        """Set the caller, and count the call while the block runs. Raises OVERLOADED."""
         uri = context.peer()
         set_caller(uri)
         return self.calls.one(uri)
@@ -80,14 +76,14 @@ class _Method:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Put it first in the list of a server's interceptors. `calls` are those of this server; `bus` is told of those that change
+    """Must be the first of a server's interceptors. `calls` counts the server's calls; `bus` gets an event for each that changes
     something."""
 
     def __init__(self, calls: Calls, bus: Bus) -> None:
         self._calls = calls
         self._bus = bus
-        # A method's handler is the same at every call; there are as many as methods.
         self._wrapped: dict[str, _Handler] = {}
+        """By method, whose handler is the same at every call."""
 
     async def intercept_service(
         self,
@@ -115,7 +111,7 @@ def _wrap(method: _Method, handler: Any) -> _Handler:
 
 
 def _wrap_counted(method: _Method, handler: Any) -> _Handler:
-    """Health and reflection: as they are, but they count."""
+    """Wrap a handler of health or reflection, which is counted and otherwise unchanged."""
     for kind in ("unary_unary", "unary_stream", "stream_stream"):
         behavior = getattr(handler, kind)
         if behavior is not None:
@@ -198,14 +194,14 @@ def _generator(responses: Any) -> Any:
 
 def _check(method: str, request: Any) -> None:
     if isinstance(request, _Malformed):
-        raise DroverError(Reason.INVALID_FIELD, f"the request of {method} is no protobuf message of its type; nothing was done")
+        raise DroverError(Reason.INVALID_FIELD, f"the request of {method} is not a protobuf message of its type; nothing was done")
     check_request(request)
 
 
 async def _fail(method: _Method, request: Any, started: float, error: Exception, context: _Context) -> NoReturn:
-    """End the call with the status of the error. Raises always: what grpcio raises for an abort."""
+    """End the call with the status of the error. Always raises grpcio's `AbortError`."""
     if isinstance(error, grpc.aio.AbortError):
-        raise error  # the handler gave a status of its own
+        raise error  # the handler has set a status itself
     ours = _as_drover_error(method.name, error)
     method.tell(request, started, ours.reason)
     await _abort(ours, context)
@@ -223,13 +219,10 @@ def _as_drover_error(method: str, error: Exception) -> DroverError:
     if isinstance(error, NotImplementedError):
         return DroverError(Reason.UNIMPLEMENTED, f"{method} is not implemented here")
     frames = "".join(traceback.format_tb(error.__traceback__))
-    _log.error("unforeseen error", method=method, error=type(error).__name__, message=_without_secrets(str(error)), trace=frames)
-    return DroverError(
-        Reason.INTERNAL,
-        f"{method} failed here in a way that nobody foresaw ({type(error).__name__}); the log of this process says where. "
-        "What it was doing may have happened: ask for the record or the migration",
-        metadata={"exception": type(error).__name__},
-    )
+    name = type(error).__name__
+    _log.error("unexpected error (bug)", method=method, error=name, message=_without_secrets(str(error)), trace=frames)
+    text = f"unexpected error (bug) in {method} ({name}); see the log of this process. The call may have taken effect"
+    return DroverError(Reason.INTERNAL, f"{text}: read the record or the migration", metadata={"exception": name})
 
 
 def _without_secrets(message: str) -> str:
@@ -238,7 +231,7 @@ def _without_secrets(message: str) -> str:
 
 
 def _migration_of(request: Any) -> str:
-    """The migration that a request is about; empty for one that is about none (or is wrong: it may hold anything)."""
+    """Return the id of the migration that a request is about, or empty. Unchecked: an invalid request may hold anything."""
     if not isinstance(request, Message):
         return ""
     named = getattr(request, "ref", request)
@@ -247,7 +240,7 @@ def _migration_of(request: Any) -> str:
 
 def _unknown_method(method: str) -> _Handler:
     async def call(request: Any, context: _Context) -> Any:
-        error = DroverError(Reason.UNIMPLEMENTED, f"{method[:200]} is not known here; ask the reflection service what is")
+        error = DroverError(Reason.UNIMPLEMENTED, f"{method[:200]} is not known here; the reflection service lists the methods")
         await _abort(error, context)
 
     return grpc.unary_unary_rpc_method_handler(call)

@@ -18,8 +18,6 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class MigrationServicer(rpc.MigrationServiceServicer):
-    """Serves the migrations of this process."""
-
     def __init__(self, migrations: Migrations) -> None:
         self._migrations = migrations
 

@@ -1,4 +1,4 @@
-"""Other agents, without a coordinator: the peers of the configuration, or any agent's address (requirement H9)."""
+"""Calls to other agents without a coordinator: to the peers of the configuration, or any agent's address (requirement H9)."""
 
 import asyncio
 import functools
@@ -27,18 +27,18 @@ from drover.agent.v1 import migration_pb2 as pb
 log = structlog.get_logger()
 
 MAX_CHANNELS: Final = 64
-"""Channels to agents that are kept. Anybody may name an address, and an open channel costs some 60 KiB."""
+"""Most channels that are kept open. Anybody may name an address, and an open channel costs some 60 KiB."""
 
 
 class Channels:
-    """Channels to agents by address. The one that was asked for longest ago is closed where there are too many."""
+    """Channels to agents by address. The least recently used one is closed when there are too many."""
 
     def __init__(self) -> None:
         self._open: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, address: str) -> grpc.aio.Channel:
-        """Not to be kept: ask for it at each call. Raises `ValueError` for what is no address."""
+        """Return the channel to an address. Get it for each call, and do not keep it. Raises `ValueError` for an invalid address."""
         self._open[address] = self._open.pop(address) if address in self._open else open_channel(address)
         if len(self._open) > MAX_CHANNELS:
             oldest = self._open.pop(next(iter(self._open)))
@@ -48,13 +48,12 @@ class Channels:
         return self._open[address]
 
     async def close(self) -> None:
-        """Close them all."""
         await asyncio.gather(*(channel.close() for channel in self._open.values()), *self._closing)
         self._open.clear()
 
 
 def other_side(channels: Channels, attempt: Attempt) -> OtherHost | None:
-    """Return the agent on the other side of an attempt; None where its address is unknown or unusable."""
+    """Return the agent on the other side of an attempt; None if its address is unknown or invalid."""
     record = attempt.record
     if not record.peer_agent:
         return None
@@ -67,20 +66,20 @@ def other_side(channels: Channels, attempt: Attempt) -> OtherHost | None:
 
 
 async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
-    """What an agent says of its host. Raises HOST_UNREACHABLE."""
+    """Return an agent's description of its host. Raises HOST_UNREACHABLE, DEADLINE_EXCEEDED."""
     with errors_of(name):
         response = await host_pb2_grpc.HostServiceStub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)
     return checked_answer(response, name).host
 
 
 def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
-    """Asks a source for the guest of this migration, and whether it could leave so."""
+    """Return the request to a source for the guest of this migration, and for what keeps it from leaving."""
     leaving = host_pb2.Leaving(options=spec.options, destination_name=spec.destination_name)
     return host_pb2.GetDomainRequest(domain=spec.domain, leaving=leaving)
 
 
 class PeerDirectory:
-    """The source is this host; the destination is a peer."""
+    """The `Directory` of an agent: the source is this host, the destination a peer."""
 
     def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels, heard: Heard) -> None:
         self._heard = heard
@@ -101,7 +100,7 @@ class PeerDirectory:
             raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
         address = self.address_of(spec.destination_host)
         async with alongside(ask_host(self._channels.get(address), spec.destination_host)) as asking:
-            guest = await get_domain(self._host, leaving_request(spec))  # what is wrong with the source is told first
+            guest = await get_domain(self._host, leaving_request(spec))  # errors of the source come first
             host = await asking
         return Ends(self._source(), Side(host, self.peer(host.name, address), address), guest)
 
@@ -120,7 +119,7 @@ class PeerDirectory:
         return RemotePeer(lambda: self._channels.get(address), name, functools.partial(self._heard.note, address))
 
     def address_of(self, name_or_address: str) -> str:
-        """Raises HOST_NOT_FOUND for what is neither a peer of the configuration nor an address."""
+        """Return the address of a peer's agent. Raises HOST_NOT_FOUND for what is neither a peer's name nor an address."""
         if name_or_address in self._peers:
             return self._peers[name_or_address]
         try:

@@ -1,11 +1,10 @@
-"""Server reflection, so that grpcurl, buf and the like need no `.proto` files: ``grpc.reflection.v1`` and ``v1alpha``.
+"""Server reflection, ``grpc.reflection.v1`` and ``v1alpha``, so that grpcurl, buf and the like need no `.proto` files.
 
 The servicer is grpcio's. It lacks three things, which are added here:
 
 - ``json_name``: protoc leaves it out of Python's descriptors, and grpcurl then prints ``memory_bytes`` for ``memoryBytes``;
 - methods as symbols: ``grpcurl describe drover.agent.v1.HostService.GetHost``;
-- version v1. Its messages are those of v1alpha under another package name.
-"""
+- version v1, whose messages are those of v1alpha under another package name."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -60,13 +59,13 @@ def _name_in_json(message: descriptor_pb2.DescriptorProto) -> None:
 
 
 def _json_name(name: str) -> str:
-    """protoc's rule: an underscore goes, and the letter after it is a capital."""
+    """Apply protoc's rule: each underscore is removed, and the letter after it capitalized."""
     first, *others = name.split("_")
     return first + "".join(word[:1].upper() + word[1:] for word in others)
 
 
 class _Pool:
-    """What `ReflectionServicer` asks a descriptor pool for. Raises `KeyError` for what is unknown."""
+    """The part of a descriptor pool that `ReflectionServicer` uses. Raises `KeyError` for unknown names."""
 
     def __init__(self) -> None:
         self._pools = (descriptor_pool.Default(), _pool_of_v1())
@@ -103,7 +102,7 @@ class _Pool:
 
 
 def _pool_of_v1() -> descriptor_pool.DescriptorPool:
-    """A pool of its own: the file of a library that brings v1 some day cannot clash with this one."""
+    """Return a pool of its own for v1, so that it cannot clash with a library that brings v1 some day."""
     file = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
     file.name, file.package = "grpc/reflection/v1/reflection.proto", V1
     for message in file.message_type:

@@ -1,4 +1,4 @@
-"""Tells the coordinator again and again that there is a host at this address; what the host is like, the coordinator asks."""
+"""The registration of this host with its coordinator, which then queries the host itself."""
 
 from typing import Final
 
@@ -13,23 +13,23 @@ from drover.coordinator.v1 import host_pb2, host_pb2_grpc
 log = structlog.get_logger()
 
 _HEARTBEAT_SECONDS: Final = (1.0, 60.0)
-"""Bounds of the interval, whatever heartbeat the coordinator asks for."""
+"""Bounds of the interval between registrations that the coordinator asks for."""
 _CALL_SECONDS: Final = 5.0
 
 
 async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: str, clock: Clock = SYSTEM_CLOCK) -> None:
-    """For ever. A coordinator that is away, or refuses, is asked again; migrations do not wait for it."""
+    """Register this host at intervals for ever. A coordinator that is away or refuses is tried again; no migration waits for it."""
     stub = host_pb2_grpc.HostServiceStub(channel)
-    told = ""  # what the log said last: only a change is worth a line
+    told = ""  # the last outcome in the log: only a change is logged
     pauses = Pauses(REGISTRATION, clock)
     while True:
         try:
-            # Name and UUID would do; a coordinator of an older version takes all of it from here.
+            # Coordinators of older versions use more than name and UUID.
             request = host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address)
             response = await stub.RegisterHost(request, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             if told != (told := f"{error.code().name}: {error.details()}"):
-                log.warning("the coordinator does not take this host", code=error.code().name, error=error.details())
+                log.warning("the coordinator does not accept this host", code=error.code().name, error=error.details())
             await pauses.pause()
         else:
             pauses.succeeded()

@@ -1,4 +1,4 @@
-"""The agent of another host, as a peer of the handshake."""
+"""The client of another host's agent."""
 
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,10 +16,9 @@ from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc
 
 CALL_SECONDS: Final = MAX_WAIT + 10.0
-"""Deadline of a call that lasts as long as the hypervisor takes."""
-
+"""Deadline of a call that waits for the hypervisor."""
 QUESTION_SECONDS: Final = 5.0
-"""Deadline of a call that asks for what is known; beyond its `wait`, also of one that waits."""
+"""Deadline of a call that does not; a call with a `wait` has this much more."""
 
 _STUBS: Final[Mapping[ServiceDescriptor, Any]] = {
     pb.DESCRIPTOR.services_by_name["HandshakeService"]: handshake_pb2_grpc.HandshakeServiceStub,
@@ -27,15 +26,14 @@ _STUBS: Final[Mapping[ServiceDescriptor, Any]] = {
 }
 _METHODS: Final = {name: (method, stub) for service, stub in _STUBS.items() for name, method in methods_of(service).items()}
 _QUESTIONS: Final = frozenset({"reserve_slot", "get_record", "get_host", "get_domain"})
-"""Calls that answer from what is known. All others may act on the hypervisor first."""
+"""Calls that answer at once. All others may wait for the hypervisor."""
 
 
 class RemotePeer:
-    """An `OtherHost` over a channel: it has every method of the two services by its name inside, and checks each answer.
+    """An `OtherHost` over a channel: it has every method of both services in snake case, and checks each answer.
 
-    `channel` returns the channel for each call: it is another one when the agent has moved; what it raises, the call raises. `name`
-    is the host's, for errors. `heard` gets the record in each answer about an attempt; None where there was no answer.
-    """
+    `channel` returns the channel for a call (another one after the agent has moved), and its errors pass through. `name`: the
+    host's, for errors. `heard` gets the record in each answer about an attempt; None if there was no answer."""
 
     def __init__(
         self,
@@ -75,10 +73,10 @@ class RemotePeer:
                 async for response in call:
                     yield checked_answer(response, self._name)
             finally:
-                call.cancel()  # leaving the loop early leaks the call otherwise
+                call.cancel()  # otherwise, leaving the loop early leaks the call
 
     def _stub(self, stub: Any) -> Any:
-        """Return the stub of that class. Made once for each channel: it holds an object for each of its methods."""
+        """Return the stub of that class, made once for each channel: it holds an object for each method."""
         channel = self._channel()
         if self._made is None or self._made[0] is not channel:
             self._made = channel, {}

@@ -1,7 +1,4 @@
-"""Which right each RPC needs: the one table. A method that is not in it is not served.
-
-Every caller has every right for now; the table is what a check of certificates will ask.
-"""
+"""The right that each RPC needs. A method that is not in the table is not served. For now every caller has every right."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -10,15 +7,15 @@ from typing import Final
 
 class Right(StrEnum):
     READ = "read"
-    """To look; nothing changes."""
+    """Read, without any change."""
     MIGRATE = "migrate"
-    """To start, steer and cancel migrations."""
+    """Start, steer and cancel migrations."""
     OPERATE = "operate"
-    """To state that a host is dead, and to change what the cluster consists of."""
+    """State that a host is dead, and remove hosts from the cluster."""
     PEER = "peer"
-    """To carry out the phases of a migration, and to claim a host for a coordinator."""
+    """Carry out the phases of a migration, and claim a host for a coordinator."""
     REGISTER = "register"
-    """To enter a host into the cluster."""
+    """Add a host to the cluster."""
 
 
 RIGHTS: Final[Mapping[str, Right]] = {

@@ -1,4 +1,4 @@
-"""A gRPC server with all that every server of Drover has: error interceptor, reflection, health, bounds, clean sockets."""
+"""A gRPC server with what every Drover server has: error interceptor, reflection, health, bounds, private sockets."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from agent.service.interceptor import ErrorInterceptor
 from agent.service.reflection import add_reflection
 
 PROBE_SECONDS = 1.0
-"""How long to wait for a sign of life from a unix socket that is already there."""
+"""How long an existing unix socket may take to accept a connection."""
 
 _SERVER_OPTIONS = (
     *KEEPALIVE_OPTIONS,
@@ -30,23 +30,21 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.server_handshake_timeout_ms", 5000),
-    # So many calls wait within a connection; those of a migration are a handful.
+    # Calls of one connection; a migration needs a handful.
     ("grpc.max_concurrent_streams", 256),
-    # Beyond these, gRPC's core answers a bare CANCELLED; our own bound on calls is far below, and answers in words.
+    # Beyond these, gRPC's core answers a bare CANCELLED; our own bound is far below, and answers OVERLOADED.
     ("grpc.server.max_pending_requests", 16_384),
     ("grpc.server.max_pending_requests_hard_limit", 32_768),
 )
 
 
 class AddressError(Exception):
-    """An address to listen on cannot be had: it is taken, not of this host, or a path that cannot be used. The message names it."""
+    """An address that cannot be listened on: in use, not of this host, or an unusable path. The message names it."""
 
 
 class Server:
-    """A server that listens. Made by `start_server`.
-
-    The local socket and the network are served apart: calls from the network that pile up keep no local one waiting.
-    """
+    """A listening server, made by `start_server`. The local socket has a gRPC server of its own: calls that pile up from the network
+    delay no local one."""
 
     def __init__(self, servers: Sequence[grpc.aio.Server], health: health_aio.HealthServicer, addresses: tuple[str, ...]) -> None:
         self._servers = servers
@@ -54,20 +52,18 @@ class Server:
         ports = [address.port for address in map(parse_address, addresses) if isinstance(address, TcpAddress)]
         self._bounding = supervise("bound connections", Connections(ports).keep_bounded) if ports else None
         self.addresses = addresses
-        """The real addresses, in the order in which they were given: a port 0 is the system's choice here."""
+        """The actual addresses in the given order, with the system's choice in place of port 0."""
 
     async def stop(self, grace: float) -> None:
-        """Take no new calls; end those that still run after `grace` seconds. Idempotent.
-
-        Health says NOT_SERVING at once. Watches never end by themselves, so with open ones this takes all of `grace`.
-        """
+        """Accept no new calls; end those that still run after `grace` seconds. Idempotent. Health answers NOT_SERVING at once.
+        Watches never end by themselves, so with open ones this takes all of `grace`."""
         if self._bounding is not None:
             self._bounding.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
 
     async def wait(self) -> None:
-        """Until it was stopped."""
+        """Wait until the server has stopped."""
         await asyncio.gather(*(server.wait_for_termination() for server in self._servers))
 
 
@@ -76,12 +72,11 @@ async def start_server(
 ) -> Server:
     """Listen on every address of `listen` (``unix:/path`` or ``ip:port``, port 0 for any) and serve.
 
-    `add` adds the servicers, twice where both kinds of addresses are given; `service_names` are their full names, for reflection
-    and health; `bus` is told of calls. A unix socket is for its owner only (mode 0600) and its directory is made; what a dead
-    process left there is removed.
+    `add` adds the servicers, once for each kind of address; `service_names` are their full names, for reflection and health; `bus`
+    gets the events of calls. A unix socket is for its owner only (mode 0600); its directory is created, and a dead process's socket
+    replaced.
 
-    Raises `AddressError`, `ValueError` for what is no address.
-    """
+    Raises `AddressError`; `ValueError` for an invalid address."""
     addresses = [parse_address(address) for address in listen]
     if not addresses:
         raise ValueError("a server needs an address to listen on")
@@ -105,14 +100,14 @@ async def start_server(
 
 
 def _make_server(kind: type[UnixAddress | TcpAddress], bus: Bus) -> grpc.aio.Server:
-    if kind is UnixAddress:  # its peers are the host's own, and all of them one address
+    if kind is UnixAddress:  # all local callers count as one peer
         return grpc.aio.server(interceptors=[ErrorInterceptor(Calls(MAX_CALLS, MAX_CALLS), bus)], options=_SERVER_OPTIONS)
     options = (*_SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections()))
     return grpc.aio.server(interceptors=[ErrorInterceptor(Calls(), bus)], options=options)
 
 
 def _bind(server: grpc.aio.Server, address: UnixAddress | TcpAddress) -> str:
-    """Bind, and say what was bound."""
+    """Bind, and return the actual address."""
     if isinstance(address, UnixAddress):
         try:
             _make_way(address)
@@ -132,18 +127,20 @@ def _add_port(server: grpc.aio.Server, address: str) -> int:
     except RuntimeError:
         port = 0
     if port == 0:
-        raise AddressError(f"cannot listen on {address}: another process has it, or it is no address of this host (see: ss -lxtnp)")
+        raise AddressError(
+            f"cannot listen on {address}: another process has it, or it is not an address of this host (see: ss -lxtnp)"
+        )
     return port
 
 
 def _make_way(address: UnixAddress) -> None:
-    """Make the directory of the socket, and remove a socket on which nobody listens any more."""
+    """Create the directory of the socket, and remove a socket on which nobody listens."""
     path = Path(address.path)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists() and not path.is_symlink():
         return
     if not path.is_socket():
-        raise AddressError(f"cannot listen on {address}: there is a file in its place that is no socket")
+        raise AddressError(f"cannot listen on {address}: a file that is not a socket is in its place")
     if _answers(address.path):
         raise AddressError(f"cannot listen on {address}: another process listens there")
     path.unlink()
@@ -157,13 +154,13 @@ def _answers(path: str) -> bool:
         except (ConnectionRefusedError, FileNotFoundError):
             return False
         except OSError:
-            return True  # a full backlog or a missing right: somebody is there
+            return True  # a full backlog or a missing permission: somebody listens
     return True
 
 
 @contextlib.contextmanager
 def _private_files() -> Iterator[None]:
-    """Files that are made meanwhile are for their owner only: no moment in which another user could connect."""
+    """Create files for their owner only while the block runs, so that another user can never connect."""
     before = os.umask(0o177)
     try:
         yield

@@ -1,11 +1,10 @@
-"""`DroverError` to the wire and back.
+"""Conversion of a `DroverError` to the wire and back.
 
 On the wire an error is a `google.rpc.Status` in the trailing metadata: exactly one `ErrorInfo` (reason, domain ``drover``,
 metadata), and `RetryInfo`, `BadRequest`, `ResourceInfo`, `PreconditionFailure` where they help.
 
-gRPC peers drop a response whose metadata is over 8 KiB, and the message travels twice (as ``grpc-message``, percent
-encoded, and in the Status, in base64). So everything here is cut: what arrives short is better than what never arrives.
-"""
+gRPC peers drop a response whose metadata is over 8 KiB, and the message travels twice (as ``grpc-message``, percent encoded, and in
+the Status, in base64). So every part is cut: a short error is better than none."""
 
 import asyncio
 import contextlib
@@ -48,11 +47,11 @@ _RESOURCES: Mapping[Reason, tuple[str, str]] = {
     Reason.MIGRATION_EXISTS: ("migration", "migration_id"),
     Reason.RECORD_NOT_FOUND: ("record", "migration_id"),
 }
-"""Type of the resource that an error is about, and the key of the metadata that names it."""
+"""Type of the resource that an error is about, and the key of its name in the metadata."""
 
 
 def to_status(error: DroverError) -> status_pb2.Status:
-    """The error as `google.rpc.Status`, small enough to travel."""
+    """Return the error as `google.rpc.Status`, cut to the bounds above."""
     message = _cut_message(error.message)
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_cut_metadata(error.metadata))]
     return status_pb2.Status(
@@ -67,10 +66,9 @@ def trailing_metadata(status: status_pb2.Status) -> tuple[tuple[str, bytes], ...
 
 
 def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
-    """The error that the peer raised, or what the failure of the call says. `peer` names it and its address, for a person.
+    """Return the error that the peer raised, or one for gRPC's own status. `peer`: its name and address, for a person.
 
-    HOST_UNREACHABLE and DEADLINE_EXCEEDED tell nothing about the effect of the call: it may have happened.
-    """
+    After HOST_UNREACHABLE and DEADLINE_EXCEEDED the call may have taken effect."""
     status = _status_of(error)
     said = _error_info(status) if status is not None else None
     if status is not None and said is not None:
@@ -80,11 +78,10 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
 
 @contextlib.contextmanager
 def errors_of(peer: str) -> Iterator[None]:
-    """Turn what a call in this block raises into the error that it means. `peer` as in `error_from_rpc`.
+    """Convert what a call in this block raises to a `DroverError`. `peer` as in `error_from_rpc`.
 
-    gRPC raises CancelledError in the calls of a channel that is being closed, though nobody cancelled their tasks, and
-    UsageError in those that come later. A channel is closed when its agent has left the address: HOST_UNREACHABLE.
-    """
+    gRPC raises CancelledError in the calls of a channel that is being closed, though nobody cancelled their tasks, and UsageError in
+    later calls. A channel is closed when its agent has left the address: HOST_UNREACHABLE."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
@@ -148,7 +145,7 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _cut_message(message: str) -> str:
-    """Cut to `MAX_MESSAGE` bytes as they are on the wire, where everything but printable ASCII takes three."""
+    """Cut to `MAX_MESSAGE` bytes as encoded on the wire, where each byte that is not printable ASCII takes three."""
     text = _cut(message, MAX_MESSAGE)
     size = 0
     for index, character in enumerate(text):
@@ -183,7 +180,7 @@ def _status_of(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
 
 
 def _detail(status: status_pb2.Status, kind: type[_M]) -> _M | None:
-    """The first detail of that kind, if there is one that can be read."""
+    """Return the first detail of that kind; None if there is none, or it cannot be read."""
     for packed in status.details:
         detail = kind()
         if packed.Is(kind.DESCRIPTOR):
@@ -216,28 +213,24 @@ def _from_status(status: status_pb2.Status, info: error_details_pb2.ErrorInfo, c
 
 _BARE: Mapping[grpc.StatusCode, tuple[Reason, str]] = {
     grpc.StatusCode.UNAVAILABLE: (Reason.HOST_UNREACHABLE, "{peer} cannot be reached: {details}"),
-    grpc.StatusCode.DEADLINE_EXCEEDED: (
-        Reason.DEADLINE_EXCEEDED,
-        "{peer} did not answer in time; ask again for what came of it",
-    ),
-    # What a server says of the calls that it breaks off while it stops.
+    grpc.StatusCode.DEADLINE_EXCEEDED: (Reason.DEADLINE_EXCEEDED, "{peer} did not answer in time; the call may have taken effect"),
+    # From a server that stops.
     grpc.StatusCode.CANCELLED: (Reason.HOST_UNREACHABLE, "{peer} broke off the call: {details}"),
-    # What gRPC itself says of a message over 1 MiB.
+    # From gRPC itself for a message over 1 MiB.
     grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.FIELD_TOO_LARGE, "{peer} did not take the message: {details}"),
     grpc.StatusCode.UNIMPLEMENTED: (Reason.UNIMPLEMENTED, "{peer} does not know this call: {details}"),
 }
-"""What a call that failed without a word from Drover means."""
-
+"""Errors for status codes that come without Drover's details."""
 
 _ANSWER_TOO_LARGE: Final = re.compile(r"(?:SERVER: Sent|CLIENT: Received) message larger than max \((\d+) vs\. (\d+)\)")
-"""gRPC's words for an answer over the bound, on whichever side it was noticed; for a request, Sent and Received are swapped."""
+"""gRPC's text for an answer over the bound, from either side; for a request, Sent and Received are swapped."""
 
 
 def _without_details(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
     if sizes := _ANSWER_TOO_LARGE.search(error.details() or ""):
-        text = f"the answer of {peer} is too large to be taken: {sizes[1]} bytes; at most {sizes[2]} are allowed"
+        text = f"the answer of {peer} is too large: {sizes[1]} bytes; at most {sizes[2]} are allowed"
         return DroverError(Reason.FIELD_TOO_LARGE, text, metadata={"peer": peer, "size": sizes[1], "bound": sizes[2]})
-    # gRPC's own words end with the cause: "failed to connect to all addresses; last error: ...: Connection refused".
+    # gRPC's details end with the cause: "failed to connect to all addresses; last error: ...: Connection refused".
     code, details = error.code(), (error.details() or "no details").rpartition(": ")[2]
     reason, text = _BARE.get(code, (Reason.INTERNAL, "{peer} failed with {code}: {details}"))
     return DroverError(

@@ -106,4 +106,4 @@ async def test_6_29_no_request_is_answered_with_internal(made: Cluster, seed: in
         for line in daemon.log.read_text().splitlines():
             said = json.loads(line)
             assert "exception" not in said, said.get("exception") or line
-            assert said["event"] not in ("unforeseen error", "library message"), line
+            assert said["event"] not in ("unexpected error (bug)", "library message"), line

@@ -278,7 +278,7 @@ class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
         host.last_seen_time.FromSeconds(1_700_000_000)
         host.last_seen_age.FromSeconds(90)
         host.last_seen_by_wall_clock = name == "b"
-        host.unreachable_reason = "" if name == "a" else "the answer of unix:/b.sock is not taken: host.name has 999 bytes"
+        host.unreachable_reason = "" if name == "a" else "the answer of unix:/b.sock is refused: host.name has 999 bytes"
         host.clock_skew.FromSeconds(3600 if name == "b" else 0)
         return host
 

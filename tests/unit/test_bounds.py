@@ -212,7 +212,7 @@ def test_6_29_a_network_has_an_ip_address(address: str) -> None:
     network = host_pb2.Network(name="mig", address=address)
     error = refusal(cluster_pb2.RegisterHostRequest(host=host_pb2.Host(networks=[network]), agent_address="unix:/a"))
     assert (error.reason, error.metadata["field"]) == (Reason.INVALID_FIELD, "host.networks[0].address")
-    with pytest.raises(DroverError, match="no IP address"):
+    with pytest.raises(DroverError, match="not an IP address"):
         check_answer(host_pb2.GetHostResponse(host=host_pb2.Host(networks=[network])))
 
 

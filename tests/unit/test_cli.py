@@ -89,7 +89,7 @@ def test_detach(drover: Drover) -> None:
         ("waits", 4, ["b gave no slot within 60 s", 'guest: "waits" runs on a', "next: drover migration show "]),
         ("lost", 5, ["host b does not answer", 'guest: "lost" is on a or on b', "do not start the guest by hand"]),
         ("crash", 5, ["the guest's QEMU died", 'guest: "crash" runs nowhere: its QEMU on a died; start it again', "next: drover"]),
-        ("bug", 5, ["nobody foresaw", "next: it may have been started; ask: drover migration show"]),
+        ("bug", 5, ["unexpected error (bug)", "next: it may have been started; ask: drover migration show"]),
         ("x" * 300, 4, ["spec.domain: has 300 bytes; at most 253 are allowed", "untouched"]),
     ],
 )

@@ -49,7 +49,7 @@ def test_6_16_how_long_ago_is_what_the_server_says(drover: Drover) -> None:
 
 
 def test_6_19_an_answer_that_cannot_be_taken_is_not_told_as_silence(drover: Drover) -> None:
-    why = "the answer of unix:/b.sock is not taken: host.name has 999 bytes"
+    why = "the answer of unix:/b.sock is refused: host.name has 999 bytes"
     listed = drover("host", "list").stderr
     assert listed.startswith(f"b is unreachable: {why}\n")
     assert "a is" not in listed

@@ -82,7 +82,7 @@ def test_the_smallest_file_has_sound_defaults(tmp_path: Path) -> None:
         ),
         (
             'name = "a"\nnetworks = [{name = "m", address = "10.0.0.1"}, {name = "m", address = "10.0.0.2"}]',
-            'networks[1]: has the name "m" again',
+            'networks[1]: the name "m" is listed twice',
         ),
         ('name = "a"\n[peers]\nb = 3', "peers.b: expected str, got int"),
         ('name = "a"\n[peers]\nB = "127.0.0.1:1"', "peers.B: expected a name"),
@@ -91,7 +91,7 @@ def test_the_smallest_file_has_sound_defaults(tmp_path: Path) -> None:
         ('name = "a"\ncoordinator = "0.0.0.0:1"', "coordinator: "),
         ('name = "a"\nlisten = []', "listen: expected list of length >= 1"),
         ('name = "a"\nlisten = ["0.0.0.0:7400"]', "allow_insecure_tcp"),
-        ('name = "a"\nlisten = ["127.0.0.1:1", "127.0.0.1:1"]', 'listen[1]: has the address "127.0.0.1:1" again'),
+        ('name = "a"\nlisten = ["127.0.0.1:1", "127.0.0.1:1"]', 'listen[1]: the address "127.0.0.1:1" is listed twice'),
         ('name = "a"\nincoming_limit = -1', "incoming_limit: expected int >= 0"),
         ('name = "a"\nlease_seconds = "x"', "lease_seconds: expected float, got str"),
         ('name = "a"\nstate_dir = "here"', 'state_dir: expected an absolute path, got "here"'),
@@ -117,7 +117,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_tcp_beyond_loopback_only_when_it_was_allowed(tmp_path: Path) -> None:
     text = 'listen = ["10.91.0.9:7401"]'
-    with pytest.raises(ConfigError, match=r"listen\[0\]: .*mutual TLS is not there yet"):
+    with pytest.raises(ConfigError, match=r"listen\[0\]: .*this version has no mutual TLS"):
         load(write(tmp_path, text), CoordinatorConfig)
     assert load(write(tmp_path, text + "\nallow_insecure_tcp = true"), CoordinatorConfig).listen == ("10.91.0.9:7401",)
 
@@ -171,7 +171,7 @@ def test_6_05_the_wildcard_is_no_address(tmp_path: Path, address: str, hyperviso
 def test_6_05_an_agent_takes_guests_at_its_own_addresses_only(tmp_path: Path) -> None:
     """By the word of the kernel, when the agent starts."""
     foreign = NETWORK.format(hypervisor="libvirt", address="198.51.100.77")
-    with pytest.raises(ConfigError, match=r"198\.51\.100\.77 is no address of this host now"):
+    with pytest.raises(ConfigError, match=r"198\.51\.100\.77 is not an address of this host now"):
         check_networks(load(write(tmp_path, foreign), AgentConfig))
     check_networks(load(write(tmp_path, foreign.replace("libvirt", "sim")), AgentConfig))
 

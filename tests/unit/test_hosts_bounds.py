@@ -33,7 +33,7 @@ async def test_6_25_an_agent_whose_word_is_too_large_is_not_heard(registry: Host
     await until(store, "alpha", lambda known: known.state == UNREACHABLE)
     known = await registry.get("alpha")
     assert len(known.host.hypervisor) < 300
-    assert "is not taken: host: has 200028 bytes" in known.unreachable_reason  # the reason says that it answers, but too much
+    assert "is refused: host: has 200028 bytes" in known.unreachable_reason  # the reason says that it answers, but too much
     agent.change(hypervisor="QEMU")
     await register(registry, agent)
     assert not (await until(store, "alpha", lambda known: known.state == UP)).unreachable_reason

@@ -184,7 +184,7 @@ async def test_a_stale_socket_is_replaced_and_a_file_is_not(tmp_path: Path) -> N
     server = await start_server([f"unix:{path}"], lambda _: None, [], Bus())
     await server.stop(0)
     path.write_text("precious")
-    with pytest.raises(AddressError, match="no socket"):
+    with pytest.raises(AddressError, match="not a socket"):
         await start_server([f"unix:{path}"], lambda _: None, [], Bus())
     assert path.read_text() == "precious"
 

@@ -151,7 +151,7 @@ async def test_a_cookie_that_is_too_large_never_reaches_the_hypervisor(far: Far)
     assert "perform" not in far.pair.source.effects
     assert driver.view.failure is not None
     assert driver.view.failure.reason is Reason.FIELD_TOO_LARGE
-    assert driver.view.failure.message == "the answer of h2 is not taken: cookie_out: has 900000 bytes; at most 65536 are allowed"
+    assert driver.view.failure.message == "the answer of h2 is refused: cookie_out: has 900000 bytes; at most 65536 are allowed"
     assert driver.view.failure.metadata == {"field": "cookie_out", "bound": "65536", "size": "900000", "peer": "h2"}
 
 
