@@ -136,8 +136,7 @@ class Client:
         `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the destination; empty: proposed
         by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `Options`. `slot_wait`: seconds for which it may wait
         for a slot of a destination that is busy or unreachable; 0: such a destination raises `Busy` or `Unreachable`.
-        `migration_id`: a UUID chosen by the caller; empty: a new one. Repeating the call with the same id is safe, and right after
-        `Unreachable`.
+        `migration_id`: yours, a UUID; empty: a new one. Repeating the call with the same id is safe, also after `Unreachable`.
         """
         spec = migration_pb2.MigrationSpec(
             domain=domain,
