@@ -1,6 +1,7 @@
 """agent.handshake.machines.decide: the calls for every pair of records."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -163,3 +164,19 @@ def test_a_destination_that_is_back_is_given_time_to_learn_that_an_operators_wor
         assert decide(Src.RESUMING, Dst.RUNNING, cancel=cancel, by_statement=True) == {Call.CONFIRM_GONE}
         assert decide(Src.PERFORMED, Dst.RUNNING, cancel=cancel, by_statement=True) == {Call.CONFIRM_RUNNING}
     assert not ended(Src.KEPT, Dst.RUNNING)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "overtaken", "acted_on"),
+    [
+        (None, Dst.GONE, {"source"}, (Src.KEPT, Dst.GONE)),
+        (None, Dst.RESERVED, {"source"}, (Src.KEPT, Dst.RESERVED)),
+        (None, Dst.RUNNING, {"source"}, (Src.REMOVED, Dst.RUNNING)),  # it removed its copy, and its record is gone since
+        (Src.PERFORMED, Dst.ARMED, {"source"}, (Src.PERFORMED, Dst.ARMED)),
+        (Src.BEGUN, None, {"destination"}, (Src.BEGUN, Dst.GONE)),
+        (Src.REMOVED, None, {"destination"}, (Src.REMOVED, Dst.RUNNING)),
+        (None, None, {"source", "destination"}, (Src.KEPT, Dst.GONE)),
+    ],
+)
+def test_7_a_side_that_a_later_attempt_has_overtaken(src: Any, dst: Any, overtaken: set[str], acted_on: Any) -> None:
+    assert assume(src, dst, source_dead=False, destination_dead=False, overtaken=overtaken) == acted_on

@@ -9,7 +9,7 @@ from agent.handshake.drive.driver import Driver
 from agent.runtime.errors import Reason
 from agent.runtime.events import Bus
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.unit.asking import CANCELLED, PATIENCE, REF, finished, make_plan, statement, until
+from tests.unit.asking import CANCELLED, ID, PATIENCE, REF, begin, finished, make_plan, statement, until
 from tests.unit.clocks import QUICK
 from tests.unit.two_agents import Line, Pair, pair_of_agents
 
@@ -389,3 +389,16 @@ async def test_a_lease_ends_a_copy_whose_source_does_not_send() -> None:
         running.cancel()
         await asyncio.wait({running})
         await pair.are("begun", "gone")
+
+
+async def test_7_an_attempt_that_a_later_one_has_overtaken_ends(pair: Pair) -> None:
+    """Somebody else began a later attempt at the source, which therefore takes no call of this one, and has no record of it."""
+    later = pb.AttemptRef(migration_id=ID, attempt=2)
+    await pair.source.engine.begin(begin(ref=later))
+    await pair.source.engine.abort(pb.AbortRequest(ref=later))
+    await pair.source.reaches("kept", ref=later)
+    driver = pair.driver()
+    await finished(driver)
+    assert driver.view.failure is not None
+    assert (driver.view.failure.reason, driver.view.overtaken) == (Reason.STALE_ATTEMPT, {"source"})
+    await pair.destination.reaches("gone")

@@ -276,7 +276,9 @@ class Driver:
         try:
             saw((await peer.get_record(pb.GetRecordRequest(ref=self.view.ref))).record)
         except DroverError as error:
-            if error.reason is not Reason.RECORD_NOT_FOUND:
+            if error.reason is Reason.STALE_ATTEMPT:
+                self.view.overtaken.add(side)
+            elif error.reason is not Reason.RECORD_NOT_FOUND:
                 raise
             self.view.heard(side)
 

@@ -70,6 +70,8 @@ class View:
         self.waiting_for = ""
         self.silent_since: dict[str, float] = {}
         """Sides that do not answer at all, with the time of the first missed answer by `time.monotonic`."""
+        self.overtaken: set[str] = set()
+        """Sides that answered STALE_ATTEMPT to the question for their record: see `decide.assume`."""
         self._vouched: dict[str, float] = {}
         self.statements: dict[str, pb.Statement] = {}
         """Statements about sides that were declared dead and have not answered since."""
@@ -94,7 +96,11 @@ class View:
         """The states to act on: those of the records, corrected by `assume` for sides that are silent and declared dead."""
         dead = self.statements.keys() & self.silent_since.keys()
         return assume(
-            self.source_state, self.destination_state, source_dead="source" in dead, destination_dead="destination" in dead
+            self.source_state,
+            self.destination_state,
+            source_dead="source" in dead,
+            destination_dead="destination" in dead,
+            overtaken=self.overtaken,
         )
 
     @property

@@ -4,6 +4,7 @@ They keep no state. So two drivers at once are harmless, a restarted driver goes
 over from a dead driver uses the same functions.
 """
 
+from collections.abc import Collection
 from enum import StrEnum
 
 from agent.handshake.machines.destination import DestinationState as Dst
@@ -33,15 +34,21 @@ def ended(src: Src | None, dst: Dst | None) -> bool:
     return (src, dst) in _END_STATES
 
 
-def assume(src: Src | None, dst: Dst | None, *, source_dead: bool, destination_dead: bool) -> tuple[Src | None, Dst | None]:
+def assume(
+    src: Src | None, dst: Dst | None, *, source_dead: bool, destination_dead: bool, overtaken: Collection[str] = ()
+) -> tuple[Src | None, Dst | None]:
     """Return the states to act on if a host was declared dead, or the destination's state follows from the source's: a source
     that removes its copy has read the commit from the destination. A known commit stays a commit, whoever is dead.
+
+    `overtaken`: sides that know a later attempt and have no record of this one: it has ended there, or can never begin.
     """
     if src in (Src.REMOVING, Src.REMOVED) and dst is not Dst.GONE:
         dst = Dst.RUNNING
     if destination_dead and dst is not Dst.RUNNING:
         dst = Dst.GONE
-    if source_dead:
+    if dst is None and "destination" in overtaken:
+        dst = Dst.GONE
+    if source_dead or (src is None and "source" in overtaken):
         src = Src.REMOVED if dst is Dst.RUNNING else Src.KEPT
     return src, dst
 
