@@ -1,40 +1,17 @@
-"""Configuration files: TOML, checked completely before anything starts; errors name the key and what is expected. `load` reads any
-daemon's file; `AgentConfig` is the agent's."""
+"""The agent's configuration file; read it with `agent.runtime.configuration.load`."""
 
 import ipaddress
-import tomllib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from agent.migration.fencing import FencingConfig
 from agent.network.uri import address_problem
-from agent.runtime.address import TcpAddress, parse_address
-from agent.runtime.config_errors import KeyProblem, explain
+from agent.runtime.address import parse_address
+from agent.runtime.config_errors import KeyProblem
+from agent.runtime.configuration import Name, Port, check_address, check_listen, check_path, check_unique
 from agent.runtime.log import LogLevel
-
-T = TypeVar("T", bound=msgspec.Struct)
-
-NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?\Z"
-MAX_NAME: Final = 63
-
-Name = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=NAME_PATTERN,
-        max_length=MAX_NAME,
-        description='a name: at most 63 of a-z, 0-9, "." and "-", beginning and ending with a letter or digit',
-    ),
-]
-"""Name of a host, a network or a coordinator."""
-
-Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-
-
-class ConfigError(Exception):
-    """An invalid configuration; the message names the file, the key and what is expected."""
 
 
 class LibvirtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,7 +91,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             check_address(key, address)
         if self.hypervisor != "sim":
             self._check_network_addresses()
-        _check_unique("networks", [network.name for network in self.networks], "name")
+        check_unique("networks", [network.name for network in self.networks], "name")
         if self.name in self.peers:
             raise KeyProblem(f"peers.{self.name}", "is this host itself")
 
@@ -136,70 +113,3 @@ def _addresses(config: AgentConfig) -> Iterator[tuple[str, str]]:
     yield from ((f"peers.{name}", address) for name, address in config.peers.items())
     optional = {"advertise": config.advertise, "coordinator": config.coordinator}
     yield from ((key, address) for key, address in optional.items() if address)
-
-
-def check_listen(listen: Sequence[str], allow_insecure_tcp: bool) -> None:
-    """Raise `KeyProblem` unless the addresses to listen on are valid and distinct, and no TCP beyond loopback unless allowed."""
-    for index, text in enumerate(listen):
-        key = f"listen[{index}]"
-        address = check_address(key, text, port_zero=True)
-        if isinstance(address, TcpAddress) and not address.host.is_loopback and not allow_insecure_tcp:
-            raise KeyProblem(
-                key,
-                f'"{text}" is open to the network, and this version has no mutual TLS; '
-                'listen on "unix:/path" or loopback, or set allow_insecure_tcp = true on a network that you trust',
-            )
-    _check_unique("listen", [text for text in listen if not text.endswith(":0")])
-
-
-def check_address(key: str, text: str, *, port_zero: bool = False) -> object:
-    """Return the parsed address. Raises `KeyProblem`; without `port_zero` also for port 0 and the wildcard, which nobody can
-    call."""
-    try:
-        address = parse_address(text)
-    except ValueError as error:
-        raise KeyProblem(key, str(error)) from None
-    if isinstance(address, TcpAddress) and not port_zero and (address.port == 0 or address.host.is_unspecified):
-        raise KeyProblem(key, f'"{text}" cannot be connected to; expected an address of a host, and its port')
-    return address
-
-
-def check_path(key: str, path: str) -> None:
-    if not Path(path).is_absolute() or "\0" in path:
-        raise KeyProblem(key, f'expected an absolute path, got "{path}"')
-
-
-def make_state_dir(path: str) -> Path:
-    """Create the directory, for its owner only. Raises `ConfigError`."""
-    try:
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"state_dir {path} cannot be created: {error.strerror}") from error
-    return Path(path)
-
-
-def _check_unique(key: str, values: Sequence[str], what: str = "address") -> None:
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise KeyProblem(f"{key}[{index}]", f'the {what} "{value}" is listed twice')
-
-
-def load(path: str | Path, kind: type[T]) -> T:
-    """Read a file and check it against `kind`. Raises `ConfigError`."""
-    try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text: byte {error.start} is wrong") from error
-    return convert(data, kind, str(path))
-
-
-def convert(data: dict[str, Any], kind: type[T], where: str) -> T:
-    """Check parsed tables against `kind`. `where`: the file, for the error. Raises `ConfigError`."""
-    try:
-        return msgspec.convert(data, kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, data, kind)}") from error

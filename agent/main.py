@@ -11,7 +11,7 @@ import grpc.aio
 import structlog
 
 from agent.admission.slots import Slots
-from agent.config import AgentConfig, ConfigError, NetworkConfig, convert, load, make_state_dir
+from agent.config import AgentConfig, NetworkConfig
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.engine import Engine
 from agent.handshake.host.heard import Heard
@@ -25,6 +25,7 @@ from agent.migration.migrations import Migrations
 from agent.migration.takeover import take_over_silent
 from agent.network.interfaces import is_own
 from agent.runtime.backoff import HYPERVISOR, Pauses
+from agent.runtime.configuration import ConfigError, convert, load, make_state_dir
 from agent.runtime.daemon import run_until_stopped
 from agent.runtime.event_log import events_logged
 from agent.runtime.events import Bus, HostChanged

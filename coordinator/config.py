@@ -1,14 +1,12 @@
-"""The coordinator's configuration file; read it with `load`."""
+"""The coordinator's configuration file; read it with `agent.runtime.configuration.load`."""
 
 from typing import Annotated
 
 import msgspec
 
-from agent.config import ConfigError, Name, check_listen, check_path, load
 from agent.migration.fencing import FencingConfig
+from agent.runtime.configuration import Name, check_listen, check_path
 from agent.runtime.log import LogLevel
-
-__all__ = ["ConfigError", "CoordinatorConfig", "load"]
 
 
 class CoordinatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -8,15 +8,15 @@ from typing import Final
 import grpc.aio
 import structlog
 
-from agent.config import make_state_dir
 from agent.migration.migrations import Migrations
+from agent.runtime.configuration import load, make_state_dir
 from agent.runtime.daemon import run_until_stopped
 from agent.runtime.event_log import events_logged
 from agent.runtime.events import Bus
 from agent.runtime.log import logging_to_stderr
 from agent.service import migration_service
 from agent.service.server import Server, start_server
-from coordinator.config import CoordinatorConfig, load
+from coordinator.config import CoordinatorConfig
 from coordinator.hosts import host_service
 from coordinator.hosts.directory import ClusterDirectory
 from coordinator.hosts.hosts import HostRegistry

@@ -1,12 +1,16 @@
-"""Rewrites msgspec's validation errors for the person who edits the configuration file."""
+"""Says which key of a configuration is wrong, what is expected there, and what stands there."""
 
 import difflib
-import re
+import reprlib
 import types
-import typing
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
+from msgspec.structs import FieldInfo
+
+_TOML = {"`": "", " | null": "", "array": "list", "object": "table"}
+"""What to write for msgspec's words, which are JSON's."""
 
 
 class KeyProblem(ValueError):  # noqa: N818 - msgspec wraps it into its own error
@@ -17,85 +21,68 @@ class KeyProblem(ValueError):  # noqa: N818 - msgspec wraps it into its own erro
         self.key = key
 
 
-_AT = re.compile(r" - at (?P<key>`key` in )?`\$\.?(?P<path>.*?)`$")
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<key>.*)`$")
-_MISSING = re.compile(r"Object missing required field `(?P<key>.*)`$")
-_STEP = re.compile(r"\[(?P<index>[^\]]*)\]|(?P<name>[^.\[]+)")
+def explain(error: msgspec.ValidationError, value: Any, kind: Any, path: str = "") -> str:
+    """Return one sentence that begins with the full path of the key, such as ``networks[0].address``.
 
-
-def explain(error: msgspec.ValidationError, data: Any, kind: type) -> str:
-    """Return one sentence that begins with the full path of the key, such as ``networks[0].address``."""
-    text = str(error)
-    at = _AT.search(text)
-    text = text[: at.start()] if at else text
-    raw_path = at["path"] + ("[...]" if at["key"] else "") if at else ""
-    path, at_type = _resolve(raw_path, data, kind)
+    `error` is what `msgspec.convert` raised for `value` and `kind`. It has the path only as text, and without the keys of tables.
+    So this looks for the first item or key that cannot be converted by itself, and goes on inside it.
+    """
+    kind, description = _plain(kind)
+    fields = _fields(kind)
+    if isinstance(value, dict) and fields:
+        if unknown := [key for key in value if key not in fields]:
+            return f"{_join(path, unknown[0])}: unknown key{_suggestion(unknown[0], list(fields))}"
+        if missing := [name for name, field in fields.items() if field.required and name not in value]:
+            return f"{_join(path, missing[0])}: is required and missing"
+    for part_path, part, part_kind in _parts(path, value, kind):
+        try:
+            msgspec.convert(part, part_kind)
+        except msgspec.ValidationError as part_error:
+            return explain(part_error, part, part_kind, part_path)
     if isinstance(error.__cause__, KeyProblem):
-        return f"{_join(path, error.__cause__.key)}: {text}"
-    if unknown := _UNKNOWN.match(text):
-        return f"{_join(path, unknown['key'])}: unknown key{_suggestion(unknown['key'], _plain(at_type))}"
-    if missing := _MISSING.match(text):
-        return f"{_join(path, missing['key'])}: is required and missing"
-    return f"{path}: {_expectation(text, at_type)}"
+        return f"{_join(path, error.__cause__.key)}: {error}"
+    text = str(error)
+    for words, ours in _TOML.items():
+        text = text.replace(words, ours)
+    expected, got, what = text.partition(", got ")
+    if get_origin(kind) is Literal:
+        expected, what = f"expected one of {', '.join(map(repr, get_args(kind)))}", ""
+    elif description and not got:
+        expected = f"expected {description}"
+    return f"{path}: {expected[0].lower()}{expected[1:]}, got {what or reprlib.repr(value)}"
+
+
+def _parts(path: str, value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield path, value and type of each item of a list, and of each key and each value of a table."""
+    args = get_args(kind)
+    if isinstance(value, list) and get_origin(kind) is tuple:
+        yield from ((f"{path}[{index}]", item, args[0]) for index, item in enumerate(value))
+    elif isinstance(value, dict) and get_origin(kind) is dict:
+        for key, item in value.items():
+            yield _join(path, key), key, args[0]
+            yield _join(path, key), item, args[1]
+    elif isinstance(value, dict):
+        yield from ((_join(path, name), value[name], field.type) for name, field in _fields(kind).items() if name in value)
+
+
+def _fields(kind: Any) -> dict[str, FieldInfo]:
+    """Return the fields of a struct by name; none for another type."""
+    is_struct = isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    return {field.name: field for field in msgspec.structs.fields(kind)} if is_struct else {}
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _suggestion(key: str, struct: Any) -> str:
-    names: tuple[str, ...] = getattr(struct, "__struct_fields__", ())
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    return f'; did you mean "{close[0]}"?' if close else f"; known here: {', '.join(names)}"
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f'; did you mean "{close[0]}"?' if close else f"; known here: {', '.join(known)}"
 
 
-def _expectation(text: str, at_type: Any) -> str:
-    """Return what the type allows, from its description where it has one, else from msgspec's text."""
-    for part in (at_type, *typing.get_args(at_type)):
-        for meta in getattr(part, "__metadata__", ()):
-            if isinstance(meta, msgspec.Meta) and meta.description and "got" not in text:
-                return f"expected {meta.description}"
-    plain = _plain(at_type)
-    if typing.get_origin(plain) is typing.Literal:
-        return f"expected one of {', '.join(repr(value) for value in typing.get_args(plain))}; {text[0].lower()}{text[1:]}"
-    return f"{text[0].lower()}{text[1:]}".replace("`", "").replace("array", "list")
-
-
-def _resolve(path: str, data: Any, kind: Any) -> tuple[str, Any]:
-    """Return the path with the keys that msgspec leaves out (it writes ``[...]``), and the type at its end."""
-    found = ""
-    for step in _STEP.finditer(path):
-        kind = _plain(kind)
-        if step["name"]:
-            key: Any = step["name"]
-            kind = typing.get_type_hints(kind, include_extras=True).get(key, Any)
-            found = _join(found, key)
-        elif step["index"].isdigit():
-            key = int(step["index"])
-            kind = typing.get_args(kind)[0]
-            found = f"{found}[{key}]"
-        else:
-            key, kind = _wrong_item(data, *typing.get_args(kind))
-            found = _join(found, key)
-        data = data[key] if isinstance(data, list) or (isinstance(data, dict) and key in data) else None
-    return found, kind
-
-
-def _wrong_item(data: Any, key_type: Any, value_type: Any) -> tuple[str, Any]:
-    """Return the first key of a table that is wrong or has a wrong value, and the type that was expected."""
-    for key, value in data.items():
-        for item, kind in ((key, key_type), (value, value_type)):
-            try:
-                msgspec.convert(item, kind)
-            except msgspec.ValidationError:
-                return key, kind
-    return "...", value_type
-
-
-def _plain(kind: Any) -> Any:
-    """Return the type without `Annotated` and without the None of an optional."""
-    if hasattr(kind, "__metadata__"):
-        return _plain(kind.__origin__)
-    if isinstance(kind, types.UnionType):
-        return _plain(next(arg for arg in typing.get_args(kind) if arg is not type(None)))
-    return kind
+def _plain(kind: Any) -> tuple[Any, str]:
+    """Return the type without `Annotated` and without the None of an optional, and its description."""
+    if get_origin(kind) in (Union, types.UnionType):
+        kind = next(arg for arg in get_args(kind) if arg is not type(None))
+    metas = getattr(kind, "__metadata__", ())
+    return kind.__origin__ if metas else kind, next((meta.description for meta in metas if meta.description), "")

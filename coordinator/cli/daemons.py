@@ -26,7 +26,7 @@ def coordinator(config: str) -> None:
 
 
 def _run(module: str, config: str) -> None:
-    config_error = importlib.import_module("agent.config").ConfigError
+    config_error = importlib.import_module("agent.runtime.configuration").ConfigError
     address_error = importlib.import_module("agent.service.server").AddressError
     drover_error = importlib.import_module("agent.runtime.errors").DroverError  # a journal or store that cannot be used
     try:

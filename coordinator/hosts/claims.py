@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from agent.config import MAX_NAME, NAME_PATTERN
 from agent.runtime.address import parse_address
 from agent.runtime.backoff import PROOF, Clock
 from agent.runtime.breaker import Breaker
+from agent.runtime.configuration import MAX_NAME, NAME_PATTERN
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel

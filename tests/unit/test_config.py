@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import AgentConfig, ConfigError, load
+from agent.config import AgentConfig
+from agent.hypervisor.sim.config import SimConfig
 from agent.main import check_networks
 from agent.runtime.address import parse_address
+from agent.runtime.configuration import ConfigError, load
 from coordinator.config import CoordinatorConfig
 
 FULL = """
@@ -65,7 +67,7 @@ def test_the_smallest_file_has_sound_defaults(tmp_path: Path) -> None:
         ('nmae = "a"', 'nmae: unknown key; did you mean "name"?'),
         ('name = "a"\nzzz = 1', "zzz: unknown key; known here: name, listen,"),
         ("", "name: is required and missing"),
-        ('name = "A b"', "name: expected a name: at most 63"),
+        ('name = "A b"', "beginning and ending with a letter or digit, got 'A b'"),
         (f'name = "{"a" * 64}"', "name: expected a name: at most 63"),
         ("name = 3", "name: expected str, got int"),
         ('name = "a"\nhypervisor = "xen"', "hypervisor: expected one of 'libvirt', 'sim'"),
@@ -105,6 +107,35 @@ def test_each_mistake_names_file_key_and_what_is_expected(tmp_path: Path, text: 
         load(file, AgentConfig)
     assert str(caught.value).startswith(f"{file}: ")
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('host_uuid = "x"\nports = [1, 0]', "ports[1]: expected int >= 1, got 0"),
+        ('host_uuid = "x"\nports = [1]', "ports: expected list of length 2, got 1"),
+        ('host_uuid = "x"\nports = {first = 1}', "ports: expected list, got table"),
+        ('host_uuid = "x"\nlatencies = 3', "latencies: expected table, got int"),
+        ('host_uuid = "x"\nmax_downtime = "1"', "max_downtime: expected float, got str"),
+        ('host_uuid = "x"\nprofile = "xen"', "profile: expected one of 'qemu', got 'xen'"),
+        ('host_uuid = "x"\nfail_next = {prepare = 3}', "fail_next.prepare: expected str, got int"),
+        (
+            'host_uuid = "x"\nguests = [{name = "a"}, {name = "b", working_set = -1}]',
+            "guests[1].working_set: expected int >= 0, got -1",
+        ),
+        ('host_uuid = "x"\nguests = [{name = "a"}, 3]', "guests[1]: expected table, got int"),
+        ('host_uuid = "x"\nguests = [{name = "a"}, {nam = "b"}]', 'guests[1].nam: unknown key; did you mean "name"?'),
+        (
+            f'host_uuid = "x"\nguests = [{{name = "{"a" * 999}"}}]',
+            "guests[0].name: expected str of length <= 253, got 'aaaaaaaaaaaa...a",
+        ),
+    ],
+)
+def test_7_a_mistake_deep_in_a_file_has_its_path_and_what_stands_there(tmp_path: Path, text: str, says: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(file, SimConfig)
+    assert str(caught.value).startswith(f"{file}: {says}")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

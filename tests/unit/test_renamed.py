@@ -2,8 +2,8 @@
 
 import pytest
 
-from agent.config import ConfigError
 from agent.main import check_name
+from agent.runtime.configuration import ConfigError
 from agent.runtime.errors import Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from tests.unit.asking import REF, confirm, fails, reserve, statement
