@@ -18,20 +18,20 @@ GUEST_NAME_FIELD_NUMBER: builtins.int
 MAY_BE_NEGATIVE_FIELD_NUMBER: builtins.int
 MAX_SECONDS_FIELD_NUMBER: builtins.int
 max_bytes: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
-"""Upper bound of a field, in bytes of its encoded value (each item, in a repeated field). A message without it is bounded by its
-fields, but for those that the receiver does not know.
+"""Upper bound of a field, in bytes of its encoded value (of each item, in a repeated field). A message without it is bounded by its
+known fields only.
 """
 max_items: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
 """Upper bound of the number of items of a repeated field or map."""
 reserved_for_later: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]
-"""Nothing honours this field yet: a request that sets it is refused with UNSUPPORTED_FIELD, never obeyed by half."""
+"""Not implemented yet: a request that sets the field is refused with UNSUPPORTED_FIELD."""
 required: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]
 """An empty value is refused with INVALID_FIELD."""
 guest_name: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]
-"""A name that a guest shall have on a host. What no host takes is refused with INVALID_FIELD: "/", ".", "..", control
-characters, more than 243 bytes. Empty is right unless `required`.
+"""Name of a guest. A name that no host accepts is refused with INVALID_FIELD: "/", ".", "..", control characters, more than 243 bytes.
+May be empty unless `required`.
 """
 may_be_negative: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.bool]
-"""A number or duration that may be negative. Of others a negative value is refused in a request, and counts as not told in an answer."""
+"""A number or duration that may be negative. Any other negative value is refused in a request, and counts as not set in an answer."""
 max_seconds: extension_dict._ExtensionFieldDescriptor[descriptor_pb2.FieldOptions, builtins.int]
 """Upper bound of a duration, in seconds."""

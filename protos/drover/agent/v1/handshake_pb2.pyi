@@ -30,7 +30,6 @@ class _RecordState:
 class _RecordStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_RecordState.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     RECORD_STATE_UNSPECIFIED: _RecordState.ValueType  # 0
-    """Not said."""
     RECORD_STATE_RESERVED: _RecordState.ValueType  # 1
     """Destination: the slot is leased."""
     RECORD_STATE_PREPARING: _RecordState.ValueType  # 2
@@ -38,13 +37,13 @@ class _RecordStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_RecordStat
     RECORD_STATE_PREPARED: _RecordState.ValueType  # 3
     """Destination: the copy waits for the memory."""
     RECORD_STATE_ARMED: _RecordState.ValueType  # 4
-    """Destination: the guest may start here at any moment; only this record can say whether it did."""
+    """Destination: the guest may start here at any moment; only this record can tell whether it did."""
     RECORD_STATE_RUNNING: _RecordState.ValueType  # 5
-    """Destination: decided, the guest runs here. The copy at the source may only be removed. Final."""
+    """Destination: decided, the guest runs here. The copy at the source must not run again. Final."""
     RECORD_STATE_ABANDONING: _RecordState.ValueType  # 6
     """Destination: the copy is being given up."""
     RECORD_STATE_GONE: _RecordState.ValueType  # 7
-    """Destination: decided, there is no copy here and none will come of this attempt. Final."""
+    """Destination: decided, there is no copy here, and this attempt will make none. Final."""
     RECORD_STATE_BEGINNING: _RecordState.ValueType  # 8
     """Source: Begin is under way."""
     RECORD_STATE_BEGUN: _RecordState.ValueType  # 9
@@ -58,17 +57,15 @@ class _RecordStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_RecordStat
     RECORD_STATE_REMOVED: _RecordState.ValueType  # 13
     """Source: there is no copy here any more. Final."""
     RECORD_STATE_RESUMING: _RecordState.ValueType  # 14
-    """Source: the guest is being let run on here."""
+    """Source: the guest is being resumed here."""
     RECORD_STATE_KEPT: _RecordState.ValueType  # 15
     """Source: the guest stayed here; this attempt is over. Final."""
     RECORD_STATE_LOST: _RecordState.ValueType  # 16
-    """Source: the guest's own process died here during the transfer; the destination says whether it got everything before that."""
+    """Source: the guest's process died here during the transfer; the destination decides, by whether everything had arrived before."""
 
-class RecordState(_RecordState, metaclass=_RecordStateEnumTypeWrapper):
-    """State of an attempt on one host."""
+class RecordState(_RecordState, metaclass=_RecordStateEnumTypeWrapper): ...
 
 RECORD_STATE_UNSPECIFIED: RecordState.ValueType  # 0
-"""Not said."""
 RECORD_STATE_RESERVED: RecordState.ValueType  # 1
 """Destination: the slot is leased."""
 RECORD_STATE_PREPARING: RecordState.ValueType  # 2
@@ -76,13 +73,13 @@ RECORD_STATE_PREPARING: RecordState.ValueType  # 2
 RECORD_STATE_PREPARED: RecordState.ValueType  # 3
 """Destination: the copy waits for the memory."""
 RECORD_STATE_ARMED: RecordState.ValueType  # 4
-"""Destination: the guest may start here at any moment; only this record can say whether it did."""
+"""Destination: the guest may start here at any moment; only this record can tell whether it did."""
 RECORD_STATE_RUNNING: RecordState.ValueType  # 5
-"""Destination: decided, the guest runs here. The copy at the source may only be removed. Final."""
+"""Destination: decided, the guest runs here. The copy at the source must not run again. Final."""
 RECORD_STATE_ABANDONING: RecordState.ValueType  # 6
 """Destination: the copy is being given up."""
 RECORD_STATE_GONE: RecordState.ValueType  # 7
-"""Destination: decided, there is no copy here and none will come of this attempt. Final."""
+"""Destination: decided, there is no copy here, and this attempt will make none. Final."""
 RECORD_STATE_BEGINNING: RecordState.ValueType  # 8
 """Source: Begin is under way."""
 RECORD_STATE_BEGUN: RecordState.ValueType  # 9
@@ -96,11 +93,11 @@ RECORD_STATE_REMOVING: RecordState.ValueType  # 12
 RECORD_STATE_REMOVED: RecordState.ValueType  # 13
 """Source: there is no copy here any more. Final."""
 RECORD_STATE_RESUMING: RecordState.ValueType  # 14
-"""Source: the guest is being let run on here."""
+"""Source: the guest is being resumed here."""
 RECORD_STATE_KEPT: RecordState.ValueType  # 15
 """Source: the guest stayed here; this attempt is over. Final."""
 RECORD_STATE_LOST: RecordState.ValueType  # 16
-"""Source: the guest's own process died here during the transfer; the destination says whether it got everything before that."""
+"""Source: the guest's process died here during the transfer; the destination decides, by whether everything had arrived before."""
 
 class _Decision:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -113,7 +110,7 @@ class _DecisionEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Decision.Valu
     DECISION_RUNNING: _Decision.ValueType  # 1
     """The guest runs at the destination."""
     DECISION_GONE: _Decision.ValueType  # 2
-    """There is no copy at the destination and none will come of this attempt."""
+    """There is no copy at the destination, and this attempt will make none."""
 
 class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
     """The decision that the destination's record holds."""
@@ -123,7 +120,7 @@ DECISION_UNSPECIFIED: Decision.ValueType  # 0
 DECISION_RUNNING: Decision.ValueType  # 1
 """The guest runs at the destination."""
 DECISION_GONE: Decision.ValueType  # 2
-"""There is no copy at the destination and none will come of this attempt."""
+"""There is no copy at the destination, and this attempt will make none."""
 
 class _GuestState:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -132,9 +129,8 @@ class _GuestState:
 class _GuestStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_GuestState.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     GUEST_STATE_UNSPECIFIED: _GuestState.ValueType  # 0
-    """Not said yet."""
+    """Not reported yet."""
     GUEST_STATE_RUNNING: _GuestState.ValueType  # 1
-    """Its CPUs run."""
     GUEST_STATE_PAUSED: _GuestState.ValueType  # 2
     """It exists and does not run; see reason."""
     GUEST_STATE_WAITING: _GuestState.ValueType  # 3
@@ -149,12 +145,11 @@ class _GuestStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_GuestState.
     """Another state; see reason."""
 
 class GuestState(_GuestState, metaclass=_GuestStateEnumTypeWrapper):
-    """What a hypervisor said last of a guest on its host."""
+    """State of a guest on one host, as the hypervisor last reported it."""
 
 GUEST_STATE_UNSPECIFIED: GuestState.ValueType  # 0
-"""Not said yet."""
+"""Not reported yet."""
 GUEST_STATE_RUNNING: GuestState.ValueType  # 1
-"""Its CPUs run."""
 GUEST_STATE_PAUSED: GuestState.ValueType  # 2
 """It exists and does not run; see reason."""
 GUEST_STATE_WAITING: GuestState.ValueType  # 3
@@ -179,8 +174,8 @@ class AttemptRef(message.Message):
     migration_id: builtins.str
     """UUID that the client chose for the migration."""
     attempt: builtins.int
-    """1 for the first attempt. A host that knows a newer attempt refuses an older one; and a newer one where the older moved the guest,
-    or has something left to do (WRONG_PHASE).
+    """1 for the first attempt. A host refuses an older attempt than it knows (STALE_ATTEMPT), and a newer one if the older has moved the
+    guest, or has something left to do (WRONG_PHASE).
     """
     def __init__(
         self,
@@ -196,8 +191,6 @@ class AttemptRef(message.Message):
 
 @typing.final
 class PhaseTiming(message.Message):
-    """How long one phase took on one host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     PHASE_FIELD_NUMBER: builtins.int
@@ -211,9 +204,7 @@ class PhaseTiming(message.Message):
         """When it began, by the host's clock."""
 
     @builtins.property
-    def duration(self) -> duration_pb2.Duration:
-        """From its beginning to its end."""
-
+    def duration(self) -> duration_pb2.Duration: ...
     @builtins.property
     def hypervisor_duration(self) -> duration_pb2.Duration:
         """Part of it spent in calls of the hypervisor."""
@@ -251,13 +242,13 @@ class Progress(message.Message):
     POST_COPY_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     iteration: builtins.int
-    """1 is the first pass over the memory. Zero: not said."""
+    """1 is the first pass over the memory. Zero: unknown."""
     total_bytes: builtins.int
     """Memory of the guest, in bytes."""
     processed_bytes: builtins.int
     """Sent so far, in bytes; more than total_bytes when pages were sent again."""
     remaining_bytes: builtins.int
-    """Still to send as things stand, in bytes."""
+    """Still to send, in bytes."""
     bytes_per_second: builtins.int
     """On the wire, in bytes per second."""
     dirty_bytes_per_second: builtins.int
@@ -265,22 +256,20 @@ class Progress(message.Message):
     post_copy: builtins.bool
     """The switch to post-copy has been made."""
     reason: builtins.str
-    """Why the estimate went back or cannot be given, such as "dirtying faster than sending". Empty: nothing to say."""
+    """For a person: why the estimate went back or is missing. Empty: neither."""
     @builtins.property
     def downtime(self) -> duration_pb2.Duration:
-        """Expected while the transfer runs, real when it has ended."""
+        """Expected while the transfer runs, measured once it has ended."""
 
     @builtins.property
-    def elapsed(self) -> duration_pb2.Duration:
-        """Since the transfer began."""
-
+    def elapsed(self) -> duration_pb2.Duration: ...
     @builtins.property
     def eta_low(self) -> duration_pb2.Duration:
-        """Earliest end to expect from now, by rate and dirty rate. Unset: cannot be said."""
+        """Earliest end, from now, by rate and dirty rate. Unset: unknown."""
 
     @builtins.property
     def eta_high(self) -> duration_pb2.Duration:
-        """Latest end to expect from now. Unset: no end in sight at this rate."""
+        """Latest end, from now. Unset: no end in sight at this rate."""
 
     def __init__(
         self,
@@ -306,8 +295,6 @@ class Progress(message.Message):
 
 @typing.final
 class Failure(message.Message):
-    """An error, as a value."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     @typing.final
@@ -334,13 +321,13 @@ class Failure(message.Message):
     MESSAGE_FIELD_NUMBER: builtins.int
     METADATA_FIELD_NUMBER: builtins.int
     reason: builtins.str
-    """UPPER_SNAKE reason of agent/runtime/errors.py."""
+    """Code of agent/runtime/errors.py, such as "TRANSFER_FAILED". Newer versions add codes."""
     message: builtins.str
-    """What happened, where the guest runs now, what to do next."""
+    """For a person: what happened, where the guest runs now, what to do next."""
     @builtins.property
     def metadata(self) -> containers.ScalarMap[builtins.str, builtins.str]:
-        """Details by key, such as libvirt's own code; "host" is the host whose hypervisor said it. "echo" marks an error that tells only how
-        one end noticed that the other had ended the transfer: its cause stands elsewhere.
+        """Details by key, such as libvirt's own code; "host" is the host whose hypervisor reported the error. "echo" marks a mere consequence:
+        one end noticed that the other had ended the transfer. Another failure holds the cause.
         """
 
     def __init__(
@@ -358,7 +345,7 @@ class Failure(message.Message):
 
 @typing.final
 class GuestFact(message.Message):
-    """The last fact that a host's hypervisor gave of a guest."""
+    """What a host's hypervisor last reported of a guest."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -371,10 +358,10 @@ class GuestFact(message.Message):
     reason: builtins.str
     """The hypervisor's reason for the state, such as "user" or "migration". Empty: none."""
     silence: builtins.str
-    """Why the hypervisor does not answer now; `state` is then what it said before. Empty: it answered."""
+    """Why the hypervisor does not answer now; `state` is then its last report. Empty: it answers."""
     @builtins.property
     def see_time(self) -> timestamp_pb2.Timestamp:
-        """When the hypervisor said it, by that host's clock."""
+        """When the hypervisor reported it, by that host's clock."""
 
     def __init__(
         self,
@@ -399,10 +386,10 @@ class Slot(message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
     epoch: builtins.int
-    """Changes whenever a lease is granted on this host; a call with an older one is refused."""
+    """Changes with every lease that this host grants; a call with an older one is refused with STALE_LEASE."""
     @builtins.property
     def expire_time(self) -> timestamp_pb2.Timestamp:
-        """When the lease ends unless a call or progress renews it. Not before a decision is known once the copy is armed."""
+        """When the lease ends unless a call or progress renews it. Once the copy is armed, it does not end before there is a decision."""
 
     def __init__(
         self,
@@ -418,8 +405,8 @@ class Slot(message.Message):
 
 @typing.final
 class Statement(message.Message):
-    """A person's (or a fencing command's) statement that a host is dead: nothing of the guest runs there, nor ever will of this attempt.
-    It replaces the word of that host, and is recorded. If it is wrong, two copies of the guest may run.
+    """An operator's (or a fencing command's) statement that a host is dead: nothing of the guest runs there, nor ever will by this attempt.
+    It is recorded, and replaces the answer of that host. If it is wrong, two copies of the guest may run.
     """
 
     DESCRIPTOR: descriptor.Descriptor
@@ -431,12 +418,12 @@ class Statement(message.Message):
     dead_host: builtins.str
     """Name of the host that is dead."""
     reason: builtins.str
-    """Why it was said, for whoever reads it later."""
+    """For later readers: why it was made."""
     said_by: builtins.str
-    """Who said it, such as "root@admin1" or "fencing command"."""
+    """Who made it, such as "root@admin1" or "fencing command"."""
     @builtins.property
     def say_time(self) -> timestamp_pb2.Timestamp:
-        """When it was said."""
+        """When it was made. Unset in a request: set by the server."""
 
     def __init__(
         self,
@@ -454,7 +441,7 @@ class Statement(message.Message):
 
 @typing.final
 class Record(message.Message):
-    """What one host durably knows of one attempt."""
+    """What one host durably knows of one attempt. Set by that host's agent."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -481,27 +468,24 @@ class Record(message.Message):
     domain_name: builtins.str
     """Name of the guest on this host."""
     domain_uuid: builtins.str
-    """UUID of the guest."""
     peer_host: builtins.str
     """Name of the host on the other side."""
     revision: builtins.int
     """Rises with every change of this record."""
     waiting_for: builtins.str
-    """What is waited for now, in one sentence. Empty when nothing is."""
+    """For a person: what this host waits for now. Empty: nothing."""
     host: builtins.str
-    """Name of the host whose record this is, set by that host. A record that is relayed by a driver counts only when this, the peer,
-    the guest and the attempt are those of the reader's own record.
+    """Name of the host whose record this is. A record that a driver relays counts only if this, the peer, the guest and the attempt match
+    the reader's own record.
     """
     uri: builtins.str
     """Destination: the migration URI on which its copy listens, with its port. Empty before PREPARED and on the source."""
     paused_by_user: builtins.bool
-    """The guest's user paused it during the transfer, which a hypervisor forgets. Set by the source as soon as it knows, by
-    the destination once it has paused the copy that runs there.
+    """The guest's user paused it during the transfer, which a hypervisor forgets. Set by the source as soon as it knows, by the
+    destination once it has paused the copy that runs there.
     """
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
     def failure(self) -> Failure:
         """Why it ended without success. Unset otherwise."""
@@ -512,11 +496,11 @@ class Record(message.Message):
 
     @builtins.property
     def progress(self) -> Progress:
-        """The latest reading; source only."""
+        """The latest reading. Source only."""
 
     @builtins.property
     def slot(self) -> Slot:
-        """The lease; destination only."""
+        """Destination only."""
 
     @builtins.property
     def create_time(self) -> timestamp_pb2.Timestamp:
@@ -528,11 +512,11 @@ class Record(message.Message):
 
     @builtins.property
     def statement(self) -> Statement:
-        """The statement on which this record was ended, in place of the other host's word. Unset otherwise."""
+        """The statement by which this record has ended, in place of the other host's answer. Unset otherwise."""
 
     @builtins.property
     def guest(self) -> GuestFact:
-        """What this host's hypervisor said last of the guest. Set by this host's agent; unset until it was first asked."""
+        """What this host's hypervisor last reported of the guest. Unset until it was first asked."""
 
     def __init__(
         self,
@@ -564,8 +548,8 @@ class Record(message.Message):
 
 @typing.final
 class PathProbe(message.Message):
-    """An address at which an agent answers on a migration network, until Prepare or the end of the lease, so that the source can prove
-    that what it reaches there is this destination.
+    """An address on a migration network at which the destination's agent answers until Prepare or the end of the lease, so that the source
+    can prove that it reaches this destination there.
     """
 
     DESCRIPTOR: descriptor.Descriptor
@@ -575,7 +559,7 @@ class PathProbe(message.Message):
     address: builtins.str
     """IP address and port, such as "10.92.0.2:49215"."""
     nonce: builtins.bytes
-    """What the destination answers there, and nobody else can. At least 16 bytes. Never logged."""
+    """Secret that the destination answers there. At least 16 bytes. Never logged."""
     def __init__(
         self,
         *,
@@ -590,15 +574,15 @@ class PathProbe(message.Message):
 
 @typing.final
 class StoredGuest(message.Message):
-    """What the source's host stores of a persistent guest beside the copy that runs. Never logged, never written to a journal."""
+    """What the source's host stores of a persistent guest beside the running copy. Never logged, never written to a journal."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     DEFINITION_ZLIB_FIELD_NUMBER: builtins.int
     AUTOSTART_FIELD_NUMBER: builtins.int
     definition_zlib: builtins.bytes
-    """Its definition for the next boot, secrets included, in the driver's own notation, compressed (zlib, RFC 1950); at most
-    512 KiB of text. Set by the source in BeginResponse. Empty: as the copy that runs.
+    """Its definition for the next boot, secrets included, in the driver's own notation, compressed (zlib, RFC 1950); at most 512 KiB of
+    text. Set by the source in BeginResponse. Empty: as the running copy.
     """
     autostart: builtins.bool
     """The guest starts with its host. The source switched that off at Begin; the destination switches it on after the commit."""
@@ -616,8 +600,6 @@ class StoredGuest(message.Message):
 
 @typing.final
 class ReserveSlotRequest(message.Message):
-    """Takes an incoming slot."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
@@ -632,34 +614,27 @@ class ReserveSlotRequest(message.Message):
     NETWORK_FIELD_NUMBER: builtins.int
     URI_IN_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller; the same one with another content is refused."""
+    """Id of the request, chosen by the caller as in every call that has one. REQUEST_ID_REUSED: it had other content before."""
     destination_name: builtins.str
     """Name that the guest shall have here. Empty: its name at the source."""
     source_host: builtins.str
-    """Name of the source host."""
     source_agent: builtins.str
-    """Address at which the source's agent can be asked, such as "10.91.0.1:7400". Empty: it cannot."""
+    """Address of the source's agent, such as "10.91.0.1:7400". Empty: it cannot be called."""
     protocol_version: builtins.int
     """Protocol version that the caller will speak. Zero: the newest that both know."""
     network: builtins.str
-    """As in Prepare: the network of this host that will carry the memory. What cannot be listened on is refused here already."""
+    """As in Prepare; a network or URI on which this host cannot listen is refused here already."""
     uri_in: builtins.str
     """As in Prepare."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
-    def requirements(self) -> host_pb2.GuestRequirements:
-        """What the guest needs."""
-
+    def requirements(self) -> host_pb2.GuestRequirements: ...
     @builtins.property
-    def options(self) -> options_pb2.Options:
-        """The user's word."""
-
+    def options(self) -> options_pb2.Options: ...
     @builtins.property
     def queue_wait(self) -> duration_pb2.Duration:
-        """Wait in a queue for a slot up to this long. Unset: answer BUSY at once."""
+        """How long to wait in a queue for a slot. Unset: answer BUSY at once."""
 
     def __init__(
         self,
@@ -684,8 +659,6 @@ class ReserveSlotRequest(message.Message):
 
 @typing.final
 class ReserveSlotResponse(message.Message):
-    """The lease."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
@@ -696,7 +669,7 @@ class ReserveSlotResponse(message.Message):
 
     @builtins.property
     def probe(self) -> PathProbe:
-        """For Begin: where this agent answers on the migration address."""
+        """For Begin."""
 
     def __init__(
         self,
@@ -712,8 +685,6 @@ class ReserveSlotResponse(message.Message):
 
 @typing.final
 class BeginRequest(message.Message):
-    """Opens a migration at the source."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
@@ -727,31 +698,25 @@ class BeginRequest(message.Message):
     PROBE_FIELD_NUMBER: builtins.int
     DOMAIN_UUID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     domain: builtins.str
     """Name or UUID of the guest."""
     destination_name: builtins.str
     """Name at the destination. Empty: unchanged."""
     destination_host: builtins.str
-    """Name of the destination host."""
     destination_agent: builtins.str
-    """Address at which the destination's agent can be asked. Empty: it cannot, and no take-over is possible."""
+    """Address of the destination's agent. Empty: it cannot be called, and no take-over is possible."""
     slot_epoch: builtins.int
-    """Slot epoch at the destination, for a source that ends the handshake itself. Zero: no slot yet."""
+    """Slot epoch at the destination, for a source that takes over. Zero: no slot yet."""
     domain_uuid: builtins.str
-    """UUID of the guest, set by a driver, which knows it: it alone says then which guest is meant. Empty: `domain` says it."""
+    """UUID of the guest, set by a driver that knows it; `domain` is then ignored. Empty: `domain` identifies the guest."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
-    def options(self) -> options_pb2.Options:
-        """The user's word."""
-
+    def options(self) -> options_pb2.Options: ...
     @builtins.property
     def probe(self) -> PathProbe:
-        """From ReserveSlot. The source connects to it before the guest is touched, and Perform takes only a URI with an address that was
-        proved so. Errors: PATH_NOT_PROVED.
+        """From ReserveSlot. The source connects to it before the guest is touched, and Perform accepts only a URI whose address was proved so.
+        Errors: PATH_NOT_PROVED.
         """
 
     def __init__(
@@ -776,8 +741,6 @@ class BeginRequest(message.Message):
 
 @typing.final
 class BeginResponse(message.Message):
-    """The guest's description."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
@@ -812,8 +775,6 @@ class BeginResponse(message.Message):
 
 @typing.final
 class PrepareRequest(message.Message):
-    """Makes the empty copy."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
@@ -825,7 +786,6 @@ class PrepareRequest(message.Message):
     URI_IN_FIELD_NUMBER: builtins.int
     STORED_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     slot_epoch: builtins.int
     """Slot epoch of ReserveSlot. Errors: STALE_LEASE."""
     domain_xml: builtins.str
@@ -839,9 +799,7 @@ class PrepareRequest(message.Message):
     or left out. Empty: the destination proposes one.
     """
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
     def stored(self) -> StoredGuest:
         """From Begin. Unset: the guest does not start with its host, and its definition for the next boot is that of the running copy."""
@@ -866,8 +824,6 @@ class PrepareRequest(message.Message):
 
 @typing.final
 class PrepareResponse(message.Message):
-    """The copy listens."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
@@ -896,8 +852,6 @@ class PrepareResponse(message.Message):
 
 @typing.final
 class PerformRequest(message.Message):
-    """Sends the memory."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
@@ -908,7 +862,6 @@ class PerformRequest(message.Message):
     WAIT_FIELD_NUMBER: builtins.int
     DESTINATION_RECORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     cookie_in: builtins.bytes
     """From Prepare."""
     uri: builtins.str
@@ -916,12 +869,10 @@ class PerformRequest(message.Message):
     bandwidth_bytes_per_second: builtins.int
     """Most bytes per second. Zero: no limit."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
     def wait(self) -> duration_pb2.Duration:
-        """Answer after this long at the latest, at most 30 s. Unset: as soon as the memory flows."""
+        """Longest time to the answer, at most 30 s. Unset: answer as soon as the memory flows."""
 
     @builtins.property
     def destination_record(self) -> Record:
@@ -946,8 +897,6 @@ class PerformRequest(message.Message):
 
 @typing.final
 class PerformResponse(message.Message):
-    """The transfer's state."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
@@ -972,8 +921,6 @@ class PerformResponse(message.Message):
 
 @typing.final
 class FinishRequest(message.Message):
-    """Arms the commit."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
@@ -981,16 +928,13 @@ class FinishRequest(message.Message):
     COOKIE_IN_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     cookie_in: builtins.bytes
     """From Perform; empty when armed early."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
     def wait(self) -> duration_pb2.Duration:
-        """Answer after this long at the latest, at most 30 s. Unset: as soon as it is armed."""
+        """Longest time to the answer, at most 30 s. Unset: answer as soon as it is armed."""
 
     def __init__(
         self,
@@ -1008,8 +952,6 @@ class FinishRequest(message.Message):
 
 @typing.final
 class FinishResponse(message.Message):
-    """The decision, if there is one."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
@@ -1034,7 +976,7 @@ class FinishResponse(message.Message):
 
 @typing.final
 class ConfirmRequest(message.Message):
-    """Asks the source to obey the decision. The source reads it from the destination of its own record; the caller's word is not enough."""
+    """Asks the source to obey the decision. The source reads it from the destination of its own record; the caller's claim is not enough."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -1046,23 +988,20 @@ class ConfirmRequest(message.Message):
     STATEMENT_FIELD_NUMBER: builtins.int
     DESTINATION_RECORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     decision: Decision.ValueType
     """What the destination's record says, as the caller saw it."""
     cookie_in: builtins.bytes
     """From Finish."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
     def wait(self) -> duration_pb2.Duration:
-        """Answer after this long at the latest, at most 30 s. Unset: when it is done."""
+        """Longest time to the answer, at most 30 s. Unset: answer when it is done."""
 
     @builtins.property
     def statement(self) -> Statement:
-        """The decision rests on this statement, not on the destination's record. Only with DECISION_GONE, and only while the destination
-        does not answer the source. Errors: NOT_IN_DOUBT.
+        """The statement that replaces the destination's record. Only with DECISION_GONE, and only while the destination does not answer the
+        source. Errors: NOT_IN_DOUBT.
         """
 
     @builtins.property
@@ -1088,8 +1027,6 @@ class ConfirmRequest(message.Message):
 
 @typing.final
 class ConfirmResponse(message.Message):
-    """The end at the source."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
@@ -1110,18 +1047,13 @@ class ConfirmResponse(message.Message):
 
 @typing.final
 class AbortRequest(message.Message):
-    """Stops a transfer."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     def __init__(
         self,
         *,
@@ -1136,14 +1068,12 @@ class AbortRequest(message.Message):
 
 @typing.final
 class AbortResponse(message.Message):
-    """What came of it."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
     @builtins.property
     def record(self) -> Record:
-        """The record: KEPT when it was stopped, PERFORMED when it was too late."""
+        """The record: KEPT if the transfer was stopped, PERFORMED if it was too late."""
 
     def __init__(
         self,
@@ -1158,8 +1088,6 @@ class AbortResponse(message.Message):
 
 @typing.final
 class AbandonRequest(message.Message):
-    """Gives up the copy."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
@@ -1170,25 +1098,22 @@ class AbandonRequest(message.Message):
     DOMAIN_UUID_FIELD_NUMBER: builtins.int
     SOURCE_HOST_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     source_kept: builtins.bool
-    """Nothing flows any more by the source's record (KEPT, LOST, or stopped with all sent): needed to give up an armed copy. The
-    destination reads that record itself; the caller's word is not enough. Errors: UNDECIDED.
+    """By the source's record nothing flows any more (KEPT, LOST, or stopped with all sent): needed to give up an armed copy. The
+    destination reads that record itself; the caller's claim is not enough. Errors: UNDECIDED.
     """
     domain_uuid: builtins.str
-    """UUID of the guest. Where this host has no record of the attempt, it asks its hypervisor that the guest is not here before it
-    records that no copy will come. Empty: not said, and the record that is made so decides nothing for a source.
+    """UUID of the guest. A host without a record of the attempt checks with its hypervisor that the guest is not here, and then records
+    that this attempt will make no copy. Empty: it records that unchecked, and no source takes such a record for a decision.
     """
     source_host: builtins.str
-    """Name of the source host, for a record that is made so. Empty: not said."""
+    """Name of the source host, for such a record. May be empty."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     @builtins.property
     def statement(self) -> Statement:
-        """`source_kept` rests on this statement that the source is dead, not on its record. Counts only while the source does not answer
-        the destination. Errors: NOT_IN_DOUBT.
+        """The statement that the source is dead, which replaces its record for `source_kept`. Counts only while the source does not answer the
+        destination. Errors: NOT_IN_DOUBT.
         """
 
     @builtins.property
@@ -1214,8 +1139,6 @@ class AbandonRequest(message.Message):
 
 @typing.final
 class AbandonResponse(message.Message):
-    """What came of it."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
@@ -1236,18 +1159,13 @@ class AbandonResponse(message.Message):
 
 @typing.final
 class StartPostCopyRequest(message.Message):
-    """Switches to post-copy."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     def __init__(
         self,
         *,
@@ -1262,15 +1180,11 @@ class StartPostCopyRequest(message.Message):
 
 @typing.final
 class StartPostCopyResponse(message.Message):
-    """The switch is under way."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
     @builtins.property
-    def record(self) -> Record:
-        """The record."""
-
+    def record(self) -> Record: ...
     def __init__(
         self,
         *,
@@ -1284,21 +1198,16 @@ class StartPostCopyResponse(message.Message):
 
 @typing.final
 class SetBandwidthRequest(message.Message):
-    """Changes the rate."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Chosen by the caller."""
     bandwidth_bytes_per_second: builtins.int
     """Most bytes per second. Zero: no limit."""
     @builtins.property
-    def ref(self) -> AttemptRef:
-        """Which attempt."""
-
+    def ref(self) -> AttemptRef: ...
     def __init__(
         self,
         *,
@@ -1314,15 +1223,11 @@ class SetBandwidthRequest(message.Message):
 
 @typing.final
 class SetBandwidthResponse(message.Message):
-    """The rate was changed."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
     @builtins.property
-    def record(self) -> Record:
-        """The record."""
-
+    def record(self) -> Record: ...
     def __init__(
         self,
         *,
@@ -1336,8 +1241,6 @@ class SetBandwidthResponse(message.Message):
 
 @typing.final
 class GetRecordRequest(message.Message):
-    """Asks for a record."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
@@ -1358,15 +1261,11 @@ class GetRecordRequest(message.Message):
 
 @typing.final
 class GetRecordResponse(message.Message):
-    """A record."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
     @builtins.property
-    def record(self) -> Record:
-        """The record."""
-
+    def record(self) -> Record: ...
     def __init__(
         self,
         *,
@@ -1380,20 +1279,18 @@ class GetRecordResponse(message.Message):
 
 @typing.final
 class WatchRecordRequest(message.Message):
-    """Asks for a record, now and at every change."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REF_FIELD_NUMBER: builtins.int
     DRIVER_FIELD_NUMBER: builtins.int
     DRIVING_FIELD_NUMBER: builtins.int
     driver: builtins.str
-    """A caller that drives this attempt says what stands before the last "-" in the ids of its requests, such as "5f0c" where they are
-    "5f0c-1", "5f0c-2". If one of them began a phase here, the driver is not silent while this watch is open, however long the other
-    host takes. Only who makes those requests knows their ids: nobody else keeps a silent driver unnoticed. Empty for other readers.
+    """Set by the driver of this attempt: the part before the last "-" of its request ids, such as "5f0c" for "5f0c-1", "5f0c-2". If one of
+    them began a phase here, the driver does not count as silent while this watch is open, however long the other host takes. Nobody else
+    knows those ids, so nobody else can hide a silent driver. Empty for other readers.
     """
     driving: builtins.bool
-    """For agents of an older version, which know no `driver`: the caller drives this attempt. Means nothing to others."""
+    """Set by a driver, for agents of an older version that do not know `driver`. Ignored by others."""
     @builtins.property
     def ref(self) -> AttemptRef:
         """Which attempt; attempt 0: the newest."""
@@ -1413,15 +1310,11 @@ class WatchRecordRequest(message.Message):
 
 @typing.final
 class WatchRecordResponse(message.Message):
-    """A record at one moment."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
     @builtins.property
-    def record(self) -> Record:
-        """The record."""
-
+    def record(self) -> Record: ...
     def __init__(
         self,
         *,
@@ -1435,8 +1328,6 @@ class WatchRecordResponse(message.Message):
 
 @typing.final
 class ListRecordsRequest(message.Message):
-    """Asks for the records of this host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     ACTIVE_ONLY_FIELD_NUMBER: builtins.int
@@ -1445,9 +1336,9 @@ class ListRecordsRequest(message.Message):
     active_only: builtins.bool
     """Only those that have not ended."""
     page_size: builtins.int
-    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    """Most items of a page, up to 1,000; a page may have fewer. Zero: 1,000."""
     page_token: builtins.str
-    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
+    """`next_page_token` of the previous page; the other fields must be as there. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -1463,17 +1354,15 @@ class ListRecordsRequest(message.Message):
 
 @typing.final
 class ListRecordsResponse(message.Message):
-    """The records of this host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     RECORDS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
-    """For `page_token` of the next call. Empty: there is no more."""
+    """`page_token` of the next page. Empty: this is the last one."""
     @builtins.property
     def records(self) -> containers.RepeatedCompositeFieldContainer[Record]:
-        """The one that changed last first. One that changes between two pages may be missing in both."""
+        """The last changed first. One that changes between two pages may be missing in both."""
 
     def __init__(
         self,

@@ -29,14 +29,14 @@ class HandshakeServiceStub:
     """One host's side of the handshake: ReserveSlot, Prepare, Finish and Abandon on the destination; Begin, Perform, Confirm,
     Abort on the source. Begin -> ReserveSlot -> Prepare -> Perform -> Finish -> Confirm (ReserveSlot may come first).
 
-    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way or answers
-    what came of it. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait`
-    with the record as it is then; repeat the call to wait on.
+    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way, or returns its
+    outcome. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait` with the record as
+    it is then; repeat the call to wait on.
 
-    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
-    known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
-    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (nothing was changed); STALE_ATTEMPT (a newer attempt is known
+    here); WRONG_PHASE (names the state and the calls that it allows); REQUEST_ID_REUSED (an earlier request of the phase had this
+    request_id and other content); MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND;
+    JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     def __init__(self, channel):
@@ -116,14 +116,14 @@ class HandshakeServiceServicer:
     """One host's side of the handshake: ReserveSlot, Prepare, Finish and Abandon on the destination; Begin, Perform, Confirm,
     Abort on the source. Begin -> ReserveSlot -> Prepare -> Perform -> Finish -> Confirm (ReserveSlot may come first).
 
-    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way or answers
-    what came of it. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait`
-    with the record as it is then; repeat the call to wait on.
+    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way, or returns its
+    outcome. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait` with the record as
+    it is then; repeat the call to wait on.
 
-    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
-    known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
-    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (nothing was changed); STALE_ATTEMPT (a newer attempt is known
+    here); WRONG_PHASE (names the state and the calls that it allows); REQUEST_ID_REUSED (an earlier request of the phase had this
+    request_id and other content); MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND;
+    JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     def ReserveSlot(self, request, context):
@@ -135,7 +135,7 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Begin(self, request, context):
-        """Source: locks the guest against changes and describes it; it is untouched otherwise.
+        """Source: locks the guest against changes, and describes it. Nothing else is done to the guest.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -151,7 +151,7 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Perform(self, request, context):
-        """Source: sends the guest's memory. Waits for its end up to `wait`, once it is under way.
+        """Source: sends the guest's memory. Once the transfer is under way, waits up to `wait` for its end.
         Errors: URI_NOT_ALLOWED, BANDWIDTH_UNSUPPORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -159,8 +159,8 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Finish(self, request, context):
-        """Destination: arms the commit: the guest starts here at the moment its whole state has come. May, and should, be called
-        while Perform runs. From the state ARMED on only the destination's record says where the guest runs.
+        """Destination: arms the commit: the guest starts here as soon as its whole state has arrived. Should be called while Perform runs.
+        From the state ARMED on, only the destination's record says where the guest runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,23 +175,23 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Source: asks a Perform that is under way to stop. The record then says what came of it; too late is no error.
+        """Source: asks a Perform that is under way to stop. The record then shows the outcome; too late is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abandon(self, request, context):
-        """Destination: gives up the copy and the slot. An armed copy is only given up with `source_kept`.
-        Errors: WRONG_PHASE with the record's state RUNNING when the guest already runs here.
+        """Destination: gives up the copy and the slot; an armed copy only with `source_kept`.
+        Errors: WRONG_PHASE with the record's state RUNNING if the guest already runs here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StartPostCopy(self, request, context):
-        """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
-        must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
+        """Source: switches a transfer to post-copy. The switch is the commit, so the source first asks the destination, which must be ARMED.
+        Errors: POST_COPY_NOT_ARMED (the transfer was started without it), HOST_UNREACHABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,15 +212,14 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRecord(self, request, context):
-        """The record now, and at every change until it has ended. A reader that is slow misses readings, never
-        the last word.
+        """Sends the record now, and after each change until it has ended. A slow reader misses states in between, never the last one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRecords(self, request, context):
-        """Records on this host, in pages; those that have ended are kept for a time.
+        """Records on this host, in pages. Those that have ended are kept for a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -306,14 +305,14 @@ class HandshakeService:
     """One host's side of the handshake: ReserveSlot, Prepare, Finish and Abandon on the destination; Begin, Perform, Confirm,
     Abort on the source. Begin -> ReserveSlot -> Prepare -> Perform -> Finish -> Confirm (ReserveSlot may come first).
 
-    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way or answers
-    what came of it. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait`
-    with the record as it is then; repeat the call to wait on.
+    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way, or returns its
+    outcome. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait` with the record as
+    it is then; repeat the call to wait on.
 
-    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
-    known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
-    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (nothing was changed); STALE_ATTEMPT (a newer attempt is known
+    here); WRONG_PHASE (names the state and the calls that it allows); REQUEST_ID_REUSED (an earlier request of the phase had this
+    request_id and other content); MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND;
+    JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     @staticmethod

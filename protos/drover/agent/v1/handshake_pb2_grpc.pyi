@@ -30,14 +30,14 @@ class HandshakeServiceStub:
     """One host's side of the handshake: ReserveSlot, Prepare, Finish and Abandon on the destination; Begin, Perform, Confirm,
     Abort on the source. Begin -> ReserveSlot -> Prepare -> Perform -> Finish -> Confirm (ReserveSlot may come first).
 
-    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way or answers
-    what came of it. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait`
-    with the record as it is then; repeat the call to wait on.
+    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way, or returns its
+    outcome. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait` with the record as
+    it is then; repeat the call to wait on.
 
-    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
-    known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
-    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (nothing was changed); STALE_ATTEMPT (a newer attempt is known
+    here); WRONG_PHASE (names the state and the calls that it allows); REQUEST_ID_REUSED (an earlier request of the phase had this
+    request_id and other content); MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND;
+    JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     @_typing.overload
@@ -49,7 +49,7 @@ class HandshakeServiceStub:
     Errors: BUSY (with RetryInfo and the limit), INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, DOMAIN_EXISTS, DRAINING.
     """
     Begin: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.BeginRequest, _handshake_pb2.BeginResponse]
-    """Source: locks the guest against changes and describes it; it is untouched otherwise.
+    """Source: locks the guest against changes, and describes it. Nothing else is done to the guest.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
     """
     Prepare: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.PrepareRequest, _handshake_pb2.PrepareResponse]
@@ -57,51 +57,49 @@ class HandshakeServiceStub:
     Errors: STALE_LEASE, URI_NOT_ALLOWED, NETWORK_NOT_FOUND, HYPERVISOR_FAILED.
     """
     Perform: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.PerformRequest, _handshake_pb2.PerformResponse]
-    """Source: sends the guest's memory. Waits for its end up to `wait`, once it is under way.
+    """Source: sends the guest's memory. Once the transfer is under way, waits up to `wait` for its end.
     Errors: URI_NOT_ALLOWED, BANDWIDTH_UNSUPPORTED.
     """
     Finish: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.FinishRequest, _handshake_pb2.FinishResponse]
-    """Destination: arms the commit: the guest starts here at the moment its whole state has come. May, and should, be called
-    while Perform runs. From the state ARMED on only the destination's record says where the guest runs.
+    """Destination: arms the commit: the guest starts here as soon as its whole state has arrived. Should be called while Perform runs.
+    From the state ARMED on, only the destination's record says where the guest runs.
     """
     Confirm: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.ConfirmRequest, _handshake_pb2.ConfirmResponse]
     """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here. The source reads the
     decision from the destination itself. Errors: UNDECIDED (there is none yet, or it cannot be read).
     """
     Abort: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.AbortRequest, _handshake_pb2.AbortResponse]
-    """Source: asks a Perform that is under way to stop. The record then says what came of it; too late is no error."""
+    """Source: asks a Perform that is under way to stop. The record then shows the outcome; too late is no error."""
     Abandon: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.AbandonRequest, _handshake_pb2.AbandonResponse]
-    """Destination: gives up the copy and the slot. An armed copy is only given up with `source_kept`.
-    Errors: WRONG_PHASE with the record's state RUNNING when the guest already runs here.
+    """Destination: gives up the copy and the slot; an armed copy only with `source_kept`.
+    Errors: WRONG_PHASE with the record's state RUNNING if the guest already runs here.
     """
     StartPostCopy: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.StartPostCopyRequest, _handshake_pb2.StartPostCopyResponse]
-    """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
-    must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
+    """Source: switches a transfer to post-copy. The switch is the commit, so the source first asks the destination, which must be ARMED.
+    Errors: POST_COPY_NOT_ARMED (the transfer was started without it), HOST_UNREACHABLE.
     """
     SetBandwidth: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.SetBandwidthRequest, _handshake_pb2.SetBandwidthResponse]
     """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED."""
     GetRecord: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]
     """The record of an attempt on this host."""
     WatchRecord: _grpc.UnaryStreamMultiCallable[_handshake_pb2.WatchRecordRequest, _handshake_pb2.WatchRecordResponse]
-    """The record now, and at every change until it has ended. A reader that is slow misses readings, never
-    the last word.
-    """
+    """Sends the record now, and after each change until it has ended. A slow reader misses states in between, never the last one."""
     ListRecords: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.ListRecordsRequest, _handshake_pb2.ListRecordsResponse]
-    """Records on this host, in pages; those that have ended are kept for a time."""
+    """Records on this host, in pages. Those that have ended are kept for a time."""
 
 @_typing.type_check_only
 class HandshakeServiceAsyncStub(HandshakeServiceStub):
     """One host's side of the handshake: ReserveSlot, Prepare, Finish and Abandon on the destination; Begin, Perform, Confirm,
     Abort on the source. Begin -> ReserveSlot -> Prepare -> Perform -> Finish -> Confirm (ReserveSlot may come first).
 
-    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way or answers
-    what came of it. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait`
-    with the record as it is then; repeat the call to wait on.
+    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way, or returns its
+    outcome. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait` with the record as
+    it is then; repeat the call to wait on.
 
-    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
-    known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
-    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (nothing was changed); STALE_ATTEMPT (a newer attempt is known
+    here); WRONG_PHASE (names the state and the calls that it allows); REQUEST_ID_REUSED (an earlier request of the phase had this
+    request_id and other content); MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND;
+    JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -110,7 +108,7 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     Errors: BUSY (with RetryInfo and the limit), INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, DOMAIN_EXISTS, DRAINING.
     """
     Begin: _aio.UnaryUnaryMultiCallable[_handshake_pb2.BeginRequest, _handshake_pb2.BeginResponse]  # type: ignore[assignment]
-    """Source: locks the guest against changes and describes it; it is untouched otherwise.
+    """Source: locks the guest against changes, and describes it. Nothing else is done to the guest.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
     """
     Prepare: _aio.UnaryUnaryMultiCallable[_handshake_pb2.PrepareRequest, _handshake_pb2.PrepareResponse]  # type: ignore[assignment]
@@ -118,50 +116,48 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     Errors: STALE_LEASE, URI_NOT_ALLOWED, NETWORK_NOT_FOUND, HYPERVISOR_FAILED.
     """
     Perform: _aio.UnaryUnaryMultiCallable[_handshake_pb2.PerformRequest, _handshake_pb2.PerformResponse]  # type: ignore[assignment]
-    """Source: sends the guest's memory. Waits for its end up to `wait`, once it is under way.
+    """Source: sends the guest's memory. Once the transfer is under way, waits up to `wait` for its end.
     Errors: URI_NOT_ALLOWED, BANDWIDTH_UNSUPPORTED.
     """
     Finish: _aio.UnaryUnaryMultiCallable[_handshake_pb2.FinishRequest, _handshake_pb2.FinishResponse]  # type: ignore[assignment]
-    """Destination: arms the commit: the guest starts here at the moment its whole state has come. May, and should, be called
-    while Perform runs. From the state ARMED on only the destination's record says where the guest runs.
+    """Destination: arms the commit: the guest starts here as soon as its whole state has arrived. Should be called while Perform runs.
+    From the state ARMED on, only the destination's record says where the guest runs.
     """
     Confirm: _aio.UnaryUnaryMultiCallable[_handshake_pb2.ConfirmRequest, _handshake_pb2.ConfirmResponse]  # type: ignore[assignment]
     """Source: obeys the destination's decision: RUNNING removes the copy here, GONE lets the guest run on here. The source reads the
     decision from the destination itself. Errors: UNDECIDED (there is none yet, or it cannot be read).
     """
     Abort: _aio.UnaryUnaryMultiCallable[_handshake_pb2.AbortRequest, _handshake_pb2.AbortResponse]  # type: ignore[assignment]
-    """Source: asks a Perform that is under way to stop. The record then says what came of it; too late is no error."""
+    """Source: asks a Perform that is under way to stop. The record then shows the outcome; too late is no error."""
     Abandon: _aio.UnaryUnaryMultiCallable[_handshake_pb2.AbandonRequest, _handshake_pb2.AbandonResponse]  # type: ignore[assignment]
-    """Destination: gives up the copy and the slot. An armed copy is only given up with `source_kept`.
-    Errors: WRONG_PHASE with the record's state RUNNING when the guest already runs here.
+    """Destination: gives up the copy and the slot; an armed copy only with `source_kept`.
+    Errors: WRONG_PHASE with the record's state RUNNING if the guest already runs here.
     """
     StartPostCopy: _aio.UnaryUnaryMultiCallable[_handshake_pb2.StartPostCopyRequest, _handshake_pb2.StartPostCopyResponse]  # type: ignore[assignment]
-    """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
-    must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
+    """Source: switches a transfer to post-copy. The switch is the commit, so the source first asks the destination, which must be ARMED.
+    Errors: POST_COPY_NOT_ARMED (the transfer was started without it), HOST_UNREACHABLE.
     """
     SetBandwidth: _aio.UnaryUnaryMultiCallable[_handshake_pb2.SetBandwidthRequest, _handshake_pb2.SetBandwidthResponse]  # type: ignore[assignment]
     """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED."""
     GetRecord: _aio.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]  # type: ignore[assignment]
     """The record of an attempt on this host."""
     WatchRecord: _aio.UnaryStreamMultiCallable[_handshake_pb2.WatchRecordRequest, _handshake_pb2.WatchRecordResponse]  # type: ignore[assignment]
-    """The record now, and at every change until it has ended. A reader that is slow misses readings, never
-    the last word.
-    """
+    """Sends the record now, and after each change until it has ended. A slow reader misses states in between, never the last one."""
     ListRecords: _aio.UnaryUnaryMultiCallable[_handshake_pb2.ListRecordsRequest, _handshake_pb2.ListRecordsResponse]  # type: ignore[assignment]
-    """Records on this host, in pages; those that have ended are kept for a time."""
+    """Records on this host, in pages. Those that have ended are kept for a time."""
 
 class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
     """One host's side of the handshake: ReserveSlot, Prepare, Finish and Abandon on the destination; Begin, Perform, Confirm,
     Abort on the source. Begin -> ReserveSlot -> Prepare -> Perform -> Finish -> Confirm (ReserveSlot may come first).
 
-    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way or answers
-    what came of it. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait`
-    with the record as it is then; repeat the call to wait on.
+    Every call is idempotent by (migration, attempt) and its content: repeating it joins the work that is under way, or returns its
+    outcome. The work belongs to the agent: a caller that goes away cancels nothing. Calls answer after at most `wait` with the record as
+    it is then; repeat the call to wait on.
 
-    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (changed nothing); STALE_ATTEMPT (a newer attempt is
-    known here); WRONG_PHASE (names the state and what may be called in it); REQUEST_ID_REUSED (same request id, other content);
-    MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND; JOURNAL_UNAVAILABLE (nothing
-    was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
+    Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD (nothing was changed); STALE_ATTEMPT (a newer attempt is known
+    here); WRONG_PHASE (names the state and the calls that it allows); REQUEST_ID_REUSED (an earlier request of the phase had this
+    request_id and other content); MIGRATION_EXISTS (the attempt is known here with another guest, peer or content); RECORD_NOT_FOUND;
+    JOURNAL_UNAVAILABLE (nothing was done, as it could not be recorded); HYPERVISOR_UNAVAILABLE.
     """
 
     @_abc_1.abstractmethod
@@ -180,7 +176,7 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.BeginRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.BeginResponse, _abc.Awaitable[_handshake_pb2.BeginResponse]]:
-        """Source: locks the guest against changes and describes it; it is untouched otherwise.
+        """Source: locks the guest against changes, and describes it. Nothing else is done to the guest.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_BUSY, OPTION_UNSUPPORTED, DRAINING.
         """
 
@@ -200,7 +196,7 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.PerformRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.PerformResponse, _abc.Awaitable[_handshake_pb2.PerformResponse]]:
-        """Source: sends the guest's memory. Waits for its end up to `wait`, once it is under way.
+        """Source: sends the guest's memory. Once the transfer is under way, waits up to `wait` for its end.
         Errors: URI_NOT_ALLOWED, BANDWIDTH_UNSUPPORTED.
         """
 
@@ -210,8 +206,8 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.FinishRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.FinishResponse, _abc.Awaitable[_handshake_pb2.FinishResponse]]:
-        """Destination: arms the commit: the guest starts here at the moment its whole state has come. May, and should, be called
-        while Perform runs. From the state ARMED on only the destination's record says where the guest runs.
+        """Destination: arms the commit: the guest starts here as soon as its whole state has arrived. Should be called while Perform runs.
+        From the state ARMED on, only the destination's record says where the guest runs.
         """
 
     @_abc_1.abstractmethod
@@ -230,7 +226,7 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.AbortRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.AbortResponse, _abc.Awaitable[_handshake_pb2.AbortResponse]]:
-        """Source: asks a Perform that is under way to stop. The record then says what came of it; too late is no error."""
+        """Source: asks a Perform that is under way to stop. The record then shows the outcome; too late is no error."""
 
     @_abc_1.abstractmethod
     def Abandon(
@@ -238,8 +234,8 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.AbandonRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.AbandonResponse, _abc.Awaitable[_handshake_pb2.AbandonResponse]]:
-        """Destination: gives up the copy and the slot. An armed copy is only given up with `source_kept`.
-        Errors: WRONG_PHASE with the record's state RUNNING when the guest already runs here.
+        """Destination: gives up the copy and the slot; an armed copy only with `source_kept`.
+        Errors: WRONG_PHASE with the record's state RUNNING if the guest already runs here.
         """
 
     @_abc_1.abstractmethod
@@ -248,8 +244,8 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.StartPostCopyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.StartPostCopyResponse, _abc.Awaitable[_handshake_pb2.StartPostCopyResponse]]:
-        """Source: switches a transfer to post-copy that was armed for it. The switch is the commit, so the destination is asked first, and
-        must be ARMED. Errors: POST_COPY_NOT_ARMED, HOST_UNREACHABLE.
+        """Source: switches a transfer to post-copy. The switch is the commit, so the source first asks the destination, which must be ARMED.
+        Errors: POST_COPY_NOT_ARMED (the transfer was started without it), HOST_UNREACHABLE.
         """
 
     @_abc_1.abstractmethod
@@ -274,9 +270,7 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.WatchRecordRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_handshake_pb2.WatchRecordResponse], _abc.AsyncIterator[_handshake_pb2.WatchRecordResponse]]:
-        """The record now, and at every change until it has ended. A reader that is slow misses readings, never
-        the last word.
-        """
+        """Sends the record now, and after each change until it has ended. A slow reader misses states in between, never the last one."""
 
     @_abc_1.abstractmethod
     def ListRecords(
@@ -284,6 +278,6 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.ListRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.ListRecordsResponse, _abc.Awaitable[_handshake_pb2.ListRecordsResponse]]:
-        """Records on this host, in pages; those that have ended are kept for a time."""
+        """Records on this host, in pages. Those that have ended are kept for a time."""
 
 def add_HandshakeServiceServicer_to_server(servicer: HandshakeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

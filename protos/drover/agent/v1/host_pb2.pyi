@@ -29,9 +29,7 @@ class _DomainState:
 class _DomainStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_DomainState.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     DOMAIN_STATE_UNSPECIFIED: _DomainState.ValueType  # 0
-    """Not said."""
     DOMAIN_STATE_RUNNING: _DomainState.ValueType  # 1
-    """Its CPUs run."""
     DOMAIN_STATE_PAUSED: _DomainState.ValueType  # 2
     """Its CPUs are stopped."""
     DOMAIN_STATE_SHUTOFF: _DomainState.ValueType  # 3
@@ -42,12 +40,10 @@ class _DomainStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_DomainStat
     """Anything else; see reason."""
 
 class DomainState(_DomainState, metaclass=_DomainStateEnumTypeWrapper):
-    """State of a guest, in libvirt's words."""
+    """State of a guest, by libvirt's states."""
 
 DOMAIN_STATE_UNSPECIFIED: DomainState.ValueType  # 0
-"""Not said."""
 DOMAIN_STATE_RUNNING: DomainState.ValueType  # 1
-"""Its CPUs run."""
 DOMAIN_STATE_PAUSED: DomainState.ValueType  # 2
 """Its CPUs are stopped."""
 DOMAIN_STATE_SHUTOFF: DomainState.ValueType  # 3
@@ -70,12 +66,12 @@ class Network(message.Message):
     name: builtins.str
     """Name, the same on every host of the cluster."""
     address: builtins.str
-    """This host's IP address on it; the destination's hypervisor listens on this address only."""
+    """This host's IP address on it; as a destination, its hypervisor listens on this address only."""
     line_bytes_per_second: builtins.int
     """Line speed in bytes per second. Zero: not known."""
     @builtins.property
     def roles(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Roles: "migration" (guest memory may travel here), "management"."""
+        """"migration" (the network may carry guests' memory), "management"."""
 
     def __init__(
         self,
@@ -93,7 +89,7 @@ class Network(message.Message):
 
 @typing.final
 class Host(message.Message):
-    """One host of the mesh, as its agent sees it."""
+    """One host, as its agent describes it."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -115,39 +111,36 @@ class Host(message.Message):
     name: builtins.str
     """Name, unique in the cluster."""
     host_uuid: builtins.str
-    """The hypervisor's identity of this host (UUID). Two agents with the same one are the same host."""
+    """UUID of the host, from its hypervisor. Two agents with the same one count as one host."""
     driver: builtins.str
     """Hypervisor driver: "libvirt" or "sim"."""
     hypervisor: builtins.str
-    """What runs the guests, such as "QEMU 7.2.22"."""
+    """Name and version of the hypervisor, such as "QEMU 7.2.22"."""
     library_version: builtins.str
     """Version of the driver's library, such as "libvirt 9.0.0"."""
     agent_version: builtins.str
-    """Version of the agent."""
     min_protocol_version: builtins.int
     """Oldest protocol version that the agent speaks."""
     max_protocol_version: builtins.int
     """Newest protocol version that the agent speaks."""
     incoming_limit: builtins.int
-    """Most migrations that this host takes at once; no peer can raise it."""
+    """Most incoming migrations at once; no peer can raise it."""
     incoming_in_use: builtins.int
-    """Slots that are taken now."""
+    """Incoming slots that are taken now."""
     incarnation: builtins.str
-    """Changes at every start of the agent (UUID)."""
+    """UUID that changes at every start of the agent."""
     draining: builtins.bool
-    """The agent is stopping: it takes no new migration and ends those that run."""
+    """The agent is stopping: it refuses new migrations with DRAINING, and waits a short time for those that run."""
     @builtins.property
     def migration_features(self) -> options_pb2.MigrationFeatures:
         """What this host can do as an end of a migration."""
 
     @builtins.property
-    def networks(self) -> containers.RepeatedCompositeFieldContainer[Network]:
-        """Networks of this host."""
-
+    def networks(self) -> containers.RepeatedCompositeFieldContainer[Network]: ...
     @builtins.property
     def coordinators(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Coordinators that watch this host now, as they call themselves; of many, those that have done so longest. More than one: each of
-        them is told here.
+        """Coordinators that watch this host now, as they describe themselves; of many, those with the oldest watches. More than one is a
+        fault of the configuration.
         """
 
     def __init__(
@@ -177,7 +170,7 @@ class Host(message.Message):
 
 @typing.final
 class Domain(message.Message):
-    """A guest, as the hypervisor of one host sees it at this moment."""
+    """A guest, as the hypervisor of one host reports it now."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -197,24 +190,21 @@ class Domain(message.Message):
     uuid: builtins.str
     """UUID, the same on every host."""
     state: DomainState.ValueType
-    """State."""
     reason: builtins.str
     """The hypervisor's reason for the state, such as "migration"."""
     memory_bytes: builtins.int
-    """Memory in bytes."""
     vcpus: builtins.int
-    """Number of CPUs."""
     persistent: builtins.bool
-    """The definition is stored."""
+    """The host stores its definition."""
     job: builtins.str
-    """A migration job holds the guest: "none", "outgoing", "incoming"; "unknown" where its process does not answer."""
+    """Migration job that holds the guest: "none", "outgoing", "incoming"; "unknown" if its process does not answer."""
     running_version: builtins.str
-    """Version of the hypervisor that runs it, such as "7.2.22". Empty: not told, or it does not run. Set by the agent when it lists."""
+    """Version of the hypervisor that runs it, such as "7.2.22". Empty: unknown, or it does not run. Set in ListDomains only."""
     installed_version: builtins.str
-    """Version of the hypervisor that is installed for it, which its next start would run. Empty as above."""
+    """Version of the hypervisor that its next start would run. Empty: unknown. Set in ListDomains only."""
     @builtins.property
     def silence(self) -> duration_pb2.Duration:
-        """For how long its process has owed the hypervisor an answer. Unset: it owes none. Set by the agent when it lists guests."""
+        """How long its process has owed the hypervisor an answer. Unset: it owes none. Set in ListDomains only."""
 
     def __init__(
         self,
@@ -239,8 +229,6 @@ class Domain(message.Message):
 
 @typing.final
 class GuestRequirements(message.Message):
-    """What a guest needs of the host that takes it."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     NAME_FIELD_NUMBER: builtins.int
@@ -255,11 +243,8 @@ class GuestRequirements(message.Message):
     name: builtins.str
     """Name on the source."""
     uuid: builtins.str
-    """UUID."""
     memory_bytes: builtins.int
-    """Memory in bytes."""
     vcpus: builtins.int
-    """Number of CPUs."""
     arch: builtins.str
     """Architecture, such as "x86_64"."""
     machine: builtins.str
@@ -269,8 +254,8 @@ class GuestRequirements(message.Message):
     cpu: builtins.str
     """The guest's CPU in the driver's notation (libvirt: the <cpu> element)."""
     host_cpu: builtins.str
-    """For a guest that has whatever CPU its host's hypervisor gives (libvirt: host-passthrough, maximum): that CPU, in the driver's
-    notation; a destination must give the same. Empty for a guest whose CPU is named. Set by the source's agent.
+    """For a guest with its host's CPU (libvirt: host-passthrough, maximum): that CPU in the driver's notation; a destination must give the
+    same. Empty for a guest whose CPU is named. Set by the source's agent.
     """
     def __init__(
         self,
@@ -293,8 +278,6 @@ class GuestRequirements(message.Message):
 
 @typing.final
 class GetHostRequest(message.Message):
-    """Asks for this host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     def __init__(
@@ -308,15 +291,11 @@ class GetHostRequest(message.Message):
 
 @typing.final
 class GetHostResponse(message.Message):
-    """This host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
     @builtins.property
-    def host(self) -> Host:
-        """This host."""
-
+    def host(self) -> Host: ...
     def __init__(
         self,
         *,
@@ -330,19 +309,17 @@ class GetHostResponse(message.Message):
 
 @typing.final
 class WatchHostRequest(message.Message):
-    """Asks for this host, now and at every change."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     COORDINATOR_FIELD_NUMBER: builtins.int
     REPEAT_INTERVAL_FIELD_NUMBER: builtins.int
     coordinator: builtins.str
-    """The coordinator that claims this host, such as "coordinator on admin1 (10.91.0.254:7401)": the same at each of its starts. Set by
-    coordinators; empty for other readers.
+    """Set by a coordinator, which claims this host by the watch: its description, such as "coordinator on admin1 (10.91.0.254:7401)", the
+    same at each of its starts. Empty for other readers.
     """
     @builtins.property
     def repeat_interval(self) -> duration_pb2.Duration:
-        """Say it again after so long, though nothing has changed: a sign of life. Counts as 0.1 s where it is less. Zero: only what changes."""
+        """Send the host again after this time without a change, as a sign of life; at least 0.1 s. Zero: only after changes."""
 
     def __init__(
         self,
@@ -358,19 +335,15 @@ class WatchHostRequest(message.Message):
 
 @typing.final
 class WatchHostResponse(message.Message):
-    """This host at one moment."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
     SEND_TIME_FIELD_NUMBER: builtins.int
     @builtins.property
-    def host(self) -> Host:
-        """This host."""
-
+    def host(self) -> Host: ...
     @builtins.property
     def send_time(self) -> timestamp_pb2.Timestamp:
-        """What the wall clock of this host says as this is sent."""
+        """When this was sent, by the wall clock of this host."""
 
     def __init__(
         self,
@@ -386,16 +359,14 @@ class WatchHostResponse(message.Message):
 
 @typing.final
 class ListDomainsRequest(message.Message):
-    """Asks for every guest."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    """Most items of a page, up to 1,000; a page may have fewer. Zero: 1,000."""
     page_token: builtins.str
-    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
+    """`next_page_token` of the previous page; the other fields must be as there. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -410,18 +381,14 @@ class ListDomainsRequest(message.Message):
 
 @typing.final
 class ListDomainsResponse(message.Message):
-    """Guests of this host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     DOMAINS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
-    """For `page_token` of the next call. Empty: there is no more."""
+    """`page_token` of the next page. Empty: this is the last one."""
     @builtins.property
-    def domains(self) -> containers.RepeatedCompositeFieldContainer[Domain]:
-        """Guests by name."""
-
+    def domains(self) -> containers.RepeatedCompositeFieldContainer[Domain]: ...
     def __init__(
         self,
         *,
@@ -445,9 +412,7 @@ class Leaving(message.Message):
     destination_name: builtins.str
     """Name of the guest at the destination. Empty: unchanged."""
     @builtins.property
-    def options(self) -> options_pb2.Options:
-        """The user's word on each option."""
-
+    def options(self) -> options_pb2.Options: ...
     def __init__(
         self,
         *,
@@ -492,7 +457,7 @@ class Obstacle(message.Message):
     reason: builtins.str
     """As in google.rpc.ErrorInfo.reason: "DOMAIN_BUSY", "INCOMPATIBLE_GUEST", …"""
     message: builtins.str
-    """For a person: what it is, and what would help."""
+    """For a person: the obstacle, and what would help."""
     @builtins.property
     def metadata(self) -> containers.ScalarMap[builtins.str, builtins.str]:
         """As in google.rpc.ErrorInfo.metadata."""
@@ -512,8 +477,6 @@ class Obstacle(message.Message):
 
 @typing.final
 class GetDomainRequest(message.Message):
-    """Asks for one guest."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     DOMAIN_FIELD_NUMBER: builtins.int
@@ -522,7 +485,7 @@ class GetDomainRequest(message.Message):
     """Exact name, or UUID in its canonical form (dashes, no braces)."""
     @builtins.property
     def leaving(self) -> Leaving:
-        """Asks the hypervisor as well whether the guest could leave in this way; the guest is left as it is. Unset: it is not asked."""
+        """Ask the hypervisor, too, whether the guest could leave in this way; the guest is not changed. Unset: do not ask."""
 
     def __init__(
         self,
@@ -538,8 +501,6 @@ class GetDomainRequest(message.Message):
 
 @typing.final
 class GetDomainResponse(message.Message):
-    """One guest."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     DOMAIN_FIELD_NUMBER: builtins.int
@@ -547,20 +508,18 @@ class GetDomainResponse(message.Message):
     OBSTACLE_FIELD_NUMBER: builtins.int
     HYPERVISOR_DURATION_FIELD_NUMBER: builtins.int
     @builtins.property
-    def domain(self) -> Domain:
-        """The guest."""
-
+    def domain(self) -> Domain: ...
     @builtins.property
     def requirements(self) -> GuestRequirements:
         """What it needs of a destination. Unset for a guest that does not run."""
 
     @builtins.property
     def obstacle(self) -> Obstacle:
-        """What keeps it from leaving in the way that was asked about; from the hypervisor itself. Unset: nothing, or not asked."""
+        """What keeps it from leaving as in `leaving`, by the hypervisor's own checks. Unset: nothing, or `leaving` was unset."""
 
     @builtins.property
     def hypervisor_duration(self) -> duration_pb2.Duration:
-        """How long the hypervisor took to say all this."""
+        """Part of the call in which the hypervisor was asked."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class HostServiceStub:
-    """What an agent knows of its own host: its hypervisor, networks and guests. Read-only.
+    """The agent's own host: its hypervisor, networks and guests. Read-only.
     """
 
     def __init__(self, channel):
@@ -58,7 +58,7 @@ class HostServiceStub:
 
 
 class HostServiceServicer:
-    """What an agent knows of its own host: its hypervisor, networks and guests. Read-only.
+    """The agent's own host: its hypervisor, networks and guests. Read-only.
     """
 
     def GetHost(self, request, context):
@@ -69,8 +69,7 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchHost(self, request, context):
-        """This host now and again whenever something about it changes (a slot taken, a guest started).
-        A reader that is slow misses what was in between, never the latest.
+        """Sends this host now, and after each change of it. A slow reader misses states in between, never the latest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +121,7 @@ def add_HostServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class HostService:
-    """What an agent knows of its own host: its hypervisor, networks and guests. Read-only.
+    """The agent's own host: its hypervisor, networks and guests. Read-only.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class HostServiceStub:
-    """What an agent knows of its own host: its hypervisor, networks and guests. Read-only."""
+    """The agent's own host: its hypervisor, networks and guests. Read-only."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,9 +36,7 @@ class HostServiceStub:
     GetHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]
     """This host. Errors: HYPERVISOR_UNAVAILABLE."""
     WatchHost: _grpc.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.WatchHostResponse]
-    """This host now and again whenever something about it changes (a slot taken, a guest started).
-    A reader that is slow misses what was in between, never the latest.
-    """
+    """Sends this host now, and after each change of it. A slow reader misses states in between, never the latest."""
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
     """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]
@@ -46,22 +44,20 @@ class HostServiceStub:
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
-    """What an agent knows of its own host: its hypervisor, networks and guests. Read-only."""
+    """The agent's own host: its hypervisor, networks and guests. Read-only."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetHost: _aio.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]  # type: ignore[assignment]
     """This host. Errors: HYPERVISOR_UNAVAILABLE."""
     WatchHost: _aio.UnaryStreamMultiCallable[_host_pb2.WatchHostRequest, _host_pb2.WatchHostResponse]  # type: ignore[assignment]
-    """This host now and again whenever something about it changes (a slot taken, a guest started).
-    A reader that is slow misses what was in between, never the latest.
-    """
+    """Sends this host now, and after each change of it. A slow reader misses states in between, never the latest."""
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
     """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _aio.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]  # type: ignore[assignment]
     """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What an agent knows of its own host: its hypervisor, networks and guests. Read-only."""
+    """The agent's own host: its hypervisor, networks and guests. Read-only."""
 
     @_abc_1.abstractmethod
     def GetHost(
@@ -77,9 +73,7 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.WatchHostRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_host_pb2.WatchHostResponse], _abc.AsyncIterator[_host_pb2.WatchHostResponse]]:
-        """This host now and again whenever something about it changes (a slot taken, a guest started).
-        A reader that is slow misses what was in between, never the latest.
-        """
+        """Sends this host now, and after each change of it. A slow reader misses states in between, never the latest."""
 
     @_abc_1.abstractmethod
     def ListDomains(

@@ -39,7 +39,7 @@ class _ImportanceEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_Importance.
     """It must happen: the host is failing."""
 
 class Importance(_Importance, metaclass=_ImportanceEnumTypeWrapper):
-    """How hard the migration shall try."""
+    """How important a migration is."""
 
 IMPORTANCE_UNSPECIFIED: Importance.ValueType  # 0
 """Medium."""
@@ -84,41 +84,38 @@ class _MigrationState:
 class _MigrationStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_MigrationState.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     MIGRATION_STATE_UNSPECIFIED: _MigrationState.ValueType  # 0
-    """Not said."""
     MIGRATION_STATE_PENDING: _MigrationState.ValueType  # 1
-    """Accepted and durable; nothing was done to the guest. It waits for its slot (wait_reason) or has just taken it."""
+    """Durable; the guest is untouched. It waits for its slot (see wait_reason), or has just taken it."""
     MIGRATION_STATE_ACTIVE: _MigrationState.ValueType  # 2
     """Under way: see phase."""
     MIGRATION_STATE_CANCELLING: _MigrationState.ValueType  # 3
-    """Under way, and asked to stop."""
+    """Under way, and cancelled on request; it ends as CANCELLED unless it was too late."""
     MIGRATION_STATE_SUCCEEDED: _MigrationState.ValueType  # 4
     """The guest runs at the destination, and nothing is left at the source. Final."""
     MIGRATION_STATE_FAILED: _MigrationState.ValueType  # 5
     """The guest did not move; runs_on says whether it runs at the source. Final."""
     MIGRATION_STATE_CANCELLED: _MigrationState.ValueType  # 6
-    """As FAILED, because it was asked for. Final."""
+    """As FAILED, on request. Final."""
     MIGRATION_STATE_OUTCOME_UNKNOWN: _MigrationState.ValueType  # 7
-    """It cannot be known now where the guest runs; it is still being asked for. See failure for what to do."""
+    """It is unknown where the guest runs; its hosts are still being asked. Never start the guest by hand: `failure` says what to do."""
 
-class MigrationState(_MigrationState, metaclass=_MigrationStateEnumTypeWrapper):
-    """State of a migration."""
+class MigrationState(_MigrationState, metaclass=_MigrationStateEnumTypeWrapper): ...
 
 MIGRATION_STATE_UNSPECIFIED: MigrationState.ValueType  # 0
-"""Not said."""
 MIGRATION_STATE_PENDING: MigrationState.ValueType  # 1
-"""Accepted and durable; nothing was done to the guest. It waits for its slot (wait_reason) or has just taken it."""
+"""Durable; the guest is untouched. It waits for its slot (see wait_reason), or has just taken it."""
 MIGRATION_STATE_ACTIVE: MigrationState.ValueType  # 2
 """Under way: see phase."""
 MIGRATION_STATE_CANCELLING: MigrationState.ValueType  # 3
-"""Under way, and asked to stop."""
+"""Under way, and cancelled on request; it ends as CANCELLED unless it was too late."""
 MIGRATION_STATE_SUCCEEDED: MigrationState.ValueType  # 4
 """The guest runs at the destination, and nothing is left at the source. Final."""
 MIGRATION_STATE_FAILED: MigrationState.ValueType  # 5
 """The guest did not move; runs_on says whether it runs at the source. Final."""
 MIGRATION_STATE_CANCELLED: MigrationState.ValueType  # 6
-"""As FAILED, because it was asked for. Final."""
+"""As FAILED, on request. Final."""
 MIGRATION_STATE_OUTCOME_UNKNOWN: MigrationState.ValueType  # 7
-"""It cannot be known now where the guest runs; it is still being asked for. See failure for what to do."""
+"""It is unknown where the guest runs; its hosts are still being asked. Never start the guest by hand: `failure` says what to do."""
 
 class _WaitReason:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -127,47 +124,47 @@ class _WaitReason:
 class _WaitReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_WaitReason.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     WAIT_REASON_UNSPECIFIED: _WaitReason.ValueType  # 0
-    """Nothing is waited for, or waiting_for alone says what."""
+    """Nothing, or see waiting_for."""
     WAIT_REASON_SLOT: _WaitReason.ValueType  # 1
     """An incoming slot of the destination."""
     WAIT_REASON_HOST_UNREACHABLE: _WaitReason.ValueType  # 2
-    """An answer of a host that does not answer now: see silent_hosts."""
+    """A host that does not answer now: see silent_hosts."""
     WAIT_REASON_HOST_NOT_READY: _WaitReason.ValueType  # 3
-    """A host that answers with an error that passes (its hypervisor or journal is away, it is stopping): the call is repeated."""
+    """A host that answers with a temporary error (its hypervisor or journal is unavailable, it is stopping): the call is repeated."""
     WAIT_REASON_SOURCE: _WaitReason.ValueType  # 4
-    """The source's host: its hypervisor, or a transfer that stands still."""
+    """The source: its hypervisor, or a stalled transfer."""
     WAIT_REASON_DESTINATION: _WaitReason.ValueType  # 5
-    """The destination's host: its hypervisor, or a copy that takes no data."""
+    """The destination: its hypervisor, or a copy that receives no data."""
     WAIT_REASON_DECISION: _WaitReason.ValueType  # 6
-    """The destination's decision to start the guest or give up its copy, after the source has sent everything."""
+    """The destination's decision, after the source has sent everything."""
     WAIT_REASON_DISPUTED_COPY: _WaitReason.ValueType  # 7
     """The end of the copy on a host that was declared dead and is back."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
-    """What a migration waits for, as a code: waiting_for says it in words. Later versions add values; treat an unknown one as
+    """What a migration waits for, as a code; waiting_for is the text. Newer versions add values; treat an unknown one as
     WAIT_REASON_UNSPECIFIED.
     """
 
 WAIT_REASON_UNSPECIFIED: WaitReason.ValueType  # 0
-"""Nothing is waited for, or waiting_for alone says what."""
+"""Nothing, or see waiting_for."""
 WAIT_REASON_SLOT: WaitReason.ValueType  # 1
 """An incoming slot of the destination."""
 WAIT_REASON_HOST_UNREACHABLE: WaitReason.ValueType  # 2
-"""An answer of a host that does not answer now: see silent_hosts."""
+"""A host that does not answer now: see silent_hosts."""
 WAIT_REASON_HOST_NOT_READY: WaitReason.ValueType  # 3
-"""A host that answers with an error that passes (its hypervisor or journal is away, it is stopping): the call is repeated."""
+"""A host that answers with a temporary error (its hypervisor or journal is unavailable, it is stopping): the call is repeated."""
 WAIT_REASON_SOURCE: WaitReason.ValueType  # 4
-"""The source's host: its hypervisor, or a transfer that stands still."""
+"""The source: its hypervisor, or a stalled transfer."""
 WAIT_REASON_DESTINATION: WaitReason.ValueType  # 5
-"""The destination's host: its hypervisor, or a copy that takes no data."""
+"""The destination: its hypervisor, or a copy that receives no data."""
 WAIT_REASON_DECISION: WaitReason.ValueType  # 6
-"""The destination's decision to start the guest or give up its copy, after the source has sent everything."""
+"""The destination's decision, after the source has sent everything."""
 WAIT_REASON_DISPUTED_COPY: WaitReason.ValueType  # 7
 """The end of the copy on a host that was declared dead and is back."""
 
 @typing.final
 class MigrationSpec(message.Message):
-    """What the user wants. Immutable."""
+    """The user's request. Immutable."""
 
     DESCRIPTOR: descriptor.Descriptor
 
@@ -201,20 +198,16 @@ class MigrationSpec(message.Message):
     bandwidth_bytes_per_second: builtins.int
     """Most bytes per second. Zero: no limit."""
     importance: Importance.ValueType
-    """How hard to try."""
     wait_mode: WaitMode.ValueType
-    """What to do when the destination is full."""
     tenant: builtins.str
     """Tenant to which the guest belongs."""
     min_bandwidth_bytes_per_second: builtins.int
     """Least bytes per second that the migration is guaranteed."""
     @builtins.property
-    def options(self) -> options_pb2.Options:
-        """The user's word on each option."""
-
+    def options(self) -> options_pb2.Options: ...
     @builtins.property
     def timeout(self) -> duration_pb2.Duration:
-        """Give up, before the commit, when it has not ended after this long. Unset: never."""
+        """Time after which the migration is given up, if it has not committed. Unset: never."""
 
     def __init__(
         self,
@@ -241,8 +234,6 @@ class MigrationSpec(message.Message):
 
 @typing.final
 class Migration(message.Message):
-    """A migration."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: builtins.int
@@ -285,68 +276,60 @@ class Migration(message.Message):
     SLOT_WAIT_FIELD_NUMBER: builtins.int
     CREATE_REVISION_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
-    """UUID that the client chose."""
     state: MigrationState.ValueType
-    """Its state."""
     phase: builtins.str
-    """The phase under way: "reserve", "begin", "prepare", "perform", "confirm". Empty once it has ended."""
+    """The phase under way: "reserve", "begin", "prepare", "perform", "finish", "confirm". Empty once the migration has ended."""
     attempt: builtins.int
     """Number of the attempt, from 1."""
     source_host: builtins.str
-    """Name of the source host."""
     destination_host: builtins.str
-    """Name of the destination host."""
     domain_name: builtins.str
     """Name of the guest at the source."""
     domain_uuid: builtins.str
-    """UUID of the guest."""
     runs_on: builtins.str
-    """Host on which the guest runs, as its hypervisor said last. Empty: it is paused, runs nowhere, or that cannot be said now; see
-    source_guest and destination_guest.
+    """Host on which the guest runs, by its hypervisor's last report. Empty: it is paused, runs nowhere, or it is unknown; see source_guest
+    and destination_guest.
     """
     network: builtins.str
     """Network that carries the memory."""
     uri: builtins.str
     """Migration URI that the destination gave (uri_out)."""
     waiting_for: builtins.str
-    """What is waited for now, in one sentence."""
+    """For a person: what it waits for now. Empty: nothing."""
     revision: builtins.int
-    """Rises with every change of any migration here, over restarts of the server too."""
+    """Of its last change. Rises with every change of any migration of this server, also over restarts."""
     driver: builtins.str
     """Who drives it: name of the coordinator, or of the source's agent."""
     duration_is_least: builtins.bool
-    """The machine of its driver was restarted, or it was taken over: `duration` is what was measured since then, so it took at least that."""
+    """`duration` is a lower bound: it was measured since the driver's machine was restarted, or since the migration was taken over."""
     age_by_wall_clock: builtins.bool
-    """`age` is the difference of two readings of the server's wall clock, and wrong by as much as that was set meanwhile: its machine was
-    restarted, or the migration was taken over. Set in every answer.
+    """`age` is the difference of two readings of the server's wall clock, as its machine was restarted or the migration taken over: it is
+    wrong by as much as that clock was set meanwhile. Set in every answer.
     """
     wait_reason: WaitReason.ValueType
-    """What is waited for now, as a code."""
     create_revision: builtins.int
-    """Revision at which it was made: lists are ordered by it, the highest first. Zero for one that an older version made."""
+    """Revision at which it was created: lists are ordered by it, the highest first. Zero if an older version created it."""
     @builtins.property
-    def spec(self) -> MigrationSpec:
-        """What the user wants."""
-
+    def spec(self) -> MigrationSpec: ...
     @builtins.property
     def progress(self) -> handshake_pb2.Progress:
         """The latest reading of the transfer."""
 
     @builtins.property
     def timings(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.PhaseTiming]:
-        """Phases that ended, on both hosts, in order; before them "plan", in which both hosts were asked what they have and can."""
+        """Ended phases of both hosts, in order; before them "plan", in which both hosts are queried."""
 
     @builtins.property
     def failure(self) -> handshake_pb2.Failure:
-        """Why it did not succeed, or what is not known. Unset otherwise."""
+        """Why it did not succeed, or why its outcome is unknown. Unset otherwise."""
 
     @builtins.property
     def warnings(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Things that the user should know, such as that the management network carried the memory."""
+        """For a person, such as that the management network carried the memory."""
 
     @builtins.property
     def create_time(self) -> timestamp_pb2.Timestamp:
-        """When it was accepted."""
+        """When it was requested."""
 
     @builtins.property
     def commit_time(self) -> timestamp_pb2.Timestamp:
@@ -366,7 +349,7 @@ class Migration(message.Message):
 
     @builtins.property
     def statement(self) -> handshake_pb2.Statement:
-        """The statement on which it ended, or is ending, without a host's word. Unset otherwise."""
+        """The statement by which it ends or has ended without a host's answer. Unset otherwise."""
 
     @builtins.property
     def silent_hosts(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -374,45 +357,41 @@ class Migration(message.Message):
 
     @builtins.property
     def options(self) -> options_pb2.Options:
-        """The options as both hosts are told them: those of the spec, and "off" for what is on by itself only where both hosts can. Set by
-        the driver when it plans; unset for a migration that was taken over.
+        """The options that both hosts get: those of the spec, and "off" for a default that not both hosts support. Set by the driver when it
+        plans; unset for a migration that was taken over.
         """
 
     @builtins.property
     def cancel_time(self) -> timestamp_pb2.Timestamp:
-        """When the driver was asked to cancel it; set by the driver, durable before the request is answered. Unset: it was not."""
+        """When its cancellation was requested; durable before that request is answered. Unset: never."""
 
     @builtins.property
     def statements(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.Statement]:
-        """Statements that a host is dead, one for each host at most. Each is durable before it is acknowledged and counts, over restarts
-        of the driver, until that host answers; then it is dropped.
+        """Statements that a host is dead, at most one for each host. Each is durable before it is acknowledged, and counts, over restarts of
+        the driver, until that host answers; then it is dropped.
         """
 
     @builtins.property
     def source_guest(self) -> handshake_pb2.GuestFact:
-        """What the source's hypervisor said last of the guest. Set by the driver from the source's record; unset: nothing was said yet."""
+        """What the source's hypervisor last reported of the guest. Set by the driver from the source's record. Unset: nothing yet."""
 
     @builtins.property
     def destination_guest(self) -> handshake_pb2.GuestFact:
-        """What the destination's hypervisor said last of the guest. As source_guest."""
+        """As source_guest, for the destination."""
 
     @builtins.property
     def other_failures(self) -> containers.RepeatedCompositeFieldContainer[handshake_pb2.Failure]:
-        """What else was said of the failure, such as the echo of its cause at the other host, the nearest to the cause first. Set by the driver;
-        empty without a failure.
-        """
+        """Further failures, such as an echo at the other host, the nearest to the cause first. Empty without `failure`."""
 
     @builtins.property
     def create_uptime(self) -> Uptime:
-        """When it was accepted, by the clock of its driver's machine that nobody sets: durations are measured by it, over restarts of the
-        driver. Unset for a migration that was taken over.
+        """When it was requested, by the boot clock of its driver's machine, which measures durations over restarts of the driver. Unset for a
+        migration that was taken over.
         """
 
     @builtins.property
     def age(self) -> duration_pb2.Duration:
-        """How long ago it was accepted, as the server measures it when it answers; it does not depend on the clock of who asks. Set in every
-        answer.
-        """
+        """Time since the request, measured by the server for this answer: independent of the client's clock. Set in every answer."""
 
     @builtins.property
     def slot_wait(self) -> duration_pb2.Duration:
@@ -476,7 +455,7 @@ class Uptime(message.Message):
     BOOT_ID_FIELD_NUMBER: builtins.int
     SINCE_BOOT_FIELD_NUMBER: builtins.int
     boot_id: builtins.str
-    """Id of the boot, as Linux tells it: another one, another machine or another start of it."""
+    """Linux's id of the boot; it differs between machines and between starts of one machine."""
     @builtins.property
     def since_boot(self) -> duration_pb2.Duration:
         """Time since that boot."""
@@ -495,8 +474,6 @@ class Uptime(message.Message):
 
 @typing.final
 class StartMigrationRequest(message.Message):
-    """Starts a migration."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: builtins.int
@@ -506,16 +483,14 @@ class StartMigrationRequest(message.Message):
     migration_id: builtins.str
     """UUID that the client chooses; repeating the request with it is harmless."""
     validate_only: builtins.bool
-    """Only check: answer what would be done, and do nothing."""
+    """Check and plan only."""
     @builtins.property
-    def spec(self) -> MigrationSpec:
-        """What the user wants."""
-
+    def spec(self) -> MigrationSpec: ...
     @builtins.property
     def slot_wait(self) -> duration_pb2.Duration:
-        """How long the migration may wait for its slot, from the request on; the wait goes on over restarts of the server. While it lasts, a
-        busy or unreachable destination is tried again; then the migration ends as FAILED with the last of those errors. At most 7 days.
-        Unset or zero: fail-fast, that is BUSY or HOST_UNREACHABLE is the answer of the call.
+        """How long the migration may wait for its slot, from the request on and over restarts of the server. Meanwhile a busy or unreachable
+        destination is tried again; then the migration ends as FAILED with the last error. At most 7 days. Unset or zero: fail-fast, the call
+        returns BUSY or HOST_UNREACHABLE.
         """
 
     def __init__(
@@ -534,15 +509,11 @@ class StartMigrationRequest(message.Message):
 
 @typing.final
 class StartMigrationResponse(message.Message):
-    """The migration was started."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: builtins.int
     @builtins.property
-    def migration(self) -> Migration:
-        """The migration."""
-
+    def migration(self) -> Migration: ...
     def __init__(
         self,
         *,
@@ -556,13 +527,10 @@ class StartMigrationResponse(message.Message):
 
 @typing.final
 class GetMigrationRequest(message.Message):
-    """Asks for a migration."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
-    """Which."""
     def __init__(
         self,
         *,
@@ -576,15 +544,11 @@ class GetMigrationRequest(message.Message):
 
 @typing.final
 class GetMigrationResponse(message.Message):
-    """A migration."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: builtins.int
     @builtins.property
-    def migration(self) -> Migration:
-        """The migration."""
-
+    def migration(self) -> Migration: ...
     def __init__(
         self,
         *,
@@ -598,8 +562,6 @@ class GetMigrationResponse(message.Message):
 
 @typing.final
 class ListMigrationsRequest(message.Message):
-    """Asks for migrations."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     ACTIVE_ONLY_FIELD_NUMBER: builtins.int
@@ -608,9 +570,9 @@ class ListMigrationsRequest(message.Message):
     active_only: builtins.bool
     """Only those that have not ended."""
     page_size: builtins.int
-    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 100."""
+    """Most items of a page, up to 1,000; a page may have fewer. Zero: 100."""
     page_token: builtins.str
-    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
+    """`next_page_token` of the previous page; the other fields must be as there. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -626,15 +588,13 @@ class ListMigrationsRequest(message.Message):
 
 @typing.final
 class ListMigrationsResponse(message.Message):
-    """Migrations."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATIONS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     REVISION_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
-    """For `page_token` of the next call. Empty: there is no more."""
+    """`page_token` of the next page. Empty: this is the last one."""
     revision: builtins.int
     """Revision at which this page was read."""
     @builtins.property
@@ -656,13 +616,11 @@ class ListMigrationsResponse(message.Message):
 
 @typing.final
 class WatchMigrationsRequest(message.Message):
-    """Asks for all migrations, now and at every change."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     FROM_REVISION_FIELD_NUMBER: builtins.int
     from_revision: builtins.int
-    """A revision that this server gave: send what changed after it. Zero: all."""
+    """Send what changed after this revision of this server. Zero: all."""
     def __init__(
         self,
         *,
@@ -676,8 +634,6 @@ class WatchMigrationsRequest(message.Message):
 
 @typing.final
 class WatchMigrationsResponse(message.Message):
-    """One change."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: builtins.int
@@ -686,11 +642,9 @@ class WatchMigrationsResponse(message.Message):
     revision: builtins.int
     """Revision of the change: watch from it to go on after this message."""
     removed_migration_id: builtins.str
-    """Id of a migration that is gone: the start was refused, or it ended long ago and newer ones took its place."""
+    """Id of a migration that was removed: its start was refused, or it ended long ago and newer ones replaced it."""
     @builtins.property
-    def migration(self) -> Migration:
-        """A migration as it is now."""
-
+    def migration(self) -> Migration: ...
     def __init__(
         self,
         *,
@@ -708,16 +662,13 @@ class WatchMigrationsResponse(message.Message):
 
 @typing.final
 class WatchMigrationRequest(message.Message):
-    """Asks for a migration, now and at every change."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: builtins.int
     FROM_REVISION_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
-    """Which."""
     from_revision: builtins.int
-    """Send nothing that is not newer than this revision, but for one first message with the present state. Zero: all."""
+    """After the first message with the present state, send only newer revisions than this. Zero: all."""
     def __init__(
         self,
         *,
@@ -732,15 +683,11 @@ class WatchMigrationRequest(message.Message):
 
 @typing.final
 class WatchMigrationResponse(message.Message):
-    """A migration at one moment."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: builtins.int
     @builtins.property
-    def migration(self) -> Migration:
-        """The migration."""
-
+    def migration(self) -> Migration: ...
     def __init__(
         self,
         *,
@@ -754,16 +701,13 @@ class WatchMigrationResponse(message.Message):
 
 @typing.final
 class CancelMigrationRequest(message.Message):
-    """Cancels a migration."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
-    """Which."""
     request_id: builtins.str
-    """Chosen by the caller."""
+    """Ignored: repeating the call is harmless."""
     def __init__(
         self,
         *,
@@ -778,15 +722,11 @@ class CancelMigrationRequest(message.Message):
 
 @typing.final
 class CancelMigrationResponse(message.Message):
-    """The migration as it is now."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: builtins.int
     @builtins.property
-    def migration(self) -> Migration:
-        """The migration."""
-
+    def migration(self) -> Migration: ...
     def __init__(
         self,
         *,
@@ -800,21 +740,16 @@ class CancelMigrationResponse(message.Message):
 
 @typing.final
 class ResolveMigrationRequest(message.Message):
-    """States that a host is dead."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_ID_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     STATEMENT_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
-    """Which."""
     request_id: builtins.str
-    """Chosen by the caller."""
+    """Ignored: repeating the call is harmless."""
     @builtins.property
-    def statement(self) -> handshake_pb2.Statement:
-        """The statement."""
-
+    def statement(self) -> handshake_pb2.Statement: ...
     def __init__(
         self,
         *,
@@ -830,15 +765,11 @@ class ResolveMigrationRequest(message.Message):
 
 @typing.final
 class ResolveMigrationResponse(message.Message):
-    """The migration as it is now."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: builtins.int
     @builtins.property
-    def migration(self) -> Migration:
-        """The migration."""
-
+    def migration(self) -> Migration: ...
     def __init__(
         self,
         *,

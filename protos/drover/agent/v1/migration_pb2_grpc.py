@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class MigrationServiceStub:
-    """Migrations as a resource. The coordinator serves it for the whole cluster, every agent for the guests of its own host
-    (peer to peer, with no coordinator): the same calls, the same handshake behind them.
+    """Migrations as resources. The coordinator serves them for the whole cluster, every agent for the guests of its own host (peer to peer,
+    without a coordinator).
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD, UNKNOWN_OPTION; MIGRATION_NOT_FOUND.
     """
@@ -76,17 +76,17 @@ class MigrationServiceStub:
 
 
 class MigrationServiceServicer:
-    """Migrations as a resource. The coordinator serves it for the whole cluster, every agent for the guests of its own host
-    (peer to peer, with no coordinator): the same calls, the same handshake behind them.
+    """Migrations as resources. The coordinator serves them for the whole cluster, every agent for the guests of its own host (peer to peer,
+    without a coordinator).
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD, UNKNOWN_OPTION; MIGRATION_NOT_FOUND.
     """
 
     def StartMigration(self, request, context):
-        """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
-        the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
-        error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
-        same migration_id and spec answers the migration as it is now.
+        """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
+        Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
+        migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
+        as it is now.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
         HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
         URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -103,40 +103,39 @@ class MigrationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMigrations(self, request, context):
-        """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page.
+        """Migrations in pages. To follow them without a gap, call WatchMigrations from the revision of the first page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchMigration(self, request, context):
-        """One migration as it is now, then at every change, until it has ended.
-        A reader that is slow misses what was in between, never the latest.
+        """Sends one migration now, and after each change until it has ended. A slow reader misses states in between, never the latest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchMigrations(self, request, context):
-        """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
-        in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
-        too slow, or the server was restarted); list again, and watch from the revision of that list.
+        """Sends the present state of each migration that changed after from_revision, then each change. A slow reader misses states in
+        between, never the latest. Errors: WATCH_TOO_SLOW (removals after from_revision are no longer known, as the reader is too slow or the
+        server was restarted): list again, and watch from the revision of that list.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelMigration(self, request, context):
-        """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
-        error: the answer says how it ended.
+        """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
+        for a migration that has ended or was cancelled: the answer shows its end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResolveMigration(self, request, context):
-        """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
-        Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
+        """Records the statement that an unreachable host is dead, so that the migration can end without its answer.
+        Errors: NOT_IN_DOUBT (the host answers, or the migration has ended), HOST_NOT_FOUND (the host takes no part).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,8 +188,8 @@ def add_MigrationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MigrationService:
-    """Migrations as a resource. The coordinator serves it for the whole cluster, every agent for the guests of its own host
-    (peer to peer, with no coordinator): the same calls, the same handshake behind them.
+    """Migrations as resources. The coordinator serves them for the whole cluster, every agent for the guests of its own host (peer to peer,
+    without a coordinator).
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD, UNKNOWN_OPTION; MIGRATION_NOT_FOUND.
     """

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MigrationServiceStub:
-    """Migrations as a resource. The coordinator serves it for the whole cluster, every agent for the guests of its own host
-    (peer to peer, with no coordinator): the same calls, the same handshake behind them.
+    """Migrations as resources. The coordinator serves them for the whole cluster, every agent for the guests of its own host (peer to peer,
+    without a coordinator).
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD, UNKNOWN_OPTION; MIGRATION_NOT_FOUND.
     """
@@ -38,10 +38,10 @@ class MigrationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MigrationServiceAsyncStub: ...
     StartMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]
-    """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
-    the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
-    error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
-    same migration_id and spec answers the migration as it is now.
+    """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
+    Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
+    migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
+    as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
     URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -49,39 +49,37 @@ class MigrationServiceStub:
     GetMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]
     """One migration."""
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]
-    """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
+    """Migrations in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]
-    """One migration as it is now, then at every change, until it has ended.
-    A reader that is slow misses what was in between, never the latest.
-    """
+    """Sends one migration now, and after each change until it has ended. A slow reader misses states in between, never the latest."""
     WatchMigrations: _grpc.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationsRequest, _migration_pb2.WatchMigrationsResponse]
-    """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
-    in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
-    too slow, or the server was restarted); list again, and watch from the revision of that list.
+    """Sends the present state of each migration that changed after from_revision, then each change. A slow reader misses states in
+    between, never the latest. Errors: WATCH_TOO_SLOW (removals after from_revision are no longer known, as the reader is too slow or the
+    server was restarted): list again, and watch from the revision of that list.
     """
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]
-    """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
-    error: the answer says how it ended.
+    """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
+    for a migration that has ended or was cancelled: the answer shows its end.
     """
     ResolveMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]
-    """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
-    Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
+    """Records the statement that an unreachable host is dead, so that the migration can end without its answer.
+    Errors: NOT_IN_DOUBT (the host answers, or the migration has ended), HOST_NOT_FOUND (the host takes no part).
     """
 
 @_typing.type_check_only
 class MigrationServiceAsyncStub(MigrationServiceStub):
-    """Migrations as a resource. The coordinator serves it for the whole cluster, every agent for the guests of its own host
-    (peer to peer, with no coordinator): the same calls, the same handshake behind them.
+    """Migrations as resources. The coordinator serves them for the whole cluster, every agent for the guests of its own host (peer to peer,
+    without a coordinator).
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD, UNKNOWN_OPTION; MIGRATION_NOT_FOUND.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]  # type: ignore[assignment]
-    """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
-    the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
-    error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
-    same migration_id and spec answers the migration as it is now.
+    """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
+    Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
+    migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
+    as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
     URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -89,28 +87,26 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     GetMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]  # type: ignore[assignment]
     """One migration."""
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]  # type: ignore[assignment]
-    """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
+    """Migrations in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]  # type: ignore[assignment]
-    """One migration as it is now, then at every change, until it has ended.
-    A reader that is slow misses what was in between, never the latest.
-    """
+    """Sends one migration now, and after each change until it has ended. A slow reader misses states in between, never the latest."""
     WatchMigrations: _aio.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationsRequest, _migration_pb2.WatchMigrationsResponse]  # type: ignore[assignment]
-    """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
-    in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
-    too slow, or the server was restarted); list again, and watch from the revision of that list.
+    """Sends the present state of each migration that changed after from_revision, then each change. A slow reader misses states in
+    between, never the latest. Errors: WATCH_TOO_SLOW (removals after from_revision are no longer known, as the reader is too slow or the
+    server was restarted): list again, and watch from the revision of that list.
     """
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
-    """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
-    error: the answer says how it ended.
+    """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
+    for a migration that has ended or was cancelled: the answer shows its end.
     """
     ResolveMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]  # type: ignore[assignment]
-    """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
-    Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
+    """Records the statement that an unreachable host is dead, so that the migration can end without its answer.
+    Errors: NOT_IN_DOUBT (the host answers, or the migration has ended), HOST_NOT_FOUND (the host takes no part).
     """
 
 class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Migrations as a resource. The coordinator serves it for the whole cluster, every agent for the guests of its own host
-    (peer to peer, with no coordinator): the same calls, the same handshake behind them.
+    """Migrations as resources. The coordinator serves them for the whole cluster, every agent for the guests of its own host (peer to peer,
+    without a coordinator).
 
     Errors of every call: INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD, UNKNOWN_OPTION; MIGRATION_NOT_FOUND.
     """
@@ -121,10 +117,10 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.StartMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.StartMigrationResponse, _abc.Awaitable[_migration_pb2.StartMigrationResponse]]:
-        """Starts a migration: checks all that can be checked by looking at both hosts, makes the migration durable, then takes the slot at
-        the destination. Without slot_wait it answers once the slot is taken; with slot_wait as soon as the migration is durable. An
-        error means that the guest was not touched and no migration is left: the same id may be used again. Repeating the call with the
-        same migration_id and spec answers the migration as it is now.
+        """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
+        Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
+        migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
+        as it is now.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
         HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
         URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
@@ -144,7 +140,7 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.ListMigrationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.ListMigrationsResponse, _abc.Awaitable[_migration_pb2.ListMigrationsResponse]]:
-        """Migrations, the newest first, in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
+        """Migrations in pages. To follow them without a gap, call WatchMigrations from the revision of the first page."""
 
     @_abc_1.abstractmethod
     def WatchMigration(
@@ -152,9 +148,7 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.WatchMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_pb2.WatchMigrationResponse], _abc.AsyncIterator[_migration_pb2.WatchMigrationResponse]]:
-        """One migration as it is now, then at every change, until it has ended.
-        A reader that is slow misses what was in between, never the latest.
-        """
+        """Sends one migration now, and after each change until it has ended. A slow reader misses states in between, never the latest."""
 
     @_abc_1.abstractmethod
     def WatchMigrations(
@@ -162,9 +156,9 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.WatchMigrationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_migration_pb2.WatchMigrationsResponse], _abc.AsyncIterator[_migration_pb2.WatchMigrationsResponse]]:
-        """All migrations: first the present state of each that changed after from_revision, then each change. A slow reader misses states
-        in between, never the latest. Errors: WATCH_TOO_SLOW: what was removed after from_revision is not known any more (the reader is
-        too slow, or the server was restarted); list again, and watch from the revision of that list.
+        """Sends the present state of each migration that changed after from_revision, then each change. A slow reader misses states in
+        between, never the latest. Errors: WATCH_TOO_SLOW (removals after from_revision are no longer known, as the reader is too slow or the
+        server was restarted): list again, and watch from the revision of that list.
         """
 
     @_abc_1.abstractmethod
@@ -173,8 +167,8 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.CancelMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.CancelMigrationResponse, _abc.Awaitable[_migration_pb2.CancelMigrationResponse]]:
-        """Cancels: possible until the commit. The guest runs on at the source. Cancelling what has ended, or was cancelled, is no
-        error: the answer says how it ended.
+        """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
+        for a migration that has ended or was cancelled: the answer shows its end.
         """
 
     @_abc_1.abstractmethod
@@ -183,8 +177,8 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.ResolveMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.ResolveMigrationResponse, _abc.Awaitable[_migration_pb2.ResolveMigrationResponse]]:
-        """States that a host which does not answer is dead, so that the migration can end without its word. It is recorded who said so.
-        Errors: NOT_IN_DOUBT (the host answers, or the migration has ended: nothing has to be stated), HOST_NOT_FOUND (the host takes no part).
+        """Records the statement that an unreachable host is dead, so that the migration can end without its answer.
+        Errors: NOT_IN_DOUBT (the host answers, or the migration has ended), HOST_NOT_FOUND (the host takes no part).
         """
 
 def add_MigrationServiceServicer_to_server(servicer: MigrationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

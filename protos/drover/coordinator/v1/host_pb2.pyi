@@ -29,26 +29,21 @@ class _HostState:
 class _HostStateEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_HostState.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     HOST_STATE_UNSPECIFIED: _HostState.ValueType  # 0
-    """Not said."""
     HOST_STATE_UP: _HostState.ValueType  # 1
     """Its agent answers."""
     HOST_STATE_UNREACHABLE: _HostState.ValueType  # 2
-    """Its agent does not answer; its guests may well run."""
+    """Its agent does not answer, or its answer is refused: see unreachable_reason. Its guests may still run."""
 
-class HostState(_HostState, metaclass=_HostStateEnumTypeWrapper):
-    """State of a host in the cluster."""
+class HostState(_HostState, metaclass=_HostStateEnumTypeWrapper): ...
 
 HOST_STATE_UNSPECIFIED: HostState.ValueType  # 0
-"""Not said."""
 HOST_STATE_UP: HostState.ValueType  # 1
 """Its agent answers."""
 HOST_STATE_UNREACHABLE: HostState.ValueType  # 2
-"""Its agent does not answer; its guests may well run."""
+"""Its agent does not answer, or its answer is refused: see unreachable_reason. Its guests may still run."""
 
 @typing.final
 class ClusterHost(message.Message):
-    """A host of the cluster."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
@@ -60,30 +55,28 @@ class ClusterHost(message.Message):
     UNREACHABLE_REASON_FIELD_NUMBER: builtins.int
     LAST_SEEN_BY_WALL_CLOCK_FIELD_NUMBER: builtins.int
     agent_address: builtins.str
-    """Address of its agent."""
     state: HostState.ValueType
-    """Whether its agent answers."""
     unreachable_reason: builtins.str
-    """Why it is unreachable: its agent does not answer, or its answer cannot be taken. Empty for a host that is up."""
+    """For a person: why it is unreachable. Empty for a host that is up."""
     last_seen_by_wall_clock: builtins.bool
-    """`last_seen_age` is the difference of two readings of the coordinator's wall clock, and wrong by as much as that was set meanwhile:
-    the host was not heard of since the coordinator was started.
+    """`last_seen_age` is the difference of two readings of the coordinator's wall clock, as the agent has not answered since the coordinator
+    was started: it is wrong by as much as that clock was set meanwhile.
     """
     @builtins.property
     def host(self) -> host_pb2.Host:
-        """As its agent sees it; the last word of it while it is unreachable."""
+        """As its agent describes it; while it is unreachable, as its agent described it last."""
 
     @builtins.property
     def last_seen_time(self) -> timestamp_pb2.Timestamp:
-        """When it was last heard of."""
+        """When its agent last answered, by the coordinator's wall clock."""
 
     @builtins.property
     def clock_skew(self) -> duration_pb2.Duration:
-        """By how much its wall clock was ahead of the coordinator's when it was last heard of; negative: behind. Unset: not known."""
+        """How far its wall clock was ahead of the coordinator's when its agent last answered; negative: behind. Unset: unknown."""
 
     @builtins.property
     def last_seen_age(self) -> duration_pb2.Duration:
-        """How long ago it was last heard of, as the coordinator measures it when it answers; it does not depend on the clock of who asks."""
+        """Time since its agent last answered, measured by the coordinator for this answer: independent of the client's clock."""
 
     def __init__(
         self,
@@ -105,8 +98,6 @@ class ClusterHost(message.Message):
 
 @typing.final
 class RegisterHostRequest(message.Message):
-    """Makes a host known."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
@@ -115,7 +106,7 @@ class RegisterHostRequest(message.Message):
     """Address at which the coordinator can reach the agent, such as "10.91.0.1:7400" or "unix:/run/drover/agent.sock"."""
     @builtins.property
     def host(self) -> host_pb2.Host:
-        """Its `name` and `host_uuid` say which host is meant. Whatever else it says does not count."""
+        """Only `name` and `host_uuid` are used; the agent is queried for everything else."""
 
     def __init__(
         self,
@@ -131,14 +122,12 @@ class RegisterHostRequest(message.Message):
 
 @typing.final
 class RegisterHostResponse(message.Message):
-    """The host is known."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HEARTBEAT_INTERVAL_FIELD_NUMBER: builtins.int
     @builtins.property
     def heartbeat_interval(self) -> duration_pb2.Duration:
-        """Say it again after this time: the coordinator may have forgotten the host, or have given up to look for it often."""
+        """Register again after this time: the coordinator may have lost the host, or query an unreachable one only rarely."""
 
     def __init__(
         self,
@@ -153,13 +142,10 @@ class RegisterHostResponse(message.Message):
 
 @typing.final
 class GetHostRequest(message.Message):
-    """Asks for a host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Name."""
     def __init__(
         self,
         *,
@@ -173,15 +159,11 @@ class GetHostRequest(message.Message):
 
 @typing.final
 class GetHostResponse(message.Message):
-    """A host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
     @builtins.property
-    def host(self) -> ClusterHost:
-        """The host."""
-
+    def host(self) -> ClusterHost: ...
     def __init__(
         self,
         *,
@@ -195,13 +177,10 @@ class GetHostResponse(message.Message):
 
 @typing.final
 class RemoveHostRequest(message.Message):
-    """Forgets a host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     NAME_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """Name."""
     def __init__(
         self,
         *,
@@ -215,8 +194,6 @@ class RemoveHostRequest(message.Message):
 
 @typing.final
 class RemoveHostResponse(message.Message):
-    """The host is not known any more."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     def __init__(
@@ -230,16 +207,14 @@ class RemoveHostResponse(message.Message):
 
 @typing.final
 class ListHostsRequest(message.Message):
-    """Asks for every host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    """Most items of a page, up to 1,000; a page may have fewer. Zero: 1,000."""
     page_token: builtins.str
-    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
+    """`next_page_token` of the previous page; the other fields must be as there. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -254,14 +229,12 @@ class ListHostsRequest(message.Message):
 
 @typing.final
 class ListHostsResponse(message.Message):
-    """Every host."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOSTS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
-    """For `page_token` of the next call. Empty: there is no more."""
+    """`page_token` of the next page. Empty: this is the last one."""
     @builtins.property
     def hosts(self) -> containers.RepeatedCompositeFieldContainer[ClusterHost]:
         """By name."""
@@ -280,8 +253,6 @@ class ListHostsResponse(message.Message):
 
 @typing.final
 class ListDomainsRequest(message.Message):
-    """Asks for guests."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
@@ -290,9 +261,9 @@ class ListDomainsRequest(message.Message):
     host: builtins.str
     """Only those of this host. Empty: all."""
     page_size: builtins.int
-    """At most so many items, up to 1,000; an answer may hold fewer. Zero: 1,000."""
+    """Most items of a page, up to 1,000; a page may have fewer. Zero: 1,000."""
     page_token: builtins.str
-    """`next_page_token` of the answer before, with the same other fields. Empty: the first page."""
+    """`next_page_token` of the previous page; the other fields must be as there. Empty: the first page."""
     def __init__(
         self,
         *,
@@ -308,22 +279,20 @@ class ListDomainsRequest(message.Message):
 
 @typing.final
 class ListDomainsResponse(message.Message):
-    """Guests."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     DOMAINS_FIELD_NUMBER: builtins.int
     UNREACHABLE_HOSTS_FIELD_NUMBER: builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
     next_page_token: builtins.str
-    """For `page_token` of the next call. Empty: there is no more."""
+    """`page_token` of the next page. Empty: this is the last one."""
     @builtins.property
     def domains(self) -> containers.RepeatedCompositeFieldContainer[PlacedDomain]:
         """By host, then by name."""
 
     @builtins.property
     def unreachable_hosts(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Hosts of this page that did not answer; their guests are missing here."""
+        """Hosts of this page that did not answer: their guests are missing."""
 
     def __init__(
         self,
@@ -340,18 +309,13 @@ class ListDomainsResponse(message.Message):
 
 @typing.final
 class PlacedDomain(message.Message):
-    """A guest and where it is."""
-
     DESCRIPTOR: descriptor.Descriptor
 
     HOST_FIELD_NUMBER: builtins.int
     DOMAIN_FIELD_NUMBER: builtins.int
     host: builtins.str
-    """Name of the host."""
     @builtins.property
-    def domain(self) -> host_pb2.Domain:
-        """The guest."""
-
+    def domain(self) -> host_pb2.Domain: ...
     def __init__(
         self,
         *,

@@ -67,9 +67,9 @@ class HostServiceServicer:
     """
 
     def RegisterHost(self, request, context):
-        """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
-        else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
-        answers at the address with this name and host_uuid.
+        """Registers an agent's host; anybody may call it at any time. The coordinator queries the agent at the address, and believes only its
+        answer. Errors: HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has the host_uuid); INVALID_FIELD,
+        HOST_UNREACHABLE or DEADLINE_EXCEEDED (no agent with this name and host_uuid answers at the address).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,8 +90,8 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RemoveHost(self, request, context):
-        """Forgets a host that does not answer; it comes back when its agent registers again. Errors: HOST_NOT_FOUND, HOST_IN_USE when it
-        is up or takes part in a migration that has not ended.
+        """Removes a host that does not answer; it returns when its agent registers again. Errors: HOST_NOT_FOUND; HOST_IN_USE (it is up, or
+        takes part in a migration that has not ended).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

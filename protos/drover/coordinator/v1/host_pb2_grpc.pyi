@@ -34,17 +34,17 @@ class HostServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> HostServiceAsyncStub: ...
     RegisterHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.RegisterHostRequest, _host_pb2.RegisterHostResponse]
-    """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
-    else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
-    answers at the address with this name and host_uuid.
+    """Registers an agent's host; anybody may call it at any time. The coordinator queries the agent at the address, and believes only its
+    answer. Errors: HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has the host_uuid); INVALID_FIELD,
+    HOST_UNREACHABLE or DEADLINE_EXCEEDED (no agent with this name and host_uuid answers at the address).
     """
     GetHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]
     """One host. Errors: HOST_NOT_FOUND."""
     ListHosts: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListHostsRequest, _host_pb2.ListHostsResponse]
     """Every host, by name, in pages."""
     RemoveHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.RemoveHostRequest, _host_pb2.RemoveHostResponse]
-    """Forgets a host that does not answer; it comes back when its agent registers again. Errors: HOST_NOT_FOUND, HOST_IN_USE when it
-    is up or takes part in a migration that has not ended.
+    """Removes a host that does not answer; it returns when its agent registers again. Errors: HOST_NOT_FOUND; HOST_IN_USE (it is up, or
+    takes part in a migration that has not ended).
     """
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
     """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
@@ -55,17 +55,17 @@ class HostServiceAsyncStub(HostServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterHost: _aio.UnaryUnaryMultiCallable[_host_pb2.RegisterHostRequest, _host_pb2.RegisterHostResponse]  # type: ignore[assignment]
-    """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
-    else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
-    answers at the address with this name and host_uuid.
+    """Registers an agent's host; anybody may call it at any time. The coordinator queries the agent at the address, and believes only its
+    answer. Errors: HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has the host_uuid); INVALID_FIELD,
+    HOST_UNREACHABLE or DEADLINE_EXCEEDED (no agent with this name and host_uuid answers at the address).
     """
     GetHost: _aio.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]  # type: ignore[assignment]
     """One host. Errors: HOST_NOT_FOUND."""
     ListHosts: _aio.UnaryUnaryMultiCallable[_host_pb2.ListHostsRequest, _host_pb2.ListHostsResponse]  # type: ignore[assignment]
     """Every host, by name, in pages."""
     RemoveHost: _aio.UnaryUnaryMultiCallable[_host_pb2.RemoveHostRequest, _host_pb2.RemoveHostResponse]  # type: ignore[assignment]
-    """Forgets a host that does not answer; it comes back when its agent registers again. Errors: HOST_NOT_FOUND, HOST_IN_USE when it
-    is up or takes part in a migration that has not ended.
+    """Removes a host that does not answer; it returns when its agent registers again. Errors: HOST_NOT_FOUND; HOST_IN_USE (it is up, or
+    takes part in a migration that has not ended).
     """
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
     """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
@@ -79,9 +79,9 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.RegisterHostRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.RegisterHostResponse, _abc.Awaitable[_host_pb2.RegisterHostResponse]]:
-        """An agent says that it is there: the coordinator goes and looks, and believes what the agent at that address answers, nothing
-        else. Anybody may say it at any time. Errors: HOST_NAME_TAKEN when a live host has the name, HOST_UUID_TAKEN when another host has the host_uuid; INVALID_FIELD, HOST_UNREACHABLE or DEADLINE_EXCEEDED when no agent
-        answers at the address with this name and host_uuid.
+        """Registers an agent's host; anybody may call it at any time. The coordinator queries the agent at the address, and believes only its
+        answer. Errors: HOST_NAME_TAKEN (a live host has the name), HOST_UUID_TAKEN (another host has the host_uuid); INVALID_FIELD,
+        HOST_UNREACHABLE or DEADLINE_EXCEEDED (no agent with this name and host_uuid answers at the address).
         """
 
     @_abc_1.abstractmethod
@@ -106,8 +106,8 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.RemoveHostRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.RemoveHostResponse, _abc.Awaitable[_host_pb2.RemoveHostResponse]]:
-        """Forgets a host that does not answer; it comes back when its agent registers again. Errors: HOST_NOT_FOUND, HOST_IN_USE when it
-        is up or takes part in a migration that has not ended.
+        """Removes a host that does not answer; it returns when its agent registers again. Errors: HOST_NOT_FOUND; HOST_IN_USE (it is up, or
+        takes part in a migration that has not ended).
         """
 
     @_abc_1.abstractmethod
