@@ -14,9 +14,9 @@ from agent.admission.slots import Slots
 from agent.config import AgentConfig, NetworkConfig
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.engine import Engine
-from agent.handshake.host.heard import Heard
 from agent.handshake.host.journal import Journal
 from agent.handshake.host.phases import LocalHost
+from agent.handshake.host.record_cache import RecordCache
 from agent.handshake.host.records import AttemptRecord
 from agent.hypervisor.base import HypervisorUnavailable
 from agent.hypervisor.interface import Hypervisor
@@ -83,7 +83,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             bus=bus,
             simulated=config.hypervisor == "sim",
         )
-        heard = Heard()
+        heard = RecordCache()
         engine = Engine(local, journal, Slots(config.incoming_limit), silent.put_nowait, other_side, heard)
         stack.push_async_callback(engine.close)
         host = AgentHost(info, hypervisor, engine, bus)

@@ -171,7 +171,7 @@ class Domain:
     """The guest does not run, and its next start would restore a memory image that was saved here instead of booting."""
 
     @property
-    def unstarted(self) -> bool:
+    def never_started(self) -> bool:
         """Whether this is an active copy that has never run; asked at a destination. The job alone does not show it: a daemon that
         has just restarted knows the reason of the pause some milliseconds before it knows the job again."""
         return self.state is DomainState.PAUSED and (self.incoming or self.reason in _NEVER_RAN)

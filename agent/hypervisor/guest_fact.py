@@ -56,7 +56,7 @@ def fact_of(domain: Domain | None, *, arriving: bool = False) -> GuestFact:
     if domain is None:
         return GuestFact(GuestState.ABSENT, "", now)
     # The incoming job still holds a copy for a moment after its start, and in post-copy for long.
-    if (domain.incoming and domain.state is not DomainState.RUNNING) or (arriving and domain.unstarted):
+    if (domain.incoming and domain.state is not DomainState.RUNNING) or (arriving and domain.never_started):
         return GuestFact(GuestState.WAITING, domain.reason, now)
     if domain.state is DomainState.SHUTOFF and domain.reason == "crashed":
         return GuestFact(GuestState.CRASHED, domain.reason, now)

@@ -46,7 +46,7 @@ class Outgoing(Protocol):
         """Ask a running `perform` to stop (pre-copy only). Does nothing where none runs. Works on any handle."""
         ...
 
-    async def unanswered(self, uri: str) -> int | None:
+    async def connect_retries(self, uri: str) -> int | None:
         """Return how often the unanswered request to connect to `uri` was repeated; None where no such request is under way, or the
         driver cannot tell. Raises nothing.
         """
@@ -178,7 +178,7 @@ class Hypervisor(Protocol):
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
         """Check whether `Outgoing.begin` with these arguments would succeed. Raises what that would raise, and `DomainBusy` with its
-        `hindrance` for a guest that would not answer. The guest is not changed."""
+        `why_unresponsive` for a guest that would not answer. The guest is not changed."""
         ...
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
@@ -198,7 +198,7 @@ class Hypervisor(Protocol):
         switched off. Raises `DomainNotFound`."""
         ...
 
-    async def hindrance(self, name: str) -> str:
+    async def why_unresponsive(self, name: str) -> str:
         """Return why calls about a guest may get no answer, and what helps; for example, its process is stopped. Empty: not known.
         Raises nothing.
         """

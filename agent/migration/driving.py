@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-TELL_SECONDS: Final = 0.01
+REPORT_AFTER_SECONDS: Final = 0.01
 """After which readers are told what a driver has learned; what it learned meanwhile is told with it."""
 
 _WAITED_FOR: Final = frozenset(
@@ -234,7 +234,7 @@ class Drives:
     def _update(self, entry: Entry) -> None:
         """The driver learned something: let it act on that first, then tell the readers. Its end is told by `_run`."""
         if entry.telling is None:
-            entry.telling = asyncio.get_running_loop().call_later(TELL_SECONDS, self.tell, entry)
+            entry.telling = asyncio.get_running_loop().call_later(REPORT_AFTER_SECONDS, self.tell, entry)
 
     def tell(self, entry: Entry) -> None:
         """Tell readers what the entry's driver knows now."""

@@ -153,7 +153,7 @@ class Entry:
             why = f"nothing more is done for migration {migration_id}: {self.migration.failure.message}"
         elif self.driver is None:
             why = f"migration {migration_id} is just being taken up again, and {host} was not asked yet; try again in a moment"
-        elif self.driver.view.is_vouched_for(self.side(host)):
+        elif self.driver.view.is_reported_alive(self.side(host)):
             why = f"{host} does not answer here, but the other host of the migration hears it, so its own word counts"
         else:
             why = f"{host} answers, so its own word counts"

@@ -262,7 +262,7 @@ class Migrations:
     def _fence_if_in_doubt(self, entry: Entry) -> None:
         """Start, or end, the wait for the fencing of the one host on which the outcome hangs."""
         driver = entry.driver
-        side = driver.view.hangs_on if driver is not None and self._fences is not None else ""
+        side = driver.view.decisive_side if driver is not None and self._fences is not None else ""
         if side == entry.fenced_side:
             return
         if entry.fencing is not None:

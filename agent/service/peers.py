@@ -10,8 +10,8 @@ import structlog
 
 from agent.handshake.drive.ends import Ends, Side
 from agent.handshake.host.attempt import Attempt
-from agent.handshake.host.heard import Heard
 from agent.handshake.host.peer import OtherHost
+from agent.handshake.host.record_cache import RecordCache
 from agent.runtime.address import parse_address
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason
@@ -81,7 +81,7 @@ def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
 class PeerDirectory:
     """The `Directory` of an agent: the source is this host, the destination a peer."""
 
-    def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels, heard: Heard) -> None:
+    def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels, heard: RecordCache) -> None:
         self._heard = heard
         self._host = host
         self._own_address = own_address

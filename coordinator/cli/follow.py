@@ -9,7 +9,7 @@ import click
 
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
-from coordinator.cli.show import Stage, lost_or_stuck, print_json, print_pairs, print_table, to_json, to_type
+from coordinator.cli.show import Stage, lost_or_stuck, print_json, print_pairs, print_table, to_json, with_server
 from coordinator.cli.text import printable
 from coordinator.cli.units import eta, rate, seconds, size
 from coordinator.client import (
@@ -130,7 +130,7 @@ def describe(migration: Migration) -> str:
         parts += _describe_progress(migration.progress)
     if migration.waiting_for:
         parts.append(f"waiting for {migration.waiting_for}")
-    return printable(to_type("  ".join(parts)))
+    return printable(with_server("  ".join(parts)))
 
 
 def _describe_progress(progress: Progress) -> list[str]:
@@ -149,7 +149,7 @@ def _describe_progress(progress: Progress) -> list[str]:
 
 def print_summary(migration: Migration) -> None:
     """Print how the migration ended, its phases with their milliseconds, bytes, downtime and total time."""
-    after = f"in {took_words(migration)}" if migration.state.ended else f"after {_elapsed(migration)}"
+    after = f"in {duration_text(migration)}" if migration.state.ended else f"after {_elapsed(migration)}"
     click.echo(f"{printable(_verdict(migration))} {after}.")
     print_timings(migration)
     print_pairs(transfer_pairs(migration))
@@ -166,7 +166,7 @@ def _elapsed(migration: Migration) -> str:
     return seconds(migration.age) if migration.age is not None else "?"
 
 
-def took_words(migration: Migration) -> str:
+def duration_text(migration: Migration) -> str:
     """Return how long a migration took that has ended."""
     return f"{'at least ' if migration.duration_is_least else ''}{seconds(migration.duration)}"
 
@@ -197,7 +197,7 @@ def transfer_pairs(migration: Migration) -> list[tuple[str, str]]:
     moved = migration.state is MigrationState.SUCCEEDED
     measured = moved and migration.hypervisor_duration and not migration.duration_is_least
     overhead = f"{seconds(migration.overhead)} outside hypervisor calls" if measured else ""
-    total = took_words(migration) if migration.duration else ""
+    total = duration_text(migration) if migration.duration else ""
     if migration.duration_is_least:
         total += (
             " (the time before is not measured: the driver's machine was restarted, another driver took over, or an older version "

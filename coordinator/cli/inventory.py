@@ -3,7 +3,7 @@
 import click
 
 from coordinator.cli.session import Session, run
-from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json, to_type
+from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json, with_server
 from coordinator.cli.text import printable
 from coordinator.cli.units import ago, rate, seconds, size
 from coordinator.client import Domain, Host, HostState
@@ -150,7 +150,7 @@ def list_domains(host: str, output: str) -> None:
             click.echo(
                 printable(
                     f"the guests of these hosts are missing: {', '.join(found.unreachable_hosts)} (no valid answer; "
-                    + to_type("`drover domain list --host NAME` says why)")
+                    + with_server("`drover domain list --host NAME` says why)")
                 ),
                 err=True,
             )

@@ -9,7 +9,7 @@ import click
 from coordinator.cli.exit_codes import EPILOG
 from coordinator.cli.parse import OptionValue, Rate, Seconds
 from coordinator.cli.session import Session, run
-from coordinator.cli.show import Stage, output_option, print_json, to_json, to_type
+from coordinator.cli.show import Stage, output_option, print_json, to_json, with_server
 
 if TYPE_CHECKING:
     from agent.hypervisor.options import Options, Value
@@ -98,7 +98,7 @@ def migrate(
         if output == "json":
             print_json(to_json(migration.proto))
         else:
-            click.echo(to_type(f"migration {migration_id} is under way; watch it: drover migration watch {migration_id[:8]}"))
+            click.echo(with_server(f"migration {migration_id} is under way; watch it: drover migration watch {migration_id[:8]}"))
         return None
 
     run(body, output)

@@ -7,7 +7,7 @@ import sys
 import click
 
 from coordinator.cli.exit_codes import EPILOG, ExitCode
-from coordinator.cli.follow import describe, follow, print_timings, show_to_the_end, took_words, transfer_pairs
+from coordinator.cli.follow import describe, duration_text, follow, print_timings, show_to_the_end, transfer_pairs
 from coordinator.cli.session import Session, ask, run
 from coordinator.cli.show import (
     lost_or_stuck,
@@ -17,7 +17,7 @@ from coordinator.cli.show import (
     print_table,
     report_json,
     to_json,
-    to_type,
+    with_server,
 )
 from coordinator.cli.text import printable
 from coordinator.cli.units import ago
@@ -66,7 +66,7 @@ def list_(active: bool, limit: int, output: str) -> None:
 
 def _row(migration: Migration) -> tuple[str, ...]:
     waits = "" if migration.wait_reason == "unspecified" else f" (waiting: {migration.wait_reason})"
-    took = took_words(migration) if migration.state.ended else f"{migration.phase}{waits}"
+    took = duration_text(migration) if migration.state.ended else f"{migration.phase}{waits}"
     names = (migration.domain, migration.source, migration.destination)
     return (migration.id[:8], migration.state.value, *names, _started(migration), took)
 
@@ -107,7 +107,7 @@ def _print_migration(migration: Migration) -> None:
             ("attempt", str(migration.attempt)),
             ("started", _started(migration)),
             ("now", "" if migration.state.ended else describe(migration)),
-            ("failure", to_type(f"{failure.reason}: {failure.message}") if failure else ""),
+            ("failure", with_server(f"{failure.reason}: {failure.message}") if failure else ""),
             *(("also", other.message) for other in migration.other_failures),
             *transfer_pairs(migration),
             *(("warning", warning) for warning in migration.warnings),
@@ -215,7 +215,7 @@ def _print_resolved(migration: Migration, dead_host: str) -> None:
     click.echo(
         printable(
             f'If {dead_host} comes back, its agent pauses or removes its copy of "{migration.domain}": '
-            + to_type(f"look for it with `drover domain list --host {dead_host}`, undefine it there, and never start it.")
+            + with_server(f"look for it with `drover domain list --host {dead_host}`, undefine it there, and never start it.")
         )
     )
 

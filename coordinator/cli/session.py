@@ -7,7 +7,7 @@ from typing import TypeVar
 import click
 
 from coordinator.cli.exit_codes import ExitCode
-from coordinator.cli.show import Stage, exit_code, report, report_json, to_type
+from coordinator.cli.show import Stage, exit_code, report, report_json, with_server
 from coordinator.client import Client, DroverClientError, NotFound
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def _print_interrupted(session: Session, message: str) -> None:
     if session.stage is Stage.ASKING:
         return
     click.echo(
-        to_type(
+        with_server(
             f"\n{message}\n"
             f"  watch it:   drover migration watch {session.migration_id}\n"
             f"  cancel it:  drover migration cancel {session.migration_id}"

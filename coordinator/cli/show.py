@@ -87,7 +87,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 _COMMAND = re.compile(r"\bdrover (?=(migrate|migration|host|domain)\b)")
 
 
-def to_type(text: str) -> str:
+def with_server(text: str) -> str:
     """Return `text` with this command's `--server`, if it has one, added to the commands that the text suggests: a server that
     suggests a command does not know the address by which it was reached.
     """
@@ -131,11 +131,11 @@ def report(error: DroverClientError, output: str, migration_id: str, stage: Stag
         return
     failure = error.migration.failure if error.migration else None  # its message leaves out the guest's place, printed below
     happened = failure.message if failure and failure.message in error.message else error.message
-    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(to_type(happened))}", err=True)
+    click.echo(f"{click.style('error', fg='red', bold=True)}: {printable(with_server(happened))}", err=True)
     others = [("also", other.message) for other in error.migration.other_failures] if error.migration else []
     for name, value in (*others, ("guest", _where(error, stage, server)), ("next", _next(error, migration_id, stage, server))):
         if value:
-            click.echo(f"  {name}: {printable(to_type(value))}", err=True)
+            click.echo(f"  {name}: {printable(with_server(value))}", err=True)
 
 
 def report_json(

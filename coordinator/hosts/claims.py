@@ -14,7 +14,7 @@ from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.service.bounds import checked_answer
 from agent.service.channel import open_channel
 from agent.service.status import errors_of
-from coordinator.hosts.host_link import Word
+from coordinator.hosts.host_link import HostReport
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
 from drover.coordinator.v1 import host_pb2 as pb
@@ -83,7 +83,7 @@ class Proofs:
         self._asking = 0
         self._breaker = Breaker(PROOF, _NO_ANSWER, clock)
 
-    async def prove(self, host: agent_pb.Host, address: str) -> Word:
+    async def prove(self, host: agent_pb.Host, address: str) -> HostReport:
         """Ask the agent at `address` for its host; return its answer, which has the name and host_uuid of `host`.
 
         Raises HOST_UNREACHABLE, DEADLINE_EXCEEDED, INVALID_FIELD (another host answers there), BUSY.
@@ -105,7 +105,7 @@ class Proofs:
         if (answer.name, answer.host_uuid) != (host.name, host.host_uuid):
             text = f"host {answer.name} ({answer.host_uuid}) answers at {address}, not {host.name} ({host.host_uuid})"
             raise invalid_field("agent_address", text)
-        return Word(answer)
+        return HostReport(answer)
 
 
 async def _ask(host: agent_pb.Host, address: str) -> agent_pb.Host:

@@ -24,13 +24,13 @@ M = TypeVar("M", bound=Message)
 
 QUESTION_SECONDS: Final = 2.0
 """Deadline of a query to an agent."""
-FIRST_WORD_SECONDS: Final = 3.0
+FIRST_REPORT_SECONDS: Final = 3.0
 """An agent that takes longer than this to answer a watch counts as unreachable."""
-LET_GO_AFTER: Final = 3
+CLOSE_CHANNEL_AFTER: Final = 3
 """Failures after which the channel is closed until it is needed: gRPC would keep connecting by itself."""
-SPOKEN_AT_ONCE: Final = 64
+REGISTERED_AT_ONCE: Final = 64
 """Connection attempts at once to hosts that have just registered."""
-SILENT_AT_ONCE: Final = 16
+OTHERS_AT_ONCE: Final = 16
 """Connection attempts at once to all other hosts."""
 HEARTBEATS_MISSED: Final = 3
 """An open watch without a message for this many heartbeats counts as broken: the agent hangs."""
@@ -42,7 +42,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Word:
+class HostReport:
     """One report of an agent about its host."""
 
     host: pb.Host
@@ -50,14 +50,14 @@ class Word:
     """When it was sent, by the agent's wall clock (Unix time in nanoseconds). 0: an older agent does not send it."""
 
 
-class Lanes:
+class ConnectLimits:
     """Limits on connection attempts, for all links of a coordinator. A host that has just registered does not queue behind silent
     ones.
     """
 
     def __init__(self) -> None:
-        self._spoken = asyncio.Semaphore(SPOKEN_AT_ONCE)
-        self._silent = asyncio.Semaphore(SILENT_AT_ONCE)
+        self._spoken = asyncio.Semaphore(REGISTERED_AT_ONCE)
+        self._silent = asyncio.Semaphore(OTHERS_AT_ONCE)
 
     @contextlib.asynccontextmanager
     async def turn(self, spoken: asyncio.Event) -> AsyncIterator[None]:
@@ -92,9 +92,9 @@ class HostLink:
         self,
         name: str,
         address: str,
-        on_word: Callable[["HostLink", Word], None],
+        on_report: Callable[["HostLink", HostReport], None],
         on_silence: Callable[["HostLink", str], None],
-        lanes: Lanes,
+        lanes: ConnectLimits,
         heartbeat_seconds: float = 5.0,
         coordinator: str = "",
         clock: Clock = SYSTEM_CLOCK,
@@ -110,7 +110,7 @@ class HostLink:
         """The agent repeats its report when nothing changes (an older one does not)."""
         self.connected = False
         """The watch is open and has delivered a report."""
-        self._on_word = on_word
+        self._on_report = on_report
         self._on_silence = on_silence
         self._clock = clock
         self._hurry = asyncio.Event()
@@ -123,7 +123,7 @@ class HostLink:
             self._channel = open_channel(self.address)
         return self._channel
 
-    async def let_go(self) -> None:
+    async def close_channel(self) -> None:
         """Close the channel; the next use opens it again."""
         channel, self._channel = self._channel, None
         if channel is not None:
@@ -178,8 +178,8 @@ class HostLink:
                 pauses.succeeded()
             self.connected = False
             self._on_silence(self, why)
-            if pauses.failures + 1 >= LET_GO_AFTER:
-                await self.let_go()
+            if pauses.failures + 1 >= CLOSE_CHANNEL_AFTER:
+                await self.close_channel()
             await pauses.pause(self._hurry)
 
     async def _watch_until_silence(self) -> str:
@@ -193,7 +193,7 @@ class HostLink:
         except TimeoutError:
             if self.connected:
                 return f"the agent at {self.address} has sent nothing for {self._silence_seconds:g} s"
-            return f"the agent at {self.address} did not answer within {FIRST_WORD_SECONDS:g} s"
+            return f"the agent at {self.address} did not answer within {FIRST_REPORT_SECONDS:g} s"
         except Exception as error:  # a watch that ended unnoticed would leave the host up for ever
             log.exception("host.watch_failed", address=self.address)
             return f"unexpected error in the coordinator (bug): {type(error).__name__}; see host.watch_failed in its log"
@@ -205,7 +205,7 @@ class HostLink:
         """
         call = None
         try:
-            async with self._lanes.turn(self._hurry), asyncio.timeout(FIRST_WORD_SECONDS):
+            async with self._lanes.turn(self._hurry), asyncio.timeout(FIRST_REPORT_SECONDS):
                 self._hurry.clear()
                 call = rpc.HostServiceStub(self.channel).WatchHost(self._request, wait_for_ready=True)
                 more = self._heard(await call.read())
@@ -222,7 +222,7 @@ class HostLink:
         if not isinstance(response, pb.WatchHostResponse):
             return False
         self.repeats = response.HasField("send_time")
-        self._on_word(self, Word(checked_answer(response, self.address).host, response.send_time.ToNanoseconds()))
+        self._on_report(self, HostReport(checked_answer(response, self.address).host, response.send_time.ToNanoseconds()))
         self.connected = True
         return True
 
@@ -235,7 +235,7 @@ async def close_links(links: Sequence[HostLink]) -> None:
     if tasks:
         await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
     for link in links:
-        await link.let_go()
+        await link.close_channel()
 
 
 async def answer_of(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:

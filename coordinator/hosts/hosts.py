@@ -19,7 +19,7 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus, HostChanged
 from agent.runtime.wire import cut
 from coordinator.hosts.claims import Proofs, check_claim
-from coordinator.hosts.host_link import HostLink, Lanes, Word, answer_of
+from coordinator.hosts.host_link import ConnectLimits, HostLink, HostReport, answer_of
 from coordinator.hosts.host_table import HostTable
 from coordinator.hosts.known_host import KnownHost, find, heard, is_worth_saving, shown
 from coordinator.store import Store
@@ -51,7 +51,7 @@ class HostRegistry:
         self._bus = bus
         self._clock = clock
         self._wall = wall
-        self._lanes = Lanes()
+        self._lanes = ConnectLimits()
         self._proofs = Proofs(clock)
         self._table = HostTable(store, self._link_to, clock, bus)
 
@@ -156,10 +156,10 @@ class HostRegistry:
     def _link_to(self, known: pb.ClusterHost) -> HostLink:
         name, address = known.host.name, known.agent_address
         return HostLink(
-            name, address, self._on_word, self._on_silence, self._lanes, self.heartbeat_seconds, self._coordinator, self._clock
+            name, address, self._on_report, self._on_silence, self._lanes, self.heartbeat_seconds, self._coordinator, self._clock
         )
 
-    def _on_word(self, link: HostLink, word: Word) -> None:
+    def _on_report(self, link: HostLink, word: HostReport) -> None:
         entry = self._entry_of(link)
         if entry is None:
             return

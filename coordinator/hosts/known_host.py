@@ -6,7 +6,7 @@ from typing import Final
 
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.seldom import Seldom
-from coordinator.hosts.host_link import HostLink, Word
+from coordinator.hosts.host_link import HostLink, HostReport
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
 
@@ -62,7 +62,7 @@ class KnownHost:
         )
 
 
-def heard(known: pb.ClusterHost, word: Word, wall: float) -> pb.ClusterHost:
+def heard(known: pb.ClusterHost, word: HostReport, wall: float) -> pb.ClusterHost:
     """Return the entry after a report of its agent that arrived at `wall` (Unix time in seconds). Pure."""
     after = pb.ClusterHost(host=word.host, agent_address=known.agent_address, state=pb.HOST_STATE_UP)
     after.last_seen_time.FromNanoseconds(int(wall * 1e9))

@@ -90,7 +90,7 @@ class FakeHypervisor:
         """By guest: the answer of `hindrance`."""
         self.stands_still = False
         """If set, nothing more is sent."""
-        self.unanswered: int | None = None
+        self.connect_retries: int | None = None
         """How often a connection request was repeated without an answer; None: there is an answer."""
         self.deaths: dict[str, HypervisorError] = {}
         """By guest: how its process died."""
@@ -181,7 +181,7 @@ class FakeHypervisor:
         return domain, Requirements(domain.name, domain.uuid, domain.memory_bytes, domain.vcpus, "x86_64", "pc", "kvm", "")
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
-        if why := await self.hindrance(self.domains[uuid].name):
+        if why := await self.why_unresponsive(self.domains[uuid].name):
             raise DomainBusy(why)
         await self.called("check_leaving", uuid, options, destination_name, quiet=True)
 
@@ -199,7 +199,7 @@ class FakeHypervisor:
         else:
             del self.domains[uuid]
 
-    async def hindrance(self, name: str) -> str:
+    async def why_unresponsive(self, name: str) -> str:
         return self.hindrances.get(name, "")
 
     async def death(self, name: str) -> HypervisorError | None:
@@ -282,13 +282,13 @@ class FakeOutgoing:
         sent = 0 if self._host.stands_still else self._sent
         return Progress(iteration=1, total_bytes=1 << 20, processed_bytes=sent, remaining_bytes=1 << 19, rate=1 << 18)
 
-    async def unanswered(self, uri: str) -> int | None:
-        return self._host.unanswered
+    async def connect_retries(self, uri: str) -> int | None:
+        return self._host.connect_retries
 
     async def stop_connecting(self, uri: str) -> None:
         await self._host.called("stop_connecting", uri, quiet=True)
-        if self._host.unanswered is not None:
-            self._host.unanswered = None
+        if self._host.connect_retries is not None:
+            self._host.connect_retries = None
             self._aborted.set()
 
     async def start_postcopy(self) -> None:

@@ -69,9 +69,9 @@ async def test_6_13_a_driver_that_takes_up_learns_from_the_source_alone_that_the
 async def test_6_12_a_destination_that_its_source_hears_is_not_fenced(pair: Pair) -> None:
     """It is the driver that is cut off; an operator's statement does not count either."""
     driver, running = await cut_off(pair)
-    await until(lambda: driver.view.is_vouched_for("destination"))
+    await until(lambda: driver.view.is_reported_alive("destination"))
     assert driver.view.outcome_unknown
-    assert driver.view.hangs_on == ""
+    assert driver.view.decisive_side == ""
     assert await driver.answers("destination")
     pair.wire.starts.set()
     await running

@@ -46,7 +46,7 @@ from tests.unit.two_agents import JOURNAL_DOWN, Agent, Pair
 E = TypeVar("E", bound=Event)
 
 
-class Heard:
+class RecordCache:
     """All events of a bus, from the moment it is made."""
 
     def __init__(self, bus: Bus) -> None:
@@ -87,7 +87,7 @@ async def test_7_a_record_is_told_once_it_is_durable(pair: Pair, monkeypatch: py
 
 
 async def test_7_a_record_that_could_not_be_written_is_not_told(pair: Pair) -> None:
-    heard = Heard(pair.destination.bus)
+    heard = RecordCache(pair.destination.bus)
     pair.destination.journal.fails = [JOURNAL_DOWN]
     await fails(pair.destination.engine.reserve_slot(reserve()), Reason.JOURNAL_UNAVAILABLE)
     assert not heard.all
@@ -96,7 +96,7 @@ async def test_7_a_record_that_could_not_be_written_is_not_told(pair: Pair) -> N
 
 
 async def test_7_a_record_and_its_slot_say_what_they_are_about_and_why_they_end(pair: Pair) -> None:
-    heard = Heard(pair.destination.bus)
+    heard = RecordCache(pair.destination.bus)
     driver = pair.driver()
     await driver.reserve()
     driver.view.cancel(CANCELLED)
@@ -115,7 +115,7 @@ async def test_7_a_record_and_its_slot_say_what_they_are_about_and_why_they_end(
 async def test_7_a_slot_of_an_earlier_life_is_told_when_it_is_free(pair: Pair) -> None:
     await pair.destination.engine.reserve_slot(reserve())
     await pair.destination.restart()
-    heard = Heard(pair.destination.bus)
+    heard = RecordCache(pair.destination.bus)
     driver = pair.driver()
     driver.view.cancel(CANCELLED)
     await driver.resume()
@@ -124,7 +124,7 @@ async def test_7_a_slot_of_an_earlier_life_is_told_when_it_is_free(pair: Pair) -
 
 
 async def test_7_an_attempt_that_never_had_a_slot_frees_none(pair: Pair) -> None:
-    heard = Heard(pair.destination.bus)
+    heard = RecordCache(pair.destination.bus)
     driver = pair.driver()
     driver.view.cancel(CANCELLED)
     await finished(driver)
@@ -133,7 +133,7 @@ async def test_7_an_attempt_that_never_had_a_slot_frees_none(pair: Pair) -> None
 
 
 async def test_7_no_event_holds_a_cookie_xml_or_the_name_of_a_driver(pair: Pair) -> None:
-    heard = [Heard(agent.bus) for agent in (pair.source, pair.destination)]
+    heard = [RecordCache(agent.bus) for agent in (pair.source, pair.destination)]
     begun: list[handshake_pb2.BeginResponse] = []
 
     def answer(response: handshake_pb2.BeginResponse) -> handshake_pb2.BeginResponse:
@@ -155,7 +155,7 @@ async def test_7_no_event_holds_a_cookie_xml_or_the_name_of_a_driver(pair: Pair)
 
 
 async def test_7_a_driver_tells_each_new_decision_once(pair: Pair) -> None:
-    heard = Heard(pair.source.bus)
+    heard = RecordCache(pair.source.bus)
     await finished(pair.driver())
     decisions = [(event.calls, event.source_state, event.destination_state) for event in heard.of(DriverDecided)]
     assert decisions[0] == (("reserve",), "", "")
@@ -165,7 +165,7 @@ async def test_7_a_driver_tells_each_new_decision_once(pair: Pair) -> None:
 
 
 async def test_7_a_call_that_failed_is_told_with_its_reason_and_so_is_giving_up(pair: Pair) -> None:
-    heard = Heard(pair.source.bus)
+    heard = RecordCache(pair.source.bus)
     refusal = DroverError(Reason.BUSY, "all slots are taken" * 100)
     pair.to_destination.refuse = {"reserve_slot": [refusal]}
     await finished(pair.driver())
@@ -185,7 +185,7 @@ async def test_7_a_call_that_failed_is_told_with_its_reason_and_so_is_giving_up(
 
 
 async def test_7_a_migration_is_told_at_each_change_of_its_state_and_not_at_each_reading(driving: Driving) -> None:
-    heard = Heard(driving.pair.source.bus)
+    heard = RecordCache(driving.pair.source.bus)
     await flowing(driving)
     for _ in range(5):
         driving.migrations._drives.tell(driving.migrations._collection.get(ID))
@@ -198,13 +198,13 @@ async def test_7_a_migration_is_told_at_each_change_of_its_state_and_not_at_each
 
 
 async def test_7_a_migration_says_why_it_failed(driving: Driving) -> None:
-    heard = Heard(driving.pair.source.bus)
+    heard = RecordCache(driving.pair.source.bus)
     await in_doubt(driving)
     assert [(event.state, event.reason) for event in heard.of(MigrationChanged)][-1] == ("outcome_unknown", "OUTCOME_UNKNOWN")
 
 
 async def test_7_a_statement_is_told_once_it_counts(driving: Driving) -> None:
-    heard = Heard(driving.pair.source.bus)
+    heard = RecordCache(driving.pair.source.bus)
     await in_doubt(driving)
     driving.log.fails = [JOURNAL_DOWN]
     await fails(driving.migrations.resolve(ID, statement("h2")), Reason.JOURNAL_UNAVAILABLE)
@@ -216,13 +216,13 @@ async def test_7_a_statement_is_told_once_it_counts(driving: Driving) -> None:
 
 
 async def test_7_a_statement_that_is_refuted_is_told(pair: Pair) -> None:
-    heard = Heard(pair.source.bus)
+    heard = RecordCache(pair.source.bus)
     view = pair.driver().view
     view.declare_dead("destination", statement("h2"))
-    view.heard("source")
+    view.answered("source")
     assert not heard.all
-    view.heard("destination")
-    view.heard("destination")
+    view.answered("destination")
+    view.answered("destination")
     assert [(event.change, event.dead_host) for event in heard.of(StatementChanged)] == [("refuted", "h2")]
 
 
@@ -232,7 +232,7 @@ async def test_7_a_statement_that_is_refuted_is_told(pair: Pair) -> None:
 async def test_7_a_coordinator_tells_what_becomes_of_a_host(
     registry: HostRegistry, store: MemoryStore, bus: Bus, agents: Any
 ) -> None:
-    heard = Heard(bus)
+    heard = RecordCache(bus)
     agent = await agents("alpha")
     await register(registry, agent)
     await register(registry, agent)
@@ -258,7 +258,7 @@ async def test_7_a_coordinator_tells_what_becomes_of_a_host(
 
 
 async def test_7_an_agent_tells_once_that_its_hypervisor_has_changed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = Heard(pair.source.bus)
+    heard = RecordCache(pair.source.bus)
     monkeypatch.setattr(host_module, "REFRESH_SECONDS", 0.0)
     older = HypervisorInfo("fake", "fake 0", "fake 1", "uuid of h1", FEATURES)
     host = AgentHost(older, pair.source.hypervisor, pair.source.engine, pair.source.bus)
@@ -281,7 +281,7 @@ async def test_7_an_agent_tells_once_that_its_hypervisor_has_changed(pair: Pair,
 
 async def test_7_who_cancels_and_who_makes_a_statement_is_told_as_the_server_sees_it(driving: Driving, tmp_path: Any) -> None:
     bus = driving.pair.source.bus
-    heard = Heard(bus)
+    heard = RecordCache(bus)
     add: Callable[[Any], None] = lambda s: rpc.add_MigrationServiceServicer_to_server(MigrationServicer(driving.migrations), s)  # noqa: E731
     server = await start_server([f"unix:{tmp_path}/s", "127.0.0.1:0"], add, [SERVICE], bus)
     await flowing(driving)

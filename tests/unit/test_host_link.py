@@ -7,7 +7,7 @@ import pytest
 
 from agent.runtime.events import Bus
 from coordinator.hosts import host_link
-from coordinator.hosts.host_link import HostLink, Lanes
+from coordinator.hosts.host_link import ConnectLimits, HostLink
 from coordinator.hosts.host_table import PREFIX
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore, Put
@@ -18,7 +18,7 @@ from tests.unit.clocks import FakeClock
 
 
 async def test_6_24_a_bounded_number_of_silent_hosts_is_tried_at_once() -> None:
-    lanes, never, release, inside = Lanes(), asyncio.Event(), asyncio.Event(), 0
+    lanes, never, release, inside = ConnectLimits(), asyncio.Event(), asyncio.Event(), 0
 
     async def attempt(spoken: asyncio.Event) -> None:
         nonlocal inside
@@ -26,31 +26,31 @@ async def test_6_24_a_bounded_number_of_silent_hosts_is_tried_at_once() -> None:
             inside += 1
             await release.wait()
 
-    attempts = [asyncio.create_task(attempt(never)) for _ in range(host_link.SILENT_AT_ONCE + 10)]
-    await until(lambda: inside == host_link.SILENT_AT_ONCE)
+    attempts = [asyncio.create_task(attempt(never)) for _ in range(host_link.OTHERS_AT_ONCE + 10)]
+    await until(lambda: inside == host_link.OTHERS_AT_ONCE)
     spoken = asyncio.Event()
     attempts.append(asyncio.create_task(attempt(spoken)))
     await asyncio.sleep(0.01)
-    assert inside == host_link.SILENT_AT_ONCE
+    assert inside == host_link.OTHERS_AT_ONCE
     spoken.set()  # it need not queue behind the silent ones
-    await until(lambda: inside == host_link.SILENT_AT_ONCE + 1)
+    await until(lambda: inside == host_link.OTHERS_AT_ONCE + 1)
     attempts[-2].cancel()
     release.set()
     await asyncio.wait(attempts)
-    assert inside == host_link.SILENT_AT_ONCE + 10
-    assert (lanes._silent._value, lanes._spoken._value) == (host_link.SILENT_AT_ONCE, host_link.SPOKEN_AT_ONCE)
+    assert inside == host_link.OTHERS_AT_ONCE + 10
+    assert (lanes._silent._value, lanes._spoken._value) == (host_link.OTHERS_AT_ONCE, host_link.REGISTERED_AT_ONCE)
 
 
 async def test_6_24_the_channel_to_a_host_that_stays_silent_is_closed_and_opened_again_when_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_link, "FIRST_WORD_SECONDS", 0.02)
+    monkeypatch.setattr(host_link, "FIRST_REPORT_SECONDS", 0.02)
     silences: list[str] = []
     link = HostLink(
-        "h1", f"unix:{tmp_path}/none.sock", lambda *_: None, lambda _, why: silences.append(why), Lanes(), clock=FakeClock()
+        "h1", f"unix:{tmp_path}/none.sock", lambda *_: None, lambda _, why: silences.append(why), ConnectLimits(), clock=FakeClock()
     )
     first = link.channel
-    await until(lambda: len(silences) > host_link.LET_GO_AFTER)
+    await until(lambda: len(silences) > host_link.CLOSE_CHANNEL_AFTER)
     assert link.channel is not first
     await link.close()
 
@@ -72,13 +72,13 @@ async def test_6_24_a_coordinator_with_many_dead_hosts_stops_soon(tmp_path: Path
 @pytest.mark.parametrize("ticks", range(6))
 async def test_6_24_whoever_is_cancelled_keeps_no_turn(ticks: int) -> None:
     """At any moment, also when the turn has just been granted."""
-    lanes = Lanes()
+    lanes = ConnectLimits()
 
     async def connect() -> None:
         async with lanes.turn(asyncio.Event()):
             await asyncio.Event().wait()
 
-    for _ in range(host_link.SILENT_AT_ONCE + 1):
+    for _ in range(host_link.OTHERS_AT_ONCE + 1):
         connecting = asyncio.create_task(connect())
         for _ in range(ticks):
             await asyncio.sleep(0)

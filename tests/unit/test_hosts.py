@@ -147,7 +147,7 @@ async def test_6_16_the_coordinator_compares_its_clock_with_what_the_agent_itsel
 async def test_agent_that_never_says_a_word(
     registry: HostRegistry, store: MemoryStore, agents: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_link, "FIRST_WORD_SECONDS", 0.1)
+    monkeypatch.setattr(host_link, "FIRST_REPORT_SECONDS", 0.1)
     agent = await agents("alpha")
     agent.hangs = True
     await register(registry, agent)

@@ -187,7 +187,7 @@ def test_capabilities_and_requirements() -> None:
     needs = host.parse_requirements(DOMAIN)
     assert (needs.memory_bytes, needs.vcpus, needs.arch) == (64 * MIB, 2, "x86_64")
     assert needs.cpu == "<cpu mode='custom'><model>qemu64</model></cpu>".replace("'", '"')
-    assert host.misfits(capabilities, needs, "QEMU 7.2") == []
+    assert host.incompatibilities(capabilities, needs, "QEMU 7.2") == []
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_capabilities_and_requirements() -> None:
 )
 def test_misfits_are_plain_sentences(change: dict[str, object], sentence: str) -> None:
     needs = replace(host.parse_requirements(DOMAIN), **change)  # type: ignore[arg-type]
-    assert host.misfits(host.parse_capabilities(CAPABILITIES), needs, "QEMU 7.2") == [sentence]
+    assert host.incompatibilities(host.parse_capabilities(CAPABILITIES), needs, "QEMU 7.2") == [sentence]
 
 
 def test_a_cpu_that_cannot_be_read_is_a_misfit() -> None:

@@ -259,7 +259,7 @@ async def test_a_watch_says_at_once_how_it_is_and_ends_with_it(driving: Driving)
 
 
 async def test_a_slow_reader_misses_what_was_in_between_never_the_end(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migration.driving, "TELL_SECONDS", 0)
+    monkeypatch.setattr(agent.migration.driving, "REPORT_AFTER_SECONDS", 0)
     await flowing(driving)
     slow, quick = driving.migrations.watch(ID, 0), driving.migrations.watch(ID, 0)
     first = await anext(slow)

@@ -6,7 +6,7 @@ import pytest
 
 from agent.handshake.host import attempt as attempts
 from agent.handshake.host import waits
-from agent.handshake.host.waits import Flow, stands_still, unanswered
+from agent.handshake.host.waits import Flow, nobody_answers, stands_still
 from agent.runtime.errors import DroverError, Reason
 from agent.transfer.progress import Progress
 from drover.agent.v1 import handshake_pb2 as pb
@@ -33,7 +33,7 @@ async def told(agent: Agent, *parts: str) -> pb.Record:
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waits, "PROGRESS_SECONDS", 0.02)
     monkeypatch.setattr(waits, "STALL_SECONDS", 0.1)
-    monkeypatch.setattr(attempts, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(attempts, "REPORT_AFTER_SECONDS", 0.1)
 
 
 def test_6_8_a_flow_is_idle_from_the_last_byte_on() -> None:
@@ -50,18 +50,20 @@ def test_6_8_a_flow_is_idle_from_the_last_byte_on() -> None:
 
 
 def test_6_8_what_is_said_of_a_port_that_nobody_answers() -> None:
-    flowing = unanswered("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="", ending=False)
+    flowing = nobody_answers("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="", ending=False)
     for part in ("h2", "tcp://10.92.0.2:49152", "5 times in 12 s", "a firewall?", "given up after 20 s"):
         assert part in flowing
-    assert unanswered("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="", ending=True).endswith("the connection is being ended")
-    stuck = unanswered("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="Operation not permitted", ending=True)
+    assert nobody_answers("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="", ending=True).endswith(
+        "the connection is being ended"
+    )
+    stuck = nobody_answers("h2", "tcp://10.92.0.2:49152", 4, 12.3, cannot_end="Operation not permitted", ending=True)
     assert "cannot end the connection (Operation not permitted); the kernel gives it up 130 s" in stuck
     assert stands_still("h1", "h2", 9.0, "").startswith("h2 to take more, as nothing was sent for 9 s; a cancel ends it at once")
 
 
 async def test_6_8_a_port_that_nobody_answers_is_told_and_given_up(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waits, "CONNECT_SECONDS", 0.6)
-    pair.source.hypervisor.stands_still, pair.source.hypervisor.unanswered = True, 4
+    pair.source.hypervisor.stands_still, pair.source.hypervisor.connect_retries = True, 4
     pair.wire.all_sent.clear()
     driver = pair.driver()
     running = asyncio.create_task(finished(driver, within=20))
@@ -73,7 +75,7 @@ async def test_6_8_a_port_that_nobody_answers_is_told_and_given_up(pair: Pair, m
 
 
 async def test_6_8_a_cancel_ends_a_connection_that_nobody_answers(pair: Pair) -> None:
-    pair.source.hypervisor.stands_still, pair.source.hypervisor.unanswered = True, 1
+    pair.source.hypervisor.stands_still, pair.source.hypervisor.connect_retries = True, 1
     pair.source.hypervisor.held["abort"] = asyncio.Event()  # libvirt's abort needs an open connection
     pair.wire.all_sent.clear()
     driver = pair.driver()

@@ -19,10 +19,10 @@ from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.engine import Engine
-from agent.handshake.host.heard import Heard
 from agent.handshake.host.journal import Journal
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.phases import LocalHost
+from agent.handshake.host.record_cache import RecordCache
 from agent.handshake.host.records import AttemptRecord, decode, state_from_proto
 from agent.hypervisor.reasons import translated
 from agent.hypervisor.wire import domain_to_proto, features_to_proto
@@ -117,7 +117,7 @@ class Agent:
         self.journal = FakeJournal(self.calls)
         self.taken_over: asyncio.Queue[Attempt] = asyncio.Queue()
         self.other_side: OtherHost | None = None
-        self.heard = Heard()
+        self.heard = RecordCache()
         self.lease, self.takeover, self.slots = lease, takeover, slots
         self.engine = self._engine()
         self._settling: asyncio.Task[None] | None = None

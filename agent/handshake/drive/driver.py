@@ -91,7 +91,7 @@ class Driver:
         try:
             await self.calls.make(Call.RESERVE)
         except DroverError as error:
-            self.view.missed("destination", error)
+            self.view.call_failed("destination", error)
             self._slot_asked = "destination" in self.view.silent_since
             raise
         self.view.waiting_for = ""
@@ -126,7 +126,7 @@ class Driver:
         try:
             await self._look(side)
         except DroverError as error:
-            self.view.missed(side, error)
+            self.view.call_failed(side, error)
             return side in self.view.silent_since and side in self.view.statements
         return True
 
@@ -139,7 +139,7 @@ class Driver:
             with contextlib.suppress(DroverError):
                 await self._look("source")
             await self._ask_the_source()
-        return side not in self.view.silent_since or self.view.is_vouched_for(side) or self.view.ended
+        return side not in self.view.silent_since or self.view.is_reported_alive(side) or self.view.ended
 
     async def run(self) -> None:
         """Drive until both records have ended and agree, or turn out to be of another migration (`foreign`). Cancelling this
@@ -235,8 +235,8 @@ class Driver:
             self.view.is_foreign(error)
             return
         if error.reason is Reason.NOT_IN_DOUBT:
-            self.view.refuted("destination" if side == "source" else "source")
-        self.view.missed(side, error)
+            self.view.drop_statement("destination" if side == "source" else "source")
+        self.view.call_failed(side, error)
         if error.reason is Reason.PATH_NOT_PROVED and self.calls.renew_probe():
             pass  # the slot is reserved once more, which gives a new probe
         elif side in self.view.silent_since:
@@ -259,9 +259,9 @@ class Driver:
         try:
             await self.calls.confirm(pb.DECISION_RUNNING)
         except DroverError as error:
-            self.view.missed("source", error)
+            self.view.call_failed("source", error)
             if error.metadata.get("answers") == "yes":
-                self.view.vouched_for("destination")
+                self.view.reported_alive("destination")
 
     @property
     def _sides(self) -> Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]]:
@@ -280,7 +280,7 @@ class Driver:
                 self.view.overtaken.add(side)
             elif error.reason is not Reason.RECORD_NOT_FOUND:
                 raise
-            self.view.heard(side)
+            self.view.answered(side)
 
     def _followed(self) -> list[str]:
         """Return the sides to watch now: those that no call is made to while the other side works, and a source that sends."""

@@ -137,18 +137,18 @@ class View:
         return self.source_state in _LEFT or {"source", "destination"} <= self.silent_since.keys()
 
     @property
-    def hangs_on(self) -> str:
+    def decisive_side(self) -> str:
         """The side whose death would settle an unknown outcome. Empty if both are silent, or the other host hears it: then this
         driver may be the one that is cut off, and the guest may run on as before.
         """
         side = next(iter(self.silent_since)) if self.outcome_unknown and len(self.silent_since) == 1 else ""
-        return "" if self.is_vouched_for(side) else side
+        return "" if self.is_reported_alive(side) else side
 
-    def vouched_for(self, side: str) -> None:
+    def reported_alive(self, side: str) -> None:
         """Note that the other host hears this side, so that it is this driver that is cut off from it."""
         self._vouched[side] = time.monotonic()
 
-    def is_vouched_for(self, side: str) -> bool:
+    def is_reported_alive(self, side: str) -> bool:
         return time.monotonic() - self._vouched.get(side, float("-inf")) < VOUCHED_SECONDS
 
     def cancel(self, failure: Failure) -> None:
@@ -170,7 +170,7 @@ class View:
         if self.source_record is None or record.revision >= self.source_record.revision:
             self.source_record = record
             self._time_calls("source", record)
-        self.heard("source")
+        self.answered("source")
         self._changed()
 
     def saw_destination(self, record: pb.Record) -> None:
@@ -182,7 +182,7 @@ class View:
         if self.destination_record is None or record.revision >= self.destination_record.revision:
             self.destination_record = record
             self._time_calls("destination", record)
-        self.heard("destination")
+        self.answered("destination")
         self._changed()
 
     def _time_calls(self, side: str, record: pb.Record) -> None:
@@ -234,7 +234,7 @@ class View:
         self.failure = self.failure or Failure.of(error)
         self._changed()
 
-    def refuted(self, side: str) -> None:
+    def drop_statement(self, side: str) -> None:
         """Drop the statement about a side that was declared dead, as it answers here or to the other host."""
         if (statement := self.statements.pop(side, None)) is not None:
             self._bus.publish(statement_event(self.ref.migration_id, statement, "refuted"))
@@ -244,17 +244,17 @@ class View:
         since = self.silent_since.get(side)
         return 0.0 if since is None else time.monotonic() - since
 
-    def heard(self, side: str) -> None:
+    def answered(self, side: str) -> None:
         """Note that a side has answered, with an error or not: it is neither silent nor dead."""
         if self.silent_since.pop(side, None) is not None and not self.silent_since:
             self.waiting_for = ""
-        self.refuted(side)
+        self.drop_statement(side)
 
-    def missed(self, side: str, error: DroverError) -> None:
+    def call_failed(self, side: str, error: DroverError) -> None:
         """Note that a call to a side failed: it did not answer, or answered with an error."""
         if error.reason in _NO_ANSWER:
             self.silent_since.setdefault(side, time.monotonic())
         else:
-            self.heard(side)
+            self.answered(side)
         self.waiting_for = f"{error.message} (retrying)"
         self._on_change()

@@ -54,7 +54,7 @@ async def _has_definition(host: LocalHost, found: Awaitable[Domain], uuid: str, 
     return True
 
 
-async def never_here(host: LocalHost, request: pb.AbandonRequest) -> dict[str, object]:
+async def tombstone_fields(host: LocalHost, request: pb.AbandonRequest) -> dict[str, object]:
     """Return the fields of the GONE record for an attempt that was not known here.
 
     The record names the guest, and so decides for its source, only where the hypervisor has no such guest, or only a stored

@@ -33,10 +33,10 @@ EffectRunner = Callable[["Attempt", str], Coroutine[Any, Any, None]]
 Look = Callable[["Attempt"], Awaitable[None]]
 """Asks the hypervisor for the state of the guest, within a deadline, and hands the answer to `Attempt.saw`. Raises nothing."""
 
-Hindrance = Callable[["Attempt"], Awaitable[str]]
+WhyUnresponsive = Callable[["Attempt"], Awaitable[str]]
 """Returns why the hypervisor may not answer calls about the guest; empty: not known. Raises nothing."""
 
-TELL_SECONDS: Final = 2.0
+REPORT_AFTER_SECONDS: Final = 2.0
 """Seconds after which a call to the hypervisor that has not returned appears in `waiting_for`."""
 
 FRESH_SECONDS: Final = 0.1
@@ -55,7 +55,7 @@ class Attempt:
         journal: Journal,
         run_effect: EffectRunner,
         look: Look,
-        hindrance: Hindrance,
+        why_unresponsive: WhyUnresponsive,
         on_final: Callable[["Attempt"], None],
         on_idle: Callable[["Attempt"], None],
         clock: Clock,
@@ -73,7 +73,7 @@ class Attempt:
         self._journal = journal
         self._run_effect = run_effect
         self._look = look
-        self._hindrance = hindrance
+        self._why_unresponsive = why_unresponsive
         self._seen_at = float("-inf")
         self._own_wait = ""
         """What `tell` set last."""
@@ -143,7 +143,7 @@ class Attempt:
             self.wake()
 
     @contextlib.asynccontextmanager
-    async def telling(self, what: str) -> AsyncIterator[None]:
+    async def reporting_wait(self, what: str) -> AsyncIterator[None]:
         """Put `what` into `waiting_for` while a call to the hypervisor lasts longer than `TELL_SECONDS`, with its duration and, if
         known, why it lasts."""
         task = self.start("telling", self._tell_while(what))
@@ -155,9 +155,9 @@ class Attempt:
 
     async def _tell_while(self, what: str) -> None:
         began = time.monotonic()
-        await self.clock.sleep(TELL_SECONDS)
+        await self.clock.sleep(REPORT_AFTER_SECONDS)
         while True:
-            why = await self._hindrance(self)
+            why = await self._why_unresponsive(self)
             self.tell(f"{what}, asked {time.monotonic() - began:.0f} s ago and not answered yet" + (f": {why}" if why else ""))
             await self.clock.sleep(1.0)
 
@@ -303,7 +303,7 @@ async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]
     pauses = Pauses(EFFECT, attempt.clock)
     while True:
         try:
-            async with attempt.telling(what):
+            async with attempt.reporting_wait(what):
                 await work()
             break
         except Exception as error:

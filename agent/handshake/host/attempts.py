@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Final
 
-from agent.handshake.host.attempt import Attempt, EffectRunner, Hindrance, Look
+from agent.handshake.host.attempt import Attempt, EffectRunner, Look, WhyUnresponsive
 from agent.handshake.host.journal import Journal
 from agent.handshake.host.records import AttemptRecord, Role
 from agent.handshake.machines.destination import DestinationState
@@ -36,14 +36,20 @@ class Attempts:
     """Every attempt that has not ended, and the last ones that have."""
 
     def __init__(
-        self, journal: Journal, look: Look, hindrance: Hindrance, on_final: Callable[[Attempt], None], clock: Clock, bus: Bus
+        self,
+        journal: Journal,
+        look: Look,
+        why_unresponsive: WhyUnresponsive,
+        on_final: Callable[[Attempt], None],
+        clock: Clock,
+        bus: Bus,
     ) -> None:
         self.journal = journal
         self._clock = clock
         self._bus = bus
         self.effects: Mapping[Role, EffectRunner] = {}
         self._look = look
-        self._hindrance = hindrance
+        self._why_unresponsive = why_unresponsive
         self._on_final = on_final
         self.changed = Bell()
         """Rings whenever an attempt starts or ends here."""
@@ -61,7 +67,7 @@ class Attempts:
             self.journal,
             self.effects[record.role],
             self._look,
-            self._hindrance,
+            self._why_unresponsive,
             self._on_final,
             self._forget_unless_known,
             self._clock,
@@ -147,7 +153,7 @@ class Attempts:
             text = f"guest {name} is already being migrated, by another migration that is just starting; try again in a moment"
             raise DroverError(Reason.DOMAIN_BUSY, text)
 
-    async def cared_for(self, uuid: str, name: str) -> None:
+    async def wait_for_aftercare(self, uuid: str, name: str) -> None:
         """Wait until the aftercare of attempts that have ended here is done for this guest.
 
         Raises:

@@ -43,7 +43,7 @@ class Departures:
 
     async def settle(self, uuid: str, name: str) -> None:
         """Wait for the work that earlier migrations left to do for the guest. Raises DOMAIN_BUSY, DECLARED_DEAD."""
-        await self._attempts.cared_for(uuid, name)
+        await self._attempts.wait_for_aftercare(uuid, name)
         await self._owner.ask_before_leaving(uuid)
 
     def _check_movable(self, domain: Domain) -> None:

@@ -61,7 +61,7 @@ class DestinationEffects:
                 if record.had_definition:  # it must not start with the host before the decision; see `aftercare`
                     with contextlib.suppress(DomainNotFound):
                         await self._host.hypervisor.set_autostart(record.domain_uuid, False)
-                async with attempt.telling(f"the hypervisor of {self._host.name} to prepare the copy"):
+                async with attempt.reporting_wait(f"the hypervisor of {self._host.name} to prepare the copy"):
                     prepared = await self._session(attempt).prepare(
                         record.domain_xml,
                         record.cookies["begin"],

@@ -4,7 +4,7 @@ import time
 from typing import Final, Literal
 
 from agent.admission.slots import Slots
-from agent.handshake.host.arrival import check_arrival, never_here
+from agent.handshake.host.arrival import check_arrival, tombstone_fields
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.owner import Owner
@@ -188,7 +188,7 @@ class DestinationSide:
                 by_statement = await self._peers.check_nothing_flows(attempt, request.source_record, stated_dead=stated)
                 outcome = stated_changes(attempt, request.statement) if by_statement else outcome
             elif not attempt.record.domain_uuid and request.domain_uuid:
-                outcome = await never_here(self._host, request)
+                outcome = await tombstone_fields(self._host, request)
 
             def changes() -> dict[str, object]:
                 record = attempt.record
@@ -212,7 +212,7 @@ class DestinationSide:
 
     async def _end_or_renew(self, attempt: Attempt) -> None:
         """End the lease, or renew it while the source may still send: a silent driver ends no transfer."""
-        if attempt.record.state in (_S.PREPARED, _S.ARMED) and await self._owner.may_come(attempt):
+        if attempt.record.state in (_S.PREPARED, _S.ARMED) and await self._owner.may_still_arrive(attempt):
             self.recover(attempt)
             return
         text = f"no driver called the next phase on {self._host.name} within {self._host.lease_seconds:g} s, so the slot was freed"

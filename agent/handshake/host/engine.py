@@ -18,12 +18,12 @@ from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.departure import Departures
 from agent.handshake.host.destination_effects import DestinationEffects
 from agent.handshake.host.destination_side import DestinationSide
-from agent.handshake.host.heard import Heard
 from agent.handshake.host.journal import Journal
 from agent.handshake.host.owner import Owner
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.peer_record import PeerRecords
-from agent.handshake.host.phases import LocalHost, hindrance, see
+from agent.handshake.host.phases import LocalHost, see, why_unresponsive
+from agent.handshake.host.record_cache import RecordCache
 from agent.handshake.host.records import MACHINES, AttemptRecord, Role
 from agent.handshake.host.source_effects import SourceEffects
 from agent.handshake.host.source_side import SourceSide
@@ -48,12 +48,12 @@ class Engine:
         slots: Slots,
         take_over: Callable[[Attempt], None],
         other_side: Callable[[Attempt], OtherHost | None],
-        heard: Heard,
+        heard: RecordCache,
     ) -> None:
         self.host = host
         self.slots = slots
         self._journal = journal
-        look, why = functools.partial(see, host), functools.partial(hindrance, host)
+        look, why = functools.partial(see, host), functools.partial(why_unresponsive, host)
         self._attempts = Attempts(journal, look, why, self._ended, host.clock, host.bus)
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)

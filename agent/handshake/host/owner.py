@@ -63,7 +63,7 @@ class Owner:
         """Take note that a guest was started here, so that its source is asked."""
         self._arrived.ring()
 
-    async def may_come(self, attempt: Attempt) -> bool:
+    async def may_still_arrive(self, attempt: Attempt) -> bool:
         """Return whether the memory of a copy whose driver is silent may still come: an armed copy always may, a prepared one only
         if the source's record says that it sends. Gives the copy up if the source's record says that it kept the guest, or, once
         it is armed, if the source has no record and its hypervisor has the guest as before.

@@ -8,8 +8,8 @@ from typing import Final, TypeVar
 import structlog
 
 from agent.handshake.host.attempt import Attempt
-from agent.handshake.host.heard import Heard
 from agent.handshake.host.peer import HandshakePeer
+from agent.handshake.host.record_cache import RecordCache
 from agent.handshake.host.records import AttemptRecord, Role, state_from_proto
 from agent.handshake.machines.decision import NOTHING_FLOWS, destination_yields, source_obeys
 from agent.handshake.machines.destination import DestinationState
@@ -59,7 +59,7 @@ class PeerRecords:
     """The reader of the other hosts' records. `peer_of` gives the other host of an attempt, None if its agent's address is not
     known; `heard` has what it answered this process with lately."""
 
-    def __init__(self, host: str, peer_of: Callable[[Attempt], HandshakePeer | None], heard: Heard) -> None:
+    def __init__(self, host: str, peer_of: Callable[[Attempt], HandshakePeer | None], heard: RecordCache) -> None:
         self._host = host
         self._peer_of = peer_of
         self._heard = heard

@@ -222,7 +222,7 @@ async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
     pauses = Pauses(HYPERVISOR, host.clock)
     while True:
         try:
-            async with attempt.telling(f"the hypervisor of {host.name} to report the guest's state"):
+            async with attempt.reporting_wait(f"the hypervisor of {host.name} to report the guest's state"):
                 domain = await _ask(host, attempt)
         except Exception as error:
             await waits_for(
@@ -235,10 +235,10 @@ async def look_up(host: LocalHost, attempt: Attempt) -> Domain | None:
         return domain
 
 
-async def hindrance(host: LocalHost, attempt: Attempt) -> str:
+async def why_unresponsive(host: LocalHost, attempt: Attempt) -> str:
     """Return why the hypervisor may not answer about the attempt's guest; empty: not known."""
     record = attempt.record
-    why = await host.hypervisor.hindrance(record.destination_name if record.role is Role.DESTINATION else record.domain_name)
+    why = await host.hypervisor.why_unresponsive(record.destination_name if record.role is Role.DESTINATION else record.domain_name)
     return f"{host.name}: {why}" if why else ""
 
 

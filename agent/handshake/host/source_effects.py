@@ -18,7 +18,7 @@ from agent.handshake.host.phases import (
 )
 from agent.handshake.host.records import progress_to_proto
 from agent.handshake.host.stopwatch import Stopwatch, timed
-from agent.handshake.host.waits import Follower, tell_broken
+from agent.handshake.host.waits import Follower, report_broken_post_copy
 from agent.handshake.machines.facts import loss_of, source_fact
 from agent.handshake.machines.source import SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import (
@@ -70,7 +70,7 @@ class SourceEffects:
             with watch.asking():
                 if record.autostart:  # see `aftercare`
                     await self._host.hypervisor.set_autostart(record.domain_uuid, False)
-                async with attempt.telling(f"the hypervisor of {self._host.name} to begin the migration"):
+                async with attempt.reporting_wait(f"the hypervisor of {self._host.name} to begin the migration"):
                     begun = await self.session(attempt).begin(record.user_options, record.destination_name)
         except Exception as error:
             await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error, self._host.name))
@@ -163,7 +163,7 @@ class SourceEffects:
             if fact is not None:
                 return fact
             if domain is not None and domain.reason == POSTCOPY_FAILED:
-                await tell_broken(attempt)
+                await report_broken_post_copy(attempt)
             await self._host.clock.sleep(0.1)  # libvirt has no event for the end of a job that failed
 
     async def _remove(self, attempt: Attempt) -> None:

@@ -57,7 +57,7 @@ class Flow:
         return self.clock() - self._since
 
 
-def unanswered(peer: str, uri: str, repeats: int, idle: float, *, cannot_end: str, ending: bool) -> str:
+def nobody_answers(peer: str, uri: str, repeats: int, idle: float, *, cannot_end: str, ending: bool) -> str:
     """Return `waiting_for` while nobody answers at the migration port."""
     text = (
         f"{peer} to answer at {uri}: asked {repeats + 1} times in {idle:.0f} s without an answer, so packets to that port are "
@@ -143,14 +143,14 @@ class Follower:
             return
         self._reported = True
         record = attempt.record
-        repeats = await self._session.unanswered(record.uri)
+        repeats = await self._session.connect_retries(record.uri)
         if repeats is not None:
             if idle >= CONNECT_SECONDS and not self._ending:
                 await self._give_up()
             ending = self._ending or bool(attempt.running("abort"))
-            attempt.tell(unanswered(record.peer_host, record.uri, repeats, idle, cannot_end=self._cannot_end, ending=ending))
+            attempt.tell(nobody_answers(record.peer_host, record.uri, repeats, idle, cannot_end=self._cannot_end, ending=ending))
         elif self._transfer():
-            why = await self._host.hypervisor.hindrance(record.domain_name)
+            why = await self._host.hypervisor.why_unresponsive(record.domain_name)
             attempt.tell(stands_still(self._host.name, record.peer_host, idle, f"{self._host.name}: {why}" if why else ""))
         if attempt.progress is not None:
             attempt.progress.bytes_per_second = 0  # the hypervisor keeps reporting its last rate
@@ -186,14 +186,14 @@ async def mind(host: LocalHost, attempt: Attempt, waits: Callable[[], bool]) -> 
     """Report in `waiting_for`, at the destination, that the process of the copy is stopped, while it `waits` for its stream."""
     reported = False
     while waits():
-        why = await host.hypervisor.hindrance(attempt.record.destination_name)
+        why = await host.hypervisor.why_unresponsive(attempt.record.destination_name)
         if why or reported:
             attempt.tell(f"the copy on {host.name} to take its stream: {why}" if why else "")
         reported = bool(why)
         await asyncio.sleep(MIND_SECONDS)
 
 
-async def tell_broken(attempt: Attempt) -> None:
+async def report_broken_post_copy(attempt: Attempt) -> None:
     """Record in `waiting_for`, at the source, that the stream broke during post-copy: neither copy may be destroyed, and Drover
     cannot resume the transfer yet."""
     record = attempt.record

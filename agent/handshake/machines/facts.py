@@ -29,7 +29,7 @@ def destination_fact(domain: Domain | None) -> DestinationEvent | None:
     if domain.state in (DomainState.SHUTOFF, DomainState.CRASHED):
         # libvirt reports a copy that never ran as failed, destroyed, crashed or (after libvirtd's restart) unknown.
         return DestinationEvent.SAW_RUNNING if domain.has_run else DestinationEvent.SAW_ABSENT
-    return None if domain.unstarted or domain.ending else DestinationEvent.SAW_RUNNING
+    return None if domain.never_started or domain.ending else DestinationEvent.SAW_RUNNING
 
 
 _BY_SOMEBODY = frozenset({"destroyed", "shutdown", "saved"})

@@ -146,7 +146,7 @@ class LibvirtHypervisor:
 
     async def incompatibilities(self, requirements: Requirements) -> list[str]:
         known = await self._capabilities()
-        found = host.misfits(known.capabilities, requirements, known.hypervisor)
+        found = host.incompatibilities(known.capabilities, requirements, known.hypervisor)
         if found:
             return found  # the CPU can be compared only for a machine type that exists
         cpu = await self._compare_cpu(known, requirements)
@@ -158,7 +158,7 @@ class LibvirtHypervisor:
     async def disown(self, uuid: str) -> None:
         await self._pool.call(lambda connection: _disown(domains.by_uuid(connection, uuid)))
 
-    async def hindrance(self, name: str) -> str:
+    async def why_unresponsive(self, name: str) -> str:
         with contextlib.suppress(HypervisorError):
             return await asyncio.wrap_future(threads.submit(lambda: process.stopped(name, service_of(self._uri).run)))
         return ""

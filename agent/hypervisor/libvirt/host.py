@@ -100,7 +100,7 @@ def emulator_of(xml: str) -> str | None:
     return ET.fromstring(xml).findtext("devices/emulator")
 
 
-def misfits(capabilities: Capabilities, needs: Requirements, hypervisor: str) -> list[str]:
+def incompatibilities(capabilities: Capabilities, needs: Requirements, hypervisor: str) -> list[str]:
     """Return why this host's QEMU cannot run the guest, except for its CPU, as plain sentences."""
     arch = capabilities.architectures.get(needs.arch)
     if arch is None:

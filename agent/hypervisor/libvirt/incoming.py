@@ -210,14 +210,14 @@ class LibvirtIncoming:
             raise DomainBusy("the copy has run here, so it is not destroyed")
         try:
             domain = domains.read_one(connection, self._uuid)
-            if domain.unstarted:
+            if domain.never_started:
                 _cancel(connection, domain.name)
                 domain = domains.read_one(connection, self._uuid)
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 return
             raise
-        if domain.unstarted or domain.ending:
+        if domain.never_started or domain.ending:
             raise HypervisorUnavailable(f"the copy of {domain.name} still exists here: it is {domain.state} ({domain.reason})")
         if domain.state is not DomainState.SHUTOFF or (self._arrives and self._ran(domain)):
             raise DomainBusy(f"guest {domain.name} is {domain.state} ({domain.reason}) here and has run, so it is not destroyed")

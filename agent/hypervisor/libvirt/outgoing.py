@@ -201,7 +201,7 @@ class LibvirtOutgoing:
 
         await self._while_starting(abort)
 
-    async def unanswered(self, uri: str) -> int | None:
+    async def connect_retries(self, uri: str) -> int | None:
         with contextlib.suppress(OSError, HypervisorUnavailable):
             found = await _in_thread(lambda: connecting.unanswered(uri))
             return max((connection.retransmits for connection in found), default=None)

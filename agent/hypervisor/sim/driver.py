@@ -95,7 +95,7 @@ class SimHypervisor:
 
     async def check_leaving(self, uuid: str, options: Options, destination_name: str) -> None:
         guest = self._host.guest(uuid)
-        if why := await self.hindrance(guest.name):
+        if why := await self.why_unresponsive(guest.name):
             raise DomainBusy(why)
         await self._host.gate("check_leaving")
         await self._answering(guest)
@@ -117,7 +117,7 @@ class SimHypervisor:
         else:
             self._host.drop(guest, "disowned")
 
-    async def hindrance(self, name: str) -> str:
+    async def why_unresponsive(self, name: str) -> str:
         return "" if self._host.thawed.is_set() else f"the simulated hypervisor of {name} is frozen"
 
     async def death(self, name: str) -> HypervisorError | None:

@@ -142,7 +142,7 @@ class SimOutgoing:
         if sender is not None:
             sender.abort()
 
-    async def unanswered(self, uri: str) -> int | None:
+    async def connect_retries(self, uri: str) -> int | None:
         return None  # a simulated transfer connects with its own deadline
 
     async def stop_connecting(self, uri: str) -> None: ...

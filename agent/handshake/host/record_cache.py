@@ -13,7 +13,7 @@ _KEPT: Final = 64
 """Maximum number of cached answers, at most 1 MiB each; the oldest are dropped first."""
 
 
-class Heard:
+class RecordCache:
     """The last record from each address, by attempt. Only answers to calls of this process: a caller could claim anything."""
 
     def __init__(self) -> None:

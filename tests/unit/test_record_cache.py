@@ -1,8 +1,8 @@
-"""agent.handshake.host.heard: a recent answer of another agent to this process need not be asked for again; everything else must."""
+"""agent.handshake.host.record_cache: recent answers to this process need not be asked for again; everything else must."""
 
 import pytest
 
-from agent.handshake.host import heard
+from agent.handshake.host import record_cache
 from agent.handshake.host.records import Role, record_to_proto, state_from_proto
 from agent.hypervisor.base import DomainState
 from agent.runtime.errors import Reason
@@ -50,7 +50,7 @@ async def test_all_else_is_asked(pair: Pair, said: str, told: dict[str, str]) ->
 
 async def test_what_was_heard_some_time_ago_is_asked_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     await stopped(pair, "running")
-    monkeypatch.setattr(heard, "FRESH_SECONDS", -1.0)
+    monkeypatch.setattr(record_cache, "FRESH_SECONDS", -1.0)
     await fails(pair.source.engine.confirm(confirm(pb.DECISION_RUNNING)), Reason.UNDECIDED)
 
 
@@ -62,7 +62,7 @@ async def test_what_a_caller_relays_was_not_heard(pair: Pair) -> None:
 
 
 def test_memory_is_bounded() -> None:
-    known, ours = heard.Heard(), record(Role.SOURCE, "performed")
+    known, ours = record_cache.RecordCache(), record(Role.SOURCE, "performed")
     for number in range(200):
         known.note(f"192.0.2.1:{number + 1}", REF, pb.Record(ref=REF))
     assert len(known._records) <= 64
@@ -70,7 +70,7 @@ def test_memory_is_bounded() -> None:
 
 
 def test_an_answer_that_was_overtaken_changes_nothing_and_no_answer_ends_what_was_heard() -> None:
-    known, ours = heard.Heard(), record(Role.SOURCE, "performed")
+    known, ours = record_cache.RecordCache(), record(Role.SOURCE, "performed")
     known.note(ours.peer_agent, REF, pb.Record(ref=REF, revision=5))
     known.note(ours.peer_agent, REF, pb.Record(ref=REF, revision=4))
     told = known.of(ours)
@@ -83,7 +83,7 @@ def test_an_answer_that_was_overtaken_changes_nothing_and_no_answer_ends_what_wa
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make cached answers stay fresh, however busy the machine is."""
-    monkeypatch.setattr(heard, "FRESH_SECONDS", 3600.0)
+    monkeypatch.setattr(record_cache, "FRESH_SECONDS", 3600.0)
 
 
 async def hearing(pair: Pair) -> str:
