@@ -13,6 +13,7 @@ from agent.handshake.drive.ends import Directory, Side
 from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
 from agent.handshake.machines.destination import DestinationState
+from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
@@ -128,6 +129,8 @@ class Drives:
                 await _unless(entry.cancel_asked, lambda: self._reserve(entry, asked_before=asked_before))
             except DroverError as error:
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
+                if patience and error.reason not in _WAITED_FOR and await self._has_begun(entry):
+                    return
                 if left <= 0 or error.reason not in _WAITED_FOR:
                     raise
                 self._tell_wait(entry, error)
@@ -138,6 +141,15 @@ class Drives:
                     await pauses.pause(entry.cancel_asked)
             if self.draining:
                 await asyncio.Event().wait()  # for the end of this task
+
+    async def _has_begun(self, entry: Entry) -> bool:
+        """Before a migration of an earlier life is given up for what the source says: read the destination's record, however long it
+        takes. The guest may have left the source by this very migration, and the source may have forgotten its record.
+        """
+        if entry.driver is None or entry.cancel_asked.is_set():
+            return False
+        await _unless(entry.cancel_asked, entry.driver.resume)
+        return not entry.driver.view.untouched
 
     async def _reserve(self, entry: Entry, *, asked_before: bool) -> None:
         """Reserve the slot once. `asked_before`: an earlier call of this migration may have taken it."""
@@ -164,6 +176,7 @@ class Drives:
         check_same_hosts(entry.migration, plan)
         again = entry.changed_to(network=plan.network)
         again.options.CopyFrom(plan.options)
+        again.source_guest.CopyFrom(fact_of_description(ends.guest.domain))
         self._collection.publish(entry, again)
         return self.driver(entry, ends.source, ends.destination, plan)
 
@@ -178,7 +191,9 @@ class Drives:
         """
         driver = entry.driver or driver
         entry.driver = None
-        waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait:g} s: " if entry.slot_wait else ""
+        waited = ""
+        if entry.slot_wait and error.reason in _WAITED_FOR:
+            waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait:g} s: "
         driver.view.cancel(Failure(error.reason, f"{waited}{error.message}", dict(error.metadata)))
         ended = describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall)
         forget = forget and entry.cancelled is None

@@ -15,7 +15,7 @@ from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import guest
 from tests.unit.test_migrations import OTHER_SPEC, SPEC
 from tests.unit.test_uptime import HOUR, set_wall_clock
-from tests.unit.two_agents import JOURNAL_DOWN, Pair
+from tests.unit.two_agents import JOURNAL_DOWN, FakeJournal, Pair
 
 OTHER_ID = ID.replace("6f1c", "7f1c")
 WEEK = 7 * 24 * HOUR
@@ -121,6 +121,28 @@ async def test_7_what_cannot_go_on_after_a_restart_is_kept_as_failed(driving: Dr
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.DOMAIN_NOT_FOUND)
     assert saved(driving).state == pb.MIGRATION_STATE_FAILED
     assert slots_taken(driving.pair) == 0
+
+
+async def test_7_what_its_source_has_forgotten_is_not_given_up_before_the_destination_was_asked(driving: Driving) -> None:
+    pair = driving.pair
+    starting = await asked_for_a_slot(driving)
+    begun = driving.log.rows[ID]
+    pair.to_destination.hang.clear()
+    await driving.restart()
+    starting.cancel()
+    assert (await driving.ended(ID)).runs_on == "h2"
+    await driving.migrations.close()
+    driving.log.rows[ID] = begun
+    pair.source.journal = FakeJournal(pair.source.calls)
+    await pair.source.restart()
+    pair.to_destination.cut = True
+    asked = driving.directory.asked
+    await driving.restart()
+    await until(lambda: driving.directory.asked >= asked + 2)
+    assert state(driving) != pb.MIGRATION_STATE_FAILED
+    pair.to_destination.cut = False
+    await until(lambda: driving.migrations.get(ID).runs_on == "h2")
+    assert state(driving) != pb.MIGRATION_STATE_FAILED
 
 
 async def test_7_a_destination_that_is_another_host_by_now_is_not_taken(driving: Driving) -> None:
