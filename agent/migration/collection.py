@@ -12,16 +12,16 @@ from agent.runtime.events import Bus
 from drover.agent.v1 import migration_pb2 as pb
 
 KEEP: Final = 1000
-"""Most ended migrations that are kept, and most removals that are remembered for watches."""
+"""Most ended migrations, and most removals for watches, that are kept."""
 
 _LIFE_BITS: Final = 32
-"""A revision is the number of the process's life, which the log gives, and so many bits of a counter: no two lives give the same
-one, even if the earlier one ended before it wrote its last one down."""
+"""Bits of the counter in a revision. The bits above hold the number of the process's life, from the log: no two lives give the same
+revision, even if the earlier one ended before it had saved its last one."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One message of a watch of all migrations. Without `migration` and `removed`: all that changed up to `revision` was told."""
+    """One message of a watch of all migrations. Without `migration` and `removed`: all changes up to `revision` were sent."""
 
     revision: int
     migration: pb.Migration | None = None
@@ -29,11 +29,11 @@ class Change:
 
 
 class Collection:
-    """Holds every migration of this process, the last changed last. Nothing in its order or its revisions comes from a clock."""
+    """The migrations of one process, the last changed last. Neither their order nor their revisions depend on a clock."""
 
     def __init__(self, name: str, bus: Bus) -> None:
         self.revision = 0
-        """Of the last change."""
+        """Revision of the last change."""
         self.changed = Bell()
         """Rings at every change."""
         self._name = name
@@ -46,18 +46,18 @@ class Collection:
     # ---- changes
 
     def open(self, life: int, entries: Iterable[Entry]) -> None:
-        """Begin with what earlier lives have left. `life`: greater than the number of any of them."""
+        """Begin with the migrations of earlier lives. `life`: greater than the number of any of those."""
         self.revision = self._known_since = life << _LIFE_BITS
         for entry in sorted(entries, key=lambda entry: entry.migration.revision):
             self._entries[entry.migration.migration_id] = entry
 
     def number(self, migration: pb.Migration) -> None:
-        """Give a new migration its place in lists, before it is written down."""
+        """Give a new migration its place in lists, before it is saved."""
         self.revision += 1
         migration.create_revision = migration.revision = self.revision
 
     def publish(self, entry: Entry, migration: pb.Migration) -> None:
-        """Make `migration` the state of the entry, which is added if it is new, and tell everyone who watches."""
+        """Make `migration` the state of the entry, which is added if it is new, and notify watches and the bus."""
         known = self._entries.get(migration.migration_id)
         if known is None:
             self._trim()
@@ -74,7 +74,7 @@ class Collection:
         self.changed.ring()
 
     def remove(self, migration_id: str) -> None:
-        """Forget a migration and tell everyone who watches all of them."""
+        """Remove a migration, and notify the watches of all migrations."""
         del self._entries[migration_id]
         self.revision += 1
         self._removed.append((self.revision, migration_id))
@@ -87,8 +87,6 @@ class Collection:
         for key in ended[: max(0, len(ended) - KEEP + 1)]:
             self.remove(key)
 
-    # ---- questions
-
     def all(self) -> list[Entry]:
         return list(self._entries.values())
 
@@ -96,7 +94,7 @@ class Collection:
         return self._entries.get(migration_id)
 
     def get(self, migration_id: str) -> Entry:
-        """Raises MIGRATION_NOT_FOUND."""
+        """Return the entry. Raises MIGRATION_NOT_FOUND."""
         entry = self._entries.get(migration_id)
         if entry is None:
             raise DroverError(
@@ -108,7 +106,7 @@ class Collection:
     # ---- watches
 
     async def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
-        """Yield the migration now, then whenever it has changed since the reader last took it, until it has ended."""
+        """Yield the migration now, then its newest state after each change, until it has ended."""
         entry = self.get(migration_id)
         first = True
         while True:
@@ -121,11 +119,10 @@ class Collection:
             await changed.wait()
 
     async def watch_all(self, from_revision: int) -> AsyncIterator[Change]:
-        """Yield the state of each migration that changed after that revision (0: of all), a `Change` without any, then each change.
+        """Yield the state of each migration that changed after that revision (0: of all), an empty `Change`, then each change.
 
-        A watch keeps no state of a migration: a slow reader gets the newest one. Raises WATCH_TOO_SLOW where the removals after the
-        reader's revision are not known, or this process never gave that revision.
-        """
+        A watch stores no states: a slow reader gets the newest one. Raises WATCH_TOO_SLOW if the removals after the reader's
+        revision are not known, or this process never gave that revision."""
         seen, first = from_revision, True
         while True:
             if seen and not self._known_since <= seen <= self.revision:
@@ -143,7 +140,7 @@ class Collection:
             await changed.wait()
 
     def _changed_after(self, revision: int) -> list[tuple[int, str, bool]]:
-        """Return revision, id, and whether it was removed, of each change after `revision` that no later one has replaced."""
+        """Return revision, id and whether it was removed, for each change after `revision` that no later one has replaced."""
         changes = []
         for migration_id, entry in reversed(self._entries.items()):
             if revision and entry.migration.revision <= revision:
@@ -169,11 +166,11 @@ class Collection:
 
 
 def life_of(revision: int) -> int:
-    """Return the number of the life that gave a revision. Older versions counted milliseconds: theirs are of an early life, too."""
+    """Return the number of the life that gave a revision. Those of older versions (milliseconds) count as of an early life."""
     return revision >> _LIFE_BITS
 
 
 def newest_first(migration: pb.Migration) -> tuple[int, int, str]:
-    """Order of lists. Of those that an older version made, only the time of their request is known."""
+    """Return the sort key of lists. Migrations of an older version are ordered by the time of their request."""
     made = 0 if migration.create_revision else migration.create_time.ToNanoseconds()
     return -migration.create_revision, -made, migration.migration_id

@@ -1,4 +1,4 @@
-"""Drives one migration from its first durable moment to its end: first the wait for its slot, then the handshake."""
+"""The driving of a migration from its first durable moment to its end: first the wait for its slot, then the handshake."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 REPORT_AFTER_SECONDS: Final = 0.01
-"""After which readers are told what a driver has learned; what it learned meanwhile is told with it."""
+"""Delay before the news of a driver are published; those that come meanwhile go with them."""
 
 _WAITED_FOR: Final = frozenset(
     {
@@ -47,13 +47,13 @@ _WAITED_FOR: Final = frozenset(
 
 
 class Drives:
-    """Drives the entries of a collection. `on_told` is called whenever something that a driver knows was told."""
+    """Drives the entries of a collection. `on_told` is called after news of a driver were published."""
 
     def __init__(
         self, directory: Directory, collection: Collection, on_told: Callable[[Entry], None], bus: Bus, clock: Clock
     ) -> None:
         self.draining = False
-        """The process stops: a migration that waits for its slot stays as it is, for the next life."""
+        """The process is stopping: a migration that waits for its slot stays as it is, for the next life."""
         self._directory = directory
         self._collection = collection
         self._on_told = on_told
@@ -65,7 +65,7 @@ class Drives:
         entry.task = supervise(f"drive {entry.migration.migration_id[:8]}", functools.partial(self._drive, entry), self._clock)
 
     def driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
-        """Return a driver for the entry, which is told of its cancel and of its statements."""
+        """Return a driver for the entry, with its cancellation and its statements."""
         ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
         driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._bus, self._clock)
         if entry.cancelled is not None:
@@ -75,9 +75,8 @@ class Drives:
         return driver
 
     async def _drive(self, entry: Entry) -> None:
-        """Drive to the end. Without a driver (after a restart of this process, as a take-over, or once one was broken off), the
-        records say where to go on.
-        """
+        """Drive to the end. Without a driver (after a restart of this process, a take-over, or a cancelled driver), resume from the
+        records."""
         try:
             begins = entry.driver is not None
             if entry.driver is None:
@@ -92,7 +91,7 @@ class Drives:
             entry.placed.set()
             await self._run(entry)
         except asyncio.CancelledError:
-            entry.driver = None  # the next one looks first
+            entry.driver = None  # the next one reads the records first
             raise
 
     async def _take_up(self, entry: Entry) -> None:
@@ -102,7 +101,7 @@ class Drives:
                 entry.driver = await self._resumed(entry)
                 await entry.driver.resume(pending=not entry.placed.is_set())
             except DroverError as error:
-                log.warning("cannot go on yet", migration=entry.migration.migration_id, error=error.message)
+                log.warning("a migration cannot be resumed yet", migration=entry.migration.migration_id, error=error.message)
                 await pauses.pause()
             else:
                 return
@@ -111,16 +110,12 @@ class Drives:
         source, destination = await self._directory.ends(entry.migration)
         return self.driver(entry, source, destination, resume_plan(entry.migration, source, destination))
 
-    # ---- the slot: nothing was done to the guest yet
+    # ---- the slot: the guest is still untouched
 
     async def _take_slot(self, entry: Entry, patience: float) -> None:
-        """Reserve the slot, with further tries as long as the migration may wait for it; at least for `patience` seconds unless the
-        destination is busy.
-
-        Raises:
-            DroverError: CANCELLED at once when that is requested; else why there is no slot. After HOST_UNREACHABLE, CANCELLED and
-                DEADLINE_EXCEEDED it may have been taken all the same.
-        """
+        """Reserve the slot, with retries as long as the migration may wait for it, and for `patience` seconds unless the destination
+        is busy. Raises CANCELLED at once on request, else the last error. After HOST_UNREACHABLE, CANCELLED and DEADLINE_EXCEEDED
+        the slot may have been taken."""
         clock, pauses = self._clock.monotonic, Pauses(SLOT, self._clock)
         patient_until = clock() + patience
         asked_before = bool(entry.slot_wait or patience)
@@ -140,12 +135,11 @@ class Drives:
                 async with asyncio.timeout(left):
                     await pauses.pause(entry.cancel_asked)
             if self.draining:
-                await asyncio.Event().wait()  # for the end of this task
+                await asyncio.Event().wait()  # until this task is cancelled
 
     async def _has_begun(self, entry: Entry) -> bool:
-        """Before a migration of an earlier life is given up for what the source says: read the destination's record, however long it
-        takes. The guest may have left the source by this very migration, and the source may have forgotten its record.
-        """
+        """Return whether a migration of an earlier life is past its slot, from the destination's record, however long reading takes.
+        The guest may have left the source by this migration, and the source may have forgotten its record."""
         if entry.driver is None or entry.cancel_asked.is_set():
             return False
         await _unless(entry.cancel_asked, entry.driver.resume)
@@ -168,7 +162,7 @@ class Drives:
             await entry.driver.reserve()
 
     async def _planned_again(self, entry: Entry) -> Driver:
-        """Ask both hosts and plan once more: what the guest needs is not kept over a restart."""
+        """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
         spec = same_guest(entry.migration)
         ends = await self._directory.find(spec)
         plan, _ = make_plan(spec, ends.source.host, ends.destination.host, ends.guest, ends.source.agent_address,
@@ -186,9 +180,8 @@ class Drives:
             self._update(entry)
 
     async def _end_without_slot(self, entry: Entry, driver: Driver, error: DroverError, *, forget: bool) -> None:
-        """End a migration that has no slot; `forget`: unless it was cancelled, nothing is left of it. It is durable before it is
-        told, as no record says it again: what was told as ended must not begin in the next life of this process.
-        """
+        """End a migration that has no slot; `forget`: remove it unless it was cancelled. The end is saved before it is published, as
+        no record holds it: a migration that was published as ended must not begin in the next life of this process."""
         driver = entry.driver or driver
         entry.driver = None
         waited = ""
@@ -202,14 +195,14 @@ class Drives:
         if entry.cancelled is None:
             entry.refusal = error
         if forget:
-            await asyncio.sleep(0)  # those who watch it see its end
+            await asyncio.sleep(0)  # lets its watches see its end
             self._collection.remove(entry.migration.migration_id)
         entry.placed.set()
-        if driver.may_hold_slot and not forget:  # the same id again takes up the slot of one that is forgotten
+        if driver.may_hold_slot and not forget:  # a repeated start with the id of a removed one resumes its slot
             await driver.give_back()
 
     async def _settle(self, entry: Entry, write: Callable[[], Awaitable[None]]) -> None:
-        """Write the end down, however long that takes; who waits for the start is told of a log that cannot be written."""
+        """Save the end, however long that takes. If the log cannot be written, the waiting start fails with that error."""
         pauses = Pauses(STORE, self._clock)
         entry.ending = True
         if entry.saving is not None:
@@ -218,7 +211,7 @@ class Drives:
             try:
                 await write()
             except DroverError as error:
-                log.error("the end of a migration was not written down", migration=entry.migration.migration_id, error=error.message)
+                log.error("the end of a migration was not saved", migration=entry.migration.migration_id, error=error.message)
                 entry.refusal = error
                 entry.placed.set()
                 await pauses.pause()
@@ -228,7 +221,7 @@ class Drives:
     # ---- the handshake
 
     async def _run(self, entry: Entry) -> None:
-        """Drive to the end, tell, and make that durable: a next life would learn it from the records again."""
+        """Run the driver to the end, publish that, and save it if possible: a next life would learn it from the records again."""
         driver = entry.driver
         if driver is None:
             return
@@ -247,12 +240,12 @@ class Drives:
         await entry.save_if_possible()
 
     def _update(self, entry: Entry) -> None:
-        """The driver learned something: let it act on that first, then tell the readers. Its end is told by `_run`."""
+        """Publish what the driver has learned, after it had time to act on that. Its end is published by `_run`."""
         if entry.telling is None:
             entry.telling = asyncio.get_running_loop().call_later(REPORT_AFTER_SECONDS, self.tell, entry)
 
     def tell(self, entry: Entry) -> None:
-        """Tell readers what the entry's driver knows now."""
+        """Publish what the entry's driver knows now."""
         entry.telling = None
         if entry.driver is not None and self._collection.find(entry.migration.migration_id) is entry:
             migration = describe(entry.migration, entry.driver.view, entry.elapsed, ended=False, wall=entry.wall)

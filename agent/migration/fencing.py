@@ -1,9 +1,8 @@
-"""A command of the site that makes sure that a host is dead (pulls its power), for a host that never comes back.
+"""The site's command that makes sure that a host is dead (for example, cuts its power), for a host that never comes back.
 
-It is run with the host's name as its last argument; exit status 0 means that the host is dead for certain. Its word is then
-recorded like an operator's, for every migration that waits for this host. Anything else changes nothing, and it is run again after
-the same time.
-"""
+The host's name is its last argument; exit status 0 means that the host is dead for certain. That is then recorded like an operator's
+statement, for every migration that waits for this host. After any other status nothing changes, and the command runs again after
+`after_seconds`."""
 
 import asyncio
 import contextlib
@@ -19,24 +18,24 @@ import structlog
 log = structlog.get_logger()
 
 _OUTPUT_BYTES: Final = 300
-"""Of what the command prints, for the record; the rest is read and dropped."""
+"""Bytes of the command's output that are recorded: the last ones."""
 _LAST_OUTPUT_SECONDS: Final = 1.0
-"""How long the command's last words are waited for once it has ended."""
+"""How long to read output after the command has ended."""
 
 
 class FencingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[fencing]``"""
 
     command: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=64)]
-    """Program and arguments; the host's name comes last."""
+    """Program and arguments; the host's name is appended."""
     after_seconds: Annotated[float, msgspec.Meta(ge=1, le=86_400)] = 60
-    """How long the outcome of a migration must have been unknown."""
+    """How long a host must not have answered before the command runs."""
     timeout_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 60
     """A command that takes longer is killed, and counts as failed."""
 
 
 class Fences:
-    """The command's runs: one at a time for each host, and one result for all migrations that wait for that host."""
+    """Runs of the command: one at a time for each host, with one result for all migrations that wait for that host."""
 
     def __init__(self, config: FencingConfig) -> None:
         self.after_seconds = config.after_seconds
@@ -44,11 +43,10 @@ class Fences:
         self._hosts: dict[str, _Fence] = {}
 
     async def dead(self, host: str, silent_for: Callable[[], float]) -> str:
-        """Wait until the command has said that the host is dead for certain; what to record then.
+        """Wait until the command has succeeded for the host, and return what to record.
 
-        `silent_for` says for how many seconds the host has not answered: the command is run once that is `after_seconds` for one
-        of those who wait, and again after the same time while it fails. It is killed when the last of them goes away.
-        """
+        `silent_for` returns for how many seconds the host has not answered: the command runs once that is `after_seconds` for one of
+        the callers, and again after the same time while it fails. It is killed when the last caller is cancelled."""
         while (fence := self._hosts.get(host)) is not None and not fence.waiting:
             await asyncio.wait({fence.task})  # it is being killed
         if fence is None:
@@ -84,16 +82,15 @@ class Fences:
 
 @dataclass(frozen=True)
 class _Fence:
-    """The runs for one host, and those who wait for their result."""
+    """The runs for one host, and the `silent_for` of each caller that waits for their result."""
 
     waiting: list[Callable[[], float]]
     task: asyncio.Task[str]
 
 
 async def fence(config: FencingConfig, host: str) -> str | None:
-    """Run the command once. What to record when the host is dead for certain, else None. Kills the command, and what it started
-    in its process group, when its time is over or the caller is cancelled.
-    """
+    """Run the command once. Return what to record if the host is dead for certain, else None. Kills the command's process group at
+    its timeout, or when the caller is cancelled."""
     log.warning("fencing", host=host, command=config.command[0])
     async with _output() as (said, write_end):
         try:
@@ -128,10 +125,9 @@ async def fence(config: FencingConfig, host: str) -> str | None:
 
 @contextlib.asynccontextmanager
 async def _output() -> AsyncIterator[tuple["_Tail", int]]:
-    """A pipe: what is written into it, and the file descriptor to write to, which the caller closes.
+    """Yield what is written into a pipe, and the descriptor of its write end, which the caller closes.
 
-    Not the pipe that asyncio offers: with that one, the wait for a process lasts until everybody has closed its output.
-    """
+    With asyncio's own pipe, the wait for a process would last until all of its children have closed their output."""
     read_end, write_end = os.pipe()
     stream = asyncio.StreamReader()
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -147,7 +143,7 @@ async def _output() -> AsyncIterator[tuple["_Tail", int]]:
 
 
 class _Tail:
-    """The last bytes of a stream, which is read to its end whatever its length."""
+    """The last bytes of a stream, which is read to its end."""
 
     def __init__(self, stream: asyncio.StreamReader) -> None:
         self._last = b""

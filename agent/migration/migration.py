@@ -1,4 +1,4 @@
-"""One migration of this process: how it looks, who drives it, and its row in the log."""
+"""One migration of this process: its message, its driver, and its row in the log."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILE
 
 
 def event_of(migration: pb.Migration) -> MigrationChanged:
-    """Return the event that tells of this migration; equal for two that differ in readings and texts only."""
+    """Return the event of a change to this state; equal for two states that differ only in readings and texts."""
     return MigrationChanged(
         migration.migration_id,
         migration.attempt,
@@ -36,21 +36,21 @@ def event_of(migration: pb.Migration) -> MigrationChanged:
 
 
 class MigrationLog(Protocol):
-    """Keeps migrations over a restart. Every method is durable when it returns, and raises JOURNAL_UNAVAILABLE."""
+    """Storage of migrations. Every method is durable when it returns, and raises JOURNAL_UNAVAILABLE."""
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None: ...
 
     async def remove(self, migration_id: str) -> None:
-        """Forget a migration; nothing happens if there is none."""
+        """Remove a migration, if there is one."""
 
     async def load(self) -> list[bytes]: ...
 
     async def next_life(self, above: int) -> int:
-        """Return a number greater than `above` and than every one that this returned before, over restarts."""
+        """Return a number greater than `above`, and than every number returned before, also before restarts."""
 
 
 class Entry:
-    """One migration, its driver while it runs, and who waits for a change."""
+    """One migration, with its driver and tasks."""
 
     def __init__(self, migration: pb.Migration, kept: MigrationLog) -> None:
         self.migration = migration
@@ -59,15 +59,15 @@ class Entry:
         self.task: asyncio.Task[None] | None = None
         self.fencing: asyncio.Task[None] | None = None
         self.fenced_side = ""
-        """The side whose fencing is waited for."""
+        """The side that is being fenced; empty: none."""
         self.gave_up = False
-        """Nothing is done any more, though it has not ended: its records contradict each other."""
+        """Its driver has stopped although it has not ended: its records contradict each other."""
         self.saved_statements = {statement.dead_host for statement in migration.statements}
-        """Hosts that the log says were declared dead."""
+        """Hosts that were declared dead, by the log."""
         self.saving: asyncio.Task[None] | None = None
         """A write that nobody waits for."""
         self.telling: asyncio.TimerHandle | None = None
-        """Runs when its driver has learned something that readers were not told yet."""
+        """Publishes what its driver has learned; None: there is nothing new."""
         self.changed = Bell()
         self.cancel_asked = asyncio.Event()
         if migration.HasField("cancel_time"):
@@ -75,36 +75,37 @@ class Entry:
         self.placed = asyncio.Event()
         """Set once the migration has its slot, or has ended without one."""
         self.ending = False
-        """It ends without a slot, which is being written down: nothing else may be."""
+        """It ends without a slot, and that is being saved: nothing else may be saved."""
         self.refusal: DroverError | None = None
-        """Why it has no slot: what a fail-fast start raises."""
+        """Why it has no slot: the error of a fail-fast start."""
         if migration.state not in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING):
             self.placed.set()
         self._taken_up = time.monotonic()
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was asked for; where that cannot be measured, since it was taken up here."""
+        """Seconds since it was requested; if that cannot be measured, since this process has driven it."""
         measured = seconds_since(self.migration.create_uptime)
         return time.monotonic() - self._taken_up if measured is None else measured
 
     @property
     def wall(self) -> float | None:
-        """Unix time, where `elapsed` does not reach back to the request: on another machine, or before this one was started."""
+        """Unix time if `elapsed` does not begin with the request, which was on another machine or before this one started; else
+        None."""
         return time.time() if seconds_since(self.migration.create_uptime) is None else None
 
     @property
     def slot_wait(self) -> float:
-        """Seconds for which it may wait for its slot, from the request on; 0: fail-fast."""
+        """Seconds that it may wait for its slot, from the request on; 0: fail-fast."""
         return self.migration.slot_wait.ToNanoseconds() / 1e9
 
     @property
     def slot_wait_left(self) -> float:
-        """Return how many of these seconds are left; 0 or less if none."""
+        """How many of these seconds are left; 0 or less: none."""
         return self.slot_wait - age_of(self.migration)[0]
 
     async def accepted(self) -> pb.Migration:
-        """Return the migration, once it has its slot if it is fail-fast. Raises the refusal of a fail-fast one."""
+        """Return the migration; if it is fail-fast, once it has its slot. Raises the refusal of a fail-fast one."""
         if not self.slot_wait:
             await self.placed.wait()
         if self.refusal is not None:
@@ -117,7 +118,7 @@ class Entry:
 
     @property
     def busy(self) -> bool:
-        """Whether its end needs this process, and would come."""
+        """Whether this process must drive it to an end that will come soon."""
         return not (self.final or self.gave_up or self.waits)
 
     @property
@@ -127,17 +128,17 @@ class Entry:
 
     @property
     def cancelled(self) -> Failure | None:
-        """Set once somebody asked for the end; every driver of this migration is told."""
+        """The failure by which it ends if its cancellation was requested, else None."""
         if not self.migration.HasField("cancel_time"):
             return None
         return Failure(Reason.CANCELLED, "cancelled on request")
 
     def side(self, host: str) -> str:
-        """``source``, ``destination``, or nothing for a host that takes no part."""
+        """Return ``source``, ``destination``, or an empty string for a host that takes no part."""
         return {self.migration.destination_host: "destination", self.migration.source_host: "source"}.get(host, "")
 
     def changed_to(self, **fields: Any) -> pb.Migration:
-        """A copy of the migration as it is now, with other values."""
+        """Return a copy of the migration with these fields changed."""
         copy = pb.Migration()
         copy.CopyFrom(self.migration)
         for name, value in fields.items():
@@ -145,24 +146,24 @@ class Entry:
         return copy
 
     def not_in_doubt(self, host: str) -> DroverError:
-        """The error for a statement that does not count."""
+        """Return the error for a statement about a host that is not in doubt."""
         migration_id = self.migration.migration_id
         if self.final:
             why = f"migration {migration_id} has ended"
         elif self.gave_up:
-            why = f"nothing more is done for migration {migration_id}: {self.migration.failure.message}"
+            why = f"migration {migration_id} was given up: {self.migration.failure.message}"
         elif self.driver is None:
-            why = f"migration {migration_id} is just being taken up again, and {host} was not asked yet; try again in a moment"
+            why = f"migration {migration_id} is being resumed, and {host} was not asked yet; try again in a moment"
         elif self.driver.view.is_reported_alive(self.side(host)):
-            why = f"{host} does not answer here, but the other host of the migration hears it, so its own word counts"
+            why = f"{host} does not answer here, but it answers the other host of the migration, so it is not dead"
         else:
-            why = f"{host} answers, so its own word counts"
+            why = f"{host} answers, so it is not dead"
         return DroverError(Reason.NOT_IN_DOUBT, f"{why}. Nothing was changed", metadata={"host": host})
 
     # ---- its row in the log
 
     async def save(self, migration: pb.Migration | None = None) -> None:
-        """Write it down, as it is or as it is about to be. Raises JOURNAL_UNAVAILABLE."""
+        """Save it as it is, or as it is about to be. Raises JOURNAL_UNAVAILABLE."""
         written = migration or self.migration
         await self._kept.save(written.migration_id, written.SerializeToString(), ended=written.state in FINAL)
         self.saved_statements = {statement.dead_host for statement in written.statements}
@@ -175,10 +176,10 @@ class Entry:
         try:
             await self.save()
         except DroverError as error:
-            log.error("a migration was not written down", migration=self.migration.migration_id, error=error.message)
+            log.error("a migration was not saved", migration=self.migration.migration_id, error=error.message)
 
     def forget_refuted(self) -> None:
-        """A host that was declared dead has answered: the statement must not count again after a restart."""
+        """Save the migration if a host that was declared dead has answered: its statement must not count again after a restart."""
         refuted = self.saved_statements - {statement.dead_host for statement in self.migration.statements}
         if refuted and (self.saving is None or self.saving.done()):
             self.saving = asyncio.create_task(self.save_if_possible(), name=f"save {self.migration.migration_id[:8]}")

@@ -1,7 +1,5 @@
-"""Migrations as a resource: start, get, list, watch, cancel. The coordinator and every agent run this same code.
-
-Who serves it differs only in how names become hosts (a `Directory`) and in where migrations are kept (a `MigrationLog`).
-"""
+"""Migrations as resources: start, get, list, watch, cancel, resolve. The coordinator and every agent run this code; they differ only
+in how they find hosts by name (a `Directory`) and where they store migrations (a `MigrationLog`)."""
 
 import asyncio
 import functools
@@ -35,7 +33,7 @@ log = structlog.get_logger()
 
 
 MOST_WAITING: Final = 1000
-"""Migrations that wait for their slots: each is kept in memory, and asks for its slot every few seconds."""
+"""Most migrations that wait for their slots: each is in memory, and asks for its slot every few seconds."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +66,18 @@ class Migrations:
     # ---- life
 
     async def recover(self) -> None:
-        """Read what is kept, and go on with what has not ended."""
+        """Load the stored migrations, and resume those that have not ended."""
         entries = [Entry(pb.Migration.FromString(body), self._kept) for body in await self._kept.load()]
         newest = max((entry.migration.revision for entry in entries), default=0)
         self._collection.open(await self._kept.next_life(life_of(newest)), entries)
         for entry in entries:
             if not entry.final:
-                self._collection.publish(entry, entry.changed_to())  # earlier lives may have told more than they wrote down
+                self._collection.publish(entry, entry.changed_to())  # an earlier life may have published more than it saved
                 self._drives.start(entry)
 
     @property
     def draining(self) -> bool:
-        """The process stops: no migration is started, and none that waits for its slot goes on."""
+        """The process is stopping: no migration is started, and none that waits for its slot goes on."""
         return self._drives.draining
 
     @draining.setter
@@ -87,7 +85,7 @@ class Migrations:
         self._drives.draining = draining
 
     async def close(self) -> None:
-        """Let go of every driver; the records remain, and the source ends what runs."""
+        """Cancel every driver; the records remain, and the source's agent ends what runs."""
         tasks: list[asyncio.Task[Any]] = [starting.task for starting in self._starting.values()]
         for task in tasks:
             task.cancel()
@@ -104,9 +102,8 @@ class Migrations:
             await self._fences.close()
 
     async def idle(self, timeout: float) -> bool:
-        """Wait until every migration has ended but those that wait for their slot: they go on in the next life. Return False if one
-        has not after `timeout` seconds.
-        """
+        """Wait until all migrations have ended, except those that wait for their slot: they go on in the next life. Return False if
+        one has not after `timeout` seconds."""
         try:
             async with asyncio.timeout(timeout):
                 while self._starting or any(entry.busy for entry in self._collection.all()):
@@ -118,7 +115,7 @@ class Migrations:
     # ---- calls
 
     async def start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float = 0.0) -> pb.Migration:
-        """See `MigrationService.StartMigration`. Goes on when its caller goes away; nothing is answered that is not durable."""
+        """See `MigrationService.StartMigration`. Goes on when the caller is cancelled; the migration is durable when it returns."""
         entry = self._collection.find(migration_id)
         if entry is None:
             if migration_id not in self._starting:
@@ -136,16 +133,16 @@ class Migrations:
     def _started(self, migration_id: str) -> None:
         task = self._starting.pop(migration_id).task
         if not task.cancelled():
-            task.exception()  # it was told to whoever asked; nobody may be left
+            task.exception()  # retrieved, as no caller may be left
         self._collection.changed.ring()
 
     async def _start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float) -> Entry:
-        """Check by looking at both hosts, make the migration durable, and let it be driven."""
+        """Query both hosts and plan, make the migration durable, and start its driver."""
         began, moment, watch = time.time(), uptime(), Stopwatch("plan")
         if self.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
         if slot_wait and sum(entry.waits for entry in self._collection.all()) >= MOST_WAITING:
-            text = f"{MOST_WAITING} migrations wait for their slots at {self._name} already, and it takes no more; nothing was done"
+            text = f"{MOST_WAITING} migrations already wait for their slots at {self._name}, the most it accepts; nothing was done"
             raise DroverError(Reason.OVERLOADED, text, retry_after=5.0)
         ends = await self._directory.find(spec)
         timing = timing_to_proto(watch.timing)
@@ -168,7 +165,7 @@ class Migrations:
         return entry
 
     def take_over(self, migration: pb.Migration) -> None:
-        """Drive to its end what another driver has begun and left; nothing where that is done here already."""
+        """Drive a migration of a lost driver to its end, unless it is driven here already."""
         entry = self._collection.find(migration.migration_id)
         if entry is not None and not entry.final:
             return
@@ -177,10 +174,9 @@ class Migrations:
         self._drives.start(entry)
 
     async def cancel(self, migration_id: str) -> pb.Migration:
-        """See `MigrationService.CancelMigration`. The driver is told at once; the answer is given once the log has it.
+        """See `MigrationService.CancelMigration`. The driver acts at once; returns once the request is durable.
 
-        Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver was told, but a restart now would forget it).
-        """
+        Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver acts, but a restart now would lose the request)."""
         entry = self._collection.get(migration_id)
         if entry.ending:
             await entry.placed.wait()
@@ -199,11 +195,10 @@ class Migrations:
         return answer
 
     async def resolve(self, migration_id: str, statement: handshake_pb2.Statement) -> pb.Migration:
-        """See `MigrationService.ResolveMigration`. The host is asked now; only where it does not answer does the statement count,
-        once the log has it.
+        """See `MigrationService.ResolveMigration`. Calls the host first; if it does not answer, the statement counts once it is
+        durable.
 
-        Raises MIGRATION_NOT_FOUND, HOST_NOT_FOUND, NOT_IN_DOUBT, JOURNAL_UNAVAILABLE; nothing changed then.
-        """
+        Raises MIGRATION_NOT_FOUND, HOST_NOT_FOUND, NOT_IN_DOUBT, JOURNAL_UNAVAILABLE; nothing has changed then."""
         entry = self._collection.get(migration_id)
         migration, driver, side = entry.migration, entry.driver, entry.side(statement.dead_host)
         if not side:
@@ -234,19 +229,19 @@ class Migrations:
 
     @property
     def revision(self) -> int:
-        """Of the last change of any migration."""
+        """Revision of the last change of any migration."""
         return self._collection.revision
 
     def get(self, migration_id: str) -> pb.Migration:
-        """Raises MIGRATION_NOT_FOUND."""
+        """Return the migration. Raises MIGRATION_NOT_FOUND."""
         return self._collection.get(migration_id).migration
 
     def list(self, *, active_only: bool) -> "list[pb.Migration]":
-        """The newest first."""
+        """Return the migrations, the newest first."""
         return self._collection.list(active_only=active_only)
 
     def active_at(self, host: str) -> Sequence[str]:
-        """Ids of migrations from or to that host that have not ended."""
+        """Return the ids of migrations from or to that host that have not ended."""
         return [entry.migration.migration_id for entry in self._collection.all() if not entry.final and entry.side(host)]
 
     def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
@@ -260,7 +255,7 @@ class Migrations:
     # ---- fencing
 
     def _fence_if_in_doubt(self, entry: Entry) -> None:
-        """Start, or end, the wait for the fencing of the one host on which the outcome hangs."""
+        """Start or stop the fencing of the one host on which the outcome depends."""
         driver = entry.driver
         side = driver.view.decisive_side if driver is not None and self._fences is not None else ""
         if side == entry.fenced_side:
@@ -273,7 +268,7 @@ class Migrations:
             entry.fencing = supervise(f"fence {entry.migration.migration_id[:8]}", fencing)
 
     async def _fence(self, entry: Entry, driver: Driver, side: str, fences: Fences) -> None:
-        """Until that host is dead for certain, and the statement about it was taken. Cancelled when it answers."""
+        """Fence a host until it is dead for certain and the statement about it was accepted. Cancelled when the host answers."""
         host = entry.migration.source_host if side == "source" else entry.migration.destination_host
         while True:
             outcome = await fences.dead(host, lambda: driver.view.silent_for(side))
@@ -281,7 +276,7 @@ class Migrations:
             try:
                 await self.resolve(entry.migration.migration_id, statement)
             except DroverError as error:
-                log.warning("the fencing command's word was not taken", host=host, error=error.message)
+                log.warning("the fencing command's statement was refused", host=host, error=error.message)
                 await asyncio.sleep(fences.after_seconds)
             else:
                 return

@@ -1,7 +1,5 @@
-"""From what the user wants and what both hosts can do to the plan of a migration. Pure: looks at both ends, then decides.
-
-Everything that can be refused by looking is refused here, before any host has done anything.
-"""
+"""The plan of a migration, from the user's request and the descriptions of both hosts. Pure. Whatever these show to be impossible is
+refused here, before a host has done anything."""
 
 from ipaddress import ip_address
 from typing import Protocol
@@ -36,13 +34,10 @@ def make_plan(
     source_agent: str,
     destination_agent: str,
 ) -> tuple[Plan, list[str]]:
-    """The plan, and what the user should be warned of.
+    """Return the plan, and warnings for the user.
 
-    Raises:
-        DroverError: SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH,
-            SPLIT_PHASES_MISSING, NETWORK_NOT_FOUND, URI_NOT_ALLOWED; what keeps the guest from leaving (DOMAIN_BUSY,
-            INCOMPATIBLE_GUEST, …).
-    """
+    Raises SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH, SPLIT_PHASES_MISSING,
+    NETWORK_NOT_FOUND, URI_NOT_ALLOWED; the guest's obstacle to leaving (DOMAIN_BUSY, INCOMPATIBLE_GUEST, …)."""
     _check_hosts(source, destination)
     _check_guest(guest, source)
     for host, end in ((source, f"the source {source.name}"), (destination, f"the destination {destination.name}")):
@@ -52,7 +47,7 @@ def make_plan(
         check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
     network, warnings = _choose_network(spec, source, destination)
     warnings += _rounded(spec.bandwidth_bytes_per_second, source)
-    if guest.HasField("obstacle"):  # last: what is wrong with the request is told first
+    if guest.HasField("obstacle"):  # last: errors of the request come first
         told = guest.obstacle
         raise said_by_peer(told.reason, told.message, told.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
     warnings += _losses(spec.options, guest.domain, source.name, destination.name)
@@ -80,7 +75,7 @@ def make_plan(
 def planned(
     migration_id: str, spec: pb.MigrationSpec, plan: Plan, warnings: list[str], guest: host_pb2.GetDomainResponse
 ) -> pb.Migration:
-    """The migration as it begins: it waits for its slot, and nothing was done to the guest."""
+    """Return the migration in its first state: it waits for its slot, and the guest is untouched."""
     migration = pb.Migration(
         migration_id=migration_id,
         spec=spec,
@@ -103,12 +98,12 @@ def planned(
 
 
 def slot_of(host: str) -> str:
-    """What a migration without a slot waits for."""
     return f"an incoming slot of {host}"
 
 
 def same_guest(migration: pb.Migration) -> pb.MigrationSpec:
-    """The spec for planning a migration again: it is still about that guest on that host, whatever has its name now."""
+    """Return the spec for planning a migration again, for the same guest of the same host, even if its name belongs to another
+    now."""
     spec = pb.MigrationSpec()
     spec.CopyFrom(migration.spec)
     spec.domain, spec.source_host = migration.domain_uuid, migration.source_host
@@ -116,7 +111,7 @@ def same_guest(migration: pb.Migration) -> pb.MigrationSpec:
 
 
 def check_same_hosts(migration: pb.Migration, plan: Plan) -> None:
-    """Raises HOST_NOT_FOUND where the destination's name or address belongs to another host by now."""
+    """Raise HOST_NOT_FOUND if the destination's name or address now belongs to another host."""
     if plan.destination_host != migration.destination_host:
         raise DroverError(
             Reason.HOST_NOT_FOUND,
@@ -127,7 +122,7 @@ def check_same_hosts(migration: pb.Migration, plan: Plan) -> None:
 
 
 def resume_plan(migration: pb.Migration, source: _End, destination: _End) -> Plan:
-    """The plan of a migration that was started before; the slot is taken, so what the guest needs is not asked again."""
+    """Return the plan of a migration that has its slot, without the guest's requirements, which are no longer needed."""
     spec = migration.spec
     return Plan(
         domain_name=migration.domain_name,
@@ -194,7 +189,7 @@ def _check_split_phases(host: host_pb2.Host, end: str) -> None:
 
 
 def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, destination: str) -> list[str]:
-    """What of the guest does not come along, by the user's word."""
+    """Return the warnings of what the guest loses by the user's options."""
     if not domain.persistent or not options.HasField("persist_destination") or options.persist_destination:
         return []
     kept = options.HasField("undefine_source") and not options.undefine_source
@@ -206,7 +201,7 @@ def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, 
 
 
 def _choose_network(spec: pb.MigrationSpec, source: host_pb2.Host, destination: host_pb2.Host) -> tuple[str, list[str]]:
-    """The name of the network, and a warning where it has no migration role."""
+    """Return the name of the network, and a warning if it has no migration role."""
     named = spec.network
     if spec.uri:
         named = listen_on(destination.networks, destination.migration_features, named, spec.uri).network
@@ -218,7 +213,7 @@ def _choose_network(spec: pb.MigrationSpec, source: host_pb2.Host, destination: 
 
 
 def _check_address(network: host_pb2.Network, source: host_pb2.Host, destination: host_pb2.Host) -> None:
-    """The destination alone has the address at which it would take the guest. Simulated hosts share those of one machine."""
+    """Raise NETWORK_NOT_FOUND unless the destination's address is its alone. Simulated hosts share those of one machine."""
     if destination.driver == "sim":
         return
     try:
@@ -227,7 +222,7 @@ def _check_address(network: host_pb2.Network, source: host_pb2.Host, destination
         if any(same_address(other.address, address) for other in source.networks):
             problem = f"is an address of the source {source.name}, too"
     except ValueError:
-        problem = "is no IP address"
+        problem = "is not an IP address"
     if problem:
         raise DroverError(
             Reason.NETWORK_NOT_FOUND,

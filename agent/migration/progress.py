@@ -1,4 +1,4 @@
-"""What a migration looks like to its user, from what its driver knows. Pure but for the clock that is handed in."""
+"""A migration as its user sees it, from what its driver knows. Pure; the time is a parameter."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -29,20 +29,19 @@ _PHASE_OF_SOURCE: Final = {
 _PHASE_OF_DESTINATION: Final = {None: "reserve", Dst.RESERVED: "begin", Dst.PREPARING: "prepare", Dst.PREPARED: "perform"}
 
 _ORDER: Final = {name: place for place, name in enumerate(("plan", "reserve", "begin", "prepare", "perform", "finish", "confirm"))}
-"""Of the phases, by the protocol."""
+"""Order of the phases."""
 
 SKEW_SECONDS: Final = 2.0
-"""Wall clocks that differ less are taken to agree: this much may pass between a host's reading of its clock and ours."""
+"""Wall clocks that differ by less count as equal: this much may pass between a host's reading of its clock and ours."""
 _SKEW: Final = "the clocks of both hosts differ"
 
 _GUEST_STATES: Final = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
 
 
 def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, wall: float | None = None) -> pb.Migration:
-    """The migration as it is now, from what it was and what its driver knows. `elapsed`: measured seconds since its
-    request; with `wall` (Unix time) only since it was taken up.
-    """
-    # A wall clock that is set meanwhile changes no duration and no order.
+    """Return the present state of the migration, from its last one and what its driver knows. `elapsed`: measured seconds since its
+    request; with `wall` (Unix time) only since this process has driven it."""
+    # Setting the wall clock meanwhile changes no duration and no order.
     now = max(before.create_time.ToNanoseconds() / 1e9 + elapsed, wall or 0.0)
     src, dst = view.source_state, view.destination_state
     migration = pb.Migration()
@@ -87,7 +86,7 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
 
 
 def _tell_skew(migration: pb.Migration, skew: float) -> None:
-    """Warn of two hosts whose clocks differ: whoever compares their logs must know."""
+    """Warn if the hosts' clocks differ: readers of their logs must know."""
     if abs(skew) < SKEW_SECONDS or any(warning.startswith(_SKEW) for warning in migration.warnings):
         return
     ahead, behind = (migration.destination_host, migration.source_host)[:: 1 if skew > 0 else -1]
@@ -98,7 +97,7 @@ def _tell_skew(migration: pb.Migration, skew: float) -> None:
 
 
 def _tell_pause(migration: pb.Migration, view: View) -> None:
-    """The guest arrives, or stays, paused, because its user paused it on the way."""
+    """Warn if the guest is left paused because its user paused it during the transfer."""
     warning = f"guest {migration.domain_name} was paused by its user during the transfer, and is left paused"
     paused = any(record is not None and record.paused_by_user for record in (view.source_record, view.destination_record))
     if paused and warning not in migration.warnings:
@@ -106,7 +105,7 @@ def _tell_pause(migration: pb.Migration, view: View) -> None:
 
 
 def _statements(view: View) -> list[handshake_pb2.Statement]:
-    """What was said here, and what a host has acted upon: that stays said, though the other one answers again."""
+    """Return the statements made here, and those that a host has acted upon, which stay even if the other host answers again."""
     records = [record for record in (view.destination_record, view.source_record) if record is not None]
     return [*view.statements.values(), *(record.statement for record in records if record.HasField("statement"))]
 
@@ -115,8 +114,8 @@ def _waiting_for(migration: pb.Migration, view: View) -> str:
     if view.disputed:
         here, there = migration.source_host, migration.destination_host
         return (
-            f"{there} to give up its copy: it was declared dead, the guest goes on at {here}, and {there} says that it runs there "
-            f"too. The agent of {there} asks again within half a minute and stops that copy; "
+            f"{there} to give up its copy: it was declared dead, the guest goes on at {here}, and {there} reports that it runs "
+            f"there, too. The agent of {there} asks again within half a minute and stops that copy; "
             f"`drover migration watch {migration.migration_id}` shows it"
         )
     if _waits_for_slot(migration, view):
@@ -145,7 +144,7 @@ def _wait_reason(migration: pb.Migration, view: View) -> pb.WaitReason.ValueType
 
 
 def slot_waited_for(host: str, error: DroverError) -> str:
-    """What a migration without a slot waits for, after an error."""
+    """Return what a migration without a slot waits for, after an error."""
     if error.reason is Reason.BUSY and error.metadata.get("limit") == "incoming":
         return f"{slot_of(host)}: {error.metadata.get('in_use')} of {error.metadata.get('limit_value')} are taken"
     return f"{error.message} (retrying)"
@@ -185,7 +184,7 @@ def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
 
 
 def _adds(other: Failure, failure: Failure) -> bool:
-    """Whether it says anything that the failure does not: an agent was told only that its attempt was cancelled, or given up."""
+    """Return whether it adds to the failure: not if its agent knows only that the attempt was cancelled or given up."""
     echo_of_cancel = failure.reason is Reason.CANCELLED and other.distance > 0
     return other.message != failure.message and other.reason not in (Reason.GIVEN_UP, Reason.CANCELLED) and not echo_of_cancel
 
@@ -195,8 +194,8 @@ def _unknown(migration: pb.Migration, view: View) -> Failure:
     here = said(migration.source_host, migration.source_guest)
     return Failure(
         Reason.OUTCOME_UNKNOWN,
-        f"{silent} does not answer, and it alone can say whether the guest runs on {migration.destination_host}; {here}. "
-        f"It is asked again and again, and the migration ends by itself once it answers: "
+        f"{silent} does not answer, and only it knows whether the guest runs on {migration.destination_host}; {here}. "
+        f"Drover keeps asking it, and the migration ends by itself once it answers: "
         f"`drover migration watch {migration.migration_id}`. If {silent} is dead for certain (powered off, fenced), and only then: "
         f"`drover migration resolve {migration.migration_id} --assume-dead {next(iter(silent.split(' and ')))} --reason …`",
     )
@@ -207,7 +206,7 @@ def _hosts(migration: pb.Migration) -> dict[str, str]:
 
 
 def impossible(before: pb.Migration) -> pb.Migration:
-    """A migration whose records contradict each other, or whose driver is at fault: nothing more is done to the guest."""
+    """Return the state of a migration whose records contradict each other, or whose driver has a bug: it is given up."""
     migration = pb.Migration()
     migration.CopyFrom(before)
     migration.state = pb.MIGRATION_STATE_OUTCOME_UNKNOWN
@@ -233,10 +232,10 @@ def _copy_records(migration: pb.Migration, view: View) -> None:
     ):
         if record is not None and record.HasField("guest"):
             fact.CopyFrom(record.guest)
-        elif record is not None and record.state == handshake_pb2.RECORD_STATE_RUNNING:  # an older agent gives no facts
+        elif record is not None and record.state == handshake_pb2.RECORD_STATE_RUNNING:  # older agents report no facts
             fact.CopyFrom(handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, see_time=record.update_time))
     if view.states[1] is Dst.RUNNING and view.destination_state is not Dst.RUNNING and view.source_record is not None:
-        # The source has read that from the destination, which this driver does not hear.
+        # The source has read that from the destination, which does not answer this driver.
         started = handshake_pb2.GuestFact(state=handshake_pb2.GUEST_STATE_RUNNING, reason="migrated")
         started.see_time.CopyFrom(view.source_record.update_time)
         migration.destination_guest.CopyFrom(started)
@@ -246,7 +245,7 @@ def _copy_records(migration: pb.Migration, view: View) -> None:
 
 
 def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:
-    """The reading with an expected end, as a range: at best the rest is sent once; at worst what is dirtied meanwhile too."""
+    """Return the reading with a range of its end: at best the rest is sent once; at worst also what is dirtied meanwhile."""
     reading = handshake_pb2.Progress()
     reading.CopyFrom(progress)
     rate, dirty = progress.bytes_per_second, progress.dirty_bytes_per_second
@@ -262,12 +261,12 @@ def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:
 
 
 def _seconds(seconds: float) -> Duration:
-    """What hosts tell may add up to more than a duration can hold."""
+    """Return a duration, limited: the sum of what hosts report may exceed what one can hold."""
     return duration(min(seconds, 1e9))
 
 
 def union(intervals: Iterable[tuple[float, float]]) -> float:
-    """The time that at least one of the intervals covers."""
+    """Return the time that at least one of the intervals covers."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         total += max(0.0, stop - max(start, end))
@@ -276,7 +275,7 @@ def union(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def _loss(migration: pb.Migration) -> Failure | None:
-    """The failure of a migration whose guest had its end at the source meanwhile; None for one that has not."""
+    """Return the failure of a migration whose guest has ended at the source meanwhile, else None."""
     fact = migration.source_guest
     if whereabouts(migration).place is not Place.NOWHERE or fact.state not in _GUEST_STATES:
         return None

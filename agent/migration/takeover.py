@@ -1,8 +1,7 @@
-"""The source's agent is autonomous (requirement A6): it drives a migration to its end when the driver goes silent.
+"""Take-over by the source's agent, which drives a migration to its end when the driver goes silent (requirement A6).
 
-Two drivers at once are harmless, so nobody has to be sure that the other one is dead. A migration that is taken over belongs to this
-agent from then on: it can be listed, watched, cancelled and resolved here.
-"""
+Two drivers at once are harmless, so the other one need not be dead for certain. From then on the migration can be listed, watched,
+cancelled and resolved at this agent."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,17 +23,17 @@ WARNING: Final = "its driver went silent, so the source's agent drives it to its
 
 
 OtherSide = Callable[[Attempt], OtherHost | None]
-"""Returns the agent on the other side of an attempt; None where it cannot be called."""
+"""Returns the agent on the other side of an attempt; None if it cannot be called."""
 
 
 async def take_over_silent(silent: "asyncio.Queue[Attempt]", migrations: Migrations, host: str, other_side: OtherSide) -> None:
-    """Take over each attempt of `silent`, for ever."""
+    """Take over each attempt of the queue, for ever."""
     while True:
         take_over(await silent.get(), migrations, host, other_side)
 
 
 def take_over(attempt: Attempt, migrations: Migrations, host: str, other_side: OtherSide) -> None:
-    """Drive on an attempt of this host, the source. One whose other side cannot be called stays as it is, and is logged."""
+    """Drive an attempt of this host, the source, to its end. If the other side cannot be called, only log that."""
     record = attempt.record
     if other_side(attempt) is None:
         log.error("the driver is silent, and the destination's agent cannot be called", migration=record.migration_id)
@@ -44,7 +43,7 @@ def take_over(attempt: Attempt, migrations: Migrations, host: str, other_side: O
 
 
 def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
-    """The migration of a source's record, as its driver would have kept it."""
+    """Return the migration of a source's record, as its driver would have stored it."""
     return pb.Migration(
         migration_id=record.migration_id,
         spec=pb.MigrationSpec(

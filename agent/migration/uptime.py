@@ -1,7 +1,4 @@
-"""How long ago something was, by the clock of this machine that nobody sets: the time since it was started.
-
-It goes on over a restart of this process, unlike what the process has measured itself, and no step of the wall clock changes it.
-"""
+"""Ages by the machine's boot clock, which goes on over restarts of this process, and which no step of the wall clock changes."""
 
 import time
 from functools import cache
@@ -23,28 +20,28 @@ def _seconds() -> float:
 
 
 def uptime() -> pb.Uptime:
-    """Now."""
+    """Return the present moment."""
     now = pb.Uptime(boot_id=_boot_id())
     now.since_boot.FromNanoseconds(int(_seconds() * 1e9))
     return now
 
 
 def seconds_since(moment: pb.Uptime) -> float | None:
-    """None where it was on another machine, or before this one was started: that cannot be measured here."""
+    """Return the time since that moment; None if it was on another machine, or before this one was started."""
     if moment.boot_id != _boot_id():
         return None
     return max(0.0, _seconds() - moment.since_boot.ToNanoseconds() / 1e9)
 
 
 def age_of(migration: pb.Migration) -> tuple[float, bool]:
-    """Return how many seconds ago a migration was requested, and whether that was measured; else the wall clock says it."""
+    """Return the seconds since a migration was requested, and whether they were measured (else they are by the wall clock)."""
     measured = seconds_since(migration.create_uptime)
     age = time.time() - migration.create_time.ToNanoseconds() / 1e9 if measured is None else measured
     return max(0.0, age), measured is not None
 
 
 def with_age(migration: pb.Migration) -> pb.Migration:
-    """Return the migration for an answer that is given now, with its age."""
+    """Return a copy of the migration with its present age."""
     shown = pb.Migration()
     shown.CopyFrom(migration)
     age, measured = age_of(migration)

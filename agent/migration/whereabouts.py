@@ -1,8 +1,7 @@
-"""Where a guest is, from what the hypervisors of both hosts said last. Pure.
+"""Where a guest is, from the last reports of both hosts' hypervisors. Pure.
 
-Everything that says where a guest runs (the migration resource, errors of the client, the command line and its exit codes)
-takes it from `whereabouts`. No state of a migration and no plan says it.
-"""
+Everything that shows where a guest runs (the migration resource, errors of the client, the command line and its exit codes) uses
+`whereabouts`, never the state of a migration or a plan."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +14,7 @@ _STANDS = (handshake_pb2.GUEST_STATE_PAUSED, handshake_pb2.GUEST_STATE_OTHER)
 _NO_PROCESS = (handshake_pb2.GUEST_STATE_SHUTOFF, handshake_pb2.GUEST_STATE_CRASHED, handshake_pb2.GUEST_STATE_ABSENT)
 _ENDED = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED)
 _BY_MIGRATION = ("migration", "post-copy", "unknown")
-"""Reasons of a pause at the source that a migration made; ``unknown`` is the one by which it is held until it is decided."""
+"""Reasons of a pause at the source by a migration; with ``unknown`` the guest is held until the decision."""
 _BROKEN = "post-copy failed"
 _STATE_WORDS = {number: name.removeprefix("GUEST_STATE_").lower() for name, number in handshake_pb2.GuestState.items() if number}
 
@@ -26,7 +25,6 @@ class Place(StrEnum):
     NOWHERE = "nowhere"
     """It has no process on either host."""
     UNKNOWN = "unknown"
-    """That cannot be said now."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +33,16 @@ class Whereabouts:
 
     place: Place
     runs_on: str
-    """The host on which it runs. Empty: it does not run, or that cannot be said."""
+    """The host on which it runs. Empty: it does not run, or that is unknown."""
     sentence: str
     """For a person, beginning with the guest's name in quotes."""
     usual: bool = True
-    """It runs, or is paused by its user's wish."""
+    """It runs, or its user has paused it."""
 
 
 def whereabouts(migration: pb.Migration) -> Whereabouts:
-    """From the facts of both hosts. The destination's comes first: it runs there only once that was decided. The word of a host that
-    an operator declared dead does not count.
-    """
+    """Return where a guest is, from the facts of both hosts. The destination's comes first: the guest runs there only after the
+    decision. The fact of a host that an operator declared dead does not count."""
     name = f'"{migration.domain_name or migration.spec.domain}"'
     here, there = migration.source_host or migration.spec.source_host, migration.destination_host or migration.spec.destination_host
     dead = migration.statement.dead_host
@@ -64,7 +61,7 @@ def whereabouts(migration: pb.Migration) -> Whereabouts:
     if dst.state in (_RUNS, *_STANDS) and dead != there:
         return _is_on(Place.DESTINATION, name, there, dst, migration)
     if dead == here:
-        words = f"{name} runs nowhere: {here}, where it was, is dead by an operator's word; start it again on another host"
+        words = f"{name} runs nowhere: {here}, where it was, was declared dead by an operator; start it again on another host"
         return Whereabouts(Place.NOWHERE, "", words, usual=False)
     ended = migration.state in _ENDED
     if src.state == _RUNS or (src.state in _STANDS and (ended or src.reason not in _BY_MIGRATION)):
@@ -88,15 +85,15 @@ def _is_on(place: Place, name: str, host: str, fact: handshake_pb2.GuestFact, mi
 
 
 def _cannot_be_said(name: str, *hosts: tuple[str, handshake_pb2.GuestFact]) -> str:
-    said = ", ".join(f"{host} last said {_state(fact)} at {_clock(fact)}" for host, fact in hosts if fact.state)
-    return f"{name} is on {hosts[0][0]} or on {hosts[1][0]}; which cannot be said now{f' ({said})' if said else ''}"
+    said = ", ".join(f"{host} last reported {_state(fact)} at {_clock(fact)}" for host, fact in hosts if fact.state)
+    return f"{name} is on {hosts[0][0]} or on {hosts[1][0]}; it is unknown on which{f' ({said})' if said else ''}"
 
 
 def said(host: str, fact: handshake_pb2.GuestFact) -> str:
-    """What the hypervisor of a host said last of the guest, for a sentence."""
+    """Return a clause with the last report of a host's hypervisor on the guest."""
     if not fact.state:
-        return f"{host} has said nothing of the guest yet"
-    return f"{host} last said that the guest is {_state(fact)} there, at {_clock(fact)}"
+        return f"{host} has not reported on the guest yet"
+    return f"{host} last reported that the guest is {_state(fact)} there, at {_clock(fact)}"
 
 
 def _state(fact: handshake_pb2.GuestFact) -> str:
@@ -105,7 +102,7 @@ def _state(fact: handshake_pb2.GuestFact) -> str:
 
 
 def _clock(fact: handshake_pb2.GuestFact) -> str:
-    return f"{fact.see_time.ToDatetime():%H:%M:%S} UTC" if fact.HasField("see_time") else "a time that it did not tell"
+    return f"{fact.see_time.ToDatetime():%H:%M:%S} UTC" if fact.HasField("see_time") else "an unknown time"
 
 
 def _why_nowhere(host: str, fact: handshake_pb2.GuestFact) -> str:
@@ -117,10 +114,10 @@ def _why_nowhere(host: str, fact: handshake_pb2.GuestFact) -> str:
 
 
 def _as_told(migration: pb.Migration, name: str, here: str, there: str) -> Whereabouts:
-    """Of a migration whose agents give no facts (they are older): as its driver told it."""
+    """Return where the guest is by the driver's report, for older agents, which report no facts."""
     if migration.runs_on and migration.state != pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         place = Place.DESTINATION if migration.runs_on == there else Place.SOURCE
         return Whereabouts(place, migration.runs_on, f"{name} runs on {migration.runs_on}")
     if migration.state in _ENDED:
         return Whereabouts(Place.NOWHERE, "", f"{name} runs nowhere; start it again if it is to run", usual=False)
-    return Whereabouts(Place.UNKNOWN, "", f"{name} is on {here} or on {there}; which cannot be said now", usual=False)
+    return Whereabouts(Place.UNKNOWN, "", f"{name} is on {here} or on {there}; it is unknown on which", usual=False)

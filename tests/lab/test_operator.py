@@ -49,7 +49,7 @@ async def test_it_ends_by_itself_when_the_link_is_back(cluster: Cluster) -> None
             cluster.lab["h2"].restore_link("mgmt")
         assert doubt.runs_on == ""
         assert list(doubt.silent_hosts) == ["h2"]
-        assert "h1 last said that the guest is paused (migration) there" in shown.stdout
+        assert "h1 last reported that the guest is paused (migration) there" in shown.stdout
         assert f"migration resolve {migration.migration_id} --assume-dead h2" in shown.stdout
         assert state(await talk.end(migration.migration_id)) == "succeeded"
     assert cluster.copies(guest.name) == {"h2": "running"}

@@ -212,7 +212,7 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
     async def ResolveMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
         history = self._history(request.migration_id)
         if history[-1].state != S.MIGRATION_STATE_OUTCOME_UNKNOWN:
-            raise DroverError(Reason.NOT_IN_DOUBT, f"{request.statement.dead_host} answers, so its own word counts")
+            raise DroverError(Reason.NOT_IN_DOUBT, f"{request.statement.dead_host} answers, so it is not dead")
         resolved = migration_pb2.Migration()
         resolved.CopyFrom(history[-1])
         resolved.state, resolved.runs_on, resolved.revision = S.MIGRATION_STATE_FAILED, resolved.source_host, len(history) + 1

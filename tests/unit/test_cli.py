@@ -232,7 +232,7 @@ def test_watch(drover: Drover) -> None:
 def test_numbers_only_of_what_there_was(drover: Drover, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "UNKNOWN_PATIENCE", 0.05)
     unknown = drover("migration", "watch", start(drover, "lost"), code=5).stdout
-    assert re.search(r"cannot be said now; migration \S+ after 1 min 30 s\.\n", unknown)
+    assert re.search(r"it is unknown on which; migration \S+ after 1 min 30 s\.\n", unknown)
     failed = drover("migration", "watch", start(drover, "fails"), code=1).stdout
     assert re.search(r'failed: "fails" runs on a; migration \S+ in 9 s\.\n', failed)
     assert "sent " in failed

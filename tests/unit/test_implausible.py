@@ -181,7 +181,7 @@ async def test_6_11_a_migration_ends_and_is_saved_whatever_times_a_host_tells(dr
 def test_6_11_a_time_that_is_not_told_is_neither_midnight_nor_a_skew() -> None:
     migration = migration_pb2.Migration(domain_name="web1", source_host="h1", destination_host="h2", silent_hosts=["h1"])
     migration.source_guest.state = handshake_pb2.GUEST_STATE_RUNNING
-    assert "at a time that it did not tell" in whereabouts(migration).sentence
+    assert "at an unknown time" in whereabouts(migration).sentence
     view = View(REF, None, lambda: None, Bus())
     view.read_clock("source", handshake_pb2.Record(revision=1, update_time=Timestamp(seconds=1000)))
     view.read_clock("destination", handshake_pb2.Record(revision=1))

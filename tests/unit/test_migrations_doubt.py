@@ -200,7 +200,7 @@ async def test_the_outcome_is_unknown_and_known_again(driving: Driving) -> None:
     assert unknown.failure.reason == Reason.OUTCOME_UNKNOWN
     assert list(unknown.silent_hosts) == ["h2"]
     assert unknown.runs_on == ""
-    for needed in ("h1 last said that the guest is paused (migration) there", f"drover migration resolve {ID} --assume-dead h2"):
+    for needed in ("h1 last reported that the guest is paused (migration) there", f"drover migration resolve {ID} --assume-dead h2"):
         assert needed in unknown.failure.message
     driving.pair.to_destination.cut = False
     driving.pair.wire.starts.set()
@@ -425,7 +425,7 @@ async def test_6_13_a_host_that_the_other_one_hears_is_not_declared_dead(driving
     pair.wire.all_sent.set()
     await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
     error = await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
-    assert "the other host of the migration hears it" in error.message
+    assert "it answers the other host of the migration" in error.message
     pair.wire.starts.set()
     ended = await driving.ended(ID)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")

@@ -219,7 +219,7 @@ def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
         ("0.0.0.0", "wildcard"),
         ("ff02::1", "multicast"),
         ("fe80::1", "link-local without a scope"),
-        ("banana", "no IP address"),
+        ("banana", "not an IP address"),
         ("10.92.0.1", "is an address of the source h1, too"),
     ],
 )

@@ -215,12 +215,12 @@ def test_the_given_migration_is_not_changed() -> None:
         (
             ("destination",),
             Src.PERFORMED,
-            ("h2 does not answer", "h1 last said that the guest is running there", "--assume-dead h2"),
+            ("h2 does not answer", "h1 last reported that the guest is running there", "--assume-dead h2"),
         ),
         (
             ("source", "destination"),
             Src.PERFORMING,
-            ("h1 and h2", "h1 last said that the guest is running there", "--assume-dead h1"),
+            ("h1 and h2", "h1 last reported that the guest is running there", "--assume-dead h1"),
         ),
     ],
 )

@@ -37,9 +37,9 @@ GONE = fact("absent")
     [
         ("open", RUNS, None, Place.SOURCE, "h1", '"vm1" runs on h1'),
         ("open", RUNS, WAITS, Place.SOURCE, "h1", '"vm1" runs on h1'),
-        ("open", LEFT, WAITS, Place.UNKNOWN, "", "h1 last said paused (migration) at 01:01:01 UTC, h2 last said waiting"),
+        ("open", LEFT, WAITS, Place.UNKNOWN, "", "h1 last reported paused (migration) at 01:01:01 UTC, h2 last reported waiting"),
         ("open", LEFT, RUNS, Place.DESTINATION, "h2", '"vm1" runs on h2'),
-        ("open", CRASHED, WAITS, Place.UNKNOWN, "", "cannot be said now"),
+        ("open", CRASHED, WAITS, Place.UNKNOWN, "", "it is unknown on which"),
         ("moved", fact("absent", "migrated"), RUNS, Place.DESTINATION, "h2", '"vm1" runs on h2'),
         ("moved", GONE, fact("paused", "user"), Place.DESTINATION, "", '"vm1" is paused (user) on h2'),
         ("moved", GONE, fact("shutoff", "shutdown"), Place.NOWHERE, "", "it is shutoff (shutdown) on h2"),
