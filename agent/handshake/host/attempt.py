@@ -144,8 +144,8 @@ class Attempt:
 
     @contextlib.asynccontextmanager
     async def reporting_wait(self, what: str) -> AsyncIterator[None]:
-        """Put `what` into `waiting_for` while a call to the hypervisor lasts longer than `TELL_SECONDS`, with its duration and, if
-        known, why it lasts."""
+        """Put `what` into `waiting_for` while a call to the hypervisor lasts longer than `REPORT_AFTER_SECONDS`, with its duration
+        and its known reason."""
         task = self.start("telling", self._tell_while(what))
         try:
             yield
