@@ -86,6 +86,7 @@ async def test_7_a_slot_that_is_granted_while_it_is_cancelled_is_given_back(driv
     assert (await starting).state == pb.MIGRATION_STATE_CANCELLED
     held.set()
     await until(lambda: driving.pair.destination.journalled == "gone")
+    await until(lambda: not any(attempt.busy for attempt in driving.pair.destination.engine._attempts.all()))
     assert slots_taken(driving.pair) == 0
 
 
