@@ -23,6 +23,7 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2
 
 log = structlog.get_logger()
@@ -87,6 +88,8 @@ class Drives:
                 except DroverError as error:
                     await self._end_without_slot(entry, entry.driver, error, forget=begins and not entry.slot_wait)
                     return
+                entry.migration = entry.changed_to()  # earlier readers keep theirs
+                entry.migration.slot_duration.CopyFrom(duration(entry.elapsed))
                 self.tell(entry)
             entry.placed.set()
             await self._run(entry)

@@ -119,6 +119,8 @@ class Migration(FromWire):
     committed: datetime | None = wire("commit_time")
     """When the driver learned that the guest runs at the destination."""
     ended: datetime | None = wire("end_time")
+    slot_duration: float | None
+    """Seconds from the request until it had its slot. None: it has none yet, or another driver took it."""
     duration: float
     """Seconds from the request to the end."""
     duration_is_least: bool

@@ -9,6 +9,7 @@ import agent.migration.migrations
 from agent.migration import uptime
 from agent.migration.collection import Change
 from agent.runtime.errors import Reason
+from coordinator.client import Migration
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, fails, until
 from tests.unit.fake_directory import Driving
@@ -254,9 +255,13 @@ async def test_7_a_start_that_may_wait_answers_at_once_and_moves_when_a_slot_is_
     now = driving.migrations.get(ID)
     assert (now.state, now.wait_reason) == (pb.MIGRATION_STATE_PENDING, pb.WAIT_REASON_SLOT)
     assert now.waiting_for == "an incoming slot of h2: 0 of 0 are taken"
+    assert Migration.from_proto(now).slot_duration is None
     assert driving.pair.source.calls == []
     driving.pair.destination.engine.slots.limit = 1
     ended = await driving.ended(ID)
+    waited = Migration.from_proto(ended).slot_duration
+    assert waited is not None
+    assert 0 < waited < ended.duration.ToNanoseconds() / 1e9
     assert (ended.state, ended.waiting_for, ended.wait_reason) == (pb.MIGRATION_STATE_SUCCEEDED, "", 0)
     driving.pair.moved()
 

@@ -275,6 +275,7 @@ class Migration(message.Message):
     WAIT_REASON_FIELD_NUMBER: builtins.int
     SLOT_WAIT_FIELD_NUMBER: builtins.int
     CREATE_REVISION_FIELD_NUMBER: builtins.int
+    SLOT_DURATION_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     state: MigrationState.ValueType
     phase: builtins.str
@@ -397,6 +398,10 @@ class Migration(message.Message):
     def slot_wait(self) -> duration_pb2.Duration:
         """slot_wait of the request that started it. Unset: fail-fast."""
 
+    @builtins.property
+    def slot_duration(self) -> duration_pb2.Duration:
+        """Time from the request until its driver had the slot at the destination. Unset before, and where another driver had it."""
+
     def __init__(
         self,
         *,
@@ -439,10 +444,11 @@ class Migration(message.Message):
         wait_reason: WaitReason.ValueType = ...,
         slot_wait: duration_pb2.Duration | None = ...,
         create_revision: builtins.int = ...,
+        slot_duration: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "options", b"options", "progress", b"progress", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "spec", b"spec", "statement", b"statement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "options", b"options", "progress", b"progress", "slot_duration", b"slot_duration", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "spec", b"spec", "statement", b"statement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_revision", b"create_revision", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statement", b"statement", "statements", b"statements", "timings", b"timings", "uri", b"uri", "wait_reason", b"wait_reason", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_revision", b"create_revision", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "slot_duration", b"slot_duration", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statement", b"statement", "statements", b"statements", "timings", b"timings", "uri", b"uri", "wait_reason", b"wait_reason", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
