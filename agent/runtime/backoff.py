@@ -1,9 +1,8 @@
-"""How everything that failed is tried again: pauses that grow up to a cap, with full jitter; the clock that waits, which tests
-replace; and, at the end, the policies. For hosts that many tasks ask there is `breaker`.
+"""The pauses before retries, which grow up to a cap, with full jitter; their clock, which tests replace; and the policies of all
+retries. `breaker` is for hosts that many tasks call.
 
 The model is `stamina`. The library itself does not fit: its jitter is added below the cap and vanishes at it, its only clock is the
-event loop's, and it neither begins anew after a success (a watch that ran for a day) nor lets an event end a pause.
-"""
+event loop's, and it neither starts anew after a success (a watch that ran for a day) nor lets an event end a pause."""
 
 import asyncio
 import random
@@ -14,18 +13,15 @@ from typing import Final, Protocol
 
 
 class Clock(Protocol):
-    """What waits and measures how long."""
+    """The source of time and of pauses."""
 
     def monotonic(self) -> float:
-        """Return seconds that never go back."""
+        """Return a time in seconds that never goes back."""
 
-    async def sleep(self, seconds: float) -> None:
-        """Return after so many seconds."""
+    async def sleep(self, seconds: float) -> None: ...
 
 
 class SystemClock:
-    """The clock of every process that is not a test."""
-
     def monotonic(self) -> float:
         return time.monotonic()
 
@@ -38,21 +34,22 @@ SYSTEM_CLOCK: Final = SystemClock()
 
 @dataclass(frozen=True)
 class Backoff:
-    """The pauses between tries, in seconds: random, below a ceiling that begins at `first`, grows by `factor` and ends at `cap`."""
+    """The pauses between tries, in seconds: random, below a ceiling that starts at `first` and grows by `factor` up to `cap`."""
 
     first: float
     factor: float
     cap: float
 
     def ceiling(self, failures: int) -> float:
-        """Return the longest pause after so many failures (at least 1)."""
+        """Return the longest pause after that number of failures (at least 1)."""
         try:
             return min(self.cap, self.first * self.factor ** (failures - 1))
         except OverflowError:
             return self.cap
 
     def delay(self, failures: int, random: float) -> float:
-        """Return the pause after so many failures, with `random` in [0, 1): full jitter, so that tries do not come in waves."""
+        """Return the pause after that number of failures, for `random` in [0, 1): full jitter, so that tries do not come in
+        waves."""
         return random * self.ceiling(failures)
 
 
@@ -66,7 +63,7 @@ class Pauses:
         self._rand = rand
 
     async def pause(self, end: asyncio.Event | None = None) -> None:
-        """Wait after a failure; `end` ends the pause early."""
+        """Wait after a failure, or until `end` is set."""
         self.failures += 1
         sleep = self._clock.sleep(self._backoff.delay(self.failures, self._rand()))
         if end is None:
@@ -82,29 +79,29 @@ class Pauses:
             task.result()
 
     def succeeded(self) -> None:
-        """Begin with the first pause again."""
+        """Start with the first pause again."""
         self.failures = 0
 
 
 # ---- the policies: first pause, growth, cap
 
 BACKGROUND: Final = Backoff(1.0, 2, 60.0)
-"""Work that ended by a bug: most likely the same happens again."""
+"""Background work that ended by a bug, which most likely happens again."""
 HYPERVISOR: Final = Backoff(0.2, 2, 2.0)
-"""The hypervisor's daemon of this host: cheap to ask, and every guest here waits for it."""
+"""This host's hypervisor daemon: a call is cheap, and every guest here waits for it."""
 EFFECT: Final = Backoff(0.2, 2, 5.0)
 """An effect that the hypervisor or the journal refused: each try is a job of the hypervisor and a write of the journal."""
 OTHER_HOST: Final = Backoff(0.4, 2, 1.0)
-"""The agent of another host in a migration: a guest may stand still until it answers, and several drivers may ask it."""
+"""The agent of another host in a migration: a guest may be paused until it answers, and several drivers may call it."""
 SLOT: Final = Backoff(0.5, 2, 5.0)
-"""A slot of another host that is taken: it may be free at any moment, and a try is one cheap question."""
+"""A slot of another host: it may become free at any moment, and a call is cheap."""
 STORE: Final = Backoff(1.0, 2, 5.0)
-"""A journal or store that cannot be read or written: its disk does not say when it is well again."""
+"""A journal or store that cannot be read or written: no event reports its recovery."""
 REGISTRATION: Final = Backoff(1.0, 2, 5.0)
-"""A coordinator that is away: all of its hosts come back to it at once, and its operator waits for them."""
+"""A coordinator that is away: all of its hosts return at once, and its operator waits for them."""
 HOST_LINK: Final = Backoff(0.2, 2, 120.0)
-"""The watch of a host: one that is back says so by registering, which ends the pause."""
+"""The watch of a host: one that returns registers itself, which ends the pause."""
 PROOF: Final = Backoff(1.0, 2, 5.0)
-"""The breaker of hosts that register from an address at which they do not answer: their firewall may be mended at any moment."""
+"""The breaker of hosts that register an address at which they do not answer: their firewall may be corrected at any moment."""
 CLIENT_WATCH: Final = Backoff(0.2, 2, 2.0)
-"""A client's watch of a migration: somebody looks at it."""
+"""A client's watch of a migration, which a person may follow."""

@@ -1,4 +1,4 @@
-"""Spares hosts that do not answer, and those who ask them."""
+"""A circuit breaker for hosts that do not answer."""
 
 import contextlib
 import random
@@ -22,11 +22,10 @@ class _Trouble:
 
 
 class Breaker:
-    """One for all tasks that ask the same hosts. Counts by host and reason.
+    """Shared by all tasks that call the same hosts. Counts failures by host and reason.
 
-    Opens after `opens_after` failures in a row: then questions fail at once with the last error. After a pause it lets one
-    question through; its failure makes the next pause longer, and any answer closes the breaker.
-    """
+    Opens after `opens_after` failures in a row: calls then fail at once with the last error. After a pause one call goes through;
+    its failure makes the next pause longer, and any answer closes the breaker."""
 
     def __init__(
         self,
@@ -38,7 +37,7 @@ class Breaker:
         opens_after: int = 3,
         size: int = 1024,
     ) -> None:
-        """`reasons`: those that mean that there was no answer. `size`: hosts that are remembered; the oldest is forgotten first."""
+        """`reasons`: those that count as no answer. `size`: most hosts that are counted; the oldest is dropped first."""
         self._backoff = backoff
         self._reasons = reasons
         self._clock = clock
@@ -49,7 +48,7 @@ class Breaker:
 
     @contextlib.contextmanager
     def guard(self, host: str) -> Iterator[None]:
-        """Wrap one question to a host. Raises its last error, without asking, while the breaker is open."""
+        """Wrap one call to a host. Raises its last error, without running the block, while the breaker is open."""
         self._check(host)
         try:
             yield
@@ -70,7 +69,7 @@ class Breaker:
                 raise DroverError(reason, trouble.message, metadata=trouble.metadata, retry_after=left)
         for trouble in troubles.values():
             if trouble.failures >= self._opens_after:
-                trouble.open_until = now + self._pause(trouble)  # this question goes through; those beside it do not
+                trouble.open_until = now + self._pause(trouble)  # this call goes through, concurrent ones do not
 
     def _failed(self, host: str, error: DroverError) -> None:
         if host not in self._hosts and len(self._hosts) >= self._size:
@@ -81,7 +80,7 @@ class Breaker:
         if trouble.failures >= self._opens_after:
             trouble.open_until = self._clock.monotonic() + self._pause(trouble)
         if trouble.failures == self._opens_after:
-            log.warning("a host does not answer and is asked less often", host=host, reason=error.reason, error=error.message)
+            log.warning("a host does not answer and is called less often", host=host, reason=error.reason, error=error.message)
 
     def _answered(self, host: str) -> None:
         if any(trouble.failures >= self._opens_after for trouble in self._hosts.pop(host, {}).values()):

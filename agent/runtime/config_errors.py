@@ -1,4 +1,4 @@
-"""Says which key of a configuration is wrong, what is expected there, and what stands there."""
+"""Error messages for a configuration: the wrong key, what is expected, and what was found."""
 
 import difflib
 import reprlib
@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import FieldInfo
 
 _TOML = {"`": "", " | null": "", "array": "list", "object": "table"}
-"""What to write for msgspec's words, which are JSON's."""
+"""Replacements for msgspec's terms, which are JSON's."""
 
 
 class KeyProblem(ValueError):  # noqa: N818 - msgspec wraps it into its own error
@@ -24,9 +24,8 @@ class KeyProblem(ValueError):  # noqa: N818 - msgspec wraps it into its own erro
 def explain(error: msgspec.ValidationError, value: Any, kind: Any, path: str = "") -> str:
     """Return one sentence that begins with the full path of the key, such as ``networks[0].address``.
 
-    `error` is what `msgspec.convert` raised for `value` and `kind`. It has the path only as text, and without the keys of tables.
-    So this looks for the first item or key that cannot be converted by itself, and goes on inside it.
-    """
+    `error` is what `msgspec.convert` raised for `value` and `kind`. It has the path only as text, and without the keys of tables. So
+    this searches for the first item or key that cannot be converted by itself, and goes on inside it."""
     kind, description = _plain(kind)
     fields = _fields(kind)
     if isinstance(value, dict) and fields:

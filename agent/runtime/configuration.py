@@ -1,7 +1,6 @@
 """Configuration files of both daemons: TOML, checked completely before anything starts; errors name the key and what is expected.
 
-A configuration is a struct whose `__post_init__` calls the `check_` functions; they raise `KeyProblem`.
-"""
+A configuration is a struct whose `__post_init__` calls the `check_` functions; they raise `KeyProblem`."""
 
 import tomllib
 from collections.abc import Sequence

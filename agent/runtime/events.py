@@ -1,8 +1,7 @@
-"""What changes in a daemon, as typed events on one bus: the source of the log, and of all who want to know what happens.
+"""The bus of a daemon: a typed event for each change, for the log and other consumers.
 
-Events are values with the ids of what they are about and, where there is one, the reason. They hold no cookie, no XML, no secret.
-Whoever changes something publishes; consumers subscribe, and one that falls behind is cut off.
-"""
+An event holds the ids of its subject and, if something failed, the reason; no cookie, no XML, no secret. A consumer that falls
+behind is cut off."""
 
 import asyncio
 import time
@@ -15,18 +14,18 @@ import msgspec
 from agent.runtime.errors import DroverError, Reason
 
 MOST_WAITING: Final = 4096
-"""Events that wait for one consumer at most."""
+"""Most events that wait for one consumer."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
-    """Something has changed. `reason` is a code of `Reason`, `message` is for people; both are empty where nothing went wrong."""
+    """A change. `reason` is a code of `Reason`, `message` is for a person; both are empty if nothing failed."""
 
     reason: str = ""
     message: str = ""
 
 
 class RecordChanged(Event, frozen=True, tag="record"):
-    """A host's record of an attempt, after the journal has it."""
+    """A host's record of an attempt has changed, durably."""
 
     migration_id: str
     attempt: int
@@ -40,7 +39,7 @@ class RecordChanged(Event, frozen=True, tag="record"):
 
 
 class MigrationChanged(Event, frozen=True, tag="migration"):
-    """The state, the phase or the wait of a migration at its driver, or why it fails."""
+    """The state, phase, wait or failure of a migration has changed at its driver."""
 
     migration_id: str
     attempt: int
@@ -50,11 +49,11 @@ class MigrationChanged(Event, frozen=True, tag="migration"):
     destination_host: str
     domain_uuid: str
     wait_reason: str
-    """A `WaitReason` of the wire in lower case; empty: it waits for nothing."""
+    """A `WaitReason` of the wire in lower case; empty: none."""
 
 
 class SlotChanged(Event, frozen=True, tag="slot"):
-    """An incoming slot of this host."""
+    """An incoming slot of this host was taken or freed."""
 
     migration_id: str
     attempt: int
@@ -65,24 +64,24 @@ class SlotChanged(Event, frozen=True, tag="slot"):
 
 
 class HostChanged(Event, frozen=True, tag="host"):
-    """A host, as it says itself or as its coordinator sees it."""
+    """A host has changed, by its own agent or its coordinator."""
 
     host: str
     change: Literal["registered", "up", "unreachable", "removed", "hypervisor", "stopping"]
 
 
 class StatementChanged(Event, frozen=True, tag="statement"):
-    """A statement that a host is dead counts from now on, or no longer: the host has answered. `message` is its text."""
+    """A statement that a host is dead was made, or was refuted by the host's answer. `message` is its text."""
 
     migration_id: str
     change: Literal["made", "refuted"]
     dead_host: str
     said_by: str
-    """As whoever made it claims; `CallHandled` tells who called."""
+    """Unverified claim of its author; `CallHandled` has the caller."""
 
 
 class DriverDecided(Event, frozen=True, tag="decision"):
-    """The calls that a driver wants under way are others now. `reason`: why it gives up."""
+    """A driver has decided to make other calls. `reason`: why it gives up."""
 
     migration_id: str
     attempt: int
@@ -92,7 +91,7 @@ class DriverDecided(Event, frozen=True, tag="decision"):
 
 
 class CallFailed(Event, frozen=True, tag="call failed"):
-    """A driver's call to one side."""
+    """A driver's call to one side has failed."""
 
     migration_id: str
     attempt: int
@@ -106,7 +105,7 @@ class CallHandled(Event, frozen=True, tag="call"):
     method: str
     migration_id: str
     right: str
-    """That it needs."""
+    """The right that it needs."""
     caller: str
     """As the server sees it."""
     milliseconds: float
@@ -123,20 +122,19 @@ class Published(msgspec.Struct, frozen=True):
 
 
 class Subscription(AsyncIterator[Published]):
-    """The events since it was made, for one consumer. Ends with the bus or when it is closed, after the last event that waits.
+    """The events since its creation, for one consumer. Ends when it or the bus is closed, after the last event that waits.
 
-    Raises WATCH_TOO_SLOW, after the events that still waited, once `MOST_WAITING` were not read: then it has been cut off.
-    """
+    Raises WATCH_TOO_SLOW, after the events that still wait, if it was cut off because `MOST_WAITING` were not read."""
 
     def __init__(self) -> None:
         self._waiting: deque[Published] = deque()
         self._news = asyncio.Event()
         self._ended = False
         self._missed = 0
-        """Revision of the first event that was left out; 0: none."""
+        """Revision of the first event that was dropped; 0: none."""
 
     def take(self, published: Published) -> bool:
-        """For the bus. Return whether it takes more."""
+        """Add an event, for the bus. Return whether it accepts more."""
         if not self._ended and len(self._waiting) >= MOST_WAITING:
             self._missed = published.revision
             self.close()
@@ -146,7 +144,7 @@ class Subscription(AsyncIterator[Published]):
         return not self._ended
 
     def close(self) -> None:
-        """Take no more events."""
+        """Accept no more events."""
         self._ended = True
         self._news.set()
 
@@ -157,7 +155,7 @@ class Subscription(AsyncIterator[Published]):
         if self._waiting:
             return self._waiting.popleft()
         if self._missed:
-            text = f"{MOST_WAITING} events waited to be read, so no more were kept from revision {self._missed} on; subscribe again"
+            text = f"{MOST_WAITING} events were not read, so those from revision {self._missed} on were dropped; subscribe again"
             raise DroverError(Reason.WATCH_TOO_SLOW, text, metadata={"revision": str(self._missed)})
         raise StopAsyncIteration
 
@@ -171,14 +169,15 @@ class Bus:
         self._closed = False
 
     def publish(self, event: Event) -> None:
-        """Never waits, never raises."""
+        """Hand the event to all subscriptions. Never waits, never raises."""
         self._revision += 1
         if self._subscriptions:
             published = Published(self._revision, time.time(), event)
             self._subscriptions = [subscription for subscription in self._subscriptions if subscription.take(published)]
 
     def subscribe(self) -> Subscription:
-        """From the next event on. Close it, or it holds `MOST_WAITING` events until it is cut off."""
+        """Return a subscription from the next event on. Close it after use: else it holds `MOST_WAITING` events until it is cut
+        off."""
         subscription = Subscription()
         if self._closed:
             subscription.close()
@@ -186,7 +185,7 @@ class Bus:
         return subscription
 
     def close(self) -> None:
-        """End every subscription, and those that are still to come."""
+        """Close every subscription, and later ones at once."""
         self._closed = True
         for subscription in self._subscriptions:
             subscription.close()
