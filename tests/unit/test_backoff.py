@@ -1,4 +1,4 @@
-"""agent.runtime.backoff: how everything that failed is tried again."""
+"""agent.runtime.backoff: the pauses before retries."""
 
 import asyncio
 from itertools import pairwise

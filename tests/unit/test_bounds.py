@@ -149,7 +149,7 @@ def test_an_answer_that_is_too_large_names_its_field(answer: Message, field: str
 
 
 def test_of_an_answer_only_the_sizes_count() -> None:
-    """A record that is said clumsily, or by a newer agent, is read all the same."""
+    """A malformed record, or one of a newer agent, is read all the same."""
     record = {"ref": {"migration_id": "?"}, "state": 99, "waiting_for": "two\nlines", "statement": {}, "revision": -1}
     answer = make(handshake_pb2.GetRecordResponse, record=record)
     answer.MergeFromString(b"\xa8\x0f\x01")  # field 245, a varint
@@ -157,7 +157,7 @@ def test_of_an_answer_only_the_sizes_count() -> None:
 
 
 def test_6_14_a_record_that_is_relayed_is_taken_with_whatever_its_hypervisor_has_said() -> None:
-    """Else a Confirm is refused for the words of QEMU, and the guest stays stopped."""
+    """Else a Confirm is refused because of QEMU's text, and the guest stays stopped."""
     record: dict[str, Any] = {"failure": {"metadata": {"message": "operation failed: qemu-system-x86_64: load\nerror"}}}
     relayed = make(handshake_pb2.ConfirmRequest, ref={"migration_id": UUID}, decision=2, destination_record=record)
     check_request(relayed)

@@ -1,4 +1,4 @@
-"""agent.runtime.breaker: hosts that do not answer are spared."""
+"""agent.runtime.breaker."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ NOT_QUITE_ONE = 1 - 2**-53
 
 
 class Asked:
-    """A host that is asked through a breaker; `answer` is what it says."""
+    """A host that is called through a breaker; `answer` is its answer."""
 
     def __init__(self, **options: int) -> None:
         self.clock = FakeClock()
@@ -35,7 +35,7 @@ class Asked:
         return None
 
     def times(self, count: int) -> int:
-        """Ask so often; how often the host was really asked."""
+        """Call that many times. Return how many calls reached the host."""
         before = len(self.asked)
         for _ in range(count):
             self.ask()

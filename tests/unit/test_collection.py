@@ -38,7 +38,7 @@ def add(to: Collection, migration_id: str, state: pb.MigrationState.ValueType = 
 
 
 async def take(watch: AsyncIterator[Change], count: int) -> list[str]:
-    """So many messages, each in short: the id and its removal, or the mark behind what was there before."""
+    """Return that many messages, each in short: the id and its removal, or the mark after the first states."""
     found = []
     async with asyncio.timeout(PATIENCE):
         for _ in range(count):
@@ -126,14 +126,14 @@ async def test_7_a_reader_that_is_too_slow_for_the_removals_is_told_so(monkeypat
 
 @pytest.mark.parametrize("revision", [1, (9 << 32) + 5])
 async def test_7_a_revision_that_is_not_of_this_life_is_refused(revision: int) -> None:
-    """What earlier lives removed is not known; and one of a later life comes from a log that was lost."""
+    """The removals of earlier lives are not known, and a revision of a later life comes from a log that was lost."""
     made = collection(life=5)
     add(made, "a")
     await fails(anext(made.watch_all(revision)), Reason.WATCH_TOO_SLOW)
 
 
 async def follow(servicer: Any, seen: dict[str, pb.Migration]) -> None:
-    """List, then watch, and again where the watch says so."""
+    """List, then watch, and again after WATCH_TOO_SLOW."""
     listed = await servicer.ListMigrations(pb.ListMigrationsRequest(), None)
     seen.clear()
     seen.update({migration.migration_id: migration for migration in listed.migrations})

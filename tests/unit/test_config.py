@@ -200,7 +200,7 @@ def test_6_05_the_wildcard_is_no_address(tmp_path: Path, address: str, hyperviso
 
 
 def test_6_05_an_agent_takes_guests_at_its_own_addresses_only(tmp_path: Path) -> None:
-    """By the word of the kernel, when the agent starts."""
+    """The kernel is asked when the agent starts."""
     foreign = NETWORK.format(hypervisor="libvirt", address="198.51.100.77")
     with pytest.raises(ConfigError, match=r"198\.51\.100\.77 is not an address of this host now"):
         check_networks(load(write(tmp_path, foreign), AgentConfig))

@@ -1,4 +1,4 @@
-"""Issue 6, line 26: no peer shuts out another one, and none the local socket."""
+"""Issue 6, line 26: no peer shuts out another one, or the local socket."""
 
 import asyncio
 import os
@@ -39,7 +39,7 @@ FLOODER = "127.0.0.7"
 
 
 def idle(address: str, number: int, stack: ExitStack) -> list[socket.socket]:
-    """Connections of one peer that say hello and nothing else."""
+    """Return connections of one peer that send only HTTP/2's preface and SETTINGS."""
     host, _, port = address.rpartition(":")
     made = []
     for _ in range(number):
@@ -50,7 +50,7 @@ def idle(address: str, number: int, stack: ExitStack) -> list[socket.socket]:
 
 
 async def ask(address: str) -> str:
-    """The name of the host that answers there."""
+    """Return the name of the host that answers there."""
     async with open_channel(address) as channel:
         return (await rpc.HostServiceStub(channel).GetHost(pb.GetHostRequest(), timeout=10)).host.name
 
@@ -169,7 +169,7 @@ def test_6_26_calls_are_counted_for_all_and_for_each_peer() -> None:
 
 
 class Slow(rpc.HostServiceServicer):
-    """Answers when it is told to."""
+    """Answers once the test lets it."""
 
     def __init__(self) -> None:
         self.go_on = asyncio.Event()

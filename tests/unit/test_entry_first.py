@@ -1,4 +1,4 @@
-"""agent.migration.driving: a migration is there before it has its slot, and may wait for it (issue 7, part 2)."""
+"""agent.migration.driving: a migration exists before it has its slot, and may wait for it (issue 7, part 2)."""
 
 import asyncio
 from collections.abc import Callable
@@ -114,7 +114,7 @@ async def test_7_a_life_that_died_with_the_slot_takes_it_up(driving: Driving) ->
 
 
 async def test_7_what_cannot_go_on_after_a_restart_is_kept_as_failed(driving: Driving) -> None:
-    """Nobody's call gets the refusal, so it stays to be read; and its guest is another one's business by now."""
+    """No call returns the refusal, so the migration stays to be read; and its guest may belong to another migration by now."""
     starting = await asked_for_a_slot(driving)
     driving.pair.source.hypervisor.domains.clear()
     await driving.restart()
@@ -239,7 +239,7 @@ async def test_7_all_callers_of_one_start_get_its_refusal(driving: Driving) -> N
 
 
 async def test_7_a_refusal_that_cannot_be_written_down_is_no_refusal_yet(driving: Driving) -> None:
-    """Else the next life would start what its caller was told is refused."""
+    """Else the next life would start a migration whose start was refused."""
     no_room(driving.pair)
     driving.log.remove_fails = [JOURNAL_DOWN]
     await fails(driving.migrations.start(ID, SPEC), Reason.JOURNAL_UNAVAILABLE)

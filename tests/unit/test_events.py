@@ -19,7 +19,7 @@ def host(name: str) -> HostChanged:
 
 
 async def taken(subscription: AsyncIterator[Published]) -> list[tuple[int, Event]]:
-    """What a consumer gets until the end."""
+    """Return what a consumer gets until the end."""
     return [(published.revision, published.event) async for published in subscription]
 
 

@@ -47,7 +47,7 @@ E = TypeVar("E", bound=Event)
 
 
 class RecordCache:
-    """All events of a bus, from the moment it is made."""
+    """All events of a bus, from its creation on."""
 
     def __init__(self, bus: Bus) -> None:
         self.all: list[Event] = []

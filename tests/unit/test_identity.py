@@ -1,4 +1,4 @@
-"""Who calls, as the server sees it."""
+"""agent.service.identity."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ def test_7_a_caller_is_where_the_call_came_from(uri: str, caller: Caller, text: 
 
 
 class Host(rpc.HostServiceServicer):
-    """Remembers who called."""
+    """Records its callers."""
 
     def __init__(self) -> None:
         self.callers: list[Caller | None] = []

@@ -1,4 +1,4 @@
-"""Line 11: what in an answer cannot be meant counts as not told, and stops nothing: no migration, no client, no command line."""
+"""Line 11: implausible values in an answer count as not set, and stop no migration, no client and no command line."""
 
 import asyncio
 import contextlib
@@ -55,7 +55,7 @@ from tests.unit.test_progress import BEFORE
 
 SPEC = migration_pb2.MigrationSpec(domain="web1", destination_host="h2")
 FAR = 10**12
-"""Seconds: beyond the years of any calendar."""
+"""Seconds beyond the year 9999."""
 _FILES = (handshake_pb2, host_pb2, migration_pb2, options_pb2, cluster_pb2)
 _WELL_KNOWN = (Timestamp.DESCRIPTOR.full_name, Duration.DESCRIPTOR.full_name)
 _SIGNED = (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64)
@@ -147,7 +147,7 @@ def test_6_11_an_error_whose_delay_is_none_is_told_and_passed_on_without_it(dela
 
 
 def test_6_11_what_an_error_says_is_cut_so_that_it_can_be_passed_on() -> None:
-    """Else the record that keeps it as a failure is too large for whoever asks for it, for ever."""
+    """Else the record that holds it as a failure is too large for every reader, for ever."""
     info = error_details_pb2.ErrorInfo(reason="BUSY", domain=DOMAIN, metadata={"k" * 300: "v", "host": "h2", "text": "x" * 2000})
     error = error_from_rpc(_error(info), "h2")
     assert error.metadata == {"host": "h2", "text": "x" * 512}
@@ -159,7 +159,7 @@ _CALLS = ("reserve_slot", "begin", "prepare", "perform", "finish", "confirm", "a
 
 
 def _with_odd_times(answer: Any) -> Any:
-    """As a proxy before the agent would make it, and as the peer's caller then gets it."""
+    """Return the answer with implausible times, as a proxy before the agent might change it, after our checks."""
     answer.record.update_time.seconds = answer.record.guest.see_time.seconds = FAR
     for timing in answer.record.timings:
         timing.hypervisor_duration.seconds = 300_000_000_000  # 9,500 years each
@@ -303,12 +303,12 @@ def _field(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
 
 
 def _message(descriptor: Descriptor, depth: int = 5) -> st.SearchStrategy[dict[str, Any]]:
-    """Keyword arguments of a message: any fields with any values."""
+    """Return keyword arguments of a message: any fields with any values."""
     return st.fixed_dictionaries({}, optional={field.name: _field(field, depth) for field in descriptor.fields})
 
 
 def any_of(kind: type[Message]) -> st.SearchStrategy[Message]:
-    """As it comes from the wire."""
+    """Return the message as it comes from the wire."""
     return st.deferred(
         lambda: _message(cast(Descriptor, kind.DESCRIPTOR)).map(lambda fields: kind.FromString(kind(**fields).SerializeToString()))
     )
@@ -359,7 +359,7 @@ def test_6_11_whatever_a_server_says_of_its_hosts_is_shown(host: Any, domain: An
 
 
 def shown(message: migration_pb2.Migration) -> None:
-    """All that the command line makes of it."""
+    """Use all of the command line's output functions on it."""
     migration = Migration.from_proto(migration_pb2.Migration.FromString(message.SerializeToString()))
     assert migration.whereabouts.sentence
     assert to_json(message) is not None

@@ -26,7 +26,7 @@ REF = pb.AttemptRef(migration_id="0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11", attempt
 
 
 class Handshake(rpc.HandshakeServiceServicer):
-    """Raises what a test wants raised."""
+    """Raises the error that a test sets."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -50,7 +50,7 @@ class Handshake(rpc.HandshakeServiceServicer):
 
 
 def raw_call(channel: grpc.aio.Channel, method: str, raw: bytes) -> Awaitable[Any]:
-    """A call of which nothing is encoded or checked on this side."""
+    """Return a call that is neither encoded nor checked on this side."""
     call: Any = channel.unary_unary(method)
     return cast(Awaitable[Any], call(raw))
 

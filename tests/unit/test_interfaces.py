@@ -1,4 +1,4 @@
-"""agent.network.interfaces: which addresses are this host's, by the word of the kernel."""
+"""agent.network.interfaces: which addresses are this host's, by its kernel."""
 
 import socket
 from ipaddress import ip_address
@@ -17,7 +17,7 @@ FOREIGN = ["198.51.100.77", "2001:db8::77", "255.255.255.255", "224.0.0.1", "0.0
 
 
 def outward() -> str:
-    """An address of this machine beyond loopback; empty where it has none."""
+    """Return an address of this machine beyond loopback; empty if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("198.51.100.77", 9))

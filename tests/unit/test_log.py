@@ -1,4 +1,4 @@
-"""Issue 6, line 23: every line of a daemon's log is its own, whatever a peer says."""
+"""Issue 6, line 23: no peer can write a line into a daemon's log."""
 
 import json
 import os
@@ -22,7 +22,7 @@ DEBUG_TEXT = b"\n" + json.dumps(FORGED).encode() + b"\x1b[2J\n"
 
 
 def frame(kind: int, payload: bytes) -> bytes:
-    """Of HTTP/2, on stream 0."""
+    """Return a frame of HTTP/2 on stream 0."""
     return struct.pack(">I", len(payload))[1:] + bytes([kind, 0]) + struct.pack(">I", 0) + payload
 
 

@@ -20,7 +20,7 @@ OTHER_SPEC = pb.MigrationSpec(domain="web1", destination_host="h2", bandwidth_by
 
 
 async def flowing(driving: Driving) -> pb.Migration:
-    """A migration whose memory flows until it is told to end."""
+    """A migration whose memory flows until the test ends it."""
     driving.pair.wire.all_sent.clear()
     await driving.migrations.start(ID, SPEC)
     await driving.pair.are("performing", "armed")
@@ -48,7 +48,7 @@ async def test_from_accepted_to_succeeded(driving: Driving) -> None:
 
 
 async def test_the_end_is_written_down_as_it_was_told(driving: Driving) -> None:
-    """What waits is told while it waits, and not once the migration has ended."""
+    """The wait is shown while it lasts, and not once the migration has ended."""
     driving.pair.to_source.lose_answer["confirm"] = 1
     await driving.migrations.start(ID, SPEC)
     ended = await driving.ended(ID)
@@ -172,7 +172,7 @@ async def test_6_6_what_cannot_be_written_down_is_not_accepted(driving: Driving)
 
 
 async def test_an_end_that_cannot_be_written_down_is_told_all_the_same(driving: Driving) -> None:
-    """Another life learns it from the records again."""
+    """The next life learns it from the records again."""
     driving.pair.wire.all_sent.clear()
     await driving.migrations.start(ID, SPEC)
     driving.log.fails = [JOURNAL_DOWN]
@@ -277,7 +277,7 @@ async def _all(watch: AsyncIterator[pb.Migration]) -> list[pb.Migration]:
 
 
 async def test_a_watch_that_knows_a_revision_of_an_earlier_life_sees_the_end(driving: Driving) -> None:
-    """Revisions are kept at the start and the end only, so a new life may count from a lower one than a reader has seen."""
+    """Revisions are saved at the start and the end only, so a new life may count from a lower one than a reader has seen."""
     seen = (await flowing(driving)).revision
     await driving.restart()
     await until(lambda: driving.directory.asked > 1)
@@ -328,7 +328,7 @@ async def test_close_leaves_no_start_behind(driving: Driving) -> None:
 
 
 async def test_6_36_two_coordinators_move_a_guest_once(driving: Driving) -> None:
-    """The other one is told that the guest is under way, in whichever order they ask; the same id is the same migration."""
+    """The other one gets DOMAIN_BUSY, in whichever order they come; the same id is the same migration."""
     await flowing(driving)
     other = Driving(driving.pair)
     try:

@@ -1,4 +1,4 @@
-"""agent.migration.migrations: another life of the process that drives, outcomes that are not known, and who may end them."""
+"""agent.migration.migrations: restarts of the driving process, unknown outcomes, and who may end them."""
 
 import asyncio
 from pathlib import Path
@@ -23,7 +23,7 @@ async def flowing(driving: Driving) -> None:
 
 
 async def in_doubt(driving: Driving) -> pb.Migration:
-    """All has left h1, and h2 is silent."""
+    """h1 has sent everything, and h2 is silent."""
     pair = driving.pair
     await flowing(driving)
     pair.wire.starts.clear()
@@ -38,7 +38,7 @@ async def in_doubt(driving: Driving) -> pb.Migration:
 @pytest.mark.parametrize("call", ["begin", "prepare", "perform", "finish", "confirm"])
 @pytest.mark.parametrize("when", ["before", "after"])
 async def test_a_restart_at_each_call_goes_on(driving: Driving, call: str, when: str) -> None:
-    """The process dies as it makes a call, or as the answer comes; its next life goes on from the records."""
+    """The process dies as it makes a call, or as the answer arrives; its next life goes on from the records."""
     pair = driving.pair
     line = pair.to_source if call in ("begin", "perform", "confirm") else pair.to_destination
     if when == "before":
@@ -236,7 +236,7 @@ async def test_only_a_host_that_takes_part_and_is_silent_can_be_declared_dead(dr
 
 
 async def test_6_19_a_host_is_asked_before_it_is_said_to_answer(driving: Driving) -> None:
-    """The driver has not noticed yet that nobody answers."""
+    """The driver has not noticed yet that the host does not answer."""
     await flowing(driving)
     driving.pair.to_destination.cut = True
     assert not driving.migrations.get(ID).silent_hosts
@@ -245,7 +245,7 @@ async def test_6_19_a_host_is_asked_before_it_is_said_to_answer(driving: Driving
 
 
 async def test_6_19_a_host_is_asked_before_it_is_taken_for_dead(driving: Driving) -> None:
-    """The driver has not noticed yet that it answers again."""
+    """The driver has not noticed yet that the host answers again."""
     await in_doubt(driving)
     driving.pair.to_destination.cut = False
     assert list(driving.migrations.get(ID).silent_hosts) == ["h2"]
@@ -285,7 +285,7 @@ async def test_records_that_contradict_each_other_stop_it_for_good(driving: Driv
     driving.pair.wire.all_sent.set()
 
     def calls() -> dict[str, int]:
-        """Of the driver: the agents watch each other's records, too."""
+        """The driver's: the agents watch each other's records, too."""
         made = driving.pair.to_source.count + driving.pair.to_destination.count
         return {call: count for call, count in made.items() if call != "watch_record"}
 
@@ -307,7 +307,7 @@ def kept(answer: handshake_pb2.ConfirmResponse) -> handshake_pb2.ConfirmResponse
 
 
 class Fence:
-    """A fencing command that counts its runs, and ends as it is told."""
+    """A fencing command that counts its runs, and ends as the test sets it."""
 
     def __init__(self, path: Path, status: int = 0) -> None:
         self.log = path / "log"
@@ -370,7 +370,7 @@ async def test_a_host_that_answers_in_time_is_not_fenced(pair: Pair, tmp_path: P
 
 
 async def test_nobody_is_fenced_while_both_hosts_are_silent(pair: Pair, tmp_path: Path) -> None:
-    """It is the driver that is cut off, most likely, and the guest may run on."""
+    """Most likely the driver is cut off, and the guest may run on."""
     fence = Fence(tmp_path)
     driving = await fenced_pair(pair, fence)
     try:
@@ -414,7 +414,7 @@ async def test_nothing_is_fenced_without_the_configuration_or_once_closed(drivin
 
 
 async def test_6_13_a_host_that_the_other_one_hears_is_not_declared_dead(driving: Driving) -> None:
-    """It is this driver that is cut off; who believes the host dead is told so."""
+    """This driver is cut off, and the error of the statement says so."""
     pair = driving.pair
     pair.source.other_side = Line(pair.destination)
     pair.wire.all_sent.clear()

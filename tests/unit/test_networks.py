@@ -1,4 +1,4 @@
-"""agent.network.networks: which network carries a guest's memory, and which URIs are taken."""
+"""agent.network.networks: which network carries a guest's memory, and which URIs are accepted."""
 
 import ipaddress
 from collections.abc import Callable
@@ -77,7 +77,7 @@ NOT_CANONICAL = [
     "tcp://10.92.0.2:49152?",
     "tcp://10.92.0.2:49152#",
 ]
-"""What Python's parser takes for a good URI by leaving something out: the hypervisor is handed the whole."""
+"""URIs that Python's parser accepts because it drops a part, while the hypervisor would get all of it."""
 
 
 def refused(uri: str, named: str = "") -> None:
@@ -213,7 +213,7 @@ _uris = st.builds(
 
 
 def taken(check: Callable[[], Listen | str]) -> Listen | str | bool:
-    """What the check gave; False where it refused for a reason that is one of a URI."""
+    """Return the check's result; False if it raised one of a URI's errors."""
     try:
         return check()
     except DroverError as error:

@@ -1,4 +1,4 @@
-"""agent.migration.planning: everything that can be refused by looking is refused by looking."""
+"""agent.migration.planning: everything that the hosts' descriptions show to be impossible is refused."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""agent.migration.progress: what a migration looks like from what its driver knows."""
+"""agent.migration.progress: the description of a migration from what its driver knows."""
 
 from typing import Any
 
@@ -87,7 +87,7 @@ def test_every_pair_has_a_phase_and_a_state() -> None:
 
 
 def says(view: View, source: GuestFact | None = None, destination: GuestFact | None = None) -> View:
-    """With what the hypervisors of both hosts said last."""
+    """Return the view with the last reports of both hosts' hypervisors."""
     for record, fact in ((view.source_record, source), (view.destination_record, destination)):
         if record is not None and fact is not None:
             record.guest.CopyFrom(fact_to_proto(fact))
@@ -139,7 +139,7 @@ def test_6_13_a_cancel_that_ends_with_the_guest_dead_says_that_it_is_dead(fact: 
 
 
 def test_6_14_the_cause_comes_first_and_its_echo_second() -> None:
-    """The source sees that its stream broke; why stands at the destination, whichever was heard first."""
+    """The source only knows that its stream broke; the destination has the cause, whichever record comes first."""
     view = knows(Src.KEPT, Dst.GONE)
     assert view.source_record is not None
     assert view.destination_record is not None
@@ -299,7 +299,7 @@ HOUR = 3600.0
 
 
 def with_timings(view: View, side: str, *timings: handshake_pb2.PhaseTiming, updated: float = 0.0) -> None:
-    """The side answers with these phases ended."""
+    """Let the side answer with these ended phases."""
     record = handshake_pb2.Record()
     record.CopyFrom(getattr(view, f"{side}_record"))
     record.timings.extend(timings)
@@ -361,7 +361,7 @@ def test_the_timings_of_both_hosts_in_their_order() -> None:
 
 
 def test_a_host_that_tells_of_the_drivers_own_phase_adds_nothing() -> None:
-    """A record with "plan" in it is forged, and would be told once more at each change."""
+    """A record with "plan" in it is forged, and would be added again at each change."""
     view = knows(Src.PERFORMING, Dst.ARMED)
     assert view.source_record is not None
     view.source_record.timings.extend([timing("plan", 2.0, 1.0), timing("begin", 2.0, 1.0)])

@@ -1,4 +1,4 @@
-"""agent.service.remote_peer.RemotePeer: what its caller meets when channels close and answers are wrong."""
+"""agent.service.remote_peer.RemotePeer: closed channels and wrong answers."""
 
 import asyncio
 import socket
@@ -68,7 +68,7 @@ class Far:
         return Driver(REF, self.pair.to_source, self.peer, make_plan(), lambda: None, Bus(), QUICK)
 
     async def moves(self) -> None:
-        """As when an agent registers with another address."""
+        """Replace the channel, as when an agent registers with another address."""
         before, self.channel = self.channel, open_channel(self.address)
         await before.close()
 
@@ -85,7 +85,7 @@ async def far(pair: Pair, tmp_path: Path) -> AsyncIterator[Far]:
 
 @pytest.fixture
 async def mute(tmp_path: Path) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to somebody who never says a word."""
+    """Yield a channel to a peer that never answers."""
     with socket.socket(socket.AF_UNIX) as nobody:
         nobody.bind(f"{tmp_path}/mute.sock")
         nobody.listen()

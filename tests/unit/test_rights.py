@@ -1,4 +1,4 @@
-"""The table of rights against what is served."""
+"""agent.service.rights: the table has every method that is served."""
 
 import importlib
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ PROTOS = Path(__file__).parents[2] / "protos"
 
 
 def served() -> Iterator[str]:
-    """Every method of every descriptor that an agent or a coordinator serves."""
+    """Return every method of every descriptor that an agent or a coordinator serves."""
     modules = [".".join(path.relative_to(PROTOS).with_suffix("").parts) for path in PROTOS.rglob("*_pb2.py")]
     files = [health_pb2.DESCRIPTOR, *(importlib.import_module(name).DESCRIPTOR for name in modules)]
     for service in (service for file in files for service in file.services_by_name.values()):

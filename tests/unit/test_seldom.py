@@ -1,4 +1,4 @@
-"""agent.runtime.seldom, and the lines of two logs that grow by what a caller does (line 36)."""
+"""agent.runtime.seldom, and two log lines that callers can provoke (line 36)."""
 
 import contextlib
 from contextlib import AsyncExitStack

@@ -1,4 +1,4 @@
-"""agent.runtime.sqlite: whole transactions, whatever happens to the waiter, the disk or the file."""
+"""agent.runtime.sqlite: whole transactions, whatever happens to the caller, the disk or the file."""
 
 import asyncio
 import shutil

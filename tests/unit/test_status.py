@@ -19,7 +19,7 @@ from drover.agent.v1 import host_pb2, host_pb2_grpc
 
 
 def as_rpc_error(error: DroverError) -> grpc.aio.AioRpcError:
-    """What a client sees of an error."""
+    """Return an error as a client sees it."""
     status = to_status(error)
     return grpc.aio.AioRpcError(
         error.code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing_metadata(status)), details=status.message
@@ -115,7 +115,7 @@ class _Large(host_pb2_grpc.HostServiceServicer):
 
 @pytest.mark.parametrize("bound", [MAX_MESSAGE_BYTES, -1])
 async def test_6_19_these_are_the_words_of_grpc_for_an_answer_that_is_too_large(tmp_path: Path, bound: int) -> None:
-    """Of a server that keeps to the bound, and of one that does not."""
+    """From a server that keeps to the bound, and from one that does not."""
     server = grpc.aio.server(options=[("grpc.max_send_message_length", bound)])
     host_pb2_grpc.add_HostServiceServicer_to_server(_Large(), server)  # type: ignore[abstract]
     server.add_insecure_port(f"unix:{tmp_path}/s")

@@ -1,4 +1,4 @@
-"""coordinator.store: damaged files, and the migrations that have ended which it keeps."""
+"""coordinator.store: damaged files, and the ended migrations that it keeps."""
 
 import asyncio
 import sqlite3

@@ -1,4 +1,4 @@
-"""agent.runtime.supervision: work in the background does not end unseen."""
+"""agent.runtime.supervision: background work restarts after an unexpected error."""
 
 import asyncio
 from pathlib import Path
@@ -42,7 +42,7 @@ async def test_7_pauses_grow_and_work_that_lasted_begins_with_the_first_again() 
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), asyncio.CancelledError()], ids=["error", "broken off"])
 async def test_work_that_ends_as_nobody_foresaw_begins_again_and_is_told(error: BaseException) -> None:
-    """A CancelledError comes out of a gRPC channel that is closed, too."""
+    """A closed gRPC channel raises CancelledError, too."""
     runs: list[int] = []
 
     async def work() -> None:

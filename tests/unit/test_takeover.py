@@ -1,4 +1,4 @@
-"""agent.migration.takeover: whom it can ask, what it does where it cannot, and what can be done to what it drives."""
+"""agent.migration.takeover: which agents it can call, and what a user can do to a migration that was taken over."""
 
 import functools
 from collections.abc import AsyncIterator, Callable
@@ -26,7 +26,7 @@ async def channels() -> AsyncIterator[Channels]:
 
 
 async def performing(address: str) -> tuple[Agent, Attempt]:
-    """A source that sends memory to an agent at that address, which its driver told it."""
+    """Return a source that sends memory to an agent at that address, which its driver gave it."""
     agent = Agent("h1")
     agent.keep(record(Role.SOURCE, "performing", peer_agent=address))
     await agent.engine.recover()

@@ -44,7 +44,7 @@ def messages() -> Iterator[type[Message]]:
 
 
 def fill(message: Message, depth: int = 5) -> Message:
-    """Every enum has a value, every reason a word and every message a field that this version does not know."""
+    """Give every enum a value, every reason a name and every message a field that this version does not know."""
     for field in message.DESCRIPTOR.fields:
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             value = field.message_type.fields_by_name["value"]
@@ -143,7 +143,7 @@ async def test_6_11_a_failure_for_a_reason_of_tomorrow_ends_the_migration_and_is
 
 
 async def test_6_11_a_state_of_tomorrow_decides_nothing_and_is_asked_again(pair: Pair) -> None:
-    """It neither ends the transfer nor counts as silence; once the host says what is known, the migration goes on."""
+    """It neither ends the transfer nor counts as silence; once the host reports a known state, the migration goes on."""
     unknown = asyncio.Event()
     told: list[str] = []
 

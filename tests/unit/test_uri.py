@@ -1,4 +1,4 @@
-"""agent.network.uri: one reader of migration URIs, one normal form."""
+"""agent.network.uri: the parser of migration URIs, and their normal form."""
 
 from contextlib import suppress
 from ipaddress import ip_address

@@ -70,7 +70,7 @@ def test_6_13_where_a_guest_is_comes_from_the_facts(
 
 
 def test_6_13_a_copy_that_waits_is_never_a_guest_that_runs() -> None:
-    """Whatever the other host says and however it ended."""
+    """Whatever the other host reports, and however the migration ended."""
     for end in END:
         for state in hs.GuestState.values():
             found = whereabouts(migration(end, hs.GuestFact(state=state), WAITS))
