@@ -5,6 +5,7 @@ from typing import Any
 
 import grpc.aio
 
+from agent.hypervisor.options import OPTIONS, Option, shown
 from agent.migration.collection import newest_first
 from agent.migration.migrations import Migrations
 from agent.migration.uptime import with_age
@@ -51,6 +52,9 @@ class MigrationServicer(rpc.MigrationServiceServicer):
                 response.removed_migration_id = change.removed
             yield response
 
+    async def ListOptions(self, request: pb.ListOptionsRequest, context: _Context) -> pb.ListOptionsResponse:  # noqa: N802
+        return pb.ListOptionsResponse(options=[_description(option) for option in OPTIONS.values()])
+
     async def ResolveMigration(  # noqa: N802
         self, request: pb.ResolveMigrationRequest, context: _Context
     ) -> pb.ResolveMigrationResponse:
@@ -60,3 +64,16 @@ class MigrationServicer(rpc.MigrationServiceServicer):
 
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: _Context) -> pb.CancelMigrationResponse:  # noqa: N802
         return pb.CancelMigrationResponse(migration=with_age(await self._migrations.cancel(request.migration_id)))
+
+
+def _description(option: Option) -> pb.OptionDescription:
+    number = option.kind is int
+    return pb.OptionDescription(
+        name=option.name,
+        description=option.text,
+        values=() if number else option.words,
+        min=option.bounds[0] if number else 0,
+        max=option.bounds[1] if number else 0,
+        default_value="" if option.default is None else shown(option.default),
+        needs=option.needs,
+    )

@@ -308,7 +308,7 @@ async def serve_agent(address: str, migrations: FakeMigrations) -> Server:
 
 
 async def _main(directory: str) -> None:
-    migrations = FakeMigrations()
+    migrations = FakeMigrations()  # type: ignore[abstract]
     coordinator = await serve_coordinator(f"unix:{directory}/coordinator.sock", migrations)
     agent = await serve_agent(f"unix:{directory}/agent.sock", migrations)
     print("ready", flush=True)

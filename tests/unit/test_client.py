@@ -34,7 +34,7 @@ UUID = "0b6f3c1e-8f0a-4c57-9a53-1f5d2f0c9a11"
 
 @pytest.fixture
 async def fake() -> FakeMigrations:
-    return FakeMigrations()
+    return FakeMigrations()  # type: ignore[abstract]
 
 
 @pytest.fixture

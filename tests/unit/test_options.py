@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -15,9 +15,11 @@ from agent.hypervisor.sim.profiles import PROFILES
 from agent.hypervisor.wire import features_to_proto, options_from_proto, options_to_proto
 from agent.migration.takeover import taken_over
 from agent.runtime.errors import DroverError, Reason
-from drover.agent.v1 import options_pb2
+from agent.service.migration_service import MigrationServicer
+from drover.agent.v1 import migration_pb2, options_pb2
 from tests.transcript import ROOT
 from tests.unit.asking import make_plan, record
+from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import FEATURES
 from tests.unit.two_agents import Pair
 
@@ -114,3 +116,13 @@ def test_7_what_no_agent_offers_yet_is_offered_by_no_host() -> None:
     blocked = {name for name, option in OPTIONS.items() if option.blocked}
     offered = features_to_proto(QEMU.features((1, 2), {})).options
     assert offered.keys() == OPTIONS.keys() - blocked
+
+
+async def test_7_a_server_lists_the_options_that_it_knows(driving: Driving) -> None:
+    servicer, nobody = MigrationServicer(driving.migrations), cast(Any, None)
+    listed = {each.name: each for each in (await servicer.ListOptions(migration_pb2.ListOptionsRequest(), nobody)).options}
+    assert list(listed) == list(OPTIONS)
+    assert (list(listed["live"].values), listed["live"].default_value) == (["on", "off"], "on")
+    assert "zstd" in listed["compression_method"].values
+    assert (listed["parallel_connections"].min, listed["parallel_connections"].max) == (1, 255)
+    assert all(each.description for each in listed.values())

@@ -667,6 +667,83 @@ class WatchMigrationsResponse(message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
 @typing.final
+class ListOptionsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListOptionsResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    OPTIONS_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def options(self) -> containers.RepeatedCompositeFieldContainer[OptionDescription]:
+        """In the order of the fields of Options. There are few, so there are no pages."""
+
+    def __init__(
+        self,
+        *,
+        options: abc.Iterable[OptionDescription] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class OptionDescription(message.Message):
+    """One field of Options."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    DESCRIPTION_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    MIN_FIELD_NUMBER: builtins.int
+    MAX_FIELD_NUMBER: builtins.int
+    DEFAULT_VALUE_FIELD_NUMBER: builtins.int
+    NEEDS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    description: builtins.str
+    """What it does, as one sentence."""
+    min: builtins.int
+    """Lowest and highest value of a number. Both zero for any other option."""
+    max: builtins.int
+    default_value: builtins.str
+    """Value where the request leaves it out, as a user would type it. Empty: the driver decides."""
+    needs: builtins.str
+    """What an end must have for it, in addition to a driver that supports it. Empty: nothing."""
+    @builtins.property
+    def values(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """The values that a user may type: "on" and "off", or the choices. Empty for a number."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        description: builtins.str = ...,
+        values: abc.Iterable[builtins.str] | None = ...,
+        min: builtins.int = ...,
+        max: builtins.int = ...,
+        default_value: builtins.str = ...,
+        needs: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["default_value", b"default_value", "description", b"description", "max", b"max", "min", b"min", "name", b"name", "needs", b"needs", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class WatchMigrationRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 

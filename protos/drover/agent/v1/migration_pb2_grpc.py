@@ -63,6 +63,11 @@ class MigrationServiceStub:
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.SerializeToString,
                 response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.FromString,
                 _registered_method=True)
+        self.ListOptions = channel.unary_unary(
+                '/drover.agent.v1.MigrationService/ListOptions',
+                request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsResponse.FromString,
+                _registered_method=True)
         self.CancelMigration = channel.unary_unary(
                 '/drover.agent.v1.MigrationService/CancelMigration',
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
@@ -125,6 +130,13 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListOptions(self, request, context):
+        """The options that this version knows. What a host supports of them is in its migration_features.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelMigration(self, request, context):
         """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
         for a migration that has ended or was cancelled: the answer shows its end.
@@ -168,6 +180,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.WatchMigrations,
                     request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.FromString,
                     response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.SerializeToString,
+            ),
+            'ListOptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOptions,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsResponse.SerializeToString,
             ),
             'CancelMigration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelMigration,
@@ -319,6 +336,33 @@ class MigrationService:
             '/drover.agent.v1.MigrationService/WatchMigrations',
             drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.SerializeToString,
             drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOptions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.agent.v1.MigrationService/ListOptions',
+            drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsResponse.FromString,
             options,
             channel_credentials,
             insecure,
