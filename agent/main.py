@@ -121,8 +121,7 @@ def check_name(name: str, records: Iterable[AttemptRecord]) -> None:
 
 
 def check_networks(config: AgentConfig) -> None:
-    """Raise `ConfigError` unless the kernel has each configured address: guests' memory comes in there. A simulated hypervisor is
-    exempt: it may share the addresses of its machine."""
+    """Raise `ConfigError` unless the kernel has each configured address: guests' memory comes in there. Not for `sim`."""
     for index, network in enumerate(config.networks):
         if config.hypervisor != "sim" and not is_own(ip_address(network.address)):
             raise ConfigError(
@@ -132,8 +131,7 @@ def check_networks(config: AgentConfig) -> None:
 
 
 def make_hypervisor(config: AgentConfig) -> Hypervisor:
-    """Return the configured driver, imported here, as a host needs only its own driver's library. Raises `ConfigError` without
-    it."""
+    """Import and return the configured driver, as a host needs only that one's library. Raises `ConfigError` without it."""
     if config.hypervisor == "sim":
         from agent.hypervisor.sim import SimHypervisor  # noqa: PLC0415
         from agent.hypervisor.sim.config import SimConfig, uuid_of  # noqa: PLC0415

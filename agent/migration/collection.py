@@ -97,10 +97,8 @@ class Collection:
         """Return the entry. Raises MIGRATION_NOT_FOUND."""
         entry = self._entries.get(migration_id)
         if entry is None:
-            raise DroverError(
-                Reason.MIGRATION_NOT_FOUND,
-                f"{self._name} knows no migration {migration_id}; `drover migration list` shows those that it knows",
-            )
+            text = f"{self._name} knows no migration {migration_id}; `drover migration list` shows those that it knows"
+            raise DroverError(Reason.MIGRATION_NOT_FOUND, text)
         return entry
 
     # ---- watches

@@ -76,8 +76,7 @@ class Drives:
         return driver
 
     async def _drive(self, entry: Entry) -> None:
-        """Drive to the end. Without a driver (after a restart of this process, a take-over, or a cancelled driver), resume from the
-        records."""
+        """Drive to the end. Without a driver (after a restart, a take-over, or a cancelled one), resume from the records."""
         try:
             begins = entry.driver is not None
             if entry.driver is None:

@@ -90,8 +90,7 @@ class Entry:
 
     @property
     def wall(self) -> float | None:
-        """Unix time if `elapsed` does not begin with the request, which was on another machine or before this one started; else
-        None."""
+        """Unix time if `elapsed` cannot begin with the request (another machine, or an earlier boot); else None."""
         return time.time() if seconds_since(self.migration.create_uptime) is None else None
 
     @property

@@ -102,8 +102,7 @@ class Migrations:
             await self._fences.close()
 
     async def idle(self, timeout: float) -> bool:
-        """Wait until all migrations have ended, except those that wait for their slot: they go on in the next life. Return False if
-        one has not after `timeout` seconds."""
+        """Wait until all have ended but those that wait for their slot (the next life drives them). Return False on timeout."""
         try:
             async with asyncio.timeout(timeout):
                 while self._starting or any(entry.busy for entry in self._collection.all()):
@@ -283,7 +282,5 @@ class Migrations:
 
 
 def _exists(migration_id: str) -> DroverError:
-    return DroverError(
-        Reason.MIGRATION_EXISTS,
-        f"migration {migration_id} exists with another spec; nothing was done. Choose a new UUID for a new migration",
-    )
+    text = f"migration {migration_id} exists with another spec; nothing was done. Choose a new UUID for a new migration"
+    return DroverError(Reason.MIGRATION_EXISTS, text)

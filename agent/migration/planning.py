@@ -102,8 +102,7 @@ def slot_of(host: str) -> str:
 
 
 def same_guest(migration: pb.Migration) -> pb.MigrationSpec:
-    """Return the spec for planning a migration again, for the same guest of the same host, even if its name belongs to another
-    now."""
+    """Return the spec for planning a migration again, for the same guest even if another has its name now."""
     spec = pb.MigrationSpec()
     spec.CopyFrom(migration.spec)
     spec.domain, spec.source_host = migration.domain_uuid, migration.source_host
@@ -181,11 +180,8 @@ def _check_guest(guest: host_pb2.GetDomainResponse, source: host_pb2.Host) -> No
 
 def _check_split_phases(host: host_pb2.Host, end: str) -> None:
     if not host.migration_features.split_phases:
-        raise DroverError(
-            Reason.SPLIT_PHASES_MISSING,
-            f"the libvirt library of {end} does not export the split phases that Drover needs; update libvirt there",
-            metadata={"host": host.name},
-        )
+        text = f"the libvirt library of {end} does not export the split phases that Drover needs; update libvirt there"
+        raise DroverError(Reason.SPLIT_PHASES_MISSING, text, metadata={"host": host.name})
 
 
 def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, destination: str) -> list[str]:

@@ -226,10 +226,7 @@ def _copy_records(migration: pb.Migration, view: View) -> None:
     if timings := sorted(told, key=lambda t: _ORDER.get(t.phase, len(_ORDER))):
         del migration.timings[:]
         migration.timings.extend(timings)
-    for fact, record in (
-        (migration.source_guest, view.source_record),
-        (migration.destination_guest, view.destination_record),
-    ):
+    for fact, record in ((migration.source_guest, view.source_record), (migration.destination_guest, view.destination_record)):
         if record is not None and record.HasField("guest"):
             fact.CopyFrom(record.guest)
         elif record is not None and record.state == handshake_pb2.RECORD_STATE_RUNNING:  # older agents report no facts

@@ -79,8 +79,8 @@ def read_uri(uri: str, transports: Sequence[str]) -> MigrationUri:
 
 
 def check_destination_uri(uri: str, networks: Sequence[host_pb2.Network], features: options_pb2.MigrationFeatures) -> str:
-    """Return the normal form of a destination's `uri_out`. Raises URI_NOT_ALLOWED unless it is an address and port of the
-    destination."""
+    """Return the normal form of a destination's `uri_out`. Raises URI_NOT_ALLOWED unless the destination has its address and
+    port."""
     read = read_uri(uri, features.uri_transports)
     _network_of(networks, read)
     if not features.first_port <= read.port <= features.last_port:

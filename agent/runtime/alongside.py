@@ -10,8 +10,7 @@ T = TypeVar("T")
 
 @contextlib.asynccontextmanager
 async def alongside(work: Coroutine[Any, Any, T]) -> AsyncIterator["asyncio.Task[T]"]:
-    """Run `work` in a task while the block runs; the block awaits the task for its result. Cancels `work` if the block ends
-    first."""
+    """Run `work` in a task while the block runs; the block awaits the task for its result. The end of the block cancels it."""
     task = asyncio.create_task(work)
     try:
         yield task

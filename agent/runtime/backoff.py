@@ -48,8 +48,7 @@ class Backoff:
             return self.cap
 
     def delay(self, failures: int, random: float) -> float:
-        """Return the pause after that number of failures, for `random` in [0, 1): full jitter, so that tries do not come in
-        waves."""
+        """Return the pause after that number of failures, for `random` in [0, 1): full jitter, which avoids waves of tries."""
         return random * self.ceiling(failures)
 
 

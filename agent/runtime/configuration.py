@@ -79,8 +79,7 @@ def check_listen(listen: Sequence[str], allow_insecure_tcp: bool) -> None:
 
 
 def check_address(key: str, text: str, *, port_zero: bool = False) -> Address:
-    """Return the parsed address. Raises `KeyProblem`; without `port_zero` also for port 0 and the wildcard, which nobody can
-    call."""
+    """Return the parsed address. Raises `KeyProblem`; without `port_zero` also for port 0 and the wildcard."""
     try:
         address = parse_address(text)
     except ValueError as error:

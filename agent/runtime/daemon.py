@@ -15,8 +15,7 @@ libvirt or SQLite in a thread may take that long, and a handshake has dozens."""
 
 
 def run_until_stopped(daemon: Callable[[asyncio.Event], AbstractAsyncContextManager[object]]) -> None:
-    """Enter the daemon, and leave it on SIGTERM or SIGINT. The signal sets the daemon's event, so that a long start can end
-    early."""
+    """Enter the daemon, and leave it on SIGTERM or SIGINT. The signal sets the daemon's event, to end a long start."""
     sys.setswitchinterval(SWITCH_SECONDS)
     raise_file_limit()
     asyncio.run(_main(daemon))

@@ -1,7 +1,6 @@
 """The bus of a daemon: a typed event for each change, for the log and other consumers.
 
-An event holds the ids of its subject and, if something failed, the reason; no cookie, no XML, no secret. A consumer that falls
-behind is cut off."""
+An event holds the ids of its subject and, if something failed, the reason; no cookie, XML or secret. A slow consumer is cut off."""
 
 import asyncio
 import time
@@ -176,8 +175,7 @@ class Bus:
             self._subscriptions = [subscription for subscription in self._subscriptions if subscription.take(published)]
 
     def subscribe(self) -> Subscription:
-        """Return a subscription from the next event on. Close it after use: else it holds `MOST_WAITING` events until it is cut
-        off."""
+        """Return a subscription from the next event on. Close it, or it holds events until it is cut off."""
         subscription = Subscription()
         if self._closed:
             subscription.close()

@@ -129,7 +129,7 @@ def _line(digits: bytes) -> bytes:
 def look(path: Path, mark: Mark) -> tuple[Sequence[str], Loss | None]:
     """Return the faults in the structure of a closed database, and the loss if it holds less than its mark says.
 
-    Changes no byte: opened for writing, SQLite would fold the readable part of the WAL into the database and delete the rest. Raises
+    Changes no byte: opened for writing, SQLite would fold what it can read of the WAL into the database and delete it. Raises
     `sqlite3.Error`, `OSError`."""
     count: int | None = None
     if path.exists():

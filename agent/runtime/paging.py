@@ -1,7 +1,6 @@
 """Pages of every list call: `page_size`, `page_token` and `next_page_token` as in AIP-158.
 
-A token holds the key of the last item of its page. So it survives a restart, and an item that comes or goes between two pages shifts
-no other one."""
+A token holds the key of the last item of its page. So it survives a restart, and items that come or go shift no others."""
 
 import base64
 import binascii

@@ -44,8 +44,8 @@ class Database:
     """One SQLite file, used by this process alone (by a lock on ``PATH.lock``).
 
     `schema`: migrations, each of which runs in a transaction of its own. `PRAGMA user_version` counts those that have run; never
-    change a released one, append another. `check` returns the damaged rows. `timeout` in seconds bounds each transaction, opening
-    and closing."""
+    change a released one, append another. `check` returns the damaged rows. `timeout` (seconds): for each transaction, opening,
+    closing."""
 
     def __init__(
         self,
@@ -77,8 +77,8 @@ class Database:
     async def open(self) -> None:
         """Open or create the file, check all of it, and migrate its tables.
 
-        A transaction that a crash cut short is gone, every committed one is there. After an error the `Database` is closed; make
-        another one to try again."""
+        A transaction that a crash cut short is gone, every committed one is there. After an error it stays closed: make another
+        one."""
         try:
             await self._hop(self._file.open, threading.Lock(), self._timeout)
         except BaseException as error:

@@ -30,16 +30,12 @@ _ADVICE: Mapping[str, str] = {
 
 
 def unusable(path: Path, cause: str, what: str, written: str, advice: str = "") -> DroverError:
-    """Return JOURNAL_UNAVAILABLE. `cause`: SQLite's name of the error or one of Drover's; `written`: whether the write took
-    place."""
+    """Return JOURNAL_UNAVAILABLE. `cause`: SQLite's or Drover's name of the error; `written`: whether the write took place."""
     what = " ".join(what.split())  # SQLite's report of a damaged file has several lines
     primary = "_".join(cause.split("_")[:2])  # SQLITE_IOERR_WRITE is a kind of SQLITE_IOERR
     advice = (advice or _ADVICE.get(primary, "look at the file and at its disk")).replace("{path}", str(path))
-    return DroverError(
-        Reason.JOURNAL_UNAVAILABLE,
-        f"{path} cannot be used: {what} ({cause}); {advice}",
-        metadata={"path": str(path), "cause": cause, "written": written},
-    )
+    text = f"{path} cannot be used: {what} ({cause}); {advice}"
+    return DroverError(Reason.JOURNAL_UNAVAILABLE, text, metadata={"path": str(path), "cause": cause, "written": written})
 
 
 def cause_of(error: sqlite3.Error | OSError) -> str:

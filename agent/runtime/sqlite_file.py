@@ -24,8 +24,7 @@ Migration = str | Callable[[sqlite3.Connection], None]
 log = structlog.get_logger(__name__)
 
 CHECKPOINT_PAGES: Final = 1000
-"""Pages (4 KiB) of the WAL after which a commit copies it into the database: bounds the WAL to about 4 MiB, or one larger
-transaction."""
+"""Pages (4 KiB) of the WAL after which a commit copies it into the database: bounds it to about 4 MiB, or one transaction."""
 TIDY_COMMITS: Final = 512
 """Commits after which freed pages are returned to the file system."""
 TIDY_PAGES: Final = 1000
@@ -109,8 +108,7 @@ class DatabaseFile:
         log.error("sqlite.loss_accepted", path=str(self.path), cause=loss.cause, what=loss.what)
 
     def _take_lock(self) -> None:
-        """Exclude a second daemon. The lock is a file of its own: closing any other descriptor of the database would drop SQLite's
-        locks."""
+        """Exclude a second daemon. The lock is a file of its own: closing one of the database would drop SQLite's locks."""
         self._lock_fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

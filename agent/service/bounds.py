@@ -74,8 +74,7 @@ def check_request(message: Message) -> None:
 
 
 def checked_answer(answer: _M, peer: str) -> _M:
-    """Return a peer's answer without implausible values. Raises FIELD_TOO_LARGE: it goes to the hypervisor, the store or a
-    watcher."""
+    """Return a peer's answer without implausible values. Raises FIELD_TOO_LARGE: it goes to the hypervisor or the store."""
     try:
         check_answer(answer)
     except DroverError as error:
@@ -258,8 +257,5 @@ def _refuse_unknown_fields(message: Message, prefix: str) -> None:
     numbers = [unknown.field_number for unknown in UnknownFieldSet(message)]  # type: ignore[attr-defined]
     if numbers:
         where = prefix.removesuffix(".") or message.DESCRIPTOR.name
-        raise DroverError(
-            Reason.UNKNOWN_OPTION,
-            f"{where}: field number {numbers[0]} is not known here; the sender is newer or wrong. Nothing was done",
-            metadata={"field": where, "number": str(numbers[0])},
-        )
+        text = f"{where}: field number {numbers[0]} is not known here; the sender is newer or wrong. Nothing was done"
+        raise DroverError(Reason.UNKNOWN_OPTION, text, metadata={"field": where, "number": str(numbers[0])})

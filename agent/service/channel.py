@@ -60,8 +60,8 @@ _CHANNEL_OPTIONS = (
 def open_channel(address: str) -> grpc.aio.Channel:
     """Return a channel to ``ip:port`` or ``unix:/path``. It connects at the first call and reconnects by itself; close it when done.
 
-    Not encrypted, until mutual TLS exists: for unix sockets, and for networks where the operator allowed it. Raises `ValueError` for
-    an invalid address."""
+    Not encrypted until mutual TLS exists: for unix sockets, and where the operator allowed it. Raises `ValueError` for an invalid
+    address."""
     parsed = parse_address(address)
     return grpc.aio.insecure_channel(str(parsed), options=_CHANNEL_OPTIONS)
 

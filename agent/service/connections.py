@@ -1,8 +1,8 @@
 """Bounds on the connections and calls of a server, so that no peer can shut out another one, or the local socket.
 
-Some open files are reserved for everything but connections from the network. gRPC closes connections over the bound of a listener.
-One peer may have `MAX_CONNECTIONS_OF_PEER`, which gRPC cannot count: its newest ones are shut down here. `Calls` counts calls, and
-refuses those over the bound with OVERLOADED."""
+Some open files are reserved for all but connections from the network. gRPC closes connections over the bound of a listener, but
+cannot count those of one peer: the newest over `MAX_CONNECTIONS_OF_PEER` are shut down here. `Calls` refuses calls with
+OVERLOADED."""
 
 import asyncio
 import contextlib

@@ -86,8 +86,7 @@ class AgentHost:
                     self.engine.changed.ring()
 
     async def watch(self, coordinator: str = "", repeat_seconds: float = 0.0) -> AsyncGenerator[pb.Host, None]:
-        """Yield this host now, after each change, and every `repeat_seconds` without one (unless 0). `coordinator`: who claims the
-        host by this watch."""
+        """Yield this host now, after each change, and every `repeat_seconds` without one (unless 0), claimed by `coordinator`."""
         patience = max(repeat_seconds, SHORTEST_REPEAT_SECONDS) if repeat_seconds > 0 else None
         with self._claimed_by(coordinator) if coordinator else contextlib.nullcontext():
             while True:

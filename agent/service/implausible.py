@@ -1,8 +1,8 @@
 """Clears implausible values in an answer: they count as not set, and no reader of the answer can fail on them.
 
 Implausible are a time outside of the years 1970 to 9999, a duration over 10,000 years, and a negative number where none is allowed.
-The answer itself is accepted: a host with a broken clock must still be able to report a decision. Strings need no check: protobuf
-rejects what is not UTF-8."""
+The answer itself is accepted: a host with a broken clock must still be able to report a decision. Protobuf itself rejects invalid
+UTF-8."""
 
 from collections.abc import Callable, Mapping
 from functools import cache

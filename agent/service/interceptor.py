@@ -76,8 +76,7 @@ class _Method:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Must be the first of a server's interceptors. `calls` counts the server's calls; `bus` gets an event for each that changes
-    something."""
+    """Must be the first of a server's interceptors. `calls` counts its calls; `bus` gets an event for each but reads."""
 
     def __init__(self, calls: Calls, bus: Bus) -> None:
         self._calls = calls

@@ -91,11 +91,8 @@ class PeerDirectory:
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         own = self._host.describe()
         if spec.source_host not in ("", own.name):
-            raise DroverError(
-                Reason.HOST_NOT_FOUND,
-                f"this agent moves guests of its own host {own.name} only; ask the agent of {spec.source_host}, or a coordinator",
-                metadata={"host": spec.source_host},
-            )
+            text = f"this agent moves guests of its own host {own.name} only; ask the agent of {spec.source_host}, or a coordinator"
+            raise DroverError(Reason.HOST_NOT_FOUND, text, metadata={"host": spec.source_host})
         if spec.destination_host == own.name:
             raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
         address = self.address_of(spec.destination_host)

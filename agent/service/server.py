@@ -43,8 +43,7 @@ class AddressError(Exception):
 
 
 class Server:
-    """A listening server, made by `start_server`. The local socket has a gRPC server of its own: calls that pile up from the network
-    delay no local one."""
+    """A listening server, made by `start_server`. The local socket has its own: calls from the network delay no local one."""
 
     def __init__(self, servers: Sequence[grpc.aio.Server], health: health_aio.HealthServicer, addresses: tuple[str, ...]) -> None:
         self._servers = servers

@@ -55,9 +55,7 @@ def to_status(error: DroverError) -> status_pb2.Status:
     message = _cut_message(error.message)
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_cut_metadata(error.metadata))]
     return status_pb2.Status(
-        code=error.code.value[0],
-        message=message,
-        details=[_packed(detail) for detail in [*details, *_helpful_details(error)]],
+        code=error.code.value[0], message=message, details=[_packed(detail) for detail in [*details, *_helpful_details(error)]]
     )
 
 
