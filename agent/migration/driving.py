@@ -130,7 +130,7 @@ class Drives:
                     return
                 if left <= 0 or error.reason not in _WAITED_FOR:
                     raise
-                self._tell_wait(entry, error)
+                self._show_wait(entry, error)
             else:
                 return
             with contextlib.suppress(TimeoutError):
@@ -176,7 +176,7 @@ class Drives:
         self._collection.publish(entry, again)
         return self.driver(entry, ends.source, ends.destination, plan)
 
-    def _tell_wait(self, entry: Entry, error: DroverError) -> None:
+    def _show_wait(self, entry: Entry, error: DroverError) -> None:
         if entry.driver is not None:
             entry.driver.view.waiting_for = slot_waited_for(entry.migration.destination_host, error)
             self._update(entry)

@@ -92,7 +92,7 @@ async def fence(config: FencingConfig, host: str) -> str | None:
     """Run the command once. Return what to record if the host is dead for certain, else None. Kills the command's process group at
     its timeout, or when the caller is cancelled."""
     log.warning("fencing", host=host, command=config.command[0])
-    async with _output() as (said, write_end):
+    async with _output() as (tail, write_end):
         try:
             process = await asyncio.create_subprocess_exec(
                 *config.command,
@@ -118,9 +118,9 @@ async def fence(config: FencingConfig, host: str) -> str | None:
                 os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
         # A process that the command has left behind may keep its output open.
-        await asyncio.wait({said.reading}, timeout=_LAST_OUTPUT_SECONDS)
-        log.warning("fenced" if status == 0 else "not fenced", host=host, status=status, output=said.text)
-        return f"the fencing command ended with status 0: {said.text}" if status == 0 else None
+        await asyncio.wait({tail.reading}, timeout=_LAST_OUTPUT_SECONDS)
+        log.warning("fenced" if status == 0 else "not fenced", host=host, status=status, output=tail.text)
+        return f"the fencing command ended with status 0: {tail.text}" if status == 0 else None
 
 
 @contextlib.asynccontextmanager
@@ -133,12 +133,12 @@ async def _output() -> AsyncIterator[tuple["_Tail", int]]:
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_end, "rb")
     )
-    said = _Tail(stream)
+    tail = _Tail(stream)
     try:
-        yield said, write_end
+        yield tail, write_end
     finally:
-        said.reading.cancel()
-        await asyncio.wait({said.reading})
+        tail.reading.cancel()
+        await asyncio.wait({tail.reading})
         transport.close()
 
 

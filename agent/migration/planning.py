@@ -48,8 +48,8 @@ def make_plan(
     network, warnings = _choose_network(spec, source, destination)
     warnings += _rounded(spec.bandwidth_bytes_per_second, source)
     if guest.HasField("obstacle"):  # last: errors of the request come first
-        told = guest.obstacle
-        raise said_by_peer(told.reason, told.message, told.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
+        obstacle = guest.obstacle
+        raise said_by_peer(obstacle.reason, obstacle.message, obstacle.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
     warnings += _losses(spec.options, guest.domain, source.name, destination.name)
     return (
         Plan(

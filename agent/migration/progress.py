@@ -58,8 +58,8 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
         migration.statement.CopyFrom(statement)
     migration.phase = "" if ended else phase(src, dst)
     _copy_records(migration, view)
-    _tell_skew(migration, view.clock_skew)
-    _tell_pause(migration, view)
+    _warn_of_skew(migration, view.clock_skew)
+    _warn_of_pause(migration, view)
     if dst is Dst.RUNNING and not view.disputed and not before.HasField("commit_time"):
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failures = causes_first((view.failure, _failure_of(view.source_record), _failure_of(view.destination_record)))
@@ -85,7 +85,7 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
     return migration
 
 
-def _tell_skew(migration: pb.Migration, skew: float) -> None:
+def _warn_of_skew(migration: pb.Migration, skew: float) -> None:
     """Warn if the hosts' clocks differ: readers of their logs must know."""
     if abs(skew) < SKEW_SECONDS or any(warning.startswith(_SKEW) for warning in migration.warnings):
         return
@@ -96,7 +96,7 @@ def _tell_skew(migration: pb.Migration, skew: float) -> None:
     )
 
 
-def _tell_pause(migration: pb.Migration, view: View) -> None:
+def _warn_of_pause(migration: pb.Migration, view: View) -> None:
     """Warn if the guest is left paused because its user paused it during the transfer."""
     warning = f"guest {migration.domain_name} was paused by its user during the transfer, and is left paused"
     paused = any(record is not None and record.paused_by_user for record in (view.source_record, view.destination_record))
@@ -179,8 +179,8 @@ def _state(before: pb.MigrationState.ValueType, view: View, failure: Failure | N
 def _failure_of(record: handshake_pb2.Record | None) -> Failure | None:
     if record is None or not record.HasField("failure"):
         return None
-    said = record.failure
-    return Failure.of(said_by_peer(said.reason, said.message, said.metadata))
+    failure = record.failure
+    return Failure.of(said_by_peer(failure.reason, failure.message, failure.metadata))
 
 
 def _adds(other: Failure, failure: Failure) -> bool:
@@ -222,8 +222,8 @@ def impossible(before: pb.Migration) -> pb.Migration:
 
 def _copy_records(migration: pb.Migration, view: View) -> None:
     records = [record for record in (view.source_record, view.destination_record) if record is not None]
-    told = [*(t for t in migration.timings if t.phase == "plan"), *(t for r in records for t in r.timings if t.phase != "plan")]
-    if timings := sorted(told, key=lambda t: _ORDER.get(t.phase, len(_ORDER))):
+    ended = [*(t for t in migration.timings if t.phase == "plan"), *(t for r in records for t in r.timings if t.phase != "plan")]
+    if timings := sorted(ended, key=lambda t: _ORDER.get(t.phase, len(_ORDER))):
         del migration.timings[:]
         migration.timings.extend(timings)
     for fact, record in ((migration.source_guest, view.source_record), (migration.destination_guest, view.destination_record)):

@@ -16,7 +16,7 @@ _ENDED = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_
 _BY_MIGRATION = ("migration", "post-copy", "unknown")
 """Reasons of a pause at the source by a migration; with ``unknown`` the guest is held until the decision."""
 _BROKEN = "post-copy failed"
-_STATE_WORDS = {number: name.removeprefix("GUEST_STATE_").lower() for name, number in handshake_pb2.GuestState.items() if number}
+_STATE_NAMES = {number: name.removeprefix("GUEST_STATE_").lower() for name, number in handshake_pb2.GuestState.items() if number}
 
 
 class Place(StrEnum):
@@ -48,14 +48,14 @@ def whereabouts(migration: pb.Migration) -> Whereabouts:
     dead = migration.statement.dead_host
     src, dst = migration.source_guest, migration.destination_guest
     if not (migration.HasField("source_guest") or migration.HasField("destination_guest")):
-        return _as_told(migration, name, here, there)
+        return _by_driver(migration, name, here, there)
     if src.reason == _BROKEN and dst.state in _NO_PROCESS:
         words = f"{name} runs nowhere: {there} had a part of its memory, and its copy is gone; start it again"
         return Whereabouts(Place.NOWHERE, "", words, usual=False)
     if _BROKEN in (src.reason, dst.reason):
         words = f"{name} has its memory in two parts, on {here} and on {there}, since its stream broke after the switch to post-copy"
         return Whereabouts(Place.UNKNOWN, "", f"{words}; destroy neither copy", usual=False)
-    unknown = Whereabouts(Place.UNKNOWN, "", _cannot_be_said(name, (here, src), (there, dst)), usual=False)
+    unknown = Whereabouts(Place.UNKNOWN, "", _unknown_sentence(name, (here, src), (there, dst)), usual=False)
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         return unknown
     if dst.state in (_RUNS, *_STANDS) and dead != there:
@@ -84,9 +84,9 @@ def _is_on(place: Place, name: str, host: str, fact: handshake_pb2.GuestFact, mi
     return Whereabouts(place, "", words + advice, usual=wanted)
 
 
-def _cannot_be_said(name: str, *hosts: tuple[str, handshake_pb2.GuestFact]) -> str:
-    said = ", ".join(f"{host} last reported {_state(fact)} at {_clock(fact)}" for host, fact in hosts if fact.state)
-    return f"{name} is on {hosts[0][0]} or on {hosts[1][0]}; it is unknown on which{f' ({said})' if said else ''}"
+def _unknown_sentence(name: str, *hosts: tuple[str, handshake_pb2.GuestFact]) -> str:
+    reports = ", ".join(f"{host} last reported {_state(fact)} at {_clock(fact)}" for host, fact in hosts if fact.state)
+    return f"{name} is on {hosts[0][0]} or on {hosts[1][0]}; it is unknown on which{f' ({reports})' if reports else ''}"
 
 
 def said(host: str, fact: handshake_pb2.GuestFact) -> str:
@@ -97,8 +97,8 @@ def said(host: str, fact: handshake_pb2.GuestFact) -> str:
 
 
 def _state(fact: handshake_pb2.GuestFact) -> str:
-    word = _STATE_WORDS.get(fact.state, "in a state that this version does not know")
-    return f"{word} ({fact.reason})" if fact.reason else word
+    state = _STATE_NAMES.get(fact.state, "in a state that this version does not know")
+    return f"{state} ({fact.reason})" if fact.reason else state
 
 
 def _clock(fact: handshake_pb2.GuestFact) -> str:
@@ -113,7 +113,7 @@ def _why_nowhere(host: str, fact: handshake_pb2.GuestFact) -> str:
     return f"it is {_state(fact)} on {host}; start it again if it is to run"
 
 
-def _as_told(migration: pb.Migration, name: str, here: str, there: str) -> Whereabouts:
+def _by_driver(migration: pb.Migration, name: str, here: str, there: str) -> Whereabouts:
     """Return where the guest is by the driver's report, for older agents, which report no facts."""
     if migration.runs_on and migration.state != pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         place = Place.DESTINATION if migration.runs_on == there else Place.SOURCE

@@ -66,11 +66,11 @@ class AgentHost:
             incoming_in_use=self.engine.incoming_in_use,
             incarnation=self._incarnation,
             draining=local.draining,
-            coordinators=self._told_coordinators,
+            coordinators=self._reported_coordinators,
         )
 
     @property
-    def _told_coordinators(self) -> list[str]:
+    def _reported_coordinators(self) -> list[str]:
         return sorted(itertools.islice(self._coordinators, MAX_COORDINATORS))
 
     async def keep_current(self) -> None:
@@ -116,4 +116,4 @@ class AgentHost:
             self._warnings.held_back += 1
             return
         held_back = self._warnings.told(now)
-        log.warning("more than one coordinator claims this host", coordinators=self._told_coordinators, held_back=held_back)
+        log.warning("more than one coordinator claims this host", coordinators=self._reported_coordinators, held_back=held_back)

@@ -61,7 +61,7 @@ class _Method:
         set_caller(uri)
         return self.calls.one(uri)
 
-    def tell(self, request: Any, started: float, reason: str = "") -> None:
+    def publish(self, request: Any, started: float, reason: str = "") -> None:
         """Publish a call that has ended, unless it only reads."""
         if self.right is not Right.READ:
             event = CallHandled(
@@ -139,7 +139,7 @@ def _unary(method: _Method, behavior: _Unary) -> _Unary:
                 response = await behavior(request, context)
         except Exception as error:
             await _fail(method, request, started, error, context)
-        method.tell(request, started)
+        method.publish(request, started)
         return response
 
     return call
@@ -202,7 +202,7 @@ async def _fail(method: _Method, request: Any, started: float, error: Exception,
     if isinstance(error, grpc.aio.AbortError):
         raise error  # the handler has set a status itself
     ours = _as_drover_error(method.name, error)
-    method.tell(request, started, ours.reason)
+    method.publish(request, started, ours.reason)
     await _abort(ours, context)
 
 

@@ -20,7 +20,7 @@ _CALL_SECONDS: Final = 5.0
 async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: str, clock: Clock = SYSTEM_CLOCK) -> None:
     """Register this host at intervals for ever. A coordinator that is away or refuses is tried again; no migration waits for it."""
     stub = host_pb2_grpc.HostServiceStub(channel)
-    told = ""  # the last outcome in the log: only a change is logged
+    outcome = ""  # the last outcome in the log: only a change is logged
     pauses = Pauses(REGISTRATION, clock)
     while True:
         try:
@@ -28,14 +28,14 @@ async def keep_registered(channel: grpc.aio.Channel, host: AgentHost, address: s
             request = host_pb2.RegisterHostRequest(host=host.describe(), agent_address=address)
             response = await stub.RegisterHost(request, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
-            if told != (told := f"{error.code().name}: {error.details()}"):
+            if outcome != (outcome := f"{error.code().name}: {error.details()}"):
                 log.warning("the coordinator does not accept this host", code=error.code().name, error=error.details())
             await pauses.pause()
         else:
             pauses.succeeded()
             drop_implausible(response)
             asked = response.heartbeat_interval.ToNanoseconds() / 1e9
-            if told != (told := "registered"):
+            if outcome != (outcome := "registered"):
                 log.info("registered with the coordinator")
             shortest, longest = _HEARTBEAT_SECONDS
             await clock.sleep(min(max(asked, shortest), longest))

@@ -68,9 +68,9 @@ def error_from_rpc(error: grpc.aio.AioRpcError, peer: str) -> DroverError:
 
     After HOST_UNREACHABLE and DEADLINE_EXCEEDED the call may have taken effect."""
     status = _status_of(error)
-    said = _error_info(status) if status is not None else None
-    if status is not None and said is not None:
-        return _from_status(status, said, error.code())
+    info = _error_info(status) if status is not None else None
+    if status is not None and info is not None:
+        return _from_status(status, info, error.code())
     return _without_details(error, peer)
 
 
