@@ -1,8 +1,11 @@
-"""Conversions that every message needs: enums, times and bounded text."""
+"""Conversions that every message and service needs: enums, times, bounded text, names of methods."""
 
 import functools
+import re
+from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -31,3 +34,8 @@ def timestamp(seconds: float) -> Timestamp:
 def cut(text: str, max_bytes: int) -> str:
     """Cut a text to the bound of its field, which a peer enforces and a hypervisor's messages may exceed."""
     return text if len(text) * 4 <= max_bytes else text.encode()[:max_bytes].decode(errors="ignore")
+
+
+def methods_of(service: ServiceDescriptor) -> Mapping[str, MethodDescriptor]:
+    """Return the RPCs of a service by their names in snake case: ``ReserveSlot`` is ``reserve_slot``."""
+    return {re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower(): method for method in service.methods}

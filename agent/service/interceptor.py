@@ -9,7 +9,7 @@ import inspect
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractContextManager, aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -55,14 +55,37 @@ class _Method:
     calls: Calls
     bus: Bus
 
-    def entered(self, context: _Context) -> AbstractContextManager[None]:
-        """Set the caller, and count the call while the block runs. Raises OVERLOADED."""
-        uri = context.peer()
-        set_caller(uri)
-        return self.calls.one(uri)
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is of a service of Drover; health and reflection are counted, and otherwise unchanged."""
+        return self.name.startswith(OUR_SERVICES)
 
-    def publish(self, request: Any, started: float, reason: str = "") -> None:
-        """Publish a call that has ended, unless it only reads."""
+    @asynccontextmanager
+    async def handled(self, request: Any, context: _Context) -> AsyncIterator[None]:
+        """Name the caller, count the call, check its request, and end it with the status of the error that the block raises. Publish
+        how it ended, also where its caller has left, unless it only reads."""
+        started, reason, uri = time.monotonic(), "", context.peer()
+        set_caller(uri)
+        try:
+            with self.calls.one(uri):
+                if self.is_ours:
+                    _check(self.name, request)
+                yield
+        except grpc.aio.AbortError:
+            raise  # the handler has set a status itself
+        except Exception as error:
+            if not self.is_ours and not isinstance(error, DroverError):
+                raise
+            ours = _as_drover_error(self.name, error)
+            reason = ours.reason
+            await _abort(ours, context)
+        except BaseException:  # the caller has left; what it asked for may go on
+            reason = Reason.CANCELLED
+            raise
+        finally:
+            self._publish(request, started, reason)
+
+    def _publish(self, request: Any, started: float, reason: str) -> None:
         if self.right is not Right.READ:
             event = CallHandled(
                 self.name,
@@ -99,25 +122,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrap(method: _Method, handler: Any) -> _Handler:
-    if not method.name.startswith(OUR_SERVICES):
-        return _wrap_counted(method, handler)
-    coders = _tolerant(handler.request_deserializer), handler.response_serializer
-    if handler.unary_unary is not None:
-        return grpc.unary_unary_rpc_method_handler(_unary(method, handler.unary_unary), *coders)
-    if handler.unary_stream is not None:
-        return grpc.unary_stream_rpc_method_handler(_stream(method, handler.unary_stream), *coders)
-    raise NotImplementedError(f"{method.name}: the wire has no streams of requests")
-
-
-def _wrap_counted(method: _Method, handler: Any) -> _Handler:
-    """Wrap a handler of health or reflection, which is counted and otherwise unchanged."""
     for kind in ("unary_unary", "unary_stream", "stream_stream"):
         behavior = getattr(handler, kind)
         if behavior is not None:
-            counted = (_counted_stream if inspect.isasyncgenfunction(behavior) else _counted)(method, behavior)
+            # Health writes the responses of its watch itself.
+            streams = inspect.isasyncgenfunction(behavior) or (method.is_ours and kind == "unary_stream")
+            deserializer = _tolerant(handler.request_deserializer) if method.is_ours else handler.request_deserializer
             make: Any = getattr(grpc, f"{kind}_rpc_method_handler")
-            return cast("_Handler", make(counted, handler.request_deserializer, handler.response_serializer))
-    raise NotImplementedError("neither health nor reflection has such a call")
+            return cast(
+                "_Handler", make((_stream if streams else _unary)(method, behavior), deserializer, handler.response_serializer)
+            )
+    raise NotImplementedError(f"{method.name} has a kind of handler that is not expected")
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -132,55 +147,18 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 def _unary(method: _Method, behavior: _Unary) -> _Unary:
     async def call(request: Any, context: _Context) -> Any:
-        started = time.monotonic()
-        try:
-            with method.entered(context):
-                _check(method.name, request)
-                response = await behavior(request, context)
-        except Exception as error:
-            await _fail(method, request, started, error, context)
-        method.publish(request, started)
-        return response
+        async with method.handled(request, context):
+            return await behavior(request, context)
 
     return call
 
 
 def _stream(method: _Method, behavior: _Stream) -> _Stream:
     async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
-        started = time.monotonic()
-        try:
-            with method.entered(context):
-                _check(method.name, request)
-                # Closed at once when the caller leaves, not when the garbage collector finds it.
-                async with aclosing(_generator(behavior(request, context))) as responses:
-                    async for response in responses:
-                        yield response
-        except Exception as error:
-            await _fail(method, request, started, error, context)
-
-    return call
-
-
-def _counted(method: _Method, behavior: _Unary) -> _Unary:
-    async def call(request: Any, context: _Context) -> Any:
-        try:
-            with method.entered(context):
-                return await behavior(request, context)
-        except DroverError as error:
-            await _abort(error, context)
-
-    return call
-
-
-def _counted_stream(method: _Method, behavior: _Stream) -> _Stream:
-    async def call(request: Any, context: _Context) -> AsyncIterator[Any]:
-        try:
-            with method.entered(context):
-                async with aclosing(_generator(behavior(request, context))) as responses:
-                    async for response in responses:
-                        yield response
-        except DroverError as error:
-            await _abort(error, context)
+        # Closed at once when the caller leaves, not when the garbage collector finds it.
+        async with method.handled(request, context), aclosing(_generator(behavior(request, context))) as responses:
+            async for response in responses:
+                yield response
 
     return call
 
@@ -195,15 +173,6 @@ def _check(method: str, request: Any) -> None:
     if isinstance(request, _Malformed):
         raise DroverError(Reason.INVALID_FIELD, f"the request of {method} is not a protobuf message of its type; nothing was done")
     check_request(request)
-
-
-async def _fail(method: _Method, request: Any, started: float, error: Exception, context: _Context) -> NoReturn:
-    """End the call with the status of the error. Always raises grpcio's `AbortError`."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error  # the handler has set a status itself
-    ours = _as_drover_error(method.name, error)
-    method.publish(request, started, ours.reason)
-    await _abort(ours, context)
 
 
 async def _abort(error: DroverError, context: _Context) -> NoReturn:

@@ -9,7 +9,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from agent.handshake.host.phases import wait_of
 from agent.handshake.host.signs import MAX_WAIT
-from agent.service.adapter import methods_of
+from agent.runtime.wire import methods_of
 from agent.service.bounds import checked_answer
 from agent.service.status import errors_of
 from drover.agent.v1 import handshake_pb2 as pb

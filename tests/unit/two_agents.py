@@ -29,7 +29,7 @@ from agent.hypervisor.wire import domain_to_proto, features_to_proto
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.intact import add_functions
-from agent.service.adapter import methods_of
+from agent.runtime.wire import methods_of
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 from tests.unit.asking import ADDRESSES, ID, PATIENCE, REF, make_plan, until

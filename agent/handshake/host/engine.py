@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Final
 
 import structlog
 
@@ -33,9 +33,13 @@ from agent.handshake.machines.source import SourceEvent
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
 from agent.runtime.paging import Paging
+from agent.runtime.wire import methods_of
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
+
+RPCS: Final = frozenset(methods_of(pb.DESCRIPTOR.services_by_name["HandshakeService"]))
+"""Names of the methods that serve them."""
 
 
 class Engine:
@@ -63,15 +67,17 @@ class Engine:
         leaving, self._arriving = SourceEffects(host, peers), DestinationEffects(host, journal)
         self._attempts.effects = {Role.SOURCE: leaving.run, Role.DESTINATION: self._arriving.run}
         self._parts = (self._destination, self._source, Transfers(host, self._attempts, leaving.session, other_side))
+        self.check_leaving = self._source.check_leaving
         self.changed = self._attempts.changed
         """Rings whenever an attempt starts or ends here."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return the method of the part that serves the RPC of that name."""
-        part = next((part for part in self.__dict__.get("_parts", ()) if hasattr(part, name)), None)
-        if part is None or name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-        return getattr(part, name)
+        """Return the method of the part that serves the RPC of that name; see `RPCS`."""
+        if name in RPCS:
+            for part in self._parts:
+                if hasattr(part, name):
+                    return getattr(part, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
 
     async def recover(self) -> None:
         """Resume every attempt in the journal that has not ended, by its machine's RESTARTED event, and unfinished aftercare."""
