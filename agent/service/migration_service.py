@@ -52,8 +52,8 @@ class MigrationServicer(rpc.MigrationServiceServicer):
                 response.removed_migration_id = change.removed
             yield response
 
-    async def ListOptions(self, request: pb.ListOptionsRequest, context: _Context) -> pb.ListOptionsResponse:  # noqa: N802
-        return pb.ListOptionsResponse(options=[_description(option) for option in OPTIONS.values()])
+    async def DescribeOptions(self, request: pb.DescribeOptionsRequest, context: _Context) -> pb.DescribeOptionsResponse:  # noqa: N802
+        return pb.DescribeOptionsResponse(options=[_description(option) for option in OPTIONS.values()])
 
     async def ResolveMigration(  # noqa: N802
         self, request: pb.ResolveMigrationRequest, context: _Context

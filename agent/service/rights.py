@@ -40,7 +40,7 @@ RIGHTS: Final[Mapping[str, Right]] = {
     "/drover.agent.v1.MigrationService/GetMigration": Right.READ,
     "/drover.agent.v1.MigrationService/ListMigrations": Right.READ,
     "/drover.agent.v1.MigrationService/WatchMigration": Right.READ,
-    "/drover.agent.v1.MigrationService/ListOptions": Right.READ,
+    "/drover.agent.v1.MigrationService/DescribeOptions": Right.READ,
     "/drover.agent.v1.MigrationService/WatchMigrations": Right.READ,
     "/drover.agent.v1.MigrationService/CancelMigration": Right.MIGRATE,
     "/drover.agent.v1.MigrationService/ResolveMigration": Right.OPERATE,

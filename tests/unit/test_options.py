@@ -120,7 +120,7 @@ def test_7_what_no_agent_offers_yet_is_offered_by_no_host() -> None:
 
 async def test_7_a_server_lists_the_options_that_it_knows(driving: Driving) -> None:
     servicer, nobody = MigrationServicer(driving.migrations), cast(Any, None)
-    listed = {each.name: each for each in (await servicer.ListOptions(migration_pb2.ListOptionsRequest(), nobody)).options}
+    listed = {each.name: each for each in (await servicer.DescribeOptions(migration_pb2.DescribeOptionsRequest(), nobody)).options}
     assert list(listed) == list(OPTIONS)
     assert (list(listed["live"].values), listed["live"].default_value) == (["on", "off"], "on")
     assert "zstd" in listed["compression_method"].values

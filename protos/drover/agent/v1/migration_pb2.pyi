@@ -667,7 +667,7 @@ class WatchMigrationsResponse(message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_change) -> _WhichOneofReturnType_change | None: ...
 
 @typing.final
-class ListOptionsRequest(message.Message):
+class DescribeOptionsRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     def __init__(
@@ -680,7 +680,7 @@ class ListOptionsRequest(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
-class ListOptionsResponse(message.Message):
+class DescribeOptionsResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     OPTIONS_FIELD_NUMBER: builtins.int

@@ -63,10 +63,10 @@ class MigrationServiceStub:
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.SerializeToString,
                 response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.FromString,
                 _registered_method=True)
-        self.ListOptions = channel.unary_unary(
-                '/drover.agent.v1.MigrationService/ListOptions',
-                request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsRequest.SerializeToString,
-                response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsResponse.FromString,
+        self.DescribeOptions = channel.unary_unary(
+                '/drover.agent.v1.MigrationService/DescribeOptions',
+                request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.DescribeOptionsRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.DescribeOptionsResponse.FromString,
                 _registered_method=True)
         self.CancelMigration = channel.unary_unary(
                 '/drover.agent.v1.MigrationService/CancelMigration',
@@ -130,7 +130,7 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ListOptions(self, request, context):
+    def DescribeOptions(self, request, context):
         """The options that this version knows. What a host supports of them is in its migration_features.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -181,10 +181,10 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsRequest.FromString,
                     response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.WatchMigrationsResponse.SerializeToString,
             ),
-            'ListOptions': grpc.unary_unary_rpc_method_handler(
-                    servicer.ListOptions,
-                    request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsRequest.FromString,
-                    response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsResponse.SerializeToString,
+            'DescribeOptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeOptions,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.DescribeOptionsRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.DescribeOptionsResponse.SerializeToString,
             ),
             'CancelMigration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelMigration,
@@ -347,7 +347,7 @@ class MigrationService:
             _registered_method=True)
 
     @staticmethod
-    def ListOptions(request,
+    def DescribeOptions(request,
             target,
             options=(),
             channel_credentials=None,
@@ -360,9 +360,9 @@ class MigrationService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/drover.agent.v1.MigrationService/ListOptions',
-            drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsRequest.SerializeToString,
-            drover_dot_agent_dot_v1_dot_migration__pb2.ListOptionsResponse.FromString,
+            '/drover.agent.v1.MigrationService/DescribeOptions',
+            drover_dot_agent_dot_v1_dot_migration__pb2.DescribeOptionsRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_migration__pb2.DescribeOptionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,7 +57,7 @@ class MigrationServiceStub:
     between, never the latest. Errors: WATCH_TOO_SLOW (removals after from_revision are no longer known, as the reader is too slow or the
     server was restarted): list again, and watch from the revision of that list.
     """
-    ListOptions: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListOptionsRequest, _migration_pb2.ListOptionsResponse]
+    DescribeOptions: _grpc.UnaryUnaryMultiCallable[_migration_pb2.DescribeOptionsRequest, _migration_pb2.DescribeOptionsResponse]
     """The options that this version knows. What a host supports of them is in its migration_features."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]
     """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
@@ -97,7 +97,7 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     between, never the latest. Errors: WATCH_TOO_SLOW (removals after from_revision are no longer known, as the reader is too slow or the
     server was restarted): list again, and watch from the revision of that list.
     """
-    ListOptions: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListOptionsRequest, _migration_pb2.ListOptionsResponse]  # type: ignore[assignment]
+    DescribeOptions: _aio.UnaryUnaryMultiCallable[_migration_pb2.DescribeOptionsRequest, _migration_pb2.DescribeOptionsResponse]  # type: ignore[assignment]
     """The options that this version knows. What a host supports of them is in its migration_features."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
@@ -166,11 +166,11 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
-    def ListOptions(
+    def DescribeOptions(
         self,
-        request: _migration_pb2.ListOptionsRequest,
+        request: _migration_pb2.DescribeOptionsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_migration_pb2.ListOptionsResponse, _abc.Awaitable[_migration_pb2.ListOptionsResponse]]:
+    ) -> _typing.Union[_migration_pb2.DescribeOptionsResponse, _abc.Awaitable[_migration_pb2.DescribeOptionsResponse]]:
         """The options that this version knows. What a host supports of them is in its migration_features."""
 
     @_abc_1.abstractmethod
