@@ -142,7 +142,10 @@ def list_domains(host: str, output: str) -> None:
             domains = [to_json(domain.proto) for domain in found]
             print_json({"domains": domains, "unreachable_hosts": list(found.unreachable_hosts)})
             return
-        rows = [(d.name, d.host, _domain_state(d), size(d.memory_bytes), str(d.vcpus), d.job, _versions(d), d.uuid) for d in found]
+        rows = [
+            (d.name, d.host, _domain_state(d), size(d.memory_bytes), str(d.vcpus), d.job or "none", _versions(d), d.uuid)
+            for d in found
+        ]
         print_table(("NAME", "HOST", "STATE", "MEMORY", "CPUS", "MIGRATION", "QEMU", "UUID"), rows)
         if not rows:
             click.echo("no guests", err=True)

@@ -6,6 +6,7 @@ import pytest
 
 import agent.handshake.drive.driver
 from agent.handshake.drive.driver import Driver
+from agent.handshake.machines.decide import Call
 from agent.runtime.errors import Reason
 from agent.runtime.events import Bus
 from drover.agent.v1 import handshake_pb2 as pb
@@ -402,3 +403,14 @@ async def test_7_an_attempt_that_a_later_one_has_overtaken_ends(pair: Pair) -> N
     assert driver.view.failure is not None
     assert (driver.view.failure.reason, driver.view.overtaken) == (Reason.STALE_ATTEMPT, {"source"})
     await pair.destination.reaches("gone")
+
+
+async def test_7_a_call_that_is_not_made_says_nothing_about_the_host(pair: Pair) -> None:
+    """A driver without a plan cannot reserve: that is no answer of the destination, which is as silent as before."""
+    pair.to_destination.cut = True
+    driver = Driver(REF, pair.to_source, pair.to_destination, None, lambda: None, Bus(), QUICK)
+    driver.view.silent_since["destination"] = 1.0
+    driver.view.declare_dead("destination", statement("h2"))
+    await driver._make(Call.RESERVE)
+    assert "destination" in driver.view.silent_since
+    assert "destination" in driver.view.statements

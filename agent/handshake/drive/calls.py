@@ -24,6 +24,10 @@ _LISTENS: Final = frozenset({pb.RECORD_STATE_PREPARED, pb.RECORD_STATE_ARMED, pb
 answer is still PREPARING, and the call is made again: it waits too."""
 
 
+class NotCalledError(DroverError):
+    """A call that was not made, as what it needs is not there. It says nothing about the host."""
+
+
 class Calls:
     """Makes the calls of one driver to both hosts. `plan`: None for a driver that takes over, which can make none before Perform."""
 
@@ -95,13 +99,15 @@ class Calls:
 
     def _planned(self) -> Plan:
         if self._plan is None:
-            raise DroverError(Reason.DRIVER_SILENT, "the driver went away before the transfer started, so the migration is given up")
+            raise NotCalledError(
+                Reason.DRIVER_SILENT, "the driver went away before the transfer started, so the migration is given up"
+            )
         return self._plan
 
     async def _reserve(self) -> None:
         plan = self._planned()
         if plan.requirements is None and self.view.destination_record is None:
-            raise DroverError(Reason.LEASE_EXPIRED, f"the slot on {plan.destination_host} was lost while the driver was away")
+            raise NotCalledError(Reason.LEASE_EXPIRED, f"the slot on {plan.destination_host} was lost while the driver was away")
         needs = plan.requirements or host_pb2.GuestRequirements(name=plan.domain_name, uuid=plan.domain_uuid)
         response = await self._destination.reserve_slot(
             pb.ReserveSlotRequest(

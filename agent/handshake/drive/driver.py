@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-from agent.handshake.drive.calls import Calls
+from agent.handshake.drive.calls import Calls, NotCalledError
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.view import Parties, StateUnknownError, View
 from agent.handshake.host.peer import HandshakePeer
@@ -19,7 +19,7 @@ from agent.handshake.machines.decide import Call, decide
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.source import SourceState as Src
-from agent.runtime.backoff import OTHER_HOST, SYSTEM_CLOCK, Clock, Pauses
+from agent.runtime.backoff import ANSWERED, OTHER_HOST, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus, CallFailed, DriverDecided
 from agent.runtime.failure import Failure
@@ -74,6 +74,7 @@ class Driver:
         self.clock = clock
         self._pauses = {side: Pauses(OTHER_HOST, clock) for side in ("source", "destination")}
         """Before a side is called again after an error."""
+        self._soon = Pauses(ANSWERED, clock)
         self._stalled: asyncio.TimerHandle | None = None
         self._is_stalled = False
         self._slot_asked = False
@@ -236,7 +237,8 @@ class Driver:
             return
         if error.reason is Reason.NOT_IN_DOUBT:
             self.view.drop_statement("destination" if side == "source" else "source")
-        self.view.call_failed(side, error)
+        if not isinstance(error, NotCalledError):
+            self.view.call_failed(side, error)
         if error.reason is Reason.PATH_NOT_PROVED and self.calls.renew_probe():
             pass  # the slot is reserved once more, which gives a new probe
         elif side in self.view.silent_since:
@@ -246,7 +248,9 @@ class Driver:
         elif call in _MAY_BE_REFUSED and error.reason not in _TRANSIENT | _STALE and not isinstance(error, StateUnknownError):
             self.view.waiting_for = ""
             self.view.cancel(Failure.of(error))
-        await self._pauses[side].pause()  # before the same call is made again, and before the record is read
+        # Before the same call is made again, and before the record is read.
+        away = side in self.view.silent_since or error.reason in _TRANSIENT
+        await (self._pauses[side] if away else self._soon).pause()
         with contextlib.suppress(DroverError):
             await self._look(side)
         if "destination" in self.view.silent_since:

@@ -84,7 +84,7 @@ class Attempt:
         self._lock = asyncio.Lock()
         self._bell = Bell()
         self._tasks: dict[asyncio.Task[None], str] = {}
-        self.signs = SignsOfLife(lambda: self.record.request_ids)
+        self.signs = SignsOfLife(lambda: self.record)
 
     # ---- events
 

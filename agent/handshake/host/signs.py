@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Final
+
+from agent.handshake.host.records import AttemptRecord
 
 MAX_WAIT: Final = 30.0
 """Longest time in seconds for which a call waits; a caller that wants to wait longer calls again."""
@@ -19,12 +21,12 @@ def driver_of(request_id: str) -> str:
 
 
 class SignsOfLife:
-    """Calls under way, and the timer of a silent driver. `request_ids` returns those of the attempt's record."""
+    """Calls under way, and the timer of a silent driver. `record` returns that of the attempt."""
 
-    def __init__(self, request_ids: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(self, record: Callable[[], AttemptRecord]) -> None:
         self.calls = 0
         """Calls and watches of anybody that are under way."""
-        self._request_ids = request_ids
+        self._record = record
         self._of_drivers = 0
         """How many of `calls` come from a known driver: one of which a call was accepted before."""
         self._drivers: list[str] = []
@@ -46,7 +48,7 @@ class SignsOfLife:
     def _rearm(self) -> None:
         """Restart the timer. A call under way may turn out to be a new driver's, so it adds the time that a call can last."""
         self._disarm()
-        if self._silence is not None and not self._of_drivers:
+        if self._silence is not None and not self._of_drivers and not self._record().final:
             silent_at = self._silent_at + (MAX_WAIT if self.calls else 0.0)
             self._timer = asyncio.get_running_loop().call_later(silent_at - time.monotonic(), self._silence[1])
 
@@ -81,4 +83,4 @@ class SignsOfLife:
 
     def is_driver(self, driver: str) -> bool:
         """Return whether a request of that driver was accepted here. Drivers' names are secret: no answer contains one."""
-        return bool(driver) and (driver in self._drivers or driver in map(driver_of, self._request_ids().values()))
+        return bool(driver) and (driver in self._drivers or driver in map(driver_of, self._record().request_ids.values()))

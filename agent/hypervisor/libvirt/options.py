@@ -12,11 +12,9 @@ from agent.hypervisor.options import OPTIONS, Options, Support
 MIB = 1 << 20
 
 FLAGS: Mapping[str, int] = {
-    name: flag for name, option in OPTIONS.items() if option.kind is bool and (flag := getattr(libvirt, option.libvirt, 0))
+    name: getattr(libvirt, option.libvirt) for name, option in OPTIONS.items() if option.kind is bool and option.libvirt
 }
-"""The switches that this driver supports, each tested on real libvirt; not those that the libvirt of this host is too old for. The
-same flags go to all phases on both sides.
-"""
+"""The switches that this driver supports, each tested on real libvirt. The same flags go to all phases on both sides."""
 
 SUPPORT: Mapping[str, Support] = {name: Support.SUPPORTED if name in FLAGS else Support.UNSUPPORTED for name in OPTIONS}
 
