@@ -18,6 +18,7 @@ from agent.migration.collection import Collection
 from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
 from agent.migration.progress import describe, impossible, slot_waited_for
+from agent.migration.uptime import age_of
 from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -32,6 +33,9 @@ T = TypeVar("T")
 
 REPORT_AFTER_SECONDS: Final = 0.01
 """Delay before the news of a driver are published; those that come meanwhile go with them."""
+
+LATEST_START: Final = 60.0
+"""Age in seconds above which a later life does not start a fail-fast migration: its caller saw an error, and may act on it."""
 
 _WAITED_FOR: Final = frozenset(
     {
@@ -149,6 +153,9 @@ class Drives:
 
     async def _reserve(self, entry: Entry, *, asked_before: bool) -> None:
         """Reserve the slot once. `asked_before`: an earlier call of this migration may have taken it."""
+        if entry.recovered and not entry.slot_wait and (age := age_of(entry.migration)[0]) > LATEST_START:
+            text = f"the driver went away before it had a slot, and came back {age:.0f} s after the request, too late for a start "
+            raise DroverError(Reason.DRIVER_SILENT, f"{text}that may not wait. The guest was not touched; start a new migration")
         if entry.driver is None or not entry.driver.calls.can_reserve:
             entry.driver = await self._planned_again(entry)
         try:

@@ -52,8 +52,10 @@ class MigrationLog(Protocol):
 class Entry:
     """One migration, with its driver and tasks."""
 
-    def __init__(self, migration: pb.Migration, kept: MigrationLog) -> None:
+    def __init__(self, migration: pb.Migration, kept: MigrationLog, *, recovered: bool = False) -> None:
         self.migration = migration
+        self.recovered = recovered
+        """An earlier life of this process has started it."""
         self._kept = kept
         self.driver: Driver | None = None
         self.task: asyncio.Task[None] | None = None

@@ -67,7 +67,7 @@ class Migrations:
 
     async def recover(self) -> None:
         """Load the stored migrations, and resume those that have not ended."""
-        entries = [Entry(pb.Migration.FromString(body), self._kept) for body in await self._kept.load()]
+        entries = [Entry(pb.Migration.FromString(body), self._kept, recovered=True) for body in await self._kept.load()]
         newest = max((entry.migration.revision for entry in entries), default=0)
         self._collection.open(await self._kept.next_life(life_of(newest)), entries)
         for entry in entries:
