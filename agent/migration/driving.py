@@ -86,10 +86,14 @@ class Drives:
             if entry.driver is None:
                 await self._take_up(entry)
             if not entry.placed.is_set() and entry.driver is not None and entry.driver.view.untouched:
+                never_saved = entry.refusal
                 try:
+                    if never_saved is not None:
+                        raise never_saved
                     await self._take_slot(entry, patience=0.0 if begins else PATIENCE)
                 except DroverError as error:
-                    await self._end_without_slot(entry, entry.driver, error, forget=begins and not entry.slot_wait)
+                    forget = begins and (not entry.slot_wait or never_saved is not None)
+                    await self._end_without_slot(entry, entry.driver, error, forget=forget)
                     return
                 entry.migration = entry.changed_to()  # earlier readers keep theirs
                 entry.migration.slot_duration.CopyFrom(duration(entry.elapsed))
@@ -201,8 +205,7 @@ class Drives:
         forget = forget and entry.cancelled is None
         await self._settle(entry, entry.remove if forget else functools.partial(entry.save, ended))
         self._collection.publish(entry, ended)
-        if entry.cancelled is None:
-            entry.refusal = error
+        entry.refusal = error if forget else None
         if forget:
             await asyncio.sleep(0)  # lets its watches see its end
             self._collection.remove(entry.migration.migration_id)

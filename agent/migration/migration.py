@@ -77,9 +77,9 @@ class Entry:
         self.placed = asyncio.Event()
         """Set once the migration has its slot, or has ended without one."""
         self.ending = False
-        """It ends without a slot, and that is being saved: nothing else may be saved."""
+        """It ends without a slot, and that is (or will be) saved or removed: nothing else may be saved."""
         self.refusal: DroverError | None = None
-        """Why it has no slot: the error of a fail-fast start."""
+        """The error of its start, which leaves no migration."""
         if migration.state not in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING):
             self.placed.set()
         self._taken_up = time.monotonic()
@@ -106,7 +106,7 @@ class Entry:
         return self.slot_wait - age_of(self.migration)[0]
 
     async def accepted(self) -> pb.Migration:
-        """Return the migration; if it is fail-fast, once it has its slot. Raises the refusal of a fail-fast one."""
+        """Return the migration; if it is fail-fast, once it has its slot. Raises `refusal`."""
         if not self.slot_wait:
             await self.placed.wait()
         if self.refusal is not None:
@@ -125,7 +125,7 @@ class Entry:
     @property
     def waits(self) -> bool:
         """Whether it waits for its slot, and may do so."""
-        return bool(self.slot_wait) and not self.placed.is_set()
+        return bool(self.slot_wait) and not (self.placed.is_set() or self.ending)
 
     @property
     def cancelled(self) -> Failure | None:

@@ -157,7 +157,15 @@ class Migrations:
             migration.slot_wait.CopyFrom(duration(slot_wait))
         self._collection.number(migration)
         entry = Entry(migration, self._kept)
-        await entry.save()
+        try:
+            await entry.save()
+        except DroverError as error:
+            if error.metadata.get("written") == "no":
+                raise
+            entry.refusal, entry.ending = error, True  # a row may be there: its driver removes it before anything else
+        except asyncio.CancelledError:
+            await entry.remove()  # the save goes on without its caller
+            raise
         entry.driver = self._drives.driver(entry, ends.source, ends.destination, plan)
         self._collection.publish(entry, migration)
         self._drives.start(entry)
@@ -179,6 +187,8 @@ class Migrations:
         entry = self._collection.get(migration_id)
         if entry.ending:
             await entry.placed.wait()
+            if entry.refusal is not None and not entry.final:
+                raise entry.refusal
         if entry.final or entry.gave_up:
             return entry.migration
         if entry.cancelled is None:

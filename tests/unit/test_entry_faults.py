@@ -1,15 +1,18 @@
 """agent.migration.driving: what a refused, lost or late start leaves behind (issue 7, part 2)."""
 
+import asyncio
 
 import pytest
 
 from agent.migration import uptime
-from agent.runtime.errors import Reason
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, until
+from tests.unit.asking import ID, fails, until
 from tests.unit.fake_directory import Driving
-from tests.unit.test_entry_first import asked_for_a_slot, saved, slots_taken, state
+from tests.unit.test_entry_first import asked_for_a_slot, saved, slots_taken, state, waiting
+from tests.unit.test_migrations import SPEC
 from tests.unit.test_uptime import HOUR
+from tests.unit.two_agents import JOURNAL_DOWN
 
 
 async def test_7_an_old_fail_fast_start_is_not_carried_out_by_a_later_life(
@@ -44,3 +47,89 @@ async def test_7_an_old_fail_fast_start_does_not_end_before_the_destination_was_
     assert state(driving) == pb.MIGRATION_STATE_PENDING
     driving.pair.to_destination.cut = False
     assert (await driving.ended(ID)).failure.reason == Reason.DRIVER_SILENT
+
+
+def unknown_once(driving: Driving) -> None:
+    """Let the next save be written, and fail all the same."""
+    save = driving.log.save
+
+    async def written_but_not_known(migration_id: str, body: bytes, *, ended: bool) -> None:
+        driving.log.save = save  # type: ignore[method-assign]
+        await save(migration_id, body, ended=ended)
+        raise DroverError(Reason.JOURNAL_UNAVAILABLE, "no answer", metadata={"written": "unknown"})
+
+    driving.log.save = written_but_not_known  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("slot_wait", [0.0, 60.0])
+async def test_7_a_start_whose_write_failed_leaves_no_row_if_it_was_written_all_the_same(driving: Driving, slot_wait: float) -> None:
+    unknown_once(driving)
+    await fails(driving.migrations.start(ID, SPEC, slot_wait), Reason.JOURNAL_UNAVAILABLE)
+    await until(lambda: not driving.migrations.list(active_only=False))
+    assert driving.log.rows == {}
+    assert driving.pair.to_destination.count["reserve_slot"] == 0
+    await driving.migrations.start(ID, SPEC)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+
+
+async def test_7_a_start_whose_write_failed_is_listed_as_long_as_its_row_may_be_there(driving: Driving) -> None:
+    unknown_once(driving)
+    down = driving.log.remove_fails = [JOURNAL_DOWN] * 1000
+    await fails(driving.migrations.start(ID, SPEC, 60), Reason.JOURNAL_UNAVAILABLE)
+    await until(lambda: len(down) < 1000)
+    assert state(driving) == pb.MIGRATION_STATE_PENDING
+    await fails(driving.migrations.start(ID, SPEC, 60), Reason.JOURNAL_UNAVAILABLE)
+    await fails(driving.migrations.cancel(ID), Reason.JOURNAL_UNAVAILABLE)
+    assert not await driving.migrations.idle(0.05)
+    down.clear()
+    await until(lambda: not driving.migrations.list(active_only=False))
+    assert driving.log.rows == {}
+
+
+async def test_7_a_start_whose_write_has_failed_for_certain_leaves_nothing(driving: Driving) -> None:
+    full = DroverError(Reason.JOURNAL_UNAVAILABLE, "the disk is full", metadata={"written": "no"})
+    driving.log.fails = [full]
+    driving.log.remove_fails = [full] * 1000
+    await fails(driving.migrations.start(ID, SPEC), Reason.JOURNAL_UNAVAILABLE)
+    assert driving.migrations.list(active_only=False) == []
+
+
+async def test_7_a_start_that_a_stopping_process_cuts_off_leaves_no_row(driving: Driving) -> None:
+    """As SQLite does: a write is carried out although its caller is gone."""
+    save, asked = driving.log.save, asyncio.Event()
+
+    async def written_later(migration_id: str, body: bytes, *, ended: bool) -> None:
+        await save(migration_id, body, ended=ended)
+        asked.set()
+        await asyncio.Event().wait()
+
+    driving.log.save = written_later  # type: ignore[method-assign]
+    starting = asyncio.create_task(driving.migrations.start(ID, SPEC, 60))
+    await asked.wait()
+    await driving.migrations.close()
+    await asyncio.wait({starting})
+    assert driving.log.rows == {}
+
+
+async def test_7_the_same_start_after_the_end_of_the_wait_returns_the_migration(driving: Driving) -> None:
+    driving.pair.destination.engine.slots.limit = 0
+    await driving.migrations.start(ID, SPEC, 0.05)
+    await driving.ended(ID)
+    assert (await driving.migrations.start(ID, SPEC, 0.05)).state == pb.MIGRATION_STATE_FAILED
+
+
+async def test_7_the_same_start_after_an_end_that_was_saved_late_returns_the_migration(driving: Driving) -> None:
+    await waiting(driving)
+    await driving.migrations.cancel(ID)
+    driving.log.fails = [JOURNAL_DOWN]
+    await driving.ended(ID)
+    assert (await driving.migrations.start(ID, SPEC, 60)).state == pb.MIGRATION_STATE_CANCELLED
+
+
+async def test_7_the_same_start_after_a_later_life_has_failed_returns_the_migration(driving: Driving) -> None:
+    starting = await asked_for_a_slot(driving)
+    driving.pair.source.hypervisor.domains.clear()
+    await driving.restart()
+    starting.cancel()
+    await driving.ended(ID)
+    assert (await driving.migrations.start(ID, SPEC)).failure.reason == Reason.DOMAIN_NOT_FOUND
