@@ -52,7 +52,7 @@ class Option(NamedTuple):
     kind: type[Value] = bool
 
     @property
-    def words(self) -> tuple[str, ...]:
+    def typed(self) -> tuple[str, ...]:
         """Return the values that a user may type; for a number, only the lowest and the highest."""
         if self.kind is bool:
             return ("on", "off")
@@ -63,7 +63,7 @@ class Option(NamedTuple):
         """Return the allowed values as text, such as ``on or off``."""
         if self.kind is int:
             return f"{self.bounds[0]} to {self.bounds[1]} {self.unit}".strip()
-        return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
+        return f"{', '.join(self.typed[:-1])} or {self.typed[-1]}"
 
     def problem(self, value: object) -> str:
         """Return what is wrong with a value, as text to follow the name of the option; empty if nothing is."""

@@ -50,19 +50,19 @@ def whereabouts(migration: pb.Migration) -> Whereabouts:
     if not (migration.HasField("source_guest") or migration.HasField("destination_guest")):
         return _by_driver(migration, name, here, there)
     if src.reason == _BROKEN and dst.state in _NO_PROCESS:
-        words = f"{name} runs nowhere: {there} had a part of its memory, and its copy is gone; start it again"
-        return Whereabouts(Place.NOWHERE, "", words, usual=False)
+        sentence = f"{name} runs nowhere: {there} had a part of its memory, and its copy is gone; start it again"
+        return Whereabouts(Place.NOWHERE, "", sentence, usual=False)
     if _BROKEN in (src.reason, dst.reason):
-        words = f"{name} has its memory in two parts, on {here} and on {there}, since its stream broke after the switch to post-copy"
-        return Whereabouts(Place.UNKNOWN, "", f"{words}; destroy neither copy", usual=False)
+        sentence = f"{name} has its memory in two parts, on {here} and on {there}: its stream broke after the switch to post-copy"
+        return Whereabouts(Place.UNKNOWN, "", f"{sentence}; destroy neither copy", usual=False)
     unknown = Whereabouts(Place.UNKNOWN, "", _unknown_sentence(name, (here, src), (there, dst)), usual=False)
     if migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
         return unknown
     if dst.state in (_RUNS, *_STANDS) and dead != there:
         return _is_on(Place.DESTINATION, name, there, dst, migration)
     if dead == here:
-        words = f"{name} runs nowhere: {here}, where it was, was declared dead by an operator; start it again on another host"
-        return Whereabouts(Place.NOWHERE, "", words, usual=False)
+        sentence = f"{name} runs nowhere: {here}, where it was, was declared dead by an operator; start it again on another host"
+        return Whereabouts(Place.NOWHERE, "", sentence, usual=False)
     ended = migration.state in _ENDED
     if src.state == _RUNS or (src.state in _STANDS and (ended or src.reason not in _BY_MIGRATION)):
         return _is_on(Place.SOURCE, name, here, src, migration)
@@ -79,9 +79,9 @@ def _is_on(place: Place, name: str, host: str, fact: handshake_pb2.GuestFact, mi
     if fact.state == _RUNS:
         return Whereabouts(place, host, f"{name} {'ran' if when else 'runs'} on {host}{when}")
     wanted = fact.reason == "user"
-    words = f"{name} {'was' if when else 'is'} {_state(fact)} on {host}{when}"
+    sentence = f"{name} {'was' if when else 'is'} {_state(fact)} on {host}{when}"
     advice = "" if wanted else f"; to let it run: `virsh resume` on {host}"
-    return Whereabouts(place, "", words + advice, usual=wanted)
+    return Whereabouts(place, "", sentence + advice, usual=wanted)
 
 
 def _unknown_sentence(name: str, *hosts: tuple[str, handshake_pb2.GuestFact]) -> str:

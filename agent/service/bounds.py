@@ -15,6 +15,7 @@ It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, 
 
 The rules are compiled once for each type of message. A check visits only the fields that are set, which takes a few microseconds."""
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
@@ -47,6 +48,7 @@ from agent.service.checks import (
     uuid,
 )
 from agent.service.implausible import drop_implausible
+from agent.service.status import errors_of
 from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2, options_pb2
 
 MAX_BYTES = 65536
@@ -71,6 +73,12 @@ def check_request(message: Message) -> None:
     """Check a request before anything is changed. Raises INVALID_FIELD, FIELD_TOO_LARGE, UNSUPPORTED_FIELD or UNKNOWN_OPTION for the
     first invalid field, with its path, such as ``spec.options.live``."""
     _walk(message, "")
+
+
+async def answer_of(call: Awaitable[_M], peer: str) -> _M:
+    """Return the answer to a call, checked. Raises its error as the peer's, and FIELD_TOO_LARGE."""
+    with errors_of(peer):
+        return checked_answer(await call, peer)
 
 
 def checked_answer(answer: _M, peer: str) -> _M:

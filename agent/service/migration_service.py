@@ -71,7 +71,7 @@ def _description(option: Option) -> pb.OptionDescription:
     return pb.OptionDescription(
         name=option.name,
         description=option.text,
-        values=() if number else option.words,
+        values=() if number else option.typed,
         min=option.bounds[0] if number else 0,
         max=option.bounds[1] if number else 0,
         default_value="" if option.default is None else shown(option.default),

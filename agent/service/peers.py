@@ -15,12 +15,11 @@ from agent.handshake.host.record_cache import RecordCache
 from agent.runtime.address import parse_address
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason
-from agent.service.bounds import checked_answer
+from agent.service.bounds import answer_of
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
 from agent.service.host_service import get_domain
 from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
-from agent.service.status import errors_of
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -67,9 +66,8 @@ def other_side(channels: Channels, attempt: Attempt) -> OtherHost | None:
 
 async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
     """Return an agent's description of its host. Raises HOST_UNREACHABLE, DEADLINE_EXCEEDED."""
-    with errors_of(name):
-        response = await host_pb2_grpc.HostServiceStub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)
-    return checked_answer(response, name).host
+    call = host_pb2_grpc.HostServiceStub(channel).GetHost
+    return (await answer_of(call(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS), name)).host
 
 
 def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:

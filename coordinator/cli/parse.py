@@ -81,5 +81,5 @@ class OptionValue(click.ParamType):  # type: ignore[type-arg]
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from agent.hypervisor.options import OPTIONS  # noqa: PLC0415 - see above
 
-        offered = [f"{name}={word}" for name, option in OPTIONS.items() for word in option.words]
+        offered = [f"{name}={value}" for name, option in OPTIONS.items() for value in option.typed]
         return [CompletionItem(each) for each in offered if each.startswith(incomplete)]

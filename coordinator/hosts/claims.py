@@ -11,9 +11,8 @@ from agent.runtime.backoff import PROOF, Clock
 from agent.runtime.breaker import Breaker
 from agent.runtime.configuration import MAX_NAME, NAME_PATTERN
 from agent.runtime.errors import DroverError, Reason, invalid_field
-from agent.service.bounds import checked_answer
+from agent.service.bounds import answer_of
 from agent.service.channel import open_channel
-from agent.service.status import errors_of
 from coordinator.hosts.host_link import HostReport
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.agent.v1 import host_pb2_grpc as agent_rpc
@@ -111,8 +110,7 @@ class Proofs:
 async def _ask(host: agent_pb.Host, address: str) -> agent_pb.Host:
     channel = open_channel(address)
     try:
-        with errors_of(f"the agent of {host.name} at {address}"):
-            call = agent_rpc.HostServiceStub(channel).GetHost
-            return checked_answer(await call(agent_pb.GetHostRequest(), timeout=PROOF_SECONDS), address).host
+        call = agent_rpc.HostServiceStub(channel).GetHost(agent_pb.GetHostRequest(), timeout=PROOF_SECONDS)
+        return (await answer_of(call, f"the agent of {host.name} at {address}")).host
     finally:
         await channel.close()

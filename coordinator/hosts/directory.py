@@ -10,10 +10,9 @@ from agent.handshake.drive.ends import Ends, Side
 from agent.hypervisor.base import Job
 from agent.hypervisor.names import ambiguity
 from agent.runtime.errors import DroverError, Reason
-from agent.service.bounds import checked_answer
+from agent.service.bounds import answer_of
 from agent.service.peers import ask_host, leaving_request
 from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
-from agent.service.status import errors_of
 from coordinator.hosts.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
@@ -84,9 +83,7 @@ class ClusterDirectory:
     async def _guest(self, host: str, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
         """Return the guest, with what prevents this migration of it."""
         stub = host_pb2_grpc.HostServiceStub(self._registry.channel(host))
-        with errors_of(host):
-            answer = await stub.GetDomain(leaving_request(spec), timeout=QUESTION_SECONDS)
-        return checked_answer(answer, host)
+        return await answer_of(stub.GetDomain(leaving_request(spec), timeout=QUESTION_SECONDS), host)
 
     async def _side(self, name: str) -> Side:
         """Return the host as its watch reported it if it is up; else ask it, so that its error says what is wrong."""

@@ -13,9 +13,9 @@ from google.protobuf.message import Message
 from agent.runtime.backoff import HOST_LINK, SYSTEM_CLOCK, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.supervision import supervise
-from agent.service.bounds import checked_answer
+from agent.service.bounds import answer_of, checked_answer
 from agent.service.channel import all_pages, open_channel
-from agent.service.status import error_from_rpc, errors_of
+from agent.service.status import error_from_rpc
 from drover.agent.v1 import host_pb2 as pb
 from drover.agent.v1 import host_pb2_grpc as rpc
 
@@ -150,7 +150,7 @@ class HostLink:
         """
         call = rpc.HostServiceStub(self.channel).GetDomain
         try:
-            return (await self._ask(call(request, timeout=QUESTION_SECONDS)),)
+            return (await answer_of(call(request, timeout=QUESTION_SECONDS), self.address),)
         except DroverError as error:
             if error.reason is Reason.DOMAIN_NOT_FOUND:
                 return ()
@@ -160,15 +160,11 @@ class HostLink:
         """Return every guest of this host. Raises the agent's error, HOST_UNREACHABLE, DEADLINE_EXCEEDED, FIELD_TOO_LARGE."""
         call = rpc.HostServiceStub(self.channel).ListDomains
         domains: list[pb.Domain] = []
-        async for page in all_pages(lambda r: self._ask(call(r, timeout=QUESTION_SECONDS)), pb.ListDomainsRequest()):
+        async for page in all_pages(lambda r: answer_of(call(r, timeout=QUESTION_SECONDS), self.address), pb.ListDomainsRequest()):
             domains += page.domains
             if len(domains) > MAX_DOMAINS:
                 raise DroverError(Reason.FIELD_TOO_LARGE, f"{self.address} lists more than {MAX_DOMAINS} guests")
         return domains
-
-    async def _ask(self, call: Awaitable[M]) -> M:
-        with errors_of(self.address):
-            return checked_answer(await call, self.address)
 
     async def _keep_watching(self) -> None:
         pauses = Pauses(HOST_LINK, self._clock)
@@ -238,7 +234,7 @@ async def close_links(links: Sequence[HostLink]) -> None:
         await link.close_channel()
 
 
-async def answer_of(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:
+async def answer_if_any(question: Awaitable[Sequence[T]]) -> Sequence[T] | None:
     """Return the answer to a query, or None if it fails. Raises DOMAIN_AMBIGUOUS, which holds for the whole cluster."""
     try:
         return await question

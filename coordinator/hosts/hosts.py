@@ -19,9 +19,9 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus, HostChanged
 from agent.runtime.wire import cut
 from coordinator.hosts.claims import Proofs, check_claim
-from coordinator.hosts.host_link import ConnectLimits, HostLink, HostReport, answer_of
+from coordinator.hosts.host_link import ConnectLimits, HostLink, HostReport, answer_if_any
 from coordinator.hosts.host_table import HostTable
-from coordinator.hosts.known_host import KnownHost, find, heard, is_worth_saving, shown
+from coordinator.hosts.known_host import KnownHost, after_report, find, is_worth_saving, shown
 from coordinator.store import Store
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
@@ -82,8 +82,8 @@ class HostRegistry:
                 entry.link.hurry()
             return
         self._table.former_names(host, address)  # refuses before a connection is opened
-        word = await self._proofs.prove(host, address)
-        await self._table.claim(heard(pb.ClusterHost(agent_address=address), word, self._wall()))
+        report = await self._proofs.prove(host, address)
+        await self._table.claim(after_report(pb.ClusterHost(agent_address=address), report, self._wall()))
 
     async def remove(self, name: str) -> None:
         """Forget a host that does not answer; it comes back when it registers again. It is gone from the store when this returns.
@@ -137,7 +137,7 @@ class HostRegistry:
     async def _ask_all(self, ask: Callable[[HostLink], Awaitable[Sequence[T]]], among: Sequence[str] | None = None) -> Answers[T]:
         entries = self._among(among)
         asked = [entry for entry in entries if entry.up]
-        answers = await asyncio.gather(*(answer_of(ask(entry.link)) for entry in asked))
+        answers = await asyncio.gather(*(answer_if_any(ask(entry.link)) for entry in asked))
         by_name = {entry.name: answer for entry, answer in zip(asked, answers, strict=True)}
         found = [(name, item) for name, answer in by_name.items() for item in answer or ()]
         return found, [entry.name for entry in entries if by_name.get(entry.name) is None]
@@ -159,14 +159,14 @@ class HostRegistry:
             name, address, self._on_report, self._on_silence, self._lanes, self.heartbeat_seconds, self._coordinator, self._clock
         )
 
-    def _on_report(self, link: HostLink, word: HostReport) -> None:
+    def _on_report(self, link: HostLink, report: HostReport) -> None:
         entry = self._entry_of(link)
         if entry is None:
             return
-        entry.check_identity(word.host)
-        self._warn_of_rivals(entry, frozenset(word.host.coordinators) - {self._coordinator})
+        entry.check_identity(report.host)
+        self._warn_of_rivals(entry, frozenset(report.host.coordinators) - {self._coordinator})
         entry.heard_at = self._clock.monotonic()
-        before, entry.known = entry.known, heard(entry.known, word, self._wall())
+        before, entry.known = entry.known, after_report(entry.known, report, self._wall())
         if before.state != entry.known.state:
             self._bus.publish(HostChanged(entry.name, change="up"))
         if is_worth_saving(before, entry.known, self._table.unsaved_for(entry)):

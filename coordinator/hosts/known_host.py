@@ -62,12 +62,12 @@ class KnownHost:
         )
 
 
-def heard(known: pb.ClusterHost, word: HostReport, wall: float) -> pb.ClusterHost:
+def after_report(known: pb.ClusterHost, report: HostReport, wall: float) -> pb.ClusterHost:
     """Return the entry after a report of its agent that arrived at `wall` (Unix time in seconds). Pure."""
-    after = pb.ClusterHost(host=word.host, agent_address=known.agent_address, state=pb.HOST_STATE_UP)
+    after = pb.ClusterHost(host=report.host, agent_address=known.agent_address, state=pb.HOST_STATE_UP)
     after.last_seen_time.FromNanoseconds(int(wall * 1e9))
-    if word.send_time_ns:
-        after.clock_skew.FromNanoseconds(word.send_time_ns - int(wall * 1e9))
+    if report.send_time_ns:
+        after.clock_skew.FromNanoseconds(report.send_time_ns - int(wall * 1e9))
     return after
 
 

@@ -53,7 +53,7 @@ def test_7_the_wire_says_what_the_table_says(name: str) -> None:
 
 
 def test_7_a_row_knows_its_values() -> None:
-    assert (ROW.expected, ROW.words, ROW.read("8")) == ("2 to 8 channels", ("2", "8"), 8)
+    assert (ROW.expected, ROW.typed, ROW.read("8")) == ("2 to 8 channels", ("2", "8"), 8)
     assert [ROW.problem(value) == "" for value in (1, 2, 8, 9, True, "4", None)] == [False, True, True, False, False, False, False]
     method, switch = OPTIONS["compression_method"], OPTIONS["live"]
     assert (method.read("zstd"), switch.read("Yes"), switch.read("off")) == ("zstd", True, False)
@@ -64,7 +64,7 @@ def test_7_a_row_knows_its_values() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS.keys())
 def test_7_what_a_user_types_is_what_is_shown_and_what_crosses_the_wire(option: Option) -> None:
-    for word in option.words:
+    for word in option.typed:
         value = option.read(word)
         assert shown(value) == word
         message = options_to_proto(cast(Options, {option.name: value}))

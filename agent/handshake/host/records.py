@@ -127,14 +127,6 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
         return pb.AttemptRef(migration_id=self.migration_id, attempt=self.attempt)
 
     @property
-    def source_state(self) -> SourceState:
-        return SourceState(self.state)
-
-    @property
-    def destination_state(self) -> DestinationState:
-        return DestinationState(self.state)
-
-    @property
     def final(self) -> bool:
         return self.state in MACHINES[self.role].final
 

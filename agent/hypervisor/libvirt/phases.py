@@ -15,8 +15,6 @@ from typing import Any
 
 import libvirt
 
-PHASES = ("Begin", "Prepare", "Perform", "Finish", "Confirm")
-
 _STRING = 7
 _ULLONG = 4
 _FIELD_BYTES = 80  # VIR_TYPED_PARAM_FIELD_LENGTH
