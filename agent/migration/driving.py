@@ -145,6 +145,8 @@ class Drives:
                 async with asyncio.timeout(left):
                     await pauses.pause(entry.cancel_asked)
             if self.draining:
+                entry.parked = True
+                self._collection.changed.ring()
                 await asyncio.Event().wait()  # until this task is cancelled
 
     async def _has_begun(self, entry: Entry) -> bool:

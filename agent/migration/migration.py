@@ -64,6 +64,8 @@ class Entry:
         """The side that is being fenced; empty: none."""
         self.gave_up = False
         """Its driver has stopped although it has not ended: its records contradict each other."""
+        self.parked = False
+        """It has no slot yet, and its driver has stopped with the process: the next life goes on."""
         self.saved_statements = {statement.dead_host for statement in migration.statements}
         """Hosts that were declared dead, by the log."""
         self.saving: asyncio.Task[None] | None = None
@@ -120,7 +122,7 @@ class Entry:
     @property
     def busy(self) -> bool:
         """Whether this process must drive it to an end that will come soon."""
-        return not (self.final or self.gave_up or self.waits)
+        return not (self.final or self.gave_up or self.parked or self.waits)
 
     @property
     def waits(self) -> bool:

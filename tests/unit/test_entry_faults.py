@@ -7,7 +7,7 @@ import pytest
 from agent.migration import uptime
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, fails, until
+from tests.unit.asking import ID, PATIENCE, fails, until
 from tests.unit.fake_directory import Driving
 from tests.unit.test_entry_first import asked_for_a_slot, saved, slots_taken, state, waiting
 from tests.unit.test_migrations import SPEC
@@ -133,3 +133,28 @@ async def test_7_the_same_start_after_a_later_life_has_failed_returns_the_migrat
     starting.cancel()
     await driving.ended(ID)
     assert (await driving.migrations.start(ID, SPEC)).failure.reason == Reason.DOMAIN_NOT_FOUND
+
+
+async def test_7_a_recovered_start_that_stops_with_the_process_does_not_hold_it_up(driving: Driving) -> None:
+    starting = await asked_for_a_slot(driving)
+    driving.pair.to_destination.hang.clear()
+    driving.pair.to_destination.cut = True
+    await driving.restart()
+    starting.cancel()
+    await until(lambda: "retrying" in driving.migrations.get(ID).waiting_for)
+    driving.migrations.draining = True
+    assert await driving.migrations.idle(PATIENCE)
+
+
+async def test_7_a_cancel_while_the_next_attempt_is_saved_is_kept(driving: Driving) -> None:
+    pair = driving.pair
+    await waiting(driving)
+    pair.to_destination.refuse["reserve_slot"] = [DroverError(Reason.WRONG_PHASE, "it is over", metadata={"state": "gone"})]
+    driving.log.held = held = asyncio.Event()
+    await driving.log.waiting.wait()
+    driving.log.held = None
+    held.set()  # the save ends in the moment in which the cancel comes
+    await driving.migrations.cancel(ID)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.HasField("cancel_time")) == (pb.MIGRATION_STATE_CANCELLED, True)
+    assert saved(driving) == ended
