@@ -170,11 +170,17 @@ class Drives:
             if not asked_before or error.reason is not Reason.WRONG_PHASE or error.metadata.get("state") != DestinationState.GONE:
                 raise
             # The slot was taken, the answer was lost, and its lease has ended: that attempt is over.
-            again = entry.changed_to(attempt=entry.migration.attempt + 1)
-            await entry.save(again)
-            self._collection.publish(entry, again)
+            await self._next_attempt(entry)
             entry.driver = await self._planned_again(entry)
             await entry.driver.reserve()
+
+    async def _next_attempt(self, entry: Entry) -> None:
+        """Save the migration with its next attempt, then publish it. What changes during a save, such as by a cancel, is kept."""
+        before, again, attempt = None, entry.migration, entry.migration.attempt + 1
+        while entry.migration is not before:
+            before, again = entry.migration, entry.changed_to(attempt=attempt)
+            await entry.save(again)
+        self._collection.publish(entry, again)
 
     async def _planned_again(self, entry: Entry) -> Driver:
         """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
