@@ -22,10 +22,11 @@ class StoredMigrations:
         """Keys of migrations that have ended, the oldest first."""
 
     async def save(self, migration_id: str, body: bytes, *, ended: bool) -> None:
-        if not ended:
-            await self._store.txn([], [Put(_OPEN + migration_id, body)])
-            return
         before, key = _OPEN + migration_id, ENDED + migration_id
+        if not ended:
+            self._ended.pop(key, None)
+            await self._store.txn([], [Put(before, body), Delete(key)])
+            return
         for each in (before, key):
             self._ended.pop(each, None)
         self._ended[key] = None

@@ -6,6 +6,8 @@ import pytest
 
 from agent.migration import uptime
 from agent.runtime.errors import DroverError, Reason
+from coordinator.store import MemoryStore
+from coordinator.store.migration_log import StoredMigrations
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, PATIENCE, fails, until
 from tests.unit.fake_directory import Driving
@@ -157,4 +159,31 @@ async def test_7_a_cancel_while_the_next_attempt_is_saved_is_kept(driving: Drivi
     await driving.migrations.cancel(ID)
     ended = await driving.ended(ID)
     assert (ended.state, ended.HasField("cancel_time")) == (pb.MIGRATION_STATE_CANCELLED, True)
-    assert saved(driving) == ended
+    row = saved(driving)
+    assert (row.state, row.attempt, row.cancel_time) == (ended.state, ended.attempt, ended.cancel_time)
+
+
+async def test_7_a_save_as_open_replaces_the_end_in_the_store(store: MemoryStore) -> None:
+    log = StoredMigrations(store)
+    await log.save(ID, b"", ended=True)
+    await log.save(ID, b"", ended=False)
+    assert len(await log.load()) == 1
+
+
+async def test_7_no_cancel_is_saved_over_the_end_of_a_wait(driving: Driving) -> None:
+    """The log fails once, so that the end is saved only after the cancel has come."""
+    driving.pair.destination.engine.slots.limit = 0
+    save, saves = driving.log.save, []
+
+    async def fails_once(migration_id: str, body: bytes, *, ended: bool) -> None:
+        saves.append(ended)
+        if saves.count(True) == 1 and ended:
+            raise JOURNAL_DOWN
+        await save(migration_id, body, ended=ended)
+
+    driving.log.save = fails_once  # type: ignore[method-assign]
+    await driving.migrations.start(ID, SPEC, 0.05)
+    await until(lambda: True in saves)
+    await fails(driving.migrations.cancel(ID), Reason.JOURNAL_UNAVAILABLE)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_FAILED
+    assert saves == [False, True, True]
