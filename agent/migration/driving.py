@@ -286,4 +286,6 @@ async def _unless(event: asyncio.Event, work: Callable[[], Awaitable[T]]) -> T:
             task.cancel()
             waiting.cancel()
             await asyncio.wait({task, waiting})
+            if not task.cancelled():
+                task.exception()  # retrieved
     raise DroverError(Reason.CANCELLED, "cancelled on request")

@@ -39,6 +39,7 @@ MOST_WAITING: Final = 1000
 @dataclass(frozen=True)
 class _Starting:
     spec: pb.MigrationSpec
+    waits: bool
     task: "asyncio.Task[Entry]"
 
 
@@ -118,8 +119,9 @@ class Migrations:
         entry = self._collection.find(migration_id)
         if entry is None:
             if migration_id not in self._starting:
+                self._check_accepts(waits=bool(slot_wait))
                 task = asyncio.create_task(self._start(migration_id, spec, slot_wait), name=f"start {migration_id[:8]}")
-                self._starting[migration_id] = _Starting(spec, task)
+                self._starting[migration_id] = _Starting(spec, bool(slot_wait), task)
                 task.add_done_callback(lambda _: self._started(migration_id))
             starting = self._starting[migration_id]
             if starting.spec != spec:
@@ -128,6 +130,18 @@ class Migrations:
         elif entry.migration.spec != spec:
             raise _exists(migration_id)
         return await entry.accepted()
+
+    def _check_accepts(self, *, waits: bool) -> None:
+        """Raise DRAINING, or OVERLOADED for one that may wait for its slot, if no new migration is accepted now."""
+        if self.draining:
+            raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
+        if not waits:
+            return
+        waiting = {entry.migration.migration_id for entry in self._collection.all() if entry.waits}
+        waiting |= {migration_id for migration_id, starting in self._starting.items() if starting.waits}
+        if len(waiting) >= MOST_WAITING:
+            text = f"{MOST_WAITING} migrations already wait for their slots at {self._name}, the most it accepts; nothing was done"
+            raise DroverError(Reason.OVERLOADED, text, retry_after=5.0)
 
     def _started(self, migration_id: str) -> None:
         task = self._starting.pop(migration_id).task
@@ -138,11 +152,6 @@ class Migrations:
     async def _start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float) -> Entry:
         """Query both hosts and plan, make the migration durable, and start its driver."""
         began, moment, watch = time.time(), uptime(), Stopwatch("plan")
-        if self.draining:
-            raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
-        if slot_wait and sum(entry.waits for entry in self._collection.all()) >= MOST_WAITING:
-            text = f"{MOST_WAITING} migrations already wait for their slots at {self._name}, the most it accepts; nothing was done"
-            raise DroverError(Reason.OVERLOADED, text, retry_after=5.0)
         ends = await self._directory.find(spec)
         timing = timing_to_proto(watch.timing)
         timing.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)

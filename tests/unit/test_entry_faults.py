@@ -1,10 +1,13 @@
 """agent.migration.driving: what a refused, lost or late start leaves behind (issue 7, part 2)."""
 
 import asyncio
+import gc
 
 import pytest
 
+import agent.migration.migrations
 from agent.migration import uptime
+from agent.migration.driving import _unless
 from agent.runtime.errors import DroverError, Reason
 from coordinator.store import MemoryStore
 from coordinator.store.migration_log import StoredMigrations
@@ -187,3 +190,32 @@ async def test_7_no_cancel_is_saved_over_the_end_of_a_wait(driving: Driving) -> 
     await fails(driving.migrations.cancel(ID), Reason.JOURNAL_UNAVAILABLE)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_FAILED
     assert saves == [False, True, True]
+
+
+async def test_7_starts_at_the_same_time_keep_the_bound_of_waiting_migrations(
+    driving: Driving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent.migration.migrations, "MOST_WAITING", 2)
+    driving.pair.destination.engine.slots.limit = 0
+    starts = (driving.migrations.start(f"{n}{ID[1:]}", SPEC, 60) for n in range(5))
+    outcomes = await asyncio.gather(*starts, return_exceptions=True)
+    refused = [outcome.reason for outcome in outcomes if isinstance(outcome, DroverError)]
+    assert refused == [Reason.OVERLOADED] * 3
+    assert len(driving.migrations.list(active_only=True)) == 2
+
+
+async def test_7_the_error_of_work_that_was_ended_is_read() -> None:
+    unread: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unread.append(context))
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            ended.set()
+            await asyncio.Event().wait()
+        finally:
+            raise JOURNAL_DOWN
+
+    await fails(_unless(ended, work), Reason.CANCELLED)
+    gc.collect()
+    assert unread == []
