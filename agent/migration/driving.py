@@ -37,9 +37,13 @@ REPORT_AFTER_SECONDS: Final = 0.01
 LATEST_START: Final = 60.0
 """Age in seconds above which a later life does not start a fail-fast migration: its caller saw an error, and may act on it."""
 
+PLAN_SECONDS: Final = 60.0
+"""Age above which a plan is not used for another try: hosts and guest may have changed."""
+
 _WAITED_FOR: Final = frozenset(
     {
         Reason.BUSY,
+        Reason.DOMAIN_BUSY,
         Reason.HOST_UNREACHABLE,
         Reason.DEADLINE_EXCEEDED,
         Reason.DRAINING,
@@ -73,6 +77,7 @@ class Drives:
         """Return a driver for the entry, with its cancellation and its statements."""
         ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
         driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._bus, self._clock)
+        entry.planned_at = self._clock.monotonic()
         if entry.cancelled is not None:
             driver.view.cancel(entry.cancelled)
         for statement in entry.migration.statements:
@@ -85,7 +90,7 @@ class Drives:
             begins = entry.driver is not None
             if entry.driver is None:
                 await self._take_up(entry)
-            if not entry.placed.is_set() and entry.driver is not None and entry.driver.view.untouched:
+            if not entry.placed.is_set() and entry.driver is not None and _has_no_slot(entry, entry.driver):
                 never_saved = entry.refusal
                 try:
                     if never_saved is not None:
@@ -128,11 +133,11 @@ class Drives:
         the slot may have been taken."""
         clock, pauses = self._clock.monotonic, Pauses(SLOT, self._clock)
         patient_until = clock() + patience
-        asked_before = bool(entry.slot_wait or patience)
         while True:
             try:
-                await _unless(entry.cancel_asked, lambda: self._reserve(entry, asked_before=asked_before))
+                await _unless(entry.cancel_asked, lambda: self._reserve(entry))
             except DroverError as error:
+                entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
                 if patience and error.reason not in _WAITED_FOR and await self._has_begun(entry):
                     return
@@ -157,22 +162,31 @@ class Drives:
         await _unless(entry.cancel_asked, entry.driver.resume)
         return not entry.driver.view.untouched
 
-    async def _reserve(self, entry: Entry, *, asked_before: bool) -> None:
-        """Reserve the slot once. `asked_before`: an earlier call of this migration may have taken it."""
+    async def _reserve(self, entry: Entry) -> None:
+        """Reserve the slot once, with a plan that is not old."""
         if entry.recovered and not entry.slot_wait and (age := age_of(entry.migration)[0]) > LATEST_START:
             text = f"the driver went away before it had a slot, and came back {age:.0f} s after the request, too late for a start "
             raise DroverError(Reason.DRIVER_SILENT, f"{text}that may not wait. The guest was not touched; start a new migration")
-        if entry.driver is None or not entry.driver.calls.can_reserve:
-            entry.driver = await self._planned_again(entry)
+        driver = entry.driver
+        if driver is not None and _lost_its_slot(driver) and driver.view.ref.attempt == entry.migration.attempt:
+            await self._next_attempt(entry)
         try:
-            await entry.driver.reserve()
+            await (await self._ready(entry)).reserve()
         except DroverError as error:
+            asked_before = entry.recovered or entry.slot_asked
             if not asked_before or error.reason is not Reason.WRONG_PHASE or error.metadata.get("state") != DestinationState.GONE:
                 raise
             # The slot was taken, the answer was lost, and its lease has ended: that attempt is over.
             await self._next_attempt(entry)
-            entry.driver = await self._planned_again(entry)
-            await entry.driver.reserve()
+            await (await self._ready(entry)).reserve()
+
+    async def _ready(self, entry: Entry) -> Driver:
+        """Return a driver that can reserve the slot of the present attempt: the entry's, or one with a new plan."""
+        driver = entry.driver
+        old = self._clock.monotonic() - entry.planned_at > PLAN_SECONDS
+        if driver is None or old or not driver.calls.can_reserve or driver.view.ref.attempt != entry.migration.attempt:
+            driver = entry.driver = await self._planned_again(entry)
+        return driver
 
     async def _next_attempt(self, entry: Entry) -> None:
         """Save the migration with its next attempt, then publish it. What changes during a save, such as by a cancel, is kept."""
@@ -197,6 +211,8 @@ class Drives:
 
     def _show_wait(self, entry: Entry, error: DroverError) -> None:
         if entry.driver is not None:
+            if error.metadata.get("peer") == entry.migration.destination_host:
+                entry.driver.view.call_failed("destination", error)  # so far only a look for it has failed
             entry.driver.view.waiting_for = slot_waited_for(entry.migration.destination_host, error)
             self._update(entry)
 
@@ -218,7 +234,9 @@ class Drives:
             await asyncio.sleep(0)  # lets its watches see its end
             self._collection.remove(entry.migration.migration_id)
         entry.placed.set()
-        if driver.may_hold_slot and not forget:  # a repeated start with the id of a removed one resumes its slot
+        if (
+            driver.may_hold_slot or entry.slot_asked
+        ) and not forget:  # a repeated start with the id of a removed one resumes its slot
             await driver.give_back()
 
     async def _settle(self, entry: Entry, write: Callable[[], Awaitable[None]]) -> None:
@@ -272,6 +290,19 @@ class Drives:
             self._collection.publish(entry, migration)
             entry.forget_refuted()
             self._on_told(entry)
+
+
+def _has_no_slot(entry: Entry, driver: Driver) -> bool:
+    """Return whether the guest is untouched and the slot has yet to be reserved, or again if the migration may wait for it."""
+    return driver.view.untouched or (entry.slot_wait_left > 0 and _lost_its_slot(driver))
+
+
+def _lost_its_slot(driver: Driver) -> bool:
+    """Return whether the destination's lease has ended before the source had a record: that attempt is over."""
+    view, record = driver.view, driver.view.destination_record
+    if record is None or view.source_record is not None or view.overtaken or "source" in view.silent_since:
+        return False
+    return view.destination_state is DestinationState.GONE and record.failure.reason == Reason.LEASE_EXPIRED
 
 
 async def _unless(event: asyncio.Event, work: Callable[[], Awaitable[T]]) -> T:

@@ -64,6 +64,10 @@ class Entry:
         """The side that is being fenced; empty: none."""
         self.gave_up = False
         """Its driver has stopped although it has not ended: its records contradict each other."""
+        self.slot_asked = False
+        """A call for the slot has had no answer: the destination may hold it."""
+        self.planned_at = 0.0
+        """When its driver was made, by the clock's monotonic time."""
         self.parked = False
         """It has no slot yet, and its driver has stopped with the process: the next life goes on."""
         self.saved_statements = {statement.dead_host for statement in migration.statements}

@@ -14,6 +14,7 @@ from coordinator.store.migration_log import StoredMigrations
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, PATIENCE, fails, until
 from tests.unit.fake_directory import Driving
+from tests.unit.fake_hypervisor import UUID
 from tests.unit.test_entry_first import asked_for_a_slot, saved, slots_taken, state, waiting
 from tests.unit.test_migrations import SPEC
 from tests.unit.test_uptime import HOUR
@@ -154,7 +155,8 @@ async def test_7_a_recovered_start_that_stops_with_the_process_does_not_hold_it_
 async def test_7_a_cancel_while_the_next_attempt_is_saved_is_kept(driving: Driving) -> None:
     pair = driving.pair
     await waiting(driving)
-    pair.to_destination.refuse["reserve_slot"] = [DroverError(Reason.WRONG_PHASE, "it is over", metadata={"state": "gone"})]
+    over = DroverError(Reason.WRONG_PHASE, "it is over", metadata={"state": "gone"})
+    pair.to_destination.refuse["reserve_slot"] = [pair.to_destination.unreachable(), over]
     driving.log.held = held = asyncio.Event()
     await driving.log.waiting.wait()
     driving.log.held = None
@@ -219,3 +221,76 @@ async def test_7_the_error_of_work_that_was_ended_is_read() -> None:
     await fails(_unless(ended, work), Reason.CANCELLED)
     gc.collect()
     assert unread == []
+
+
+async def test_7_a_first_try_does_not_take_up_an_attempt_that_is_over(driving: Driving) -> None:
+    """The id was used before: the destination's record is of that migration."""
+    over = DroverError(Reason.WRONG_PHASE, "it is over", metadata={"state": "gone"})
+    driving.pair.to_destination.refuse["reserve_slot"] = [over]
+    await driving.migrations.start(ID, SPEC, 60)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason, ended.attempt) == (pb.MIGRATION_STATE_FAILED, Reason.WRONG_PHASE, 1)
+    assert driving.pair.source.calls == []
+
+
+async def test_7_a_wait_goes_on_after_a_life_in_which_its_slot_was_lost(driving: Driving) -> None:
+    pair = driving.pair
+    pair.destination.engine.host.lease_seconds = 0.1
+    pair.to_destination.lose_answer["reserve_slot"] = 1
+    pair.to_destination.on_call = lambda _: setattr(pair.to_destination, "cut", pair.destination.journalled == "reserved")
+    await driving.migrations.start(ID, SPEC, 60)
+    await until(lambda: pair.destination.journalled == "gone")
+    await driving.migrations.close()
+    pair.destination.engine.host.lease_seconds = 60.0
+    pair.to_destination.on_call = lambda _: None
+    pair.to_destination.cut = False
+    await driving.restart()
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.attempt) == (pb.MIGRATION_STATE_SUCCEEDED, 2)
+    assert pair.runs_on == ["h2"]
+
+
+async def test_7_a_slot_that_may_be_held_is_given_back_after_another_plan(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    pair = driving.pair
+    pair.to_destination.lose_answer["reserve_slot"] = 1
+    pair.to_destination.on_call = lambda _: pair.source.hypervisor.domains.clear() if slots_taken(pair) else None
+    await driving.migrations.start(ID, SPEC, 60)
+    assert (await driving.ended(ID)).failure.reason == Reason.DOMAIN_NOT_FOUND
+    await until(lambda: slots_taken(pair) == 0)
+
+
+async def test_7_a_long_wait_plans_again(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    await waiting(driving)
+    driving.pair.source.hypervisor.change(UUID, memory_bytes=1 << 40)
+    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    planned = driving.directory.asked
+    await until(lambda: driving.directory.asked >= planned + 2)
+    driving.pair.destination.engine.slots.limit = 1
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+    assert driving.pair.destination.hypervisor.arguments["incompatibilities"][0].memory_bytes == 1 << 40
+
+
+async def test_7_a_guest_that_is_gone_ends_the_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    await waiting(driving)
+    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    driving.pair.source.hypervisor.domains.clear()
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.DOMAIN_NOT_FOUND)
+
+
+async def test_7_a_destination_that_gives_no_plan_is_shown_as_silent(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    await waiting(driving)
+    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    driving.directory.fails = [DroverError(Reason.HOST_UNREACHABLE, "h2 does not answer", metadata={"peer": "h2"})] * 1000
+    await until(lambda: driving.migrations.get(ID).wait_reason == pb.WAIT_REASON_HOST_UNREACHABLE)
+    assert list(driving.migrations.get(ID).silent_hosts) == ["h2"]
+    driving.directory.fails.clear()
+    driving.pair.destination.engine.slots.limit = 1
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+
+
+async def test_7_a_guest_that_is_busy_for_a_while_does_not_end_the_wait(driving: Driving) -> None:
+    driving.pair.to_destination.refuse["reserve_slot"] = [DroverError(Reason.DOMAIN_BUSY, "it is being saved")]
+    await driving.migrations.start(ID, SPEC, 60)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED

@@ -495,7 +495,7 @@ class StartMigrationRequest(message.Message):
     @builtins.property
     def slot_wait(self) -> duration_pb2.Duration:
         """How long the migration may wait for its slot, from the request on and over restarts of the server. Meanwhile a busy or unreachable
-        destination is tried again; then the migration ends as FAILED with the last error. At most 7 days. Unset or zero: fail-fast, the call
+        destination, or a busy guest, is tried again; then the migration ends as FAILED with the last error. At most 7 days. Unset or zero: fail-fast, the call
         returns BUSY or HOST_UNREACHABLE.
         """
 

@@ -90,11 +90,12 @@ class MigrationServiceServicer:
     def StartMigration(self, request, context):
         """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
         Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
-        migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
-        as it is now.
+        migration is left, and the same id may be used again; only after JOURNAL_UNAVAILABLE it may be listed until its row can be removed.
+        Repeating the call with the same migration_id and spec returns the migration as it is now.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
         HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
-        URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
+        URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING, OVERLOADED (too many wait for their
+        slots), JOURNAL_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

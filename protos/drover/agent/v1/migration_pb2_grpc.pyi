@@ -40,11 +40,12 @@ class MigrationServiceStub:
     StartMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]
     """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
     Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
-    migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
-    as it is now.
+    migration is left, and the same id may be used again; only after JOURNAL_UNAVAILABLE it may be listed until its row can be removed.
+    Repeating the call with the same migration_id and spec returns the migration as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
-    URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
+    URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING, OVERLOADED (too many wait for their
+    slots), JOURNAL_UNAVAILABLE.
     """
     GetMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]
     """One migration."""
@@ -80,11 +81,12 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     StartMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]  # type: ignore[assignment]
     """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
     Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
-    migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
-    as it is now.
+    migration is left, and the same id may be used again; only after JOURNAL_UNAVAILABLE it may be listed until its row can be removed.
+    Repeating the call with the same migration_id and spec returns the migration as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
-    URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
+    URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING, OVERLOADED (too many wait for their
+    slots), JOURNAL_UNAVAILABLE.
     """
     GetMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]  # type: ignore[assignment]
     """One migration."""
@@ -123,11 +125,12 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_migration_pb2.StartMigrationResponse, _abc.Awaitable[_migration_pb2.StartMigrationResponse]]:
         """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
         Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
-        migration is left, and the same id may be used again. Repeating the call with the same migration_id and spec returns the migration
-        as it is now.
+        migration is left, and the same id may be used again; only after JOURNAL_UNAVAILABLE it may be listed until its row can be removed.
+        Repeating the call with the same migration_id and spec returns the migration as it is now.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
         HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
-        URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING.
+        URI_NOT_ALLOWED, BUSY (with RetryInfo), MIGRATION_EXISTS (same id, other spec), DRAINING, OVERLOADED (too many wait for their
+        slots), JOURNAL_UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
