@@ -55,8 +55,8 @@ _WAITED_FOR: Final = frozenset(
 """Errors after which a migration that may wait for its slot tries again."""
 
 
-class Drives:
-    """Drives the entries of a collection. `on_told` is called after news of a driver were published."""
+class Runner:
+    """Runs the drivers of a collection's entries. `on_told` is called after news of a driver were published."""
 
     def __init__(
         self, directory: Directory, collection: Collection, on_told: Callable[[Entry], None], bus: Bus, clock: Clock
@@ -90,7 +90,7 @@ class Drives:
             begins = entry.driver is not None
             if entry.driver is None:
                 await self._take_up(entry)
-            if not entry.placed.is_set() and entry.driver is not None and _has_no_slot(entry, entry.driver):
+            if not entry.settled.is_set() and entry.driver is not None and _has_no_slot(entry, entry.driver):
                 never_saved = entry.refusal
                 try:
                     if never_saved is not None:
@@ -103,7 +103,7 @@ class Drives:
                 entry.migration = entry.changed_to()  # earlier readers keep theirs
                 entry.migration.slot_duration.CopyFrom(duration(entry.elapsed))
                 self.tell(entry)
-            entry.placed.set()
+            entry.settled.set()
             await self._run(entry)
         except asyncio.CancelledError:
             entry.driver = None  # the next one reads the records first
@@ -114,7 +114,7 @@ class Drives:
         while True:
             try:
                 entry.driver = await self._resumed(entry)
-                await entry.driver.resume(pending=not entry.placed.is_set())
+                await entry.driver.resume(pending=not entry.settled.is_set())
             except DroverError as error:
                 log.warning("a migration cannot be resumed yet", migration=entry.migration.migration_id, error=error.message)
                 await pauses.pause()
@@ -233,7 +233,7 @@ class Drives:
         if forget:
             await asyncio.sleep(0)  # lets its watches see its end
             self._collection.remove(entry.migration.migration_id)
-        entry.placed.set()
+        entry.settled.set()
         if (
             driver.may_hold_slot or entry.slot_asked
         ) and not forget:  # a repeated start with the id of a removed one resumes its slot
@@ -251,7 +251,7 @@ class Drives:
             except DroverError as error:
                 log.error("the end of a migration was not saved", migration=entry.migration.migration_id, error=error.message)
                 entry.refusal = error
-                entry.placed.set()
+                entry.settled.set()
                 await pauses.pause()
             else:
                 return

@@ -80,14 +80,14 @@ class Entry:
         self.cancel_asked = asyncio.Event()
         if migration.HasField("cancel_time"):
             self.cancel_asked.set()
-        self.placed = asyncio.Event()
+        self.settled = asyncio.Event()
         """Set once the migration has its slot, or has ended without one."""
         self.ending = False
         """It ends without a slot, and that is (or will be) saved or removed: nothing else may be saved."""
         self.refusal: DroverError | None = None
         """The error of its start, which leaves no migration."""
         if migration.state not in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING):
-            self.placed.set()
+            self.settled.set()
         self._taken_up = time.monotonic()
 
     @property
@@ -112,9 +112,9 @@ class Entry:
         return self.slot_wait - age_of(self.migration)[0]
 
     async def accepted(self) -> pb.Migration:
-        """Return the migration; if it is fail-fast, once it has its slot. Raises `refusal`."""
-        if not self.slot_wait:
-            await self.placed.wait()
+        """Return the migration; if this life has started it and it is fail-fast, once it has its slot. Raises `refusal`."""
+        if not (self.slot_wait or self.recovered):
+            await self.settled.wait()
         if self.refusal is not None:
             raise self.refusal
         return self.migration
@@ -131,7 +131,7 @@ class Entry:
     @property
     def waits(self) -> bool:
         """Whether it waits for its slot, and may do so."""
-        return bool(self.slot_wait) and not (self.placed.is_set() or self.ending)
+        return bool(self.slot_wait) and not (self.settled.is_set() or self.ending)
 
     @property
     def cancelled(self) -> Failure | None:

@@ -16,7 +16,7 @@ from agent.handshake.drive.view import statement_event
 from agent.handshake.host.records import timing_to_proto
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.migration.collection import Change, Collection, life_of
-from agent.migration.driving import Drives
+from agent.migration.driving import Runner
 from agent.migration.fencing import Fences, FencingConfig
 from agent.migration.migration import Entry, MigrationLog
 from agent.migration.planning import make_plan, planned
@@ -61,7 +61,7 @@ class Migrations:
         self._directory = directory
         self._kept = kept
         self._collection = Collection(name, bus)
-        self._drives = Drives(directory, self._collection, self._fence_if_in_doubt, bus, clock)
+        self._runner = Runner(directory, self._collection, self._fence_if_in_doubt, bus, clock)
         self._starting: dict[str, _Starting] = {}
 
     # ---- life
@@ -74,16 +74,16 @@ class Migrations:
         for entry in entries:
             if not entry.final:
                 self._collection.publish(entry, entry.changed_to())  # an earlier life may have published more than it saved
-                self._drives.start(entry)
+                self._runner.start(entry)
 
     @property
     def draining(self) -> bool:
         """The process is stopping: no migration is started, and none that waits for its slot goes on."""
-        return self._drives.draining
+        return self._runner.draining
 
     @draining.setter
     def draining(self, draining: bool) -> None:
-        self._drives.draining = draining
+        self._runner.draining = draining
 
     async def close(self) -> None:
         """Cancel every driver; the records remain, and the source's agent ends what runs."""
@@ -175,9 +175,9 @@ class Migrations:
         except asyncio.CancelledError:
             await entry.remove()  # the save goes on without its caller
             raise
-        entry.driver = self._drives.driver(entry, ends.source, ends.destination, plan)
+        entry.driver = self._runner.driver(entry, ends.source, ends.destination, plan)
         self._collection.publish(entry, migration)
-        self._drives.start(entry)
+        self._runner.start(entry)
         return entry
 
     def take_over(self, migration: pb.Migration) -> None:
@@ -187,7 +187,7 @@ class Migrations:
             return
         entry = Entry(migration, self._kept)
         self._collection.publish(entry, migration)
-        self._drives.start(entry)
+        self._runner.start(entry)
 
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`. The driver acts at once; returns once the request is durable.
@@ -195,7 +195,7 @@ class Migrations:
         Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver acts, but a restart now would lose the request)."""
         entry = self._collection.get(migration_id)
         if entry.ending:
-            await entry.placed.wait()
+            await entry.settled.wait()
             if entry.refusal is not None and not entry.final:
                 raise entry.refusal
         if entry.final or entry.gave_up:
@@ -207,7 +207,7 @@ class Migrations:
             entry.cancel_asked.set()
         if entry.driver is not None and entry.cancelled is not None:
             entry.driver.view.cancel(entry.cancelled)
-            self._drives.tell(entry)
+            self._runner.tell(entry)
         answer = entry.migration
         await entry.save()
         return answer
@@ -242,7 +242,7 @@ class Migrations:
             raise entry.not_in_doubt(statement.dead_host)
         self._bus.publish(statement_event(migration_id, statement, "made"))
         driver.view.declare_dead(side, statement)
-        self._drives.tell(entry)
+        self._runner.tell(entry)
         return entry.migration
 
     @property

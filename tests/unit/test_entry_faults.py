@@ -294,3 +294,12 @@ async def test_7_a_guest_that_is_busy_for_a_while_does_not_end_the_wait(driving:
     driving.pair.to_destination.refuse["reserve_slot"] = [DroverError(Reason.DOMAIN_BUSY, "it is being saved")]
     await driving.migrations.start(ID, SPEC, 60)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+
+
+async def test_7_the_same_start_in_a_later_life_returns_at_once(driving: Driving) -> None:
+    starting = await asked_for_a_slot(driving)
+    driving.pair.to_source.cut = driving.pair.to_destination.cut = True
+    await driving.restart()
+    starting.cancel()
+    async with asyncio.timeout(PATIENCE):
+        assert (await driving.migrations.start(ID, SPEC)).state == pb.MIGRATION_STATE_PENDING
