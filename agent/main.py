@@ -179,7 +179,7 @@ async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations, b
 async def _stop(local: LocalHost, migrations: Migrations, engine: Engine, server: Server) -> None:
     """Accept no new work, and stop once everything has ended, at the latest after `STOP_SECONDS`."""
     local.bus.publish(HostChanged(local.name, change="stopping", message=f"{len(engine.active())} attempts have not ended"))
-    local.draining = migrations.draining = True
+    local.draining = migrations.runner.draining = True
     engine.changed.ring()
     async with asyncio.timeout(STOP_SECONDS + 1):
         await asyncio.gather(migrations.idle(STOP_SECONDS), engine.idle(STOP_SECONDS))

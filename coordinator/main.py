@@ -57,7 +57,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         log.info("serving", name=config.name, addresses=server.addresses)
         yield server
         log.info("stopping")
-        migrations.draining = True
+        migrations.runner.draining = True
         await migrations.idle(STOP_SECONDS)
         await server.stop(grace=0.2)
 

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -19,6 +19,7 @@ from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
 from agent.migration.progress import describe, impossible, slot_waited_for
 from agent.migration.uptime import age_of
+from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -62,7 +63,7 @@ class Runner:
         self, directory: Directory, collection: Collection, on_told: Callable[[Entry], None], bus: Bus, clock: Clock
     ) -> None:
         self.draining = False
-        """The process is stopping: a migration that waits for its slot stays as it is, for the next life."""
+        """The process is stopping: no migration is started, and one that waits for its slot stays as it is, for the next life."""
         self._directory = directory
         self._collection = collection
         self._on_told = on_told
@@ -200,8 +201,7 @@ class Runner:
         """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
         spec = same_guest(entry.migration)
         ends = await self._directory.find(spec)
-        plan, _ = make_plan(spec, ends.source.host, ends.destination.host, ends.guest, ends.source.agent_address,
-                            ends.destination.agent_address)  # fmt: skip
+        plan, _ = make_plan(spec, ends)
         check_same_hosts(entry.migration, plan)
         again = entry.changed_to(network=plan.network)
         again.options.CopyFrom(plan.options)
@@ -305,18 +305,11 @@ def _lost_its_slot(driver: Driver) -> bool:
     return view.destination_state is DestinationState.GONE and record.failure.reason == Reason.LEASE_EXPIRED
 
 
-async def _unless(event: asyncio.Event, work: Callable[[], Awaitable[T]]) -> T:
+async def _unless(event: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Return what `work` returns. Raises CANCELLED, and ends `work`, as soon as `event` is set."""
     if not event.is_set():
-        task, waiting = asyncio.ensure_future(work()), asyncio.ensure_future(event.wait())
-        try:
+        async with alongside(event.wait()) as waiting, alongside(work()) as task:
             await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-        finally:
-            task.cancel()
-            waiting.cancel()
-            await asyncio.wait({task, waiting})
-            if not task.cancelled():
-                task.exception()  # retrieved
     raise DroverError(Reason.CANCELLED, "cancelled on request")

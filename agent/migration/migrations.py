@@ -4,7 +4,7 @@ in how they find hosts by name (a `Directory`) and where they store migrations (
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from agent.handshake.drive.ends import Directory
 from agent.handshake.drive.view import statement_event
 from agent.handshake.host.records import timing_to_proto
 from agent.handshake.host.stopwatch import Stopwatch
-from agent.migration.collection import Change, Collection, life_of
+from agent.migration.collection import Collection, life_of
 from agent.migration.driving import Runner
 from agent.migration.fencing import Fences, FencingConfig
 from agent.migration.migration import Entry, MigrationLog
@@ -60,8 +60,9 @@ class Migrations:
         self._fences = Fences(fencing) if fencing is not None else None
         self._directory = directory
         self._kept = kept
-        self._collection = Collection(name, bus)
-        self._runner = Runner(directory, self._collection, self._fence_if_in_doubt, bus, clock)
+        self.collection = Collection(name, bus)
+        """To get, list and watch them."""
+        self.runner = Runner(directory, self.collection, self._fence_if_in_doubt, bus, clock)
         self._starting: dict[str, _Starting] = {}
 
     # ---- life
@@ -70,20 +71,11 @@ class Migrations:
         """Load the stored migrations, and resume those that have not ended."""
         entries = [Entry(pb.Migration.FromString(body), self._kept, recovered=True) for body in await self._kept.load()]
         newest = max((entry.migration.revision for entry in entries), default=0)
-        self._collection.open(await self._kept.next_life(life_of(newest)), entries)
+        self.collection.open(await self._kept.next_life(life_of(newest)), entries)
         for entry in entries:
             if not entry.final:
-                self._collection.publish(entry, entry.changed_to())  # an earlier life may have published more than it saved
-                self._runner.start(entry)
-
-    @property
-    def draining(self) -> bool:
-        """The process is stopping: no migration is started, and none that waits for its slot goes on."""
-        return self._runner.draining
-
-    @draining.setter
-    def draining(self, draining: bool) -> None:
-        self._runner.draining = draining
+                self.collection.publish(entry, entry.changed_to())  # an earlier life may have published more than it saved
+                self.runner.start(entry)
 
     async def close(self) -> None:
         """Cancel every driver; the records remain, and the source's agent ends what runs."""
@@ -91,7 +83,7 @@ class Migrations:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        entries = self._collection.all()
+        entries = self.collection.all()
         for entry in entries:
             if entry.telling is not None:
                 entry.telling.cancel()
@@ -106,8 +98,8 @@ class Migrations:
         """Wait until all have ended but those that wait for their slot (the next life drives them). Return False on timeout."""
         try:
             async with asyncio.timeout(timeout):
-                while self._starting or any(entry.busy for entry in self._collection.all()):
-                    await self._collection.changed.next.wait()
+                while self._starting or any(entry.busy for entry in self.collection.all()):
+                    await self.collection.changed.next.wait()
         except TimeoutError:
             return False
         return True
@@ -116,7 +108,7 @@ class Migrations:
 
     async def start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float = 0.0) -> pb.Migration:
         """See `MigrationService.StartMigration`. Goes on when the caller is cancelled; the migration is durable when it returns."""
-        entry = self._collection.find(migration_id)
+        entry = self.collection.find(migration_id)
         if entry is None:
             if migration_id not in self._starting:
                 self._check_accepts(waits=bool(slot_wait))
@@ -133,11 +125,11 @@ class Migrations:
 
     def _check_accepts(self, *, waits: bool) -> None:
         """Raise DRAINING, or OVERLOADED for one that may wait for its slot, if no new migration is accepted now."""
-        if self.draining:
+        if self.runner.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
         if not waits:
             return
-        waiting = {entry.migration.migration_id for entry in self._collection.all() if entry.waits}
+        waiting = {entry.migration.migration_id for entry in self.collection.all() if entry.waits}
         waiting |= {migration_id for migration_id, starting in self._starting.items() if starting.waits}
         if len(waiting) >= MOST_WAITING:
             text = f"{MOST_WAITING} migrations already wait for their slots at {self._name}, the most it accepts; nothing was done"
@@ -147,7 +139,7 @@ class Migrations:
         task = self._starting.pop(migration_id).task
         if not task.cancelled():
             task.exception()  # retrieved, as no caller may be left
-        self._collection.changed.ring()
+        self.collection.changed.ring()
 
     async def _start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float) -> Entry:
         """Query both hosts and plan, make the migration durable, and start its driver."""
@@ -155,8 +147,7 @@ class Migrations:
         ends = await self._directory.find(spec)
         timing = timing_to_proto(watch.timing)
         timing.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)
-        plan, warnings = make_plan(spec, ends.source.host, ends.destination.host, ends.guest, ends.source.agent_address,
-                                   ends.destination.agent_address)  # fmt: skip
+        plan, warnings = make_plan(spec, ends)
         migration = planned(migration_id, spec, plan, warnings, ends.guest)
         migration.timings.append(timing)
         migration.driver = self._name
@@ -164,7 +155,7 @@ class Migrations:
         migration.create_time.FromNanoseconds(int(began * 1e9))
         if slot_wait:
             migration.slot_wait.CopyFrom(duration(slot_wait))
-        self._collection.number(migration)
+        self.collection.number(migration)
         entry = Entry(migration, self._kept)
         try:
             await entry.save()
@@ -175,25 +166,25 @@ class Migrations:
         except asyncio.CancelledError:
             await entry.remove()  # the save goes on without its caller
             raise
-        entry.driver = self._runner.driver(entry, ends.source, ends.destination, plan)
-        self._collection.publish(entry, migration)
-        self._runner.start(entry)
+        entry.driver = self.runner.driver(entry, ends.source, ends.destination, plan)
+        self.collection.publish(entry, migration)
+        self.runner.start(entry)
         return entry
 
     def take_over(self, migration: pb.Migration) -> None:
         """Drive a migration of a lost driver to its end, unless it is driven here already."""
-        entry = self._collection.find(migration.migration_id)
+        entry = self.collection.find(migration.migration_id)
         if entry is not None and not entry.final:
             return
         entry = Entry(migration, self._kept)
-        self._collection.publish(entry, migration)
-        self._runner.start(entry)
+        self.collection.publish(entry, migration)
+        self.runner.start(entry)
 
     async def cancel(self, migration_id: str) -> pb.Migration:
         """See `MigrationService.CancelMigration`. The driver acts at once; returns once the request is durable.
 
         Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver acts, but a restart now would lose the request)."""
-        entry = self._collection.get(migration_id)
+        entry = self.collection.get(migration_id)
         if entry.ending:
             await entry.settled.wait()
             if entry.refusal is not None and not entry.final:
@@ -203,11 +194,11 @@ class Migrations:
         if entry.cancelled is None:
             cancelled = entry.changed_to(state=pb.MIGRATION_STATE_CANCELLING)
             cancelled.cancel_time.GetCurrentTime()
-            self._collection.publish(entry, cancelled)
+            self.collection.publish(entry, cancelled)
             entry.cancel_asked.set()
         if entry.driver is not None and entry.cancelled is not None:
             entry.driver.view.cancel(entry.cancelled)
-            self._runner.tell(entry)
+            self.runner.tell(entry)
         answer = entry.migration
         await entry.save()
         return answer
@@ -217,7 +208,7 @@ class Migrations:
         durable.
 
         Raises MIGRATION_NOT_FOUND, HOST_NOT_FOUND, NOT_IN_DOUBT, JOURNAL_UNAVAILABLE; nothing has changed then."""
-        entry = self._collection.get(migration_id)
+        entry = self.collection.get(migration_id)
         migration, driver, side = entry.migration, entry.driver, entry.side(statement.dead_host)
         if not side:
             raise DroverError(
@@ -242,33 +233,12 @@ class Migrations:
             raise entry.not_in_doubt(statement.dead_host)
         self._bus.publish(statement_event(migration_id, statement, "made"))
         driver.view.declare_dead(side, statement)
-        self._runner.tell(entry)
+        self.runner.tell(entry)
         return entry.migration
-
-    @property
-    def revision(self) -> int:
-        """Revision of the last change of any migration."""
-        return self._collection.revision
-
-    def get(self, migration_id: str) -> pb.Migration:
-        """Return the migration. Raises MIGRATION_NOT_FOUND."""
-        return self._collection.get(migration_id).migration
-
-    def list(self, *, active_only: bool) -> "list[pb.Migration]":
-        """Return the migrations, the newest first."""
-        return self._collection.list(active_only=active_only)
 
     def active_at(self, host: str) -> Sequence[str]:
         """Return the ids of migrations from or to that host that have not ended."""
-        return [entry.migration.migration_id for entry in self._collection.all() if not entry.final and entry.side(host)]
-
-    def watch(self, migration_id: str, from_revision: int) -> AsyncIterator[pb.Migration]:
-        """See `Collection.watch`."""
-        return self._collection.watch(migration_id, from_revision)
-
-    def watch_all(self, from_revision: int) -> AsyncIterator[Change]:
-        """See `Collection.watch_all`."""
-        return self._collection.watch_all(from_revision)
+        return [entry.migration.migration_id for entry in self.collection.all() if not entry.final and entry.side(host)]
 
     # ---- fencing
 

@@ -2,10 +2,10 @@
 refused here, before a host has done anything."""
 
 from ipaddress import ip_address
-from typing import Protocol
 
 import grpc
 
+from agent.handshake.drive.ends import Ends, Side
 from agent.handshake.drive.plan import Plan
 from agent.hypervisor.features import check_bandwidth, check_options, check_protocol, settled
 from agent.hypervisor.guest_fact import fact_of_description
@@ -18,26 +18,12 @@ from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 
-class _End(Protocol):
-    @property
-    def host(self) -> host_pb2.Host: ...
-
-    @property
-    def agent_address(self) -> str: ...
-
-
-def make_plan(
-    spec: pb.MigrationSpec,
-    source: host_pb2.Host,
-    destination: host_pb2.Host,
-    guest: host_pb2.GetDomainResponse,
-    source_agent: str,
-    destination_agent: str,
-) -> tuple[Plan, list[str]]:
+def make_plan(spec: pb.MigrationSpec, ends: Ends) -> tuple[Plan, list[str]]:
     """Return the plan, and warnings for the user.
 
     Raises SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH, SPLIT_PHASES_MISSING,
     NETWORK_NOT_FOUND, URI_NOT_ALLOWED; the guest's obstacle to leaving (DOMAIN_BUSY, INCOMPATIBLE_GUEST, …)."""
+    source, destination, guest = ends.source.host, ends.destination.host, ends.guest
     _check_hosts(source, destination)
     _check_guest(guest, source)
     for host, end in ((source, f"the source {source.name}"), (destination, f"the destination {destination.name}")):
@@ -57,9 +43,9 @@ def make_plan(
             domain_uuid=guest.domain.uuid,
             destination_name=spec.destination_name or guest.domain.name,
             source_host=source.name,
-            source_agent=source_agent,
+            source_agent=ends.source.agent_address,
             destination_host=destination.name,
-            destination_agent=destination_agent,
+            destination_agent=ends.destination.agent_address,
             network=network,
             uri=spec.uri,
             bandwidth=spec.bandwidth_bytes_per_second,
@@ -120,7 +106,7 @@ def check_same_hosts(migration: pb.Migration, plan: Plan) -> None:
         )
 
 
-def resume_plan(migration: pb.Migration, source: _End, destination: _End) -> Plan:
+def resume_plan(migration: pb.Migration, source: Side, destination: Side) -> Plan:
     """Return the plan of a migration that has its slot, without the guest's requirements, which are no longer needed."""
     spec = migration.spec
     return Plan(

@@ -27,24 +27,26 @@ class MigrationServicer(rpc.MigrationServiceServicer):
         return pb.StartMigrationResponse(migration=with_age(started))
 
     async def GetMigration(self, request: pb.GetMigrationRequest, context: _Context) -> pb.GetMigrationResponse:  # noqa: N802
-        return pb.GetMigrationResponse(migration=with_age(self._migrations.get(request.migration_id)))
+        return pb.GetMigrationResponse(migration=with_age(self._migrations.collection.get(request.migration_id).migration))
 
     async def ListMigrations(self, request: pb.ListMigrationsRequest, context: _Context) -> pb.ListMigrationsResponse:  # noqa: N802
         paging = Paging(request, int, int, str, default=100)
-        listed = self._migrations.list(active_only=request.active_only)
+        listed = self._migrations.collection.list(active_only=request.active_only)
         page = paging.take((newest_first(migration), with_age(migration)) for migration in listed)
-        return pb.ListMigrationsResponse(migrations=page.items, next_page_token=page.token, revision=self._migrations.revision)
+        return pb.ListMigrationsResponse(
+            migrations=page.items, next_page_token=page.token, revision=self._migrations.collection.revision
+        )
 
     async def WatchMigration(  # noqa: N802
         self, request: pb.WatchMigrationRequest, context: _Context
     ) -> AsyncIterator[pb.WatchMigrationResponse]:
-        async for migration in self._migrations.watch(request.migration_id, request.from_revision):
+        async for migration in self._migrations.collection.watch(request.migration_id, request.from_revision):
             yield pb.WatchMigrationResponse(migration=with_age(migration))
 
     async def WatchMigrations(  # noqa: N802
         self, request: pb.WatchMigrationsRequest, context: _Context
     ) -> AsyncIterator[pb.WatchMigrationsResponse]:
-        async for change in self._migrations.watch_all(request.from_revision):
+        async for change in self._migrations.collection.watch_all(request.from_revision):
             response = pb.WatchMigrationsResponse(revision=change.revision)
             if change.migration is not None:
                 response.migration.CopyFrom(with_age(change.migration))

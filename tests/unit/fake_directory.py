@@ -125,18 +125,18 @@ class Driving:
 
     async def ended(self, migration_id: str, within: float = PATIENCE) -> pb.Migration:
         """The last word of a watch."""
-        last = self.migrations.get(migration_id)
+        last = self.migrations.collection.get(migration_id).migration
         async with asyncio.timeout(within):
-            async for migration in self.migrations.watch(migration_id, 0):
+            async for migration in self.migrations.collection.watch(migration_id, 0):
                 last = migration
         return last
 
     async def reaches(self, migration_id: str, state: pb.MigrationState.ValueType, within: float = PATIENCE) -> pb.Migration:
         async with asyncio.timeout(within):
-            async for migration in self.migrations.watch(migration_id, 0):
+            async for migration in self.migrations.collection.watch(migration_id, 0):
                 if migration.state == state:
                     return migration
-        raise AssertionError(f"it ended as {self.migrations.get(migration_id)}")
+        raise AssertionError(f"it ended as {self.migrations.collection.get(migration_id).migration}")
 
 
 JOURNAL_DOWN = DroverError(Reason.JOURNAL_UNAVAILABLE, "the disk is full")

@@ -157,7 +157,7 @@ async def test_6_21_its_end_is_told_once_it_is_paused(driving: Driving, monkeypa
     (pair.wire.all_sent if moves else pair.wire.broken).set()
     await pair.are(*(("removed", "running") if moves else ("kept", "gone")))
     await until(lambda: "suspend" in keeper.calls)
-    assert driving.migrations.get(ID).state not in FINAL
+    assert driving.migrations.collection.get(ID).migration.state not in FINAL
     held.set()
     ended = await driving.ended(ID)
     fact = ended.destination_guest if moves else ended.source_guest

@@ -149,7 +149,7 @@ async def test_7_list_then_watch_misses_nothing_over_a_restart(driving: Driving)
     servicer, seen = MigrationServicer(driving.migrations), dict[str, pb.Migration]()
     before = await servicer.ListMigrations(pb.ListMigrationsRequest(), cast(Any, None))
     await flowing(driving)
-    last = driving.migrations.revision
+    last = driving.migrations.collection.revision
     await driving.restart()
     servicer = MigrationServicer(driving.migrations)
     for revision in (before.revision or 1, last):
@@ -169,21 +169,21 @@ async def test_7_a_revision_never_falls_whatever_was_written_down_and_whatever_t
     driving: Driving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await flowing(driving)
-    told = driving.migrations.revision
+    told = driving.migrations.collection.revision
     assert pb.Migration.FromString(driving.log.rows[ID][0]).revision < told, "not all that was told is written down"
     for by in (-HOUR, HOUR, -HOUR):
         set_wall_clock(monkeypatch, by)
         await driving.restart()
-        assert driving.migrations.get(ID).revision > told
-        told = driving.migrations.revision
+        assert driving.migrations.collection.get(ID).migration.revision > told
+        told = driving.migrations.collection.revision
 
 
 async def test_7_revisions_of_an_older_version_are_lower(driving: Driving) -> None:
     old = pb.Migration(migration_id=ID, state=ENDED, revision=1_800_000_000_000)  # milliseconds of the wall clock
     await driving.log.save(ID, old.SerializeToString(), ended=True)
     await driving.restart()
-    assert driving.migrations.revision > old.revision
-    assert driving.migrations.get(ID) == old
+    assert driving.migrations.collection.revision > old.revision
+    assert driving.migrations.collection.get(ID).migration == old
 
 
 async def test_7_lists_are_in_the_order_of_the_starts_whatever_the_clock_says(
@@ -196,10 +196,10 @@ async def test_7_lists_are_in_the_order_of_the_starts_whatever_the_clock_says(
         await driving.migrations.start(migration_id, SPEC, 60)
     await driving.migrations.cancel(ids[1])
     await driving.ended(ids[1])
-    listed = [migration.migration_id for migration in driving.migrations.list(active_only=False)]
+    listed = [migration.migration_id for migration in driving.migrations.collection.list(active_only=False)]
     assert listed == ids[::-1]
     await driving.restart()
-    assert [migration.migration_id for migration in driving.migrations.list(active_only=False)] == listed
+    assert [migration.migration_id for migration in driving.migrations.collection.list(active_only=False)] == listed
 
 
 # --- the logs ---------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def unknown_once(driving: Driving) -> None:
 async def test_7_a_start_whose_write_failed_leaves_no_row_if_it_was_written_all_the_same(driving: Driving, slot_wait: float) -> None:
     unknown_once(driving)
     await fails(driving.migrations.start(ID, SPEC, slot_wait), Reason.JOURNAL_UNAVAILABLE)
-    await until(lambda: not driving.migrations.list(active_only=False))
+    await until(lambda: not driving.migrations.collection.list(active_only=False))
     assert driving.log.rows == {}
     assert driving.pair.to_destination.count["reserve_slot"] == 0
     await driving.migrations.start(ID, SPEC)
@@ -88,7 +88,7 @@ async def test_7_a_start_whose_write_failed_is_listed_as_long_as_its_row_may_be_
     await fails(driving.migrations.cancel(ID), Reason.JOURNAL_UNAVAILABLE)
     assert not await driving.migrations.idle(0.05)
     down.clear()
-    await until(lambda: not driving.migrations.list(active_only=False))
+    await until(lambda: not driving.migrations.collection.list(active_only=False))
     assert driving.log.rows == {}
 
 
@@ -97,7 +97,7 @@ async def test_7_a_start_whose_write_has_failed_for_certain_leaves_nothing(drivi
     driving.log.fails = [full]
     driving.log.remove_fails = [full] * 1000
     await fails(driving.migrations.start(ID, SPEC), Reason.JOURNAL_UNAVAILABLE)
-    assert driving.migrations.list(active_only=False) == []
+    assert driving.migrations.collection.list(active_only=False) == []
 
 
 async def test_7_a_start_that_a_stopping_process_cuts_off_leaves_no_row(driving: Driving) -> None:
@@ -147,8 +147,8 @@ async def test_7_a_recovered_start_that_stops_with_the_process_does_not_hold_it_
     driving.pair.to_destination.cut = True
     await driving.restart()
     starting.cancel()
-    await until(lambda: "retrying" in driving.migrations.get(ID).waiting_for)
-    driving.migrations.draining = True
+    await until(lambda: "retrying" in driving.migrations.collection.get(ID).migration.waiting_for)
+    driving.migrations.runner.draining = True
     assert await driving.migrations.idle(PATIENCE)
 
 
@@ -203,7 +203,7 @@ async def test_7_starts_at_the_same_time_keep_the_bound_of_waiting_migrations(
     outcomes = await asyncio.gather(*starts, return_exceptions=True)
     refused = [outcome.reason for outcome in outcomes if isinstance(outcome, DroverError)]
     assert refused == [Reason.OVERLOADED] * 3
-    assert len(driving.migrations.list(active_only=True)) == 2
+    assert len(driving.migrations.collection.list(active_only=True)) == 2
 
 
 async def test_7_the_error_of_work_that_was_ended_is_read() -> None:
@@ -283,8 +283,8 @@ async def test_7_a_destination_that_gives_no_plan_is_shown_as_silent(driving: Dr
     await waiting(driving)
     monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
     driving.directory.fails = [DroverError(Reason.HOST_UNREACHABLE, "h2 does not answer", metadata={"peer": "h2"})] * 1000
-    await until(lambda: driving.migrations.get(ID).wait_reason == pb.WAIT_REASON_HOST_UNREACHABLE)
-    assert list(driving.migrations.get(ID).silent_hosts) == ["h2"]
+    await until(lambda: driving.migrations.collection.get(ID).migration.wait_reason == pb.WAIT_REASON_HOST_UNREACHABLE)
+    assert list(driving.migrations.collection.get(ID).migration.silent_hosts) == ["h2"]
     driving.directory.fails.clear()
     driving.pair.destination.engine.slots.limit = 1
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED

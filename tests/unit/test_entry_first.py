@@ -23,7 +23,7 @@ WEEK = 7 * 24 * HOUR
 
 
 def state(driving: Driving) -> pb.MigrationState.ValueType:
-    return driving.migrations.get(ID).state
+    return driving.migrations.collection.get(ID).migration.state
 
 
 def saved(driving: Driving) -> pb.Migration:
@@ -47,7 +47,7 @@ async def waiting(driving: Driving, slot_wait: float = 60.0) -> pb.Migration:
     """A start that waits, because the destination has no slot."""
     driving.pair.destination.engine.slots.limit = 0
     started = await driving.migrations.start(ID, SPEC, slot_wait)
-    await until(lambda: "are taken" in driving.migrations.get(ID).waiting_for)
+    await until(lambda: "are taken" in driving.migrations.collection.get(ID).migration.waiting_for)
     return started
 
 
@@ -58,9 +58,9 @@ async def test_7_a_migration_is_durable_listed_and_watched_before_it_has_its_slo
     starting = await asked_for_a_slot(driving)
     assert saved(driving).state == pb.MIGRATION_STATE_PENDING
     assert slots_taken(driving.pair) == 0
-    (listed,) = driving.migrations.list(active_only=True)
-    seen = await anext(driving.migrations.watch(ID, 0))
-    for migration in (listed, seen, driving.migrations.get(ID)):
+    (listed,) = driving.migrations.collection.list(active_only=True)
+    seen = await anext(driving.migrations.collection.watch(ID, 0))
+    for migration in (listed, seen, driving.migrations.collection.get(ID).migration):
         assert (migration.state, migration.phase, migration.runs_on) == (pb.MIGRATION_STATE_PENDING, "reserve", "h1")
         assert (migration.wait_reason, migration.waiting_for) == (pb.WAIT_REASON_SLOT, "an incoming slot of h2")
     assert not starting.done()
@@ -144,7 +144,7 @@ async def test_7_what_its_source_has_forgotten_is_not_given_up_before_the_destin
     await until(lambda: driving.directory.asked >= asked + 2)
     assert state(driving) != pb.MIGRATION_STATE_FAILED
     pair.to_destination.cut = False
-    await until(lambda: driving.migrations.get(ID).runs_on == "h2")
+    await until(lambda: driving.migrations.collection.get(ID).migration.runs_on == "h2")
     assert state(driving) != pb.MIGRATION_STATE_FAILED
 
 
@@ -200,13 +200,13 @@ async def test_7_a_refused_start_is_told_to_its_caller_and_its_watchers_and_gone
     ends: list[pb.Migration] = []
 
     async def watch_all() -> None:
-        async for change in driving.migrations.watch_all(0):
+        async for change in driving.migrations.collection.watch_all(0):
             changes.append(change)
             if change.migration is not None and not ends:
                 asyncio.get_running_loop().create_task(watch_one(change.migration.migration_id))
 
     async def watch_one(migration_id: str) -> None:
-        ends.extend([migration async for migration in driving.migrations.watch(migration_id, 0)])
+        ends.extend([migration async for migration in driving.migrations.collection.watch(migration_id, 0)])
 
     watching = asyncio.create_task(watch_all())
     await until(lambda: changes)
@@ -217,7 +217,7 @@ async def test_7_a_refused_start_is_told_to_its_caller_and_its_watchers_and_gone
     assert changes[-1].removed == ID
     assert (ends[-1].state, ends[-1].failure.reason) == (pb.MIGRATION_STATE_FAILED, reason)
     assert driving.log.rows == {}
-    await fails(anext(driving.migrations.watch(ID, 0)), Reason.MIGRATION_NOT_FOUND)
+    await fails(anext(driving.migrations.collection.watch(ID, 0)), Reason.MIGRATION_NOT_FOUND)
     mend()
     await driving.migrations.start(ID, SPEC)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
@@ -244,7 +244,7 @@ async def test_7_a_refusal_that_cannot_be_written_down_is_no_refusal_yet(driving
     no_room(driving.pair)
     driving.log.remove_fails = [JOURNAL_DOWN]
     await fails(driving.migrations.start(ID, SPEC), Reason.JOURNAL_UNAVAILABLE)
-    await until(lambda: driving.log.rows == {} and not driving.migrations.list(active_only=False))
+    await until(lambda: driving.log.rows == {} and not driving.migrations.collection.list(active_only=False))
 
 
 # --- the wait ---------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ async def test_7_a_refusal_that_cannot_be_written_down_is_no_refusal_yet(driving
 async def test_7_a_start_that_may_wait_answers_at_once_and_moves_when_a_slot_is_free(driving: Driving) -> None:
     started = await waiting(driving)
     assert (started.state, started.slot_wait.seconds) == (pb.MIGRATION_STATE_PENDING, 60)
-    now = driving.migrations.get(ID)
+    now = driving.migrations.collection.get(ID).migration
     assert (now.state, now.wait_reason) == (pb.MIGRATION_STATE_PENDING, pb.WAIT_REASON_SLOT)
     assert now.waiting_for == "an incoming slot of h2: 0 of 0 are taken"
     assert Migration.from_proto(now).slot_duration is None
@@ -270,8 +270,8 @@ async def test_7_a_start_that_may_wait_answers_at_once_and_moves_when_a_slot_is_
 async def test_7_an_unreachable_destination_is_waited_for_too(driving: Driving) -> None:
     driving.pair.to_destination.cut = True
     await driving.migrations.start(ID, SPEC, 60)
-    await until(lambda: driving.migrations.get(ID).wait_reason == pb.WAIT_REASON_HOST_UNREACHABLE)
-    assert list(driving.migrations.get(ID).silent_hosts) == ["h2"]
+    await until(lambda: driving.migrations.collection.get(ID).migration.wait_reason == pb.WAIT_REASON_HOST_UNREACHABLE)
+    assert list(driving.migrations.collection.get(ID).migration.silent_hosts) == ["h2"]
     driving.pair.to_destination.cut = False
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
 
@@ -343,7 +343,7 @@ async def test_7_a_cancel_that_only_the_log_has_seen_ends_the_wait_in_the_next_l
 async def test_7_the_wait_goes_on_in_the_next_life(driving: Driving) -> None:
     await waiting(driving, WEEK)
     await driving.restart()
-    await until(lambda: "are taken" in driving.migrations.get(ID).waiting_for)
+    await until(lambda: "are taken" in driving.migrations.collection.get(ID).migration.waiting_for)
     driving.pair.destination.engine.slots.limit = 1
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
     driving.pair.moved()
@@ -356,7 +356,7 @@ async def test_7_the_wait_is_measured_over_restarts_and_not_by_the_wall_clock(
     await waiting(driving, HOUR / 2)
     set_wall_clock(monkeypatch, by)
     await driving.restart()
-    await until(lambda: "are taken" in driving.migrations.get(ID).waiting_for)
+    await until(lambda: "are taken" in driving.migrations.collection.get(ID).migration.waiting_for)
     later = uptime._seconds() + HOUR
     monkeypatch.setattr(uptime, "_seconds", lambda: later)
     await driving.restart()
@@ -381,7 +381,7 @@ async def test_7_a_slot_whose_answer_was_lost_until_its_lease_ended_is_asked_for
 
 async def test_7_a_process_that_stops_neither_waits_for_the_wait_nor_takes_a_slot(driving: Driving) -> None:
     await waiting(driving)
-    driving.migrations.draining = True
+    driving.migrations.runner.draining = True
     assert await driving.migrations.idle(0.5)
     await asyncio.sleep(0.1)  # many pauses of the wait; a call that was under way is answered by now
     driving.pair.destination.engine.slots.limit = 1

@@ -188,7 +188,7 @@ async def test_7_a_migration_is_told_at_each_change_of_its_state_and_not_at_each
     heard = RecordCache(driving.pair.source.bus)
     await flowing(driving)
     for _ in range(5):
-        driving.migrations._runner.tell(driving.migrations._collection.get(ID))
+        driving.migrations.runner.tell(driving.migrations.collection.get(ID))
     driving.pair.wire.all_sent.set()
     await driving.ended(ID)
     told = heard.of(MigrationChanged)

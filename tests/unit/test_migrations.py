@@ -70,7 +70,7 @@ async def test_the_same_id_again_is_the_same_migration(driving: Driving) -> None
 async def test_the_same_id_for_another_spec_is_refused(driving: Driving) -> None:
     await flowing(driving)
     await fails(driving.migrations.start(ID, OTHER_SPEC), Reason.MIGRATION_EXISTS)
-    assert driving.migrations.get(ID).spec == SPEC
+    assert driving.migrations.collection.get(ID).migration.spec == SPEC
 
 
 async def test_two_callers_start_it_once(driving: Driving) -> None:
@@ -101,7 +101,7 @@ async def test_a_caller_that_goes_away_does_not_stop_the_start(driving: Driving)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
     driving.directory.held.set()
-    await until(lambda: driving.migrations.list(active_only=False))
+    await until(lambda: driving.migrations.collection.list(active_only=False))
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
 
 
@@ -126,7 +126,7 @@ def unknown(driving: Driving) -> None:
 
 
 def stopping(driving: Driving) -> None:
-    driving.migrations.draining = True
+    driving.migrations.runner.draining = True
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def stopping(driving: Driving) -> None:
 async def test_a_refusal_leaves_nothing(driving: Driving, prepare: Callable[[Driving], None], reason: Reason) -> None:
     prepare(driving)
     await fails(driving.migrations.start(ID, SPEC), reason)
-    assert driving.migrations.list(active_only=False) == []
+    assert driving.migrations.collection.list(active_only=False) == []
     assert driving.log.rows == {}
     assert driving.pair.source.calls == driving.pair.destination.calls == []
     assert driving.pair.destination.engine.active() == []
     with pytest.raises(DroverError, match="knows no migration"):
-        driving.migrations.get(ID)
+        driving.migrations.collection.get(ID)
     async with asyncio.timeout(PATIENCE):
         assert await driving.migrations.idle(0.5)
 
@@ -164,7 +164,7 @@ async def test_6_6_what_cannot_be_written_down_is_not_accepted(driving: Driving)
     """No host was called, and the same request can be made again."""
     driving.log.fails = [JOURNAL_DOWN]
     await fails(driving.migrations.start(ID, SPEC), Reason.JOURNAL_UNAVAILABLE)
-    assert driving.migrations.list(active_only=False) == []
+    assert driving.migrations.collection.list(active_only=False) == []
     assert driving.pair.source.calls == driving.pair.destination.calls == []
     await driving.migrations.start(ID, SPEC)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
@@ -237,7 +237,7 @@ async def test_a_watch_says_at_once_how_it_is_and_ends_with_it(driving: Driving)
     seen: list[pb.Migration] = []
 
     async def read(from_revision: int) -> None:
-        async for migration in driving.migrations.watch(ID, from_revision):
+        async for migration in driving.migrations.collection.watch(ID, from_revision):
             seen.append(migration)  # noqa: PERF401 - one at a time
 
     watching = asyncio.create_task(read(now.revision + 1_000_000))
@@ -261,7 +261,7 @@ async def test_a_watch_says_at_once_how_it_is_and_ends_with_it(driving: Driving)
 async def test_a_slow_reader_misses_what_was_in_between_never_the_end(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent.migration.driving, "REPORT_AFTER_SECONDS", 0)
     await flowing(driving)
-    slow, quick = driving.migrations.watch(ID, 0), driving.migrations.watch(ID, 0)
+    slow, quick = driving.migrations.collection.watch(ID, 0), driving.migrations.collection.watch(ID, 0)
     first = await anext(slow)
     reading = asyncio.create_task(_all(quick))
     driving.pair.wire.all_sent.set()
@@ -281,7 +281,7 @@ async def test_a_watch_that_knows_a_revision_of_an_earlier_life_sees_the_end(dri
     seen = (await flowing(driving)).revision
     await driving.restart()
     await until(lambda: driving.directory.asked > 1)
-    reading = driving.migrations.watch(ID, seen + 1000)
+    reading = driving.migrations.collection.watch(ID, seen + 1000)
     assert (await anext(reading)).migration_id == ID
     driving.pair.wire.all_sent.set()
     rest = [migration async for migration in reading]
@@ -295,16 +295,16 @@ async def test_list_has_the_newest_first_and_bounds(driving: Driving) -> None:
         migration.create_time.FromSeconds(number + 1)
         await driving.log.save(migration.migration_id, migration.SerializeToString(), ended=True)
     await driving.restart()
-    listed = [migration.migration_id for migration in driving.migrations.list(active_only=False)]
+    listed = [migration.migration_id for migration in driving.migrations.collection.list(active_only=False)]
     assert listed == [f"m{number}" for number in range(KEEP + 4, -1, -1)]
-    assert driving.migrations.list(active_only=True) == []
+    assert driving.migrations.collection.list(active_only=True) == []
     await driving.migrations.start(ID, SPEC)
-    kept = driving.migrations.list(active_only=False)
+    kept = driving.migrations.collection.list(active_only=False)
     assert len(kept) == KEEP
     assert kept[0].migration_id == ID
     assert "m0" not in {migration.migration_id for migration in kept}
     with pytest.raises(DroverError, match="knows no migration"):
-        driving.migrations.get("m0")
+        driving.migrations.collection.get("m0")
 
 
 async def test_idle_waits_for_the_end(driving: Driving) -> None:
@@ -313,7 +313,7 @@ async def test_idle_waits_for_the_end(driving: Driving) -> None:
     waiting = asyncio.create_task(driving.migrations.idle(3))
     driving.pair.wire.all_sent.set()
     assert await waiting
-    assert driving.migrations.get(ID).state == pb.MIGRATION_STATE_SUCCEEDED
+    assert driving.migrations.collection.get(ID).migration.state == pb.MIGRATION_STATE_SUCCEEDED
 
 
 async def test_close_leaves_no_start_behind(driving: Driving) -> None:

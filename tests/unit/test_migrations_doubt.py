@@ -74,7 +74,7 @@ async def test_6_6_a_life_that_died_before_a_start_was_durable_leaves_nothing(dr
     await driving.restart()
     await asyncio.gather(starting, return_exceptions=True)
     with pytest.raises(DroverError, match="knows no migration"):
-        driving.migrations.get(ID)
+        driving.migrations.collection.get(ID)
     assert driving.pair.source.calls == []
     assert driving.pair.states == ("", "")
 
@@ -85,7 +85,7 @@ async def test_what_has_ended_stays_ended_over_a_restart(driving: Driving) -> No
     await until(lambda: driving.log.rows[ID][1])
     asked = driving.directory.asked
     await driving.restart()
-    assert driving.migrations.get(ID) == ended
+    assert driving.migrations.collection.get(ID).migration == ended
     assert driving.directory.asked == asked
     assert await driving.migrations.idle(0.1)
 
@@ -142,7 +142,7 @@ async def test_6_6_an_acknowledged_statement_survives_a_restart_before_an_agent_
     driving.pair.to_source.cut = True
     await driving.migrations.resolve(ID, statement("h2"))
     await driving.restart()
-    assert [said.dead_host for said in driving.migrations.get(ID).statements] == ["h2"]
+    assert [said.dead_host for said in driving.migrations.collection.get(ID).migration.statements] == ["h2"]
     driving.pair.to_source.cut = False
     ended = await driving.ended(ID)
     assert (ended.failure.reason, ended.runs_on) == (Reason.DECLARED_DEAD, "h1")
@@ -169,7 +169,7 @@ async def test_6_6_a_statement_that_was_refuted_does_not_count_after_a_restart(d
     await until(lambda: not pb.Migration.FromString(driving.log.rows[ID][0]).statements)
     driving.pair.to_destination.cut = True
     await driving.restart()
-    await until(lambda: len(driving.migrations.get(ID).silent_hosts) == 2)
+    await until(lambda: len(driving.migrations.collection.get(ID).migration.silent_hosts) == 2)
     driving.pair.to_source.cut = False
     await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
     assert driving.pair.runs_on == []
@@ -179,7 +179,7 @@ async def test_6_6_a_statement_that_cannot_be_written_down_changes_nothing(drivi
     before = await in_doubt(driving)
     driving.log.fails = [JOURNAL_DOWN]
     await fails(driving.migrations.resolve(ID, statement("h2")), Reason.JOURNAL_UNAVAILABLE)
-    after = driving.migrations.get(ID)
+    after = driving.migrations.collection.get(ID).migration
     assert (after.state, list(after.statements)) == (before.state, [])
     assert driving.pair.runs_on == []
 
@@ -232,14 +232,14 @@ async def test_only_a_host_that_takes_part_and_is_silent_can_be_declared_dead(dr
     ended = await driving.ended(ID)
     await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
     await fails(driving.migrations.resolve("another", statement("h2")), Reason.MIGRATION_NOT_FOUND)
-    assert driving.migrations.get(ID) == ended
+    assert driving.migrations.collection.get(ID).migration == ended
 
 
 async def test_6_19_a_host_is_asked_before_it_is_said_to_answer(driving: Driving) -> None:
     """The driver has not noticed yet that the host does not answer."""
     await flowing(driving)
     driving.pair.to_destination.cut = True
-    assert not driving.migrations.get(ID).silent_hosts
+    assert not driving.migrations.collection.get(ID).migration.silent_hosts
     resolved = await driving.migrations.resolve(ID, statement("h2"))
     assert [said.dead_host for said in resolved.statements] == ["h2"]
 
@@ -248,7 +248,7 @@ async def test_6_19_a_host_is_asked_before_it_is_taken_for_dead(driving: Driving
     """The driver has not noticed yet that the host answers again."""
     await in_doubt(driving)
     driving.pair.to_destination.cut = False
-    assert list(driving.migrations.get(ID).silent_hosts) == ["h2"]
+    assert list(driving.migrations.collection.get(ID).migration.silent_hosts) == ["h2"]
     await fails(driving.migrations.resolve(ID, statement("h2")), Reason.NOT_IN_DOUBT)
     driving.pair.wire.starts.set()
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
@@ -345,7 +345,7 @@ async def test_a_command_that_fails_changes_nothing_and_is_run_again(pair: Pair,
     try:
         await in_doubt(driving)
         await until(lambda: len(fence.runs) >= 2)
-        assert driving.migrations.get(ID).state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN
+        assert driving.migrations.collection.get(ID).migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN
         assert pair.runs_on == []
         assert pair.states[0] == "performed"
         fence.status.write_text("0")
@@ -394,7 +394,7 @@ async def test_a_host_is_fenced_only_after_it_was_silent_for_the_whole_time(pair
         await in_doubt(driving)
         await asyncio.sleep(1)
         pair.to_destination.cut = False
-        await until(lambda: driving.migrations.get(ID).state != pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+        await until(lambda: driving.migrations.collection.get(ID).migration.state != pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
         pair.to_destination.cut = True
         await driving.reaches(ID, pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
         await asyncio.sleep(1.4)

@@ -285,6 +285,6 @@ async def test_6_25_migrations(driving: Driving, tmp_path: Path) -> None:
         listed = await client.list_migrations(limit=1000)
         assert len(await client.list_migrations()) == 100
     assert [migration.id for migration in listed] == [
-        migration.migration_id for migration in driving.migrations.list(active_only=False)
+        migration.migration_id for migration in driving.migrations.collection.list(active_only=False)
     ]
     assert len({migration.id for migration in listed}) == 1000

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
+from agent.handshake.drive.ends import Ends, Side
 from agent.handshake.drive.plan import Plan
 from agent.migration.planning import make_plan, resume_plan
 from agent.runtime.errors import DroverError, Reason
@@ -53,13 +54,18 @@ def guest(state: host_pb2.DomainState.ValueType = host_pb2.DOMAIN_STATE_RUNNING)
     )
 
 
+def side(of: host_pb2.Host) -> Side:
+    called: Any = None  # a plan calls nobody
+    return Side(of, called, f"10.91.0.{of.name.removeprefix('h')}:7400")
+
+
 def planned(
     spec: pb.MigrationSpec = SPEC,
     source: host_pb2.Host | None = None,
     destination: host_pb2.Host | None = None,
     domain: host_pb2.GetDomainResponse | None = None,
 ) -> tuple[Plan, list[str]]:
-    return make_plan(spec, source or host(1), destination or host(2), domain or guest(), "10.91.0.1:7400", "10.91.0.2:7400")
+    return make_plan(spec, Ends(side(source or host(1)), side(destination or host(2)), domain or guest()))
 
 
 def test_a_plan_of_a_plain_spec() -> None:
@@ -159,14 +165,9 @@ def test_6_15_what_keeps_the_guest_from_leaving_is_told_before_a_slot_is_taken(r
 
 
 def test_6_30_a_driver_that_goes_on_has_the_options_of_the_plan() -> None:
-    class End:
-        def __init__(self, number: int) -> None:
-            self.host = host(number)
-            self.agent_address = f"10.91.0.{number}:7400"
-
     plan, _ = planned(destination=host(2, migration_features=FORBIDDEN))
     migration = pb.Migration(spec=SPEC, source_host="h1", destination_host="h2", network="mig", options=plan.options)
-    assert resume_plan(migration, End(1), End(2)).options == options_pb2.Options(post_copy=False)
+    assert resume_plan(migration, side(host(1)), side(host(2))).options == options_pb2.Options(post_copy=False)
 
 
 @pytest.mark.parametrize("uri", ["tcp://10.92.0.1:49152", "tcp://10.92.0.2:1", "rdma://10.92.0.2:49152"])
@@ -191,11 +192,6 @@ def test_only_a_guest_with_a_process_can_move(state: host_pb2.DomainState.ValueT
 
 
 def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
-    class End:
-        def __init__(self, number: int) -> None:
-            self.host = host(number)
-            self.agent_address = f"10.91.0.{number}:7400"
-
     first, _ = planned(spec(bandwidth_bytes_per_second=7, destination_name="web2"))
     migration = pb.Migration(
         spec=spec(bandwidth_bytes_per_second=7, destination_name="web2"),
@@ -205,7 +201,7 @@ def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
         domain_uuid="u1",
         network="mig",
     )
-    again = resume_plan(migration, End(1), End(2))
+    again = resume_plan(migration, side(host(1)), side(host(2)))
     assert again.requirements is None
     names = set(Plan.__dataclass_fields__) - {"requirements"}
     assert {name: getattr(again, name) for name in names} == {name: getattr(first, name) for name in names}
@@ -226,10 +222,10 @@ def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
 def test_6_05_a_destination_is_reached_at_an_address_that_it_alone_has(address: str, says: str) -> None:
     networks = [host_pb2.Network(name="mig", address=address, roles=["migration"])]
     with pytest.raises(DroverError, match=says) as error:
-        make_plan(SPEC, host(1), host(2, networks=networks), guest(), "a1", "a2")
+        planned(destination=host(2, networks=networks))
     assert error.value.reason is Reason.NETWORK_NOT_FOUND
     if address != "banana":
-        make_plan(SPEC, host(1, driver="sim"), host(2, driver="sim", networks=networks), guest(), "a1", "a2")
+        planned(SPEC, host(1, driver="sim"), host(2, driver="sim", networks=networks))
 
 
 def test_6_17_two_hosts_with_one_uuid_are_told_what_to_do() -> None:

@@ -39,7 +39,7 @@ async def test_an_agent_whose_address_is_none_is_not_asked(channels: Channels, d
     with capture_logs() as logs:
         assert other_side(channels, attempt) is None
         take_over(attempt, driving.migrations, "h1", functools.partial(other_side, channels))
-    assert driving.migrations.list(active_only=False) == []
+    assert driving.migrations.collection.list(active_only=False) == []
     assert [line["log_level"] for line in logs] == ["error"] * (3 if address else 1)
     await agent.close()
 
@@ -66,10 +66,10 @@ async def left_alone(pair: Pair, driving: Driving, channels: Channels) -> Callab
 
 async def test_what_was_taken_over_is_driven_once_and_can_be_seen(pair: Pair, driving: Driving, channels: Channels) -> None:
     again = await left_alone(pair, driving, channels)
-    task = driving.migrations._collection.get(ID).task
+    task = driving.migrations.collection.get(ID).task
     again()
-    assert driving.migrations._collection.get(ID).task is task
-    shown = driving.migrations.get(ID)
+    assert driving.migrations.collection.get(ID).task is task
+    shown = driving.migrations.collection.get(ID).migration
     assert (shown.domain_name, shown.source_host, shown.destination_host) == ("web1", "h1", "h2")
     assert list(shown.warnings) == [WARNING]
     pair.wire.all_sent.set()
@@ -90,7 +90,7 @@ async def test_what_was_taken_over_can_be_resolved(pair: Pair, driving: Driving,
     pair.wire.starts.clear()
     pair.to_destination.cut = True
     pair.wire.all_sent.set()
-    await until(lambda: driving.migrations.get(ID).state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
+    await until(lambda: driving.migrations.collection.get(ID).migration.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN)
     said: handshake_pb2.Statement = statement("h2")
     await driving.migrations.resolve(ID, said)
     ended = await driving.ended(ID)

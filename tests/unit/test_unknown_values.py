@@ -139,7 +139,7 @@ async def test_6_11_a_failure_for_a_reason_of_tomorrow_ends_the_migration_and_is
     body, _ = driving.log.rows[ID]
     assert migration_pb2.Migration.FromString(body).failure.reason == "OF_TOMORROW"
     await driving.restart()
-    assert driving.migrations.get(ID).state in FINAL
+    assert driving.migrations.collection.get(ID).migration.state in FINAL
 
 
 async def test_6_11_a_state_of_tomorrow_decides_nothing_and_is_asked_again(pair: Pair) -> None:

@@ -95,11 +95,15 @@ async def test_6_16_each_answer_says_how_long_ago_by_the_servers_clock(driving: 
         *(await servicer.ListMigrations(pb.ListMigrationsRequest(), nobody)).migrations,
         (await anext(servicer.WatchMigration(pb.WatchMigrationRequest(**which), nobody))).migration,
         (await servicer.CancelMigration(pb.CancelMigrationRequest(**which), nobody)).migration,
-        (await servicer.StartMigration(pb.StartMigrationRequest(**which, spec=driving.migrations.get(ID).spec), nobody)).migration,
+        (
+            await servicer.StartMigration(
+                pb.StartMigrationRequest(**which, spec=driving.migrations.collection.get(ID).migration.spec), nobody
+            )
+        ).migration,
     ]
     assert len(answers) == 5
     assert all(0 < seconds(answer.age) < 60 and not answer.age_by_wall_clock for answer in answers)
-    assert not driving.migrations.get(ID).HasField("age"), "what is kept would be old"
+    assert not driving.migrations.collection.get(ID).migration.HasField("age"), "what is kept would be old"
 
 
 def test_6_16_an_age_is_never_negative(monkeypatch: pytest.MonkeyPatch) -> None:
