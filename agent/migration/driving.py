@@ -19,6 +19,7 @@ from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
 from agent.migration.progress import describe, impossible, slot_waited_for
 from agent.migration.uptime import age_of
+from agent.migration.whereabouts import whereabouts
 from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
@@ -91,7 +92,7 @@ class Runner:
             begins = entry.driver is not None
             if entry.driver is None:
                 await self._take_up(entry)
-            if not entry.settled.is_set() and entry.driver is not None and _has_no_slot(entry, entry.driver):
+            if not entry.settled.is_set() and entry.driver is not None and entry.needs_slot:
                 never_saved = entry.refusal
                 try:
                     if never_saved is not None:
@@ -168,8 +169,7 @@ class Runner:
         if entry.recovered and not entry.slot_wait and (age := age_of(entry.migration)[0]) > LATEST_START:
             text = f"the driver went away before it had a slot, and came back {age:.0f} s after the request, too late for a start "
             raise DroverError(Reason.DRIVER_SILENT, f"{text}that may not wait. The guest was not touched; start a new migration")
-        driver = entry.driver
-        if driver is not None and _lost_its_slot(driver) and driver.view.ref.attempt == entry.migration.attempt:
+        if entry.lost_its_slot:
             await self._next_attempt(entry)
         try:
             await (await self._ready(entry)).reserve()
@@ -200,14 +200,26 @@ class Runner:
     async def _planned_again(self, entry: Entry) -> Driver:
         """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
         spec = same_guest(entry.migration)
-        ends = await self._directory.find(spec)
+        try:
+            ends = await self._directory.find(spec)
+        except DroverError as error:
+            if error.reason is Reason.DOMAIN_NOT_FOUND:
+                self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
+            raise
+        self._publish_fact(entry, fact_of_description(ends.guest.domain))
         plan, _ = make_plan(spec, ends)
         check_same_hosts(entry.migration, plan)
         again = entry.changed_to(network=plan.network)
         again.options.CopyFrom(plan.options)
-        again.source_guest.CopyFrom(fact_of_description(ends.guest.domain))
         self._collection.publish(entry, again)
         return self.driver(entry, ends.source, ends.destination, plan)
+
+    def _publish_fact(self, entry: Entry, fact: handshake_pb2.GuestFact) -> None:
+        """Publish what the source's hypervisor reports of the untouched guest; an empty fact: it does not know the guest."""
+        seen = entry.changed_to()
+        seen.source_guest.CopyFrom(fact)
+        seen.runs_on = whereabouts(seen).runs_on
+        self._collection.publish(entry, seen)
 
     def _show_wait(self, entry: Entry, error: DroverError) -> None:
         if entry.driver is not None:
@@ -290,19 +302,6 @@ class Runner:
             self._collection.publish(entry, migration)
             entry.forget_refuted()
             self._on_told(entry)
-
-
-def _has_no_slot(entry: Entry, driver: Driver) -> bool:
-    """Return whether the guest is untouched and the slot has yet to be reserved, or again if the migration may wait for it."""
-    return driver.view.untouched or (entry.slot_wait_left > 0 and _lost_its_slot(driver))
-
-
-def _lost_its_slot(driver: Driver) -> bool:
-    """Return whether the destination's lease has ended before the source had a record: that attempt is over."""
-    view, record = driver.view, driver.view.destination_record
-    if record is None or view.source_record is not None or view.overtaken or "source" in view.silent_since:
-        return False
-    return view.destination_state is DestinationState.GONE and record.failure.reason == Reason.LEASE_EXPIRED
 
 
 async def _unless(event: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:

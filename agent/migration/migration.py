@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from agent.handshake.drive.driver import Driver
+from agent.handshake.machines.destination import DestinationState
 from agent.migration.uptime import age_of, seconds_since
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
@@ -110,6 +111,22 @@ class Entry:
     def slot_wait_left(self) -> float:
         """How many of these seconds are left; 0 or less: none."""
         return self.slot_wait - age_of(self.migration)[0]
+
+    @property
+    def needs_slot(self) -> bool:
+        """Whether the guest is untouched and the slot has yet to be reserved, or again, as the migration may wait for it."""
+        untouched = self.driver is not None and self.driver.view.untouched
+        return untouched or (self.slot_wait_left > 0 and self.lost_its_slot)
+
+    @property
+    def lost_its_slot(self) -> bool:
+        """Whether the destination's lease has ended before the source had a record: this attempt is over."""
+        view = self.driver.view if self.driver is not None else None
+        if view is None or view.destination_record is None or view.ref.attempt != self.migration.attempt:
+            return False
+        expired = view.destination_record.failure.reason == Reason.LEASE_EXPIRED
+        source_has_none = view.source_record is None and not view.overtaken and "source" not in view.silent_since
+        return expired and source_has_none and view.destination_state is DestinationState.GONE
 
     async def accepted(self) -> pb.Migration:
         """Return the migration; if this life has started it and it is fail-fast, once it has its slot. Raises `refusal`."""

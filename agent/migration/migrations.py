@@ -184,6 +184,8 @@ class Migrations:
         """See `MigrationService.CancelMigration`. The driver acts at once; returns once the request is durable.
 
         Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver acts, but a restart now would lose the request)."""
+        if (starting := self._starting.get(migration_id)) is not None:
+            await asyncio.wait({starting.task})
         entry = self.collection.get(migration_id)
         if entry.ending:
             await entry.settled.wait()

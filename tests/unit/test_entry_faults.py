@@ -6,8 +6,10 @@ import gc
 import pytest
 
 import agent.migration.migrations
+from agent.hypervisor.base import DomainState
 from agent.migration import uptime
 from agent.migration.driving import _unless
+from agent.migration.whereabouts import whereabouts
 from agent.runtime.errors import DroverError, Reason
 from coordinator.store import MemoryStore
 from coordinator.store.migration_log import StoredMigrations
@@ -303,3 +305,39 @@ async def test_7_the_same_start_in_a_later_life_returns_at_once(driving: Driving
     starting.cancel()
     async with asyncio.timeout(PATIENCE):
         assert (await driving.migrations.start(ID, SPEC)).state == pb.MIGRATION_STATE_PENDING
+
+
+async def test_7_a_guest_that_left_during_the_wait_is_not_said_to_run_here(
+    driving: Driving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another migration may have moved it: nobody may be told to start it again."""
+    await waiting(driving)
+    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    driving.pair.source.hypervisor.domains.clear()
+    ended = await driving.ended(ID)
+    assert (ended.failure.reason, ended.runs_on) == (Reason.DOMAIN_NOT_FOUND, "")
+    assert "it is unknown on which" in whereabouts(ended).sentence
+
+
+async def test_7_a_guest_that_was_shut_down_during_the_wait_is_not_said_to_run(
+    driving: Driving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await waiting(driving)
+    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    driving.pair.source.hypervisor.change(UUID, state=DomainState.SHUTOFF, reason="shutdown")
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "")
+    assert "runs nowhere" in whereabouts(ended).sentence
+
+
+async def test_7_a_cancel_of_a_start_that_is_being_checked_waits_for_its_first_moment(driving: Driving) -> None:
+    driving.directory.held = asyncio.Event()
+    starting = asyncio.create_task(driving.migrations.start(ID, SPEC))
+    await until(lambda: driving.directory.asked)
+    cancelling = asyncio.create_task(driving.migrations.cancel(ID))
+    await asyncio.sleep(0)
+    driving.directory.held.set()
+    assert (await cancelling).HasField("cancel_time")
+    assert (await starting).HasField("cancel_time")
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
+    assert driving.pair.source.calls == []
