@@ -93,13 +93,10 @@ class Runner:
             if entry.driver is None:
                 await self._take_up(entry)
             if not entry.settled.is_set() and entry.driver is not None and entry.needs_slot:
-                never_saved = entry.refusal
                 try:
-                    if never_saved is not None:
-                        raise never_saved
                     await self._take_slot(entry, patience=0.0 if begins else PATIENCE)
                 except DroverError as error:
-                    forget = begins and (not entry.slot_wait or never_saved is not None)
+                    forget = begins and (not entry.slot_wait or error is entry.refusal)
                     await self._end_without_slot(entry, entry.driver, error, forget=forget)
                     return
                 entry.migration = entry.changed_to()  # earlier readers keep theirs
@@ -133,6 +130,8 @@ class Runner:
         """Reserve the slot, with retries as long as the migration may wait for it, and for `patience` seconds unless the destination
         is busy. Raises CANCELLED at once on request, else the last error. After HOST_UNREACHABLE, CANCELLED and DEADLINE_EXCEEDED
         the slot may have been taken."""
+        if entry.refusal is not None:  # its first save failed
+            raise entry.refusal
         clock, pauses = self._clock.monotonic, Pauses(SLOT, self._clock)
         patient_until = clock() + patience
         while True:
@@ -174,10 +173,10 @@ class Runner:
         try:
             await (await self._ready(entry)).reserve()
         except DroverError as error:
-            asked_before = entry.recovered or entry.slot_asked
-            if not asked_before or error.reason is not Reason.WRONG_PHASE or error.metadata.get("state") != DestinationState.GONE:
+            over = error.reason is Reason.WRONG_PHASE and error.metadata.get("state") == DestinationState.GONE
+            if not (over and (entry.recovered or entry.slot_asked)):
                 raise
-            # The slot was taken, the answer was lost, and its lease has ended: that attempt is over.
+            # An earlier call took the slot, its answer was lost, and the lease has ended.
             await self._next_attempt(entry)
             await (await self._ready(entry)).reserve()
 

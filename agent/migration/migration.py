@@ -124,9 +124,10 @@ class Entry:
         view = self.driver.view if self.driver is not None else None
         if view is None or view.destination_record is None or view.ref.attempt != self.migration.attempt:
             return False
+        if view.source_record is not None or view.overtaken or "source" in view.silent_since:
+            return False
         expired = view.destination_record.failure.reason == Reason.LEASE_EXPIRED
-        source_has_none = view.source_record is None and not view.overtaken and "source" not in view.silent_since
-        return expired and source_has_none and view.destination_state is DestinationState.GONE
+        return expired and view.destination_state is DestinationState.GONE
 
     async def accepted(self) -> pb.Migration:
         """Return the migration; if this life has started it and it is fail-fast, once it has its slot. Raises `refusal`."""

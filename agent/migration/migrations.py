@@ -127,11 +127,8 @@ class Migrations:
         """Raise DRAINING, or OVERLOADED for one that may wait for its slot, if no new migration is accepted now."""
         if self.runner.draining:
             raise DroverError(Reason.DRAINING, f"{self._name} is stopping and starts no new migration", retry_after=5.0)
-        if not waits:
-            return
-        waiting = {entry.migration.migration_id for entry in self.collection.all() if entry.waits}
-        waiting |= {migration_id for migration_id, starting in self._starting.items() if starting.waits}
-        if len(waiting) >= MOST_WAITING:
+        starting = sum(starting.waits for starting in self._starting.values())
+        if waits and starting + sum(entry.waits for entry in self.collection.all()) >= MOST_WAITING:
             text = f"{MOST_WAITING} migrations already wait for their slots at {self._name}, the most it accepts; nothing was done"
             raise DroverError(Reason.OVERLOADED, text, retry_after=5.0)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -57,21 +58,23 @@ async def test_7_an_old_fail_fast_start_does_not_end_before_the_destination_was_
     assert (await driving.ended(ID)).failure.reason == Reason.DRIVER_SILENT
 
 
-def unknown_once(driving: Driving) -> None:
+def unknown_once(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the next save be written, and fail all the same."""
     save = driving.log.save
 
     async def written_but_not_known(migration_id: str, body: bytes, *, ended: bool) -> None:
-        driving.log.save = save  # type: ignore[method-assign]
+        monkeypatch.setattr(driving.log, "save", save)
         await save(migration_id, body, ended=ended)
         raise DroverError(Reason.JOURNAL_UNAVAILABLE, "no answer", metadata={"written": "unknown"})
 
-    driving.log.save = written_but_not_known  # type: ignore[method-assign]
+    monkeypatch.setattr(driving.log, "save", written_but_not_known)
 
 
 @pytest.mark.parametrize("slot_wait", [0.0, 60.0])
-async def test_7_a_start_whose_write_failed_leaves_no_row_if_it_was_written_all_the_same(driving: Driving, slot_wait: float) -> None:
-    unknown_once(driving)
+async def test_7_a_start_whose_write_failed_leaves_no_row_if_it_was_written_all_the_same(
+    driving: Driving, slot_wait: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown_once(driving, monkeypatch)
     await fails(driving.migrations.start(ID, SPEC, slot_wait), Reason.JOURNAL_UNAVAILABLE)
     await until(lambda: not driving.migrations.collection.list(active_only=False))
     assert driving.log.rows == {}
@@ -80,8 +83,10 @@ async def test_7_a_start_whose_write_failed_leaves_no_row_if_it_was_written_all_
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
 
 
-async def test_7_a_start_whose_write_failed_is_listed_as_long_as_its_row_may_be_there(driving: Driving) -> None:
-    unknown_once(driving)
+async def test_7_a_start_whose_write_failed_is_listed_as_long_as_its_row_may_be_there(
+    driving: Driving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown_once(driving, monkeypatch)
     down = driving.log.remove_fails = [JOURNAL_DOWN] * 1000
     await fails(driving.migrations.start(ID, SPEC, 60), Reason.JOURNAL_UNAVAILABLE)
     await until(lambda: len(down) < 1000)
@@ -102,7 +107,7 @@ async def test_7_a_start_whose_write_has_failed_for_certain_leaves_nothing(drivi
     assert driving.migrations.collection.list(active_only=False) == []
 
 
-async def test_7_a_start_that_a_stopping_process_cuts_off_leaves_no_row(driving: Driving) -> None:
+async def test_7_a_start_that_a_stopping_process_cuts_off_leaves_no_row(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     """As SQLite does: a write is carried out although its caller is gone."""
     save, asked = driving.log.save, asyncio.Event()
 
@@ -111,7 +116,7 @@ async def test_7_a_start_that_a_stopping_process_cuts_off_leaves_no_row(driving:
         asked.set()
         await asyncio.Event().wait()
 
-    driving.log.save = written_later  # type: ignore[method-assign]
+    monkeypatch.setattr(driving.log, "save", written_later)
     starting = asyncio.create_task(driving.migrations.start(ID, SPEC, 60))
     await asked.wait()
     await driving.migrations.close()
@@ -177,7 +182,7 @@ async def test_7_a_save_as_open_replaces_the_end_in_the_store(store: MemoryStore
     assert len(await log.load()) == 1
 
 
-async def test_7_no_cancel_is_saved_over_the_end_of_a_wait(driving: Driving) -> None:
+async def test_7_no_cancel_is_saved_over_the_end_of_a_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log fails once, so that the end is saved only after the cancel has come."""
     driving.pair.destination.engine.slots.limit = 0
     save, saves = driving.log.save, []
@@ -188,7 +193,7 @@ async def test_7_no_cancel_is_saved_over_the_end_of_a_wait(driving: Driving) -> 
             raise JOURNAL_DOWN
         await save(migration_id, body, ended=ended)
 
-    driving.log.save = fails_once  # type: ignore[method-assign]
+    monkeypatch.setattr(driving.log, "save", fails_once)
     await driving.migrations.start(ID, SPEC, 0.05)
     await until(lambda: True in saves)
     await fails(driving.migrations.cancel(ID), Reason.JOURNAL_UNAVAILABLE)
@@ -235,7 +240,8 @@ async def test_7_a_first_try_does_not_take_up_an_attempt_that_is_over(driving: D
     assert driving.pair.source.calls == []
 
 
-async def test_7_a_wait_goes_on_after_a_life_in_which_its_slot_was_lost(driving: Driving) -> None:
+async def slot_lost_in_an_earlier_life(driving: Driving) -> None:
+    """A migration that waits took a slot, got no answer, and its process ended; then the lease ended, too."""
     pair = driving.pair
     pair.destination.engine.host.lease_seconds = 0.1
     pair.to_destination.lose_answer["reserve_slot"] = 1
@@ -246,10 +252,25 @@ async def test_7_a_wait_goes_on_after_a_life_in_which_its_slot_was_lost(driving:
     pair.destination.engine.host.lease_seconds = 60.0
     pair.to_destination.on_call = lambda _: None
     pair.to_destination.cut = False
+
+
+async def test_7_a_wait_goes_on_after_a_life_in_which_its_slot_was_lost(driving: Driving) -> None:
+    await slot_lost_in_an_earlier_life(driving)
     await driving.restart()
     ended = await driving.ended(ID)
     assert (ended.state, ended.attempt) == (pb.MIGRATION_STATE_SUCCEEDED, 2)
-    assert pair.runs_on == ["h2"]
+    assert driving.pair.runs_on == ["h2"]
+
+
+async def test_7_a_cancel_after_a_slot_was_lost_ends_as_cancelled(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    await slot_lost_in_an_earlier_life(driving)
+    find = AsyncMock(side_effect=driving.pair.to_destination.unreachable())
+    monkeypatch.setattr(driving.directory, "find", find)
+    await driving.restart()
+    await until(lambda: find.await_count >= 2)
+    assert state(driving) == pb.MIGRATION_STATE_PENDING
+    await driving.migrations.cancel(ID)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
 
 
 async def test_7_a_slot_that_may_be_held_is_given_back_after_another_plan(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,9 @@ class MigrationServiceStub:
     StartMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]
     """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
     Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
-    migration is left, and the same id may be used again; only after JOURNAL_UNAVAILABLE it may be listed until its row can be removed.
+    migration is left, and the same id may be used again. But after JOURNAL_UNAVAILABLE it may be listed until its row can be removed,
+    and after HOST_UNREACHABLE and DEADLINE_EXCEEDED the id may get WRONG_PHASE, from a minute later on (a slot was taken, and its lease
+    has ended): use a new one.
     Repeating the call with the same migration_id and spec returns the migration as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
@@ -81,7 +83,9 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     StartMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]  # type: ignore[assignment]
     """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
     Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
-    migration is left, and the same id may be used again; only after JOURNAL_UNAVAILABLE it may be listed until its row can be removed.
+    migration is left, and the same id may be used again. But after JOURNAL_UNAVAILABLE it may be listed until its row can be removed,
+    and after HOST_UNREACHABLE and DEADLINE_EXCEEDED the id may get WRONG_PHASE, from a minute later on (a slot was taken, and its lease
+    has ended): use a new one.
     Repeating the call with the same migration_id and spec returns the migration as it is now.
     Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
     HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
@@ -125,7 +129,9 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_migration_pb2.StartMigrationResponse, _abc.Awaitable[_migration_pb2.StartMigrationResponse]]:
         """Starts a migration: queries both hosts and checks the request, makes the migration durable, then takes the slot at the destination.
         Answers once the slot is taken; with slot_wait as soon as the migration is durable. After an error the guest is untouched, no
-        migration is left, and the same id may be used again; only after JOURNAL_UNAVAILABLE it may be listed until its row can be removed.
+        migration is left, and the same id may be used again. But after JOURNAL_UNAVAILABLE it may be listed until its row can be removed,
+        and after HOST_UNREACHABLE and DEADLINE_EXCEEDED the id may get WRONG_PHASE, from a minute later on (a slot was taken, and its lease
+        has ended): use a new one.
         Repeating the call with the same migration_id and spec returns the migration as it is now.
         Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_NOT_RUNNING, DOMAIN_EXISTS, DOMAIN_BUSY, HOST_NOT_FOUND,
         HOST_UNREACHABLE, SAME_HOST, INCOMPATIBLE_GUEST, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, NETWORK_NOT_FOUND,
