@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
 import structlog
 
@@ -12,6 +12,7 @@ from agent.handshake.drive.driver import PATIENCE, Driver
 from agent.handshake.drive.ends import Directory, Side
 from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.view import View
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.collection import Collection
@@ -19,9 +20,9 @@ from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
 from agent.migration.progress import describe, impossible, slot_waited_for
 from agent.migration.uptime import age_of
+from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, is_driven_elsewhere, unless_cancelled
 from agent.migration.whereabouts import whereabouts
-from agent.runtime.alongside import alongside
-from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
+from agent.runtime.backoff import OTHER_HOST, RESTART, SLOT, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
@@ -35,26 +36,6 @@ T = TypeVar("T")
 
 REPORT_AFTER_SECONDS: Final = 0.01
 """Delay before the news of a driver are published; those that come meanwhile go with them."""
-
-LATEST_START: Final = 60.0
-"""Age in seconds above which a later life does not start a fail-fast migration: its caller saw an error, and may act on it."""
-
-PLAN_SECONDS: Final = 60.0
-"""Age above which a plan is not used for another try: hosts and guest may have changed."""
-
-_WAITED_FOR: Final = frozenset(
-    {
-        Reason.BUSY,
-        Reason.DOMAIN_BUSY,
-        Reason.HOST_UNREACHABLE,
-        Reason.DEADLINE_EXCEEDED,
-        Reason.DRAINING,
-        Reason.OVERLOADED,
-        Reason.HYPERVISOR_UNAVAILABLE,
-        Reason.JOURNAL_UNAVAILABLE,
-    }
-)
-"""Errors after which a migration that may wait for its slot tries again."""
 
 
 class Runner:
@@ -77,8 +58,9 @@ class Runner:
 
     def driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
         """Return a driver for the entry, with its cancellation and its statements."""
-        ref = handshake_pb2.AttemptRef(migration_id=entry.migration.migration_id, attempt=entry.migration.attempt)
-        driver = Driver(ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._bus, self._clock)
+        driver = Driver(
+            entry.ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._bus, self._clock
+        )
         entry.planned_at = self._clock.monotonic()
         if entry.cancelled is not None:
             driver.view.cancel(entry.cancelled)
@@ -90,17 +72,20 @@ class Runner:
         """Drive to the end. Without a driver (after a restart, a take-over, or a cancelled one), resume from the records."""
         try:
             begins = entry.driver is not None
-            if entry.driver is None:
+            if entry.driver is None and not entry.unbegun:
                 await self._take_up(entry)
-            if not entry.settled.is_set() and entry.driver is not None and entry.needs_slot:
+            if entry.unbegun or (not entry.settled.is_set() and entry.needs_slot):
                 try:
                     await self._take_slot(entry, patience=0.0 if begins else PATIENCE)
                 except DroverError as error:
-                    forget = begins and (not entry.slot_wait or error is entry.refusal)
-                    await self._end_without_slot(entry, entry.driver, error, forget=forget)
-                    return
-                entry.migration = entry.changed_to()  # earlier readers keep theirs
-                entry.migration.slot_duration.CopyFrom(duration(entry.elapsed))
+                    if not (entry.unbegun and is_driven_elsewhere(error)):
+                        forget = begins and (not entry.slot_wait or error is entry.refusal)
+                        await self._end_without_slot(entry, error, forget=forget)
+                        return
+                    await self._note_slot(entry)
+                    await self._take_up(entry)
+                else:
+                    await self._note_slot(entry)
                 self.tell(entry)
             entry.settled.set()
             await self._run(entry)
@@ -126,6 +111,21 @@ class Runner:
 
     # ---- the slot: the guest is still untouched
 
+    async def _note_slot(self, entry: Entry) -> None:
+        """Note how long the slot took. For one that may wait, save it, however long that takes: from now on the guest may be
+        touched, so a later life reads both records before it does anything."""
+        noted, pauses = entry.changed_to(), Pauses(STORE, self._clock)  # earlier readers keep theirs
+        noted.slot_duration.CopyFrom(duration(entry.elapsed))
+        entry.migration = noted
+        while entry.slot_wait:
+            try:
+                await entry.save()
+            except DroverError as error:
+                log.error("a migration was not saved", migration=entry.migration.migration_id, error=error.message)
+                await pauses.pause()
+            else:
+                return
+
     async def _take_slot(self, entry: Entry, patience: float) -> None:
         """Reserve the slot, with retries as long as the migration may wait for it, and for `patience` seconds unless the destination
         is busy. Raises CANCELLED at once on request, else the last error. After HOST_UNREACHABLE, CANCELLED and DEADLINE_EXCEEDED
@@ -134,15 +134,17 @@ class Runner:
             raise entry.refusal
         clock, pauses = self._clock.monotonic, Pauses(SLOT, self._clock)
         patient_until = clock() + patience
+        if entry.recovered and entry.slot_wait:
+            await Pauses(RESTART, self._clock).pause(entry.cancel_asked)
         while True:
             try:
-                await _unless(entry.cancel_asked, lambda: self._reserve(entry))
+                await unless_cancelled(entry.cancel_asked, lambda: self._reserve(entry))
             except DroverError as error:
                 entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
-                if patience and error.reason not in _WAITED_FOR and await self._has_begun(entry):
+                if patience and not entry.unbegun and error.reason not in WAITED_FOR and await self._has_begun(entry):
                     return
-                if left <= 0 or error.reason not in _WAITED_FOR:
+                if left <= 0 or error.reason not in WAITED_FOR:
                     raise
                 self._show_wait(entry, error)
             else:
@@ -160,7 +162,7 @@ class Runner:
         The guest may have left the source by this migration, and the source may have forgotten its record."""
         if entry.driver is None or entry.cancel_asked.is_set():
             return False
-        await _unless(entry.cancel_asked, entry.driver.resume)
+        await unless_cancelled(entry.cancel_asked, entry.driver.resume)
         return not entry.driver.view.untouched
 
     async def _reserve(self, entry: Entry) -> None:
@@ -227,16 +229,16 @@ class Runner:
             entry.driver.view.waiting_for = slot_waited_for(entry.migration.destination_host, error)
             self._update(entry)
 
-    async def _end_without_slot(self, entry: Entry, driver: Driver, error: DroverError, *, forget: bool) -> None:
+    async def _end_without_slot(self, entry: Entry, error: DroverError, *, forget: bool) -> None:
         """End a migration that has no slot; `forget`: remove it unless it was cancelled. The end is saved before it is published, as
         no record holds it: a migration that was published as ended must not begin in the next life of this process."""
-        driver = entry.driver or driver
-        entry.driver = None
+        driver, entry.driver = entry.driver, None
+        view = driver.view if driver is not None else View(entry.ref, None, lambda: None, self._bus)
         waited = ""
-        if entry.slot_wait and error.reason in _WAITED_FOR:
+        if entry.slot_wait and error.reason in WAITED_FOR:
             waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait:g} s: "
-        driver.view.cancel(Failure(error.reason, f"{waited}{error.message}", dict(error.metadata)))
-        ended = describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall)
+        view.cancel(Failure(error.reason, f"{waited}{error.message}", dict(error.metadata)))
+        ended = describe(entry.migration, view, entry.elapsed, ended=True, wall=entry.wall)
         forget = forget and entry.cancelled is None
         await self._settle(entry, entry.remove if forget else functools.partial(entry.save, ended))
         self._collection.publish(entry, ended)
@@ -245,9 +247,8 @@ class Runner:
             await asyncio.sleep(0)  # lets its watches see its end
             self._collection.remove(entry.migration.migration_id)
         entry.settled.set()
-        if (
-            driver.may_hold_slot or entry.slot_asked
-        ) and not forget:  # a repeated start with the id of a removed one resumes its slot
+        # A repeated start with the id of a removed one resumes its slot.
+        if driver is not None and (driver.may_hold_slot or entry.slot_asked) and not forget:
             await driver.give_back()
 
     async def _settle(self, entry: Entry, write: Callable[[], Awaitable[None]]) -> None:
@@ -301,13 +302,3 @@ class Runner:
             self._collection.publish(entry, migration)
             entry.forget_refuted()
             self._on_told(entry)
-
-
-async def _unless(event: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Return what `work` returns. Raises CANCELLED, and ends `work`, as soon as `event` is set."""
-    if not event.is_set():
-        async with alongside(event.wait()) as waiting, alongside(work()) as task:
-            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-    raise DroverError(Reason.CANCELLED, "cancelled on request")

@@ -14,6 +14,7 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import MigrationChanged
 from agent.runtime.failure import Failure
 from agent.runtime.wire import enum_name
+from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -113,6 +114,16 @@ class Entry:
         return self.slot_wait - age_of(self.migration)[0]
 
     @property
+    def ref(self) -> handshake_pb2.AttemptRef:
+        return handshake_pb2.AttemptRef(migration_id=self.migration.migration_id, attempt=self.migration.attempt)
+
+    @property
+    def unbegun(self) -> bool:
+        """Whether it may wait for its slot and has none, so that this process has certainly not touched the guest, in no life: when
+        the slot is taken, that is saved first."""
+        return bool(self.slot_wait) and not self.migration.HasField("slot_duration") and not self.final
+
+    @property
     def needs_slot(self) -> bool:
         """Whether the guest is untouched and the slot has yet to be reserved, or again, as the migration may wait for it."""
         untouched = self.driver is not None and self.driver.view.untouched
@@ -177,6 +188,8 @@ class Entry:
             why = f"migration {migration_id} has ended"
         elif self.gave_up:
             why = f"migration {migration_id} was given up: {self.migration.failure.message}"
+        elif self.unbegun:
+            why = f"migration {migration_id} waits for its slot, and the guest was not touched: cancel it instead"
         elif self.driver is None:
             why = f"migration {migration_id} is being resumed, and {host} was not asked yet; try again in a moment"
         elif self.driver.view.is_reported_alive(self.side(host)):

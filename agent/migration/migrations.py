@@ -216,7 +216,7 @@ class Migrations:
                 f"{migration.destination_host}",
                 metadata={"host": statement.dead_host},
             )
-        if driver is None or entry.final:
+        if driver is None or entry.final or entry.unbegun:
             raise entry.not_in_doubt(statement.dead_host)
         if await driver.answers(side) or entry.driver is not driver:
             raise entry.not_in_doubt(statement.dead_host)

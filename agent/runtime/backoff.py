@@ -96,6 +96,8 @@ ANSWERED: Final = Backoff(0.4, 1, 0.4)
 """The agent of another host, after an answer that the next one may change: a phase has ended, or a decision was made."""
 SLOT: Final = Backoff(0.5, 2, 5.0)
 """A slot of another host: it may become free at any moment, and a call is cheap."""
+RESTART: Final = Backoff(5.0, 1, 5.0)
+"""The first try of migrations that waited when the process stopped: there may be a thousand."""
 STORE: Final = Backoff(1.0, 2, 5.0)
 """A journal or store that cannot be read or written: no event reports its recovery."""
 REGISTRATION: Final = Backoff(1.0, 2, 5.0)

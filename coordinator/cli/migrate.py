@@ -52,7 +52,7 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
     type=Seconds(most=7 * 86400),
     default=0.0,
     metavar="DURATION",
-    help="How long to wait for a slot of a busy or unreachable destination, such as 10min. Default: refuse at once.",
+    help="How long to wait for a slot of a busy destination (also while it is away), such as 10min. Default: refuse at once.",
 )
 @click.option("--detach", is_flag=True, help="Return as soon as it is accepted; do not watch.")
 @output_option

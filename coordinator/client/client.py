@@ -135,7 +135,7 @@ class Client:
         name of the source host; empty: the host that has the guest. `name`: name of the guest at the destination; empty: unchanged.
         `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the destination; empty: proposed
         by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `Options`. `slot_wait`: seconds for which it may wait
-        for a slot of a destination that is busy or unreachable; 0: such a destination raises `Busy` or `Unreachable`.
+        for a slot of a busy destination, also while that is away later; 0: a busy destination raises `Busy`.
         `migration_id`: yours, a UUID; empty: a new one. Repeating the call with the same id is safe, also after `Unreachable`.
         """
         spec = migration_pb2.MigrationSpec(

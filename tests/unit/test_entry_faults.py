@@ -9,7 +9,7 @@ import pytest
 import agent.migration.migrations
 from agent.hypervisor.base import DomainState
 from agent.migration import uptime
-from agent.migration.driving import _unless
+from agent.migration.waiting import unless_cancelled
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.errors import DroverError, Reason
 from coordinator.store import MemoryStore
@@ -225,7 +225,7 @@ async def test_7_the_error_of_work_that_was_ended_is_read() -> None:
         finally:
             raise JOURNAL_DOWN
 
-    await fails(_unless(ended, work), Reason.CANCELLED)
+    await fails(unless_cancelled(ended, work), Reason.CANCELLED)
     gc.collect()
     assert unread == []
 

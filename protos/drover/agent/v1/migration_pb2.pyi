@@ -494,9 +494,9 @@ class StartMigrationRequest(message.Message):
     def spec(self) -> MigrationSpec: ...
     @builtins.property
     def slot_wait(self) -> duration_pb2.Duration:
-        """How long the migration may wait for its slot, from the request on and over restarts of the server. Meanwhile a busy or unreachable
-        destination, or a busy guest, is tried again; then the migration ends as FAILED with the last error. At most 7 days. Unset or zero: fail-fast, the call
-        returns BUSY or HOST_UNREACHABLE.
+        """How long the migration may wait for its slot, from the request on and over restarts of the server. Both hosts must answer the
+        request; from then on a busy or unreachable destination, or a busy guest, is tried again; then the migration ends as FAILED with
+        the last error. At most 7 days. Unset or zero: fail-fast, the call returns BUSY or HOST_UNREACHABLE.
         """
 
     def __init__(
