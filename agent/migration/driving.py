@@ -20,7 +20,7 @@ from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
 from agent.migration.progress import describe, impossible, slot_waited_for
 from agent.migration.uptime import age_of
-from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, is_driven_elsewhere, unless_cancelled
+from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, unless_cancelled
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.backoff import OTHER_HOST, RESTART, SLOT, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
@@ -78,7 +78,7 @@ class Runner:
                 try:
                     await self._take_slot(entry, patience=0.0 if begins else PATIENCE)
                 except DroverError as error:
-                    if not (entry.unbegun and is_driven_elsewhere(error)):
+                    if not await self._is_driven_elsewhere(entry, error):
                         forget = begins and (not entry.slot_wait or error is entry.refusal)
                         await self._end_without_slot(entry, error, forget=forget)
                         return
@@ -110,6 +110,13 @@ class Runner:
         return self.driver(entry, source, destination, resume_plan(entry.migration, source, destination))
 
     # ---- the slot: the guest is still untouched
+
+    async def _is_driven_elsewhere(self, entry: Entry, error: DroverError) -> bool:
+        """Return whether another driver of this migration, which may wait, is past the slot that is refused: the guest may have left
+        the source by it."""
+        if not entry.unbegun or entry.driver is None or entry.cancel_asked.is_set() or error.reason in WAITED_FOR:
+            return False
+        return await entry.driver.is_past_its_slot()
 
     async def _note_slot(self, entry: Entry) -> None:
         """Note how long the slot took. For one that may wait, save it, however long that takes: from now on the guest may be

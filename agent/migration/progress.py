@@ -38,6 +38,10 @@ _SKEW: Final = "the clocks of both hosts differ"
 _GUEST_STATES: Final = {handshake_pb2.GuestState.Value(f"GUEST_STATE_{state.upper()}"): state for state in GuestState}
 
 
+_NOT_AS_PLANNED: Final = frozenset({Reason.DOMAIN_NOT_FOUND, Reason.DOMAIN_NOT_RUNNING, Reason.GUEST_CRASHED})
+"""Refusals of Begin after which the guest is not as it was seen when the migration was planned."""
+
+
 def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, wall: float | None = None) -> pb.Migration:
     """Return the present state of the migration, from its last one and what its driver knows. `elapsed`: measured seconds since its
     request; with `wall` (Unix time) only since this process has driven it."""
@@ -64,6 +68,9 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failures = causes_first((view.failure, _failure_of(view.source_record), _failure_of(view.destination_record)))
     failure = failures[0] if failures else None
+    seen_running = before.source_guest.state in (handshake_pb2.GUEST_STATE_RUNNING, handshake_pb2.GUEST_STATE_PAUSED)
+    if seen_running and failure is not None and failure.reason in _NOT_AS_PLANNED and view.source_record is None:
+        migration.source_guest.CopyFrom(handshake_pb2.GuestFact())  # what the plan saw is not true any more
     migration.state = _state(migration.state, view, failure, ended=ended)
     if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := _loss(migration)) is not None:
         migration.state, failure = pb.MIGRATION_STATE_FAILED, lost

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
-from agent.handshake.machines.destination import DestinationState
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason
 
@@ -29,11 +28,6 @@ WAITED_FOR: Final = frozenset(
     }
 )
 """Errors after which a migration that may wait for its slot tries again."""
-
-
-def is_driven_elsewhere(error: DroverError) -> bool:
-    """Return whether the slot is refused because another driver of this migration is past it."""
-    return error.reason is Reason.WRONG_PHASE and error.metadata.get("state") not in (None, "", DestinationState.GONE)
 
 
 async def unless_cancelled(event: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:

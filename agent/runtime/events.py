@@ -128,27 +128,27 @@ class Subscription(AsyncIterator[Published]):
     def __init__(self) -> None:
         self._waiting: deque[Published] = deque()
         self._news = asyncio.Event()
-        self._ended = False
+        self.ended = False
         self._missed = 0
         """Revision of the first event that was dropped; 0: none."""
 
     def take(self, published: Published) -> bool:
         """Add an event, for the bus. Return whether it accepts more."""
-        if not self._ended and len(self._waiting) >= MOST_WAITING:
+        if not self.ended and len(self._waiting) >= MOST_WAITING:
             self._missed = published.revision
             self.close()
-        if not self._ended:
+        if not self.ended:
             self._waiting.append(published)
             self._news.set()
-        return not self._ended
+        return not self.ended
 
     def close(self) -> None:
         """Accept no more events."""
-        self._ended = True
+        self.ended = True
         self._news.set()
 
     async def __anext__(self) -> Published:
-        while not self._waiting and not self._ended:
+        while not self._waiting and not self.ended:
             self._news.clear()
             await self._news.wait()
         if self._waiting:
@@ -179,7 +179,7 @@ class Bus:
         subscription = Subscription()
         if self._closed:
             subscription.close()
-        self._subscriptions.append(subscription)
+        self._subscriptions = [*(each for each in self._subscriptions if not each.ended), subscription]
         return subscription
 
     def close(self) -> None:

@@ -140,5 +140,6 @@ class Migration(FromWire):
 
     @property
     def overhead(self) -> float:
-        """Seconds of `duration` outside calls of the hypervisors: the time that Drover itself took."""
-        return max(0.0, self.duration - self.hypervisor_duration)
+        """Seconds of `duration` that Drover itself took: without calls of the hypervisors and without a wait for the slot."""
+        waited = self.slot_duration if self.proto.HasField("slot_wait") else None
+        return max(0.0, self.duration - self.hypervisor_duration - (waited or 0.0))

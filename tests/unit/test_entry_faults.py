@@ -15,7 +15,7 @@ from agent.runtime.errors import DroverError, Reason
 from coordinator.store import MemoryStore
 from coordinator.store.migration_log import StoredMigrations
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, PATIENCE, fails, until
+from tests.unit.asking import ID, PATIENCE, fails, statement, until
 from tests.unit.fake_directory import Driving
 from tests.unit.fake_hypervisor import UUID
 from tests.unit.test_entry_first import asked_for_a_slot, saved, slots_taken, state, waiting
@@ -362,3 +362,34 @@ async def test_7_a_cancel_of_a_start_that_is_being_checked_waits_for_its_first_m
     assert (await starting).HasField("cancel_time")
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
     assert driving.pair.source.calls == []
+
+
+async def test_7_a_waiting_migration_needs_no_host_for_its_end_in_a_later_life(driving: Driving) -> None:
+    """Both agents are away when the process is back: nothing is in doubt, and a cancel ends it at once."""
+    await waiting(driving)
+    driving.pair.to_source.cut = driving.pair.to_destination.cut = True
+    await driving.restart()
+    assert driving.migrations.collection.get(ID).migration.state == pb.MIGRATION_STATE_PENDING
+    error = await fails(driving.migrations.resolve(ID, statement("h1")), Reason.NOT_IN_DOUBT)
+    assert "cancel it instead" in error.message
+    await driving.migrations.cancel(ID)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED)
+
+
+async def test_7_that_the_slot_was_taken_is_saved_before_the_guest_is_touched(driving: Driving) -> None:
+    held: list[bool] = []
+    driving.pair.to_source.on_call = lambda call: held.append(
+        pb.Migration.FromString(driving.log.rows[ID][0]).HasField("slot_duration") if call == "begin" else True
+    )
+    await waiting(driving)
+    driving.pair.destination.engine.slots.limit = 1
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+    assert all(held)
+
+
+async def test_7_a_guest_that_was_stopped_before_begin_is_not_shown_as_running(driving: Driving) -> None:
+    driving.pair.to_source.refuse["begin"] = [DroverError(Reason.DOMAIN_NOT_RUNNING, "guest web1 on h1 is shutoff")]
+    await driving.migrations.start(ID, SPEC)
+    ended = await driving.ended(ID)
+    assert (ended.failure.reason, ended.runs_on) == (Reason.DOMAIN_NOT_RUNNING, "")

@@ -30,8 +30,7 @@ log = structlog.get_logger()
 
 PATIENCE: Final = 20.0
 """Seconds for which a host may be unreachable before the transfer is started; then the migration is given up. Long enough for the
-restart of an agent (it waits up to 10 s for running work). Once memory may flow, silence ends nothing: a transfer needs no driver.
-"""
+restart of an agent (it waits up to 10 s for running work). Once memory may flow, silence ends nothing."""
 
 STALLED: Final = 10.0
 """Seconds after the source has sent everything after which an armed copy that still waits has lost the last bytes (the link was
@@ -121,6 +120,12 @@ class Driver:
             if pending and self.view.source_record is None and "source" not in self.view.silent_since:
                 return
             await pauses.pause()
+
+    async def is_past_its_slot(self) -> bool:
+        """Ask the destination once. Return whether a driver of this attempt has prepared the guest's copy there, or more."""
+        with contextlib.suppress(DroverError):
+            await self._look("destination")
+        return self.view.destination_state not in (None, Dst.RESERVED, Dst.GONE)
 
     async def _try_to_look(self, side: str) -> bool:
         """Read a side's record. Return whether enough is known of it to go on: the record, or a statement that it is dead."""
