@@ -114,9 +114,12 @@ class Runner:
     async def _is_driven_elsewhere(self, entry: Entry, error: DroverError) -> bool:
         """Return whether another driver of this migration, which may wait, is past the slot that is refused: the guest may have left
         the source by it."""
-        if not entry.unbegun or entry.driver is None or entry.cancel_asked.is_set() or error.reason in WAITED_FOR:
+        if not entry.unbegun or entry.cancel_asked.is_set() or error.reason in WAITED_FOR:
             return False
-        return await entry.driver.is_past_its_slot()
+        if entry.driver is None:
+            with contextlib.suppress(DroverError):
+                entry.driver = await self._resumed(entry)
+        return entry.driver is not None and await entry.driver.is_past_its_slot()
 
     async def _note_slot(self, entry: Entry) -> None:
         """Note how long the slot took. For one that may wait, save it, however long that takes: from now on the guest may be

@@ -68,8 +68,10 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failures = causes_first((view.failure, _failure_of(view.source_record), _failure_of(view.destination_record)))
     failure = failures[0] if failures else None
-    seen_running = before.source_guest.state in (handshake_pb2.GUEST_STATE_RUNNING, handshake_pb2.GUEST_STATE_PAUSED)
-    if seen_running and failure is not None and failure.reason in _NOT_AS_PLANNED and view.source_record is None:
+    planned_fact = migration.source_guest.state in (handshake_pb2.GUEST_STATE_RUNNING, handshake_pb2.GUEST_STATE_PAUSED) and not (
+        view.source_record is not None and view.source_record.HasField("guest")
+    )
+    if planned_fact and failure is not None and failure.reason in _NOT_AS_PLANNED:
         migration.source_guest.CopyFrom(handshake_pb2.GuestFact())  # what the plan saw is not true any more
     migration.state = _state(migration.state, view, failure, ended=ended)
     if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := _loss(migration)) is not None:
