@@ -16,11 +16,11 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
 
 from agent.runtime.errors import DOMAIN, DroverError, FieldViolation, Reason, said_by_peer
+from agent.runtime.wire import duration
 from agent.service.implausible import drop_implausible
 
 MAX_MESSAGE = 1536
@@ -107,7 +107,7 @@ def _packed(detail: Message) -> any_pb2.Any:
 def _helpful_details(error: DroverError) -> list[Message]:
     details: list[Message] = []
     if error.retry_after is not None:
-        details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration(max(0.0, error.retry_after))))
     if error.violations:
         details.append(_bad_request(error.violations))
     if error.reason in _RESOURCES:
@@ -128,12 +128,6 @@ def _bad_request(violations: tuple[FieldViolation, ...]) -> error_details_pb2.Ba
             field=_cut(violation.field, MAX_DESCRIPTION), description=_cut(violation.description, MAX_DESCRIPTION)
         )
     return request
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(max(0.0, seconds) * 1_000_000_000))
-    return duration
 
 
 def _cut(text: str, limit: int) -> str:

@@ -7,6 +7,7 @@ from typing import Final
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.view import View
 from agent.handshake.host.peer import HandshakePeer
+from agent.handshake.host.records import LISTENS, state_from_proto
 from agent.handshake.machines.decide import Call
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
@@ -18,10 +19,6 @@ from drover.agent.v1 import host_pb2
 
 LONG_POLL: Final = 5.0
 """Seconds for which a call waits before it is made again, so that a host that hangs is noticed soon."""
-
-_LISTENS: Final = frozenset({pb.RECORD_STATE_PREPARED, pb.RECORD_STATE_ARMED, pb.RECORD_STATE_RUNNING})
-"""States of a destination that has answered with the URI at which it listens. If Prepare takes longer than a call may last, the
-answer is still PREPARING, and the call is made again: it waits too."""
 
 
 class NotCalledError(DroverError):
@@ -162,7 +159,7 @@ class Calls:
                 stored=self._begun.stored if self._begun.HasField("stored") else None,
             )
         )
-        if prepared.record.state not in _LISTENS:
+        if state_from_proto(prepared.record) not in LISTENS:  # Prepare takes longer than a call may last, so the call is made again
             self.view.saw_destination(prepared.record)
             return
         prepared.uri_out = check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)

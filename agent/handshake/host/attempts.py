@@ -38,6 +38,7 @@ class Attempts:
     def __init__(
         self,
         journal: Journal,
+        effects: Mapping[Role, EffectRunner],
         look: Look,
         why_unresponsive: WhyUnresponsive,
         on_final: Callable[[Attempt], None],
@@ -47,7 +48,7 @@ class Attempts:
         self.journal = journal
         self._clock = clock
         self._bus = bus
-        self.effects: Mapping[Role, EffectRunner] = {}
+        self._effects = effects
         self._look = look
         self._why_unresponsive = why_unresponsive
         self._on_final = on_final
@@ -65,7 +66,7 @@ class Attempts:
         attempt = Attempt(
             record,
             self.journal,
-            self.effects[record.role],
+            self._effects[record.role],
             self._look,
             self._why_unresponsive,
             self._on_final,

@@ -160,7 +160,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
         return new
 
 
-_LISTENS: Final = frozenset({DestinationState.PREPARED, DestinationState.ARMED, DestinationState.RUNNING})
+LISTENS: Final = frozenset({DestinationState.PREPARED, DestinationState.ARMED, DestinationState.RUNNING})
 """States of a destination whose URI is known with its port."""
 
 
@@ -220,7 +220,7 @@ def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | No
         message.guest.CopyFrom(fact_to_proto(record.seen))
     if record.role is Role.DESTINATION:
         message.slot.CopyFrom(pb.Slot(epoch=record.epoch, expire_time=timestamp(record.expires)))
-        message.uri = record.uri if record.state in _LISTENS else ""
+        message.uri = record.uri if record.state in LISTENS else ""
     if progress is not None:
         message.progress.CopyFrom(progress)
     return message
