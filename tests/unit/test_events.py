@@ -10,7 +10,7 @@ import structlog
 from agent.runtime import event_log, events
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.event_log import events_logged, level_of
-from agent.runtime.events import Bus, CallHandled, Event, HostChanged, Published, StatementChanged
+from agent.runtime.events import Bus, CallHandled, Event, HostChanged, MigrationChanged, Published, StatementChanged
 from tests.unit.asking import until
 
 
@@ -129,6 +129,11 @@ def called(right: str, reason: str = "") -> CallHandled:
     return CallHandled("/m", "", right=right, caller="", milliseconds=1.0, reason=reason)
 
 
+def moving(state: str) -> MigrationChanged:
+    named = {"source_host": "h1", "destination_host": "h2", "domain_uuid": "", "wait_reason": ""}
+    return MigrationChanged("m1", 1, state=state, phase="perform", **named)
+
+
 @pytest.mark.parametrize(
     ("event", "level"),
     [
@@ -139,6 +144,8 @@ def called(right: str, reason: str = "") -> CallHandled:
         (called("operate", "NOT_IN_DOUBT"), logging.DEBUG),
         (called("peer"), logging.DEBUG),
         (called("register"), logging.DEBUG),
+        (moving("active"), logging.DEBUG),
+        (moving("succeeded"), logging.INFO),
     ],
 )
 def test_7_what_others_can_repeat_is_told_at_the_lowest_level(event: Event, level: int) -> None:
