@@ -393,3 +393,17 @@ async def test_7_a_guest_that_was_stopped_before_begin_is_not_shown_as_running(d
     await driving.migrations.start(ID, SPEC)
     ended = await driving.ended(ID)
     assert (ended.failure.reason, ended.runs_on) == (Reason.DOMAIN_NOT_RUNNING, "")
+
+
+async def test_7_a_waiting_migration_that_another_driver_has_moved_succeeds(driving: Driving) -> None:
+    """The process is killed while it waits; the source's agent moves the guest under the same id meanwhile."""
+    pair, other = driving.pair, Driving(driving.pair)
+    await waiting(driving)
+    await driving.migrations.close()
+    pair.destination.engine.slots.limit = 2
+    await other.migrations.start(ID, SPEC)
+    assert (await other.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+    await driving.restart()
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")
+    await other.close()
