@@ -70,6 +70,9 @@ class Transfers:
         await attempt.note(bandwidth=limit)
         return pb.SetBandwidthResponse(record=self._host.show(attempt.record, attempt.progress))
 
+    async def set_max_downtime(self, request: pb.SetMaxDowntimeRequest) -> pb.SetMaxDowntimeResponse:
+        raise DroverError(Reason.UNIMPLEMENTED, "SetMaxDowntime is not implemented yet")
+
     async def _transferring(self, ref: pb.AttemptRef) -> Attempt:
         attempt = await self._attempts.find(ref)
         if attempt.record.role is not Role.SOURCE or attempt.record.state != SourceState.PERFORMING:

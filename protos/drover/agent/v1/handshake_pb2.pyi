@@ -379,14 +379,20 @@ class GuestFact(message.Message):
 
 @typing.final
 class Slot(message.Message):
-    """One of the destination's incoming slots."""
+    """A slot of the record's host: incoming at the destination, outgoing at the source."""
 
     DESCRIPTOR: descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    TRANSFERRING_FIELD_NUMBER: builtins.int
+    COST_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """Changes with every lease that this host grants; a call with an older one is refused with STALE_LEASE."""
+    transferring: builtins.bool
+    """The slot allows the transfer. False: only what is before Perform; its driver asks for the rest with AcquireSlot."""
+    cost: builtins.int
+    """Units of the limit that it takes."""
     @builtins.property
     def expire_time(self) -> timestamp_pb2.Timestamp:
         """When the lease ends unless a call or progress renews it. Once the copy is armed, it does not end before there is a decision."""
@@ -396,10 +402,12 @@ class Slot(message.Message):
         *,
         epoch: builtins.int = ...,
         expire_time: timestamp_pb2.Timestamp | None = ...,
+        transferring: builtins.bool = ...,
+        cost: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["epoch", b"epoch", "expire_time", b"expire_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cost", b"cost", "epoch", b"epoch", "expire_time", b"expire_time", "transferring", b"transferring"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -500,7 +508,7 @@ class Record(message.Message):
 
     @builtins.property
     def slot(self) -> Slot:
-        """Destination only."""
+        """Its slot on this host."""
 
     @builtins.property
     def create_time(self) -> timestamp_pb2.Timestamp:
@@ -556,19 +564,23 @@ class PathProbe(message.Message):
 
     ADDRESS_FIELD_NUMBER: builtins.int
     NONCE_FIELD_NUMBER: builtins.int
+    PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
     address: builtins.str
     """IP address and port, such as "10.92.0.2:49215"."""
     nonce: builtins.bytes
     """Secret that the destination answers there. At least 16 bytes. Never logged."""
+    payload_bytes: builtins.int
+    """Bytes that both sides send to each other to prove that frames of full size pass. Zero: an older agent, which sends only the nonce."""
     def __init__(
         self,
         *,
         address: builtins.str = ...,
         nonce: builtins.bytes = ...,
+        payload_bytes: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "nonce", b"nonce", "payload_bytes", b"payload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -634,7 +646,7 @@ class ReserveSlotRequest(message.Message):
     def options(self) -> options_pb2.Options: ...
     @builtins.property
     def queue_wait(self) -> duration_pb2.Duration:
-        """How long to wait in a queue for a slot. Unset: answer BUSY at once."""
+        """Replaced by AdmissionService.AcquireSlot."""
 
     def __init__(
         self,
@@ -697,6 +709,7 @@ class BeginRequest(message.Message):
     SLOT_EPOCH_FIELD_NUMBER: builtins.int
     PROBE_FIELD_NUMBER: builtins.int
     DOMAIN_UUID_FIELD_NUMBER: builtins.int
+    SOURCE_ADDRESS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     domain: builtins.str
     """Name or UUID of the guest."""
@@ -709,6 +722,8 @@ class BeginRequest(message.Message):
     """Slot epoch at the destination, for a source that takes over. Zero: no slot yet."""
     domain_uuid: builtins.str
     """UUID of the guest, set by a driver that knows it; `domain` is then ignored. Empty: `domain` identifies the guest."""
+    source_address: builtins.str
+    """Address of this host from which the path is proved, and which the guest's memory shall leave by. Empty: as the kernel chooses."""
     @builtins.property
     def ref(self) -> AttemptRef: ...
     @builtins.property
@@ -732,10 +747,11 @@ class BeginRequest(message.Message):
         slot_epoch: builtins.int = ...,
         probe: PathProbe | None = ...,
         domain_uuid: builtins.str = ...,
+        source_address: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options", "probe", b"probe", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_agent", b"destination_agent", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "domain_uuid", b"domain_uuid", "options", b"options", "probe", b"probe", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_agent", b"destination_agent", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "domain_uuid", b"domain_uuid", "options", b"options", "probe", b"probe", "ref", b"ref", "request_id", b"request_id", "slot_epoch", b"slot_epoch", "source_address", b"source_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,10 +763,14 @@ class BeginResponse(message.Message):
     DOMAIN_XML_FIELD_NUMBER: builtins.int
     COOKIE_OUT_FIELD_NUMBER: builtins.int
     STORED_FIELD_NUMBER: builtins.int
+    ROUND_TRIP_FIELD_NUMBER: builtins.int
+    MTU_FIELD_NUMBER: builtins.int
     domain_xml: builtins.str
     """For Prepare. Never logged."""
     cookie_out: builtins.bytes
     """For Prepare. Never logged."""
+    mtu: builtins.int
+    """Usable MTU of the path in bytes. Zero: not measured."""
     @builtins.property
     def record(self) -> Record:
         """The record, BEGUN."""
@@ -759,6 +779,10 @@ class BeginResponse(message.Message):
     def stored(self) -> StoredGuest:
         """For Prepare. Unset: the guest is transient."""
 
+    @builtins.property
+    def round_trip(self) -> duration_pb2.Duration:
+        """Measured when the path was proved. Unset: not measured."""
+
     def __init__(
         self,
         *,
@@ -766,10 +790,12 @@ class BeginResponse(message.Message):
         domain_xml: builtins.str = ...,
         cookie_out: builtins.bytes = ...,
         stored: StoredGuest | None = ...,
+        round_trip: duration_pb2.Duration | None = ...,
+        mtu: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["record", b"record", "stored", b"stored"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["record", b"record", "round_trip", b"round_trip", "stored", b"stored"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_out", b"cookie_out", "domain_xml", b"domain_xml", "record", b"record", "stored", b"stored"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cookie_out", b"cookie_out", "domain_xml", b"domain_xml", "mtu", b"mtu", "record", b"record", "round_trip", b"round_trip", "stored", b"stored"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -860,6 +886,7 @@ class PerformRequest(message.Message):
     URI_FIELD_NUMBER: builtins.int
     BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
     WAIT_FIELD_NUMBER: builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: builtins.int
     DESTINATION_RECORD_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     cookie_in: builtins.bytes
@@ -875,6 +902,10 @@ class PerformRequest(message.Message):
         """Longest time to the answer, at most 30 s. Unset: answer as soon as the memory flows."""
 
     @builtins.property
+    def max_downtime(self) -> duration_pb2.Duration:
+        """Longest pause of the guest at the switch-over. Unset: the hypervisor's default."""
+
+    @builtins.property
     def destination_record(self) -> Record:
         """The destination's record as the caller saw it. Counts only where the source cannot reach the destination itself."""
 
@@ -887,11 +918,12 @@ class PerformRequest(message.Message):
         uri: builtins.str = ...,
         bandwidth_bytes_per_second: builtins.int = ...,
         wait: duration_pb2.Duration | None = ...,
+        max_downtime: duration_pb2.Duration | None = ...,
         destination_record: Record | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["destination_record", b"destination_record", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["destination_record", b"destination_record", "max_downtime", b"max_downtime", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "cookie_in", b"cookie_in", "destination_record", b"destination_record", "ref", b"ref", "request_id", b"request_id", "uri", b"uri", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "cookie_in", b"cookie_in", "destination_record", b"destination_record", "max_downtime", b"max_downtime", "ref", b"ref", "request_id", b"request_id", "uri", b"uri", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1226,16 +1258,71 @@ class SetBandwidthResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
+    APPLIED_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    applied_bytes_per_second: builtins.int
+    """The limit as the hypervisor reports it now. Zero: none."""
     @builtins.property
     def record(self) -> Record: ...
     def __init__(
         self,
         *,
         record: Record | None = ...,
+        applied_bytes_per_second: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["record", b"record"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["applied_bytes_per_second", b"applied_bytes_per_second", "record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SetMaxDowntimeRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    REF_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    @builtins.property
+    def ref(self) -> AttemptRef: ...
+    @builtins.property
+    def max_downtime(self) -> duration_pb2.Duration:
+        """At least one millisecond."""
+
+    def __init__(
+        self,
+        *,
+        ref: AttemptRef | None = ...,
+        request_id: builtins.str = ...,
+        max_downtime: duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["max_downtime", b"max_downtime", "ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["max_downtime", b"max_downtime", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SetMaxDowntimeResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: builtins.int
+    APPLIED_MAX_DOWNTIME_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def record(self) -> Record: ...
+    @builtins.property
+    def applied_max_downtime(self) -> duration_pb2.Duration:
+        """As the hypervisor reports it now."""
+
+    def __init__(
+        self,
+        *,
+        record: Record | None = ...,
+        applied_max_downtime: duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["applied_max_downtime", b"applied_max_downtime", "record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["applied_max_downtime", b"applied_max_downtime", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -95,6 +95,11 @@ class HandshakeServiceStub:
                 request_serializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetBandwidthRequest.SerializeToString,
                 response_deserializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetBandwidthResponse.FromString,
                 _registered_method=True)
+        self.SetMaxDowntime = channel.unary_unary(
+                '/drover.agent.v1.HandshakeService/SetMaxDowntime',
+                request_serializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetMaxDowntimeRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetMaxDowntimeResponse.FromString,
+                _registered_method=True)
         self.GetRecord = channel.unary_unary(
                 '/drover.agent.v1.HandshakeService/GetRecord',
                 request_serializer=drover_dot_agent_dot_v1_dot_handshake__pb2.GetRecordRequest.SerializeToString,
@@ -198,7 +203,14 @@ class HandshakeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetBandwidth(self, request, context):
-        """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED.
+        """Source: changes the rate limit of a transfer that runs, and reads it back from the hypervisor. Errors: BANDWIDTH_UNSUPPORTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetMaxDowntime(self, request, context):
+        """Source: changes the longest pause at the switch-over of a transfer that runs, and reads it back from the hypervisor.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -277,6 +289,11 @@ def add_HandshakeServiceServicer_to_server(servicer, server):
                     servicer.SetBandwidth,
                     request_deserializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetBandwidthRequest.FromString,
                     response_serializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetBandwidthResponse.SerializeToString,
+            ),
+            'SetMaxDowntime': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetMaxDowntime,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetMaxDowntimeRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_handshake__pb2.SetMaxDowntimeResponse.SerializeToString,
             ),
             'GetRecord': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRecord,
@@ -575,6 +592,33 @@ class HandshakeService:
             '/drover.agent.v1.HandshakeService/SetBandwidth',
             drover_dot_agent_dot_v1_dot_handshake__pb2.SetBandwidthRequest.SerializeToString,
             drover_dot_agent_dot_v1_dot_handshake__pb2.SetBandwidthResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetMaxDowntime(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.agent.v1.HandshakeService/SetMaxDowntime',
+            drover_dot_agent_dot_v1_dot_handshake__pb2.SetMaxDowntimeRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_handshake__pb2.SetMaxDowntimeResponse.FromString,
             options,
             channel_credentials,
             insecure,

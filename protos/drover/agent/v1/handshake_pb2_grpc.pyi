@@ -79,7 +79,9 @@ class HandshakeServiceStub:
     Errors: POST_COPY_NOT_ARMED (the transfer was started without it), HOST_UNREACHABLE.
     """
     SetBandwidth: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.SetBandwidthRequest, _handshake_pb2.SetBandwidthResponse]
-    """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED."""
+    """Source: changes the rate limit of a transfer that runs, and reads it back from the hypervisor. Errors: BANDWIDTH_UNSUPPORTED."""
+    SetMaxDowntime: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.SetMaxDowntimeRequest, _handshake_pb2.SetMaxDowntimeResponse]
+    """Source: changes the longest pause at the switch-over of a transfer that runs, and reads it back from the hypervisor."""
     GetRecord: _grpc.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]
     """The record of an attempt on this host."""
     WatchRecord: _grpc.UnaryStreamMultiCallable[_handshake_pb2.WatchRecordRequest, _handshake_pb2.WatchRecordResponse]
@@ -138,7 +140,9 @@ class HandshakeServiceAsyncStub(HandshakeServiceStub):
     Errors: POST_COPY_NOT_ARMED (the transfer was started without it), HOST_UNREACHABLE.
     """
     SetBandwidth: _aio.UnaryUnaryMultiCallable[_handshake_pb2.SetBandwidthRequest, _handshake_pb2.SetBandwidthResponse]  # type: ignore[assignment]
-    """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED."""
+    """Source: changes the rate limit of a transfer that runs, and reads it back from the hypervisor. Errors: BANDWIDTH_UNSUPPORTED."""
+    SetMaxDowntime: _aio.UnaryUnaryMultiCallable[_handshake_pb2.SetMaxDowntimeRequest, _handshake_pb2.SetMaxDowntimeResponse]  # type: ignore[assignment]
+    """Source: changes the longest pause at the switch-over of a transfer that runs, and reads it back from the hypervisor."""
     GetRecord: _aio.UnaryUnaryMultiCallable[_handshake_pb2.GetRecordRequest, _handshake_pb2.GetRecordResponse]  # type: ignore[assignment]
     """The record of an attempt on this host."""
     WatchRecord: _aio.UnaryStreamMultiCallable[_handshake_pb2.WatchRecordRequest, _handshake_pb2.WatchRecordResponse]  # type: ignore[assignment]
@@ -254,7 +258,15 @@ class HandshakeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _handshake_pb2.SetBandwidthRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_handshake_pb2.SetBandwidthResponse, _abc.Awaitable[_handshake_pb2.SetBandwidthResponse]]:
-        """Source: changes the rate limit of a transfer that runs. Errors: BANDWIDTH_UNSUPPORTED."""
+        """Source: changes the rate limit of a transfer that runs, and reads it back from the hypervisor. Errors: BANDWIDTH_UNSUPPORTED."""
+
+    @_abc_1.abstractmethod
+    def SetMaxDowntime(
+        self,
+        request: _handshake_pb2.SetMaxDowntimeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handshake_pb2.SetMaxDowntimeResponse, _abc.Awaitable[_handshake_pb2.SetMaxDowntimeResponse]]:
+        """Source: changes the longest pause at the switch-over of a transfer that runs, and reads it back from the hypervisor."""
 
     @_abc_1.abstractmethod
     def GetRecord(

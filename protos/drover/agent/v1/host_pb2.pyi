@@ -7,6 +7,7 @@ from collections import abc as abc
 from drover.agent.v1 import options_pb2 as options_pb2
 from google.protobuf import descriptor as descriptor
 from google.protobuf import duration_pb2 as duration_pb2
+from google.protobuf import field_mask_pb2 as field_mask_pb2
 from google.protobuf import message as message
 from google.protobuf import timestamp_pb2 as timestamp_pb2
 from google.protobuf.internal import containers as containers
@@ -63,15 +64,29 @@ class Network(message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     ROLES_FIELD_NUMBER: builtins.int
     LINE_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    INTERFACE_FIELD_NUMBER: builtins.int
+    MTU_FIELD_NUMBER: builtins.int
+    DOWN_FIELD_NUMBER: builtins.int
+    RULES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name, the same on every host of the cluster."""
     address: builtins.str
     """This host's IP address on it; as a destination, its hypervisor listens on this address only."""
     line_bytes_per_second: builtins.int
     """Line speed in bytes per second. Zero: not known."""
+    interface: builtins.str
+    """Interface that has the address. Empty: not known."""
+    mtu: builtins.int
+    """MTU of that interface in bytes. Zero: not known."""
+    down: builtins.bool
+    """The interface is down or has no carrier: the network cannot be used now."""
     @builtins.property
     def roles(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """"migration" (the network may carry guests' memory), "management"."""
+
+    @builtins.property
+    def rules(self) -> NetworkRules:
+        """As configured; see drover.coordinator.v1.Network for the meaning of each. Set by an agent with networks of its own."""
 
     def __init__(
         self,
@@ -80,12 +95,173 @@ class Network(message.Message):
         address: builtins.str = ...,
         roles: abc.Iterable[builtins.str] | None = ...,
         line_bytes_per_second: builtins.int = ...,
+        interface: builtins.str = ...,
+        mtu: builtins.int = ...,
+        down: builtins.bool = ...,
+        rules: NetworkRules | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["rules", b"rules"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "down", b"down", "interface", b"interface", "line_bytes_per_second", b"line_bytes_per_second", "mtu", b"mtu", "name", b"name", "roles", b"roles", "rules", b"rules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class NetworkRules(message.Message):
+    """The rules of a network, the same on every host."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CIDRS_FIELD_NUMBER: builtins.int
+    TENANTS_FIELD_NUMBER: builtins.int
+    CAPACITY_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    CAP_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    MAX_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    DEFAULT_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    FALLBACK_FIELD_NUMBER: builtins.int
+    capacity_bytes_per_second: builtins.int
+    """Line speed of each host on it, in place of what its interface reports, in bytes per second. Zero: as reported."""
+    cap_bytes_per_second: builtins.int
+    """Most bytes per second of all migrations together. Zero: no cap."""
+    max_bytes_per_second: builtins.int
+    """Most bytes per second of one migration. Zero: no maximum."""
+    default_bytes_per_second: builtins.int
+    """Limit of a migration that names none. Zero: no limit."""
+    fallback: builtins.bool
+    """It carries guests' memory, with a warning, where no network with the migration role can. Otherwise such a migration is refused."""
+    @builtins.property
+    def cidrs(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Ranges of its addresses, such as "10.92.0.0/24" or "fd00:92::/64". They overlap with those of no other network."""
+
+    @builtins.property
+    def tenants(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Tenants whose guests may use it. Empty: guests of all tenants, and those of none."""
+
+    def __init__(
+        self,
+        *,
+        cidrs: abc.Iterable[builtins.str] | None = ...,
+        tenants: abc.Iterable[builtins.str] | None = ...,
+        capacity_bytes_per_second: builtins.int = ...,
+        cap_bytes_per_second: builtins.int = ...,
+        max_bytes_per_second: builtins.int = ...,
+        default_bytes_per_second: builtins.int = ...,
+        fallback: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "line_bytes_per_second", b"line_bytes_per_second", "name", b"name", "roles", b"roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cap_bytes_per_second", b"cap_bytes_per_second", "capacity_bytes_per_second", b"capacity_bytes_per_second", "cidrs", b"cidrs", "default_bytes_per_second", b"default_bytes_per_second", "fallback", b"fallback", "max_bytes_per_second", b"max_bytes_per_second", "tenants", b"tenants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Interface(message.Message):
+    """A network interface of a host, by its kernel."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    ADDRESSES_FIELD_NUMBER: builtins.int
+    MTU_FIELD_NUMBER: builtins.int
+    LINE_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    UP_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    mtu: builtins.int
+    line_bytes_per_second: builtins.int
+    """Zero: not known."""
+    up: builtins.bool
+    """It is up and has a carrier."""
+    @builtins.property
+    def addresses(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Addresses with their prefix, such as "10.92.0.1/24"."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        addresses: abc.Iterable[builtins.str] | None = ...,
+        mtu: builtins.int = ...,
+        line_bytes_per_second: builtins.int = ...,
+        up: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["addresses", b"addresses", "line_bytes_per_second", b"line_bytes_per_second", "mtu", b"mtu", "name", b"name", "up", b"up"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SettingsChange(message.Message):
+    """Who changed settings, and why."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    CHANGED_BY_FIELD_NUMBER: builtins.int
+    CHANGE_TIME_FIELD_NUMBER: builtins.int
+    COMMENT_FIELD_NUMBER: builtins.int
+    changed_by: builtins.str
+    """Claim of the caller, such as "root@admin1"."""
+    comment: builtins.str
+    """For a person. May be empty."""
+    @builtins.property
+    def change_time(self) -> timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        changed_by: builtins.str = ...,
+        change_time: timestamp_pb2.Timestamp | None = ...,
+        comment: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["change_time", b"change_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["change_time", b"change_time", "changed_by", b"changed_by", "comment", b"comment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class HostSettings(message.Message):
+    """What may be changed of a host while its agent runs; it lasts over restarts. Limits are in units of cost: a guest of ordinary size
+    takes one. An unset limit is that of the configuration file.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    INCOMING_LIMIT_FIELD_NUMBER: builtins.int
+    OUTGOING_LIMIT_FIELD_NUMBER: builtins.int
+    PREPARED_LIMIT_FIELD_NUMBER: builtins.int
+    CORDONED_FIELD_NUMBER: builtins.int
+    incoming_limit: builtins.int
+    """Most incoming transfers at once. Zero: the host is closed for guests that come in."""
+    outgoing_limit: builtins.int
+    """Most outgoing transfers at once. Zero: no guest leaves."""
+    prepared_limit: builtins.int
+    """Most migrations in each direction that are prepared beside those that transfer."""
+    cordoned: builtins.bool
+    """Closed for automatic use: not chosen for a migration to any host; a migration that names it still works."""
+    def __init__(
+        self,
+        *,
+        incoming_limit: builtins.int | None = ...,
+        outgoing_limit: builtins.int | None = ...,
+        prepared_limit: builtins.int | None = ...,
+        cordoned: builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["_incoming_limit", b"_incoming_limit", "_outgoing_limit", b"_outgoing_limit", "_prepared_limit", b"_prepared_limit", "incoming_limit", b"incoming_limit", "outgoing_limit", b"outgoing_limit", "prepared_limit", b"prepared_limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_incoming_limit", b"_incoming_limit", "_outgoing_limit", b"_outgoing_limit", "_prepared_limit", b"_prepared_limit", "cordoned", b"cordoned", "incoming_limit", b"incoming_limit", "outgoing_limit", b"outgoing_limit", "prepared_limit", b"prepared_limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__incoming_limit: _TypeAlias = typing.Literal["incoming_limit"]  # noqa: Y015
+    _WhichOneofArgType__incoming_limit: _TypeAlias = typing.Literal["_incoming_limit", b"_incoming_limit"]  # noqa: Y015
+    _WhichOneofReturnType__outgoing_limit: _TypeAlias = typing.Literal["outgoing_limit"]  # noqa: Y015
+    _WhichOneofArgType__outgoing_limit: _TypeAlias = typing.Literal["_outgoing_limit", b"_outgoing_limit"]  # noqa: Y015
+    _WhichOneofReturnType__prepared_limit: _TypeAlias = typing.Literal["prepared_limit"]  # noqa: Y015
+    _WhichOneofArgType__prepared_limit: _TypeAlias = typing.Literal["_prepared_limit", b"_prepared_limit"]  # noqa: Y015
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__incoming_limit) -> _WhichOneofReturnType__incoming_limit | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__outgoing_limit) -> _WhichOneofReturnType__outgoing_limit | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prepared_limit) -> _WhichOneofReturnType__prepared_limit | None: ...
 
 @typing.final
 class Host(message.Message):
@@ -108,6 +284,15 @@ class Host(message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     COORDINATORS_FIELD_NUMBER: builtins.int
+    OUTGOING_LIMIT_FIELD_NUMBER: builtins.int
+    OUTGOING_IN_USE_FIELD_NUMBER: builtins.int
+    PREPARED_LIMIT_FIELD_NUMBER: builtins.int
+    INCOMING_QUEUE_FIELD_NUMBER: builtins.int
+    OUTGOING_QUEUE_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    SETTINGS_CHANGE_FIELD_NUMBER: builtins.int
+    INTERFACES_FIELD_NUMBER: builtins.int
+    UNIT_MEMORY_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name, unique in the cluster."""
     host_uuid: builtins.str
@@ -131,6 +316,18 @@ class Host(message.Message):
     """UUID that changes at every start of the agent."""
     draining: builtins.bool
     """The agent is stopping: it refuses new migrations with DRAINING, and waits a short time for those that run."""
+    outgoing_limit: builtins.int
+    """Most outgoing transfers at once."""
+    outgoing_in_use: builtins.int
+    """Units of it that are taken now."""
+    prepared_limit: builtins.int
+    """Most migrations in each direction that are prepared beside those that transfer."""
+    incoming_queue: builtins.int
+    """Migrations that wait for an incoming slot."""
+    outgoing_queue: builtins.int
+    """Migrations that wait for an outgoing slot."""
+    unit_memory_bytes: builtins.int
+    """Memory of a guest that costs one unit of a limit; a bigger one costs more. Zero: every guest costs one."""
     @builtins.property
     def migration_features(self) -> options_pb2.MigrationFeatures:
         """What this host can do as an end of a migration."""
@@ -142,6 +339,18 @@ class Host(message.Message):
         """Coordinators that watch this host now, as they describe themselves; of many, those with the oldest watches. More than one is a
         fault of the configuration.
         """
+
+    @builtins.property
+    def settings(self) -> HostSettings:
+        """What was changed while it ran."""
+
+    @builtins.property
+    def settings_change(self) -> SettingsChange:
+        """Its last change. Unset: never."""
+
+    @builtins.property
+    def interfaces(self) -> containers.RepeatedCompositeFieldContainer[Interface]:
+        """Its interfaces that have an address, without the loopback one. At most 64."""
 
     def __init__(
         self,
@@ -161,10 +370,19 @@ class Host(message.Message):
         incarnation: builtins.str = ...,
         draining: builtins.bool = ...,
         coordinators: abc.Iterable[builtins.str] | None = ...,
+        outgoing_limit: builtins.int = ...,
+        outgoing_in_use: builtins.int = ...,
+        prepared_limit: builtins.int = ...,
+        incoming_queue: builtins.int = ...,
+        outgoing_queue: builtins.int = ...,
+        settings: HostSettings | None = ...,
+        settings_change: SettingsChange | None = ...,
+        interfaces: abc.Iterable[Interface] | None = ...,
+        unit_memory_bytes: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["migration_features", b"migration_features"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["migration_features", b"migration_features", "settings", b"settings", "settings_change", b"settings_change"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_version", b"agent_version", "coordinators", b"coordinators", "draining", b"draining", "driver", b"driver", "host_uuid", b"host_uuid", "hypervisor", b"hypervisor", "incarnation", b"incarnation", "incoming_in_use", b"incoming_in_use", "incoming_limit", b"incoming_limit", "library_version", b"library_version", "max_protocol_version", b"max_protocol_version", "migration_features", b"migration_features", "min_protocol_version", b"min_protocol_version", "name", b"name", "networks", b"networks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_version", b"agent_version", "coordinators", b"coordinators", "draining", b"draining", "driver", b"driver", "host_uuid", b"host_uuid", "hypervisor", b"hypervisor", "incarnation", b"incarnation", "incoming_in_use", b"incoming_in_use", "incoming_limit", b"incoming_limit", "incoming_queue", b"incoming_queue", "interfaces", b"interfaces", "library_version", b"library_version", "max_protocol_version", b"max_protocol_version", "migration_features", b"migration_features", "min_protocol_version", b"min_protocol_version", "name", b"name", "networks", b"networks", "outgoing_in_use", b"outgoing_in_use", "outgoing_limit", b"outgoing_limit", "outgoing_queue", b"outgoing_queue", "prepared_limit", b"prepared_limit", "settings", b"settings", "settings_change", b"settings_change", "unit_memory_bytes", b"unit_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,6 +403,7 @@ class Domain(message.Message):
     SILENCE_FIELD_NUMBER: builtins.int
     RUNNING_VERSION_FIELD_NUMBER: builtins.int
     INSTALLED_VERSION_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name on this host."""
     uuid: builtins.str
@@ -206,6 +425,10 @@ class Domain(message.Message):
     def silence(self) -> duration_pb2.Duration:
         """How long its process has owed the hypervisor an answer. Unset: it owes none. Set in ListDomains only."""
 
+    @builtins.property
+    def settings(self) -> DomainSettings:
+        """Unset: it has none."""
+
     def __init__(
         self,
         *,
@@ -220,10 +443,39 @@ class Domain(message.Message):
         silence: duration_pb2.Duration | None = ...,
         running_version: builtins.str = ...,
         installed_version: builtins.str = ...,
+        settings: DomainSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["silence", b"silence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["settings", b"settings", "silence", b"silence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["installed_version", b"installed_version", "job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "persistent", b"persistent", "reason", b"reason", "running_version", b"running_version", "silence", b"silence", "state", b"state", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["installed_version", b"installed_version", "job", b"job", "memory_bytes", b"memory_bytes", "name", b"name", "persistent", b"persistent", "reason", b"reason", "running_version", b"running_version", "settings", b"settings", "silence", b"silence", "state", b"state", "uuid", b"uuid", "vcpus", b"vcpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class DomainSettings(message.Message):
+    """Settings of a guest, kept in its definition. A migration's own word goes before them."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    MIN_BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    MAX_BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    """Tenant to which it belongs. Empty: none."""
+    min_bandwidth_bytes_per_second: builtins.int
+    """Least bytes per second that its migrations are guaranteed. Zero: none."""
+    max_bandwidth_bytes_per_second: builtins.int
+    """Most bytes per second of its migrations. Zero: no limit of its own."""
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+        min_bandwidth_bytes_per_second: builtins.int = ...,
+        max_bandwidth_bytes_per_second: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["max_bandwidth_bytes_per_second", b"max_bandwidth_bytes_per_second", "min_bandwidth_bytes_per_second", b"min_bandwidth_bytes_per_second", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -532,5 +784,99 @@ class GetDomainResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "hypervisor_duration", b"hypervisor_duration", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "hypervisor_duration", b"hypervisor_duration", "obstacle", b"obstacle", "requirements", b"requirements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdateHostRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SETTINGS_FIELD_NUMBER: builtins.int
+    UPDATE_MASK_FIELD_NUMBER: builtins.int
+    CHANGE_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def settings(self) -> HostSettings: ...
+    @builtins.property
+    def update_mask(self) -> field_mask_pb2.FieldMask:
+        """Fields of `settings` to change, such as "incoming_limit"; at least one. A listed field that is unset is reset."""
+
+    @builtins.property
+    def change(self) -> SettingsChange:
+        """`change_time` is set by the server."""
+
+    def __init__(
+        self,
+        *,
+        settings: HostSettings | None = ...,
+        update_mask: field_mask_pb2.FieldMask | None = ...,
+        change: SettingsChange | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["change", b"change", "settings", b"settings", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["change", b"change", "settings", b"settings", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdateHostResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    HOST_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def host(self) -> Host: ...
+    def __init__(
+        self,
+        *,
+        host: Host | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["host", b"host"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["host", b"host"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdateDomainRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    UPDATE_MASK_FIELD_NUMBER: builtins.int
+    domain: builtins.str
+    """Exact name, or UUID."""
+    @builtins.property
+    def settings(self) -> DomainSettings: ...
+    @builtins.property
+    def update_mask(self) -> field_mask_pb2.FieldMask:
+        """Fields of `settings` to change, such as "tenant"; at least one. A listed field that is empty or zero is removed."""
+
+    def __init__(
+        self,
+        *,
+        domain: builtins.str = ...,
+        settings: DomainSettings | None = ...,
+        update_mask: field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["settings", b"settings", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain", "settings", b"settings", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdateDomainResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def domain(self) -> Domain: ...
+    def __init__(
+        self,
+        *,
+        domain: Domain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["domain", b"domain"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class HostServiceStub:
-    """The agent's own host: its hypervisor, networks and guests. Read-only.
+    """The agent's own host: its hypervisor, networks and guests.
     """
 
     def __init__(self, channel):
@@ -55,10 +55,20 @@ class HostServiceStub:
                 request_serializer=drover_dot_agent_dot_v1_dot_host__pb2.GetDomainRequest.SerializeToString,
                 response_deserializer=drover_dot_agent_dot_v1_dot_host__pb2.GetDomainResponse.FromString,
                 _registered_method=True)
+        self.UpdateHost = channel.unary_unary(
+                '/drover.agent.v1.HostService/UpdateHost',
+                request_serializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateHostRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateHostResponse.FromString,
+                _registered_method=True)
+        self.UpdateDomain = channel.unary_unary(
+                '/drover.agent.v1.HostService/UpdateDomain',
+                request_serializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateDomainRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateDomainResponse.FromString,
+                _registered_method=True)
 
 
 class HostServiceServicer:
-    """The agent's own host: its hypervisor, networks and guests. Read-only.
+    """The agent's own host: its hypervisor, networks and guests.
     """
 
     def GetHost(self, request, context):
@@ -89,6 +99,21 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateHost(self, request, context):
+        """Changes limits of this host, and closes or opens it for automatic use; durable, with who did it and when.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateDomain(self, request, context):
+        """Writes the settings of a guest into its definition (libvirt: metadata), with which they travel. Errors: DOMAIN_NOT_FOUND,
+        DOMAIN_AMBIGUOUS, DOMAIN_BUSY, HYPERVISOR_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +137,16 @@ def add_HostServiceServicer_to_server(servicer, server):
                     request_deserializer=drover_dot_agent_dot_v1_dot_host__pb2.GetDomainRequest.FromString,
                     response_serializer=drover_dot_agent_dot_v1_dot_host__pb2.GetDomainResponse.SerializeToString,
             ),
+            'UpdateHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateHost,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateHostRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateHostResponse.SerializeToString,
+            ),
+            'UpdateDomain': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateDomain,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateDomainRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_host__pb2.UpdateDomainResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'drover.agent.v1.HostService', rpc_method_handlers)
@@ -121,7 +156,7 @@ def add_HostServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class HostService:
-    """The agent's own host: its hypervisor, networks and guests. Read-only.
+    """The agent's own host: its hypervisor, networks and guests.
     """
 
     @staticmethod
@@ -222,6 +257,60 @@ class HostService:
             '/drover.agent.v1.HostService/GetDomain',
             drover_dot_agent_dot_v1_dot_host__pb2.GetDomainRequest.SerializeToString,
             drover_dot_agent_dot_v1_dot_host__pb2.GetDomainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.agent.v1.HostService/UpdateHost',
+            drover_dot_agent_dot_v1_dot_host__pb2.UpdateHostRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_host__pb2.UpdateHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateDomain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.agent.v1.HostService/UpdateDomain',
+            drover_dot_agent_dot_v1_dot_host__pb2.UpdateDomainRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_host__pb2.UpdateDomainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class HostServiceStub:
-    """The agent's own host: its hypervisor, networks and guests. Read-only."""
+    """The agent's own host: its hypervisor, networks and guests."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -41,10 +41,16 @@ class HostServiceStub:
     """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]
     """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
+    UpdateHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.UpdateHostRequest, _host_pb2.UpdateHostResponse]
+    """Changes limits of this host, and closes or opens it for automatic use; durable, with who did it and when."""
+    UpdateDomain: _grpc.UnaryUnaryMultiCallable[_host_pb2.UpdateDomainRequest, _host_pb2.UpdateDomainResponse]
+    """Writes the settings of a guest into its definition (libvirt: metadata), with which they travel. Errors: DOMAIN_NOT_FOUND,
+    DOMAIN_AMBIGUOUS, DOMAIN_BUSY, HYPERVISOR_UNAVAILABLE.
+    """
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
-    """The agent's own host: its hypervisor, networks and guests. Read-only."""
+    """The agent's own host: its hypervisor, networks and guests."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetHost: _aio.UnaryUnaryMultiCallable[_host_pb2.GetHostRequest, _host_pb2.GetHostResponse]  # type: ignore[assignment]
@@ -55,9 +61,15 @@ class HostServiceAsyncStub(HostServiceStub):
     """Every guest of this host, running or not, in pages. Errors: HYPERVISOR_UNAVAILABLE."""
     GetDomain: _aio.UnaryUnaryMultiCallable[_host_pb2.GetDomainRequest, _host_pb2.GetDomainResponse]  # type: ignore[assignment]
     """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
+    UpdateHost: _aio.UnaryUnaryMultiCallable[_host_pb2.UpdateHostRequest, _host_pb2.UpdateHostResponse]  # type: ignore[assignment]
+    """Changes limits of this host, and closes or opens it for automatic use; durable, with who did it and when."""
+    UpdateDomain: _aio.UnaryUnaryMultiCallable[_host_pb2.UpdateDomainRequest, _host_pb2.UpdateDomainResponse]  # type: ignore[assignment]
+    """Writes the settings of a guest into its definition (libvirt: metadata), with which they travel. Errors: DOMAIN_NOT_FOUND,
+    DOMAIN_AMBIGUOUS, DOMAIN_BUSY, HYPERVISOR_UNAVAILABLE.
+    """
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The agent's own host: its hypervisor, networks and guests. Read-only."""
+    """The agent's own host: its hypervisor, networks and guests."""
 
     @_abc_1.abstractmethod
     def GetHost(
@@ -90,5 +102,23 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.GetDomainResponse, _abc.Awaitable[_host_pb2.GetDomainResponse]]:
         """One guest. Errors: DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS (the name of one guest, the UUID of another), HYPERVISOR_UNAVAILABLE."""
+
+    @_abc_1.abstractmethod
+    def UpdateHost(
+        self,
+        request: _host_pb2.UpdateHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.UpdateHostResponse, _abc.Awaitable[_host_pb2.UpdateHostResponse]]:
+        """Changes limits of this host, and closes or opens it for automatic use; durable, with who did it and when."""
+
+    @_abc_1.abstractmethod
+    def UpdateDomain(
+        self,
+        request: _host_pb2.UpdateDomainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.UpdateDomainResponse, _abc.Awaitable[_host_pb2.UpdateDomainResponse]]:
+        """Writes the settings of a guest into its definition (libvirt: metadata), with which they travel. Errors: DOMAIN_NOT_FOUND,
+        DOMAIN_AMBIGUOUS, DOMAIN_BUSY, HYPERVISOR_UNAVAILABLE.
+        """
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

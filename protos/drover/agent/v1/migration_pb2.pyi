@@ -8,6 +8,7 @@ from drover.agent.v1 import handshake_pb2 as handshake_pb2
 from drover.agent.v1 import options_pb2 as options_pb2
 from google.protobuf import descriptor as descriptor
 from google.protobuf import duration_pb2 as duration_pb2
+from google.protobuf import field_mask_pb2 as field_mask_pb2
 from google.protobuf import message as message
 from google.protobuf import timestamp_pb2 as timestamp_pb2
 from google.protobuf.internal import containers as containers
@@ -57,21 +58,21 @@ class _WaitMode:
 class _WaitModeEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_WaitMode.ValueType], builtins.type):
     DESCRIPTOR: descriptor.EnumDescriptor
     WAIT_MODE_UNSPECIFIED: _WaitMode.ValueType  # 0
-    """Answer BUSY at once."""
+    """With slot_wait as WAIT_MODE_WAIT, without it as WAIT_MODE_FAIL_FAST."""
     WAIT_MODE_WAIT: _WaitMode.ValueType  # 1
-    """Wait in the destination's queue."""
+    """Wait in the hosts' queues."""
     WAIT_MODE_FAIL_FAST: _WaitMode.ValueType  # 2
     """Answer BUSY at once, so that another host can be chosen."""
     WAIT_MODE_HYBRID: _WaitMode.ValueType  # 3
     """A named host: wait. Any host: try another at once, wait only if all are busy."""
 
 class WaitMode(_WaitMode, metaclass=_WaitModeEnumTypeWrapper):
-    """What to do when the destination's slots are taken."""
+    """What to do when the slots are taken. Modes that wait need slot_wait."""
 
 WAIT_MODE_UNSPECIFIED: WaitMode.ValueType  # 0
-"""Answer BUSY at once."""
+"""With slot_wait as WAIT_MODE_WAIT, without it as WAIT_MODE_FAIL_FAST."""
 WAIT_MODE_WAIT: WaitMode.ValueType  # 1
-"""Wait in the destination's queue."""
+"""Wait in the hosts' queues."""
 WAIT_MODE_FAIL_FAST: WaitMode.ValueType  # 2
 """Answer BUSY at once, so that another host can be chosen."""
 WAIT_MODE_HYBRID: WaitMode.ValueType  # 3
@@ -126,7 +127,7 @@ class _WaitReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_WaitReason.
     WAIT_REASON_UNSPECIFIED: _WaitReason.ValueType  # 0
     """Nothing, or see waiting_for."""
     WAIT_REASON_SLOT: _WaitReason.ValueType  # 1
-    """An incoming slot of the destination."""
+    """An incoming slot of the destination: its limit is reached, or others are before it."""
     WAIT_REASON_HOST_UNREACHABLE: _WaitReason.ValueType  # 2
     """A host that does not answer now: see silent_hosts."""
     WAIT_REASON_HOST_NOT_READY: _WaitReason.ValueType  # 3
@@ -139,6 +140,16 @@ class _WaitReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_WaitReason.
     """The destination's decision, after the source has sent everything."""
     WAIT_REASON_DISPUTED_COPY: _WaitReason.ValueType  # 7
     """The end of the copy on a host that was declared dead and is back."""
+    WAIT_REASON_OUTGOING_SLOT: _WaitReason.ValueType  # 8
+    """An outgoing slot of the source."""
+    WAIT_REASON_NETWORK: _WaitReason.ValueType  # 9
+    """A network that both hosts have and that is up."""
+    WAIT_REASON_BANDWIDTH: _WaitReason.ValueType  # 10
+    """Bandwidth: the guaranteed minimum does not fit beside those of the others."""
+    WAIT_REASON_GUEST: _WaitReason.ValueType  # 11
+    """The guest: another job holds it."""
+    WAIT_REASON_ANY_HOST: _WaitReason.ValueType  # 12
+    """A host that can take the guest: every one is busy, closed or unsuitable."""
 
 class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
     """What a migration waits for, as a code; waiting_for is the text. Newer versions add values; treat an unknown one as
@@ -148,7 +159,7 @@ class WaitReason(_WaitReason, metaclass=_WaitReasonEnumTypeWrapper):
 WAIT_REASON_UNSPECIFIED: WaitReason.ValueType  # 0
 """Nothing, or see waiting_for."""
 WAIT_REASON_SLOT: WaitReason.ValueType  # 1
-"""An incoming slot of the destination."""
+"""An incoming slot of the destination: its limit is reached, or others are before it."""
 WAIT_REASON_HOST_UNREACHABLE: WaitReason.ValueType  # 2
 """A host that does not answer now: see silent_hosts."""
 WAIT_REASON_HOST_NOT_READY: WaitReason.ValueType  # 3
@@ -161,6 +172,16 @@ WAIT_REASON_DECISION: WaitReason.ValueType  # 6
 """The destination's decision, after the source has sent everything."""
 WAIT_REASON_DISPUTED_COPY: WaitReason.ValueType  # 7
 """The end of the copy on a host that was declared dead and is back."""
+WAIT_REASON_OUTGOING_SLOT: WaitReason.ValueType  # 8
+"""An outgoing slot of the source."""
+WAIT_REASON_NETWORK: WaitReason.ValueType  # 9
+"""A network that both hosts have and that is up."""
+WAIT_REASON_BANDWIDTH: WaitReason.ValueType  # 10
+"""Bandwidth: the guaranteed minimum does not fit beside those of the others."""
+WAIT_REASON_GUEST: WaitReason.ValueType  # 11
+"""The guest: another job holds it."""
+WAIT_REASON_ANY_HOST: WaitReason.ValueType  # 12
+"""A host that can take the guest: every one is busy, closed or unsuitable."""
 
 @typing.final
 class MigrationSpec(message.Message):
@@ -181,10 +202,13 @@ class MigrationSpec(message.Message):
     TIMEOUT_FIELD_NUMBER: builtins.int
     TENANT_FIELD_NUMBER: builtins.int
     MIN_BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: builtins.int
     domain: builtins.str
     """Name or UUID of the guest."""
     destination_host: builtins.str
-    """Name of the destination host. On an agent: the name of a peer in its configuration, or the address of its agent."""
+    """Name of the destination host. On an agent: the name of a peer in its configuration, or the address of its agent. Empty: any host
+    that can take the guest (on an agent: any peer of its configuration).
+    """
     source_host: builtins.str
     """Name of the source host. Empty: where the guest is found. On an agent: empty, or its own name."""
     destination_name: builtins.str
@@ -196,18 +220,22 @@ class MigrationSpec(message.Message):
     uri: builtins.str
     """Migration URI at the destination. Empty: the destination proposes it."""
     bandwidth_bytes_per_second: builtins.int
-    """Most bytes per second. Zero: no limit."""
+    """Most bytes per second. Zero: that of the guest's own settings, else of the network, else no limit."""
     importance: Importance.ValueType
     wait_mode: WaitMode.ValueType
     tenant: builtins.str
-    """Tenant to which the guest belongs."""
+    """Tenant to which the guest belongs. Empty: that of the guest's own settings."""
     min_bandwidth_bytes_per_second: builtins.int
-    """Least bytes per second that the migration is guaranteed."""
+    """Least bytes per second that the migration is guaranteed; refused where the network cannot. Zero: that of the guest's own settings."""
     @builtins.property
     def options(self) -> options_pb2.Options: ...
     @builtins.property
     def timeout(self) -> duration_pb2.Duration:
         """Time after which the migration is given up, if it has not committed. Unset: never."""
+
+    @builtins.property
+    def max_downtime(self) -> duration_pb2.Duration:
+        """Longest pause of the guest at the switch-over. Unset: the hypervisor's default."""
 
     def __init__(
         self,
@@ -225,10 +253,183 @@ class MigrationSpec(message.Message):
         timeout: duration_pb2.Duration | None = ...,
         tenant: builtins.str = ...,
         min_bandwidth_bytes_per_second: builtins.int = ...,
+        max_downtime: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["options", b"options", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["max_downtime", b"max_downtime", "options", b"options", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "importance", b"importance", "min_bandwidth_bytes_per_second", b"min_bandwidth_bytes_per_second", "network", b"network", "options", b"options", "source_host", b"source_host", "tenant", b"tenant", "timeout", b"timeout", "uri", b"uri", "wait_mode", b"wait_mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "destination_host", b"destination_host", "destination_name", b"destination_name", "domain", b"domain", "importance", b"importance", "max_downtime", b"max_downtime", "min_bandwidth_bytes_per_second", b"min_bandwidth_bytes_per_second", "network", b"network", "options", b"options", "source_host", b"source_host", "tenant", b"tenant", "timeout", b"timeout", "uri", b"uri", "wait_mode", b"wait_mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class MigrationSettings(message.Message):
+    """What may be changed while a migration waits or runs. At its start as in its spec, with the guest's own settings in place of what the
+    spec leaves out.
+    """
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    IMPORTANCE_FIELD_NUMBER: builtins.int
+    BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    MIN_BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: builtins.int
+    SLOT_WAIT_FIELD_NUMBER: builtins.int
+    importance: Importance.ValueType
+    bandwidth_bytes_per_second: builtins.int
+    """Most bytes per second. Zero: no limit."""
+    min_bandwidth_bytes_per_second: builtins.int
+    """Least bytes per second that it is guaranteed. Zero: none."""
+    @builtins.property
+    def max_downtime(self) -> duration_pb2.Duration:
+        """Longest pause of the guest at the switch-over. Unset: the hypervisor's default."""
+
+    @builtins.property
+    def slot_wait(self) -> duration_pb2.Duration:
+        """How long it may wait for its slots, from the request on. Unset: it does not wait."""
+
+    def __init__(
+        self,
+        *,
+        importance: Importance.ValueType = ...,
+        bandwidth_bytes_per_second: builtins.int = ...,
+        min_bandwidth_bytes_per_second: builtins.int = ...,
+        max_downtime: duration_pb2.Duration | None = ...,
+        slot_wait: duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["max_downtime", b"max_downtime", "slot_wait", b"slot_wait"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "importance", b"importance", "max_downtime", b"max_downtime", "min_bandwidth_bytes_per_second", b"min_bandwidth_bytes_per_second", "slot_wait", b"slot_wait"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Wait(message.Message):
+    """What a migration waits for, with its figures."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    HOST_FIELD_NUMBER: builtins.int
+    LIMIT_FIELD_NUMBER: builtins.int
+    LIMIT_VALUE_FIELD_NUMBER: builtins.int
+    IN_USE_FIELD_NUMBER: builtins.int
+    HOLDERS_FIELD_NUMBER: builtins.int
+    POSITION_FIELD_NUMBER: builtins.int
+    QUEUE_LENGTH_FIELD_NUMBER: builtins.int
+    ESTIMATE_LOW_FIELD_NUMBER: builtins.int
+    ESTIMATE_HIGH_FIELD_NUMBER: builtins.int
+    ALTERNATIVE_HOSTS_FIELD_NUMBER: builtins.int
+    reason: WaitReason.ValueType
+    host: builtins.str
+    """Host whose limit or answer it waits for."""
+    limit: builtins.str
+    """Name of the limit, such as "incoming_limit". Empty: it does not wait for a limit."""
+    limit_value: builtins.int
+    in_use: builtins.int
+    """Units of the limit that are taken."""
+    position: builtins.int
+    """Place in the queue, from 1. Zero: it is in no queue."""
+    queue_length: builtins.int
+    """Migrations in the queue, itself included."""
+    @builtins.property
+    def holders(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Migrations that hold it, at most 8."""
+
+    @builtins.property
+    def estimate_low(self) -> duration_pb2.Duration:
+        """Likely time until its turn, from now, by what lately held the slots. Unset: unknown."""
+
+    @builtins.property
+    def estimate_high(self) -> duration_pb2.Duration: ...
+    @builtins.property
+    def alternative_hosts(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Hosts that could take the guest now."""
+
+    def __init__(
+        self,
+        *,
+        reason: WaitReason.ValueType = ...,
+        host: builtins.str = ...,
+        limit: builtins.str = ...,
+        limit_value: builtins.int = ...,
+        in_use: builtins.int = ...,
+        holders: abc.Iterable[builtins.str] | None = ...,
+        position: builtins.int = ...,
+        queue_length: builtins.int = ...,
+        estimate_low: duration_pb2.Duration | None = ...,
+        estimate_high: duration_pb2.Duration | None = ...,
+        alternative_hosts: abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["estimate_high", b"estimate_high", "estimate_low", b"estimate_low"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["alternative_hosts", b"alternative_hosts", "estimate_high", b"estimate_high", "estimate_low", b"estimate_low", "holders", b"holders", "host", b"host", "in_use", b"in_use", "limit", b"limit", "limit_value", b"limit_value", "position", b"position", "queue_length", b"queue_length", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class RuledOutNetwork(message.Message):
+    """A network that was not chosen."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    why: builtins.str
+    """For a person, such as "it is down on h2"."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class NetworkChoice(message.Message):
+    """Which network carries a guest's memory, and why."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NETWORK_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    RULED_OUT_FIELD_NUMBER: builtins.int
+    SOURCE_ADDRESS_FIELD_NUMBER: builtins.int
+    DESTINATION_ADDRESS_FIELD_NUMBER: builtins.int
+    ROUND_TRIP_FIELD_NUMBER: builtins.int
+    MTU_FIELD_NUMBER: builtins.int
+    network: builtins.str
+    why: builtins.str
+    """For a person, such as "most free capacity: 312 of 400 MB/s"."""
+    source_address: builtins.str
+    """Addresses of both hosts on it. Empty: it is not known to this server."""
+    destination_address: builtins.str
+    mtu: builtins.int
+    """Usable MTU of the path in bytes."""
+    @builtins.property
+    def ruled_out(self) -> containers.RepeatedCompositeFieldContainer[RuledOutNetwork]: ...
+    @builtins.property
+    def round_trip(self) -> duration_pb2.Duration:
+        """Measured when the path was proved. Unset and zero before."""
+
+    def __init__(
+        self,
+        *,
+        network: builtins.str = ...,
+        why: builtins.str = ...,
+        ruled_out: abc.Iterable[RuledOutNetwork] | None = ...,
+        source_address: builtins.str = ...,
+        destination_address: builtins.str = ...,
+        round_trip: duration_pb2.Duration | None = ...,
+        mtu: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["round_trip", b"round_trip"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_address", b"destination_address", "mtu", b"mtu", "network", b"network", "round_trip", b"round_trip", "ruled_out", b"ruled_out", "source_address", b"source_address", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -276,6 +477,13 @@ class Migration(message.Message):
     SLOT_WAIT_FIELD_NUMBER: builtins.int
     CREATE_REVISION_FIELD_NUMBER: builtins.int
     SLOT_DURATION_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    WAIT_FIELD_NUMBER: builtins.int
+    NETWORK_CHOICE_FIELD_NUMBER: builtins.int
+    APPLIED_BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    ALLOTTED_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    APPLIED_MAX_DOWNTIME_FIELD_NUMBER: builtins.int
+    TENANT_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     state: MigrationState.ValueType
     phase: builtins.str
@@ -310,6 +518,12 @@ class Migration(message.Message):
     wait_reason: WaitReason.ValueType
     create_revision: builtins.int
     """Revision at which it was created: lists are ordered by it, the highest first. Zero if an older version created it."""
+    applied_bandwidth_bytes_per_second: builtins.int
+    """Limit of the transfer's rate as the source's hypervisor reports it, in bytes per second. Zero: no limit, or no transfer yet."""
+    allotted_bytes_per_second: builtins.int
+    """Share of the bandwidth that it was allotted among others. Zero: no share was divided."""
+    tenant: builtins.str
+    """Tenant of the guest. Empty: none."""
     @builtins.property
     def spec(self) -> MigrationSpec: ...
     @builtins.property
@@ -402,6 +616,22 @@ class Migration(message.Message):
     def slot_duration(self) -> duration_pb2.Duration:
         """Time from the request until its driver had the slot at the destination. Unset before, and where another driver had it."""
 
+    @builtins.property
+    def settings(self) -> MigrationSettings:
+        """What holds now: the spec, the guest's own settings, and later changes."""
+
+    @builtins.property
+    def wait(self) -> Wait:
+        """What it waits for, with figures. Unset: nothing, or see wait_reason."""
+
+    @builtins.property
+    def network_choice(self) -> NetworkChoice:
+        """Why it takes its network."""
+
+    @builtins.property
+    def applied_max_downtime(self) -> duration_pb2.Duration:
+        """Longest pause at the switch-over as the source's hypervisor reports it. Unset: not read."""
+
     def __init__(
         self,
         *,
@@ -445,10 +675,17 @@ class Migration(message.Message):
         slot_wait: duration_pb2.Duration | None = ...,
         create_revision: builtins.int = ...,
         slot_duration: duration_pb2.Duration | None = ...,
+        settings: MigrationSettings | None = ...,
+        wait: Wait | None = ...,
+        network_choice: NetworkChoice | None = ...,
+        applied_bandwidth_bytes_per_second: builtins.int = ...,
+        allotted_bytes_per_second: builtins.int = ...,
+        applied_max_downtime: duration_pb2.Duration | None = ...,
+        tenant: builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "options", b"options", "progress", b"progress", "slot_duration", b"slot_duration", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "spec", b"spec", "statement", b"statement"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "applied_max_downtime", b"applied_max_downtime", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "duration", b"duration", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "network_choice", b"network_choice", "options", b"options", "progress", b"progress", "settings", b"settings", "slot_duration", b"slot_duration", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "spec", b"spec", "statement", b"statement", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_revision", b"create_revision", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "silent_hosts", b"silent_hosts", "slot_duration", b"slot_duration", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statement", b"statement", "statements", b"statements", "timings", b"timings", "uri", b"uri", "wait_reason", b"wait_reason", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "age_by_wall_clock", b"age_by_wall_clock", "allotted_bytes_per_second", b"allotted_bytes_per_second", "applied_bandwidth_bytes_per_second", b"applied_bandwidth_bytes_per_second", "applied_max_downtime", b"applied_max_downtime", "attempt", b"attempt", "cancel_time", b"cancel_time", "commit_time", b"commit_time", "create_revision", b"create_revision", "create_time", b"create_time", "create_uptime", b"create_uptime", "destination_guest", b"destination_guest", "destination_host", b"destination_host", "domain_name", b"domain_name", "domain_uuid", b"domain_uuid", "driver", b"driver", "duration", b"duration", "duration_is_least", b"duration_is_least", "end_time", b"end_time", "failure", b"failure", "hypervisor_duration", b"hypervisor_duration", "migration_id", b"migration_id", "network", b"network", "network_choice", b"network_choice", "options", b"options", "other_failures", b"other_failures", "phase", b"phase", "progress", b"progress", "revision", b"revision", "runs_on", b"runs_on", "settings", b"settings", "silent_hosts", b"silent_hosts", "slot_duration", b"slot_duration", "slot_wait", b"slot_wait", "source_guest", b"source_guest", "source_host", b"source_host", "spec", b"spec", "state", b"state", "statement", b"statement", "statements", b"statements", "tenant", b"tenant", "timings", b"timings", "uri", b"uri", "wait", b"wait", "wait_reason", b"wait_reason", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -805,6 +1042,55 @@ class CancelMigrationRequest(message.Message):
 
 @typing.final
 class CancelMigrationResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: builtins.int
+    @builtins.property
+    def migration(self) -> Migration: ...
+    def __init__(
+        self,
+        *,
+        migration: Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdateMigrationRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    MIGRATION_ID_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    UPDATE_MASK_FIELD_NUMBER: builtins.int
+    migration_id: builtins.str
+    request_id: builtins.str
+    """Ignored: repeating the call is harmless."""
+    @builtins.property
+    def settings(self) -> MigrationSettings: ...
+    @builtins.property
+    def update_mask(self) -> field_mask_pb2.FieldMask:
+        """Fields of `settings` to change, such as "importance"; at least one. A listed field that is unset or zero is reset."""
+
+    def __init__(
+        self,
+        *,
+        migration_id: builtins.str = ...,
+        request_id: builtins.str = ...,
+        settings: MigrationSettings | None = ...,
+        update_mask: field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["settings", b"settings", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["migration_id", b"migration_id", "request_id", b"request_id", "settings", b"settings", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class UpdateMigrationResponse(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: builtins.int

@@ -73,6 +73,11 @@ class MigrationServiceStub:
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.UpdateMigration = channel.unary_unary(
+                '/drover.agent.v1.MigrationService/UpdateMigration',
+                request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
+                response_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
+                _registered_method=True)
         self.ResolveMigration = channel.unary_unary(
                 '/drover.agent.v1.MigrationService/ResolveMigration',
                 request_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.ResolveMigrationRequest.SerializeToString,
@@ -148,6 +153,15 @@ class MigrationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateMigration(self, request, context):
+        """Changes the settings of a migration that waits or runs, durably; those of a running transfer are applied and read back from the
+        hypervisor before the answer. Errors: MIGRATION_ENDED, BANDWIDTH_UNSUPPORTED, HOST_UNREACHABLE (saved, and applied once the host
+        answers).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ResolveMigration(self, request, context):
         """Records the statement that an unreachable host is dead, so that the migration can end without its answer.
         Errors: NOT_IN_DOUBT (the host answers, or the migration has ended), HOST_NOT_FOUND (the host takes no part).
@@ -193,6 +207,11 @@ def add_MigrationServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.FromString,
                     response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'UpdateMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateMigration,
+                    request_deserializer=drover_dot_agent_dot_v1_dot_migration__pb2.UpdateMigrationRequest.FromString,
+                    response_serializer=drover_dot_agent_dot_v1_dot_migration__pb2.UpdateMigrationResponse.SerializeToString,
             ),
             'ResolveMigration': grpc.unary_unary_rpc_method_handler(
                     servicer.ResolveMigration,
@@ -393,6 +412,33 @@ class MigrationService:
             '/drover.agent.v1.MigrationService/CancelMigration',
             drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
             drover_dot_agent_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.agent.v1.MigrationService/UpdateMigration',
+            drover_dot_agent_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
+            drover_dot_agent_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,6 +66,11 @@ class MigrationServiceStub:
     """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
     for a migration that has ended or was cancelled: the answer shows its end.
     """
+    UpdateMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]
+    """Changes the settings of a migration that waits or runs, durably; those of a running transfer are applied and read back from the
+    hypervisor before the answer. Errors: MIGRATION_ENDED, BANDWIDTH_UNSUPPORTED, HOST_UNREACHABLE (saved, and applied once the host
+    answers).
+    """
     ResolveMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]
     """Records the statement that an unreachable host is dead, so that the migration can end without its answer.
     Errors: NOT_IN_DOUBT (the host answers, or the migration has ended), HOST_NOT_FOUND (the host takes no part).
@@ -108,6 +113,11 @@ class MigrationServiceAsyncStub(MigrationServiceStub):
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
     for a migration that has ended or was cancelled: the answer shows its end.
+    """
+    UpdateMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]  # type: ignore[assignment]
+    """Changes the settings of a migration that waits or runs, durably; those of a running transfer are applied and read back from the
+    hypervisor before the answer. Errors: MIGRATION_ENDED, BANDWIDTH_UNSUPPORTED, HOST_UNREACHABLE (saved, and applied once the host
+    answers).
     """
     ResolveMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.ResolveMigrationRequest, _migration_pb2.ResolveMigrationResponse]  # type: ignore[assignment]
     """Records the statement that an unreachable host is dead, so that the migration can end without its answer.
@@ -190,6 +200,17 @@ class MigrationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_migration_pb2.CancelMigrationResponse, _abc.Awaitable[_migration_pb2.CancelMigrationResponse]]:
         """Requests the cancellation of a migration, after which the guest runs on at the source; it has no effect after the commit. No error
         for a migration that has ended or was cancelled: the answer shows its end.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateMigration(
+        self,
+        request: _migration_pb2.UpdateMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.UpdateMigrationResponse, _abc.Awaitable[_migration_pb2.UpdateMigrationResponse]]:
+        """Changes the settings of a migration that waits or runs, durably; those of a running transfer are applied and read back from the
+        hypervisor before the answer. Errors: MIGRATION_ENDED, BANDWIDTH_UNSUPPORTED, HOST_UNREACHABLE (saved, and applied once the host
+        answers).
         """
 
     @_abc_1.abstractmethod

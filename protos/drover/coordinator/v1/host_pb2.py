@@ -28,13 +28,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n drover/coordinator/v1/host.proto\x12\x15\x64rover.coordinator.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1a\x64rover/agent/v1/host.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd9\x02\n\x0b\x43lusterHost\x12#\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.Host\x12\x15\n\ragent_address\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .drover.coordinator.v1.HostState\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nclock_skew\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xb0\x99\x19\x01\x12\x30\n\rlast_seen_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x12unreachable_reason\x18\x07 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\x1f\n\x17last_seen_by_wall_clock\x18\x08 \x01(\x08\"t\n\x13RegisterHostRequest\x12/\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\n\x88\x99\x19\x80\x80\x08\xa0\x99\x19\x01\x12\x1b\n\ragent_address\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01J\x04\x08\x03\x10\x04R\tsend_time\"M\n\x14RegisterHostResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"$\n\x0eGetHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"C\n\x0fGetHostResponse\x12\x30\n\x04host\x18\x01 \x01(\x0b\x32\".drover.coordinator.v1.ClusterHost\"\'\n\x11RemoveHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"\x14\n\x12RemoveHostResponse\"@\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"m\n\x11ListHostsResponse\x12\x38\n\x05hosts\x18\x01 \x03(\x0b\x32\".drover.coordinator.v1.ClusterHostB\x05\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"P\n\x12ListDomainsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x19\n\npage_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"\x95\x01\n\x13ListDomainsResponse\x12<\n\x07\x64omains\x18\x01 \x03(\x0b\x32#.drover.coordinator.v1.PlacedDomainB\x06\x90\x99\x19\x80\x80\x04\x12 \n\x11unreachable_hosts\x18\x02 \x03(\tB\x05\x90\x99\x19\x80\x02\x12\x1e\n\x0fnext_page_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"E\n\x0cPlacedDomain\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\'\n\x06\x64omain\x18\x02 \x01(\x0b\x32\x17.drover.agent.v1.Domain*V\n\tHostState\x12\x1a\n\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rHOST_STATE_UP\x10\x01\x12\x1a\n\x16HOST_STATE_UNREACHABLE\x10\x02\x32\xf9\x03\n\x0bHostService\x12g\n\x0cRegisterHost\x12*.drover.coordinator.v1.RegisterHostRequest\x1a+.drover.coordinator.v1.RegisterHostResponse\x12X\n\x07GetHost\x12%.drover.coordinator.v1.GetHostRequest\x1a&.drover.coordinator.v1.GetHostResponse\x12^\n\tListHosts\x12\'.drover.coordinator.v1.ListHostsRequest\x1a(.drover.coordinator.v1.ListHostsResponse\x12\x61\n\nRemoveHost\x12(.drover.coordinator.v1.RemoveHostRequest\x1a).drover.coordinator.v1.RemoveHostResponse\x12\x64\n\x0bListDomains\x12).drover.coordinator.v1.ListDomainsRequest\x1a*.drover.coordinator.v1.ListDomainsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n drover/coordinator/v1/host.proto\x12\x15\x64rover.coordinator.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1a\x64rover/agent/v1/host.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x02\n\x0b\x43lusterHost\x12+\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\x06\x88\x99\x19\x80\x80\x08\x12\x15\n\ragent_address\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .drover.coordinator.v1.HostState\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nclock_skew\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xb0\x99\x19\x01\x12\x30\n\rlast_seen_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x12unreachable_reason\x18\x07 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\x1f\n\x17last_seen_by_wall_clock\x18\x08 \x01(\x08\"t\n\x13RegisterHostRequest\x12/\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\n\x88\x99\x19\x80\x80\x08\xa0\x99\x19\x01\x12\x1b\n\ragent_address\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01J\x04\x08\x03\x10\x04R\tsend_time\"M\n\x14RegisterHostResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"$\n\x0eGetHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"C\n\x0fGetHostResponse\x12\x30\n\x04host\x18\x01 \x01(\x0b\x32\".drover.coordinator.v1.ClusterHost\"\'\n\x11RemoveHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"\x14\n\x12RemoveHostResponse\"@\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"m\n\x11ListHostsResponse\x12\x38\n\x05hosts\x18\x01 \x03(\x0b\x32\".drover.coordinator.v1.ClusterHostB\x05\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"P\n\x12ListDomainsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x19\n\npage_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"\x95\x01\n\x13ListDomainsResponse\x12<\n\x07\x64omains\x18\x01 \x03(\x0b\x32#.drover.coordinator.v1.PlacedDomainB\x06\x90\x99\x19\x80\x80\x04\x12 \n\x11unreachable_hosts\x18\x02 \x03(\tB\x05\x90\x99\x19\x80\x02\x12\x1e\n\x0fnext_page_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"E\n\x0cPlacedDomain\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\'\n\x06\x64omain\x18\x02 \x01(\x0b\x32\x17.drover.agent.v1.Domain\"a\n\x11UpdateHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x38\n\x06update\x18\x02 \x01(\x0b\x32\".drover.agent.v1.UpdateHostRequestB\x04\xa0\x99\x19\x01\"F\n\x12UpdateHostResponse\x12\x30\n\x04host\x18\x01 \x01(\x0b\x32\".drover.coordinator.v1.ClusterHost\"_\n\x13UpdateDomainRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12:\n\x06update\x18\x02 \x01(\x0b\x32$.drover.agent.v1.UpdateDomainRequestB\x04\xa0\x99\x19\x01\"K\n\x14UpdateDomainResponse\x12\x33\n\x06\x64omain\x18\x01 \x01(\x0b\x32#.drover.coordinator.v1.PlacedDomain*V\n\tHostState\x12\x1a\n\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rHOST_STATE_UP\x10\x01\x12\x1a\n\x16HOST_STATE_UNREACHABLE\x10\x02\x32\xc5\x05\n\x0bHostService\x12g\n\x0cRegisterHost\x12*.drover.coordinator.v1.RegisterHostRequest\x1a+.drover.coordinator.v1.RegisterHostResponse\x12X\n\x07GetHost\x12%.drover.coordinator.v1.GetHostRequest\x1a&.drover.coordinator.v1.GetHostResponse\x12^\n\tListHosts\x12\'.drover.coordinator.v1.ListHostsRequest\x1a(.drover.coordinator.v1.ListHostsResponse\x12\x61\n\nRemoveHost\x12(.drover.coordinator.v1.RemoveHostRequest\x1a).drover.coordinator.v1.RemoveHostResponse\x12\x64\n\x0bListDomains\x12).drover.coordinator.v1.ListDomainsRequest\x1a*.drover.coordinator.v1.ListDomainsResponse\x12\x61\n\nUpdateHost\x12(.drover.coordinator.v1.UpdateHostRequest\x1a).drover.coordinator.v1.UpdateHostResponse\x12g\n\x0cUpdateDomain\x12*.drover.coordinator.v1.UpdateDomainRequest\x1a+.drover.coordinator.v1.UpdateDomainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'drover.coordinator.v1.host_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CLUSTERHOST'].fields_by_name['host']._loaded_options = None
+  _globals['_CLUSTERHOST'].fields_by_name['host']._serialized_options = b'\210\231\031\200\200\010'
   _globals['_CLUSTERHOST'].fields_by_name['clock_skew']._loaded_options = None
   _globals['_CLUSTERHOST'].fields_by_name['clock_skew']._serialized_options = b'\260\231\031\001'
   _globals['_CLUSTERHOST'].fields_by_name['unreachable_reason']._loaded_options = None
@@ -61,32 +63,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTDOMAINSRESPONSE'].fields_by_name['unreachable_hosts']._serialized_options = b'\220\231\031\200\002'
   _globals['_LISTDOMAINSRESPONSE'].fields_by_name['next_page_token']._loaded_options = None
   _globals['_LISTDOMAINSRESPONSE'].fields_by_name['next_page_token']._serialized_options = b'\210\231\031\200\020'
-  _globals['_HOSTSTATE']._serialized_start=1379
-  _globals['_HOSTSTATE']._serialized_end=1465
+  _globals['_UPDATEHOSTREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_UPDATEHOSTREQUEST'].fields_by_name['name']._serialized_options = b'\240\231\031\001'
+  _globals['_UPDATEHOSTREQUEST'].fields_by_name['update']._loaded_options = None
+  _globals['_UPDATEHOSTREQUEST'].fields_by_name['update']._serialized_options = b'\240\231\031\001'
+  _globals['_UPDATEDOMAINREQUEST'].fields_by_name['update']._loaded_options = None
+  _globals['_UPDATEDOMAINREQUEST'].fields_by_name['update']._serialized_options = b'\240\231\031\001'
+  _globals['_HOSTSTATE']._serialized_start=1732
+  _globals['_HOSTSTATE']._serialized_end=1818
   _globals['_CLUSTERHOST']._serialized_start=183
-  _globals['_CLUSTERHOST']._serialized_end=528
-  _globals['_REGISTERHOSTREQUEST']._serialized_start=530
-  _globals['_REGISTERHOSTREQUEST']._serialized_end=646
-  _globals['_REGISTERHOSTRESPONSE']._serialized_start=648
-  _globals['_REGISTERHOSTRESPONSE']._serialized_end=725
-  _globals['_GETHOSTREQUEST']._serialized_start=727
-  _globals['_GETHOSTREQUEST']._serialized_end=763
-  _globals['_GETHOSTRESPONSE']._serialized_start=765
-  _globals['_GETHOSTRESPONSE']._serialized_end=832
-  _globals['_REMOVEHOSTREQUEST']._serialized_start=834
-  _globals['_REMOVEHOSTREQUEST']._serialized_end=873
-  _globals['_REMOVEHOSTRESPONSE']._serialized_start=875
-  _globals['_REMOVEHOSTRESPONSE']._serialized_end=895
-  _globals['_LISTHOSTSREQUEST']._serialized_start=897
-  _globals['_LISTHOSTSREQUEST']._serialized_end=961
-  _globals['_LISTHOSTSRESPONSE']._serialized_start=963
-  _globals['_LISTHOSTSRESPONSE']._serialized_end=1072
-  _globals['_LISTDOMAINSREQUEST']._serialized_start=1074
-  _globals['_LISTDOMAINSREQUEST']._serialized_end=1154
-  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1157
-  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1306
-  _globals['_PLACEDDOMAIN']._serialized_start=1308
-  _globals['_PLACEDDOMAIN']._serialized_end=1377
-  _globals['_HOSTSERVICE']._serialized_start=1468
-  _globals['_HOSTSERVICE']._serialized_end=1973
+  _globals['_CLUSTERHOST']._serialized_end=536
+  _globals['_REGISTERHOSTREQUEST']._serialized_start=538
+  _globals['_REGISTERHOSTREQUEST']._serialized_end=654
+  _globals['_REGISTERHOSTRESPONSE']._serialized_start=656
+  _globals['_REGISTERHOSTRESPONSE']._serialized_end=733
+  _globals['_GETHOSTREQUEST']._serialized_start=735
+  _globals['_GETHOSTREQUEST']._serialized_end=771
+  _globals['_GETHOSTRESPONSE']._serialized_start=773
+  _globals['_GETHOSTRESPONSE']._serialized_end=840
+  _globals['_REMOVEHOSTREQUEST']._serialized_start=842
+  _globals['_REMOVEHOSTREQUEST']._serialized_end=881
+  _globals['_REMOVEHOSTRESPONSE']._serialized_start=883
+  _globals['_REMOVEHOSTRESPONSE']._serialized_end=903
+  _globals['_LISTHOSTSREQUEST']._serialized_start=905
+  _globals['_LISTHOSTSREQUEST']._serialized_end=969
+  _globals['_LISTHOSTSRESPONSE']._serialized_start=971
+  _globals['_LISTHOSTSRESPONSE']._serialized_end=1080
+  _globals['_LISTDOMAINSREQUEST']._serialized_start=1082
+  _globals['_LISTDOMAINSREQUEST']._serialized_end=1162
+  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1165
+  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1314
+  _globals['_PLACEDDOMAIN']._serialized_start=1316
+  _globals['_PLACEDDOMAIN']._serialized_end=1385
+  _globals['_UPDATEHOSTREQUEST']._serialized_start=1387
+  _globals['_UPDATEHOSTREQUEST']._serialized_end=1484
+  _globals['_UPDATEHOSTRESPONSE']._serialized_start=1486
+  _globals['_UPDATEHOSTRESPONSE']._serialized_end=1556
+  _globals['_UPDATEDOMAINREQUEST']._serialized_start=1558
+  _globals['_UPDATEDOMAINREQUEST']._serialized_end=1653
+  _globals['_UPDATEDOMAINRESPONSE']._serialized_start=1655
+  _globals['_UPDATEDOMAINRESPONSE']._serialized_end=1730
+  _globals['_HOSTSERVICE']._serialized_start=1821
+  _globals['_HOSTSERVICE']._serialized_end=2530
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,16 @@ class HostServiceStub:
                 request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListDomainsRequest.SerializeToString,
                 response_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListDomainsResponse.FromString,
                 _registered_method=True)
+        self.UpdateHost = channel.unary_unary(
+                '/drover.coordinator.v1.HostService/UpdateHost',
+                request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostRequest.SerializeToString,
+                response_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostResponse.FromString,
+                _registered_method=True)
+        self.UpdateDomain = channel.unary_unary(
+                '/drover.coordinator.v1.HostService/UpdateDomain',
+                request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateDomainRequest.SerializeToString,
+                response_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateDomainResponse.FromString,
+                _registered_method=True)
 
 
 class HostServiceServicer:
@@ -104,6 +114,22 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateHost(self, request, context):
+        """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
+        HOST_UNREACHABLE (nothing was changed).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateDomain(self, request, context):
+        """Writes the settings of a guest: passes the request on to the agent of its host. Errors: as UpdateDomain of the agent;
+        HOST_NOT_FOUND, HOST_UNREACHABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +157,16 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.ListDomains,
                     request_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListDomainsRequest.FromString,
                     response_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListDomainsResponse.SerializeToString,
+            ),
+            'UpdateHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateHost,
+                    request_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostRequest.FromString,
+                    response_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostResponse.SerializeToString,
+            ),
+            'UpdateDomain': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateDomain,
+                    request_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateDomainRequest.FromString,
+                    response_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateDomainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +305,60 @@ class HostService:
             '/drover.coordinator.v1.HostService/ListDomains',
             drover_dot_coordinator_dot_v1_dot_host__pb2.ListDomainsRequest.SerializeToString,
             drover_dot_coordinator_dot_v1_dot_host__pb2.ListDomainsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.coordinator.v1.HostService/UpdateHost',
+            drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostRequest.SerializeToString,
+            drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateDomain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.coordinator.v1.HostService/UpdateDomain',
+            drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateDomainRequest.SerializeToString,
+            drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateDomainResponse.FromString,
             options,
             channel_credentials,
             insecure,

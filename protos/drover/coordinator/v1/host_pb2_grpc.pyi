@@ -48,6 +48,14 @@ class HostServiceStub:
     """
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
     """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
+    UpdateHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.UpdateHostRequest, _host_pb2.UpdateHostResponse]
+    """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
+    HOST_UNREACHABLE (nothing was changed).
+    """
+    UpdateDomain: _grpc.UnaryUnaryMultiCallable[_host_pb2.UpdateDomainRequest, _host_pb2.UpdateDomainResponse]
+    """Writes the settings of a guest: passes the request on to the agent of its host. Errors: as UpdateDomain of the agent;
+    HOST_NOT_FOUND, HOST_UNREACHABLE.
+    """
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
@@ -69,6 +77,14 @@ class HostServiceAsyncStub(HostServiceStub):
     """
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
     """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
+    UpdateHost: _aio.UnaryUnaryMultiCallable[_host_pb2.UpdateHostRequest, _host_pb2.UpdateHostResponse]  # type: ignore[assignment]
+    """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
+    HOST_UNREACHABLE (nothing was changed).
+    """
+    UpdateDomain: _aio.UnaryUnaryMultiCallable[_host_pb2.UpdateDomainRequest, _host_pb2.UpdateDomainResponse]  # type: ignore[assignment]
+    """Writes the settings of a guest: passes the request on to the agent of its host. Errors: as UpdateDomain of the agent;
+    HOST_NOT_FOUND, HOST_UNREACHABLE.
+    """
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     """The hosts of the cluster. Migrations of the cluster are started with drover.agent.v1.MigrationService at the same address."""
@@ -117,5 +133,25 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.ListDomainsResponse, _abc.Awaitable[_host_pb2.ListDomainsResponse]]:
         """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
+
+    @_abc_1.abstractmethod
+    def UpdateHost(
+        self,
+        request: _host_pb2.UpdateHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.UpdateHostResponse, _abc.Awaitable[_host_pb2.UpdateHostResponse]]:
+        """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
+        HOST_UNREACHABLE (nothing was changed).
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateDomain(
+        self,
+        request: _host_pb2.UpdateDomainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.UpdateDomainResponse, _abc.Awaitable[_host_pb2.UpdateDomainResponse]]:
+        """Writes the settings of a guest: passes the request on to the agent of its host. Errors: as UpdateDomain of the agent;
+        HOST_NOT_FOUND, HOST_UNREACHABLE.
+        """
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
