@@ -57,6 +57,7 @@ RIGHTS: Final[Mapping[str, Right]] = {
     "/drover.coordinator.v1.HostService/RemoveHost": Right.OPERATE,
     "/drover.coordinator.v1.HostService/ListDomains": Right.READ,
     "/drover.coordinator.v1.HostService/UpdateHost": Right.OPERATE,
+    "/drover.coordinator.v1.HostService/ListSlots": Right.READ,
     "/drover.coordinator.v1.HostService/UpdateDomain": Right.OPERATE,
     "/drover.coordinator.v1.NetworkService/CreateNetwork": Right.OPERATE,
     "/drover.coordinator.v1.NetworkService/GetNetwork": Right.READ,

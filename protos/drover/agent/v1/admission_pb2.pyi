@@ -83,6 +83,8 @@ class SlotHolder(message.Message):
     POSITION_FIELD_NUMBER: builtins.int
     SINCE_TIME_FIELD_NUMBER: builtins.int
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
+    ESTIMATE_LOW_FIELD_NUMBER: builtins.int
+    ESTIMATE_HIGH_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     direction: SlotDirection.ValueType
     kind: SlotKind.ValueType
@@ -106,6 +108,12 @@ class SlotHolder(message.Message):
     def expire_time(self) -> timestamp_pb2.Timestamp:
         """When it ends unless it is renewed. Unset while a record of the handshake holds it: it ends with the record."""
 
+    @builtins.property
+    def estimate_low(self) -> duration_pb2.Duration:
+        """Likely time until its turn, from now, as in Wait. Unset: unknown, and for a taken slot."""
+
+    @builtins.property
+    def estimate_high(self) -> duration_pb2.Duration: ...
     def __init__(
         self,
         *,
@@ -120,10 +128,12 @@ class SlotHolder(message.Message):
         position: builtins.int = ...,
         since_time: timestamp_pb2.Timestamp | None = ...,
         expire_time: timestamp_pb2.Timestamp | None = ...,
+        estimate_low: duration_pb2.Duration | None = ...,
+        estimate_high: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["expire_time", b"expire_time", "since_time", b"since_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["estimate_high", b"estimate_high", "estimate_low", b"estimate_low", "expire_time", b"expire_time", "since_time", b"since_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cost", b"cost", "direction", b"direction", "epoch", b"epoch", "expire_time", b"expire_time", "importance", b"importance", "kind", b"kind", "migration_id", b"migration_id", "peer_host", b"peer_host", "position", b"position", "since_time", b"since_time", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cost", b"cost", "direction", b"direction", "epoch", b"epoch", "estimate_high", b"estimate_high", "estimate_low", b"estimate_low", "expire_time", b"expire_time", "importance", b"importance", "kind", b"kind", "migration_id", b"migration_id", "peer_host", b"peer_host", "position", b"position", "since_time", b"since_time", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

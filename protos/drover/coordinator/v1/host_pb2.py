@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from drover.agent.v1 import admission_pb2 as drover_dot_agent_dot_v1_dot_admission__pb2
 from drover.agent.v1 import bounds_pb2 as drover_dot_agent_dot_v1_dot_bounds__pb2
 from drover.agent.v1 import host_pb2 as drover_dot_agent_dot_v1_dot_host__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n drover/coordinator/v1/host.proto\x12\x15\x64rover.coordinator.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1a\x64rover/agent/v1/host.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x02\n\x0b\x43lusterHost\x12+\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\x06\x88\x99\x19\x80\x80\x08\x12\x15\n\ragent_address\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .drover.coordinator.v1.HostState\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nclock_skew\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xb0\x99\x19\x01\x12\x30\n\rlast_seen_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x12unreachable_reason\x18\x07 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\x1f\n\x17last_seen_by_wall_clock\x18\x08 \x01(\x08\"t\n\x13RegisterHostRequest\x12/\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\n\x88\x99\x19\x80\x80\x08\xa0\x99\x19\x01\x12\x1b\n\ragent_address\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01J\x04\x08\x03\x10\x04R\tsend_time\"M\n\x14RegisterHostResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"$\n\x0eGetHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"C\n\x0fGetHostResponse\x12\x30\n\x04host\x18\x01 \x01(\x0b\x32\".drover.coordinator.v1.ClusterHost\"\'\n\x11RemoveHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"\x14\n\x12RemoveHostResponse\"@\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"m\n\x11ListHostsResponse\x12\x38\n\x05hosts\x18\x01 \x03(\x0b\x32\".drover.coordinator.v1.ClusterHostB\x05\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"P\n\x12ListDomainsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x19\n\npage_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"\x95\x01\n\x13ListDomainsResponse\x12<\n\x07\x64omains\x18\x01 \x03(\x0b\x32#.drover.coordinator.v1.PlacedDomainB\x06\x90\x99\x19\x80\x80\x04\x12 \n\x11unreachable_hosts\x18\x02 \x03(\tB\x05\x90\x99\x19\x80\x02\x12\x1e\n\x0fnext_page_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"E\n\x0cPlacedDomain\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\'\n\x06\x64omain\x18\x02 \x01(\x0b\x32\x17.drover.agent.v1.Domain\"a\n\x11UpdateHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x38\n\x06update\x18\x02 \x01(\x0b\x32\".drover.agent.v1.UpdateHostRequestB\x04\xa0\x99\x19\x01\"F\n\x12UpdateHostResponse\x12\x30\n\x04host\x18\x01 \x01(\x0b\x32\".drover.coordinator.v1.ClusterHost\"_\n\x13UpdateDomainRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12:\n\x06update\x18\x02 \x01(\x0b\x32$.drover.agent.v1.UpdateDomainRequestB\x04\xa0\x99\x19\x01\"K\n\x14UpdateDomainResponse\x12\x33\n\x06\x64omain\x18\x01 \x01(\x0b\x32#.drover.coordinator.v1.PlacedDomain*V\n\tHostState\x12\x1a\n\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rHOST_STATE_UP\x10\x01\x12\x1a\n\x16HOST_STATE_UNREACHABLE\x10\x02\x32\xc5\x05\n\x0bHostService\x12g\n\x0cRegisterHost\x12*.drover.coordinator.v1.RegisterHostRequest\x1a+.drover.coordinator.v1.RegisterHostResponse\x12X\n\x07GetHost\x12%.drover.coordinator.v1.GetHostRequest\x1a&.drover.coordinator.v1.GetHostResponse\x12^\n\tListHosts\x12\'.drover.coordinator.v1.ListHostsRequest\x1a(.drover.coordinator.v1.ListHostsResponse\x12\x61\n\nRemoveHost\x12(.drover.coordinator.v1.RemoveHostRequest\x1a).drover.coordinator.v1.RemoveHostResponse\x12\x64\n\x0bListDomains\x12).drover.coordinator.v1.ListDomainsRequest\x1a*.drover.coordinator.v1.ListDomainsResponse\x12\x61\n\nUpdateHost\x12(.drover.coordinator.v1.UpdateHostRequest\x1a).drover.coordinator.v1.UpdateHostResponse\x12g\n\x0cUpdateDomain\x12*.drover.coordinator.v1.UpdateDomainRequest\x1a+.drover.coordinator.v1.UpdateDomainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n drover/coordinator/v1/host.proto\x12\x15\x64rover.coordinator.v1\x1a\x1f\x64rover/agent/v1/admission.proto\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1a\x64rover/agent/v1/host.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x02\n\x0b\x43lusterHost\x12+\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\x06\x88\x99\x19\x80\x80\x08\x12\x15\n\ragent_address\x18\x02 \x01(\t\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .drover.coordinator.v1.HostState\x12\x32\n\x0elast_seen_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\nclock_skew\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xb0\x99\x19\x01\x12\x30\n\rlast_seen_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x12unreachable_reason\x18\x07 \x01(\tB\x05\x88\x99\x19\x80\x08\x12\x1f\n\x17last_seen_by_wall_clock\x18\x08 \x01(\x08\"t\n\x13RegisterHostRequest\x12/\n\x04host\x18\x01 \x01(\x0b\x32\x15.drover.agent.v1.HostB\n\x88\x99\x19\x80\x80\x08\xa0\x99\x19\x01\x12\x1b\n\ragent_address\x18\x02 \x01(\tB\x04\xa0\x99\x19\x01J\x04\x08\x03\x10\x04R\tsend_time\"M\n\x14RegisterHostResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"$\n\x0eGetHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"C\n\x0fGetHostResponse\x12\x30\n\x04host\x18\x01 \x01(\x0b\x32\".drover.coordinator.v1.ClusterHost\"\'\n\x11RemoveHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\"\x14\n\x12RemoveHostResponse\"@\n\x10ListHostsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"m\n\x11ListHostsResponse\x12\x38\n\x05hosts\x18\x01 \x03(\x0b\x32\".drover.coordinator.v1.ClusterHostB\x05\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"P\n\x12ListDomainsRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x19\n\npage_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"\x95\x01\n\x13ListDomainsResponse\x12<\n\x07\x64omains\x18\x01 \x03(\x0b\x32#.drover.coordinator.v1.PlacedDomainB\x06\x90\x99\x19\x80\x80\x04\x12 \n\x11unreachable_hosts\x18\x02 \x03(\tB\x05\x90\x99\x19\x80\x02\x12\x1e\n\x0fnext_page_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"E\n\x0cPlacedDomain\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\'\n\x06\x64omain\x18\x02 \x01(\x0b\x32\x17.drover.agent.v1.Domain\"a\n\x11UpdateHostRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x38\n\x06update\x18\x02 \x01(\x0b\x32\".drover.agent.v1.UpdateHostRequestB\x04\xa0\x99\x19\x01\"F\n\x12UpdateHostResponse\x12\x30\n\x04host\x18\x01 \x01(\x0b\x32\".drover.coordinator.v1.ClusterHost\"_\n\x13UpdateDomainRequest\x12\x0c\n\x04host\x18\x01 \x01(\t\x12:\n\x06update\x18\x02 \x01(\x0b\x32$.drover.agent.v1.UpdateDomainRequestB\x04\xa0\x99\x19\x01\"K\n\x14UpdateDomainResponse\x12\x33\n\x06\x64omain\x18\x01 \x01(\x0b\x32#.drover.coordinator.v1.PlacedDomain\"T\n\x10ListSlotsRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xa0\x99\x19\x01\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x19\n\npage_token\x18\x03 \x01(\tB\x05\x88\x99\x19\x80\x10\"f\n\x11ListSlotsResponse\x12\x31\n\x05slots\x18\x01 \x03(\x0b\x32\x1b.drover.agent.v1.SlotHolderB\x05\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10*V\n\tHostState\x12\x1a\n\x16HOST_STATE_UNSPECIFIED\x10\x00\x12\x11\n\rHOST_STATE_UP\x10\x01\x12\x1a\n\x16HOST_STATE_UNREACHABLE\x10\x02\x32\xa5\x06\n\x0bHostService\x12g\n\x0cRegisterHost\x12*.drover.coordinator.v1.RegisterHostRequest\x1a+.drover.coordinator.v1.RegisterHostResponse\x12X\n\x07GetHost\x12%.drover.coordinator.v1.GetHostRequest\x1a&.drover.coordinator.v1.GetHostResponse\x12^\n\tListHosts\x12\'.drover.coordinator.v1.ListHostsRequest\x1a(.drover.coordinator.v1.ListHostsResponse\x12\x61\n\nRemoveHost\x12(.drover.coordinator.v1.RemoveHostRequest\x1a).drover.coordinator.v1.RemoveHostResponse\x12\x64\n\x0bListDomains\x12).drover.coordinator.v1.ListDomainsRequest\x1a*.drover.coordinator.v1.ListDomainsResponse\x12\x61\n\nUpdateHost\x12(.drover.coordinator.v1.UpdateHostRequest\x1a).drover.coordinator.v1.UpdateHostResponse\x12^\n\tListSlots\x12\'.drover.coordinator.v1.ListSlotsRequest\x1a(.drover.coordinator.v1.ListSlotsResponse\x12g\n\x0cUpdateDomain\x12*.drover.coordinator.v1.UpdateDomainRequest\x1a+.drover.coordinator.v1.UpdateDomainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -69,40 +70,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEHOSTREQUEST'].fields_by_name['update']._serialized_options = b'\240\231\031\001'
   _globals['_UPDATEDOMAINREQUEST'].fields_by_name['update']._loaded_options = None
   _globals['_UPDATEDOMAINREQUEST'].fields_by_name['update']._serialized_options = b'\240\231\031\001'
-  _globals['_HOSTSTATE']._serialized_start=1732
-  _globals['_HOSTSTATE']._serialized_end=1818
-  _globals['_CLUSTERHOST']._serialized_start=183
-  _globals['_CLUSTERHOST']._serialized_end=536
-  _globals['_REGISTERHOSTREQUEST']._serialized_start=538
-  _globals['_REGISTERHOSTREQUEST']._serialized_end=654
-  _globals['_REGISTERHOSTRESPONSE']._serialized_start=656
-  _globals['_REGISTERHOSTRESPONSE']._serialized_end=733
-  _globals['_GETHOSTREQUEST']._serialized_start=735
-  _globals['_GETHOSTREQUEST']._serialized_end=771
-  _globals['_GETHOSTRESPONSE']._serialized_start=773
-  _globals['_GETHOSTRESPONSE']._serialized_end=840
-  _globals['_REMOVEHOSTREQUEST']._serialized_start=842
-  _globals['_REMOVEHOSTREQUEST']._serialized_end=881
-  _globals['_REMOVEHOSTRESPONSE']._serialized_start=883
-  _globals['_REMOVEHOSTRESPONSE']._serialized_end=903
-  _globals['_LISTHOSTSREQUEST']._serialized_start=905
-  _globals['_LISTHOSTSREQUEST']._serialized_end=969
-  _globals['_LISTHOSTSRESPONSE']._serialized_start=971
-  _globals['_LISTHOSTSRESPONSE']._serialized_end=1080
-  _globals['_LISTDOMAINSREQUEST']._serialized_start=1082
-  _globals['_LISTDOMAINSREQUEST']._serialized_end=1162
-  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1165
-  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1314
-  _globals['_PLACEDDOMAIN']._serialized_start=1316
-  _globals['_PLACEDDOMAIN']._serialized_end=1385
-  _globals['_UPDATEHOSTREQUEST']._serialized_start=1387
-  _globals['_UPDATEHOSTREQUEST']._serialized_end=1484
-  _globals['_UPDATEHOSTRESPONSE']._serialized_start=1486
-  _globals['_UPDATEHOSTRESPONSE']._serialized_end=1556
-  _globals['_UPDATEDOMAINREQUEST']._serialized_start=1558
-  _globals['_UPDATEDOMAINREQUEST']._serialized_end=1653
-  _globals['_UPDATEDOMAINRESPONSE']._serialized_start=1655
-  _globals['_UPDATEDOMAINRESPONSE']._serialized_end=1730
-  _globals['_HOSTSERVICE']._serialized_start=1821
-  _globals['_HOSTSERVICE']._serialized_end=2530
+  _globals['_LISTSLOTSREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_LISTSLOTSREQUEST'].fields_by_name['name']._serialized_options = b'\240\231\031\001'
+  _globals['_LISTSLOTSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTSLOTSREQUEST'].fields_by_name['page_token']._serialized_options = b'\210\231\031\200\020'
+  _globals['_LISTSLOTSRESPONSE'].fields_by_name['slots']._loaded_options = None
+  _globals['_LISTSLOTSRESPONSE'].fields_by_name['slots']._serialized_options = b'\220\231\031\200 '
+  _globals['_LISTSLOTSRESPONSE'].fields_by_name['next_page_token']._loaded_options = None
+  _globals['_LISTSLOTSRESPONSE'].fields_by_name['next_page_token']._serialized_options = b'\210\231\031\200\020'
+  _globals['_HOSTSTATE']._serialized_start=1955
+  _globals['_HOSTSTATE']._serialized_end=2041
+  _globals['_CLUSTERHOST']._serialized_start=216
+  _globals['_CLUSTERHOST']._serialized_end=569
+  _globals['_REGISTERHOSTREQUEST']._serialized_start=571
+  _globals['_REGISTERHOSTREQUEST']._serialized_end=687
+  _globals['_REGISTERHOSTRESPONSE']._serialized_start=689
+  _globals['_REGISTERHOSTRESPONSE']._serialized_end=766
+  _globals['_GETHOSTREQUEST']._serialized_start=768
+  _globals['_GETHOSTREQUEST']._serialized_end=804
+  _globals['_GETHOSTRESPONSE']._serialized_start=806
+  _globals['_GETHOSTRESPONSE']._serialized_end=873
+  _globals['_REMOVEHOSTREQUEST']._serialized_start=875
+  _globals['_REMOVEHOSTREQUEST']._serialized_end=914
+  _globals['_REMOVEHOSTRESPONSE']._serialized_start=916
+  _globals['_REMOVEHOSTRESPONSE']._serialized_end=936
+  _globals['_LISTHOSTSREQUEST']._serialized_start=938
+  _globals['_LISTHOSTSREQUEST']._serialized_end=1002
+  _globals['_LISTHOSTSRESPONSE']._serialized_start=1004
+  _globals['_LISTHOSTSRESPONSE']._serialized_end=1113
+  _globals['_LISTDOMAINSREQUEST']._serialized_start=1115
+  _globals['_LISTDOMAINSREQUEST']._serialized_end=1195
+  _globals['_LISTDOMAINSRESPONSE']._serialized_start=1198
+  _globals['_LISTDOMAINSRESPONSE']._serialized_end=1347
+  _globals['_PLACEDDOMAIN']._serialized_start=1349
+  _globals['_PLACEDDOMAIN']._serialized_end=1418
+  _globals['_UPDATEHOSTREQUEST']._serialized_start=1420
+  _globals['_UPDATEHOSTREQUEST']._serialized_end=1517
+  _globals['_UPDATEHOSTRESPONSE']._serialized_start=1519
+  _globals['_UPDATEHOSTRESPONSE']._serialized_end=1589
+  _globals['_UPDATEDOMAINREQUEST']._serialized_start=1591
+  _globals['_UPDATEDOMAINREQUEST']._serialized_end=1686
+  _globals['_UPDATEDOMAINRESPONSE']._serialized_start=1688
+  _globals['_UPDATEDOMAINRESPONSE']._serialized_end=1763
+  _globals['_LISTSLOTSREQUEST']._serialized_start=1765
+  _globals['_LISTSLOTSREQUEST']._serialized_end=1849
+  _globals['_LISTSLOTSRESPONSE']._serialized_start=1851
+  _globals['_LISTSLOTSRESPONSE']._serialized_end=1953
+  _globals['_HOSTSERVICE']._serialized_start=2044
+  _globals['_HOSTSERVICE']._serialized_end=2849
 # @@protoc_insertion_point(module_scope)

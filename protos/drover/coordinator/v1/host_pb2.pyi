@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from collections import abc as abc
+from drover.agent.v1 import admission_pb2 as admission_pb2
 from drover.agent.v1 import host_pb2 as host_pb2
 from google.protobuf import descriptor as descriptor
 from google.protobuf import duration_pb2 as duration_pb2
@@ -404,5 +405,54 @@ class UpdateDomainResponse(message.Message):
     _HasFieldArgType: _TypeAlias = typing.Literal["domain", b"domain"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["domain", b"domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListSlotsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    PAGE_SIZE_FIELD_NUMBER: builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    page_size: builtins.int
+    """Most items of a page, up to 1,000; a page may have fewer. Zero: 1,000."""
+    page_token: builtins.str
+    """`next_page_token` of the previous page; `name` must be as there. Empty: the first page."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        page_size: builtins.int = ...,
+        page_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class ListSlotsResponse(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    SLOTS_FIELD_NUMBER: builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    next_page_token: builtins.str
+    """`page_token` of the next page. Empty: this is the last one."""
+    @builtins.property
+    def slots(self) -> containers.RepeatedCompositeFieldContainer[admission_pb2.SlotHolder]:
+        """As drover.agent.v1.ListSlotsResponse."""
+
+    def __init__(
+        self,
+        *,
+        slots: abc.Iterable[admission_pb2.SlotHolder] | None = ...,
+        next_page_token: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["next_page_token", b"next_page_token", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

@@ -65,6 +65,11 @@ class HostServiceStub:
                 request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostRequest.SerializeToString,
                 response_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostResponse.FromString,
                 _registered_method=True)
+        self.ListSlots = channel.unary_unary(
+                '/drover.coordinator.v1.HostService/ListSlots',
+                request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListSlotsRequest.SerializeToString,
+                response_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListSlotsResponse.FromString,
+                _registered_method=True)
         self.UpdateDomain = channel.unary_unary(
                 '/drover.coordinator.v1.HostService/UpdateDomain',
                 request_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateDomainRequest.SerializeToString,
@@ -115,8 +120,16 @@ class HostServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateHost(self, request, context):
-        """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
-        HOST_UNREACHABLE (nothing was changed).
+        """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: as UpdateHost of the
+        agent; HOST_NOT_FOUND, HOST_UNREACHABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSlots(self, request, context):
+        """The slots of a host and the migrations that wait for one, as its agent lists them now, in pages. Errors: HOST_NOT_FOUND,
+        HOST_UNREACHABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +175,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.UpdateHost,
                     request_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostRequest.FromString,
                     response_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostResponse.SerializeToString,
+            ),
+            'ListSlots': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSlots,
+                    request_deserializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListSlotsRequest.FromString,
+                    response_serializer=drover_dot_coordinator_dot_v1_dot_host__pb2.ListSlotsResponse.SerializeToString,
             ),
             'UpdateDomain': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateDomain,
@@ -332,6 +350,33 @@ class HostService:
             '/drover.coordinator.v1.HostService/UpdateHost',
             drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostRequest.SerializeToString,
             drover_dot_coordinator_dot_v1_dot_host__pb2.UpdateHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSlots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drover.coordinator.v1.HostService/ListSlots',
+            drover_dot_coordinator_dot_v1_dot_host__pb2.ListSlotsRequest.SerializeToString,
+            drover_dot_coordinator_dot_v1_dot_host__pb2.ListSlotsResponse.FromString,
             options,
             channel_credentials,
             insecure,

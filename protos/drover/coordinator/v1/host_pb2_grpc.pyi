@@ -49,8 +49,12 @@ class HostServiceStub:
     ListDomains: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]
     """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
     UpdateHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.UpdateHostRequest, _host_pb2.UpdateHostResponse]
-    """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
-    HOST_UNREACHABLE (nothing was changed).
+    """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: as UpdateHost of the
+    agent; HOST_NOT_FOUND, HOST_UNREACHABLE.
+    """
+    ListSlots: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListSlotsRequest, _host_pb2.ListSlotsResponse]
+    """The slots of a host and the migrations that wait for one, as its agent lists them now, in pages. Errors: HOST_NOT_FOUND,
+    HOST_UNREACHABLE.
     """
     UpdateDomain: _grpc.UnaryUnaryMultiCallable[_host_pb2.UpdateDomainRequest, _host_pb2.UpdateDomainResponse]
     """Writes the settings of a guest: passes the request on to the agent of its host. Errors: as UpdateDomain of the agent;
@@ -78,8 +82,12 @@ class HostServiceAsyncStub(HostServiceStub):
     ListDomains: _aio.UnaryUnaryMultiCallable[_host_pb2.ListDomainsRequest, _host_pb2.ListDomainsResponse]  # type: ignore[assignment]
     """Every guest of the cluster or of one host, in pages. Errors: HOST_NOT_FOUND, HOST_UNREACHABLE (when one host is asked for)."""
     UpdateHost: _aio.UnaryUnaryMultiCallable[_host_pb2.UpdateHostRequest, _host_pb2.UpdateHostResponse]  # type: ignore[assignment]
-    """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
-    HOST_UNREACHABLE (nothing was changed).
+    """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: as UpdateHost of the
+    agent; HOST_NOT_FOUND, HOST_UNREACHABLE.
+    """
+    ListSlots: _aio.UnaryUnaryMultiCallable[_host_pb2.ListSlotsRequest, _host_pb2.ListSlotsResponse]  # type: ignore[assignment]
+    """The slots of a host and the migrations that wait for one, as its agent lists them now, in pages. Errors: HOST_NOT_FOUND,
+    HOST_UNREACHABLE.
     """
     UpdateDomain: _aio.UnaryUnaryMultiCallable[_host_pb2.UpdateDomainRequest, _host_pb2.UpdateDomainResponse]  # type: ignore[assignment]
     """Writes the settings of a guest: passes the request on to the agent of its host. Errors: as UpdateDomain of the agent;
@@ -140,8 +148,18 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _host_pb2.UpdateHostRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.UpdateHostResponse, _abc.Awaitable[_host_pb2.UpdateHostResponse]]:
-        """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: HOST_NOT_FOUND,
-        HOST_UNREACHABLE (nothing was changed).
+        """Changes a host's limits, or closes and opens it for automatic use: passes the request on to its agent. Errors: as UpdateHost of the
+        agent; HOST_NOT_FOUND, HOST_UNREACHABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ListSlots(
+        self,
+        request: _host_pb2.ListSlotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.ListSlotsResponse, _abc.Awaitable[_host_pb2.ListSlotsResponse]]:
+        """The slots of a host and the migrations that wait for one, as its agent lists them now, in pages. Errors: HOST_NOT_FOUND,
+        HOST_UNREACHABLE.
         """
 
     @_abc_1.abstractmethod
