@@ -85,6 +85,7 @@ class SlotHolder(message.Message):
     EXPIRE_TIME_FIELD_NUMBER: builtins.int
     ESTIMATE_LOW_FIELD_NUMBER: builtins.int
     ESTIMATE_HIGH_FIELD_NUMBER: builtins.int
+    AGE_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     direction: SlotDirection.ValueType
     kind: SlotKind.ValueType
@@ -114,6 +115,10 @@ class SlotHolder(message.Message):
 
     @builtins.property
     def estimate_high(self) -> duration_pb2.Duration: ...
+    @builtins.property
+    def age(self) -> duration_pb2.Duration:
+        """Time since `since_time`, measured by the host for this answer: independent of the client's clock."""
+
     def __init__(
         self,
         *,
@@ -130,10 +135,11 @@ class SlotHolder(message.Message):
         expire_time: timestamp_pb2.Timestamp | None = ...,
         estimate_low: duration_pb2.Duration | None = ...,
         estimate_high: duration_pb2.Duration | None = ...,
+        age: duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["estimate_high", b"estimate_high", "estimate_low", b"estimate_low", "expire_time", b"expire_time", "since_time", b"since_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["age", b"age", "estimate_high", b"estimate_high", "estimate_low", b"estimate_low", "expire_time", b"expire_time", "since_time", b"since_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cost", b"cost", "direction", b"direction", "epoch", b"epoch", "estimate_high", b"estimate_high", "estimate_low", b"estimate_low", "expire_time", b"expire_time", "importance", b"importance", "kind", b"kind", "migration_id", b"migration_id", "peer_host", b"peer_host", "position", b"position", "since_time", b"since_time", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["age", b"age", "cost", b"cost", "direction", b"direction", "epoch", b"epoch", "estimate_high", b"estimate_high", "estimate_low", b"estimate_low", "expire_time", b"expire_time", "importance", b"importance", "kind", b"kind", "migration_id", b"migration_id", "peer_host", b"peer_host", "position", b"position", "since_time", b"since_time", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
