@@ -8,7 +8,7 @@ from typing import Final
 import grpc.aio
 import structlog
 
-from agent.handshake.drive.ends import Ends, Side
+from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.record_cache import RecordCache
@@ -76,6 +76,17 @@ def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
     return host_pb2.GetDomainRequest(domain=spec.domain, leaving=leaving)
 
 
+def candidates_of(hosts: Mapping[str, host_pb2.Host]) -> list[Candidate]:
+    """Return the hosts, by the name by which they are called, that a migration to any host may choose, the best first."""
+
+    def left(host: host_pb2.Host) -> int:
+        return host.incoming_limit - host.incoming_in_use - host.incoming_queue
+
+    opened = {name: host for name, host in hosts.items() if host.incoming_limit and not (host.settings.cordoned or host.draining)}
+    ranked = sorted(opened, key=lambda name: (-left(opened[name]), name))
+    return [Candidate(name, free=left(opened[name]) > 0) for name in ranked]
+
+
 class PeerDirectory:
     """The `Directory` of an agent: the source is this host, the destination a peer."""
 
@@ -106,6 +117,14 @@ class PeerDirectory:
         except DroverError:
             host = host_pb2.Host(name=migration.destination_host)
         return self._source(), Side(host, self.peer(migration.destination_host, address), address)
+
+    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+        """Ask each peer of the configuration for its slots. Those that do not answer are left out."""
+        own = self._host.describe()
+        asked = {name: ask_host(self._channels.get(address), name) for name, address in self._peers.items()}
+        answers = dict(zip(asked, await asyncio.gather(*asked.values(), return_exceptions=True), strict=True))
+        hosts = {name: host for name, host in answers.items() if isinstance(host, host_pb2.Host) and host.host_uuid != own.host_uuid}
+        return candidates_of(hosts)
 
     def _source(self) -> Side:
         return Side(self._host.describe(), self._host.engine, self._own_address)

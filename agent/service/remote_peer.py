@@ -12,8 +12,8 @@ from agent.handshake.host.signs import MAX_WAIT
 from agent.runtime.wire import methods_of
 from agent.service.bounds import checked_answer
 from agent.service.status import errors_of
+from drover.agent.v1 import admission_pb2, admission_pb2_grpc, handshake_pb2_grpc, host_pb2, host_pb2_grpc
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc
 
 CALL_SECONDS: Final = MAX_WAIT + 10.0
 """Deadline of a call that waits for the hypervisor."""
@@ -22,15 +22,16 @@ QUESTION_SECONDS: Final = 5.0
 
 _STUBS: Final[Mapping[ServiceDescriptor, Any]] = {
     pb.DESCRIPTOR.services_by_name["HandshakeService"]: handshake_pb2_grpc.HandshakeServiceStub,
+    admission_pb2.DESCRIPTOR.services_by_name["AdmissionService"]: admission_pb2_grpc.AdmissionServiceStub,
     host_pb2.DESCRIPTOR.services_by_name["HostService"]: host_pb2_grpc.HostServiceStub,
 }
 _METHODS: Final = {name: (method, stub) for service, stub in _STUBS.items() for name, method in methods_of(service).items()}
-_QUESTIONS: Final = frozenset({"reserve_slot", "get_record", "get_host", "get_domain"})
+_QUESTIONS: Final = frozenset({"reserve_slot", "release_slot", "list_slots", "get_record", "get_host", "get_domain"})
 """Calls that answer at once. All others may wait for the hypervisor."""
 
 
 class RemotePeer:
-    """An `OtherHost` over a channel: it has every method of both services in snake case, and checks each answer.
+    """An `OtherHost` over a channel: it has every method of these services in snake case, and checks each answer.
 
     `channel` returns the channel for a call (another one after the agent has moved), and its errors pass through. `name`: the
     host's, for errors. `heard` gets the record in each answer about an attempt; None if there was no answer."""

@@ -6,12 +6,12 @@ from typing import Final
 
 import grpc.aio
 
-from agent.handshake.drive.ends import Ends, Side
+from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.hypervisor.base import Job
 from agent.hypervisor.names import ambiguity
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import answer_of
-from agent.service.peers import ask_host, leaving_request
+from agent.service.peers import ask_host, candidates_of, leaving_request
 from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
 from coordinator.hosts.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
@@ -107,6 +107,13 @@ class ClusterDirectory:
             return self._registry.channel(host.name)
 
         return RemotePeer(channel, host.name)
+
+    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+        """Rank the hosts that are up, by their last reports."""
+        source = spec.source_host or (await self._find_guest(spec))[0]
+        hosts = {known.host.name: known.host for known in await self._registry.list_hosts() if known.state == HOST_STATE_UP}
+        hosts.pop(source, None)
+        return candidates_of(hosts)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         source, destination = [await self._known(n) for n in (migration.source_host, migration.destination_host)]

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from agent.handshake.drive.ends import Ends, Side
+from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.hypervisor.base import HypervisorInfo
 from agent.migration.fencing import FencingConfig
 from agent.migration.migrations import Migrations
@@ -42,6 +42,9 @@ class FakeDirectory:
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         await self._wait()
         return self._sides()
+
+    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+        return [Candidate("h2", free=True)]
 
     def _sides(self) -> tuple[Side, Side]:
         return (

@@ -28,6 +28,16 @@ class Ends:
     guest: host_pb2.GetDomainResponse
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A host that may take a guest."""
+
+    name: str
+    """As `MigrationSpec.destination_host`."""
+    free: bool
+    """By its last report it has an incoming slot for the guest, and nobody waits for one."""
+
+
 class Directory(Protocol):
     """The lookup of a migration's hosts."""
 
@@ -41,4 +51,11 @@ class Directory(Protocol):
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         """Return source and destination of a migration that was started before; they need not answer now."""
+        ...
+
+    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+        """Return the hosts that may take the guest of a spec, the best first, whatever its destination: without its source, and
+        without hosts that are cordoned, closed, silent, or whose breaker is open.
+
+        Asks the source for the guest at most; of the others, the last reports count. Raises as `find`, for the source."""
         ...

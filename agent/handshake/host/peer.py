@@ -3,12 +3,17 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from drover.agent.v1 import admission_pb2, host_pb2
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2
 
 
 class HandshakePeer(Protocol):
-    """One host's side of the handshake; see `drover.agent.v1.HandshakeService`. Raises `DroverError`."""
+    """One host's side of the handshake and its slots; see `drover.agent.v1.HandshakeService` and `AdmissionService`. Raises
+    `DroverError`."""
+
+    async def acquire_slot(self, request: admission_pb2.AcquireSlotRequest) -> admission_pb2.AcquireSlotResponse: ...
+
+    async def release_slot(self, request: admission_pb2.ReleaseSlotRequest) -> admission_pb2.ReleaseSlotResponse: ...
 
     async def reserve_slot(self, request: pb.ReserveSlotRequest) -> pb.ReserveSlotResponse: ...
 
