@@ -158,6 +158,7 @@ class AcquireSlotRequest(message.Message):
     PENDING_FIELD_NUMBER: builtins.int
     PEER_AGENT_FIELD_NUMBER: builtins.int
     DRIVER_FIELD_NUMBER: builtins.int
+    PLACE_ONLY_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     request_id: builtins.str
     direction: SlotDirection.ValueType
@@ -172,6 +173,10 @@ class AcquireSlotRequest(message.Message):
     """Outgoing, with `pending`: address of the destination's agent."""
     driver: builtins.str
     """Name of the driver that waits, such as "coordinator"."""
+    place_only: builtins.bool
+    """Take or renew only a place in the queue, with `pending`: no slot is granted, and the answer comes at once. A driver that waits at one
+    host keeps its place at the other one so, and shows there that it is alive. A slot that the migration has here is not changed.
+    """
     @builtins.property
     def wait(self) -> duration_pb2.Duration:
         """How long to wait in the queue, at most 30 s; call again to wait on. Unset: do not wait."""
@@ -196,10 +201,11 @@ class AcquireSlotRequest(message.Message):
         pending: migration_pb2.Migration | None = ...,
         peer_agent: builtins.str = ...,
         driver: builtins.str = ...,
+        place_only: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["pending", b"pending", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["direction", b"direction", "driver", b"driver", "importance", b"importance", "kind", b"kind", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "peer_agent", b"peer_agent", "peer_host", b"peer_host", "pending", b"pending", "request_id", b"request_id", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["direction", b"direction", "driver", b"driver", "importance", b"importance", "kind", b"kind", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "peer_agent", b"peer_agent", "peer_host", b"peer_host", "pending", b"pending", "place_only", b"place_only", "request_id", b"request_id", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
