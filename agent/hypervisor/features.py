@@ -1,13 +1,19 @@
 """Checks that both ends support a migration before a guest is touched (requirements H4, H5, O1). Pure decisions."""
 
+from google.protobuf.duration_pb2 import Duration
+
 from agent.hypervisor.options import OPTIONS, Support, shown
 from agent.hypervisor.wire import options_from_proto
-from agent.runtime.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.wire import enum_name
 from drover.agent.v1 import options_pb2
 
 PROTOCOL_VERSION = 1
 """Version of the handshake that this code supports; it supports no older one."""
+
+
+LEAST_DOWNTIME = 0.001
+"""Shortest pause at the switch-over, in seconds, that can be asked for."""
 
 
 def support_of(features: options_pb2.MigrationFeatures, option: str) -> Support:
@@ -66,6 +72,15 @@ def check_bandwidth(bandwidth: int, features: options_pb2.MigrationFeatures, end
             metadata={"end": end, "least": str(unit)},
         )
     return bandwidth - bandwidth % unit
+
+
+def max_downtime_of(message: Duration) -> float:
+    """Return the longest pause at the switch-over in seconds. Raises INVALID_FIELD below one millisecond, which is no limit that a
+    hypervisor has."""
+    seconds = message.ToNanoseconds() / 1e9
+    if seconds < LEAST_DOWNTIME:
+        raise invalid_field("max_downtime", f"must be at least {LEAST_DOWNTIME:g} s")
+    return seconds
 
 
 def check_protocol(oldest: int, newest: int, end: str) -> None:

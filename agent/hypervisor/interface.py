@@ -33,9 +33,18 @@ class Outgoing(Protocol):
         ...
 
     async def perform(
-        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+        self,
+        uri: str,
+        domain_xml: str,
+        cookie: bytes,
+        options: Options,
+        destination_name: str,
+        bandwidth: int,
+        max_downtime: float = 0.0,
     ) -> Performed:
-        """Send the guest's memory and return when all of it has arrived. `bandwidth` in bytes per second, 0 for no limit.
+        """Send the guest's memory and return when all of it has arrived. `bandwidth` in bytes per second, 0 for no limit, whatever
+        earlier migrations of the guest or other programs have set. `max_downtime`: longest pause at the switch-over in seconds, 0
+        for the hypervisor's default.
 
         Raises `TransferFailed` when the transfer ended without success. The caller then asks `get_domain`: ``running`` means that
         the guest never left.
@@ -67,8 +76,14 @@ class Outgoing(Protocol):
         """Switch the running transfer to post-copy. Needs `Options.post_copy` at `perform`. Raises `NoTransfer` where none runs."""
         ...
 
-    async def set_bandwidth(self, bandwidth: int) -> None:
-        """Change the limit of the running transfer: bytes per second, 0 for no limit. Raises `NoTransfer` where none runs."""
+    async def set_bandwidth(self, bandwidth: int) -> int:
+        """Change the limit of the running transfer, in pre-copy and in post-copy: bytes per second, 0 for no limit. Return the limit
+        that the hypervisor then reports, in the same way. Raises `NoTransfer` where none runs."""
+        ...
+
+    async def set_max_downtime(self, seconds: float) -> float:
+        """Change the longest pause at the switch-over of the running transfer; return what the hypervisor then reports, in seconds.
+        Raises `NoTransfer` where none runs."""
         ...
 
     async def remove(self, cookie: bytes, options: Options) -> None:

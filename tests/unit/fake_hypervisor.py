@@ -253,7 +253,14 @@ class FakeOutgoing:
         return Begun(f"<domain><uuid>{self._uuid}</uuid></domain>", b"begun")
 
     async def perform(
-        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+        self,
+        uri: str,
+        domain_xml: str,
+        cookie: bytes,
+        options: Options,
+        destination_name: str,
+        bandwidth: int,
+        max_downtime: float = 0.0,
     ) -> Performed:
         await self._host.called("perform", uri, domain_xml, cookie, options, destination_name, bandwidth)
         self._began = True
@@ -294,8 +301,13 @@ class FakeOutgoing:
     async def start_postcopy(self) -> None:
         await self._host.called("start_postcopy")
 
-    async def set_bandwidth(self, bandwidth: int) -> None:
+    async def set_bandwidth(self, bandwidth: int) -> int:
         await self._host.called("set_bandwidth", bandwidth)
+        return bandwidth
+
+    async def set_max_downtime(self, seconds: float) -> float:
+        await self._host.called("set_max_downtime", seconds)
+        return seconds
 
     async def remove(self, cookie: bytes, options: Options) -> None:
         await self._host.called("remove", cookie, options)

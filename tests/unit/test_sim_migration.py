@@ -19,6 +19,7 @@ from agent.hypervisor.base import (
     Finished,
     HypervisorError,
     Incompatible,
+    NoTransfer,
     Job,
     Performed,
     Prepared,
@@ -264,6 +265,23 @@ async def test_progress_and_bandwidth(hosts: Hosts) -> None:
     await until(move.out.progress, lambda progress: progress.rate == 20 * MIB)
     await a.outgoing(UUID).set_bandwidth(0)
     await until(move.out.progress, lambda progress: progress.rate == 1_000_000_000)
+    await move.out.abort()
+    await asyncio.gather(performing, return_exceptions=True)
+
+
+async def test_8_7_a_limit_and_a_downtime_are_read_back(hosts: Hosts) -> None:
+    a, b = await hosts(slow())
+    move = Move(a, b, bandwidth=50 * MIB)
+    with pytest.raises(NoTransfer):
+        await move.out.set_max_downtime(1.0)
+    await move.prepare()
+    performing = move.perform()
+    await move.flow()
+    assert await move.out.set_bandwidth(20 * MIB + 5) == 20 * MIB
+    assert await move.out.set_bandwidth(0) == 0
+    assert await move.out.set_max_downtime(0.25) == 0.25
+    with pytest.raises(Incompatible):
+        await move.out.set_bandwidth(MIB - 1)
     await move.out.abort()
     await asyncio.gather(performing, return_exceptions=True)
 

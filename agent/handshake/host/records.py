@@ -100,6 +100,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     proved: str = ""
     """The destination's migration address, once the path to it was proved; source only."""
     bandwidth: int = 0
+    max_downtime: float = 0.0
+    """Seconds; 0: the hypervisor's default. Source only."""
     cookies: dict[str, bytes] = {}
     """By the phase that returned them."""
     requests: dict[str, str] = {}

@@ -109,6 +109,7 @@ class SourceEffects:
                     record.user_options,
                     record.destination_name,
                     record.bandwidth,
+                    record.max_downtime,
                 )
         except Exception as error:
             why = failed(attempt, failure_of(error, self._host.name))

@@ -23,7 +23,7 @@ from agent.handshake.host.signs import MAX_WAIT
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.host.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.machines.source import SourceEvent, SourceState
-from agent.hypervisor.features import check_bandwidth, settled
+from agent.hypervisor.features import check_bandwidth, max_downtime_of, settled
 from agent.hypervisor.guest_fact import fact_of
 from agent.hypervisor.wire import options_from_proto
 from agent.network.networks import read_uri
@@ -152,6 +152,7 @@ class SourceSide:
         return changes | {
             "uri": str(uri),
             "bandwidth": limit,
+            "max_downtime": max_downtime_of(request.max_downtime) if request.HasField("max_downtime") else 0.0,
             "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
         }
 

@@ -1,6 +1,7 @@
 """The calls that change a running transfer: the switch to post-copy, and its bandwidth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Final
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
@@ -10,11 +11,15 @@ from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import Role, state_from_proto
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
-from agent.hypervisor.features import check_bandwidth
+from agent.hypervisor.features import check_bandwidth, max_downtime_of
 from agent.hypervisor.interface import Outgoing
 from agent.hypervisor.reasons import translated
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2 as pb
+
+_FLOWS: Final = frozenset({SourceState.PERFORMING, SourceState.PERFORMED})
+"""States in which memory may flow: in post-copy a hypervisor may report Perform's success at the switch."""
 
 
 class Transfers:
@@ -63,19 +68,26 @@ class Transfers:
             )
 
     async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
-        attempt = await self._transferring(request.ref)
+        attempt = await self._transferring(request.ref, _FLOWS)
         limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
         with translated(self._host.name):
-            await self._session_of(attempt).set_bandwidth(limit)
+            applied = await self._session_of(attempt).set_bandwidth(limit)
         await attempt.note(bandwidth=limit)
-        return pb.SetBandwidthResponse(record=self._host.show(attempt.record, attempt.progress))
+        shown = self._host.show(attempt.record, attempt.progress)
+        return pb.SetBandwidthResponse(record=shown, applied_bytes_per_second=applied)
 
     async def set_max_downtime(self, request: pb.SetMaxDowntimeRequest) -> pb.SetMaxDowntimeResponse:
-        raise DroverError(Reason.UNIMPLEMENTED, "SetMaxDowntime is not implemented yet")
+        attempt = await self._transferring(request.ref)
+        wanted = max_downtime_of(request.max_downtime)
+        with translated(self._host.name):
+            applied = await self._session_of(attempt).set_max_downtime(wanted)
+        await attempt.note(max_downtime=wanted)
+        shown = self._host.show(attempt.record, attempt.progress)
+        return pb.SetMaxDowntimeResponse(record=shown, applied_max_downtime=duration(applied))
 
-    async def _transferring(self, ref: pb.AttemptRef) -> Attempt:
+    async def _transferring(self, ref: pb.AttemptRef, states: Collection[SourceState] = (SourceState.PERFORMING,)) -> Attempt:
         attempt = await self._attempts.find(ref)
-        if attempt.record.role is not Role.SOURCE or attempt.record.state != SourceState.PERFORMING:
+        if attempt.record.role is not Role.SOURCE or attempt.record.state not in states:
             raise DroverError(
                 Reason.WRONG_PHASE,
                 f"no transfer is running: the attempt is {attempt.record.state} on this {attempt.record.role}, {self._host.name}",

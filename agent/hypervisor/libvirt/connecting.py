@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from agent.hypervisor.base import HypervisorError
+
 SYN_SENT: Final = "02"
 """State of such a socket in /proc/net/tcp."""
 _TABLES: Final = {4: Path("/proc/self/net/tcp"), 6: Path("/proc/self/net/tcp6")}
@@ -54,6 +56,20 @@ def unanswered(uri: str) -> list[Unanswered]:
         if fields[3] == SYN_SENT and (remote := _endpoint(fields[2])) == wanted:
             found.append(Unanswered(_endpoint(fields[1]), remote, int(fields[6], 16)))
     return found
+
+
+def retransmits(uri: str) -> int | None:
+    """Return how often the request to connect to a migration URI was sent again; None without one. Blocks; raises OSError."""
+    return max((connection.retransmits for connection in unanswered(uri)), default=None)
+
+
+def end_unanswered(uri: str) -> None:
+    """Make every unanswered `connect()` to a migration URI fail now. Blocks briefly. Raises `HypervisorError`."""
+    try:
+        for connection in unanswered(uri):
+            end(connection)
+    except OSError as error:
+        raise HypervisorError(error.strerror or str(error)) from None
 
 
 def _endpoint(text: str) -> tuple[_Address, int]:

@@ -1,13 +1,15 @@
 """The migration job of a domain on its source. Every function blocks, so it runs in a thread; `domain` is libvirt's."""
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import libvirt
 
-from agent.hypervisor.base import DomainBusy, DomainState
+from agent.hypervisor.base import DomainBusy, DomainState, HypervisorError
 from agent.hypervisor.libvirt import domain as domains
 from agent.hypervisor.libvirt.guard import is_held
+from agent.hypervisor.libvirt.options import NO_LIMIT
 from agent.hypervisor.libvirt.removal import flow, in_postcopy, refuse_arrival, state_of
 from agent.transfer.progress import Progress
 
@@ -44,12 +46,45 @@ def start_postcopy(domain: Any) -> bool:
     return True
 
 
-def set_bandwidth(domain: Any, limit: int) -> bool:
+def set_bandwidth(domain: Any, limit: int) -> int | None:
+    """Set the limit (MiB/s, 0 for none) of both ways to copy, so that a later switch to post-copy keeps it. Return it as read back;
+    None where no transfer runs. Raises `HypervisorError` where libvirt reports two limits."""
     if flow(domain) is None:
-        return False
+        return None
+    domain.migrateSetMaxSpeed(limit, _IN_POSTCOPY)
     domain.migrateSetMaxSpeed(limit)
-    domain.migrateSetMaxSpeed(limit, libvirt.VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY)
-    return True
+    # After the switch libvirt has reset the other one, which acts no more.
+    limits = {domain.migrateGetMaxSpeed(way) for way in ((_IN_POSTCOPY,) if in_postcopy(domain) else (0, _IN_POSTCOPY))}
+    if {0 if reported == NO_LIMIT else reported for reported in limits} != {limit}:
+        raise HypervisorError(f"libvirt accepted a limit of {limit} MiB/s, and now reports {max(limits)} MiB/s")
+    return limit
+
+
+@contextlib.contextmanager
+def max_downtime(domain: Any, milliseconds: int) -> Iterator[None]:
+    """Set the longest pause at the switch-over before Perform begins; 0: leave it. libvirt has no parameter of Perform for it. Where
+    Perform fails, set it back: it would hold for the guest's next migration."""
+    before = domain.migrateGetMaxDowntime() if milliseconds else 0
+    try:
+        if milliseconds:
+            domain.migrateSetMaxDowntime(milliseconds)
+        yield
+    except Exception:
+        with contextlib.suppress(libvirt.libvirtError):
+            if milliseconds:
+                domain.migrateSetMaxDowntime(before)
+        raise
+
+
+def set_max_downtime(domain: Any, milliseconds: int) -> int | None:
+    """Set the longest pause at the switch-over. Return it as read back; None where no transfer runs."""
+    if flow(domain) is None:
+        return None
+    domain.migrateSetMaxDowntime(milliseconds)
+    return int(domain.migrateGetMaxDowntime())
+
+
+_IN_POSTCOPY = libvirt.VIR_DOMAIN_MIGRATE_MAX_SPEED_POSTCOPY
 
 
 def refuse_foreign(domain: Any) -> None:

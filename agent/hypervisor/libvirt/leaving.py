@@ -56,6 +56,16 @@ def refusals() -> Iterator[None]:
         raise Incompatible(str(error), error.native) from None
 
 
+def perform_params(uri: str, domain_xml: str, destination_name: str, limit: int, flags: int) -> Mapping[str, str | int]:
+    """Return libvirt's parameters of Perform. `limit` in MiB/s, 0 for none: that is passed, too, because libvirt would take a limit
+    that `virsh migrate-setspeed` or an earlier migration left on the guest. Post-copy has it from the switch on."""
+    named = {libvirt.VIR_MIGRATE_PARAM_URI: uri, libvirt.VIR_MIGRATE_PARAM_DEST_XML: option_flags.unmarked(domain_xml)}
+    limits = {libvirt.VIR_MIGRATE_PARAM_BANDWIDTH: limit or option_flags.NO_LIMIT}
+    if flags & libvirt.VIR_MIGRATE_POSTCOPY:
+        limits[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY] = limit or option_flags.NO_LIMIT
+    return {**params(destination_name), **named, **limits}
+
+
 def params(destination_name: str) -> Mapping[str, str | int]:
     """Return libvirt's parameters that every phase on the source needs."""
     return {libvirt.VIR_MIGRATE_PARAM_DEST_NAME: destination_name} if destination_name else {}

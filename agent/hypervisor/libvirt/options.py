@@ -10,6 +10,8 @@ from agent.hypervisor.names import name_problem
 from agent.hypervisor.options import OPTIONS, Options, Support
 
 MIB = 1 << 20
+NO_LIMIT = (2**63 - 1) // MIB
+"""MiB/s that libvirt reports for a transfer without a limit; the most that it takes."""
 
 FLAGS: Mapping[str, int] = {
     name: getattr(libvirt, option.libvirt) for name, option in OPTIONS.items() if option.kind is bool and option.libvirt

@@ -14,8 +14,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
-import libvirt
-
 from agent.hypervisor.base import (
     Begun,
     DomainBusy,
@@ -94,10 +92,17 @@ class LibvirtOutgoing:
         return Begun(xml, cookie)
 
     async def perform(
-        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+        self,
+        uri: str,
+        domain_xml: str,
+        cookie: bytes,
+        options: Options,
+        destination_name: str,
+        bandwidth: int,
+        max_downtime: float = 0.0,
     ) -> Performed:
         try:
-            return await self._perform(uri, domain_xml, cookie, options, destination_name, bandwidth)
+            return await self._perform(uri, domain_xml, cookie, options, destination_name, bandwidth, max_downtime)
         except Exception:
             # A refused or failed Perform is not confirmed, so the job of Begin would hold the guest until this agent ends.
             if not self._must_hold and not self._is_performing:
@@ -106,23 +111,16 @@ class LibvirtOutgoing:
             raise
 
     async def _perform(
-        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int, max_downtime: float
     ) -> Performed:
         flags = option_flags.flags_for(options, domain_xml)
-        limit = option_flags.mebibytes(bandwidth)
-        params = {**leaving.params(destination_name)} | {
-            libvirt.VIR_MIGRATE_PARAM_URI: uri,
-            libvirt.VIR_MIGRATE_PARAM_DEST_XML: option_flags.unmarked(domain_xml),
-        }
-        if limit:
-            params[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = limit
-            if flags & libvirt.VIR_MIGRATE_POSTCOPY:
-                params[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH_POSTCOPY] = limit
+        params = leaving.perform_params(uri, domain_xml, destination_name, option_flags.mebibytes(bandwidth), flags)
 
         def perform(connection: Any) -> tuple[bytes, Progress]:
             domain = domains.by_uuid(connection, self._uuid)
             self._guard.watch(domain.name())
-            out = phases.perform(domain, params, cookie, flags)
+            with job.max_downtime(domain, round(max_downtime * 1000)):
+                out = phases.perform(domain, params, cookie, flags)
             self._performed = True  # in the thread, because the await may be cancelled
             return out, job.final(domain)
 
@@ -194,24 +192,20 @@ class LibvirtOutgoing:
                 return
             self._must_hold = True
 
-        def abort(domain: Any) -> bool:
+        def abort(domain: Any) -> bool | None:
             # Check this last: once Perform has ended, the running job may be the guest's next migration. In post-copy Perform
             # ends early, and libvirt itself refuses to abort.
-            return (self._outcome_is_known and not in_postcopy(domain)) or job.abort(domain)
+            return (self._outcome_is_known and not in_postcopy(domain)) or job.abort(domain) or None
 
         await self._while_starting(abort)
 
     async def connect_retries(self, uri: str) -> int | None:
         with contextlib.suppress(OSError, HypervisorUnavailable):
-            found = await _in_thread(lambda: connecting.unanswered(uri))
-            return max((connection.retransmits for connection in found), default=None)
+            return await _in_thread(lambda: connecting.retransmits(uri))
         return None
 
     async def stop_connecting(self, uri: str) -> None:
-        try:
-            await _in_thread(lambda: [connecting.end(connection) for connection in connecting.unanswered(uri)])
-        except OSError as error:
-            raise HypervisorError(error.strerror or str(error)) from None
+        await _in_thread(lambda: connecting.end_unanswered(uri))
 
     async def progress(self) -> Progress | None:
         try:
@@ -222,13 +216,14 @@ class LibvirtOutgoing:
         return reading if reading is None or reading.postcopy or not self._performed else None
 
     async def start_postcopy(self) -> None:
-        if not await self._while_starting(job.start_postcopy):
-            raise NoTransfer("no transfer is running that could be switched to post-copy")
+        await self._change(lambda domain: job.start_postcopy(domain) or None)
 
-    async def set_bandwidth(self, bandwidth: int) -> None:
+    async def set_bandwidth(self, bandwidth: int) -> int:
         limit = option_flags.mebibytes(bandwidth)
-        if not await self._while_starting(lambda domain: job.set_bandwidth(domain, limit)):
-            raise NoTransfer("no transfer is running whose bandwidth could be changed")
+        return await self._change(lambda domain: job.set_bandwidth(domain, limit)) * option_flags.MIB
+
+    async def set_max_downtime(self, seconds: float) -> float:
+        return await self._change(lambda domain: job.set_max_downtime(domain, round(seconds * 1000))) / 1000
 
     async def remove(self, cookie: bytes, options: Options) -> None:
         undefine = option_flags.wants(options, "undefine_source")
@@ -277,17 +272,22 @@ class LibvirtOutgoing:
         """Run a short call on this guest's domain, on a connection of the pool."""
         return await self._pool.call(lambda connection: function(domains.by_uuid(connection, self._uuid)))
 
-    async def _while_starting(self, act: Callable[[Any], bool]) -> bool:
-        """Call `act`, which needs a running transfer, until it returns True; return False where no transfer runs.
+    async def _change(self, act: Callable[[Any], T | None]) -> T:
+        """Call `act` on the transfer while memory flows (after Perform: only in post-copy). Raises `NoTransfer`."""
+        flows = lambda domain: act(domain) if not self._performed or in_postcopy(domain) else None  # noqa: E731
+        if (result := await self._while_starting(flows)) is None:
+            raise NoTransfer("no transfer is running that could be changed")
+        return result
+
+    async def _while_starting(self, act: Callable[[Any], T | None]) -> T | None:
+        """Call `act`, which needs a running transfer, until it returns something; return None where no transfer runs.
 
         Right after the call of Perform, libvirt has no job to act on yet: a request at that time must not get lost.
         """
         while True:
             starting = self._is_performing
-            if await self._call(act):
-                return True
-            if not starting:
-                return False
+            if (result := await self._call(act)) is not None or not starting:
+                return result
             await self._wait_for_perform(RETRY_SECONDS)
 
     async def _wait_for_perform(self, timeout: float) -> None:

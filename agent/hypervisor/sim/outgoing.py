@@ -80,16 +80,23 @@ class SimOutgoing:
             raise DomainBusy(f"domain {guest.name} is in another migration that has not ended")
 
     async def perform(
-        self, uri: str, domain_xml: str, cookie: bytes, options: Options, destination_name: str, bandwidth: int
+        self,
+        uri: str,
+        domain_xml: str,
+        cookie: bytes,
+        options: Options,
+        destination_name: str,
+        bandwidth: int,
+        max_downtime: float = 0.0,
     ) -> Performed:
         try:
-            return await self._perform(uri, cookie, options, bandwidth)
+            return await self._perform(uri, cookie, options, bandwidth, max_downtime)
         except Exception:
             if self._uuid not in self._host.senders:
                 self._let_go()  # as in libvirt, a Perform that was refused or has failed leaves no job
             raise
 
-    async def _perform(self, uri: str, cookie: bytes, options: Options, bandwidth: int) -> Performed:
+    async def _perform(self, uri: str, cookie: bytes, options: Options, bandwidth: int, max_downtime: float) -> Performed:
         await self._host.gate("perform")
         guest = self._host.guest(self._uuid)
         self._host.check_options(options)
@@ -98,7 +105,7 @@ class SimOutgoing:
         self._check_movable(guest, offline=offline)
         if offline:
             return Performed(b"", Progress())
-        sender = self._sender = Sender(self._host, guest, self._assignment(uri, cookie, options, bandwidth))
+        sender = self._sender = Sender(self._host, guest, self._assignment(uri, cookie, options, bandwidth, max_downtime))
         self._host.holders[self._uuid] = self
         guest.job = Job.OUTGOING
         task = sender.begin()
@@ -110,16 +117,16 @@ class SimOutgoing:
         if self._closed:
             self._let_go()
 
-    def _assignment(self, uri: str, cookie: bytes, options: Options, bandwidth: int) -> Assignment:
+    def _assignment(self, uri: str, cookie: bytes, options: Options, bandwidth: int, max_downtime: float) -> Assignment:
         address = self._address(uri)
-        _check_limit(bandwidth)
         return Assignment(
             address=address,
             token=Cookie.decode(cookie).token,
             live=self._effective(options, "live"),
             post_copy=self._effective(options, "post_copy"),
             auto_converge=self._effective(options, "auto_converge"),
-            bandwidth=bandwidth,
+            bandwidth=_in_units(bandwidth),
+            max_downtime=max_downtime or self._host.config.max_downtime,
         )
 
     def _address(self, uri: str) -> MigrationUri:
@@ -156,10 +163,13 @@ class SimOutgoing:
         await self._host.gate("start_postcopy")
         self._running().start_postcopy()
 
-    async def set_bandwidth(self, bandwidth: int) -> None:
+    async def set_bandwidth(self, bandwidth: int) -> int:
         await self._host.gate("set_bandwidth")
-        _check_limit(bandwidth)
-        self._running().set_bandwidth(bandwidth)
+        return self._running().set_bandwidth(_in_units(bandwidth))
+
+    async def set_max_downtime(self, seconds: float) -> float:
+        await self._host.gate("set_max_downtime")
+        return self._running().set_max_downtime(seconds)
 
     def _running(self) -> Sender:
         sender = sender_of(self._host, self._uuid)
@@ -216,7 +226,8 @@ class SimOutgoing:
             self._host.release(guest)
 
 
-def _check_limit(bandwidth: int) -> None:
-    """Raise `Incompatible` for a limit below 1 MiB/s, as the libvirt driver does."""
+def _in_units(bandwidth: int) -> int:
+    """Return the limit rounded down to whole MiB/s. Raises `Incompatible` below that. As the libvirt driver does."""
     if bandwidth < 0 or 0 < bandwidth < MIB:
         raise Incompatible(f"a transfer cannot be limited to {bandwidth} bytes per second; the lowest limit is {MIB}")
+    return bandwidth - bandwidth % MIB

@@ -59,6 +59,7 @@ class Assignment:
     post_copy: bool
     auto_converge: bool
     bandwidth: int
+    max_downtime: float
 
 
 def sender_of(host: Host, uuid: str) -> "Sender | None":
@@ -72,7 +73,7 @@ class Sender:
         self._host = host
         self._guest = guest
         self._assignment = assignment
-        self._limits = Limits(host.config.max_downtime, assignment.auto_converge)
+        self._limits = Limits(assignment.max_downtime, assignment.auto_converge)
         self._resuming = guest.postcopy
         self._wants_run = guest.wants_run
         """The user's choice at the start of the transfer. Like libvirt, the simulator forgets a later pause by the user."""
@@ -135,10 +136,18 @@ class Sender:
         self._switch_wanted = True
         self._wake.set()
 
-    def set_bandwidth(self, bandwidth: int) -> None:
+    def set_bandwidth(self, bandwidth: int) -> int:
+        """Set the limit; return it."""
         self._limit = bandwidth
         if self._share is not None:
             self._share.set_limit(bandwidth)
+        return self._limit
+
+    def set_max_downtime(self, seconds: float) -> float:
+        """Set the longest stop at the end of pre-copy; return it."""
+        self._limits = replace(self._limits, max_downtime=seconds)
+        self._wake.set()
+        return self._limits.max_downtime
 
     # --- the task -----------------------------------------------------------------------------------------------------
 
