@@ -1,6 +1,6 @@
 """The Python client of a coordinator or of one agent. Import it from here: ``from coordinator.client import Busy, Client``.
 
-`client` has the class `Client`, `errors` the tree of its errors, `types` and `hosts` the values that it returns, `options` checks
+`client` has the class `Client`, `errors` the tree of its errors, `types` and `host_types` what it returns, `options` checks
 a user's options.
 """
 
@@ -25,7 +25,17 @@ from coordinator.client.errors import (
 
 if TYPE_CHECKING:
     from agent.hypervisor.options import Options
-    from coordinator.client.hosts import Domain, DomainList, DomainState, Host, HostState, Network
+    from coordinator.client.host_types import (
+        Domain,
+        DomainList,
+        DomainState,
+        Host,
+        HostState,
+        Interface,
+        Network,
+        SettingsChange,
+        Slot,
+    )
     from coordinator.client.types import Failure, Migration, MigrationState, PhaseTiming, Progress
 
 __all__ = [
@@ -40,6 +50,7 @@ __all__ = [
     "Failure",
     "Host",
     "HostState",
+    "Interface",
     "InvalidRequest",
     "Migration",
     "MigrationCancelled",
@@ -53,11 +64,13 @@ __all__ = [
     "Progress",
     "Refused",
     "ServerFailed",
+    "SettingsChange",
+    "Slot",
     "Unreachable",
     "raise_unless_succeeded",
 ]
 
-_LATER = ("coordinator.client.types", "coordinator.client.hosts", "agent.hypervisor.options")
+_LATER = ("coordinator.client.types", "coordinator.client.host_types", "agent.hypervisor.options")
 """Modules of the types that the client takes and returns, imported at their first use so that a migration starts sooner."""
 
 

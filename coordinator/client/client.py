@@ -36,12 +36,12 @@ from coordinator.client.errors import (
     outcome_unknown,
     raise_unless_succeeded,
 )
+from coordinator.client.host_calls import HostCalls
 from coordinator.client.options import options_message
 from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
 
 if TYPE_CHECKING:
     from agent.hypervisor.options import Options
-    from coordinator.client.hosts import DomainList, Host, HostQuestions
     from coordinator.client.types import Migration
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ UNKNOWN_PATIENCE = 10.0
 """Seconds for which `wait` lets an unknown outcome become known (an agent restarts) before it raises `OutcomeUnknown`."""
 
 
-class Client:
+class Client(HostCalls):
     """A connection to a coordinator or to one agent, at ``unix:/path`` or ``ip:port``. Use it with ``async with``. It connects at
     the first call. Any number of tasks of one event loop can share it.
     """
@@ -66,7 +66,6 @@ class Client:
         self.timeout = timeout
         self.start_timeout = start_timeout
         self._channel: grpc.aio.Channel | None = None
-        self._host_questions: HostQuestions | None = None
 
     async def __aenter__(self) -> "Client":
         try:
@@ -249,22 +248,6 @@ class Client:
             await changes.aclose()
         return raise_unless_succeeded(last)
 
-    async def list_hosts(self) -> "list[Host]":
-        """Return every host of the cluster, by name; an agent knows only its own."""
-        return await self._questions.list_hosts()
-
-    async def get_host(self, name: str) -> "Host":
-        """Return the host. Raises `NotFound`."""
-        return await self._questions.get_host(name)
-
-    async def remove_host(self, name: str) -> None:
-        """Forget a host that does not answer. Raises `NotFound`, `Refused`."""
-        await self._questions.remove_host(name)
-
-    async def list_domains(self, host: str = "") -> "DomainList":
-        """Return the guests of one host, or of all (`host` empty); an agent knows only those of its own host."""
-        return await self._questions.list_domains(host)
-
     async def _watch_once(self, migration_id: str, from_revision: int, again: bool) -> "AsyncGenerator[Migration, None]":
         """Yield from one watch stream. `again`: wait until the server, which answered before, can be connected to."""
         request = migration_pb2.WatchMigrationRequest(migration_id=migration_id, from_revision=from_revision)
@@ -306,13 +289,6 @@ class Client:
     @property
     def _migrations(self) -> "migration_pb2_grpc.MigrationServiceAsyncStub":
         return migration_pb2_grpc.MigrationServiceStub(self._open)
-
-    @property
-    def _questions(self) -> "HostQuestions":
-        if self._host_questions is None:
-            module = importlib.import_module("coordinator.client.hosts")
-            self._host_questions = module.HostQuestions(self._open, self.address, self.timeout, self._call)
-        return self._host_questions
 
 
 def _migration(message: migration_pb2.Migration) -> "Migration":

@@ -1,137 +1,18 @@
-"""The client's calls and types for hosts and their guests. A module of its own, so that migrations need not import it."""
+"""The client's calls about hosts and their guests. A module of its own, so that migrations need not import it."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc.aio
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from agent.runtime.errors import Reason
-from agent.runtime.open_enum import OpenEnum
 from agent.service.channel import all_pages
-from coordinator.client.convert import FromWire, wire
 from coordinator.client.errors import ServerFailed, no_such_host
-from drover.agent.v1 import host_pb2, host_pb2_grpc
+from coordinator.client.host_types import Domain, DomainList, Host, Slot
+from drover.agent.v1 import admission_pb2, admission_pb2_grpc, host_pb2, host_pb2_grpc
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
-
-
-class HostState(OpenEnum):
-    UNSPECIFIED = "unspecified"
-    UP = "up"
-    UNREACHABLE = "unreachable"
-
-
-class DomainState(OpenEnum):
-    UNSPECIFIED = "unspecified"
-    RUNNING = "running"
-    PAUSED = "paused"
-    SHUTOFF = "shutoff"
-    CRASHED = "crashed"
-    OTHER = "other"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network(FromWire):
-    name: str
-    address: str
-    """IP address of the host on this network."""
-    roles: tuple[str, ...]
-    """"migration" (the memory of guests may travel here), "management"."""
-    line_rate: int = wire("line_bytes_per_second")
-    """Bytes per second. 0: unknown."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Host(FromWire):
-    """A host, as reported by its agent (by its last report, while it is unreachable)."""
-
-    name: str = wire("host.name")
-    state: HostState
-    address: str = wire("agent_address")
-    """Address of its agent."""
-    last_seen: datetime | None = wire("last_seen_time")
-    driver: str = wire("host.driver")
-    hypervisor: str = wire("host.hypervisor")
-    """Such as "QEMU 7.2.22"."""
-    agent_version: str = wire("host.agent_version")
-    incoming_in_use: int = wire("host.incoming_in_use")
-    incoming_limit: int = wire("host.incoming_limit")
-    """Largest number of incoming migrations at once."""
-    networks: tuple[Network, ...] = wire("host.networks")
-    option_support: dict[str, str] = wire("host.migration_features.options")
-    """For each option "supported", "always_on" or "unsupported"."""
-    option_reasons: dict[str, str] = wire("host.migration_features.reasons")
-    """For each option that this host cannot use though its driver has it: why not."""
-    uri_transports: tuple[str, ...] = wire("host.migration_features.uri_transports")
-    bandwidth: bool = wire("host.migration_features.bandwidth")
-    """The host can limit the rate of a transfer."""
-    split_phases: bool = wire("host.migration_features.split_phases")
-    draining: bool = wire("host.draining")
-    last_seen_age: float | None
-    """Seconds between the host's last message and the coordinator's answer. None: the server does not send it."""
-    last_seen_by_wall_clock: bool
-    """`last_seen_age` is the difference of two readings of the coordinator's wall clock, not measured."""
-    unreachable_reason: str
-    """Why it is unreachable; empty if it is up."""
-    clock_skew: float | None
-    """Seconds by which its wall clock is ahead of the coordinator's; negative: behind. None: unknown."""
-    proto: cluster_pb2.ClusterHost = field(repr=False, compare=False)
-
-    @classmethod
-    def of_agent(cls, host: host_pb2.Host, address: str) -> "Host":
-        """Return the host from the answer of its own agent at `address`."""
-        return cls.from_proto(cluster_pb2.ClusterHost(host=host, agent_address=address, state=cluster_pb2.HOST_STATE_UP))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Domain(FromWire):
-    """A guest on a host."""
-
-    host: str
-    name: str = wire("domain.name")
-    uuid: str = wire("domain.uuid")
-    state: DomainState = wire("domain.state")
-    state_reason: str = wire("domain.reason")
-    memory_bytes: int = wire("domain.memory_bytes")
-    vcpus: int = wire("domain.vcpus")
-    persistent: bool = wire("domain.persistent")
-    job: str = wire("domain.job")
-    """The migration job that holds it: "none", "outgoing", "incoming", or "unknown" while its process does not answer."""
-    silent_for: float = wire("domain.silence")
-    """Seconds since its process stopped answering; 0 if it answers."""
-    running_version: str = wire("domain.running_version")
-    """Version of the hypervisor that runs it. Empty: unknown."""
-    installed_version: str = wire("domain.installed_version")
-    """Version of the hypervisor that its next start would use."""
-    proto: cluster_pb2.PlacedDomain = field(repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class DomainList:
-    """Guests, by name, and the hosts that did not answer (whose guests are missing)."""
-
-    domains: tuple[Domain, ...]
-    unreachable_hosts: tuple[str, ...] = ()
-
-    @classmethod
-    def from_proto(cls, pages: Iterable[cluster_pb2.ListDomainsResponse]) -> "DomainList":
-        pages = list(pages)
-        domains = [Domain.from_proto(domain) for page in pages for domain in page.domains]
-        domains.sort(key=lambda domain: (domain.name, domain.host))
-        return cls(tuple(domains), tuple(host for page in pages for host in page.unreachable_hosts))
-
-    @classmethod
-    def of_agent(cls, host: str, domains: Iterable[host_pb2.Domain]) -> "DomainList":
-        """Return the guests of a host from the answer of its own agent."""
-        return cls(tuple(Domain.from_proto(cluster_pb2.PlacedDomain(host=host, domain=domain)) for domain in domains))
-
-    def __iter__(self) -> Iterator[Domain]:
-        return iter(self.domains)
-
-    def __len__(self) -> int:
-        return len(self.domains)
 
 
 class HostQuestions:
@@ -145,6 +26,7 @@ class HostQuestions:
     ) -> None:
         self._cluster = cluster_pb2_grpc.HostServiceStub(channel)
         self._hosts = host_pb2_grpc.HostServiceStub(channel)
+        self._slots = admission_pb2_grpc.AdmissionServiceStub(channel)
         self._call = call
         self.address = address
         self.timeout = timeout
@@ -185,6 +67,51 @@ class HostQuestions:
             except ServerFailed as error:
                 self._note_agent(error)
         return await self._agent_domains(host)
+
+    async def update_host(self, name: str, changes: Mapping[str, Any], changed_by: str, comment: str) -> Host:
+        """See `Client.update_host`. `changes`: by field of `HostSettings`; "default" resets it."""
+        settings = host_pb2.HostSettings(**{field: value for field, value in changes.items() if value != "default"})
+        change = host_pb2.SettingsChange(changed_by=changed_by, comment=comment)
+        update = host_pb2.UpdateHostRequest(settings=settings, update_mask=FieldMask(paths=changes), change=change)
+        if not self._is_agent:
+            try:
+                request = cluster_pb2.UpdateHostRequest(name=name, update=update)
+                response = await self._call(self._cluster.UpdateHost(request, timeout=self.timeout))
+            except ServerFailed as error:
+                self._note_agent(error)
+            else:
+                return Host.from_proto(response.host)
+        await self._agent_host(name)
+        changed = await self._call(self._hosts.UpdateHost(update, timeout=self.timeout))
+        return Host.of_agent(changed.host, self.address)
+
+    async def list_slots(self, host: str) -> list[Slot]:
+        """See `Client.list_slots`."""
+        if not self._is_agent:
+            try:
+                pages = self._pages(self._cluster.ListSlots, cluster_pb2.ListSlotsRequest(name=host))
+                return [Slot.from_proto(slot) async for page in pages for slot in page.slots]
+            except ServerFailed as error:
+                self._note_agent(error)
+        await self._agent_host(host)
+        pages = self._pages(self._slots.ListSlots, admission_pb2.ListSlotsRequest())
+        return [Slot.from_proto(slot) async for page in pages for slot in page.slots]
+
+    async def update_domain(self, domain: str, changes: Mapping[str, Any], host: str) -> Domain:
+        """See `Client.update_domain`. `changes`: by field of `DomainSettings`; an empty value removes it."""
+        settings = host_pb2.DomainSettings(**changes)
+        update = host_pb2.UpdateDomainRequest(domain=domain, settings=settings, update_mask=FieldMask(paths=changes))
+        if not self._is_agent:
+            try:
+                request = cluster_pb2.UpdateDomainRequest(host=host, update=update)
+                response = await self._call(self._cluster.UpdateDomain(request, timeout=self.timeout))
+            except ServerFailed as error:
+                self._note_agent(error)
+            else:
+                return Domain.from_proto(response.domain)
+        here = await self._agent_host(host)
+        changed = await self._call(self._hosts.UpdateDomain(update, timeout=self.timeout))
+        return Domain.from_proto(cluster_pb2.PlacedDomain(host=here.name, domain=changed.domain))
 
     def _note_agent(self, error: ServerFailed) -> None:
         """Take the server for an agent, which does not serve the coordinator's service. Raises `error` if that is not why."""

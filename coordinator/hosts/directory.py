@@ -1,26 +1,19 @@
 """Finds the hosts and the guest of a migration in the cluster (`agent.handshake.drive.ends.Directory`)."""
 
 import asyncio
-from collections.abc import Sequence
-from typing import Final
 
 import grpc.aio
 
 from agent.handshake.drive.ends import Candidate, Ends, Side
-from agent.hypervisor.base import Job
-from agent.hypervisor.names import ambiguity
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import answer_of
 from agent.service.peers import ask_host, candidates_of, leaving_request
 from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
+from coordinator.hosts.guests import find_guest
 from coordinator.hosts.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 from drover.coordinator.v1.host_pb2 import HOST_STATE_UP
-
-_ALIVE: Final = (host_pb2.DOMAIN_STATE_RUNNING, host_pb2.DOMAIN_STATE_PAUSED)
-
-Found = Sequence[tuple[str, host_pb2.GetDomainResponse]]
 
 
 class ClusterDirectory:
@@ -41,44 +34,8 @@ class ClusterDirectory:
     async def _source(self, spec: pb.MigrationSpec) -> tuple[Side, host_pb2.GetDomainResponse]:
         if spec.source_host:
             return await asyncio.gather(self._side(spec.source_host), self._guest(spec.source_host, spec))
-        name, guest = await self._find_guest(spec)
+        name, guest = await find_guest(self._registry, leaving_request(spec), "--from")
         return await self._known(name), guest  # the host has just answered, so its last report is new enough
-
-    async def _find_guest(self, spec: pb.MigrationSpec) -> tuple[str, host_pb2.GetDomainResponse]:
-        """Return the host on which the guest runs, and the guest as that host describes it. Ignores a copy that is shut off on
-        another host, and one that waits for its memory.
-
-        Raises DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, HOST_UNREACHABLE (it may run on a host that does not answer).
-        """
-        domain = spec.domain
-        found, silent = await self._registry.find_domain(leaving_request(spec))
-        if text := ambiguity(domain, [(guest.domain.name, guest.domain.uuid) for _, guest in found]):
-            where = ",".join(host for host, _ in found)
-            raise DroverError(Reason.DOMAIN_AMBIGUOUS, text, metadata={"domain": domain, "hosts": where})
-        candidates = _alive(found)
-        if not candidates and silent:
-            raise DroverError(
-                Reason.HOST_UNREACHABLE,
-                f'no host that answered runs a guest "{domain}"; it may run on {", ".join(silent)}, which did not answer. '
-                "Nothing was changed; `drover host list` shows the hosts",
-                metadata={"domain": domain, "host": silent[0]},
-            )
-        candidates = candidates or found
-        if len(candidates) == 1:
-            return candidates[0]
-        hosts = [host for host, _ in candidates]
-        if not candidates:
-            raise DroverError(
-                Reason.DOMAIN_NOT_FOUND,
-                f'no host of the cluster has a guest "{domain}"; `drover domain list` shows the guests',
-                metadata={"domain": domain},
-            )
-        differ = len({guest.domain.uuid for _, guest in candidates}) > 1
-        raise DroverError(
-            Reason.DOMAIN_AMBIGUOUS,
-            f'guest "{domain}" is on {" and ".join(hosts)}; say which with --from HOST{", or name it by UUID" if differ else ""}',
-            metadata={"domain": domain, "hosts": ",".join(hosts)},
-        )
 
     async def _guest(self, host: str, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
         """Return the guest, with what prevents this migration of it."""
@@ -110,7 +67,7 @@ class ClusterDirectory:
 
     async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
         """Rank the hosts that are up, by their last reports."""
-        source = spec.source_host or (await self._find_guest(spec))[0]
+        source = spec.source_host or (await find_guest(self._registry, leaving_request(spec), "--from"))[0]
         hosts = {known.host.name: known.host for known in await self._registry.list_hosts() if known.state == HOST_STATE_UP}
         hosts.pop(source, None)
         return candidates_of(hosts)
@@ -123,13 +80,3 @@ class ClusterDirectory:
         """Return the host by its last report: it need not answer now."""
         known = await self._registry.get(name)
         return Side(known.host, self._peer(known.host, known.agent_address), known.agent_address)
-
-
-def _alive(found: Found) -> Found:
-    """Return the copies that run or are paused. If all are of one guest and one of them runs, only those that run: a paused one is
-    left over from a migration.
-    """
-    alive = [(host, guest) for host, guest in found if guest.domain.state in _ALIVE and guest.domain.job != Job.INCOMING]
-    runs = [(host, guest) for host, guest in alive if guest.domain.state == host_pb2.DOMAIN_STATE_RUNNING]
-    one_guest = len({guest.domain.uuid for _, guest in alive}) == 1
-    return runs if runs and one_guest else alive

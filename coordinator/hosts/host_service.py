@@ -2,6 +2,7 @@
 translates.
 """
 
+from collections.abc import Awaitable
 from typing import Any, Final
 
 import grpc.aio
@@ -10,7 +11,9 @@ from google.protobuf.duration_pb2 import Duration
 from agent.migration.migrations import Migrations
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.paging import Key, Paging
-from coordinator.hosts.hosts import HostRegistry
+from coordinator.hosts.guests import find_guest
+from coordinator.hosts.hosts import FORWARD_SECONDS, HostRegistry
+from drover.agent.v1 import admission_pb2, admission_pb2_grpc, host_pb2_grpc
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import host_pb2 as pb
 from drover.coordinator.v1 import host_pb2_grpc as rpc
@@ -66,6 +69,28 @@ class HostServicer(rpc.HostServiceServicer):
         )
         unreachable = [name for name in silent if page.end is None or _end_of(name) <= page.end]
         return pb.ListDomainsResponse(domains=page.items, unreachable_hosts=unreachable, next_page_token=page.token)
+
+    async def UpdateHost(self, request: pb.UpdateHostRequest, context: _Context) -> pb.UpdateHostResponse:  # noqa: N802
+        return pb.UpdateHostResponse(host=await self._registry.update_host(request.name, request.update))
+
+    async def UpdateDomain(self, request: pb.UpdateDomainRequest, context: _Context) -> pb.UpdateDomainResponse:  # noqa: N802
+        looked_for = agent_pb.GetDomainRequest(domain=request.update.domain)
+        host = request.host or (await find_guest(self._registry, looked_for, "--host"))[0]
+
+        def call(channel: grpc.aio.Channel) -> Awaitable[agent_pb.UpdateDomainResponse]:
+            return host_pb2_grpc.HostServiceStub(channel).UpdateDomain(request.update, timeout=FORWARD_SECONDS)
+
+        answer = await self._registry.forward(host, call)
+        return pb.UpdateDomainResponse(domain=pb.PlacedDomain(host=host, domain=answer.domain))
+
+    async def ListSlots(self, request: pb.ListSlotsRequest, context: _Context) -> pb.ListSlotsResponse:  # noqa: N802
+        question = admission_pb2.ListSlotsRequest(page_size=request.page_size, page_token=request.page_token)
+
+        def call(channel: grpc.aio.Channel) -> Awaitable[admission_pb2.ListSlotsResponse]:
+            return admission_pb2_grpc.AdmissionServiceStub(channel).ListSlots(question, timeout=FORWARD_SECONDS)
+
+        page = await self._registry.forward(request.name, call)
+        return pb.ListSlotsResponse(slots=page.slots, next_page_token=page.next_page_token)
 
 
 def _key(host: str, domain: agent_pb.Domain) -> Key:

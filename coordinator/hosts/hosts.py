@@ -13,22 +13,29 @@ from typing import Final, TypeVar
 
 import grpc.aio
 import structlog
+from google.protobuf.message import Message
 
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus, HostChanged
 from agent.runtime.wire import cut
+from agent.service.bounds import answer_of
 from coordinator.hosts.claims import Proofs, check_claim
 from coordinator.hosts.host_link import ConnectLimits, HostLink, HostReport, answer_if_any
 from coordinator.hosts.host_table import HostTable
 from coordinator.hosts.known_host import KnownHost, after_report, find, is_worth_saving, shown
 from coordinator.store import Store
 from drover.agent.v1 import host_pb2 as agent_pb
+from drover.agent.v1 import host_pb2_grpc as agent_rpc
 from drover.coordinator.v1 import host_pb2 as pb
 
 log: Final = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+FORWARD_SECONDS: Final = 5.0
+"""Deadline of a request that is passed on to an agent; one that changes something writes to the disk there."""
 
 Answers = tuple[list[tuple[str, T]], list[str]]
 """(host's name, answer) of each host that answered, and the names of the hosts that did not."""
@@ -133,6 +140,36 @@ class HostRegistry:
         if not entry.up:
             raise entry.unreachable()
         return [(host, domain) for domain in await entry.link.list_domains()], []
+
+    async def forward(self, name: str, call: Callable[[grpc.aio.Channel], Awaitable[M]]) -> M:
+        """Return the answer of a host's agent, checked. `call` makes the call, with the deadline `FORWARD_SECONDS`.
+
+        Raises HOST_NOT_FOUND, HOST_UNREACHABLE (at once for a host that is not up), DEADLINE_EXCEEDED, PROTOCOL_MISMATCH (its agent
+        is older), and the agent's error.
+        """
+        entry = self._find(name)
+        if not entry.up:
+            raise entry.unreachable()
+        try:
+            return await answer_of(call(entry.link.channel), name)
+        except DroverError as error:
+            if error.reason is not Reason.UNIMPLEMENTED:  # else a client would take this coordinator for an agent
+                raise
+            text = f"the agent of {name} is older than this coordinator and cannot do that; nothing was changed. Upgrade it"
+            raise DroverError(Reason.PROTOCOL_MISMATCH, text, metadata={"host": name}) from None
+
+    async def update_host(self, name: str, request: agent_pb.UpdateHostRequest) -> pb.ClusterHost:
+        """Pass a change of its settings on to a host; return its new entry. Raises as `forward`."""
+
+        def call(channel: grpc.aio.Channel) -> Awaitable[agent_pb.UpdateHostResponse]:
+            return agent_rpc.HostServiceStub(channel).UpdateHost(request, timeout=FORWARD_SECONDS)
+
+        entry = self._find(name)
+        host = (await self.forward(name, call)).host
+        entry.check_identity(host)
+        entry.known.host.CopyFrom(host)  # its watch reports the same, perhaps later: whoever asks next sees the change
+        self._table.save_soon(entry)
+        return self._shown(entry)
 
     async def _ask_all(self, ask: Callable[[HostLink], Awaitable[Sequence[T]]], among: Sequence[str] | None = None) -> Answers[T]:
         entries = self._among(among)

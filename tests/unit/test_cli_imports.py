@@ -32,6 +32,7 @@ OURS = {
     "coordinator.client.client",
     "coordinator.client.convert",
     "coordinator.client.errors",
+    "coordinator.client.host_calls",
     "coordinator.client.options",
     "coordinator.client.types",
     "drover",

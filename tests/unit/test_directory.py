@@ -12,6 +12,7 @@ from agent.runtime.events import Bus
 from agent.service.handshake_service import SERVICE, handshake_servicer
 from agent.service.server import Server, start_server
 from coordinator.hosts.directory import ClusterDirectory
+from coordinator.hosts.guests import find_guest
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
 from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc
@@ -128,13 +129,13 @@ async def test_6_03_the_name_of_one_guest_and_the_uuid_of_another() -> None:
         found_copy = copy("h2", state)
         found_copy[1].domain.MergeFrom(domain)
         registry: HostRegistry = Asked(copy("h1", "RUNNING", uuid=uuid), found_copy, silent=[])  # type: ignore[assignment]
-        error = await fails(ClusterDirectory(registry)._find_guest(pb.MigrationSpec(domain=uuid)), Reason.DOMAIN_AMBIGUOUS)
+        error = await fails(find_guest(registry, host_pb2.GetDomainRequest(domain=uuid), "--from"), Reason.DOMAIN_AMBIGUOUS)
         assert "web1" in error.message
 
 
 async def found(*copies: tuple[str, host_pb2.GetDomainResponse], silent: list[str]) -> str:
     registry: HostRegistry = Asked(*copies, silent=silent)  # type: ignore[assignment]
-    return (await ClusterDirectory(registry)._find_guest(pb.MigrationSpec(domain="web1")))[0]
+    return (await find_guest(registry, host_pb2.GetDomainRequest(domain="web1"), "--from"))[0]
 
 
 @pytest.mark.parametrize(
