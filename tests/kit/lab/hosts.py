@@ -86,7 +86,9 @@ class Node:
         self.path = state / name
         """The node's files. `path / "run"` is its /run."""
         self.addresses: Mapping[str, str] = {net.name: net.address(index) for net in nets}
-        """IP addresses by network name: "mgmt", "mig1", …"""
+        """IPv4 addresses by network name: "mgmt", "mig1", …"""
+        self.addresses6: Mapping[str, str] = {net.name: net.address6(index) for net in nets}
+        """IPv6 addresses by network name."""
         self.disks: Mapping[str, Disk] = {"journal": Disk(self.path / "disk")}
         """Disks by purpose; mounted only in a lab with small disks."""
         self._children: list[subprocess.Popen[Any]] = []
@@ -215,7 +217,7 @@ class Node:
 
     def reset_link(self, network: str) -> None:
         """Break every TCP connection over this network at once, at both ends, and refuse new ones, until `restore_link`."""
-        self.link(network).reset(self.addresses[network])
+        self.link(network).reset(self._both(network))
 
     def restore_link(self, network: str) -> None:
         """Undo `cut_link` and `reset_link`."""
@@ -223,7 +225,30 @@ class Node:
 
     def drop_connections(self, network: str) -> None:
         """Break the present TCP connections over this network; new ones can be made."""
-        self.link(network).drop_connections(self.addresses[network])
+        self.link(network).drop_connections(self._both(network))
+
+    def _both(self, network: str) -> tuple[str, str]:
+        return self.addresses[network], self.addresses6[network]
+
+    def set_link(self, network: str, *, up: bool) -> None:
+        """Pull or plug the cable: the node's kernel sees that the carrier is lost, or is back."""
+        self.link(network).set_up(up)
+
+    def set_mtu(self, network: str, mtu: int) -> None:
+        """Set the MTU of the node's interface and of the switch's port, as an operator of both would."""
+        self.link(network).set_mtu(mtu)
+
+    def swallow_big_packets(self, network: str, above: int | None, direction: Direction | str = "both") -> None:
+        """Drop IP packets of more than `above` bytes, and send no ICMP message: a switch with too small an MTU. None: no more. Holds
+        for connections that are made afterwards.
+        """
+        self.link(network).swallow(above, Direction(direction))
+
+    def close_ports(self, network: str, first: int, last: int, verdict: str | None = "drop") -> None:
+        """Close a range of the node's TCP ports on a network, as its firewall would. `verdict` is nft's, such as "drop", "reject" or
+        "reject with tcp reset"; None opens them again.
+        """
+        self.link(network).close_ports(first, last, verdict)
 
     def listening(self) -> tuple[tuple[str, int], ...]:
         """Return (address, port) of the listening TCP sockets; none while the node is down."""

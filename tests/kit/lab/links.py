@@ -7,11 +7,16 @@ network's name (`mgmt`, `mig1`, …) and whose outer end is the bridge's port `<
   is no netem in many small kernels, so no delay and no random loss.)
 - A cut is made at the switch, like a pulled cable: packets are dropped, and the node's kernel notices nothing.
 - A reset is made in the node: connections are aborted, and every TCP packet that comes in or opens a new one gets an RST.
+- A link that is down has lost its carrier at the switch: the node's kernel knows, and keeps its addresses.
+- Big packets are dropped where the cable ends, without an ICMP message; nothing is sent over it in segments that are put together
+  (GSO) meanwhile, as they would count as one big packet.
+- A port range is closed in the node, as by its own firewall.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, IPv6Network
 
 from tests.kit.lab.processes import run
 
@@ -34,7 +39,9 @@ class Direction(StrEnum):
 
 @dataclass(frozen=True)
 class Network:
-    """One bridge: index 0 is the management network 10.91.0.0/24, 1 the first migration network 10.92.0.0/24, …"""
+    """One bridge: index 0 is the management network 10.91.0.0/24 and fd00:91::/64, 1 the first migration network 10.92.0.0/24 and
+    fd00:92::/64, …
+    """
 
     index: int
 
@@ -48,9 +55,18 @@ class Network:
         """A /24."""
         return IPv4Network(f"10.{91 + self.index}.0.0/24")
 
+    @property
+    def subnet6(self) -> IPv6Network:
+        """A /64."""
+        return IPv6Network(f"fd00:{91 + self.index}::/64")
+
     def address(self, node_index: int) -> str:
         """Return the address of node 1 (h1), 2, …"""
         return str(self.subnet[node_index])
+
+    def address6(self, node_index: int) -> str:
+        """Return the IPv6 address of a node."""
+        return str(self.subnet6[node_index])
 
 
 def networks(migration_networks: int) -> tuple[Network, ...]:
@@ -67,12 +83,13 @@ def make_switch(namespace: str, nets: tuple[Network, ...]) -> None:
     """Make one bridge per network, without spanning tree, so that ports forward at once."""
     commands = []
     for net in nets:
-        commands += [f"link add name {net.name} type bridge stp_state 0 forward_delay 0", f"link set {net.name} up"]
+        kind = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
+        commands += [f"link add name {net.name} {kind}", f"link set {net.name} up"]
     ip_batch(namespace, commands)
 
 
 def plug(switch: str, namespace: str, node: str, index: int, nets: tuple[Network, ...]) -> None:
-    """Give a node an interface with an address on each of these networks."""
+    """Give a node an interface with an IPv4 and an IPv6 address on each of these networks."""
     outer, inner = [], ["link set lo up"]
     for net in nets:
         port = f"{node}-{net.name}"
@@ -81,6 +98,7 @@ def plug(switch: str, namespace: str, node: str, index: int, nets: tuple[Network
             f"link set {port} master {net.name} up",
         ]
         inner += [f"addr add {net.address(index)}/24 dev {net.name}", f"link set {net.name} up"]
+        inner.append(f"addr add {net.address6(index)}/64 dev {net.name} nodad")
     ip_batch(switch, outer)
     ip_batch(namespace, inner)
 
@@ -125,10 +143,42 @@ class Link:
         sets = [f"{single}_cut" for single in direction.single]
         self._nft(self.switch, SWITCH_RULES, [f"add element bridge lab {name} {{ {self.port} }}" for name in sets])
 
-    def reset(self, address: str) -> None:
+    def reset(self, addresses: Sequence[str]) -> None:
         """Abort all connections, at both ends, and answer every attempt at a new one with a reset."""
         self._nft(self.namespace, NODE_RULES, [f"add element inet lab broken {{ {self.network} }}"])
-        self.drop_connections(address)
+        self.drop_connections(addresses)
+
+    def set_mtu(self, mtu: int) -> None:
+        """Set the MTU of both ends. The port's alone would drop nothing: veth and bridge pass segments that are put together."""
+        ip_batch(self.switch, [f"link set {self.port} mtu {mtu}"])
+        ip_batch(self.namespace, [f"link set {self.network} mtu {mtu}"])
+
+    def set_up(self, up: bool) -> None:
+        """Give the node a carrier, or take it away."""
+        ip_batch(self.switch, [f"link set {self.port} {'up' if up else 'down'}"])
+
+    def swallow(self, above: int | None, direction: Direction) -> None:
+        """Drop packets with more bytes than `above` (without the frame's header); None drops no more. Holds for new connections."""
+        ends = (self.namespace, self.network), (self.switch, self.port)
+        for single in direction.single:
+            sender = self._sender(single)
+            namespace, receiver = next(end for end in ends if end != sender)
+            ip_batch(sender[0], [f"link set {sender[1]} gso_max_segs {65535 if above is None else 1}"])
+            rules = [] if above is None else [f"meta length > {above} drop"]
+            name = f"big_{receiver.replace('-', '_')}"
+            self._chain(namespace, "netdev", name, f"ingress device {receiver}", rules)
+
+    def close_ports(self, first: int, last: int, verdict: str | None) -> None:
+        """Give each TCP packet to these ports of the node this verdict of nft; None lets it pass."""
+        rules = [] if verdict is None else [f"iifname {self.network} tcp dport {first}-{last} {verdict}"]
+        self._chain(self.namespace, "inet", f"{self.network}_ports", "input", rules)
+
+    def _chain(self, namespace: str, family: str, name: str, hook: str, rules: list[str]) -> None:
+        """Make a chain with these rules, in place of an earlier one of that name."""
+        chain = f"chain {family} lab {name}"
+        changes = [f"add table {family} lab", f"add {chain} {{ type filter hook {hook} priority 1; }}", f"flush {chain}"]
+        changes += [f"add rule {family} lab {name} {rule}" for rule in rules] or [f"delete {chain}"]
+        self._nft(namespace, "", changes)
 
     def restore(self) -> None:
         """Undo cut and reset (not a rate limit)."""
@@ -138,9 +188,11 @@ class Link:
         changes = [f"{verb} element inet lab broken {{ {self.network} }}" for verb in VERBS]
         self._nft(self.namespace, NODE_RULES, changes)
 
-    def drop_connections(self, address: str) -> None:
-        """Make the kernel abort, once, every TCP connection from or to this address of the node, RST to the peer."""
-        run(["nsenter", f"--net=/run/netns/{self.namespace}", "ss", "-K", "-H", "-t", "src", address])
+    def drop_connections(self, addresses: Sequence[str]) -> None:
+        """Make the kernel abort, once, every TCP connection from or to these addresses of the node, RST to the peer."""
+        for address in addresses:
+            text = f"[{address}]" if ":" in address else address
+            run(["nsenter", f"--net=/run/netns/{self.namespace}", "ss", "-K", "-H", "-t", "src", text])
 
     @staticmethod
     def _nft(namespace: str, rules: str, changes: list[str]) -> None:
