@@ -16,7 +16,6 @@ working set can be sent within the allowed downtime.
 Units: bytes, bytes per second, seconds; all floats, so that arbitrarily small time steps are exact.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import inf
@@ -195,19 +194,3 @@ def progress(transfer: Transfer, load: Load, limits: Limits, rate: float) -> Pro
         downtime=transfer.downtime if stopping else expected,
         postcopy=transfer.phase is Phase.POSTCOPY,
     )
-
-
-def max_min(capacity: float, limits: Sequence[float]) -> list[float]:
-    """Return max-min fair shares of a link. No share exceeds its own limit (0: no limit); what one does not use goes to the others.
-
-    >>> max_min(100, [10, 0, 0])
-    [10, 45.0, 45.0]
-    """
-    wishes = [limit if limit > 0 else inf for limit in limits]
-    shares = [0.0] * len(wishes)
-    left, waiting = capacity, len(wishes)
-    for index in sorted(range(len(wishes)), key=wishes.__getitem__):
-        shares[index] = min(wishes[index], left / waiting)
-        left -= shares[index]
-        waiting -= 1
-    return shares

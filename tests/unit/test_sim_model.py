@@ -15,7 +15,6 @@ from agent.transfer.model import (
     advance,
     converges,
     due,
-    max_min,
     progress,
     resume,
     start,
@@ -127,24 +126,3 @@ def test_progress_is_a_monitors_reading() -> None:
 def test_a_resumed_post_copy_owes_only_the_rest() -> None:
     load = Load(100 * MIB)
     assert due(resume(load, 30 * MIB), 10 * MIB) == 3
-
-
-# --- sharing a link ---------------------------------------------------------------------------------------------------
-
-shares = st.lists(st.one_of(st.just(0.0), st.floats(1, 1e9)), max_size=20)
-
-
-@given(st.floats(1, 1e10), shares)
-def test_shares_are_max_min_fair(capacity: float, wishes: list[float]) -> None:
-    got = max_min(capacity, wishes)
-    assert sum(got) <= capacity * 1.000001
-    assert all(share <= wish * 1.000001 for share, wish in zip(got, wishes, strict=True) if wish)
-    held_back = [share for share, wish in zip(got, wishes, strict=True) if not wish or share < wish * 0.999999]
-    if held_back:  # then the link is full, and no share is larger than that of a transfer that wants more
-        assert sum(got) == pytest.approx(capacity)
-        assert min(held_back) >= max(got) * 0.999999
-
-
-def test_unused_shares_go_to_the_others() -> None:
-    assert max_min(100, [10, 0, 60]) == [10, 45, 45]
-    assert max_min(100, []) == []

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 
-from agent.transfer.model import max_min
+from agent.transfer.shares import Flow, fair
 
 
 class Share:
     """One transfer's share of a link."""
 
-    def __init__(self, link: "Link", limit: float, changed: Callable[[], None]) -> None:
+    def __init__(self, link: "Link", limit: int, changed: Callable[[], None]) -> None:
         self._link = link
         self.limit = limit
         self.changed = changed
         self.rate = 0.0
         """The current share in bytes per second."""
 
-    def set_limit(self, limit: float) -> None:
+    def set_limit(self, limit: int) -> None:
         """Set the limit in bytes per second (0: none) and divide the link anew."""
         self.limit = limit
         self._link.divide()
@@ -30,7 +30,7 @@ class Link:
         self.rate = rate
         self.shares: list[Share] = []
 
-    def join(self, limit: float, changed: Callable[[], None]) -> Share:
+    def join(self, limit: int, changed: Callable[[], None]) -> Share:
         """Add a share and divide the link anew. `changed` is called at each change of the share's rate."""
         share = Share(self, limit, changed)
         self.shares.append(share)
@@ -38,7 +38,8 @@ class Link:
         return share
 
     def divide(self) -> None:
-        for share, rate in zip(self.shares, max_min(self.rate, [s.limit for s in self.shares]), strict=True):
+        flows = [Flow(("link",), most=share.limit) for share in self.shares]
+        for share, rate in zip(self.shares, fair(flows, {"link": self.rate}), strict=True):
             if share.rate != rate:
                 share.rate = rate
                 share.changed()

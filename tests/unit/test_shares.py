@@ -1,0 +1,171 @@
+"""agent.transfer.shares: the division of bandwidth, against a reference in exact fractions and the definition of fairness."""
+
+import os
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import inf
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.transfer.shares import NO_LIMIT, Flow, divide, fair, shortage
+
+MIB = 1 << 20
+CASES = int(os.environ.get("DROVER_SHARES_CASES", "2000"))
+
+_LINES = [f"line{number}" for number in range(5)]
+_CAPS = [f"cap{number}" for number in range(3)]
+
+
+def flow(at_random: Random) -> Flow:
+    most = rate(at_random)
+    least = rate(at_random)
+    return Flow(
+        lines=tuple(at_random.sample(_LINES, at_random.randrange(4))),
+        caps=tuple(at_random.sample(_CAPS, at_random.randrange(3))),
+        weight=at_random.choice([1, 2, 4]),
+        least=min(least, most) if most else least,
+        most=most,
+        unit=at_random.choice([1, 1, 10]),
+    )
+
+
+def rate(at_random: Random) -> int:
+    return at_random.choice([0, at_random.randint(1, 40), at_random.randint(1, 4000)])
+
+
+def case(seed: int) -> tuple[list[Flow], dict[str, int]]:
+    at_random = Random(seed)
+    links = at_random.sample(_LINES + _CAPS, at_random.randrange(9))
+    flows = [flow(at_random) for _ in range(at_random.randrange(10))]
+    return flows, {link: at_random.randint(1, at_random.choice([100, 10_000])) for link in links}
+
+
+seeds = given(st.integers(0, 1 << 64))
+thousands = settings(max_examples=CASES, deadline=None, derandomize=False, database=None)
+
+
+def links_of(flow: Flow) -> tuple[str, ...]:
+    return flow.lines + flow.caps
+
+
+def level_of(
+    link: str, all_flows: Sequence[Flow], rates: Mapping[int, Fraction], floors: list[Fraction], free: Fraction
+) -> Fraction | None:
+    """Return the level at which a link is full, exactly; None: never. `rates`: of those that have stopped."""
+    using = [index for index, flow in enumerate(all_flows) if link in links_of(flow)]
+    growing = [index for index in using if index not in rates]
+    if not growing:
+        return None
+    fixed = sum((rates[index] for index in using if index in rates), Fraction(0))
+    for above in sorted(growing, key=lambda index: floors[index] / all_flows[index].weight, reverse=True):
+        # Suppose that those whose floor is reached at `above` or earlier grow: right if the level is at least that.
+        start = floors[above] / all_flows[above].weight
+        grow = [index for index in growing if floors[index] / all_flows[index].weight <= start]
+        rest = sum((floors[index] for index in growing if index not in grow), Fraction(0))
+        level = (free - fixed - rest) / sum(all_flows[index].weight for index in grow)
+        if level >= start:
+            return level
+    return Fraction(-1)  # full with the floors alone
+
+
+def reference(all_flows: Sequence[Flow], capacities: Mapping[str, int]) -> list[Fraction | float]:
+    """Fill the links level by level, for floors that fit: what a full link or its own top stops stays as it is."""
+    floors = [Fraction(flow.floor) for flow in all_flows]
+    rates: dict[int, Fraction] = {}
+    while len(rates) < len(all_flows):
+        levels = {link: level_of(link, all_flows, rates, floors, Fraction(free)) for link, free in capacities.items()}
+        tops = {i: Fraction(flow.top) / flow.weight for i, flow in enumerate(all_flows) if i not in rates and flow.top < inf}
+        known = [level for level in levels.values() if level is not None]
+        if not known and not tops:
+            break
+        level = min([*known, *tops.values()])
+        for index, flow in enumerate(all_flows):
+            if index not in rates and (tops.get(index) == level or any(levels.get(link) == level for link in links_of(flow))):
+                rates[index] = max(floors[index], flow.weight * level)
+    return [rates.get(index, inf) for index in range(len(all_flows))]
+
+
+def fits(all_flows: Sequence[Flow], capacities: Mapping[str, int]) -> bool:
+    return all(sum(f.floor for f in all_flows if link in links_of(f)) <= capacity for link, capacity in capacities.items())
+
+
+@thousands
+@seeds
+def test_8_6_shares_are_those_of_the_exact_reference(seed: int) -> None:
+    all_flows, capacities = case(seed)
+    if fits(all_flows, capacities):
+        assert fair(all_flows, capacities) == pytest.approx([float(rate) for rate in reference(all_flows, capacities)], rel=1e-6)
+
+
+@thousands
+@seeds
+def test_8_6_nobody_gets_more_without_taking_from_one_that_has_no_more(seed: int) -> None:
+    all_flows, capacities = case(seed)
+    rates = fair(all_flows, capacities)
+    used = {link: sum(r for f, r in zip(all_flows, rates, strict=True) if link in links_of(f)) for link in capacities}
+    assert all(used[link] <= capacity * (1 + 1e-6) for link, capacity in capacities.items())
+    if not fits(all_flows, capacities):
+        return
+    for flow, rate in zip(all_flows, rates, strict=True):
+        assert flow.floor * (1 - 1e-6) <= rate <= flow.top
+        full = [link for link in links_of(flow) if link in used and used[link] >= capacities[link] * (1 - 1e-6)]
+        stopped = any(
+            all(
+                other_rate / other.weight <= max(rate / flow.weight, other.floor / other.weight) * (1 + 1e-6)
+                for other, other_rate in zip(all_flows, rates, strict=True)
+                if link in links_of(other)
+            )
+            for link in full
+        )
+        assert stopped or rate == flow.top
+
+
+@thousands
+@seeds
+def test_8_6_limits_are_what_a_hypervisor_can_apply(seed: int) -> None:
+    all_flows, capacities = case(seed)
+    limits = divide(dict(enumerate(all_flows)), capacities)
+    users = {line: sum(line in flow.lines for flow in all_flows) for line in _LINES}
+    for index, flow in enumerate(all_flows):
+        bound = (
+            flow.most
+            or any(cap in capacities for cap in flow.caps)
+            or any(line in capacities and users[line] > 1 for line in flow.lines)
+        )
+        assert (limits[index] != NO_LIMIT) == bool(bound)
+        assert limits[index] % flow.unit == 0
+        assert limits[index] <= flow.top
+        if bound and fits(all_flows, capacities):
+            assert limits[index] >= flow.floor
+    if fits(all_flows, capacities):
+        for cap in set(capacities) & set(_CAPS):
+            assert sum(limits[index] for index, flow in enumerate(all_flows) if cap in flow.caps) <= capacities[cap]
+
+
+@pytest.mark.parametrize(
+    ("all_flows", "limits"),
+    [
+        ([Flow(("l",), unit=MIB)], [NO_LIMIT]),
+        ([Flow(("l",), unit=MIB), Flow(("l",), unit=MIB)], [23, 23]),
+        ([Flow(("l",), unit=MIB, least=25_000_000, most=37_500_000), Flow(("l",), unit=MIB), Flow(("l",), unit=MIB)], [24, 11, 11]),
+        ([Flow(("l",), unit=MIB, weight=4), Flow(("l",), unit=MIB, weight=1)], [38, 9]),
+        ([Flow(caps=("c",), unit=MIB), Flow(caps=("c",), unit=MIB, most=3 * MIB + 5)], [16, 3]),
+        ([Flow(("unknown",), unit=MIB), Flow(("unknown",), unit=MIB)], [NO_LIMIT, NO_LIMIT]),
+        ([Flow(("l",), unit=MIB, least=40 * MIB), Flow(("l",), unit=MIB, least=20 * MIB)], [31, 15]),
+    ],
+)
+def test_8_6_limits_by_example(all_flows: list[Flow], limits: list[int]) -> None:
+    divided = divide(dict(enumerate(all_flows)), {"l": 50_000_000, "c": 20_000_000, "unknown": 0})
+    assert list(divided.values()) == [limit * MIB for limit in limits]
+
+
+def test_8_6_a_minimum_that_does_not_fit_is_named_with_what_is_left() -> None:
+    others = [Flow(("l",), ("c",), least=300, unit=100), Flow(("other",), ("c",), least=400, unit=100)]
+    assert shortage(Flow(("l",), ("c",), least=300, unit=100), others, {"l": 600, "c": 1000}) is None
+    found = shortage(Flow(("l",), ("c",), least=301, unit=100), others, {"l": 0, "c": 1000})
+    assert found is not None
+    assert (found.link, found.capacity, found.guaranteed, found.wanted, found.left) == ("c", 1000, 700, 400, 300)
+    assert shortage(Flow(("l",), least=301, unit=100), others, {"l": 600}) is not None  # the line is full by one unit
