@@ -221,6 +221,7 @@ class Runner:
         plan, _ = make_plan(spec, ends)
         check_same_hosts(entry.migration, plan)
         again = entry.changed_to(network=plan.network)
+        again.network_choice.CopyFrom(plan.network_choice)
         again.options.CopyFrom(plan.options)
         self._collection.publish(entry, again)
         return self.driver(entry, ends.source, ends.destination, plan)

@@ -1,6 +1,7 @@
 """The plan of a migration, from the user's request and the descriptions of both hosts. Pure. Whatever these show to be impossible is
 refused here, before a host has done anything."""
 
+from dataclasses import replace
 from ipaddress import ip_address
 
 import grpc
@@ -10,19 +11,20 @@ from agent.handshake.drive.plan import Plan
 from agent.hypervisor.features import check_bandwidth, check_options, check_protocol, settled
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.whereabouts import whereabouts
-from agent.network.networks import MIGRATION_ROLE, common_network, listen_on
-from agent.network.uri import address_problem, same_address
+from agent.network.choice import NO_LOADS, Choice, Loads, Wish, choose
+from agent.network.networks import checked_uri, network_of, refused
+from agent.network.uri import MigrationUri, address_problem, same_address
 from agent.runtime.errors import DroverError, Reason, said_by_peer
 from agent.runtime.wire import enum_name
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 
-def make_plan(spec: pb.MigrationSpec, ends: Ends) -> tuple[Plan, list[str]]:
-    """Return the plan, and warnings for the user.
+def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tuple[Plan, list[str]]:
+    """Return the plan, and warnings for the user. `loads`: what the other migrations want of the networks.
 
     Raises SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH, SPLIT_PHASES_MISSING,
-    NETWORK_NOT_FOUND, URI_NOT_ALLOWED; the guest's obstacle to leaving (DOMAIN_BUSY, INCOMPATIBLE_GUEST, …)."""
+    NETWORK_NOT_FOUND, NETWORK_FORBIDDEN, URI_NOT_ALLOWED; the guest's obstacle to leaving (DOMAIN_BUSY, INCOMPATIBLE_GUEST, …)."""
     source, destination, guest = ends.source.host, ends.destination.host, ends.guest
     _check_hosts(source, destination)
     _check_guest(guest, source)
@@ -31,7 +33,8 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends) -> tuple[Plan, list[str]]:
         _check_split_phases(host, end)
         check_options(spec.options, host.migration_features, end)
         check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
-    network, warnings = _choose_network(spec, source, destination)
+    choice, uri = _choose_network(spec, ends, loads)
+    warnings = [*choice.warnings]
     warnings += _rounded(spec.bandwidth_bytes_per_second, source)
     if guest.HasField("obstacle"):  # last: errors of the request come first
         obstacle = guest.obstacle
@@ -46,12 +49,12 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends) -> tuple[Plan, list[str]]:
             source_agent=ends.source.agent_address,
             destination_host=destination.name,
             destination_agent=ends.destination.agent_address,
-            network=network,
-            uri=spec.uri,
+            network=choice.destination.name,
+            uri=uri,
             bandwidth=spec.bandwidth_bytes_per_second,
             options=settled(spec.options, source.migration_features, destination.migration_features),
             requirements=guest.requirements,
-            destination_networks=tuple(destination.networks),
+            network_choice=choice.to_proto(),
             destination_features=destination.migration_features,
         ),
         warnings,
@@ -74,6 +77,7 @@ def planned(
         domain_uuid=plan.domain_uuid,
         source_guest=fact_of_description(guest.domain),
         network=plan.network,
+        network_choice=plan.network_choice,
         options=plan.options,
         warnings=warnings,
         waiting_for=slot_of(plan.destination_host),
@@ -108,7 +112,10 @@ def check_same_hosts(migration: pb.Migration, plan: Plan) -> None:
 
 def resume_plan(migration: pb.Migration, source: Side, destination: Side) -> Plan:
     """Return the plan of a migration that has its slot, without the guest's requirements, which are no longer needed."""
-    spec = migration.spec
+    spec, choice = migration.spec, migration.network_choice
+    if not choice.destination_address:  # an older version has planned it
+        address = next((n.address for n in destination.host.networks if n.name == migration.network), "")
+        choice = pb.NetworkChoice(network=migration.network, destination_address=address)
     return Plan(
         domain_name=migration.domain_name,
         domain_uuid=migration.domain_uuid,
@@ -118,11 +125,11 @@ def resume_plan(migration: pb.Migration, source: Side, destination: Side) -> Pla
         destination_host=migration.destination_host,
         destination_agent=destination.agent_address,
         network=migration.network,
-        uri=spec.uri,
+        uri=spec.uri or _listening(choice.destination_address, destination.host),
         bandwidth=spec.bandwidth_bytes_per_second,
         options=migration.options if migration.HasField("options") else spec.options,
         requirements=None,
-        destination_networks=tuple(destination.host.networks),
+        network_choice=choice,
         destination_features=destination.host.migration_features,
     )
 
@@ -182,16 +189,41 @@ def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, 
     ]
 
 
-def _choose_network(spec: pb.MigrationSpec, source: host_pb2.Host, destination: host_pb2.Host) -> tuple[str, list[str]]:
-    """Return the name of the network, and a warning if it has no migration role."""
-    named = spec.network
-    if spec.uri:
-        named = listen_on(destination.networks, destination.migration_features, named, spec.uri).network
-    network = common_network(source.networks, destination.networks, named)
-    _check_address(network, source, destination)
-    if MIGRATION_ROLE in network.roles:
-        return network.name, []
-    return network.name, [f"network {network.name} has no migration role; it carries the guest's memory because it was named"]
+def wish_of(spec: pb.MigrationSpec, guest: host_pb2.GetDomainResponse) -> Wish:
+    """Return what a migration asks of its network: its own word, else the guest's settings."""
+    settings = guest.domain.settings
+    minimum = spec.min_bandwidth_bytes_per_second or settings.min_bandwidth_bytes_per_second
+    return Wish(spec.network, spec.tenant or settings.tenant, minimum)
+
+
+def _choose_network(spec: pb.MigrationSpec, ends: Ends, loads: Loads) -> tuple[Choice, str]:
+    """Return the network, and the URI at which the destination is to listen."""
+    source, destination = ends.source.host, ends.destination.host
+    wish = wish_of(spec, ends.guest)
+    if not spec.uri:
+        choice = choose(wish, source, destination, ends.networks, loads)
+        _check_address(choice.destination, source, destination)
+        return choice, _listening(choice.destination.address, destination)
+    asked = checked_uri(spec.uri, destination.migration_features)
+    network = network_of(asked, destination)
+    if wish.named not in ("", network.name):
+        raise refused(spec.uri, f"its host is on network {network.name}, and network {wish.named} was asked for")
+    at = host_pb2.Host()
+    at.CopyFrom(destination)
+    del at.networks[:]
+    at.networks.add().CopyFrom(network)
+    at.networks[0].address = str(asked.host)
+    choice = choose(replace(wish, named=network.name), source, at, ends.networks, loads)
+    _check_address(choice.destination, source, destination)
+    return choice, str(asked)
+
+
+def _listening(address: str, destination: host_pb2.Host) -> str:
+    """Return the URI of an address, without a port; empty where none can be made, so that the destination proposes its own."""
+    try:
+        return str(MigrationUri(destination.migration_features.uri_transports[0], ip_address(address)))
+    except (ValueError, IndexError):
+        return ""
 
 
 def _check_address(network: host_pb2.Network, source: host_pb2.Host, destination: host_pb2.Host) -> None:

@@ -15,7 +15,7 @@ from agent.hypervisor.wire import features_to_proto
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2, options_pb2
+from drover.agent.v1 import host_pb2, migration_pb2, options_pb2
 from tests.unit.fake_hypervisor import FEATURES, UUID
 
 ID = "6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01"
@@ -78,7 +78,7 @@ def make_plan(**changes: Any) -> Plan:
         "bandwidth": 0,
         "options": options_pb2.Options(),
         "requirements": requirements(),
-        "destination_networks": (host_pb2.Network(name="mig", address=ADDRESSES["h2"], roles=["migration"]),),
+        "network_choice": migration_pb2.NetworkChoice(network="mig", destination_address=ADDRESSES["h2"]),
         "destination_features": features_to_proto(FEATURES),
     }
     return Plan(**{**values, **changes})

@@ -1,4 +1,4 @@
-"""agent.network.networks: which network carries a guest's memory, and which URIs are accepted."""
+"""agent.network.networks: which URIs are accepted, and where a destination listens."""
 
 import ipaddress
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.network.networks import Listen, check_destination_uri, common_network, listen_on, own_network, read_uri
+from agent.network.networks import Listen, check_destination_uri, listen_on, network_of, read_uri
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2, options_pb2
 
@@ -16,11 +16,6 @@ NETWORKS = (
     host_pb2.Network(name="mgmt", address=ADDRESSES[1], roles=["management"]),
     host_pb2.Network(name="mig", address=ADDRESSES[0], roles=["migration"]),
     host_pb2.Network(name="mig6", address=ADDRESSES[2], roles=["migration", "management"]),
-)
-SOURCE = (
-    host_pb2.Network(name="mig6", address="fd00:92::1", roles=["migration"]),
-    host_pb2.Network(name="mgmt", address="192.168.7.1", roles=["management"]),
-    host_pb2.Network(name="mig", address="10.92.0.1", roles=["migration"]),
 )
 FEATURES = options_pb2.MigrationFeatures(uri_transports=["tcp", "rdma"], first_port=49152, last_port=49215)
 REFUSED = (Reason.URI_NOT_ALLOWED, Reason.INVALID_FIELD)
@@ -80,46 +75,19 @@ NOT_CANONICAL = [
 """URIs that Python's parser accepts because it drops a part, while the hypervisor would get all of it."""
 
 
+def check_any(uri: str) -> str:
+    """Check a `uri_out` for the address that it names if the destination has that, else for another one."""
+    chosen = next((address for address in ADDRESSES if address in uri), ADDRESSES[0])
+    return check_destination_uri(uri, chosen, FEATURES)
+
+
 def refused(uri: str, named: str = "") -> None:
     with pytest.raises(DroverError) as in_:
         listen_on(NETWORKS, FEATURES, named, uri)
     assert in_.value.reason in REFUSED
     with pytest.raises(DroverError) as out:
-        check_destination_uri(uri, NETWORKS, FEATURES)
+        check_any(uri)
     assert out.value.reason in REFUSED
-
-
-# --- the network ------------------------------------------------------------------------------------------------------
-
-
-def test_the_first_common_network_with_the_role_on_both_by_the_destinations_order() -> None:
-    chosen = common_network(SOURCE, NETWORKS, "")
-    assert (chosen.name, chosen.address) == ("mig", "10.92.0.2")
-
-
-def test_a_role_on_one_side_only_is_not_enough() -> None:
-    source = [host_pb2.Network(name="mig", address="10.92.0.1"), SOURCE[0]]
-    assert common_network(source, NETWORKS, "").name == "mig6"
-
-
-def test_a_named_network_needs_no_role() -> None:
-    assert common_network(SOURCE, NETWORKS, "mgmt").address == "192.168.7.2"
-
-
-@pytest.mark.parametrize("named", ["", "storage"])
-def test_no_common_network_says_what_each_host_has(named: str) -> None:
-    with pytest.raises(DroverError) as error:
-        common_network([host_pb2.Network(name="lan", address="10.0.0.1")], NETWORKS, named)
-    assert error.value.reason is Reason.NETWORK_NOT_FOUND
-    for part in ("lan (no role)", "mig (migration)", "mig6 (migration/management)", named):
-        assert part in error.value.message
-    with pytest.raises(DroverError, match="the source has none"):
-        common_network([], NETWORKS, named)
-
-
-def test_own_network() -> None:
-    assert own_network(NETWORKS, "").name == "mig"
-    assert own_network(NETWORKS, "mig6").address == "fd00:92::2"
 
 
 # --- URIs -------------------------------------------------------------------------------------------------------------
@@ -127,7 +95,7 @@ def test_own_network() -> None:
 
 def test_without_a_uri_the_destination_proposes_one_on_its_own_address() -> None:
     listen = listen_on(NETWORKS, FEATURES, "", "")
-    assert (listen.network, listen.address, listen.uri) == ("mig", "10.92.0.2", "tcp://10.92.0.2")
+    assert listen == Listen("10.92.0.2", "tcp://10.92.0.2")
     assert listen_on(NETWORKS, FEATURES, "mig6", "").uri == "tcp://[fd00:92::2]"
 
 
@@ -136,7 +104,7 @@ def test_a_uri_on_one_of_its_own_addresses(uri: str) -> None:
     listen = listen_on(NETWORKS, FEATURES, "", uri)
     assert listen.uri == uri
     assert listen.address in uri
-    assert check_destination_uri(uri, NETWORKS, FEATURES) == uri
+    assert check_any(uri) == uri
 
 
 @pytest.mark.parametrize(
@@ -150,14 +118,15 @@ def test_a_uri_on_one_of_its_own_addresses(uri: str) -> None:
 )
 def test_6_18_spellings_of_one_address_are_equal(uri: str, normal: str) -> None:
     assert listen_on(NETWORKS, FEATURES, "", uri).uri == normal
-    assert check_destination_uri(uri, NETWORKS, FEATURES) == normal
+    address = "fd00:92::2" if "[" in uri else "10.92.0.2"
+    assert check_destination_uri(uri, address, FEATURES) == normal
     spelled = [host_pb2.Network(name="odd", address="FD00:92:0::0:2"), host_pb2.Network(name="mig", address="10.92.0.2")]
     assert listen_on(spelled, FEATURES, "", uri).uri == normal
 
 
 def test_6_18_a_network_is_listened_on_in_the_normal_form() -> None:
     spelled = [host_pb2.Network(name="odd", address="FD00:92:0::0:2", roles=["migration"])]
-    assert listen_on(spelled, FEATURES, "", "") == Listen("odd", "fd00:92::2", "tcp://[fd00:92::2]")
+    assert listen_on(spelled, FEATURES, "", "") == Listen("fd00:92::2", "tcp://[fd00:92::2]")
 
 
 @pytest.mark.parametrize("uri", NOT_OURS + NOT_A_URI)
@@ -166,7 +135,7 @@ def test_any_other_uri_is_refused(uri: str) -> None:
         refused(uri)
     else:
         with pytest.raises(DroverError):
-            check_destination_uri(uri, NETWORKS, FEATURES)
+            check_any(uri)
 
 
 @pytest.mark.parametrize("uri", NOT_CANONICAL)
@@ -182,13 +151,35 @@ def test_a_port_out_of_its_range(port: int) -> None:
 def test_the_port_may_be_left_to_the_destination_but_not_by_it() -> None:
     assert listen_on(NETWORKS, FEATURES, "", "tcp://10.92.0.2").address == "10.92.0.2"
     with pytest.raises(DroverError, match="port is outside"):
-        check_destination_uri("tcp://10.92.0.2", NETWORKS, FEATURES)
+        check_any("tcp://10.92.0.2")
 
 
-def test_a_uri_on_another_network_than_was_asked_for() -> None:
-    assert listen_on(NETWORKS, FEATURES, "mig", "tcp://10.92.0.2").network == "mig"
-    with pytest.raises(DroverError, match="network mgmt was asked for"):
-        listen_on(NETWORKS, FEATURES, "mgmt", "tcp://10.92.0.2")
+def test_8_4_a_destination_listens_on_its_own_address_whatever_the_network_is_called() -> None:
+    assert listen_on(NETWORKS, FEATURES, "fast", "tcp://10.92.0.2").uri == "tcp://10.92.0.2"
+    interfaces = [host_pb2.Interface(name="eth7", addresses=["10.97.0.2/24", "nonsense", "fd00:97::2/64"], up=True)]
+    for uri in ("tcp://10.97.0.2", "tcp://[fd00:97::2]:49160"):
+        assert listen_on((), FEATURES, "fast", uri, interfaces).uri == uri
+        with pytest.raises(DroverError, match="not an address of the destination"):
+            listen_on(NETWORKS, FEATURES, "fast", uri)
+    with pytest.raises(DroverError, match="not an address of the destination"):
+        listen_on(NETWORKS, FEATURES, "", "tcp://10.97.0.3", interfaces)
+    with pytest.raises(DroverError, match='this host has no network "fast"'):
+        listen_on(NETWORKS, FEATURES, "fast", "")
+
+
+def test_8_5_an_address_in_no_network_is_refused() -> None:
+    host = host_pb2.Host(name="h2", interfaces=[host_pb2.Interface(name="eth7", addresses=["10.97.0.2/24", "10.92.0.9/24"])])
+    host.networks.add(name="mig", address="10.92.0.2", rules=host_pb2.NetworkRules(cidrs=["10.92.0.0/24"]))
+    assert network_of(read_uri("tcp://10.92.0.9", ["tcp"]), host).name == "mig"
+    for uri, says in (("tcp://10.97.0.2", "in no network that h2 has"), ("tcp://10.92.0.8", "not an address of the destination")):
+        with pytest.raises(DroverError, match=says) as error:
+            network_of(read_uri(uri, ["tcp"]), host)
+        assert error.value.reason is Reason.URI_NOT_ALLOWED
+
+
+def test_8_4_the_destination_must_listen_on_the_address_that_was_chosen() -> None:
+    with pytest.raises(DroverError, match="not the address of the destination that was chosen"):
+        check_destination_uri("tcp://192.168.7.2:49152", "10.92.0.2", FEATURES)
 
 
 def test_a_host_that_declares_no_transport_takes_no_uri() -> None:
@@ -225,7 +216,7 @@ def taken(check: Callable[[], Listen | str]) -> Listen | str | bool:
 @settings(max_examples=200)
 @given(st.one_of(_uris, st.text(max_size=60)))
 def test_whatever_is_taken_points_at_an_address_of_the_destination(uri: str) -> None:
-    if not taken(lambda: check_destination_uri(uri, NETWORKS, FEATURES)):
+    if not taken(lambda: check_any(uri)):
         return
     scheme, rest = uri.split("://", 1)
     host, _, port = rest.rstrip("/").rpartition(":")
@@ -241,4 +232,4 @@ def test_whatever_is_listened_on_is_an_own_address(uri: str, named: str) -> None
     if not isinstance(listen, Listen):
         return
     assert listen.address in ADDRESSES
-    assert listen.network == named or not named
+    assert listen.address in listen.uri

@@ -76,7 +76,8 @@ def test_a_plan_of_a_plain_spec() -> None:
     assert (plan.source_agent, plan.destination_agent) == ("10.91.0.1:7400", "10.91.0.2:7400")
     assert plan.requirements is not None
     assert plan.requirements.vcpus == 2
-    assert [network.address for network in plan.destination_networks] == ["10.91.0.2", "10.92.0.2"]
+    assert (plan.network_choice.source_address, plan.network_choice.destination_address) == ("10.92.0.1", "10.92.0.2")
+    assert plan.uri == "tcp://10.92.0.2"
 
 
 def test_what_the_user_said_is_in_the_plan() -> None:
@@ -200,6 +201,7 @@ def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
         domain_name="web1",
         domain_uuid="u1",
         network="mig",
+        network_choice=first.network_choice,
     )
     again = resume_plan(migration, side(host(1)), side(host(2)))
     assert again.requirements is None
@@ -215,17 +217,18 @@ def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
         ("0.0.0.0", "wildcard"),
         ("ff02::1", "multicast"),
         ("fe80::1", "link-local without a scope"),
-        ("banana", "not an IP address"),
+        ("banana", "no addresses of one family"),
         ("10.92.0.1", "is an address of the source h1, too"),
     ],
 )
 def test_6_05_a_destination_is_reached_at_an_address_that_it_alone_has(address: str, says: str) -> None:
     networks = [host_pb2.Network(name="mig", address=address, roles=["migration"])]
+    at_source = [host_pb2.Network(name="mig", address="fd00::1" if ":" in address else "10.92.0.1", roles=["migration"])]
     with pytest.raises(DroverError, match=says) as error:
-        planned(destination=host(2, networks=networks))
+        planned(SPEC, host(1, networks=at_source), host(2, networks=networks))
     assert error.value.reason is Reason.NETWORK_NOT_FOUND
     if address != "banana":
-        planned(SPEC, host(1, driver="sim"), host(2, driver="sim", networks=networks))
+        planned(SPEC, host(1, driver="sim", networks=at_source), host(2, driver="sim", networks=networks))
 
 
 def test_6_17_two_hosts_with_one_uuid_are_told_what_to_do() -> None:

@@ -138,6 +138,7 @@ class Calls:
                 options=plan.options,
                 slot_epoch=self._epoch,
                 probe=self._probe,
+                source_address=plan.network_choice.source_address,
             )
         )
         self.view.read_clock("source", self._begun.record)
@@ -162,7 +163,9 @@ class Calls:
         if state_from_proto(prepared.record) not in LISTENS:  # Prepare takes longer than a call may last, so the call is made again
             self.view.saw_destination(prepared.record)
             return
-        prepared.uri_out = check_destination_uri(prepared.uri_out, plan.destination_networks, plan.destination_features)
+        prepared.uri_out = check_destination_uri(
+            prepared.uri_out, plan.network_choice.destination_address, plan.destination_features
+        )
         self._prepared = prepared
         self.view.uri = prepared.uri_out
         self.view.saw_destination(prepared.record)

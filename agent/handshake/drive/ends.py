@@ -1,5 +1,6 @@
 """The two ends of a migration, and the interface that finds them by the names that a user gave."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,8 @@ class Ends:
     source: Side
     destination: Side
     guest: host_pb2.GetDomainResponse
+    networks: Sequence[host_pb2.Network] = ()
+    """The networks that the finder has defined, without addresses; each host has its sides of them among its own."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drover.agent.v1 import host_pb2, options_pb2
+from drover.agent.v1 import host_pb2, migration_pb2, options_pb2
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,6 @@ class Plan:
     bandwidth: int
     options: options_pb2.Options
     requirements: host_pb2.GuestRequirements | None
-    destination_networks: tuple[host_pb2.Network, ...]
+    network_choice: migration_pb2.NetworkChoice
+    """With the addresses of both hosts: the source sends from the one, the destination listens on the other."""
     destination_features: options_pb2.MigrationFeatures

@@ -26,7 +26,6 @@ from agent.handshake.host.stored import changes_of, check_documents
 from agent.handshake.machines.destination import DestinationEvent, DestinationState
 from agent.hypervisor.features import settled
 from agent.hypervisor.wire import options_from_proto
-from agent.network.networks import listen_on
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import SlotChanged
 from agent.runtime.failure import Failure
@@ -86,8 +85,7 @@ class DestinationSide:
         with self._attempts.claim(wanted.uuid, wanted.name), self._attempts.claim_name(name, self._host.name):
             with timed("reserve") as watch:
                 had_definition = await check_arrival(self._host, request)
-            listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
-            self._host.check_listens_on(listen.address)
+            listen = self._host.listen(request)
             await self._probes.open(attempt, listen.address)
             await attempt.apply(
                 _E.RESERVE,
@@ -143,8 +141,7 @@ class DestinationSide:
         stored = check_documents(self._host, attempt.record.domain_uuid, request)
         cookies = {**attempt.record.cookies, "begin": request.cookie_in}
         if request.network or request.uri_in:
-            listen = listen_on(self._host.networks, self._host.features, request.network, request.uri_in)
-            self._host.check_listens_on(listen.address)
+            listen = self._host.listen(request)
             changes |= {"uri": listen.uri, "listen": listen.address}
         changes |= {"domain_xml": request.domain_xml, "cookies": cookies, "expires": self._expiry()}
         return changes | changes_of(stored, arrives=True)

@@ -22,6 +22,7 @@ from agent.hypervisor.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_
 from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.reasons import from_hypervisor
 from agent.network.interfaces import is_own
+from agent.network.networks import Listen, listen_on
 from agent.network.ports import any_is_free
 from agent.network.uri import MigrationUri, address_problem
 from agent.runtime.address import Address, parse_address
@@ -45,6 +46,7 @@ class LocalHost:
     name: str
     hypervisor: Hypervisor
     networks: tuple[host_pb2.Network, ...]
+    """Its own ones, as of its configuration and its interfaces now."""
     features: options_pb2.MigrationFeatures
     lease_seconds: float
     takeover_after: float
@@ -54,6 +56,8 @@ class LocalHost:
     draining: bool = False
     """Whether the agent is stopping."""
     clock: Clock = SYSTEM_CLOCK
+    interfaces: tuple[host_pb2.Interface, ...] = ()
+    """As the kernel reports them now."""
 
     def show(self, record: AttemptRecord, progress: pb.Progress | None = None) -> pb.Record:
         """Return a record of this host for the wire, under the name that the host had when the record was made."""
@@ -66,6 +70,12 @@ class LocalHost:
                 f"the agent of {self.name} is stopping and takes no new migration. Nothing was done to the guest",
                 retry_after=5.0,
             )
+
+    def listen(self, request: pb.ReserveSlotRequest | pb.PrepareRequest) -> Listen:
+        """Return where a guest is to arrive. Raises URI_NOT_ALLOWED, NETWORK_NOT_FOUND."""
+        listen = listen_on(self.networks, self.features, request.network, request.uri_in, self.interfaces)
+        self.check_listens_on(listen.address)
+        return listen
 
     def check_listens_on(self, address: str) -> None:
         """Raise NETWORK_NOT_FOUND unless the kernel has `address` on this host now, so that guests may arrive there."""
