@@ -1,14 +1,12 @@
 """``drover migration list|show|watch|cancel|resolve``"""
 
-import getpass
-import socket
 import sys
 
 import click
 
 from coordinator.cli.exit_codes import EPILOG, ExitCode
 from coordinator.cli.follow import describe, duration_text, follow, print_timings, show_to_the_end, transfer_pairs
-from coordinator.cli.session import Session, ask, run
+from coordinator.cli.session import Session, ask, run, whoami
 from coordinator.cli.show import (
     lost_or_stuck,
     output_option,
@@ -179,7 +177,7 @@ def resolve(migration_id: str, dead_host: str, reason: str, yes: bool, output: s
         return await session.client.get_migration(await session.full_id(migration_id))
 
     async def state_dead(session: Session) -> int:
-        await session.client.resolve_migration(found.id, dead_host=dead_host, reason=reason, said_by=_whoami())
+        await session.client.resolve_migration(found.id, dead_host=dead_host, reason=reason, said_by=whoami())
         last = await show_to_the_end(session, found.id)
         if not last.state.ended or lost_or_stuck(last):
             raise_unless_succeeded(last)
@@ -218,10 +216,6 @@ def _print_resolved(migration: Migration, dead_host: str) -> None:
             + with_server(f"look for it with `drover domain list --host {dead_host}`, undefine it there, and never start it.")
         )
     )
-
-
-def _whoami() -> str:
-    return f"{getpass.getuser()}@{socket.gethostname()}"
 
 
 async def _ended(session: Session, migration: Migration) -> Migration:

@@ -41,6 +41,34 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
         return rate
 
 
+class RateOrNone(Rate):
+    """A rate, or 0 for "none"."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        return 0 if value == "none" else super().convert(value, param, ctx)
+
+
+class LimitValue(click.ParamType):  # type: ignore[type-arg]
+    """A limit: a number from 0, or ``default``."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "int | str":
+        if value == "default":
+            return "default"
+        if not re.fullmatch(r"\d{1,9}", str(value)):
+            text = "0 closes the host, and default resets the limit to that of its configuration file"
+            self.fail(f'"{value}" is not a limit; expected a number from 0 ({text})', param, ctx)
+        return int(value)
+
+
+def once(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> Any:
+    """Return the value of an option, None if it was not given. Refuses one that was given twice, as "set" and "reset" both count."""
+    if len(values) > 1:
+        raise click.BadParameter("was given more than once", ctx, param)
+    return values[0] if values else None
+
+
 class Seconds(click.ParamType):  # type: ignore[type-arg]
     """A duration in seconds: ``90s``, ``10min``, ``2h``. `most` is the longest one."""
 

@@ -50,6 +50,14 @@ class Session:
         return matches[0]
 
 
+def whoami() -> str:
+    """Return who runs this command, as hosts record it."""
+    import getpass  # noqa: PLC0415 - only a change of settings and a statement need it
+    import socket  # noqa: PLC0415
+
+    return f"{getpass.getuser()}@{socket.gethostname()}"
+
+
 def run(body: Callable[[Session], Awaitable[int | None]], output: str) -> None:
     """Run `body` against the server of the command line; exit with the code that it returns (None: 0)."""
     raise SystemExit(int(ask(body, output) or ExitCode.DONE))

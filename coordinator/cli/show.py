@@ -42,6 +42,8 @@ STATE_COLORS = {
     "cancelled": "yellow",
     "cancelling": "yellow",
     "paused": "yellow",
+    "cordoned": "yellow",
+    "draining": "yellow",
 }
 
 
@@ -186,6 +188,8 @@ _NEXT_BY_REASON = {
     "NETWORK_NOT_FOUND": "drover host show HOST, for the networks of a host",
     "OPTION_UNSUPPORTED": "drover host show HOST, for what a host can do",
     "BANDWIDTH_UNSUPPORTED": "leave --bandwidth out",
+    "HOST_CLOSED": "drover host show HOST, for its limits; drover host set HOST --incoming-limit N opens it",
+    "NO_HOST": "drover host list, for their limits and states",
 }
 
 

@@ -62,6 +62,7 @@ class FakeAgent(agent_rpc.HostServiceServicer):
         self.watches = 0
         self.watches_ever = 0
         self.words = 0
+        self.updates: list[agent_pb.UpdateHostRequest | agent_pb.UpdateDomainRequest] = []
         self.clock: Callable[[], float] | None = None
         self.all_left = asyncio.Event()
         self._changed = asyncio.Event()
@@ -115,6 +116,20 @@ class FakeAgent(agent_rpc.HostServiceServicer):
             if request.domain in (domain.name, domain.uuid):
                 return agent_pb.GetDomainResponse(domain=domain)
         raise DroverError(Reason.DOMAIN_NOT_FOUND, "no such guest", metadata={"domain": request.domain})
+
+    async def UpdateHost(self, request: agent_pb.UpdateHostRequest, context: Any) -> agent_pb.UpdateHostResponse:  # noqa: N802
+        await self._hang()
+        self.updates.append(request)
+        after = agent_pb.Host()
+        after.CopyFrom(self.host)
+        after.settings.MergeFrom(request.settings)
+        after.settings_change.CopyFrom(request.change)
+        return agent_pb.UpdateHostResponse(host=after)
+
+    async def UpdateDomain(self, request: agent_pb.UpdateDomainRequest, context: Any) -> agent_pb.UpdateDomainResponse:  # noqa: N802
+        self.updates.append(request)
+        after = agent_pb.Domain(name=request.domain, settings=request.settings)
+        return agent_pb.UpdateDomainResponse(domain=after)
 
     async def ListDomains(self, request: Any, context: Any) -> agent_pb.ListDomainsResponse:  # noqa: N802
         await self._hang()

@@ -15,7 +15,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.service.server import Server, start_server
-from drover.agent.v1 import handshake_pb2, host_pb2, host_pb2_grpc, migration_pb2, migration_pb2_grpc, options_pb2
+from drover.agent.v1 import (
+    admission_pb2,
+    admission_pb2_grpc,
+    handshake_pb2,
+    host_pb2,
+    host_pb2_grpc,
+    migration_pb2,
+    migration_pb2_grpc,
+    options_pb2,
+)
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
 
@@ -103,6 +112,11 @@ HOST = host_pb2.Host(
     driver="sim",
     hypervisor="QEMU 7.2.22",
     incoming_limit=2,
+    incoming_in_use=2,
+    incoming_queue=1,
+    outgoing_limit=3,
+    prepared_limit=1,
+    interfaces=[host_pb2.Interface(name="mig0", addresses=["10.92.0.1/24"], mtu=9000, line_bytes_per_second=125_000_000, up=True)],
     networks=[host_pb2.Network(name="mig0", address="127.92.0.1", roles=["migration"], line_bytes_per_second=125_000_000)],
     migration_features=options_pb2.MigrationFeatures(
         options={"live": options_pb2.OPTION_SUPPORT_SUPPORTED, "rdma": options_pb2.OPTION_SUPPORT_UNSUPPORTED},
@@ -112,6 +126,70 @@ HOST = host_pb2.Host(
     ),
 )
 DOMAIN = host_pb2.Domain(name="vm1", uuid="u1", state=host_pb2.DOMAIN_STATE_RUNNING, memory_bytes=64 * MIB, vcpus=1, job="none")
+
+
+SLOTS = [
+    admission_pb2.SlotHolder(
+        migration_id="11111111-0000-4000-8000-000000000001",
+        direction=admission_pb2.SLOT_DIRECTION_INCOMING,
+        kind=admission_pb2.SLOT_KIND_TRANSFERRING,
+        epoch=1 << 32 | 1,
+        peer_host="b",
+        cost=2,
+        age=Duration(seconds=90),
+    ),
+    admission_pb2.SlotHolder(
+        migration_id="22222222-0000-4000-8000-000000000002",
+        direction=admission_pb2.SLOT_DIRECTION_INCOMING,
+        kind=admission_pb2.SLOT_KIND_PREPARED,
+        waiting=True,
+        peer_host="c",
+        importance=migration_pb2.IMPORTANCE_HIGH,
+        cost=1,
+        position=1,
+        age=Duration(seconds=3),
+        estimate_low=Duration(seconds=10),
+        estimate_high=Duration(seconds=30),
+    ),
+]
+
+
+class Settings:
+    """The settings that the fake servers were given; both answer from them."""
+
+    def __init__(self) -> None:
+        self.host = host_pb2.HostSettings()
+        self.change: host_pb2.SettingsChange | None = None
+        self.domain = host_pb2.DomainSettings()
+
+    def update_host(self, request: host_pb2.UpdateHostRequest) -> None:
+        for path in request.update_mask.paths:
+            self.host.ClearField(path)  # type: ignore[arg-type]
+            if request.settings.HasField(path) if path != "cordoned" else request.settings.cordoned:  # type: ignore[arg-type]
+                setattr(self.host, path, getattr(request.settings, path))
+        self.change = request.change
+        self.change.change_time.FromSeconds(1_700_000_000)
+
+    def update_domain(self, request: host_pb2.UpdateDomainRequest) -> host_pb2.Domain:
+        if request.domain != DOMAIN.name:
+            raise DroverError(Reason.DOMAIN_NOT_FOUND, "no such guest", metadata={"domain": request.domain})
+        for path in request.update_mask.paths:
+            setattr(self.domain, path, getattr(request.settings, path))
+        domain = host_pb2.Domain()
+        domain.CopyFrom(DOMAIN)
+        domain.settings.CopyFrom(self.domain)
+        return domain
+
+    def shown(self) -> host_pb2.Host:
+        host = host_pb2.Host()
+        host.CopyFrom(HOST)
+        host.settings.CopyFrom(self.host)
+        for field in ("incoming_limit", "outgoing_limit", "prepared_limit"):
+            if self.host.HasField(field):
+                setattr(host, field, getattr(self.host, field))
+        if self.change is not None:
+            host.settings_change.CopyFrom(self.change)
+        return host
 
 
 def progress(number: int) -> handshake_pb2.Progress:
@@ -254,6 +332,22 @@ def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step
 
 
 class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
+    def __init__(self) -> None:
+        self.settings = Settings()
+
+    async def UpdateHost(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        self._host(request.name)
+        self.settings.update_host(request.update)
+        return cluster_pb2.UpdateHostResponse(host=self._host(request.name))
+
+    async def UpdateDomain(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        domain = self.settings.update_domain(request.update)
+        return cluster_pb2.UpdateDomainResponse(domain=cluster_pb2.PlacedDomain(host="a", domain=domain))
+
+    async def ListSlots(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        self._host(request.name)
+        return cluster_pb2.ListSlotsResponse(slots=SLOTS if request.name == "a" else [])
+
     async def ListHosts(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
         return cluster_pb2.ListHostsResponse(hosts=[self._host("a"), self._host("b")])
 
@@ -273,7 +367,7 @@ class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
         if name not in ("a", "b"):
             raise DroverError(Reason.HOST_NOT_FOUND, f'no host "{name}"', metadata={"host": name})
         state = cluster_pb2.HOST_STATE_UP if name == "a" else cluster_pb2.HOST_STATE_UNREACHABLE
-        host = cluster_pb2.ClusterHost(host=HOST, agent_address=f"unix:/{name}.sock", state=state)
+        host = cluster_pb2.ClusterHost(host=self.settings.shown(), agent_address=f"unix:/{name}.sock", state=state)
         host.host.name = name
         host.last_seen_time.FromSeconds(1_700_000_000)
         host.last_seen_age.FromSeconds(90)
@@ -284,11 +378,26 @@ class FakeCluster(cluster_pb2_grpc.HostServiceServicer):
 
 
 class FakeAgentHost(host_pb2_grpc.HostServiceServicer):
+    def __init__(self) -> None:
+        self.settings = Settings()
+
     async def GetHost(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
-        return host_pb2.GetHostResponse(host=HOST)
+        return host_pb2.GetHostResponse(host=self.settings.shown())
+
+    async def UpdateHost(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        self.settings.update_host(request)
+        return host_pb2.UpdateHostResponse(host=self.settings.shown())
+
+    async def UpdateDomain(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return host_pb2.UpdateDomainResponse(domain=self.settings.update_domain(request))
 
     async def ListDomains(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
         return host_pb2.ListDomainsResponse(domains=[DOMAIN])
+
+
+class FakeSlots(admission_pb2_grpc.AdmissionServiceServicer):
+    async def ListSlots(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        return admission_pb2.ListSlotsResponse(slots=SLOTS)
 
 
 async def serve_coordinator(address: str, migrations: FakeMigrations) -> Server:
@@ -303,6 +412,7 @@ async def serve_agent(address: str, migrations: FakeMigrations) -> Server:
     def add(server) -> None:  # type: ignore[no-untyped-def]
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migrations, server)
         host_pb2_grpc.add_HostServiceServicer_to_server(FakeAgentHost(), server)  # type: ignore[abstract]
+        admission_pb2_grpc.add_AdmissionServiceServicer_to_server(FakeSlots(), server)  # type: ignore[abstract]
 
     return await start_server([address], add, [], Bus())
 

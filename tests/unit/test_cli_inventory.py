@@ -1,6 +1,6 @@
 """The tables of hosts, guests and migrations."""
 
-from coordinator.cli.inventory import _domain_state, _versions
+from coordinator.cli.domain import _domain_state, _versions
 from coordinator.cli.migration import _row
 from coordinator.client import Domain, Migration
 from drover.agent.v1 import host_pb2, migration_pb2

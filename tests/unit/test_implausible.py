@@ -36,7 +36,7 @@ from agent.service.registration import keep_registered
 from agent.service.server import start_server
 from agent.service.status import error_from_rpc, to_status, trailing_metadata
 from coordinator.cli.follow import print_summary
-from coordinator.cli.inventory import _print_host
+from coordinator.cli.host import _print_host
 from coordinator.cli.migration import _print_migration
 from coordinator.cli.show import to_json
 from coordinator.client import Client, Domain, Host, Migration

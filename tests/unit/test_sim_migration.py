@@ -19,8 +19,8 @@ from agent.hypervisor.base import (
     Finished,
     HypervisorError,
     Incompatible,
-    NoTransfer,
     Job,
+    NoTransfer,
     Performed,
     Prepared,
 )
