@@ -28,17 +28,12 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tu
     source, destination, guest = ends.source.host, ends.destination.host, ends.guest
     _check_hosts(source, destination)
     _check_guest(guest, source)
-    for host, end in ((source, f"the source {source.name}"), (destination, f"the destination {destination.name}")):
-        check_protocol(host.min_protocol_version, host.max_protocol_version, end)
-        _check_split_phases(host, end)
-        check_options(spec.options, host.migration_features, end)
-        check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
+    _check_end(spec, source, f"the source {source.name}")
+    _check_end(spec, destination, f"the destination {destination.name}")
     choice, uri = _choose_network(spec, ends, loads)
     warnings = [*choice.warnings]
     warnings += _rounded(spec.bandwidth_bytes_per_second, source)
-    if guest.HasField("obstacle"):  # last: errors of the request come first
-        obstacle = guest.obstacle
-        raise said_by_peer(obstacle.reason, obstacle.message, obstacle.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
+    _check_obstacle(guest)  # last: errors of the request come first
     warnings += _losses(spec.options, guest.domain, source.name, destination.name)
     return (
         Plan(
@@ -59,6 +54,26 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tu
         ),
         warnings,
     )
+
+
+def check_source(spec: pb.MigrationSpec, source: host_pb2.Host, guest: host_pb2.GetDomainResponse) -> None:
+    """Raise what keeps the guest from leaving its host, wherever it is to go; see `make_plan`."""
+    _check_guest(guest, source)
+    _check_end(spec, source, f"the source {source.name}")
+    _check_obstacle(guest)
+
+
+def _check_end(spec: pb.MigrationSpec, host: host_pb2.Host, end: str) -> None:
+    check_protocol(host.min_protocol_version, host.max_protocol_version, end)
+    _check_split_phases(host, end)
+    check_options(spec.options, host.migration_features, end)
+    check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
+
+
+def _check_obstacle(guest: host_pb2.GetDomainResponse) -> None:
+    if guest.HasField("obstacle"):
+        obstacle = guest.obstacle
+        raise said_by_peer(obstacle.reason, obstacle.message, obstacle.metadata, code=grpc.StatusCode.FAILED_PRECONDITION)
 
 
 def planned(

@@ -12,6 +12,7 @@ from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.record_cache import RecordCache
+from agent.migration.placement import rank
 from agent.runtime.address import parse_address
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason
@@ -76,17 +77,6 @@ def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
     return host_pb2.GetDomainRequest(domain=spec.domain, leaving=leaving)
 
 
-def candidates_of(hosts: Mapping[str, host_pb2.Host]) -> list[Candidate]:
-    """Return the hosts, by the name by which they are called, that a migration to any host may choose, the best first."""
-
-    def left(host: host_pb2.Host) -> int:
-        return host.incoming_limit - host.incoming_in_use - host.incoming_queue
-
-    opened = {name: host for name, host in hosts.items() if host.incoming_limit and not (host.settings.cordoned or host.draining)}
-    ranked = sorted(opened, key=lambda name: (-left(opened[name]), name))
-    return [Candidate(name, free=left(opened[name]) > 0) for name in ranked]
-
-
 class PeerDirectory:
     """The `Directory` of an agent: the source is this host, the destination a peer."""
 
@@ -108,7 +98,7 @@ class PeerDirectory:
         async with alongside(ask_host(self._channels.get(address), spec.destination_host)) as asking:
             guest = await get_domain(self._host, leaving_request(spec))  # errors of the source come first
             host = await asking
-        return Ends(self._source(), Side(host, self.peer(host.name, address), address), guest)
+        return Ends(self._source(), self._side(host, address), guest)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         address = self.address_of(migration.spec.destination_host)
@@ -119,12 +109,19 @@ class PeerDirectory:
         return self._source(), Side(host, self.peer(migration.destination_host, address), address)
 
     async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
-        """Ask each peer of the configuration for its slots. Those that do not answer are left out."""
-        own = self._host.describe()
-        asked = {name: ask_host(self._channels.get(address), name) for name, address in self._peers.items()}
-        answers = dict(zip(asked, await asyncio.gather(*asked.values(), return_exceptions=True), strict=True))
-        hosts = {name: host for name, host in answers.items() if isinstance(host, host_pb2.Host) and host.host_uuid != own.host_uuid}
-        return candidates_of(hosts)
+        """Ask each peer of the configuration for its slots; see `Directory.candidates`."""
+        async with alongside(self._ask_peers()) as asking:
+            guest = await get_domain(self._host, leaving_request(spec))
+            return rank(spec, self._source(), guest, await asking)
+
+    async def _ask_peers(self) -> dict[str, Side | None]:
+        """Return every peer of the configuration, None for one that does not answer."""
+        asked = [ask_host(self._channels.get(address), name) for name, address in self._peers.items()]
+        answers = zip(self._peers.items(), await asyncio.gather(*asked, return_exceptions=True), strict=True)
+        return {name: self._side(host, at) if isinstance(host, host_pb2.Host) else None for (name, at), host in answers}
+
+    def _side(self, host: host_pb2.Host, address: str) -> Side:
+        return Side(host, self.peer(host.name, address), address)
 
     def _source(self) -> Side:
         return Side(self._host.describe(), self._host.engine, self._own_address)

@@ -1,26 +1,36 @@
 """Finds the hosts and the guest of a migration in the cluster (`agent.handshake.drive.ends.Directory`)."""
 
 import asyncio
+from collections import Counter, deque
+from typing import Final
 
 import grpc.aio
 
 from agent.handshake.drive.ends import Candidate, Ends, Side
+from agent.migration.placement import rank
+from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import answer_of
-from agent.service.peers import ask_host, candidates_of, leaving_request
+from agent.service.peers import ask_host, leaving_request
 from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
 from coordinator.hosts.guests import find_guest
 from coordinator.hosts.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
-from drover.coordinator.v1.host_pb2 import HOST_STATE_UP
+from drover.coordinator.v1.host_pb2 import HOST_STATE_UP, ClusterHost
+
+REPORT_SECONDS: Final = 1.0
+"""By then a host's report counts the slot of a migration that chose it."""
+MOST_CHOSEN: Final = 1000
 
 
 class ClusterDirectory:
     """The directory of a coordinator: source and destination are registered hosts."""
 
-    def __init__(self, registry: HostRegistry) -> None:
+    def __init__(self, registry: HostRegistry, clock: Clock = SYSTEM_CLOCK) -> None:
         self._registry = registry
+        self._clock = clock
+        self._chosen: deque[tuple[str, float]] = deque(maxlen=MOST_CHOSEN)
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         # Both hosts are asked at once; if both fail, the source's error is raised.
@@ -66,11 +76,19 @@ class ClusterDirectory:
         return RemotePeer(channel, host.name)
 
     async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
-        """Rank the hosts that are up, by their last reports."""
-        source = spec.source_host or (await find_guest(self._registry, leaving_request(spec), "--from"))[0]
-        hosts = {known.host.name: known.host for known in await self._registry.list_hosts() if known.state == HOST_STATE_UP}
-        hosts.pop(source, None)
-        return candidates_of(hosts)
+        """Rank the hosts by their last reports; see `Directory.candidates`."""
+        source, guest = await self._source(spec)
+        known = await self._registry.list_hosts()
+        others = {each.host.name: self._side_of(each) if each.state == HOST_STATE_UP else None for each in known}
+        ranked = rank(spec, source, guest, others, planned=self._planned())
+        self._chosen.append((ranked[0].name, self._clock.monotonic()))
+        return ranked
+
+    def _planned(self) -> Counter[str]:
+        """Return how often each host was the best one lately."""
+        while self._chosen and self._clock.monotonic() - self._chosen[0][1] > REPORT_SECONDS:
+            self._chosen.popleft()
+        return Counter(name for name, _ in self._chosen)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         source, destination = [await self._known(n) for n in (migration.source_host, migration.destination_host)]
@@ -78,5 +96,7 @@ class ClusterDirectory:
 
     async def _known(self, name: str) -> Side:
         """Return the host by its last report: it need not answer now."""
-        known = await self._registry.get(name)
+        return self._side_of(await self._registry.get(name))
+
+    def _side_of(self, known: ClusterHost) -> Side:
         return Side(known.host, self._peer(known.host, known.agent_address), known.agent_address)

@@ -7,19 +7,21 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
+from agent.hypervisor.features import PROTOCOL_VERSION
 from agent.runtime.errors import Reason
 from agent.runtime.events import Bus
 from agent.service.handshake_service import SERVICE, handshake_servicer
 from agent.service.server import Server, start_server
-from coordinator.hosts.directory import ClusterDirectory
+from coordinator.hosts.directory import REPORT_SECONDS, ClusterDirectory
 from coordinator.hosts.guests import find_guest
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.store import MemoryStore
-from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc
+from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
+from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1.host_pb2 import HOST_STATE_UNREACHABLE
 from tests.unit.asking import PATIENCE, REF, fails, until
-from tests.unit.fake_agents import FakeAgent
+from tests.unit.fake_agents import Clock, FakeAgent
 from tests.unit.two_agents import Pair
 
 LOOK = handshake_pb2.GetRecordRequest(ref=REF)
@@ -171,3 +173,46 @@ async def test_what_cannot_be_said_of_a_guest(
 ) -> None:
     error = await fails(found(*copies, silent=silent), reason)
     assert says in error.message
+
+
+# --- any host ---------------------------------------------------------------------------------------------------------
+
+
+class Reported(Asked):
+    """A fake registry with the last reports of h1, which has the guest, h2 and h3."""
+
+    def __init__(self) -> None:
+        super().__init__(copy("h1", "RUNNING"), silent=[])
+        features = options_pb2.MigrationFeatures(split_phases=True)
+        networks = [host_pb2.Network(name="mig0", address="127.92.0.1", roles=["migration"])]
+        self.hosts = [
+            cluster_pb2.ClusterHost(
+                host=host_pb2.Host(name=name, host_uuid=name, driver="sim", max_protocol_version=PROTOCOL_VERSION, incoming_limit=2),
+                state=cluster_pb2.HOST_STATE_UP,
+            )
+            for name in ("h1", "h2", "h3")
+        ]
+        for known in self.hosts:
+            known.host.migration_features.CopyFrom(features)
+            known.host.networks.extend(networks)
+
+    async def list_hosts(self) -> list[cluster_pb2.ClusterHost]:
+        return self.hosts
+
+    async def get(self, name: str) -> cluster_pb2.ClusterHost:
+        return next(known for known in self.hosts if known.host.name == name)
+
+
+async def test_8_2_any_host_is_one_of_those_that_are_up_by_their_last_reports() -> None:
+    reported, clock = Reported(), Clock()
+    directory = ClusterDirectory(reported, clock)  # type: ignore[arg-type]
+    spec = pb.MigrationSpec(domain="web1")
+    assert [candidate.name for candidate in await directory.candidates(spec)] == ["h2", "h3"]
+    assert [candidate.name for candidate in await directory.candidates(spec)] == ["h3", "h2"], "h2 was just chosen"
+    clock.now += 2 * REPORT_SECONDS
+    assert [candidate.name for candidate in await directory.candidates(spec)] == ["h2", "h3"], "its report counts by now"
+    reported.hosts[1].host.settings.cordoned = True
+    assert [candidate.name for candidate in await directory.candidates(spec)] == ["h3"]
+    reported.hosts[2].state = HOST_STATE_UNREACHABLE
+    error = await fails(directory.candidates(spec), Reason.NO_HOST)
+    assert "h2: it is cordoned; h3: it does not answer" in error.message

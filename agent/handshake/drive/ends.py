@@ -60,5 +60,6 @@ class Directory(Protocol):
         """Return the hosts that may take the guest of a spec, the best first, whatever its destination: without its source, and
         without hosts that are cordoned, closed, silent, or whose breaker is open.
 
-        Asks the source for the guest at most; of the others, the last reports count. Raises as `find`, for the source."""
+        A coordinator asks the source only; of the others, the last reports count. Raises as `find`, for the source; what keeps the
+        guest from leaving it; NO_HOST, with the reason for each host, if no host may take it."""
         ...

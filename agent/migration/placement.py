@@ -1,0 +1,88 @@
+"""Ranks the hosts that may take a guest, for a migration that names no destination. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from agent.handshake.drive.ends import Candidate, Ends, Side
+from agent.migration.planning import check_source, make_plan
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import cut
+from drover.agent.v1 import host_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+SILENT: Final = "it does not answer"
+MOST_NAMED: Final = 32
+"""Most hosts whose exclusion an error explains."""
+
+
+def rank(
+    spec: pb.MigrationSpec,
+    source: Side,
+    guest: host_pb2.GetDomainResponse,
+    others: Mapping[str, Side | None],
+    networks: Sequence[host_pb2.Network] = (),
+    planned: Mapping[str, int] | None = None,
+) -> list[Candidate]:
+    """Return the hosts that may take the guest, the best first: by free incoming units, then the shorter queue, then the name.
+
+    `others`: the hosts that may be chosen, by the name by which a spec names them; None for one that does not answer. `networks`: as
+    in `Ends`. `planned`: how many migrations have lately chosen each of them, which their reports may not count yet: so many that
+    start at once spread.
+
+    Raises what keeps the guest from leaving its source; NO_HOST, with the reason for each host, if none may take it.
+    """
+    check_source(spec, source.host, guest)
+    planned = planned or {}
+    excluded: dict[str, str] = {}
+    ranked: list[tuple[tuple[int, int, str], Candidate]] = []
+    for name, side in others.items():
+        if side is not None and side.host.host_uuid == source.host.host_uuid:
+            continue
+        if why := SILENT if side is None else _closed(side.host) or _unfit(spec, Ends(source, side, guest, networks)):
+            excluded[name] = why
+        elif side is not None:
+            left = side.host.incoming_limit - side.host.incoming_in_use
+            queue = side.host.incoming_queue
+            free = not queue and left >= cost(guest.domain.memory_bytes, side.host)
+            ranked.append(((planned.get(name, 0) - left, queue, name), Candidate(name, free=free)))
+    if not ranked:
+        raise _no_host(spec, source.host, excluded)
+    return [candidate for _, candidate in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def cost(memory_bytes: int, host: host_pb2.Host) -> int:
+    """Return the units of a host's incoming limit that a guest takes there: one for each started unit of memory, at most the limit,
+    so that a big guest can come alone.
+    """
+    units = -(-memory_bytes // host.unit_memory_bytes) if host.unit_memory_bytes else 1
+    return max(1, min(units, host.incoming_limit))
+
+
+def _closed(host: host_pb2.Host) -> str:
+    """Return why the host takes no guest that does not name it; empty: it does."""
+    if host.draining:
+        return "its agent is stopping"
+    if host.settings.cordoned:
+        change = host.settings_change
+        return "it is cordoned" + (f" by {change.changed_by}" if change.changed_by else "")
+    return "" if host.incoming_limit else "its incoming limit is 0"
+
+
+def _unfit(spec: pb.MigrationSpec, ends: Ends) -> str:
+    """Return why the migration cannot go there, by what both hosts report; empty: it can."""
+    try:
+        make_plan(spec, ends)
+    except DroverError as error:
+        return f"{error.reason}: {error.message.partition('. Nothing was done')[0]}"
+    return ""
+
+
+def _no_host(spec: pb.MigrationSpec, source: host_pb2.Host, excluded: Mapping[str, str]) -> DroverError:
+    named = [f"{name}: {cut(why, 256)}" for name, why in sorted(excluded.items())[:MOST_NAMED]]
+    more = f"; and {len(excluded) - MOST_NAMED} more" if len(excluded) > MOST_NAMED else ""
+    reasons = "; ".join(named) + more or f"there is no host but {source.name}"
+    return DroverError(
+        Reason.NO_HOST,
+        cut(f'no host can take guest "{spec.domain}" from {source.name} now ({reasons}). Nothing was done to it', 4000),
+        metadata={"domain": spec.domain, "hosts": cut(reasons, 1024)},
+    )
