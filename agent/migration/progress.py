@@ -53,6 +53,7 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
     migration.waiting_for = "" if ended else _waiting_for(before, view)
     migration.wait_reason = pb.WAIT_REASON_UNSPECIFIED if ended else _wait_reason(before, view)
     migration.uri = view.uri or before.uri
+    _copy_path(migration, view)
     del migration.silent_hosts[:]
     migration.silent_hosts.extend(_hosts(before)[side] for side in view.silent_since)
     migration.ClearField("statement")
@@ -92,6 +93,12 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
         migration.duration.CopyFrom(_seconds(max(elapsed, in_calls) if migration.duration_is_least else elapsed))
         migration.hypervisor_duration.CopyFrom(_seconds(in_calls))
     return migration
+
+
+def _copy_path(migration: pb.Migration, view: View) -> None:
+    if view.path is not None and view.path.HasField("round_trip"):
+        migration.network_choice.round_trip.CopyFrom(view.path.round_trip)
+        migration.network_choice.mtu = view.path.mtu
 
 
 def _warn_of_skew(migration: pb.Migration, skew: float) -> None:

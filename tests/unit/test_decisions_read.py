@@ -320,7 +320,7 @@ async def test_6_05_a_scope_that_is_no_interface_is_told_in_words() -> None:
 async def test_6_05_a_probe_proves_its_address_until_the_slot_is_used(pair: Pair) -> None:
     h2 = pair.destination
     told = (await h2.engine.reserve_slot(reserve())).probe
-    assert await prove(told, "h1", "h2") == ADDRESSES["h2"]
+    assert (await prove(told, "h1", "h2")).address == ADDRESSES["h2"]
     assert (await h2.engine.reserve_slot(reserve())).probe == told
     await h2.engine.prepare(prepare())
     await until(lambda: not h2.engine._destination._probes._open)
@@ -333,7 +333,7 @@ async def test_6_05_a_slot_outlives_a_restart_and_is_proved_anew(pair: Pair) -> 
     await h2.engine.reserve_slot(reserve())
     await h2.restart()
     again = await h2.engine.reserve_slot(reserve())
-    assert await prove(again.probe, "h1", "h2") == ADDRESSES["h2"]
+    assert (await prove(again.probe, "h1", "h2")).address == ADDRESSES["h2"]
     answer = await h2.engine.prepare(prepare(again.record.slot.epoch))
     assert state_from_proto(answer.record) == "prepared"
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.view import View
+from agent.handshake.host.path import RENEWED
 from agent.handshake.host.peer import HandshakePeer
 from agent.handshake.host.records import LISTENS, state_from_proto
 from agent.handshake.machines.decide import Call
@@ -66,11 +67,11 @@ class Calls:
         """Make a call. Raises `DroverError`."""
         await self._methods[call]()
 
-    def renew_probe(self) -> bool:
+    def renew_probe(self, found: str) -> bool:
         """Forget the probe, so that the slot is reserved once more: a destination whose agent was restarted answers at another port.
-        Return False where that was done before, or there is none.
+        Return False where that cannot explain what was found at the present one, was done before, or there is no probe.
         """
-        if not self._probe.nonce or self._probe_renewed:
+        if not self._probe.nonce or self._probe_renewed or found not in RENEWED:
             return False
         self._probe, self._probe_renewed = pb.PathProbe(), True
         return True
@@ -141,6 +142,7 @@ class Calls:
                 source_address=plan.network_choice.source_address,
             )
         )
+        self.view.path = self._begun
         self.view.read_clock("source", self._begun.record)
         self.view.saw_source(self._begun.record)
 

@@ -244,7 +244,7 @@ class Driver:
             self.view.drop_statement("destination" if side == "source" else "source")
         if not isinstance(error, NotCalledError):
             self.view.call_failed(side, error)
-        if error.reason is Reason.PATH_NOT_PROVED and self.calls.renew_probe():
+        if error.reason is Reason.PATH_NOT_PROVED and self.calls.renew_probe(error.metadata.get("found", "")):
             pass  # the slot is reserved once more, which gives a new probe
         elif side in self.view.silent_since:
             not_begun = not self.calls.transfer_asked and self.view.source_state in (None, Src.BEGINNING, Src.BEGUN)

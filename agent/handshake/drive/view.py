@@ -65,6 +65,8 @@ class View:
         self.destination_record: pb.Record | None = None
         self.uri = ""
         """The destination's migration URI, once Prepare has answered."""
+        self.path: pb.BeginResponse | None = None
+        """Begin's answer, which says what was measured of the path."""
         self.failure: Failure | None = None
         self.cancelling = False
         self.waiting_for = ""

@@ -19,6 +19,7 @@ from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.machine import Refused
 from agent.hypervisor.guest_fact import GuestFact
+from agent.network.probe import Measured
 from agent.runtime.backoff import EFFECT, Clock, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
@@ -66,17 +67,15 @@ class Attempt:
         self._bus = bus
         self.progress: pb.Progress | None = None
         """The latest reading of the transfer; not journalled."""
-        self.stopwatch: Stopwatch | None = None
-        """Times the phase that opens this attempt; not journalled."""
-        self.opening: asyncio.Task[None] | None = None
-        """The task that opens this attempt (`Attempts.open`), while it runs."""
+        self.stopwatch: Stopwatch | None = None  # times the phase that opens this attempt; not journalled
+        self.measured: Measured | None = None  # of the path that was proved; not journalled
+        self.opening: asyncio.Task[None] | None = None  # opens this attempt (`Attempts.open`), while it runs
         self._journal = journal
         self._run_effect = run_effect
         self._look = look
         self._why_unresponsive = why_unresponsive
         self._seen_at = float("-inf")
-        self._own_wait = ""
-        """What `tell` set last."""
+        self._own_wait = ""  # what `tell` set last
         self._on_final = on_final
         self._on_idle = on_idle
         self._applying = 0

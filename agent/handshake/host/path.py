@@ -1,31 +1,27 @@
-"""Proves, before the guest is touched, that the destination's migration address reaches its agent, and no other.
+"""Proves, before the guest is touched, that the destination's migration address reaches its agent, and no other, and that packets of
+full size pass both ways.
 
-The destination answers on that address with a nonce, the driver gets the nonce from ReserveSlot, and the source compares both.
-Without it, two hosts that both have 127.0.0.1 (or another address that is not unique) as their migration address would send a
-guest to themselves, or swap it with one that moves the other way.
+The destination answers on that address, the driver gets its secret from ReserveSlot, and the source has both prove that they know it
+(`agent.network.probe`). Without it, two hosts that both have 127.0.0.1 (or another address that is not unique) as their migration
+address would send a guest to themselves, or swap it with one that moves the other way.
 """
 
-import asyncio
-import contextlib
 import ipaddress
-import os
-import secrets
-import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import AttemptRecord
 from agent.handshake.machines.destination import DestinationState
+from agent.network.probe import MAX_PAYLOAD, SECRET_BYTES, Found, Measured, PathError, Responder, measure
 from agent.network.uri import same_address
 from agent.runtime.address import TcpAddress, parse_address
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from drover.agent.v1 import handshake_pb2 as pb
 
-NONCE_BYTES: Final = 32
-_MAX_NONCE: Final = 64
-PROOF_SECONDS: Final = 3.0
-"""Deadline of a proof: far more than a connection in a data centre needs, and short enough for the user to wait for the error."""
+_MAX_SECRET: Final = 64
 
 _PORTS_TRIED: Final = 16
 """How many ports are tried, from the top of the migration range downwards: firewalls admit that range, and libvirt takes its ports
@@ -33,13 +29,27 @@ from the bottom."""
 
 _USED: Final = frozenset(DestinationState) - {DestinationState.RESERVED}
 
+_ADVICE: Final[Mapping[Found, str]] = {
+    Found.UNUSABLE: "look at `ip address` and `ip route get {ip}` on {host}, and at the networks of its agent",
+    Found.DROPPED: "let the firewalls on {peer} and on the way pass TCP to {ip} on the ports of migrations, and look at the routes "
+    "(`ip route get {ip}` on {host})",
+    Found.REFUSED: "let the firewall of {peer} pass TCP to {ip} on the ports of migrations, and look whether its agent runs",
+    Found.OTHER: "look whether another host has the address {ip}, and correct the migration network of {peer}",
+    Found.SWALLOWED: "set an MTU on both that every switch between them carries (`ip link set DEVICE mtu 1500`), or raise that of "
+    "the switches; `ping -M do -s SIZE {ip}` on {host} shows what passes",
+    Found.SLOW: "look at the load of {peer} and the log of its agent, and start the migration again",
+}
+
+RENEWED: Final = frozenset({Found.REFUSED, Found.OTHER, Found.SLOW, ""})
+"""What may be found where the destination's agent was restarted, and then another probe has the proof; empty: an older source."""
+
 
 class PathProbe:
-    """A server that answers with a nonce at one address of this host until it is closed."""
+    """Answers at one address of this host until it is closed."""
 
-    def __init__(self, server: asyncio.Server, address: str, nonce: bytes) -> None:
-        self._server = server
-        self._message = pb.PathProbe(address=address, nonce=nonce)
+    def __init__(self, responder: Responder, address: TcpAddress) -> None:
+        self._responder = responder
+        self._message = responder.to_proto(address)
 
     @classmethod
     async def open(cls, address: str, ports: tuple[int, int]) -> "PathProbe":
@@ -48,25 +58,16 @@ class PathProbe:
         Raises:
             DroverError: NETWORK_NOT_FOUND when this host cannot listen on the address.
         """
-        nonce = secrets.token_bytes(NONCE_BYTES)
-
-        async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(OSError, TimeoutError):
-                writer.write(nonce)
-                async with asyncio.timeout(PROOF_SECONDS):
-                    await writer.drain()
-            writer.close()
-
+        responder = Responder()
         first, last = ports
         problem: OSError | None = None
         for port in (*range(last, max(first, last - _PORTS_TRIED + 1) - 1, -1), 0):
             try:
-                server = await asyncio.start_server(answer, address, port, backlog=8)
+                bound = await responder.listen(address, port)
             except OSError as error:
                 problem = error
                 continue
-            where = TcpAddress(ipaddress.ip_address(address), server.sockets[0].getsockname()[1])
-            return cls(server, str(where), nonce)
+            return cls(responder, TcpAddress(ipaddress.ip_address(address), bound))
         raise DroverError(
             Reason.NETWORK_NOT_FOUND,
             f"the destination cannot listen on its migration address {address}: {problem}. Nothing was done to the guest; correct "
@@ -79,7 +80,7 @@ class PathProbe:
         return self._message
 
     def close(self) -> None:
-        self._server.close()
+        self._responder.close()
 
 
 class PathProbes:
@@ -111,33 +112,60 @@ class PathProbes:
             del self._open[attempt]
 
 
-async def prove(probe: pb.PathProbe | None, host: str, peer: str) -> str:
-    """Connect to the probe's address and compare the nonce. Return the IP address that was proved; empty without a probe, and then
-    no memory will be sent.
+@dataclass(frozen=True)
+class Proof:
+    """What was proved at Begin."""
+
+    address: str = ""
+    """The destination's IP address; empty without a probe, and then no memory will be sent."""
+    measured: Measured | None = None
+
+
+async def prove(probe: pb.PathProbe | None, host: str, peer: str, source_address: str = "") -> Proof:
+    """Prove that the probe's address leads to the agent of `peer`, and measure the path. `source_address`: this host's own on that
+    network; empty: as the kernel chooses.
 
     Raises:
         DroverError: INVALID_FIELD; PATH_NOT_PROVED, with what was found at the address.
     """
     if probe is None:
-        return ""
-    if not NONCE_BYTES // 2 <= len(probe.nonce) <= _MAX_NONCE:
-        raise invalid_field("probe.nonce", f"must have {NONCE_BYTES // 2} to {_MAX_NONCE} bytes")
+        return Proof()
+    where, source = _read_probe(probe), _read_source(source_address)
+    try:
+        return Proof(str(where.host), await measure(probe, where, source, host, peer))
+    except PathError as error:
+        names = {"host": host, "peer": peer, "ip": str(where.host)}
+        way = f"from {source} on {host}" if source else f"from {host}"
+        raise DroverError(
+            Reason.PATH_NOT_PROVED,
+            f"the path {way} to {probe.address} on {peer} cannot carry a guest: {error}. Nothing was done to the guest, which stays "
+            f"on {host}; {_ADVICE[error.found].format(**names)}",
+            metadata={"address": probe.address, "host": host, "peer_host": peer, "found": error.found},
+        ) from None
+
+
+def _read_probe(probe: pb.PathProbe) -> TcpAddress:
+    """Return where a probe answers. Raises INVALID_FIELD."""
+    secrets = {"nonce": probe.nonce, **({"key": probe.key} if probe.payload_bytes else {})}
+    for name, secret in secrets.items():
+        if not SECRET_BYTES // 2 <= len(secret) <= _MAX_SECRET:
+            raise invalid_field(f"probe.{name}", f"must have {SECRET_BYTES // 2} to {_MAX_SECRET} bytes")
+    if not 0 <= probe.payload_bytes <= MAX_PAYLOAD:
+        raise invalid_field("probe.payload_bytes", f"must be 0 to {MAX_PAYLOAD}")
     try:
         where = parse_address(probe.address)
     except ValueError as error:
         raise invalid_field("probe.address", str(error)) from None
     if not isinstance(where, TcpAddress):
         raise invalid_field("probe.address", "must be an IP address with a port")
-    found = await _read(where, len(probe.nonce))
-    if isinstance(found, bytes) and secrets.compare_digest(found, probe.nonce):
-        return str(where.host)
-    why = "something else answers there" if isinstance(found, bytes) else found
-    raise DroverError(
-        Reason.PATH_NOT_PROVED,
-        f"{probe.address} does not lead from {host} to the agent of {peer}: {why}. Nothing was done to the guest, which stays on "
-        f"{host}; check the address of the migration network on {peer}, its routes and its firewalls",
-        metadata={"address": probe.address, "host": host, "peer_host": peer},
-    )
+    return where
+
+
+def _read_source(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text) if text else None
+    except ValueError:
+        raise invalid_field("source_address", f"{text} is not an IP address") from None
 
 
 def check_proved(record: AttemptRecord, address: str, host: str) -> None:
@@ -150,23 +178,3 @@ def check_proved(record: AttemptRecord, address: str, host: str) -> None:
             "the probe from ReserveSlot's answer",
             metadata={"address": address, "host": host, "peer_host": record.peer_host},
         )
-
-
-async def _read(where: TcpAddress, size: int) -> bytes | str:
-    """Return the bytes that are answered there, or as text why none are."""
-    writer = None
-    try:
-        async with asyncio.timeout(PROOF_SECONDS):
-            reader, writer = await asyncio.open_connection(str(where.host), where.port)
-            return await reader.readexactly(size)
-    except TimeoutError:
-        return f"no answer within {PROOF_SECONDS:g} s, so packets are dropped on the way"
-    except asyncio.IncompleteReadError as error:
-        return error.partial
-    except socket.gaierror:  # the scope is no interface here; its numbers are not those of errno
-        return f"{where.host} cannot be reached from this host"
-    except OSError as error:
-        return os.strerror(error.errno).lower() if error.errno else str(error)  # asyncio puts its own text into `strerror`
-    finally:
-        if writer is not None:
-            writer.close()

@@ -30,6 +30,7 @@ from agent.network.networks import read_uri
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import Reason, invalid_field
 from agent.runtime.failure import Failure
+from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2 as pb
 
 _S, _E = SourceState, SourceEvent
@@ -75,7 +76,11 @@ class SourceSide:
                 raise record.failure.error()
             stored = stored_to_proto(record.stored, record.domain_name, self._host.name)
             cookie, shown = record.cookies.get("begin", b""), self._host.show(record)
-            return pb.BeginResponse(record=shown, domain_xml=record.domain_xml, cookie_out=cookie, stored=stored)
+            response = pb.BeginResponse(record=shown, domain_xml=record.domain_xml, cookie_out=cookie, stored=stored)
+            if attempt.measured is not None:
+                response.round_trip.CopyFrom(duration(attempt.measured.round_trip))
+                response.mtu = attempt.measured.mtu
+            return response
 
     def _joined(self, attempt: Attempt, request: pb.BeginRequest) -> dict[str, object]:
         """Check that a Begin of a known attempt is about the same migration. Raises MIGRATION_EXISTS, REQUEST_ID_REUSED."""
@@ -96,7 +101,7 @@ class SourceSide:
         watch = attempt.stopwatch = Stopwatch("begin")
         probe = request.probe if request.HasField("probe") else None
         async with (
-            alongside(prove(probe, self._host.name, request.destination_host)) as proving,
+            alongside(prove(probe, self._host.name, request.destination_host, request.source_address)) as proving,
             alongside(self._departures.settle(request.domain_uuid, request.domain)) as settling,
         ):
             with watch.asking():
@@ -108,7 +113,8 @@ class SourceSide:
                 attempt.saw(fact_of(domain))
                 with watch.asking():
                     stored = await read_stored(self._host, domain)
-                proved = await proving
+                proof = await proving
+                attempt.measured = proof.measured
                 await attempt.apply(
                     _E.BEGIN,
                     lambda: phase_changes(attempt, "begin", request),
@@ -121,7 +127,7 @@ class SourceSide:
                     options=options_from_proto(settled(request.options, self._host.features)),
                     epoch=request.slot_epoch,
                     **changes_of(stored, arrives=False),
-                    proved=proved,
+                    proved=proof.address,
                 )
         self.recover(attempt)
 

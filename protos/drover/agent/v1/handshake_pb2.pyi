@@ -565,22 +565,30 @@ class PathProbe(message.Message):
     ADDRESS_FIELD_NUMBER: builtins.int
     NONCE_FIELD_NUMBER: builtins.int
     PAYLOAD_BYTES_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
     address: builtins.str
     """IP address and port, such as "10.92.0.2:49215"."""
     nonce: builtins.bytes
-    """Secret that the destination answers there. At least 16 bytes. Never logged."""
+    """What the destination tells there to an older source, which says nothing. At least 16 bytes. Never logged."""
     payload_bytes: builtins.int
-    """Bytes that both sides send to each other to prove that frames of full size pass. Zero: an older agent, which sends only the nonce."""
+    """Bytes that both sides send to each other to prove that packets of full size pass. Zero: an older destination, which sends only the
+    nonce.
+    """
+    key: builtins.bytes
+    """Secret of which both sides send a digest, and which nobody is told there. At least 16 bytes unless payload_bytes is zero. Never
+    logged.
+    """
     def __init__(
         self,
         *,
         address: builtins.str = ...,
         nonce: builtins.bytes = ...,
         payload_bytes: builtins.int = ...,
+        key: builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "nonce", b"nonce", "payload_bytes", b"payload_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "key", b"key", "nonce", b"nonce", "payload_bytes", b"payload_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,315 @@
+"""The proof of a path, over TCP connections of its own: who answers at an address, how far away it is, and which packets pass.
+
+1. The source sends a digest of the key; only who knows the key gets an answer, so a stranger costs a few bytes.
+2. The destination answers with its own digest and the MTU of its interface. These packets are small.
+3. The source sends the payload in packets of full size; once the destination has all of it, it says so with one small packet.
+4. The destination sends the payload, likewise.
+
+An older source sends nothing: after a while it is told the nonce, which is no secret and proves nothing to a newer source.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+from agent.runtime.address import TcpAddress
+from agent.runtime.alongside import alongside
+from drover.agent.v1 import handshake_pb2 as pb
+
+SECRET_BYTES: Final = 32
+PAYLOAD_BYTES: Final = 32 << 10
+"""Three packets of MTU 9000, and no more than a first flight of them."""
+MAX_PAYLOAD: Final = 256 << 10
+
+CONNECT_SECONDS: Final = 0.9
+"""Until then a connection must be made: a firewall that drops is told of within a second."""
+_AGAIN_SECONDS: Final = 0.3
+"""After this, a further connection is tried beside the first: the kernel repeats a lost packet only after a second."""
+EXCHANGE_SECONDS: Final = 1.2
+"""Until then each step of the exchange must be done: the kernel repeats a lost packet three times meanwhile."""
+_SERVE_SECONDS: Final = 3 * EXCHANGE_SECONDS
+_OLDER_SECONDS: Final = 0.2
+"""Who says nothing for so long is an older source."""
+_MAX_STRANGERS: Final = 8
+"""Most connections that have not proved yet that they know the key. The oldest makes way."""
+_CHUNK: Final = 16 << 10
+_DIGEST: Final = 32
+_MTU: Final = struct.Struct("!I")
+
+_TCP_INFO: Final = struct.Struct("=5xB2x24I4Q4I")
+"""The beginning of ``struct tcp_info`` (linux/tcp.h), up to tcpi_min_rtt."""
+_TIMESTAMPS: Final = 1
+
+
+class Found(StrEnum):
+    """What is wrong with a path."""
+
+    UNUSABLE = "unusable"
+    """No connection can be tried from this host."""
+    DROPPED = "dropped"
+    REFUSED = "refused"
+    OTHER = "other"
+    """Something answers that is not the destination's agent."""
+    SWALLOWED = "swallowed"
+    """Small packets pass, and those of full size do not."""
+    SLOW = "slow"
+    """The agent did not answer in time, as far as can be known."""
+
+
+class PathError(Exception):
+    """The path is not proved."""
+
+    def __init__(self, found: Found, text: str) -> None:
+        super().__init__(text)
+        self.found = found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a proof found out."""
+
+    round_trip: float
+    """Seconds, the best that the kernel saw."""
+    mtu: int
+    """Usable MTU in both directions, in bytes. 0: not measured, with an older destination."""
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What the kernel knows of a connection."""
+
+    sent: int
+    """Bytes of the packets that this end sends, at most."""
+    received: int
+    """Bytes of the packets that this end receives."""
+    interface: int
+    """MTU of the route to the peer."""
+    unacknowledged: int
+    """Packets that the peer has not confirmed."""
+    round_trip: float
+
+    @classmethod
+    def of(cls, connection: socket.socket) -> "_Kernel":
+        data = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        options, *numbers = _TCP_INFO.unpack(data)
+        headers = (20 if connection.family == socket.AF_INET else 40) + 20 + (12 if options & _TIMESTAMPS else 0)
+        return cls(numbers[2] + headers, numbers[3] + headers, numbers[13], numbers[4], numbers[31] / 1e6)
+
+
+class Responder:
+    """Answers at one address of this host until it is closed."""
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(SECRET_BYTES)
+        self._nonce = secrets.token_bytes(SECRET_BYTES)
+        self._strangers: dict[asyncio.StreamWriter, None] = {}
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, address: str, port: int) -> int:
+        """Listen on that address and port (0: any). Return the port. Raises `OSError`."""
+        self._server = await asyncio.start_server(self._serve, address, port, backlog=_MAX_STRANGERS, limit=_CHUNK)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def to_proto(self, address: TcpAddress) -> pb.PathProbe:
+        return pb.PathProbe(address=str(address), nonce=self._nonce, payload_bytes=PAYLOAD_BYTES, key=self._key)
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._strangers[writer] = None
+        if len(self._strangers) > _MAX_STRANGERS:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            oldest.transport.abort()
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(_SERVE_SECONDS):
+                await self._answer(reader, writer)
+        self._strangers.pop(writer, None)
+        writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(_OLDER_SECONDS):
+                said = await reader.readexactly(_DIGEST)
+        except TimeoutError:
+            writer.write(self._nonce)
+            return
+        if not hmac.compare_digest(said, _digest(self._key, b"source")):
+            return
+        self._strangers.pop(writer, None)
+        mtu = _MTU.pack(_Kernel.of(writer.get_extra_info("socket")).interface)
+        writer.write(_digest(self._key, b"destination" + mtu) + mtu)
+        missing = PAYLOAD_BYTES
+        while missing and (data := await reader.read(min(missing, _CHUNK))):
+            missing -= len(data)
+        if not missing:
+            writer.write(b"\0")  # apart, in a small packet
+            writer.write(bytes(PAYLOAD_BYTES - 1))
+            await writer.drain()
+
+
+async def measure(
+    probe: pb.PathProbe, where: TcpAddress, source: IPv4Address | IPv6Address | None, host: str, peer: str
+) -> Measured:
+    """Prove the path from `host`, which is this one, to the address of `peer`. `source`: address of this host from which to send
+    (None: as the kernel chooses).
+
+    Raises:
+        PathError: what was found there.
+    """
+    exchange = _Exchange(await _connect(where, source, host), host, peer)
+    try:
+        if not probe.key:
+            await exchange.ask_older(probe.nonce)
+            return Measured(exchange.kernel.round_trip, 0)
+        await exchange.ask(probe.key)
+        await exchange.send(probe.payload_bytes)
+        await exchange.receive(probe.payload_bytes)
+        kernel = exchange.kernel
+        return Measured(kernel.round_trip, min(kernel.sent, kernel.received, kernel.interface))
+    except OSError as error:
+        raise PathError(Found.REFUSED, f"the connection was broken off: {_words(error)}") from None
+    finally:
+        exchange.connection.close()
+
+
+class _Exchange:
+    """The source's end of the exchange, step by step. Raises `PathError`, `OSError`."""
+
+    def __init__(self, connection: socket.socket, host: str, peer: str) -> None:
+        self.connection = connection
+        self._host = host
+        self._peer = peer
+        self._loop = asyncio.get_running_loop()
+        self._peer_mtu = 0
+
+    @property
+    def kernel(self) -> _Kernel:
+        return _Kernel.of(self.connection)
+
+    async def ask_older(self, nonce: bytes) -> None:
+        _check(hmac.compare_digest(await self._read(len(nonce), self._unanswered), nonce))
+
+    async def ask(self, key: bytes) -> None:
+        await self._loop.sock_sendall(self.connection, _digest(key, b"source"))
+        answer = await self._read(_DIGEST + _MTU.size, self._unanswered)
+        digest, mtu = answer[:_DIGEST], answer[_DIGEST:]
+        _check(hmac.compare_digest(digest, _digest(key, b"destination" + mtu)))
+        (self._peer_mtu,) = _MTU.unpack(mtu)
+
+    async def send(self, size: int) -> None:
+        async with alongside(self._loop.sock_sendall(self.connection, bytes(size))):
+            await self._read(1, self._not_sent)
+
+    async def receive(self, size: int) -> None:
+        await self._read(size - 1, self._not_received)
+
+    async def _read(self, size: int, late: Callable[[], PathError]) -> bytes:
+        data = bytearray()
+        try:
+            async with asyncio.timeout(EXCHANGE_SECONDS):
+                while len(data) < size:
+                    part = await self._loop.sock_recv(self.connection, min(size - len(data), _CHUNK))
+                    _check(bool(part))
+                    data += part
+        except TimeoutError:
+            raise late() from None
+        return bytes(data)
+
+    def _unanswered(self) -> PathError:
+        if self.kernel.unacknowledged:
+            return PathError(Found.DROPPED, "a connection can be made, but what is sent over it is lost")
+        return PathError(Found.SLOW, f"a connection can be made, but nothing is answered within {EXCHANGE_SECONDS:g} s")
+
+    def _not_sent(self) -> PathError:
+        kernel = self.kernel
+        if kernel.unacknowledged:
+            return self._swallowed(self._host, self._peer, min(kernel.sent, kernel.interface))
+        return PathError(Found.SLOW, f"{self._peer} did not read what it was sent within {EXCHANGE_SECONDS:g} s")
+
+    def _not_received(self) -> PathError:
+        return self._swallowed(self._peer, self._host, min(self.kernel.interface, self._peer_mtu))
+
+    def _swallowed(self, sender: str, receiver: str, size: int) -> PathError:
+        mtus = f"the MTU is {self.kernel.interface} on {self._host} and {self._peer_mtu} on {self._peer}"
+        text = f"small packets pass, but those of {size} bytes are lost on the way from {sender} to {receiver}; {mtus}"
+        return PathError(Found.SWALLOWED, text)
+
+
+async def _connect(where: TcpAddress, source: IPv4Address | IPv6Address | None, host: str) -> socket.socket:
+    """Return a connection, of up to three that are tried one after the other. Raises `PathError`."""
+    loop = asyncio.get_running_loop()
+    trying: dict[asyncio.Task[None], socket.socket] = {}
+    try:
+        target = _sockaddr(where.host, where.port)
+        for _ in range(round(CONNECT_SECONDS / _AGAIN_SECONDS)):
+            connection = _open_socket(where, source, host)
+            trying[asyncio.create_task(loop.sock_connect(connection, target))] = connection
+            done, _ = await asyncio.wait(trying, timeout=_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                await task
+                return trying.pop(task)
+            for waiting in trying.values():  # an ICMP error that came while the kernel was in `connect` is only noted
+                if noted := waiting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    raise OSError(noted, os.strerror(noted))
+    except OSError as error:
+        raise PathError(Found.REFUSED, _words(error)) from None
+    finally:
+        for task in trying:
+            task.cancel()
+        if trying:
+            await asyncio.wait(trying)
+        for task, connection in trying.items():
+            connection.close()
+            if not task.cancelled():
+                task.exception()
+    raise PathError(Found.DROPPED, f"no answer within {CONNECT_SECONDS:g} s, so packets are dropped on the way")
+
+
+def _open_socket(where: TcpAddress, source: IPv4Address | IPv6Address | None, host: str) -> socket.socket:
+    """Return a socket that sends from `source`. Raises `PathError`."""
+    connection = socket.socket(socket.AF_INET if where.host.version == 4 else socket.AF_INET6)
+    try:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if source is not None:
+            connection.bind(_sockaddr(source, 0))
+    except (OSError, TypeError):  # no address of this host; of the other version of IP
+        connection.close()
+        raise PathError(Found.UNUSABLE, f"{host} cannot send from {source}, its address on that network") from None
+    return connection
+
+
+def _sockaddr(address: IPv4Address | IPv6Address, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
+    """Return the address for a socket. Raises `PathError` if its scope is no interface of this host."""
+    if isinstance(address, IPv4Address):
+        return str(address), port
+    host, _, scope = str(address).partition("%")
+    try:
+        return host, port, 0, socket.if_nametoindex(scope) if scope else 0
+    except OSError:
+        raise PathError(Found.UNUSABLE, f"{address} cannot be reached from this host, which has no interface {scope}") from None
+
+
+def _digest(key: bytes, text: bytes) -> bytes:
+    return hmac.digest(key, text, "sha256")
+
+
+def _check(is_destination: bool) -> None:
+    if not is_destination:
+        raise PathError(Found.OTHER, "something else answers there")
+
+
+def _words(error: OSError) -> str:
+    return os.strerror(error.errno).lower() if error.errno else str(error)  # asyncio puts its own text into `strerror`
