@@ -10,12 +10,11 @@ transfer has a minimum of at least one unit, minima are rounded up, maxima and s
 """
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
-from itertools import chain, groupby
+from itertools import chain
 from math import inf
-from operator import itemgetter
 from typing import Final, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -98,78 +97,85 @@ def fair(flows: Sequence[Flow], capacities: Mapping[str, float]) -> list[float]:
     proportion first."""
     number = {link: index for index, link in enumerate(capacities)}
     links = [[number[link] for link in flow.lines + flow.caps if link in number] for flow in flows]
+    full = list(capacities.values())
     floors: list[float] = [flow.floor for flow in flows]
-    free = _left(links, floors, capacities)
-    if min(free, default=0) < 0:
-        floors = _filled(links, floors, [0] * len(flows), floors, list(capacities.values()))
-        free = _left(links, floors, capacities)
-    return _filled(links, [flow.weight for flow in flows], floors, [flow.top for flow in flows], free)
+    tops = [flow.top for flow in flows]
+    filling = _Filling(links, floors, full)
+    if min(filling.free, default=0) < 0:
+        floors = _Filling(links, [0] * len(flows), full).rates(floors, floors)
+        filling = _Filling(links, floors, full)
+    return filling.rates([flow.weight for flow in flows], tops)
 
 
-def _left(links: Sequence[Sequence[int]], rates: Sequence[float], capacities: Mapping[str, float]) -> list[float]:
-    """Return what rates leave of each link."""
-    left = list(capacities.values())
-    for passed, rate in zip(links, rates, strict=True):
-        for link in passed:
-            left[link] -= rate
-    return left
+class _Filling:
+    """The links while the common level rises: each transfer's rate is ``max(floor, weight * level)``, until it has reached its top
+    or one of its links is full.
 
-
-def _filled(
-    links: Sequence[Sequence[int]], weights: Sequence[float], floors: Sequence[float], tops: Sequence[float], free: list[float]
-) -> list[float]:
-    """Return the rates ``max(floor, weight * level)`` where each transfer's level is the one at which it reached its top, or one of
-    its links was full. `free`: what the floors leave of each link.
-
-    From then on it is what the transfers that do not grow leave of it: a link is full at the level free / slope. That level rises
-    when a transfer stops to grow, so a link whose turn comes is looked at again; it falls when one starts to grow.
+    A link is full at the level free / slope, where `free` is what the transfers that do not grow leave of it. That level rises when
+    a transfer stops to grow, so a link whose turn comes is looked at again; it falls when one starts to grow.
     """
-    slope = [0.0] * len(free)
-    members: list[list[int]] = [[] for _ in free]
-    for index, passed in enumerate(links):
-        for link in passed:
-            members[link].append(index)
-    rates, growing = [-1.0] * len(links), [False] * len(links)
-    ends = [(top / weight, ~index) for index, (top, weight) in enumerate(zip(tops, weights, strict=True)) if top < inf]
-    heapify(ends)
 
-    def stop(index: int, rate: float) -> None:
-        rates[index] = rate
-        if growing[index]:
-            weight = weights[index]
-            for link in links[index]:
-                free[link] -= rate
-                slope[link] -= weight
+    def __init__(self, links: Sequence[Sequence[int]], floors: Sequence[float], capacities: Iterable[float]) -> None:
+        self._links, self._floors = links, floors
+        self.free = free = list(capacities)
+        self._slope = [0.0] * len(free)
+        self._members: list[list[int]] = [[] for _ in free]
+        for index, (passed, floor) in enumerate(zip(links, floors, strict=True)):
+            for link in passed:
+                free[link] -= floor
+                self._members[link].append(index)
 
-    def rise(until: float) -> None:
-        """Let links fill (entry: the link) and transfers reach their tops (entry: ~index), up to that level."""
-        while ends and ends[0][0] < until:
-            level, link = ends[0]
-            if link < 0:
+    def rates(self, weights: Sequence[float], tops: Sequence[float]) -> list[float]:
+        """Raise the level until nothing grows any more; return the rates."""
+        links, floors, free, slope, members = self._links, self._floors, self.free, self._slope, self._members
+        rates, growing = [-1.0] * len(links), [False] * len(links)
+        ends = [(top / weights[index], ~index) for index, top in enumerate(tops) if top < inf]
+        heapify(ends)
+
+        def stop(index: int, rate: float) -> None:
+            rates[index] = rate
+            if growing[index]:
+                weight = weights[index]
+                for link in links[index]:
+                    free[link] -= rate
+                    slope[link] -= weight
+
+        def rise(until: float) -> None:
+            """Let links fill (entry: the link) and transfers reach their tops (entry: ~index), up to that level."""
+            while ends:
+                level, link = ends[0]
+                if level >= until:
+                    return
+                if link < 0:
+                    heappop(ends)
+                    if rates[~link] < 0:
+                        stop(~link, tops[~link])
+                    continue
+                now = free[link] / slope[link] if slope[link] else inf
+                if now > level * _EXACT:
+                    heapreplace(ends, (now, link))
+                    continue
                 heappop(ends)
-                if rates[~link] < 0:
-                    stop(~link, tops[~link])
-            elif slope[link] > 0.5 and (now := free[link] / slope[link]) > level * _EXACT:
-                heapreplace(ends, (now, link))
-            else:
-                heappop(ends)
-                for index in members[link] if slope[link] > 0.5 else ():
+                for index in members[link]:
                     if rates[index] < 0:
                         stop(index, max(floors[index], weights[index] * level))
 
-    starts = sorted([(floor / weight, index) for index, (floor, weight) in enumerate(zip(floors, weights, strict=True))])
-    for level, group in groupby(starts, key=itemgetter(0)):
-        rise(level)
-        touched = set[int]()
-        for _, index in group:
-            if rates[index] < 0:
-                growing[index] = True
-                floor, weight = floors[index], weights[index]
-                touched.update(links[index])
-                for link in links[index]:
-                    free[link] += floor
-                    slope[link] += weight
-        for link in touched:
-            heappush(ends, (max(level, free[link] / slope[link]), link))
-    rise(inf)
-    return [rate if rate >= 0 else inf for rate in rates]
+        starts: dict[float, list[int]] = {}
+        for index, floor in enumerate(floors):
+            starts.setdefault(floor / weights[index], []).append(index)
+        for level in sorted(starts):
+            if ends and ends[0][0] < level:
+                rise(level)
+            touched = set[int]()
+            for index in starts[level]:
+                if rates[index] < 0:
+                    growing[index] = True
+                    floor, weight = floors[index], weights[index]
+                    for link in links[index]:
+                        free[link] += floor
+                        slope[link] += weight
+                    touched.update(links[index])
+            for link in touched:
+                heappush(ends, (max(level, free[link] / slope[link]), link))
+        rise(inf)
+        return [rate if rate >= 0 else inf for rate in rates]

@@ -12,6 +12,7 @@ import click
 from tests.bench import footprint as footprints
 from tests.bench import handshake as handshakes
 from tests.bench import handshake_report
+from tests.bench import shares as share_times
 from tests.bench import soak as soaks
 from tests.bench import walk as walks
 from tests.bench.chaos_commands import chaos_command, failpoints_command
@@ -111,6 +112,18 @@ def walk(calls: int, seed: int | None, output: str) -> None:
     _out(output, result, walks.tell, walks.to_json)
     if not result.ok:
         sys.exit(1)
+
+
+@main.command()
+@click.option("--flows", type=click.IntRange(1), default=1000, show_default=True, help="Number of transfers.")
+@click.option("--hosts", type=click.IntRange(1), default=200, show_default=True, help="Number of hosts.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=50, show_default=True, help="Number of divisions, each of another cluster."
+)
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def shares(flows: int, hosts: int, rounds: int, output: str) -> None:
+    """Time the division of bandwidth among transfers."""
+    _out(output, share_times.measure(flows, hosts, rounds), share_times.tell, share_times.to_json)
 
 
 def _out(output: str, result: Any, tell: Callable[[Any], None], to_json: Callable[[Any], Any]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from agent.transfer.shares import NO_LIMIT, Flow, divide, fair, shortage
 
 MIB = 1 << 20
-CASES = int(os.environ.get("DROVER_SHARES_CASES", "2000"))
+CASES = int(os.environ.get("DROVER_SHARES_CASES", "1000"))
 
 _LINES = [f"line{number}" for number in range(5)]
 _CAPS = [f"cap{number}" for number in range(3)]

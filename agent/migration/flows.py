@@ -1,0 +1,81 @@
+"""The transfers of migrations as `agent.transfer.shares` divides bandwidth among them. Pure."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from agent.runtime.errors import DroverError, Reason
+from agent.transfer.shares import Flow, Shortage
+from drover.agent.v1 import host_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+WEIGHTS: Final[Mapping[pb.Importance.ValueType, int]] = {pb.IMPORTANCE_LOW: 1, pb.IMPORTANCE_MEDIUM: 2, pb.IMPORTANCE_HIGH: 4}
+PAYLOAD: Final = 0.94
+"""Part of a line's speed that carries data; the rest are headers of packets."""
+MIB: Final = 1 << 20
+
+HostOf = Callable[[str], host_pb2.Host | None]
+"""Returns a host by its name, with its sides of the networks as they are now; None if it is not known."""
+
+
+def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]]:
+    """Return the migration's transfer, and the capacities of the links that it passes, in bytes per second (0: unknown). The line of
+    a host that is not known, or is not on the migration's network, is left out."""
+    lines: dict[str, int] = {}
+    caps: dict[str, int] = {}
+    most = [migration.settings.bandwidth_bytes_per_second]
+    source, choice = host(migration.source_host), migration.network_choice
+    for end, address, way in (
+        (source, choice.source_address, "out of"),
+        (host(migration.destination_host), choice.destination_address, "into"),
+    ):
+        if end is None or (side := _side(end, migration.network, address)) is None:
+            continue
+        rules = side.rules
+        lines[f"the line {way} {end.name} ({side.interface or side.name})"] = int(
+            PAYLOAD * (rules.capacity_bytes_per_second or side.line_bytes_per_second)
+        )
+        most.append(rules.max_bytes_per_second)
+        if cap := _least([rules.cap_bytes_per_second, *caps.values()]):
+            caps[f"network {migration.network}"] = cap
+    flow = Flow(
+        lines=tuple(lines),
+        caps=tuple(caps),
+        weight=WEIGHTS.get(migration.settings.importance, WEIGHTS[pb.IMPORTANCE_MEDIUM]),
+        least=migration.settings.min_bandwidth_bytes_per_second,
+        most=_least(most),
+        unit=source.migration_features.bandwidth_unit or MIB if source is not None else MIB,
+    )
+    return flow, lines | caps
+
+
+def _side(host: host_pb2.Host, network: str, address: str) -> host_pb2.Network | None:
+    """Return the host's side of a network: of those of several address families, that with the address."""
+    sides = [side for side in host.networks if side.name == network]
+    return next((side for side in sides if side.address == address), sides[0] if sides else None)
+
+
+def _least(limits: Iterable[int]) -> int:
+    """Return the lowest limit; 0: there is none."""
+    return min((limit for limit in limits if limit), default=0)
+
+
+def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
+    """Return the error for a guaranteed minimum that does not fit."""
+    what = "its guaranteed minimum" if migration.settings.min_bandwidth_bytes_per_second else "the least that can be enforced"
+    return DroverError(
+        Reason.BANDWIDTH_INSUFFICIENT,
+        f"guest {migration.domain_name} needs {_rate(found.wanted)} ({what}) on {found.link}, where {_rate(found.left)} are left: "
+        f"{_rate(found.guaranteed)} of {_rate(found.capacity)} are guaranteed to others. Nothing was done to the guest; ask "
+        "for a lower minimum, or wait until other migrations have ended",
+        metadata={
+            "link": found.link,
+            "capacity": str(found.capacity),
+            "guaranteed": str(found.guaranteed),
+            "left": str(found.left),
+            "wanted": str(found.wanted),
+        },
+    )
+
+
+def _rate(bytes_per_second: int) -> str:
+    return f"{bytes_per_second / 1e6:.4g} MB/s"
