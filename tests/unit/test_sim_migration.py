@@ -300,6 +300,22 @@ async def test_two_migrations_share_the_link(hosts: Hosts) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def test_8_0_two_migrations_share_the_link_of_their_destination(hosts: Hosts) -> None:
+    a, b = await hosts(slow(), slow(name="db"), incoming_link_rate=300 * MIB)
+    moves = [Move(a, b), Move(a, b, uuid=uuid_of("db"))]
+    for move in moves:
+        await move.prepare()
+    tasks = [move.perform() for move in moves]
+    for move in moves:
+        await until(move.out.progress, lambda p: p is not None and p.rate == 150 * MIB)
+    await moves[0].out.set_bandwidth(100 * MIB)  # the destination does not know of it, so the other one gains nothing
+    await until(moves[0].out.progress, lambda p: p.rate == 100 * MIB)
+    await moves[0].out.abort()
+    await until(moves[1].out.progress, lambda p: p.rate == 300 * MIB)
+    await moves[1].out.abort()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_cancelling_the_await_leaves_perform_running(hosts: Hosts) -> None:
     a, b = await hosts(web())
     move = Move(a, b)

@@ -76,6 +76,8 @@ class SimConfig(Base, kw_only=True, frozen=True):
     profile: Literal["qemu"] = "qemu"
     link_rate: Annotated[int, Meta(ge=1, le=1 << 50)] = 1_000_000_000
     """Bytes per second of the network link that all outgoing transfers share."""
+    incoming_link_rate: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
+    """The same for incoming transfers. None: no limit."""
     guests: Annotated[tuple[SimGuest, ...], Meta(max_length=10_000)] = ()
     ports: tuple[Port, Port] = (49_152, 49_215)
     """First and last port for incoming streams; the default is libvirt's."""

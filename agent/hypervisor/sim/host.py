@@ -62,6 +62,7 @@ class Host:
         self.holders: dict[str, object] = {}
         """By the guest's UUID: the handle whose Begin holds the guest."""
         self.link = Link(config.link_rate)
+        self.incoming_link = Link(config.incoming_link_rate) if config.incoming_link_rate else None
         self.events = Fanout()
         self.fail_next = dict(config.fail_next)
         self.thawed = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The host's network link, shared max-min fairly by the transfers that leave the host, each with a limit of its own."""
+"""One direction of a host's network link, shared max-min fairly by its transfers, each with a limit of its own."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from agent.transfer.shares import Flow, fair
 class Share:
     """One transfer's share of a link."""
 
-    def __init__(self, link: "Link", limit: int, changed: Callable[[], None]) -> None:
+    def __init__(self, link: "Link", limit: int, changed: Callable[[float], None]) -> None:
         self._link = link
         self.limit = limit
         self.changed = changed
@@ -30,8 +30,8 @@ class Link:
         self.rate = rate
         self.shares: list[Share] = []
 
-    def join(self, limit: int, changed: Callable[[], None]) -> Share:
-        """Add a share and divide the link anew. `changed` is called at each change of the share's rate."""
+    def join(self, limit: int, changed: Callable[[float], None]) -> Share:
+        """Add a share and divide the link anew. `changed` is called with each new rate of the share."""
         share = Share(self, limit, changed)
         self.shares.append(share)
         self.divide()
@@ -42,4 +42,4 @@ class Link:
         for share, rate in zip(self.shares, fair(flows, {"link": self.rate}), strict=True):
             if share.rate != rate:
                 share.rate = rate
-                share.changed()
+                share.changed(rate)

@@ -9,8 +9,10 @@ brings the rest. A connection without the token is closed, and the copy keeps wa
 """
 
 import asyncio
+import contextlib
 import errno
 import secrets
+from collections.abc import Iterator
 from hmac import compare_digest
 from typing import Any
 
@@ -26,6 +28,7 @@ from agent.hypervisor.sim.stream import (
     End,
     Hello,
     Pages,
+    Rate,
     Refused,
     Stream,
     StreamError,
@@ -94,7 +97,8 @@ class Receiver:
     async def _serve(self, stream: Stream) -> None:
         try:
             if await self._greet(stream):
-                await self._receive(stream)
+                with self._sharing(stream):
+                    await self._receive(stream)
         except StreamError as error:
             if stream is self._stream and not self.arrived.done():  # once all is here, the stream does not matter
                 self._break(str(error))
@@ -135,6 +139,23 @@ class Receiver:
             self._server = None
 
     # --- the stream ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _sharing(self, stream: Stream) -> Iterator[None]:
+        """Give the stream its share of the incoming link while the block runs, and tell the source at each change."""
+        link = self._host.incoming_link
+        if link is None:
+            yield
+            return
+
+        def tell(rate: float) -> None:
+            self._host.spawn(stream.send(Rate(max(1, round(rate)))))
+
+        share = link.join(0, tell)
+        try:
+            yield
+        finally:
+            share.leave()
 
     async def _receive(self, stream: Stream) -> None:
         if self.recovering:

@@ -31,6 +31,7 @@ from agent.hypervisor.sim.stream import (
     End,
     Hello,
     Pages,
+    Rate,
     Refused,
     Stream,
     StreamBroken,
@@ -82,7 +83,7 @@ class Sender:
         self._wake = asyncio.Event()
         self._last = host.now()
         self._rate = 0.0
-        self._limit = assignment.bandwidth
+        self._bandwidth, self._offered = assignment.bandwidth, 0
         self._share: Share | None = None
         self._stream: Stream | None = None
         self._number = self._acked = self._reported = 0
@@ -138,10 +139,15 @@ class Sender:
 
     def set_bandwidth(self, bandwidth: int) -> int:
         """Set the limit; return it."""
-        self._limit = bandwidth
+        self._bandwidth = bandwidth
         if self._share is not None:
-            self._share.set_limit(bandwidth)
-        return self._limit
+            self._share.set_limit(self._limit)
+        return self._bandwidth
+
+    @property
+    def _limit(self) -> int:
+        """The user's limit or the share of the destination's link, whichever is less; 0: there is none."""
+        return min((limit for limit in (self._bandwidth, self._offered) if limit), default=0)
 
     def set_max_downtime(self, seconds: float) -> float:
         """Set the longest stop at the end of pre-copy; return it."""
@@ -184,7 +190,7 @@ class Sender:
         try:
             await self._greet(self._stream)
             listener = self._host.spawn(self._listen(self._stream))
-            self._share = self._host.link.join(self._limit, self._wake.set)
+            self._share = self._host.link.join(self._limit, lambda _: self._wake.set())
             await self._pump(self._stream, self._share)
             await self._hand_over(self._stream, config.peer_timeout)
             done = True
@@ -226,6 +232,9 @@ class Sender:
                         stalled, self._acked = self._stalled, number
                         if stalled:
                             self._wake.set()
+                    case Rate(rate):
+                        self._offered = rate
+                        self.set_bandwidth(self._bandwidth)
                     case Complete():
                         self._complete = True
                     case _:

@@ -5,6 +5,7 @@ A frame is four bytes of length (big endian) and that many bytes of msgpack, one
     source                                    destination
     Hello(token, …)           ───────────>
                               <───────────    Welcome | Refused
+                              <───────────    Rate(rate)      where the destination's link is limited: at first, and when it changes
     Pages(number, …)          ───────────>    at least one every QUANTUM seconds while the stream flows
                               <───────────    Ack(number)
     Switch(clock, …)          ───────────>    post-copy only: the guest runs at the destination; Pages follow
@@ -73,6 +74,11 @@ class Refused(Message, frozen=True, tag=True):
     reason: Annotated[str, Meta(max_length=256)]
 
 
+class Rate(Message, frozen=True, tag=True):
+    rate: Size
+    """Bytes per second that the destination's link has for this stream; at least 1."""
+
+
 class Pages(Message, frozen=True, tag=True):
     number: Count
     """Increases by one with each frame."""
@@ -103,7 +109,7 @@ class Complete(Message, frozen=True, tag=True):
 
 
 ToDestination = Hello | Pages | Switch | End
-ToSource = Welcome | Refused | Ack | Complete
+ToSource = Welcome | Refused | Rate | Ack | Complete
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[ToDestination | ToSource] = msgspec.msgpack.Decoder(ToDestination | ToSource)

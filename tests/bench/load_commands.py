@@ -1,0 +1,49 @@
+"""`scripts/bench storm` and `admission`: the commands."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from tests.bench import storm as storms
+from tests.bench import storm_report
+
+OUTPUT = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+
+
+@click.command()
+@click.option("--guests", type=click.IntRange(3), default=40, show_default=True, help="Guests that move.")
+@click.option("--sources", type=click.IntRange(1, 8), default=4, show_default=True, help="Hosts that they leave.")
+@click.option("--limit", type=click.IntRange(1), default=2, show_default=True, help="Drover's incoming limit at the destination.")
+@click.option("--seconds", type=click.FloatRange(1), default=40.0, show_default=True, help="The wire's bound.")
+@click.option("--link-mib", type=click.IntRange(8), default=128, show_default=True, help="Speed of each host's link, MiB/s.")
+@click.option("--dirty", type=click.FloatRange(0, 1), default=0.008, show_default=True, help="Share of it that a guest dirties.")
+@click.option("--retry", type=click.FloatRange(0.1), default=2.0, show_default=True, help="Pause of vdsm in s; 10 s in reality.")
+@click.option("--only", multiple=True, help="Name of a rule to run; may be repeated. Default: all.")
+@OUTPUT
+def storm(
+    guests: int,
+    sources: int,
+    limit: int,
+    seconds: float,
+    link_mib: int,
+    dirty: float,
+    retry: float,
+    only: tuple[str, ...],
+    output: str,
+) -> None:
+    """Send many guests to one simulated host at once, under Drover and under the rules of its peers."""
+    setting = storms.Setting(guests, sources, limit, seconds, link_mib, dirty, retry)
+    result = storms.measure(setting, only)
+    _out(output, result, storm_report.tell, storm_report.to_json)
+    if result.problems:
+        sys.exit(1)
+
+
+def _out(output: str, result: Any, tell: Callable[[Any], None], to_json: Callable[[Any], Any]) -> None:
+    if output == "json":
+        click.echo(json.dumps(to_json(result), indent=2))
+    else:
+        tell(result)
