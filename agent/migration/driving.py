@@ -19,6 +19,7 @@ from agent.migration.collection import Collection
 from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
 from agent.migration.progress import describe, impossible, slot_waited_for
+from agent.migration.tuning import Tuner
 from agent.migration.uptime import age_of
 from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, unless_cancelled
 from agent.migration.whereabouts import whereabouts
@@ -202,11 +203,8 @@ class Runner:
 
     async def _next_attempt(self, entry: Entry) -> None:
         """Save the migration with its next attempt, then publish it. What changes during a save, such as by a cancel, is kept."""
-        before, again, attempt = None, entry.migration, entry.migration.attempt + 1
-        while entry.migration is not before:
-            before, again = entry.migration, entry.changed_to(attempt=attempt)
-            await entry.save(again)
-        self._collection.publish(entry, again)
+        attempt = entry.migration.attempt + 1
+        self._collection.publish(entry, await entry.save_changed(lambda again: setattr(again, "attempt", attempt)))
 
     async def _planned_again(self, entry: Entry) -> Driver:
         """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
@@ -286,6 +284,10 @@ class Runner:
         driver = entry.driver
         if driver is None:
             return
+        entry.tuner = Tuner(
+            lambda: entry.migration, entry.changed, driver, functools.partial(self._collection.publish, entry), self._clock
+        )
+        tuning = supervise(f"tune {entry.migration.migration_id[:8]}", entry.tuner.run, self._clock)
         try:
             await driver.run()
             await see_pause(driver)
@@ -295,6 +297,9 @@ class Runner:
             self._on_told(entry)
             self._collection.publish(entry, impossible(entry.migration))
             return
+        finally:
+            entry.tuner = None
+            tuning.cancel()
         self._collection.publish(entry, describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall))
         entry.driver = None
         self._on_told(entry)

@@ -2,19 +2,22 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import structlog
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.machines.destination import DestinationState
+from agent.migration.settings import settings_of
+from agent.migration.tuning import Tuner
 from agent.migration.uptime import age_of, seconds_since
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import MigrationChanged
 from agent.runtime.failure import Failure
 from agent.runtime.wire import enum_name
-from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import handshake_pb2, host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -55,6 +58,10 @@ class Entry:
     """One migration, with its driver and tasks."""
 
     def __init__(self, migration: pb.Migration, kept: MigrationLog, *, recovered: bool = False) -> None:
+        if not (migration.HasField("settings") or migration.state in FINAL):  # an older version has made it, or it was taken over
+            migration.settings.CopyFrom(settings_of(migration.spec, host_pb2.DomainSettings()))
+            if migration.HasField("slot_wait"):
+                migration.settings.slot_wait.CopyFrom(migration.slot_wait)
         self.migration = migration
         self.recovered = recovered
         """An earlier life of this process has started it."""
@@ -86,6 +93,11 @@ class Entry:
         """Set once the migration has its slot, or has ended without one."""
         self.ending = False
         """It ends without a slot, and that is (or will be) saved or removed: nothing else may be saved."""
+        self.tuner: Tuner | None = None
+        """Applies its settings to its transfer, while its driver runs."""
+        self.updating = asyncio.Lock()
+        self.settings_changed = Bell()
+        """Rings when its settings have changed, durably: a wait for a slot has another deadline or importance."""
         self.refusal: DroverError | None = None
         """The error of its start, which leaves no migration."""
         if migration.state not in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING):
@@ -111,7 +123,7 @@ class Entry:
     @property
     def slot_wait_left(self) -> float:
         """How many of these seconds are left; 0 or less: none."""
-        return self.slot_wait - age_of(self.migration)[0]
+        return self.migration.settings.slot_wait.ToNanoseconds() / 1e9 - age_of(self.migration)[0]
 
     @property
     def ref(self) -> handshake_pb2.AttemptRef:
@@ -205,6 +217,20 @@ class Entry:
         written = migration or self.migration
         await self._kept.save(written.migration_id, written.SerializeToString(), ended=written.state in FINAL)
         self.saved_statements = {statement.dead_host for statement in written.statements}
+
+    async def save_changed(self, change: Callable[[pb.Migration], None]) -> pb.Migration:
+        """Save the migration with a change; return it, to be published at once. What else changes meanwhile is kept.
+
+        Raises MIGRATION_ENDED, JOURNAL_UNAVAILABLE, and what `change` raises."""
+        before, changed = None, self.migration
+        while self.migration is not before:
+            if self.final or self.ending or self.gave_up:
+                text = f"migration {self.migration.migration_id} has ended, so nothing of it can be changed"
+                raise DroverError(Reason.MIGRATION_ENDED, text)
+            before, changed = self.migration, self.changed_to()
+            change(changed)
+            await self.save(changed)
+        return changed
 
     async def remove(self) -> None:
         """Remove its row. Raises JOURNAL_UNAVAILABLE."""

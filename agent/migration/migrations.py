@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.ends import Directory
@@ -20,6 +21,7 @@ from agent.migration.driving import Runner
 from agent.migration.fencing import Fences, FencingConfig
 from agent.migration.migration import Entry, MigrationLog
 from agent.migration.planning import make_plan, planned
+from agent.migration.settings import check, check_downtime_kept, updated
 from agent.migration.uptime import uptime
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
@@ -152,6 +154,7 @@ class Migrations:
         migration.create_time.FromNanoseconds(int(began * 1e9))
         if slot_wait:
             migration.slot_wait.CopyFrom(duration(slot_wait))
+            migration.settings.slot_wait.CopyFrom(migration.slot_wait)
         self.collection.number(migration)
         entry = Entry(migration, self._kept)
         try:
@@ -181,13 +184,7 @@ class Migrations:
         """See `MigrationService.CancelMigration`. The driver acts at once; returns once the request is durable.
 
         Raises MIGRATION_NOT_FOUND, JOURNAL_UNAVAILABLE (the driver acts, but a restart now would lose the request)."""
-        if (starting := self._starting.get(migration_id)) is not None:
-            await asyncio.wait({starting.task})
-        entry = self.collection.get(migration_id)
-        if entry.ending:
-            await entry.settled.wait()
-            if entry.refusal is not None and not entry.final:
-                raise entry.refusal
+        entry = await self._started_entry(migration_id)
         if entry.final or entry.gave_up:
             return entry.migration
         if entry.cancelled is None:
@@ -201,6 +198,39 @@ class Migrations:
         answer = entry.migration
         await entry.save()
         return answer
+
+    async def _started_entry(self, migration_id: str) -> Entry:
+        """Return a migration whose start is not under way any more. Raises MIGRATION_NOT_FOUND, the error of its start."""
+        if (starting := self._starting.get(migration_id)) is not None:
+            await asyncio.wait({starting.task})
+        entry = self.collection.get(migration_id)
+        if entry.ending:
+            await entry.settled.wait()
+            if entry.refusal is not None and not entry.final:
+                raise entry.refusal
+        return entry
+
+    async def update(self, migration_id: str, given: pb.MigrationSettings, mask: FieldMask) -> pb.Migration:
+        """See `MigrationService.UpdateMigration`. Returns once the change is durable, and applied to a transfer that runs.
+
+        Raises MIGRATION_NOT_FOUND, MIGRATION_ENDED, INVALID_FIELD, BANDWIDTH_UNSUPPORTED, JOURNAL_UNAVAILABLE; nothing has changed
+        then. HOST_UNREACHABLE, HYPERVISOR_UNAVAILABLE: it is saved, and will be applied."""
+        entry = await self._started_entry(migration_id)
+        features = (await self._directory.source(entry.migration)).host.migration_features
+
+        def change(migration: pb.Migration) -> None:
+            settings = updated(migration.settings, given, mask)
+            check(settings, features, f"the source {migration.source_host}")
+            if entry.tuner is not None and entry.tuner.flows:
+                check_downtime_kept(migration.settings, settings)
+            migration.settings.CopyFrom(settings)
+
+        async with entry.updating:
+            self.collection.publish(entry, await entry.save_changed(change))
+        entry.settings_changed.ring()
+        if entry.tuner is not None:
+            await entry.tuner.applied()
+        return entry.migration
 
     async def resolve(self, migration_id: str, statement: handshake_pb2.Statement) -> pb.Migration:
         """See `MigrationService.ResolveMigration`. Calls the host first; if it does not answer, the statement counts once it is

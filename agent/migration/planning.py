@@ -10,6 +10,7 @@ from agent.handshake.drive.ends import Ends, Side
 from agent.handshake.drive.plan import Plan
 from agent.hypervisor.features import check_bandwidth, check_options, check_protocol, settled
 from agent.hypervisor.guest_fact import fact_of_description
+from agent.migration.settings import check, settings_of
 from agent.migration.whereabouts import whereabouts
 from agent.network.choice import NO_LOADS, Choice, Loads, Wish, choose
 from agent.network.networks import checked_uri, network_of, refused
@@ -28,11 +29,13 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tu
     source, destination, guest = ends.source.host, ends.destination.host, ends.guest
     _check_hosts(source, destination)
     _check_guest(guest, source)
-    _check_end(spec, source, f"the source {source.name}")
-    _check_end(spec, destination, f"the destination {destination.name}")
+    _check_end(spec, guest, source, f"the source {source.name}")
+    _check_end(spec, guest, destination, f"the destination {destination.name}")
     choice, uri = _choose_network(spec, ends, loads)
+    settings = settings_of(spec, guest.domain.settings, _default_of(choice, ends))
+    check(settings, source.migration_features, f"the source {source.name}")
     warnings = [*choice.warnings]
-    warnings += _rounded(spec.bandwidth_bytes_per_second, source)
+    warnings += _rounded(settings.bandwidth_bytes_per_second, source)
     _check_obstacle(guest)  # last: errors of the request come first
     warnings += _losses(spec.options, guest.domain, source.name, destination.name)
     return (
@@ -46,7 +49,7 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tu
             destination_agent=ends.destination.agent_address,
             network=choice.destination.name,
             uri=uri,
-            bandwidth=spec.bandwidth_bytes_per_second,
+            settings=settings,
             options=settled(spec.options, source.migration_features, destination.migration_features),
             requirements=guest.requirements,
             network_choice=choice.to_proto(),
@@ -59,15 +62,15 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tu
 def check_source(spec: pb.MigrationSpec, source: host_pb2.Host, guest: host_pb2.GetDomainResponse) -> None:
     """Raise what keeps the guest from leaving its host, wherever it is to go; see `make_plan`."""
     _check_guest(guest, source)
-    _check_end(spec, source, f"the source {source.name}")
+    _check_end(spec, guest, source, f"the source {source.name}")
     _check_obstacle(guest)
 
 
-def _check_end(spec: pb.MigrationSpec, host: host_pb2.Host, end: str) -> None:
+def _check_end(spec: pb.MigrationSpec, guest: host_pb2.GetDomainResponse, host: host_pb2.Host, end: str) -> None:
     check_protocol(host.min_protocol_version, host.max_protocol_version, end)
     _check_split_phases(host, end)
     check_options(spec.options, host.migration_features, end)
-    check_bandwidth(spec.bandwidth_bytes_per_second, host.migration_features, end)
+    check(settings_of(spec, guest.domain.settings), host.migration_features, end)
 
 
 def _check_obstacle(guest: host_pb2.GetDomainResponse) -> None:
@@ -94,6 +97,7 @@ def planned(
         network=plan.network,
         network_choice=plan.network_choice,
         options=plan.options,
+        settings=plan.settings,
         warnings=warnings,
         waiting_for=slot_of(plan.destination_host),
         wait_reason=pb.WAIT_REASON_SLOT,
@@ -141,7 +145,7 @@ def resume_plan(migration: pb.Migration, source: Side, destination: Side) -> Pla
         destination_agent=destination.agent_address,
         network=migration.network,
         uri=spec.uri or _listening(choice.destination_address, destination.host),
-        bandwidth=spec.bandwidth_bytes_per_second,
+        settings=migration.settings,
         options=migration.options if migration.HasField("options") else spec.options,
         requirements=None,
         network_choice=choice,
@@ -202,6 +206,12 @@ def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, 
         f"persist_destination is off: {destination} does not store the definition of guest {domain.name}, so after the migration "
         f"{where}, and once the guest is shut down there it is gone"
     ]
+
+
+def _default_of(choice: Choice, ends: Ends) -> int:
+    """Return the limit that the chosen network gives to a migration that names none: the cluster's rule, else a host's; 0: none."""
+    sides = [*(network for network in ends.networks if network.name == choice.destination.name), choice.source, choice.destination]
+    return next((side.rules.default_bytes_per_second for side in sides if side.rules.default_bytes_per_second), 0)
 
 
 def wish_of(spec: pb.MigrationSpec, guest: host_pb2.GetDomainResponse) -> Wish:

@@ -14,7 +14,7 @@ from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.records import AttemptRecord
 from agent.hypervisor.wire import options_to_proto
 from agent.migration.migrations import Migrations
-from agent.runtime.wire import timestamp
+from agent.runtime.wire import duration, timestamp
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -52,6 +52,7 @@ def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
             destination_host=record.peer_agent,
             destination_name=record.destination_name,
             bandwidth_bytes_per_second=record.bandwidth,
+            max_downtime=duration(record.max_downtime) if record.max_downtime else None,
             options=options_to_proto(record.user_options),
         ),
         state=pb.MIGRATION_STATE_ACTIVE,

@@ -64,6 +64,10 @@ class MigrationServicer(rpc.MigrationServiceServicer):
             migration=with_age(await self._migrations.resolve(request.migration_id, request.statement))
         )
 
+    async def UpdateMigration(self, request: pb.UpdateMigrationRequest, context: _Context) -> pb.UpdateMigrationResponse:  # noqa: N802
+        changed = await self._migrations.update(request.migration_id, request.settings, request.update_mask)
+        return pb.UpdateMigrationResponse(migration=with_age(changed))
+
     async def CancelMigration(self, request: pb.CancelMigrationRequest, context: _Context) -> pb.CancelMigrationResponse:  # noqa: N802
         return pb.CancelMigrationResponse(migration=with_age(await self._migrations.cancel(request.migration_id)))
 

@@ -108,6 +108,9 @@ class PeerDirectory:
             host = host_pb2.Host(name=migration.destination_host)
         return self._source(), Side(host, self.peer(migration.destination_host, address), address)
 
+    async def source(self, migration: pb.Migration) -> Side:
+        return self._source()
+
     async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
         """Ask each peer of the configuration for its slots; see `Directory.candidates`."""
         async with alongside(self._ask_peers()) as asking:

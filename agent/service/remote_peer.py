@@ -26,8 +26,10 @@ _STUBS: Final[Mapping[ServiceDescriptor, Any]] = {
     host_pb2.DESCRIPTOR.services_by_name["HostService"]: host_pb2_grpc.HostServiceStub,
 }
 _METHODS: Final = {name: (method, stub) for service, stub in _STUBS.items() for name, method in methods_of(service).items()}
-_QUESTIONS: Final = frozenset({"reserve_slot", "release_slot", "list_slots", "get_record", "get_host", "get_domain"})
-"""Calls that answer at once. All others may wait for the hypervisor."""
+_QUESTIONS: Final = frozenset(
+    {"reserve_slot", "release_slot", "list_slots", "get_record", "get_host", "get_domain", "set_bandwidth", "set_max_downtime"}
+)
+"""Calls that answer at once, or are repeated soon. All others may wait for the hypervisor."""
 
 
 class RemotePeer:

@@ -94,6 +94,9 @@ class ClusterDirectory:
         source, destination = [await self._known(n) for n in (migration.source_host, migration.destination_host)]
         return source, destination
 
+    async def source(self, migration: pb.Migration) -> Side:
+        return await self._known(migration.source_host)
+
     async def _known(self, name: str) -> Side:
         """Return the host by its last report: it need not answer now."""
         return self._side_of(await self._registry.get(name))

@@ -75,7 +75,7 @@ def make_plan(**changes: Any) -> Plan:
         "destination_agent": "10.91.0.2:7400",
         "network": "mig",
         "uri": "",
-        "bandwidth": 0,
+        "settings": migration_pb2.MigrationSettings(),
         "options": options_pb2.Options(),
         "requirements": requirements(),
         "network_choice": migration_pb2.NetworkChoice(network="mig", destination_address=ADDRESSES["h2"]),

@@ -43,6 +43,9 @@ class FakeDirectory:
         await self._wait()
         return self._sides()
 
+    async def source(self, migration: pb.Migration) -> Side:
+        return self._sides()[0]
+
     async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
         return [Candidate("h2", free=True)]
 

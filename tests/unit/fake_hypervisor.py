@@ -99,6 +99,10 @@ class FakeHypervisor:
         self.wire = wire or Wire()
         self.calls: list[str] = calls if calls is not None else []
         """Every call with an effect, in order; a test's journal may write here too."""
+        self.told: list[tuple[str, int]] = []
+        """The limits that it was told, in order."""
+        self.reports: int | None = None
+        """The limit that it reports after a change. None: as it was told."""
         self.arguments: dict[str, tuple[Any, ...]] = {}
         """By call: the arguments of the last one."""
         self.fails: dict[str, list[Exception]] = defaultdict(list)
@@ -262,7 +266,7 @@ class FakeOutgoing:
         bandwidth: int,
         max_downtime: float = 0.0,
     ) -> Performed:
-        await self._host.called("perform", uri, domain_xml, cookie, options, destination_name, bandwidth)
+        await self._host.called("perform", uri, domain_xml, cookie, options, destination_name, bandwidth, max_downtime)
         self._began = True
         performed: Performed = await self._host.job(self._send())
         return performed
@@ -303,7 +307,8 @@ class FakeOutgoing:
 
     async def set_bandwidth(self, bandwidth: int) -> int:
         await self._host.called("set_bandwidth", bandwidth)
-        return bandwidth
+        self._host.told.append(("set_bandwidth", bandwidth))
+        return bandwidth if self._host.reports is None else self._host.reports
 
     async def set_max_downtime(self, seconds: float) -> float:
         await self._host.called("set_max_downtime", seconds)

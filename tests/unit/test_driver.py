@@ -13,6 +13,7 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import migration_pb2
 from tests.unit.asking import CANCELLED, REF, fails, finished, make_plan, until
 from tests.unit.clocks import FakeClock
 from tests.unit.two_agents import Pair
@@ -24,14 +25,14 @@ CALLS = ("reserve_slot", "begin", "prepare", "perform", "finish", "confirm")
 
 
 async def test_a_full_run_and_each_cookie_reaches_its_phase(pair: Pair) -> None:
-    driver = pair.driver(make_plan(bandwidth=1000))
+    driver = pair.driver(make_plan(settings=migration_pb2.MigrationSettings(bandwidth_bytes_per_second=1000)))
     await finished(driver)
     pair.moved()
     assert driver.view.ended
     assert not driver.view.outcome_unknown
     assert driver.view.uri == "tcp://127.92.0.2:49152"
     assert pair.destination.hypervisor.arguments["prepare"][1] == b"begun"
-    uri, _, cookie, *_, bandwidth = pair.source.hypervisor.arguments["perform"]
+    uri, _, cookie, *_, bandwidth, _ = pair.source.hypervisor.arguments["perform"]
     assert (uri, cookie, bandwidth) == (driver.view.uri, b"prepared", 1000)
     assert pair.source.hypervisor.arguments["remove"][0] == b"finished"
 

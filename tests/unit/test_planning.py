@@ -90,7 +90,7 @@ def test_what_the_user_said_is_in_the_plan() -> None:
         options=options_pb2.Options(post_copy=True, live=True),
     )
     plan, warnings = planned(spec)
-    assert (plan.destination_name, plan.bandwidth, plan.network) == ("web2", 5, "mgmt")
+    assert (plan.destination_name, plan.settings.bandwidth_bytes_per_second, plan.network) == ("web2", 5, "mgmt")
     assert plan.options == spec.options
     assert [warning for warning in warnings if "mgmt" in warning and "no migration role" in warning]
 
@@ -202,6 +202,7 @@ def test_a_plan_to_go_on_with_asks_for_no_new_slot() -> None:
         domain_uuid="u1",
         network="mig",
         network_choice=first.network_choice,
+        settings=first.settings,
     )
     again = resume_plan(migration, side(host(1)), side(host(2)))
     assert again.requirements is None

@@ -2,9 +2,10 @@
 
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Final
 
-from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.plan import Limits, Plan
 from agent.handshake.drive.view import View
 from agent.handshake.host.path import RENEWED
 from agent.handshake.host.peer import HandshakePeer
@@ -38,6 +39,10 @@ class Calls:
         self._source = source
         self._destination = destination
         self._plan = plan
+        self.limits = Limits.of(plan.settings) if plan is not None else Limits()
+        """With which Perform begins."""
+        self.begun_with: Limits | None = None
+        """The limits of the Perform that this driver has called; None: it has called none."""
         self._made = 0
         self._probe = pb.PathProbe()
         self._probe_renewed = False
@@ -178,9 +183,12 @@ class Calls:
             request = pb.PerformRequest(
                 uri=self._prepared.uri_out,
                 cookie_in=self._prepared.cookie_out,
-                bandwidth_bytes_per_second=self._planned().bandwidth,
+                bandwidth_bytes_per_second=self.limits.bandwidth,
                 destination_record=self._prepared.record,
             )
+            if self.limits.max_downtime:
+                request.max_downtime.CopyFrom(duration(self.limits.max_downtime))
+            self.begun_with = self.limits
         else:
             request = pb.PerformRequest(uri="joined", wait=duration(LONG_POLL))
         request.ref.CopyFrom(self.view.ref)
@@ -189,6 +197,17 @@ class Calls:
         response = await self._source.perform(request)
         self._perform_cookie = response.cookie_out
         self.view.saw_source(response.record)
+
+    async def limit(self, limits: Limits) -> Limits:
+        """Apply limits to the transfer that runs. Return them as the source's hypervisor reports them now."""
+        ref = self.view.ref
+        rate = pb.SetBandwidthRequest(ref=ref, request_id=self._request_id(), bandwidth_bytes_per_second=limits.bandwidth)
+        applied = Limits((await self._source.set_bandwidth(rate)).applied_bytes_per_second)
+        if limits.max_downtime:
+            pause = pb.SetMaxDowntimeRequest(ref=ref, request_id=self._request_id(), max_downtime=duration(limits.max_downtime))
+            answer = await self._source.set_max_downtime(pause)
+            applied = replace(applied, max_downtime=answer.applied_max_downtime.ToNanoseconds() / 1e9)
+        return applied
 
     async def _finish(self) -> None:
         response = await self._destination.finish(

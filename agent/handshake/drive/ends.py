@@ -56,6 +56,10 @@ class Directory(Protocol):
         """Return source and destination of a migration that was started before; they need not answer now."""
         ...
 
+    async def source(self, migration: pb.Migration) -> Side:
+        """Return the source of a migration that was started before, by its last report; it need not answer now."""
+        ...
+
     async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
         """Return the hosts that may take the guest of a spec, the best first, whatever its destination: without its source, and
         without hosts that are cordoned, closed, silent, or whose breaker is open.

@@ -6,6 +6,22 @@ from drover.agent.v1 import host_pb2, migration_pb2, options_pb2
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Limits of a transfer that may be changed while it runs."""
+
+    bandwidth: int = 0
+    """Most bytes per second. 0: no limit."""
+    max_downtime: float = 0.0
+    """Longest pause of the guest at the switch-over, in seconds. 0: the hypervisor's default."""
+
+    @classmethod
+    def of(cls, settings: migration_pb2.MigrationSettings, share: int = 0) -> "Limits":
+        """Return the limits of a migration with these settings and that share of the bandwidth; 0: it was given none."""
+        most = [limit for limit in (settings.bandwidth_bytes_per_second, share) if limit]
+        return cls(min(most, default=0), settings.max_downtime.ToNanoseconds() / 1e9)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The parameters of the phases up to Perform; a driver that takes over after Perform needs none."""
 
@@ -18,7 +34,8 @@ class Plan:
     destination_agent: str
     network: str
     uri: str
-    bandwidth: int
+    settings: migration_pb2.MigrationSettings
+    """As they were when it was planned."""
     options: options_pb2.Options
     requirements: host_pb2.GuestRequirements | None
     network_choice: migration_pb2.NetworkChoice

@@ -53,6 +53,7 @@ class Migration:
     options: Options = field(default_factory=Options)
     bandwidth: int = 0
     name: str = ""
+    max_downtime: float = 0.0
 
     def __post_init__(self) -> None:
         self.uuid = str(self.guest.stable_uuid)
@@ -76,7 +77,9 @@ class Migration:
     def perform(self) -> "asyncio.Task[Performed]":
         prepared, begun = self.prepared, self.begun
         task = asyncio.create_task(
-            self.outgoing.perform(prepared.uri, begun.domain_xml, prepared.cookie, self.options, self.name, self.bandwidth)
+            self.outgoing.perform(
+                prepared.uri, begun.domain_xml, prepared.cookie, self.options, self.name, self.bandwidth, self.max_downtime
+            )
         )
         self.tasks.append(task)
         return task

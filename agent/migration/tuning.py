@@ -1,0 +1,120 @@
+"""Keeps the limits of a running transfer as the migration's settings say: applies each change at once, and reads it back."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.plan import Limits
+from agent.handshake.machines.source import SourceState
+from agent.migration.settings import limits_of
+from agent.runtime.alongside import alongside
+from agent.runtime.backoff import OTHER_HOST, Clock, Pauses
+from agent.runtime.bell import Bell
+from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import duration
+from drover.agent.v1 import migration_pb2 as pb
+
+log = structlog.get_logger()
+
+APPLY_SECONDS: Final = 2.0
+"""Longest wait for the source to apply a change."""
+
+_ENDED: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND, Reason.STALE_ATTEMPT})
+"""Errors of a source whose transfer has ended meanwhile, or has not begun."""
+
+
+class Tuner:
+    """Applies the limits of one migration to its transfer, as long as its driver runs."""
+
+    def __init__(
+        self,
+        migration: Callable[[], pb.Migration],
+        changed: Bell,
+        driver: Driver,
+        publish: Callable[[pb.Migration], None],
+        clock: Clock,
+    ) -> None:
+        """`migration` returns it as it is now; `changed` rings when it is another."""
+        self._migration = migration
+        self._changed = changed
+        self._driver = driver
+        self._publish = publish
+        driver.calls.limits = limits_of(migration())
+        self._clock = clock
+        self._applied: Limits | None = None
+        """The limits that the source has applied and reported. None: unknown."""
+        self.error: DroverError | None = None
+        """Why the limits that are wanted now are not applied; None: they are, or it was not tried yet."""
+
+    async def applied(self) -> None:
+        """Wait until the limits are applied to the transfer, if one runs. Where that fails or lasts too long, raises an error that
+        says that they are saved."""
+        migration = self._migration()
+        source = migration.source_host
+        try:
+            async with alongside(self._settled()) as settled:
+                await asyncio.wait({settled}, timeout=APPLY_SECONDS)
+                if settled.done():
+                    return settled.result()
+                reason, why = Reason.HOST_UNREACHABLE, f"{source} has not answered within {APPLY_SECONDS:g} s"
+        except DroverError as error:
+            reason, why = error.reason, error.message
+        raise DroverError(
+            reason,
+            f"the change is saved, but not applied to the transfer yet: {why}. It is applied as soon as {source} answers; "
+            f"`drover migration show {migration.migration_id}` shows what is applied",
+            metadata={"host": source, "saved": "yes"},
+        )
+
+    async def _settled(self) -> None:
+        """Wait until nothing is due. Raises `error`."""
+        while self.due is not None:
+            changed = self._changed.next
+            if self.error is not None:
+                raise self.error
+            await changed.wait()
+
+    @property
+    def flows(self) -> bool:
+        """Whether the source sends memory, as far as the driver knows."""
+        view = self._driver.view
+        record = view.source_record
+        return view.source_state is SourceState.PERFORMING or (
+            view.source_state is SourceState.PERFORMED and record is not None and record.progress.post_copy
+        )
+
+    @property
+    def due(self) -> Limits | None:
+        """The limits that have yet to be applied; None: no transfer runs, or they are."""
+        wanted = limits_of(self._migration())
+        known = self._applied or (Limits() if self._driver.calls.begun_with == Limits() else None)
+        return wanted if self.flows and wanted != known else None
+
+    async def run(self) -> None:
+        """Apply what is due, for ever; after an error again and again, as the source may not answer now."""
+        pauses = Pauses(OTHER_HOST, self._clock)
+        while True:
+            changed = self._changed.next
+            self._driver.calls.limits = limits_of(self._migration())  # for a Perform that has yet to begin
+            if (wanted := self.due) is None:
+                pauses.succeeded()
+                await changed.wait()
+                continue
+            try:
+                reported = await self._driver.calls.limit(wanted)
+            except DroverError as error:
+                self.error = None if error.reason in _ENDED else error
+                log.info("limits were not applied", migration=self._migration().migration_id, error=error.message)
+                self._changed.ring()
+                await pauses.pause()
+            else:
+                self._applied, self.error = wanted, None
+                applied = pb.Migration()
+                applied.CopyFrom(self._migration())
+                applied.applied_bandwidth_bytes_per_second = reported.bandwidth
+                if reported.max_downtime:
+                    applied.applied_max_downtime.CopyFrom(duration(reported.max_downtime))
+                self._publish(applied)
