@@ -2,6 +2,7 @@
 
 from tests.scenarios.belongings import *  # noqa: F403 - the tests themselves
 from tests.scenarios.documents import *  # noqa: F403 - the tests themselves
+from tests.scenarios.limits import *  # noqa: F403 - the tests themselves
 from tests.scenarios.migrating import *  # noqa: F403 - the tests themselves
 from tests.scenarios.naming import *  # noqa: F403
 from tests.scenarios.phases import *  # noqa: F403
