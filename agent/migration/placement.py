@@ -63,7 +63,7 @@ def _closed(host: host_pb2.Host) -> str:
     if host.draining:
         return "its agent is stopping"
     if host.settings.cordoned:
-        change = host.settings_change
+        change = host.cordon_change
         return "it is cordoned" + (f" by {change.changed_by}" if change.changed_by else "")
     return "" if host.incoming_limit else "its incoming limit is 0"
 

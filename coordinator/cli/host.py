@@ -10,7 +10,7 @@ from coordinator.cli.session import Session, run, whoami
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
 from coordinator.cli.text import printable
 from coordinator.cli.units import ago, eta, rate, seconds, size
-from coordinator.client import Host, HostState, Slot
+from coordinator.client import Host, HostState, SettingsChange, Slot
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -117,8 +117,8 @@ def _print_host(host: Host) -> None:
             ("hypervisor", f"{host.hypervisor} ({host.driver})"),
             ("agent", host.agent_version),
             *_limits(host),
-            ("cordoned", "not chosen for a migration to any host; one that names it works" if host.cordoned else ""),
-            ("changed", _change(host)),
+            ("limits set", _change(host.settings_change)),
+            ("cordoned", f"{_change(host.cordon_change)} (only a migration that names it may choose it)" if host.cordoned else ""),
             ("transports", ", ".join(host.uri_transports)),
             ("bandwidth limit", "yes" if host.bandwidth else "no"),
             ("split phases", "yes" if host.split_phases else "no: whole migrations only"),
@@ -152,9 +152,8 @@ def _limit(in_use: int, limit: int, queue: int, closed: str) -> str:
     return f"{text} (above the limit: they go on, and no further one starts before)" if in_use > limit else text
 
 
-def _change(host: Host) -> str:
-    """Return who changed its settings last, when and why; empty if nobody has."""
-    change = host.settings_change
+def _change(change: SettingsChange | None) -> str:
+    """Return who made a change, when and why; empty if nobody has."""
     if change is None or change.changed is None:
         return ""
     when = change.changed.strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -211,8 +210,9 @@ def _update(name: str, output: str, **changes: Any) -> None:
         if output == "json":
             print_json(to_json(host.proto))
         else:
-            automatic = "closed" if host.cordoned else "open"
-            print_pairs([("name", host.name), *_limits(host), ("automatic", automatic), ("changed", _change(host))])
+            cordoned = "cordoned" if host.cordoned else "uncordoned"
+            limits = [*_limits(host), ("limits set", _change(host.settings_change))]
+            print_pairs([("name", host.name), *limits, (cordoned, _change(host.cordon_change))])
 
     run(body, output)
 
@@ -241,4 +241,4 @@ def _slot_row(slot: Slot) -> tuple[str, ...]:
     since = seconds(slot.age) if slot.age is not None else ""
     turn = eta(slot.estimate_low, slot.estimate_high) or "unknown" if slot.waiting else ""
     place = str(slot.position) if slot.waiting else "holds"
-    return (slot.direction, place, slot.migration_id[:8], slot.kind, slot.peer, importance, str(slot.cost), since, turn)
+    return (slot.direction, place, slot.migration_id[:8], slot.kind, slot.peer, importance, str(slot.cost or ""), since, turn)

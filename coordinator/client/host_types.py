@@ -122,7 +122,9 @@ class Host(FromWire):
     cordoned: bool = wire("host.settings.cordoned")
     """It is not chosen for a migration to any host."""
     settings_change: SettingsChange | None = wire("host.settings_change")
-    """The last change of its limits, or of `cordoned`. None: never."""
+    """The last change of its limits. None: never."""
+    cordon_change: SettingsChange | None = wire("host.cordon_change")
+    """The last change of `cordoned`."""
     interfaces: tuple[Interface, ...] = wire("host.interfaces")
     networks: tuple[Network, ...] = wire("host.networks")
     option_support: dict[str, str] = wire("host.migration_features.options")

@@ -40,7 +40,7 @@ def settings(cluster: Cluster, host: str) -> Iterator[None]:
 def test_8_1_what_was_set_lasts_over_a_restart_of_the_agent_and_says_who_set_it(cluster: Cluster) -> None:
     with settings(cluster, "h2"):
         before = shown(cluster, "h2")["incoming_limit"]
-        drover(cluster, "host", "set", "h2", "--incoming-limit", "5", "--prepared-limit", "2")
+        drover(cluster, "host", "set", "h2", "--incoming-limit", "5", "--prepared-limit", "2", "--comment", "a storm")
         drover(cluster, "host", "cordon", "h2", "--comment", "new RAM on Friday")
         for restart in (False, True):
             if restart:
@@ -48,7 +48,8 @@ def test_8_1_what_was_set_lasts_over_a_restart_of_the_agent_and_says_who_set_it(
                 cluster.wait_known()
             host = shown(cluster, "h2")
             assert (host["incoming_limit"], host["prepared_limit"], host["settings"]["cordoned"]) == (5, 2, True), restart
-            assert (host["settings_change"]["changed_by"], host["settings_change"]["comment"]) == (whoami(), "new RAM on Friday")
+            assert (host["settings_change"]["changed_by"], host["settings_change"]["comment"]) == (whoami(), "a storm")
+            assert (host["cordon_change"]["changed_by"], host["cordon_change"]["comment"]) == (whoami(), "new RAM on Friday")
             assert shown(cluster, "h2", server=cluster.agents["h2"].address) == host
         drover(cluster, "host", "set", "h2", "--incoming-limit", "default")
         host = shown(cluster, "h2")

@@ -159,7 +159,7 @@ class Settings:
 
     def __init__(self) -> None:
         self.host = host_pb2.HostSettings()
-        self.change: host_pb2.SettingsChange | None = None
+        self.changes: dict[str, host_pb2.SettingsChange] = {}
         self.domain = host_pb2.DomainSettings()
 
     def update_host(self, request: host_pb2.UpdateHostRequest) -> None:
@@ -167,8 +167,8 @@ class Settings:
             self.host.ClearField(path)  # type: ignore[arg-type]
             if request.settings.HasField(path) if path != "cordoned" else request.settings.cordoned:  # type: ignore[arg-type]
                 setattr(self.host, path, getattr(request.settings, path))
-        self.change = request.change
-        self.change.change_time.FromSeconds(1_700_000_000)
+            self.changes["cordon_change" if path == "cordoned" else "settings_change"] = request.change
+        request.change.change_time.FromSeconds(1_700_000_000)
 
     def update_domain(self, request: host_pb2.UpdateDomainRequest) -> host_pb2.Domain:
         if request.domain != DOMAIN.name:
@@ -187,8 +187,8 @@ class Settings:
         for field in ("incoming_limit", "outgoing_limit", "prepared_limit"):
             if self.host.HasField(field):
                 setattr(host, field, getattr(self.host, field))
-        if self.change is not None:
-            host.settings_change.CopyFrom(self.change)
+        for field, change in self.changes.items():
+            getattr(host, field).CopyFrom(change)
         return host
 
 

@@ -89,7 +89,7 @@ def test_8_1_a_big_guest_takes_more_units_and_can_come_alone() -> None:
     ("fields", "why"),
     [
         ({"draining": True}, "its agent is stopping"),
-        ({"settings": {"cordoned": True}, "settings_change": {"changed_by": "root@admin1"}}, "it is cordoned by root@admin1"),
+        ({"settings": {"cordoned": True}, "cordon_change": {"changed_by": "root@admin1"}}, "it is cordoned by root@admin1"),
         ({"incoming_limit": 0}, "its incoming limit is 0"),
         ({"network": "other"}, "NETWORK_NOT_FOUND: "),
         ({"min_protocol_version": 9, "max_protocol_version": 9}, "PROTOCOL_MISMATCH: "),

@@ -293,6 +293,7 @@ class Host(message.Message):
     SETTINGS_CHANGE_FIELD_NUMBER: builtins.int
     INTERFACES_FIELD_NUMBER: builtins.int
     UNIT_MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    CORDON_CHANGE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name, unique in the cluster."""
     host_uuid: builtins.str
@@ -346,11 +347,15 @@ class Host(message.Message):
 
     @builtins.property
     def settings_change(self) -> SettingsChange:
-        """Its last change. Unset: never."""
+        """The last change of its limits. Unset: never."""
 
     @builtins.property
     def interfaces(self) -> containers.RepeatedCompositeFieldContainer[Interface]:
         """Its interfaces that have an address, without the loopback one. At most 64."""
+
+    @builtins.property
+    def cordon_change(self) -> SettingsChange:
+        """The last change of `settings.cordoned`. Unset: never."""
 
     def __init__(
         self,
@@ -379,10 +384,11 @@ class Host(message.Message):
         settings_change: SettingsChange | None = ...,
         interfaces: abc.Iterable[Interface] | None = ...,
         unit_memory_bytes: builtins.int = ...,
+        cordon_change: SettingsChange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["migration_features", b"migration_features", "settings", b"settings", "settings_change", b"settings_change"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["cordon_change", b"cordon_change", "migration_features", b"migration_features", "settings", b"settings", "settings_change", b"settings_change"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_version", b"agent_version", "coordinators", b"coordinators", "draining", b"draining", "driver", b"driver", "host_uuid", b"host_uuid", "hypervisor", b"hypervisor", "incarnation", b"incarnation", "incoming_in_use", b"incoming_in_use", "incoming_limit", b"incoming_limit", "incoming_queue", b"incoming_queue", "interfaces", b"interfaces", "library_version", b"library_version", "max_protocol_version", b"max_protocol_version", "migration_features", b"migration_features", "min_protocol_version", b"min_protocol_version", "name", b"name", "networks", b"networks", "outgoing_in_use", b"outgoing_in_use", "outgoing_limit", b"outgoing_limit", "outgoing_queue", b"outgoing_queue", "prepared_limit", b"prepared_limit", "settings", b"settings", "settings_change", b"settings_change", "unit_memory_bytes", b"unit_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["agent_version", b"agent_version", "coordinators", b"coordinators", "cordon_change", b"cordon_change", "draining", b"draining", "driver", b"driver", "host_uuid", b"host_uuid", "hypervisor", b"hypervisor", "incarnation", b"incarnation", "incoming_in_use", b"incoming_in_use", "incoming_limit", b"incoming_limit", "incoming_queue", b"incoming_queue", "interfaces", b"interfaces", "library_version", b"library_version", "max_protocol_version", b"max_protocol_version", "migration_features", b"migration_features", "min_protocol_version", b"min_protocol_version", "name", b"name", "networks", b"networks", "outgoing_in_use", b"outgoing_in_use", "outgoing_limit", b"outgoing_limit", "outgoing_queue", b"outgoing_queue", "prepared_limit", b"prepared_limit", "settings", b"settings", "settings_change", b"settings_change", "unit_memory_bytes", b"unit_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
