@@ -38,8 +38,8 @@ def cluster(
     settings: Mapping[str, Any] | None = None,
     lab: Mapping[str, Any] | None = None,
 ) -> Iterator[Cluster]:
-    """Run a cluster. `settings` has tables ``agent``, ``coordinator`` (configuration keys) and ``sim``; `lab` has further arguments
-    of `Lab.up`, for real hosts.
+    """Run a cluster. `settings` has tables ``agent``, ``coordinator`` (configuration keys) and ``sim``, and ``ipv6``: the networks
+    whose IPv6 address real hosts use. `lab` has further arguments of `Lab.up`, for real hosts.
     """
     common = (tuple(guests), hosts, networks, lab_id, settings or {})
     with _lab_cluster(*common, lab or {}) if kind == "libvirt" else _sim_cluster(*common) as made:
@@ -98,6 +98,7 @@ class LabCluster(Cluster):
         return self.lab.node(name).disks["journal"].folder / "state"
 
     def _agent(self, host: LabHost, folder: Path, addresses: Mapping[str, str]) -> dict[str, Any]:
+        on_networks = {**host.addresses, **{name: host.addresses6[name] for name in self.settings.get("ipv6", ())}}
         return {
             **self.agent_config(host.name),
             "listen": [f"unix:{folder}/{host.name}.sock", addresses[host.name]],
@@ -105,7 +106,7 @@ class LabCluster(Cluster):
             "coordinator": f"{self.lab.coordinator.addresses['mgmt']}:{PORT + 1}",
             "networks": [
                 {"name": name, "address": address, "roles": ["management" if name == "mgmt" else "migration"]}
-                for name, address in sorted(host.addresses.items())
+                for name, address in sorted(on_networks.items())
             ],
             "peers": {name: address for name, address in addresses.items() if name != host.name},
             "libvirt": {"uri": "qemu:///system"},
