@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from tests.bench import admission as admissions
+from tests.bench import admission_report, storm_report
 from tests.bench import storm as storms
-from tests.bench import storm_report
 
 OUTPUT = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
 
@@ -40,6 +41,18 @@ def storm(
     _out(output, result, storm_report.tell, storm_report.to_json)
     if result.problems:
         sys.exit(1)
+
+
+@click.command()
+@click.option("--seconds", type=click.FloatRange(0.5), default=2.0, show_default=True, help="Of each contender in each round.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds; each runs every contender once.")
+@click.option("--at-once", type=click.IntRange(1, 256), default=32, show_default=True, help="Reservations under way at once.")
+@click.option("--waiting", type=click.IntRange(2, 1000), default=500, show_default=True, help="Sources that wait for one slot.")
+@OUTPUT
+def admission(seconds: float, rounds: int, at_once: int, waiting: int, output: str) -> None:
+    """Reserve slots at one agent, next to a bare grpc.aio echo with the same messages."""
+    result = admissions.measure(admissions.Setting(seconds, rounds, at_once, waiting))
+    _out(output, result, admission_report.tell, admission_report.to_json)
 
 
 def _out(output: str, result: Any, tell: Callable[[Any], None], to_json: Callable[[Any], Any]) -> None:
