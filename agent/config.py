@@ -7,11 +7,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from agent.migration.fencing import FencingConfig
+from agent.network.rules import check_apart, checked
 from agent.network.uri import address_problem
 from agent.runtime.address import parse_address
 from agent.runtime.config_errors import KeyProblem
 from agent.runtime.configuration import Name, Port, check_address, check_listen, check_path, check_unique
+from agent.runtime.errors import DroverError
 from agent.runtime.log import LogLevel
+from drover.agent.v1 import host_pb2
+
+Rate = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+"""Bytes per second."""
 
 
 class LibvirtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,24 +38,59 @@ class LibvirtConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class NetworkConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[[networks]]``: a network on which this host has an address."""
+    """``[[networks]]``: a network of this host, for migrations without a coordinator, and where that has no network of its name or
+    range. The rates and tenants mean what they do in `drover.agent.v1.NetworkRules`."""
 
     name: Name
     """The same on every host of the cluster."""
-    address: str
-    """This host's IP address on it."""
+    address: str = ""
+    """This host's IP address on it. Empty: that of its interface in `cidrs`."""
+    cidrs: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)] = ()
+    """Ranges of its addresses, the same on every host. Empty: `address` says it."""
     roles: tuple[Literal["migration", "management"], ...] = ("migration",)
     """``migration``: the network may carry guests' memory."""
-    line_bytes_per_second: Annotated[int, msgspec.Meta(ge=0, le=10**12)] = 0
-    """Speed of the line. 0: unknown."""
+    line_bytes_per_second: Rate = 0
+    """Speed of the line. 0: as its interface reports."""
+    tenants: Annotated[tuple[Name, ...], msgspec.Meta(max_length=256)] = ()
+    cap_bytes_per_second: Rate = 0
+    max_bytes_per_second: Rate = 0
+    default_bytes_per_second: Rate = 0
+    fallback: bool = False
 
     def __post_init__(self) -> None:
+        if bool(self.address) == bool(self.cidrs):
+            raise KeyProblem("address", "expected either the address of this host on the network, or the network's cidrs")
+        if self.address:
+            self._check_address()
+        try:
+            checked(self._rules())
+        except DroverError as error:
+            key = error.metadata["field"].removeprefix("rules.")
+            raise KeyProblem(key, error.violations[0].description) from None
+
+    def _check_address(self) -> None:
         try:
             address = ipaddress.ip_address(self.address)
         except ValueError:
             raise KeyProblem("address", f'expected an IP address, got "{self.address}"') from None
         if address.is_unspecified:
             raise KeyProblem("address", "expected the one address of this host on the network, got the wildcard")
+
+    def _rules(self) -> host_pb2.NetworkRules:
+        return host_pb2.NetworkRules(
+            cidrs=self.cidrs,
+            tenants=self.tenants,
+            capacity_bytes_per_second=self.line_bytes_per_second,
+            cap_bytes_per_second=self.cap_bytes_per_second,
+            max_bytes_per_second=self.max_bytes_per_second,
+            default_bytes_per_second=self.default_bytes_per_second,
+            fallback=self.fallback,
+        )
+
+    def definition(self) -> host_pb2.Network:
+        """Return the network without this host's side of it."""
+        rules = checked(self._rules())
+        return host_pb2.Network(name=self.name, roles=self.roles, line_bytes_per_second=self.line_bytes_per_second, rules=rules)
 
 
 class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -92,12 +133,22 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.hypervisor != "sim":
             self._check_network_addresses()
         check_unique("networks", [network.name for network in self.networks], "name")
+        self._check_apart()
         if self.name in self.peers:
             raise KeyProblem(f"peers.{self.name}", "is this host itself")
 
+    def _check_apart(self) -> None:
+        rules = {network.name: network.definition().rules for network in self.networks}
+        for index, network in enumerate(self.networks):
+            try:
+                check_apart(network.name, rules[network.name], rules)
+            except DroverError as error:
+                key = error.metadata["field"].removeprefix("rules.")
+                raise KeyProblem(f"networks[{index}].{key}", f"overlaps a range of network {error.metadata['other']}") from None
+
     def _check_network_addresses(self) -> None:
         for index, network in enumerate(self.networks):
-            if problem := address_problem(ipaddress.ip_address(network.address)):
+            if network.address and (problem := address_problem(ipaddress.ip_address(network.address))):
                 key = f"networks[{index}].address"
                 raise KeyProblem(key, f"{network.address} {problem}; expected the one address of this host on the network")
 

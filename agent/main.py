@@ -3,8 +3,7 @@
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Iterable
-from ipaddress import ip_address
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Final
 
 import grpc.aio
@@ -23,7 +22,6 @@ from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.wire import features_to_proto
 from agent.migration.migrations import Migrations
 from agent.migration.takeover import take_over_silent
-from agent.network.interfaces import is_own
 from agent.runtime.backoff import HYPERVISOR, Pauses
 from agent.runtime.configuration import ConfigError, convert, load, make_state_dir
 from agent.runtime.daemon import run_until_stopped
@@ -48,7 +46,6 @@ STOP_SECONDS: Final = 10.0
 def run(config_path: str) -> None:
     """Serve until SIGTERM or SIGINT. Raises `ConfigError`, `AddressError`, JOURNAL_UNAVAILABLE."""
     config = load(config_path, AgentConfig)
-    check_networks(config)
     with logging_to_stderr(config.log_level):
         run_until_stopped(lambda stop: agent(config, stop))
 
@@ -76,7 +73,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         local = LocalHost(
             name=config.name,
             hypervisor=hypervisor,
-            networks=tuple(_network(n) for n in config.networks),
+            networks=(),
             features=features_to_proto(info.features),
             lease_seconds=config.lease_seconds,
             takeover_after=config.takeover_after_seconds,
@@ -86,7 +83,9 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         heard = RecordCache()
         engine = Engine(local, journal, Slots(config.incoming_limit), silent.put_nowait, other_side, heard)
         stack.push_async_callback(engine.close)
-        host = AgentHost(info, hypervisor, engine, bus)
+        host = AgentHost(info, hypervisor, engine, bus, [(n.definition(), n.address) for n in config.networks])
+        stack.callback(supervise("watch interfaces", functools.partial(host.follow, watch_of(config, hypervisor))).cancel)
+        await host.followed()
         address = config.advertised_address()
         directory = PeerDirectory(host, address, config.peers, named, heard)
         migrations = Migrations(config.name, directory, journal, bus, config.fencing)
@@ -120,14 +119,17 @@ def check_name(name: str, records: Iterable[AttemptRecord]) -> None:
             )
 
 
-def check_networks(config: AgentConfig) -> None:
-    """Raise `ConfigError` unless the kernel has each configured address: guests' memory comes in there. Not for `sim`."""
-    for index, network in enumerate(config.networks):
-        if config.hypervisor != "sim" and not is_own(ip_address(network.address)):
-            raise ConfigError(
-                f"networks[{index}].address: {network.address} is not an address of this host now (see `ip address`); expected its "
-                f'address on network "{network.name}"'
-            )
+def watch_of(config: AgentConfig, hypervisor: Hypervisor) -> Callable[[], AsyncIterator[tuple[host_pb2.Interface, ...]]]:
+    """Return the watch of this host's interfaces: by its kernel, or as the simulation is told."""
+    if config.hypervisor == "sim":
+        from agent.hypervisor.sim import SimHypervisor  # noqa: PLC0415
+
+        assert isinstance(hypervisor, SimHypervisor)
+        return hypervisor.watch_interfaces
+    from agent.network.rtnetlink import watch_interfaces  # noqa: PLC0415 - it imports much, and a simulated host needs none
+
+    addresses = (network.address for network in config.networks)
+    return functools.partial(watch_interfaces, [address for address in addresses if "%" in address])
 
 
 def make_hypervisor(config: AgentConfig) -> Hypervisor:
@@ -136,7 +138,8 @@ def make_hypervisor(config: AgentConfig) -> Hypervisor:
         from agent.hypervisor.sim import SimHypervisor  # noqa: PLC0415
         from agent.hypervisor.sim.config import SimConfig, uuid_of  # noqa: PLC0415
 
-        return SimHypervisor(convert({"host_uuid": uuid_of(config.name), **(config.sim or {})}, SimConfig, "[sim]"))
+        defaults = {"host_uuid": uuid_of(config.name), "interfaces": [_simulated(n) for n in config.networks if n.address]}
+        return SimHypervisor(convert({**defaults, **(config.sim or {})}, SimConfig, "[sim]"))
     try:
         from agent.hypervisor.libvirt import LibvirtHypervisor  # noqa: PLC0415
     except ImportError as error:
@@ -145,13 +148,9 @@ def make_hypervisor(config: AgentConfig) -> Hypervisor:
     return LibvirtHypervisor(config.libvirt.uri, (config.libvirt.first_port, config.libvirt.last_port))
 
 
-def _network(config: NetworkConfig) -> host_pb2.Network:
-    return host_pb2.Network(
-        name=config.name,
-        address=str(ip_address(config.address)),
-        roles=config.roles,
-        line_bytes_per_second=config.line_bytes_per_second,
-    )
+def _simulated(network: NetworkConfig) -> dict[str, object]:
+    """Return the interface of a simulated host on a network whose address is configured."""
+    return {"name": network.name, "addresses": [f"{network.address}/{64 if ':' in network.address else 24}"]}
 
 
 async def _open(hypervisor: Hypervisor, stop: asyncio.Event) -> None:

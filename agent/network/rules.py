@@ -85,6 +85,15 @@ def on_network(network: host_pb2.Network, interfaces: Sequence[host_pb2.Interfac
     return [side for _, side in sorted(best.values(), key=lambda ranked: ranked[0][1])]
 
 
+def own_sides(network: host_pb2.Network, address: str, interfaces: Sequence[host_pb2.Interface]) -> list[host_pb2.Network]:
+    """Return a host's side of a network of its own: at `address` if that is given, which it may lack now; else as `on_network`."""
+    if not address:
+        return on_network(network, interfaces)
+    wanted = ip_address(address)
+    at = next((interface for interface, own in addresses_of(interfaces) if own == wanted), host_pb2.Interface())
+    return [at_interface(network, wanted, at)]
+
+
 def addresses_of(interfaces: Iterable[host_pb2.Interface]) -> Iterator[tuple[host_pb2.Interface, IPv4Address | IPv6Address]]:
     """Yield each address with its interface. Leaves out what is none: another host may have sent it."""
     for interface in interfaces:

@@ -66,7 +66,7 @@ class HostChanged(Event, frozen=True, tag="host"):
     """A host has changed, by its own agent or its coordinator."""
 
     host: str
-    change: Literal["registered", "up", "unreachable", "removed", "hypervisor", "stopping"]
+    change: Literal["registered", "up", "unreachable", "removed", "hypervisor", "networks", "stopping"]
 
 
 class StatementChanged(Event, frozen=True, tag="statement"):

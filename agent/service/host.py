@@ -6,7 +6,7 @@ import itertools
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Final
 
@@ -17,14 +17,18 @@ from agent.hypervisor.base import HypervisorError, HypervisorInfo
 from agent.hypervisor.features import PROTOCOL_VERSION
 from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.wire import features_to_proto
+from agent.network.rules import own_sides
 from agent.runtime.events import Bus, HostChanged
 from agent.runtime.seldom import Seldom
+from agent.runtime.wire import cut
 from drover.agent.v1 import host_pb2 as pb
 
 log = structlog.get_logger()
 
 REFRESH_SECONDS: Final = 5.0
 """Interval of queries for the hypervisor's features; each costs a few local reads."""
+FIRST_READING_SECONDS: Final = 5.0
+"""How long the start waits for the first reading of the interfaces."""
 SHORTEST_REPEAT_SECONDS: Final = 0.1
 """Shortest interval of a watch's messages when nothing changes."""
 MAX_COORDINATORS: Final = 8
@@ -34,7 +38,15 @@ MAX_COORDINATORS: Final = 8
 class AgentHost:
     """The description of this host, now and at every change."""
 
-    def __init__(self, info: HypervisorInfo, hypervisor: Hypervisor, engine: Engine, bus: Bus) -> None:
+    def __init__(
+        self,
+        info: HypervisorInfo,
+        hypervisor: Hypervisor,
+        engine: Engine,
+        bus: Bus,
+        networks: Sequence[tuple[pb.Network, str]] = (),
+    ) -> None:
+        """`networks`: its own ones, each without an address, and the address that is configured, or an empty string."""
         self.hypervisor = hypervisor
         self.engine = engine
         self._bus = bus
@@ -44,6 +56,8 @@ class AgentHost:
         self._warnings = Seldom()
         self._incarnation = str(uuid.uuid4())
         self._version = version("drover")
+        self._networks = networks
+        self._followed = asyncio.Event()
 
     @property
     def name(self) -> str:
@@ -67,6 +81,7 @@ class AgentHost:
             incarnation=self._incarnation,
             draining=local.draining,
             coordinators=self._reported_coordinators,
+            interfaces=local.interfaces,
         )
 
     @property
@@ -84,6 +99,38 @@ class AgentHost:
                     self._bus.publish(HostChanged(self.name, change="hypervisor", message=text))
                     self._info, self.engine.host.features = info, features_to_proto(info.features)
                     self.engine.changed.ring()
+
+    @property
+    def defined_networks(self) -> list[pb.Network]:
+        """The networks of its configuration, without addresses."""
+        return [network for network, _ in self._networks]
+
+    async def followed(self) -> None:
+        """Return once the interfaces were read, at the latest after `FIRST_READING_SECONDS`: then no network has an address yet."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_READING_SECONDS):
+                await self._followed.wait()
+
+    async def follow(self, watch: Callable[[], AsyncIterator[tuple[pb.Interface, ...]]]) -> None:
+        """Take every reading of the host's interfaces, for ever."""
+        local = self.engine.host
+        async for interfaces in watch():
+            before, local.interfaces = local.networks, interfaces
+            local.networks = tuple(side for network, address in self._networks for side in own_sides(network, address, interfaces))
+            if local.networks != before or not self._followed.is_set():
+                self._tell_networks()
+            self._followed.set()
+            self.engine.changed.ring()
+
+    def _tell_networks(self) -> None:
+        """Publish the state of each own network; log those that cannot be used, which is no reason to refuse the start."""
+        sides = self.engine.host.networks
+        states = [f"{n.name} {n.address} {'down' if n.down else 'up'}" for n in sides]
+        absent = sorted({network.name for network in self.defined_networks} - {side.name for side in sides})
+        text = ", ".join([*states, *(f"{name} without an address" for name in absent)])
+        if absent or any(side.down for side in sides):
+            log.warning("networks that cannot be used now (see `ip address`)", networks=text)
+        self._bus.publish(HostChanged(self.name, change="networks", message=cut(text, 1024)))
 
     async def watch(self, coordinator: str = "", repeat_seconds: float = 0.0) -> AsyncGenerator[pb.Host, None]:
         """Yield this host now, after each change, and every `repeat_seconds` without one (unless 0), claimed by `coordinator`."""

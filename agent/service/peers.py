@@ -98,7 +98,7 @@ class PeerDirectory:
         async with alongside(ask_host(self._channels.get(address), spec.destination_host)) as asking:
             guest = await get_domain(self._host, leaving_request(spec))  # errors of the source come first
             host = await asking
-        return Ends(self._source(), self._side(host, address), guest)
+        return Ends(self._source(), self._side(host, address), guest, self._host.defined_networks)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         address = self.address_of(migration.spec.destination_host)

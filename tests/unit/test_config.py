@@ -1,10 +1,10 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from agent.config import AgentConfig
 from agent.hypervisor.sim.config import SimConfig
-from agent.main import check_networks
 from agent.runtime.address import parse_address
 from agent.runtime.configuration import ConfigError, load
 from coordinator.config import CoordinatorConfig
@@ -76,7 +76,7 @@ def test_the_smallest_file_has_sound_defaults(tmp_path: Path) -> None:
         ('name = "a"\n[libvirt]\nlast_port = 3', "libvirt.last_port: expected at least first_port (49152), got 3"),
         ('name = "a"\n[libvirt]\nuri = "qemu+ssh://x/system"', "libvirt.uri: expected a local connection"),
         ('name = "a"\n[[networks]]\nname = "m"\naddress = "host"', 'networks[0].address: expected an IP address, got "host"'),
-        ('name = "a"\n[[networks]]\nname = "m"', "networks[0].address: is required and missing"),
+        ('name = "a"\n[[networks]]\nname = "m"', "networks[0].address: expected either the address"),
         ('name = "a"\n[[networks]]\nname = "m"\naddress = "0.0.0.0"', "networks[0].address: expected the one address"),
         (
             'name = "a"\n[[networks]]\nname = "m"\naddress = "10.0.0.1"\nroles = ["x"]',
@@ -199,12 +199,32 @@ def test_6_05_the_wildcard_is_no_address(tmp_path: Path, address: str, hyperviso
         load(write(tmp_path, NETWORK.format(hypervisor=hypervisor, address=address)), AgentConfig)
 
 
-def test_6_05_an_agent_takes_guests_at_its_own_addresses_only(tmp_path: Path) -> None:
-    """The kernel is asked when the agent starts."""
-    foreign = NETWORK.format(hypervisor="libvirt", address="198.51.100.77")
-    with pytest.raises(ConfigError, match=r"198\.51\.100\.77 is not an address of this host now"):
-        check_networks(load(write(tmp_path, foreign), AgentConfig))
-    check_networks(load(write(tmp_path, foreign.replace("libvirt", "sim")), AgentConfig))
+RULES = 'name = "a"\n[[networks]]\nname = "mig"\n{}\n[[networks]]\nname = "other"\ncidrs = ["10.93.0.0/24"]'
+
+
+def test_8_4_a_network_of_an_agent_alone_has_rules(tmp_path: Path) -> None:
+    text = RULES.format('cidrs = ["10.92.0.9/24", "fd00:92::/64"]\ntenants = ["acme"]\nmax_bytes_per_second = 5\nfallback = true')
+    network = load(write(tmp_path, text), AgentConfig).networks[0].definition()
+    assert (list(network.rules.cidrs), list(network.roles)) == (["10.92.0.0/24", "fd00:92::/64"], ["migration"])
+    assert (list(network.rules.tenants), network.rules.max_bytes_per_second, network.rules.fallback) == (["acme"], 5, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "networks[0].address: expected either the address of this host on the network, or the network's cidrs"),
+        ('address = "10.92.0.1"\ncidrs = ["10.92.0.0/24"]', "networks[0].address: expected either"),
+        ('cidrs = ["mig"]', "networks[0].cidrs[0]: expected a range"),
+        ('cidrs = ["10.0.0.0/8"]', "networks[0].cidrs[0]: overlaps a range of network other"),
+        (
+            'cidrs = ["10.92.0.0/24"]\nmax_bytes_per_second = 9\ncap_bytes_per_second = 5',
+            "networks[0].max_bytes_per_second: 9 is more",
+        ),
+    ],
+)
+def test_8_4_bad_rules_in_an_agents_file_are_refused_with_their_key(tmp_path: Path, line: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load(write(tmp_path, RULES.format(line)), AgentConfig)
 
 
 @pytest.mark.parametrize(

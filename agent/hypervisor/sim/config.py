@@ -1,5 +1,6 @@
 """Configuration of a simulated host. It is checked while it is decoded; a wrong value is refused with the field's path."""
 
+from ipaddress import ip_interface
 from typing import Annotated, Literal
 from uuid import NAMESPACE_URL, uuid5
 
@@ -71,6 +72,22 @@ class Latencies(Base, kw_only=True, frozen=True):
     """In post-copy: from the guest's stop at the source until it runs at the destination."""
 
 
+class SimInterface(Base, kw_only=True, frozen=True):
+    """A network interface. Its addresses must be this machine's, as the simulated stream is real."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    addresses: Annotated[tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=8)] = ()
+    """With their prefix, such as ``127.92.0.1/24``."""
+    mtu: Annotated[int, Meta(ge=68, le=65_536)] = 1500
+    line_bytes_per_second: Bytes = 0
+    """0: unknown."""
+    up: bool = True
+
+    def __post_init__(self) -> None:
+        for address in self.addresses:
+            ip_interface(address)
+
+
 class SimConfig(Base, kw_only=True, frozen=True):
     host_uuid: Name
     profile: Literal["qemu"] = "qemu"
@@ -78,6 +95,8 @@ class SimConfig(Base, kw_only=True, frozen=True):
     """Bytes per second of the network link that all outgoing transfers share."""
     incoming_link_rate: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
     """The same for incoming transfers. None: no limit."""
+    interfaces: Annotated[tuple[SimInterface, ...], Meta(max_length=64)] = ()
+    """The agent's default: one for each address of its networks."""
     guests: Annotated[tuple[SimGuest, ...], Meta(max_length=10_000)] = ()
     ports: tuple[Port, Port] = (49_152, 49_215)
     """First and last port for incoming streams; the default is libvirt's."""

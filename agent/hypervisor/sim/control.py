@@ -1,7 +1,8 @@
 """Control socket: lets the users of simulated guests act on them from outside the agent's process, as `virsh` does with libvirt.
 
-Each connection carries one request, a line of JSON: ``{"start": a SimGuest}``, ``{"end": UUID}`` or ``{"save": UUID}``. The answer
-is a line: empty on success, else the reason of the failure.
+Each connection carries one request, a line of JSON: ``{"start": a SimGuest}``, ``{"end": UUID}``, ``{"save": UUID}`` or
+``{"links": {"mig1": false}}``, which takes interfaces down or up. The answer is a line: empty on success, else the reason of the
+failure.
 """
 
 import asyncio
@@ -29,6 +30,8 @@ class Request(Base, kw_only=True, frozen=True):
     """The guest's UUID."""
     save: str = ""
     """The UUID of a guest whose memory is to be saved."""
+    links: dict[str, bool] = msgspec.field(default_factory=dict)
+    """By the name of an interface: whether it is up."""
 
 
 async def serve(host: Host) -> asyncio.Server:
@@ -42,6 +45,7 @@ async def serve(host: Host) -> asyncio.Server:
                 host.save()
             if request.end:
                 await host.end(request.end)
+            host.set_links(request.links)
             if request.save:
                 host.save_memory(request.save)
         except (msgspec.DecodeError, HypervisorError) as error:

@@ -25,6 +25,7 @@ from agent.hypervisor.sim.guest import Definition, Guest
 from agent.hypervisor.sim.host import CPUS_OF_THE_HOST, Host
 from agent.hypervisor.sim.incoming import SimIncoming
 from agent.hypervisor.sim.outgoing import SimOutgoing
+from drover.agent.v1 import host_pb2
 
 VERSION = "1"
 
@@ -149,6 +150,14 @@ class SimHypervisor:
 
     def events(self) -> AsyncIterator[DomainEvent]:
         return self._host.events.stream()
+
+    async def watch_interfaces(self) -> AsyncIterator[tuple[host_pb2.Interface, ...]]:
+        """Yield the interfaces that have an address, now and after each change."""
+        while True:
+            changed = self._host.interfaces_changed.next
+            known = self._host.interfaces.values()
+            yield tuple(host_pb2.Interface(**msgspec.structs.asdict(interface)) for interface in known if interface.addresses)
+            await changed.wait()
 
     # --- actions of a guest's user ------------------------------------------------------------------------------------
 

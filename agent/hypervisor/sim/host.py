@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,6 +30,7 @@ from agent.hypervisor.sim.config import SimConfig
 from agent.hypervisor.sim.guest import Definition, Guest, GuestRecord, requirements_of
 from agent.hypervisor.sim.link import Link
 from agent.hypervisor.sim.profiles import PROFILES
+from agent.runtime.bell import Bell
 
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ class Host:
         self.link = Link(config.link_rate)
         self.incoming_link = Link(config.incoming_link_rate) if config.incoming_link_rate else None
         self.events = Fanout()
+        self.interfaces = {interface.name: interface for interface in config.interfaces}
+        self.interfaces_changed = Bell()
         self.fail_next = dict(config.fail_next)
         self.thawed = asyncio.Event()
         self.thawed.set()
@@ -115,6 +118,14 @@ class Host:
                 return await asyncio.shield(work)
         except TimeoutError:
             raise HypervisorUnavailable(f"{method}: no answer within {timeout:g} s") from None
+
+    def set_links(self, links: Mapping[str, bool]) -> None:
+        """Take interfaces up or down."""
+        if unknown := sorted(links.keys() - self.interfaces.keys()):
+            raise HypervisorError(f"no interface {unknown[0]!r}; there are {', '.join(self.interfaces) or 'none'}")
+        for name, up in links.items():
+            self.interfaces[name] = msgspec.structs.replace(self.interfaces[name], up=up)
+        self.interfaces_changed.ring()
 
     # --- guests -------------------------------------------------------------------------------------------------------
 
