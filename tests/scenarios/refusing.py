@@ -25,8 +25,6 @@ from tests.scenarios.conversation import MIB, Talk, assert_idle, new_id, state
         ("refused", "h2", {"options": {"tunnelled": True}}, Reason.OPTION_UNSUPPORTED),
         ("refused", "h2", {"options": {"rdma": True}}, Reason.OPTION_UNSUPPORTED),
         ("refused", "h2", {"options": {"offline": True}}, Reason.OPTION_UNSUPPORTED),
-        ("refused", "h2", {"tenant": "acme"}, Reason.UNSUPPORTED_FIELD),
-        ("refused", "h2", {"importance": 3}, Reason.UNSUPPORTED_FIELD),
         ("x" * 254, "h2", {}, Reason.FIELD_TOO_LARGE),
         ("refused", "h2", {"destination_name": "y" * 254}, Reason.FIELD_TOO_LARGE),
         ("refused", "h2", {"bandwidth_bytes_per_second": -1}, Reason.INVALID_FIELD),
