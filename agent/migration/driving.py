@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar
+from typing import Final
 
 import structlog
 
@@ -19,6 +19,7 @@ from agent.migration.collection import Collection
 from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
 from agent.migration.progress import describe, impossible, slot_waited_for
+from agent.migration.sharing import Sharing
 from agent.migration.tuning import Tuner
 from agent.migration.uptime import age_of
 from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, unless_cancelled
@@ -32,8 +33,6 @@ from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 REPORT_AFTER_SECONDS: Final = 0.01
 """Delay before the news of a driver are published; those that come meanwhile go with them."""
@@ -49,6 +48,7 @@ class Runner:
         """The process is stopping: no migration is started, and one that waits for its slot stays as it is, for the next life."""
         self._directory = directory
         self._collection = collection
+        self.sharing = Sharing(collection, directory, clock)
         self._on_told = on_told
         self._bus = bus
         self._clock = clock
@@ -59,9 +59,9 @@ class Runner:
 
     def driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
         """Return a driver for the entry, with its cancellation and its statements."""
-        driver = Driver(
-            entry.ref, source.handshake, destination.handshake, plan, lambda: self._update(entry), self._bus, self._clock
-        )
+        update = functools.partial(self._update, entry)
+        driver = Driver(entry.ref, source.handshake, destination.handshake, plan, update, self._bus, self._clock)
+        driver.calls.start = functools.partial(self.sharing.start, entry)
         entry.planned_at = self._clock.monotonic()
         if entry.cancelled is not None:
             driver.view.cancel(entry.cancelled)

@@ -65,6 +65,7 @@ class Migrations:
         self.collection = Collection(name, bus)
         """To get, list and watch them."""
         self.runner = Runner(directory, self.collection, self._fence_if_in_doubt, bus, clock)
+        self._shares: asyncio.Task[None] | None = None
         self._starting: dict[str, _Starting] = {}
 
     # ---- life
@@ -78,10 +79,12 @@ class Migrations:
             if not entry.final:
                 self.collection.publish(entry, entry.changed_to())  # an earlier life may have published more than it saved
                 self.runner.start(entry)
+        self._shares = supervise("share bandwidth", self.runner.sharing.run)
 
     async def close(self) -> None:
         """Cancel every driver; the records remain, and the source's agent ends what runs."""
         tasks: list[asyncio.Task[Any]] = [starting.task for starting in self._starting.values()]
+        tasks += [self._shares] if self._shares is not None else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -227,6 +230,7 @@ class Migrations:
 
         async with entry.updating:
             self.collection.publish(entry, await entry.save_changed(change))
+            self.runner.sharing.divide()
         entry.settings_changed.ring()
         if entry.tuner is not None:
             await entry.tuner.applied()

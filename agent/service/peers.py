@@ -86,6 +86,12 @@ class PeerDirectory:
         self._own_address = own_address
         self._peers = peers
         self._channels = channels
+        self.changed = host.engine.changed
+        self._answered: dict[str, host_pb2.Host] = {}
+        """Other hosts as they last answered, the last one last."""
+
+    def known(self, host: str) -> host_pb2.Host | None:
+        return self._host.describe() if host == self._host.name else self._answered.get(host)
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         own = self._host.describe()
@@ -103,7 +109,7 @@ class PeerDirectory:
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         address = self.address_of(migration.spec.destination_host)
         try:
-            host = await ask_host(self._channels.get(address), migration.destination_host)
+            return self._source(), self._side(await ask_host(self._channels.get(address), migration.destination_host), address)
         except DroverError:
             host = host_pb2.Host(name=migration.destination_host)
         return self._source(), Side(host, self.peer(migration.destination_host, address), address)
@@ -124,6 +130,10 @@ class PeerDirectory:
         return {name: self._side(host, at) if isinstance(host, host_pb2.Host) else None for (name, at), host in answers}
 
     def _side(self, host: host_pb2.Host, address: str) -> Side:
+        self._answered.pop(host.name, None)
+        self._answered[host.name] = host
+        if len(self._answered) > MAX_CHANNELS:
+            del self._answered[next(iter(self._answered))]
         return Side(host, self.peer(host.name, address), address)
 
     def _source(self) -> Side:

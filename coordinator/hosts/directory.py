@@ -29,8 +29,12 @@ class ClusterDirectory:
 
     def __init__(self, registry: HostRegistry, clock: Clock = SYSTEM_CLOCK) -> None:
         self._registry = registry
+        self.changed = registry.changed
         self._clock = clock
         self._chosen: deque[tuple[str, float]] = deque(maxlen=MOST_CHOSEN)
+
+    def known(self, host: str) -> host_pb2.Host | None:
+        return self._registry.last_report(host)
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         # Both hosts are asked at once; if both fail, the source's error is raised.

@@ -16,6 +16,7 @@ import structlog
 from google.protobuf.message import Message
 
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
+from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus, HostChanged
 from agent.runtime.wire import cut
@@ -54,6 +55,8 @@ class HostRegistry:
         coordinator: str = "",
     ) -> None:
         self.heartbeat_seconds = heartbeat_seconds
+        self.changed = Bell()
+        """Rings when a host reports anything new."""
         self._coordinator = coordinator
         self._bus = bus
         self._clock = clock
@@ -179,6 +182,11 @@ class HostRegistry:
         found = [(name, item) for name, answer in by_name.items() for item in answer or ()]
         return found, [entry.name for entry in entries if by_name.get(entry.name) is None]
 
+    def last_report(self, name: str) -> agent_pb.Host | None:
+        """Return a host as it last reported; None if it is not registered."""
+        entry = self._table.hosts.get(name)
+        return None if entry is None else entry.known.host
+
     def _among(self, names: Sequence[str] | None) -> list[KnownHost]:
         return [self._table.hosts[name] for name in (self.names() if names is None else names)]
 
@@ -206,6 +214,8 @@ class HostRegistry:
         before, entry.known = entry.known, after_report(entry.known, report, self._wall())
         if before.state != entry.known.state:
             self._bus.publish(HostChanged(entry.name, change="up"))
+        if before.host != entry.known.host:
+            self.changed.ring()
         if is_worth_saving(before, entry.known, self._table.unsaved_for(entry)):
             self._table.save_soon(entry)
 

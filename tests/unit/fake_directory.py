@@ -6,6 +6,7 @@ from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.hypervisor.base import HypervisorInfo
 from agent.migration.fencing import FencingConfig
 from agent.migration.migrations import Migrations
+from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.service.host import AgentHost
 from agent.service.host_service import get_domain
@@ -26,6 +27,13 @@ class FakeDirectory:
         self.held: asyncio.Event | None = None
         self.fails: list[Exception] = []
         self.asked = 0
+        self.changed = Bell()
+        self.hosts: dict[str, host_pb2.Host] = {}
+        """What `known` returns in place of what the agents describe."""
+
+    def known(self, host: str) -> host_pb2.Host | None:
+        described = {side.host.name: side.host for side in self._sides()}
+        return self.hosts.get(host) or described.get(host)
 
     async def _wait(self) -> None:
         self.asked += 1

@@ -41,6 +41,8 @@ class Calls:
         self._plan = plan
         self.limits = Limits.of(plan.settings) if plan is not None else Limits()
         """With which Perform begins."""
+        self.start: Callable[[], Awaitable[Limits]] | None = None
+        """Makes room for the transfer, and returns `limits`. Called before Perform."""
         self.begun_with: Limits | None = None
         """The limits of the Perform that this driver has called; None: it has called none."""
         self._made = 0
@@ -180,6 +182,9 @@ class Calls:
     async def _perform(self) -> None:
         """Start the transfer, or wait for its end. The first call returns as soon as it runs, so that Finish can be called."""
         if self.view.source_state is Src.BEGUN:
+            self.limits = await self.start() if self.start is not None else self.limits
+            if self.view.cancelling:
+                return
             request = pb.PerformRequest(
                 uri=self._prepared.uri_out,
                 cookie_in=self._prepared.cookie_out,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.handshake.host.peer import HandshakePeer
+from agent.runtime.bell import Bell
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -43,6 +44,12 @@ class Candidate:
 
 class Directory(Protocol):
     """The lookup of a migration's hosts."""
+
+    changed: Bell
+    """Rings when `known` has changed."""
+
+    def known(self, host: str) -> host_pb2.Host | None:
+        """Return a host, by its own name, with its sides of the networks as they were last reported; None if it is not known."""
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         """Find the hosts and the guest that a spec names.

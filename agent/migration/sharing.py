@@ -1,0 +1,179 @@
+"""Shares out the bandwidth among the migrations of this process while they transfer, and holds their guaranteed minima.
+
+A transfer's share is `allotted_bytes_per_second` of its migration, which its tuner applies. Shares are divided anew whenever a
+transfer starts or ends, or a migration's settings, a host or a network change. Shares are lowered before others are raised, so that
+the sum does not exceed a cap meanwhile: a share is raised, and a transfer started, once the sources of all others on its links have
+applied their lower shares. A source that does not within `PATIENCE` holds up nobody any longer: the others share what its transfer
+leaves."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from math import inf
+from typing import Final
+
+from agent.handshake.drive.ends import Directory
+from agent.handshake.drive.plan import Limits
+from agent.handshake.machines.source import SourceState
+from agent.migration.collection import Collection
+from agent.migration.flows import flow_of, insufficient
+from agent.migration.migration import Entry
+from agent.migration.settings import limits_of
+from agent.runtime.backoff import SYSTEM_CLOCK, Clock
+from agent.runtime.bell import Bell
+from agent.transfer.shares import NO_LIMIT, Flow, divide, shortage
+from drover.agent.v1 import migration_pb2 as pb
+
+PATIENCE: Final = 1.0
+"""Seconds for which others wait until a transfer's lower share is applied."""
+LEAST_PAUSE: Final = 0.02
+"""Seconds between two divisions of the background work: what changes meanwhile shares one."""
+MOST_TIME: Final = 0.1
+"""Part of the process's time that this work may take."""
+
+_BEFORE: Final = frozenset({None, SourceState.BEGINNING, SourceState.BEGUN})
+
+
+class Sharing:
+    """Divides the bandwidth among the transfers of a collection."""
+
+    def __init__(self, collection: Collection, directory: Directory, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._collection = collection
+        self._directory = directory
+        self._clock = clock
+        self._admitted: set[str] = set()
+        """Migrations whose minimum is held."""
+        self._starting: set[str] = set()
+        """Those that are about to transfer."""
+        self._held: dict[str, float] = {}
+        """The highest rate at which each transfer may run now, by id: until a lower share is applied, the one before."""
+        self._lowered: dict[str, float] = {}
+        """Since when each lower share waits to be applied, by the monotonic clock."""
+        self._divided = Bell()
+        """Rings after each division."""
+
+    # ---- minima
+
+    def admit(self, entry: Entry) -> None:
+        """Hold the minimum of a migration until it has sent everything, or is dismissed. Raises BANDWIDTH_INSUFFICIENT."""
+        self.check(entry.migration)
+        self._admitted.add(entry.migration.migration_id)
+
+    def dismiss(self, entry: Entry) -> None:
+        """Give back the minimum of a migration that does not take its slots now."""
+        self._admitted.discard(entry.migration.migration_id)
+
+    def check(self, migration: pb.Migration) -> None:
+        """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held."""
+        flow, capacities = flow_of(migration, self._directory.known)
+        others = [entry.migration for entry in self._collection.all() if self._holds(entry)]
+        flows = [flow_of(other, self._directory.known)[0] for other in others if other.migration_id != migration.migration_id]
+        if found := shortage(flow, flows, capacities):
+            raise insufficient(migration, found)
+
+    def _holds(self, entry: Entry) -> bool:
+        if entry.final or entry.gave_up:
+            self._admitted.discard(entry.migration.migration_id)
+            return False
+        before = entry.driver is None or entry.driver.view.source_state in _BEFORE
+        return _sends(entry) or (before and entry.migration.migration_id in self._admitted)
+
+    # ---- shares
+
+    async def run(self) -> None:
+        """Divide at every change, for ever."""
+        while True:
+            changed = (self._collection.changed.next, self._directory.changed.next)
+            began = time.monotonic()
+            self.divide()
+            taken = time.monotonic() - began
+            waits = [asyncio.ensure_future(event.wait()) for event in changed]
+            try:
+                await asyncio.wait(waits, timeout=PATIENCE if self._lowered else None, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            await self._clock.sleep(max(LEAST_PAUSE, taken / MOST_TIME))
+
+    async def start(self, entry: Entry) -> Limits:
+        """Return the limits with which a transfer starts, after others have made room for it."""
+        migration_id = entry.migration.migration_id
+        self._starting.add(migration_id)
+        until = self._clock.monotonic() + PATIENCE
+        self.divide()
+        while migration_id not in self._held and (left := until - self._clock.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._divided.next.wait()
+        self.divide()
+        return limits_of(entry.migration)
+
+    def divide(self) -> None:
+        """Publish the shares that the transfers may have now."""
+        entries = {entry.migration.migration_id: entry for entry in self._collection.all() if self._takes_part(entry)}
+        self._note(entries)
+        flows: dict[str, Flow] = {}
+        capacities: dict[str, int] = {}
+        for migration_id, entry in entries.items():
+            flows[migration_id], links = flow_of(entry.migration, self._directory.known)
+            capacities |= {link: min(filter(None, (links[link], capacities.get(link, 0))), default=0) for link in links}
+        now = self._clock.monotonic()
+        stuck = {i for i, since in self._lowered.items() if now - since >= PATIENCE and self._held[i] < inf}
+        wanted = divide(flows, capacities)
+        if stuck:
+            pinned = {i: replace(flows[i], least=int(self._held[i]), most=int(self._held[i])) for i in stuck}
+            wanted = divide(flows | pinned, capacities) | {i: wanted[i] for i in stuck}
+        for migration_id, share in wanted.items():
+            if _rate(share) < self._held.get(migration_id, 0.0):
+                self._lowered.setdefault(migration_id, now)
+                self._publish(entries[migration_id], share)
+            else:
+                self._lowered.pop(migration_id, None)
+        waited_for = {link for i in self._lowered.keys() - stuck for link in flows[i].links}
+        for migration_id, share in wanted.items():
+            if migration_id not in self._lowered and waited_for.isdisjoint(flows[migration_id].links):
+                self._held[migration_id] = _rate(share)
+                self._publish(entries[migration_id], share)
+        self._divided.ring()
+
+    def _takes_part(self, entry: Entry) -> bool:
+        """Whether it transfers, or is about to."""
+        migration_id = entry.migration.migration_id
+        if migration_id in self._starting and (entry.final or entry.driver is None or entry.driver.view.source_state not in _BEFORE):
+            self._starting.discard(migration_id)
+        return migration_id in self._starting or _sends(entry)
+
+    def _note(self, entries: Mapping[str, Entry]) -> None:
+        """Note which lower shares are applied now, and forget what has ended."""
+        for migration_id in self._held.keys() - entries.keys():
+            del self._held[migration_id]
+            self._lowered.pop(migration_id, None)
+        for migration_id, entry in entries.items():
+            share = _rate(entry.migration.allotted_bytes_per_second)
+            if migration_id not in self._held and migration_id not in self._starting:
+                self._held[migration_id] = _rate(entry.migration.applied_bandwidth_bytes_per_second)  # another life has started it
+            elif migration_id in self._lowered and _is_applied(entry):
+                self._held[migration_id] = share
+                del self._lowered[migration_id]
+
+    def _publish(self, entry: Entry, share: int) -> None:
+        if entry.migration.allotted_bytes_per_second != share:
+            self._collection.publish(entry, entry.changed_to(allotted_bytes_per_second=share))
+
+
+def _rate(share: int) -> float:
+    return inf if share == NO_LIMIT else share
+
+
+def _sends(entry: Entry) -> bool:
+    return entry.tuner is not None and entry.tuner.flows
+
+
+def _is_applied(entry: Entry) -> bool:
+    """Whether its source has applied its share, or will start with it."""
+    driver, tuner = entry.driver, entry.tuner
+    if driver is None or tuner is None:
+        return False
+    return not driver.calls.transfer_asked or (tuner.flows and tuner.due is None)
