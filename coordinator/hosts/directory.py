@@ -85,7 +85,8 @@ class ClusterDirectory:
         known = await self._registry.list_hosts()
         others = {each.host.name: self._side_of(each) if each.state == HOST_STATE_UP else None for each in known}
         ranked = rank(spec, source, guest, others, planned=self._planned())
-        self._chosen.append((ranked[0].name, self._clock.monotonic()))
+        if ranked[0].free and not spec.destination_host:  # else it only asks for advice, or waits
+            self._chosen.append((ranked[0].name, self._clock.monotonic()))
         return ranked
 
     def _planned(self) -> Counter[str]:

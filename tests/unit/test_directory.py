@@ -209,6 +209,8 @@ async def test_8_2_any_host_is_one_of_those_that_are_up_by_their_last_reports() 
     spec = pb.MigrationSpec(domain="web1")
     assert [candidate.name for candidate in await directory.candidates(spec)] == ["h2", "h3"]
     assert [candidate.name for candidate in await directory.candidates(spec)] == ["h3", "h2"], "h2 was just chosen"
+    await directory.candidates(pb.MigrationSpec(domain="web1", destination_host="h2"))  # for advice: nothing is chosen
+    assert [candidate.name for candidate in await directory.candidates(spec)] == ["h2", "h3"], "each was chosen once"
     clock.now += 2 * REPORT_SECONDS
     assert [candidate.name for candidate in await directory.candidates(spec)] == ["h2", "h3"], "its report counts by now"
     reported.hosts[1].host.settings.cordoned = True
