@@ -7,7 +7,7 @@ import pytest
 
 from agent.handshake.drive.ends import Candidate, Side
 from agent.hypervisor.features import PROTOCOL_VERSION
-from agent.migration.placement import cost, rank
+from agent.migration.placement import MOST_RANKED, cost, rank
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -109,7 +109,7 @@ def test_8_2_a_host_that_may_not_be_chosen_is_left_out_and_the_error_says_why(fi
 def test_8_2_a_silent_host_and_the_source_are_no_candidates() -> None:
     assert ranked("h2", host("h3"), host("h1"), host("twin", host_uuid="uuid-h1")) == [("h3", True)]
     assert "(h2: it does not answer)" in refused("h2", SOURCE).message
-    assert "(there is no host but h1)" in refused(SOURCE).message
+    assert "(there is no host but h1)" in refused(host("h1", incoming_limit=0)).message
 
 
 def test_8_2_an_option_that_a_host_lacks_rules_it_out() -> None:
@@ -132,3 +132,11 @@ def test_8_2_a_large_cluster_does_not_make_a_long_error() -> None:
     assert len(error.message.encode()) <= 4000
     assert "and 468 more" in error.message
     assert len(error.metadata["hosts"]) <= 1024
+
+
+def test_8_2_a_large_cluster_is_ranked_by_its_reports_and_only_its_best_hosts_are_judged() -> None:
+    sides = [host(f"h{number:03}", incoming_in_use=number % 3) for number in range(2, 502)]
+    found = ranked(*sides)
+    assert found == [(f"h{number:03}", True) for number in range(3, 3 + 3 * MOST_RANKED, 3)]
+    unfit = [host(f"a{number:03}", network="other") for number in range(100)]
+    assert ranked(*unfit, *sides) == found, "those that are unfit take no place"
