@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.migration.migration import FINAL, Entry, event_of
+from agent.network.choice import NetworkUse
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -38,6 +39,8 @@ class Collection:
         """Rings at every change."""
         self._name = name
         self._bus = bus
+        self.planned: dict[str, pb.Migration] = {}
+        """Migrations that are being saved: they are not published yet, but have their networks."""
         self._entries: dict[str, Entry] = {}
         self._removed: deque[tuple[int, str]] = deque()
         self._known_since = 0
@@ -70,6 +73,7 @@ class Collection:
         entry.migration = migration
         self._entries.pop(migration.migration_id, None)
         self._entries[migration.migration_id] = entry
+        self.planned.pop(migration.migration_id, None)
         entry.changed.ring()
         self.changed.ring()
 
@@ -89,6 +93,15 @@ class Collection:
 
     def all(self) -> list[Entry]:
         return list(self._entries.values())
+
+    def network_uses(self, but: str = "") -> list[NetworkUse]:
+        """Return what the migrations that have not ended take of the networks, without that of the migration `but`."""
+        taking = [*self.planned.values(), *(entry.migration for entry in self._entries.values() if not entry.final)]
+        return [
+            NetworkUse(m.network_choice.network, m.source_host, m.destination_host, m.settings.bandwidth_bytes_per_second)
+            for m in taking
+            if m.network_choice.network and m.migration_id != but
+        ]
 
     def find(self, migration_id: str) -> Entry | None:
         return self._entries.get(migration_id)

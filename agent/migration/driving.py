@@ -216,7 +216,7 @@ class Runner:
                 self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
             raise
         self._publish_fact(entry, fact_of_description(ends.guest.domain))
-        plan, _ = make_plan(spec, ends)
+        plan, _ = make_plan(spec, ends, self._collection.network_uses(but=entry.migration.migration_id))
         check_same_hosts(entry.migration, plan)
         again = entry.changed_to(network=plan.network)
         again.network_choice.CopyFrom(plan.network_choice)

@@ -139,6 +139,7 @@ class Migrations:
 
     def _started(self, migration_id: str) -> None:
         task = self._starting.pop(migration_id).task
+        self.collection.planned.pop(migration_id, None)
         if not task.cancelled():
             task.exception()  # retrieved, as no caller may be left
         self.collection.changed.ring()
@@ -149,7 +150,7 @@ class Migrations:
         ends = await self._directory.find(spec)
         timing = timing_to_proto(watch.timing)
         timing.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)
-        plan, warnings = make_plan(spec, ends)
+        plan, warnings = make_plan(spec, ends, self.collection.network_uses())
         migration = planned(migration_id, spec, plan, warnings, ends.guest)
         migration.timings.append(timing)
         migration.driver = self._name
@@ -159,6 +160,7 @@ class Migrations:
             migration.slot_wait.CopyFrom(duration(slot_wait))
             migration.settings.slot_wait.CopyFrom(migration.slot_wait)
         self.collection.number(migration)
+        self.collection.planned[migration_id] = migration
         entry = Entry(migration, self._kept)
         try:
             await entry.save()

@@ -1,6 +1,7 @@
 """The plan of a migration, from the user's request and the descriptions of both hosts. Pure. Whatever these show to be impossible is
 refused here, before a host has done anything."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -12,7 +13,7 @@ from agent.hypervisor.features import check_bandwidth, check_options, check_prot
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.settings import check, settings_of
 from agent.migration.whereabouts import whereabouts
-from agent.network.choice import NO_LOADS, Choice, Loads, Wish, choose
+from agent.network.choice import Choice, NetworkUse, Wish, choose
 from agent.network.networks import checked_uri, network_of, refused
 from agent.network.uri import MigrationUri, address_problem, same_address
 from agent.runtime.errors import DroverError, Reason, said_by_peer
@@ -21,8 +22,8 @@ from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 
-def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tuple[Plan, list[str]]:
-    """Return the plan, and warnings for the user. `loads`: what the other migrations want of the networks.
+def make_plan(spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUse] = ()) -> tuple[Plan, list[str]]:
+    """Return the plan, and warnings for the user. `uses`: what the other migrations want of the networks.
 
     Raises SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH, SPLIT_PHASES_MISSING,
     NETWORK_NOT_FOUND, NETWORK_FORBIDDEN, URI_NOT_ALLOWED; the guest's obstacle to leaving (DOMAIN_BUSY, INCOMPATIBLE_GUEST, …)."""
@@ -31,7 +32,7 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends, loads: Loads = NO_LOADS) -> tu
     _check_guest(guest, source)
     _check_end(spec, guest, source, f"the source {source.name}")
     _check_end(spec, guest, destination, f"the destination {destination.name}")
-    choice, uri = _choose_network(spec, ends, loads)
+    choice, uri = _choose_network(spec, ends, uses)
     settings = settings_of(spec, guest.domain.settings, _default_of(choice, ends))
     check(settings, source.migration_features, f"the source {source.name}")
     warnings = [*choice.warnings]
@@ -221,12 +222,12 @@ def wish_of(spec: pb.MigrationSpec, guest: host_pb2.GetDomainResponse) -> Wish:
     return Wish(spec.network, spec.tenant or settings.tenant, minimum)
 
 
-def _choose_network(spec: pb.MigrationSpec, ends: Ends, loads: Loads) -> tuple[Choice, str]:
+def _choose_network(spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUse]) -> tuple[Choice, str]:
     """Return the network, and the URI at which the destination is to listen."""
     source, destination = ends.source.host, ends.destination.host
     wish = wish_of(spec, ends.guest)
     if not spec.uri:
-        choice = choose(wish, source, destination, ends.networks, loads)
+        choice = choose(wish, source, destination, ends.networks, uses)
         _check_address(choice.destination, source, destination)
         return choice, _listening(choice.destination.address, destination)
     asked = checked_uri(spec.uri, destination.migration_features)
@@ -238,7 +239,7 @@ def _choose_network(spec: pb.MigrationSpec, ends: Ends, loads: Loads) -> tuple[C
     del at.networks[:]
     at.networks.add().CopyFrom(network)
     at.networks[0].address = str(asked.host)
-    choice = choose(replace(wish, named=network.name), source, at, ends.networks, loads)
+    choice = choose(replace(wish, named=network.name), source, at, ends.networks, uses)
     _check_address(choice.destination, source, destination)
     return choice, str(asked)
 

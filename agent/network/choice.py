@@ -16,10 +16,18 @@ from agent.runtime.wire import cut
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
-Loads = Mapping[tuple[str, str, str], int]
-"""Bytes per second that the other migrations want, by (host, network, "out" or "in"): of one without a limit, the whole line."""
 
-NO_LOADS: Final[Loads] = {}
+@dataclass(frozen=True)
+class NetworkUse:
+    """What another migration takes of a network, or will take: it is planned, waits, or runs."""
+
+    network: str
+    source: str
+    destination: str
+    bandwidth: int = 0
+    """Its limit in bytes per second; 0: none, so that it wants the whole line."""
+
+
 UNKNOWN_LINE: Final = 125_000_000
 """Bytes per second by which a line of unknown speed is compared with others: 1 Gbit/s."""
 MOST_RULED_OUT: Final = 8
@@ -108,7 +116,11 @@ class _Out:
 
 
 def choose(
-    wish: Wish, source: host_pb2.Host, destination: host_pb2.Host, defined: Sequence[host_pb2.Network] = (), loads: Loads = NO_LOADS
+    wish: Wish,
+    source: host_pb2.Host,
+    destination: host_pb2.Host,
+    defined: Sequence[host_pb2.Network] = (),
+    uses: Sequence[NetworkUse] = (),
 ) -> Choice:
     """Return the network of a migration. `defined`: networks that the cluster knows, without addresses.
 
@@ -116,12 +128,12 @@ def choose(
     (the named network does not admit the guest's tenant), BANDWIDTH_INSUFFICIENT (none can give the guaranteed minimum)."""
     known = _known(source, destination, defined)
     if wish.named:
-        return _named(wish, known, source, destination, loads)
+        return _named(wish, known, source, destination, uses)
     out: dict[str, _Out] = {}
     for role in (True, False):
         pairs: list[_Pair] = []
         for network in known:
-            found = _judge(network, wish, known, (source, destination), loads, role=role)
+            found = _judge(network, wish, known, (source, destination), uses, role=role)
             if isinstance(found, _Pair):
                 pairs.append(found)
                 out.pop(network.name, None)
@@ -144,7 +156,13 @@ def _known(source: host_pb2.Host, destination: host_pb2.Host, defined: Sequence[
 
 
 def _judge(
-    network: _Network, wish: Wish, known: Sequence[_Network], hosts: tuple[host_pb2.Host, host_pb2.Host], loads: Loads, *, role: bool
+    network: _Network,
+    wish: Wish,
+    known: Sequence[_Network],
+    hosts: tuple[host_pb2.Host, host_pb2.Host],
+    uses: Sequence[NetworkUse],
+    *,
+    role: bool,
 ) -> _Pair | _Out:
     if not network.all(role=role):
         return _Out("it does not have the migration role" if role else "it is not the fallback")
@@ -153,10 +171,10 @@ def _judge(
         return _Out(f"it is for the tenants {', '.join(sorted(network.tenants)[:3])}" + (" …" if len(network.tenants) > 3 else ""))
     if listed and wish.tenant not in network.tenants:
         return _Out(f"tenant {wish.tenant} has networks of its own")
-    return _pair(network, wish, hosts, loads)
+    return _pair(network, wish, hosts, uses)
 
 
-def _pair(network: _Network, wish: Wish, hosts: tuple[host_pb2.Host, host_pb2.Host], loads: Loads) -> _Pair | _Out:
+def _pair(network: _Network, wish: Wish, hosts: tuple[host_pb2.Host, host_pb2.Host], uses: Sequence[NetworkUse]) -> _Pair | _Out:
     """Return the addresses of both hosts on the network, of one family, by the destination's order; or why there are none."""
     for host, sides in zip(hosts, (network.source, network.destination), strict=True):
         if not sides:
@@ -168,7 +186,7 @@ def _pair(network: _Network, wish: Wish, hosts: tuple[host_pb2.Host, host_pb2.Ho
     if not up:
         down = [host.name for host, side in zip(hosts, both[0], strict=True) if side.down]
         return _Out(f"it is down on {' and '.join(down)}", passes=True)
-    pair = _measured(*up[0], hosts, loads)
+    pair = _measured(*up[0], hosts, uses)
     most = min(filter(None, (pair.capacity, up[0][1].rules.max_bytes_per_second)), default=0)
     if wish.minimum > most:
         text = f"the guaranteed minimum of {_rate(wish.minimum)} is more than the {_rate(most)} that it can give"
@@ -184,17 +202,17 @@ def _family(side: host_pb2.Network) -> int:
 
 
 def _measured(
-    source: host_pb2.Network, destination: host_pb2.Network, hosts: tuple[host_pb2.Host, host_pb2.Host], loads: Loads
+    source: host_pb2.Network, destination: host_pb2.Network, hosts: tuple[host_pb2.Host, host_pb2.Host], uses: Sequence[NetworkUse]
 ) -> _Pair:
     """Return the pair with its capacity, and what of it the other migrations leave: less than nothing where they want more."""
-    name = destination.name
-    total = sum(load for (_, network, direction), load in loads.items() if network == name and direction == "out")
+    others = [use for use in uses if use.network == destination.name]
     bounds = [
-        (capacity_of(source), loads.get((hosts[0].name, name, "out"), 0)),
-        (capacity_of(destination), loads.get((hosts[1].name, name, "in"), 0)),
-        *((side.rules.cap_bytes_per_second, total) for side in (source, destination) if side.rules.cap_bytes_per_second),
+        (capacity_of(source), [use for use in others if use.source == hosts[0].name]),
+        (capacity_of(destination), [use for use in others if use.destination == hosts[1].name]),
+        *((side.rules.cap_bytes_per_second, others) for side in (source, destination) if side.rules.cap_bytes_per_second),
     ]
-    return _Pair(source, destination, min(most - load for most, load in bounds), min(most for most, _ in bounds))
+    free = min(most - sum(use.bandwidth or most for use in taking) for most, taking in bounds)
+    return _Pair(source, destination, free, min(most for most, _ in bounds))
 
 
 def capacity_of(side: host_pb2.Network) -> int:
@@ -217,7 +235,9 @@ def _chosen(best: _Pair, others: Sequence[_Pair], out: Mapping[str, _Out], *, ro
     return Choice(best.source, best.destination, f"it is the fallback, and {why}", ruled_out, (cut(warning, 1024),))
 
 
-def _named(wish: Wish, known: Sequence[_Network], source: host_pb2.Host, destination: host_pb2.Host, loads: Loads) -> Choice:
+def _named(
+    wish: Wish, known: Sequence[_Network], source: host_pb2.Host, destination: host_pb2.Host, uses: Sequence[NetworkUse]
+) -> Choice:
     network = next((network for network in known if network.name == wish.named), None)
     if network is None:
         raise _none(wish, source, destination, {})
@@ -229,7 +249,7 @@ def _named(wish: Wish, known: Sequence[_Network], source: host_pb2.Host, destina
             "Nothing was done to the guest; name another network, or none",
             metadata={"network": wish.named, "tenant": wish.tenant},
         )
-    found = _pair(network, wish, (source, destination), loads)
+    found = _pair(network, wish, (source, destination), uses)
     if isinstance(found, _Out):
         raise _none(wish, source, destination, {wish.named: found})
     warning = f"network {wish.named} has no migration role; it carries the guest's memory because it was named"

@@ -1,11 +1,10 @@
 """agent.network.choice: which network carries a guest's memory, why, and what was ruled out."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
 
-from agent.network.choice import Choice, Loads, Wish, choose
+from agent.network.choice import Choice, NetworkUse, Wish, choose
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2
 
@@ -47,8 +46,8 @@ def out(choice: Choice) -> dict[str, str]:
 
 
 def test_8_5_the_most_free_capacity_wins_and_the_rest_is_told() -> None:
-    loads: Loads = {("h1", "a", "out"): 30_000_000, ("h2", "b", "in"): 10_000_000, ("h3", "b", "in"): 50_000_000}
-    choice = choose(Wish(), *TWO, loads=loads)
+    uses = [NetworkUse("a", "h1", "h9", 30_000_000), NetworkUse("b", "h9", "h2", 10_000_000), NetworkUse("b", "h9", "h3")]
+    choice = choose(Wish(), *TWO, uses=uses)
     message = choice.to_proto()
     assert (message.network, message.source_address, message.destination_address) == ("b", "10.93.0.1", "10.93.0.2")
     assert message.why == "most free capacity: 40 MB/s of 50 MB/s"
@@ -60,20 +59,19 @@ def test_8_5_the_most_free_capacity_wins_and_the_rest_is_told() -> None:
 
 
 def test_8_5_with_equal_capacity_the_name_decides_and_then_what_was_chosen_counts() -> None:
-    loads: Counter[tuple[str, str, str]] = Counter()
+    uses: list[NetworkUse] = []
     chosen = []
     for _ in range(6):
-        choice = choose(Wish(), *TWO, loads=loads)
+        choice = choose(Wish(), *TWO, uses=uses)
         chosen.append(choice.destination.name)
-        loads["h1", choice.destination.name, "out"] += LINE
-        loads["h2", choice.destination.name, "in"] += LINE
+        uses.append(NetworkUse(choice.destination.name, "h1", "h2"))
     assert chosen == ["a", "b", "a", "b", "a", "b"]
 
 
 def test_8_5_the_cap_counts_all_hosts_and_the_maximum_bounds_what_one_can_get() -> None:
     hosts = both(("a", 92, {"cap_bytes_per_second": 40_000_000}), ("b", 93, {"line": 30_000_000}))
     assert choose(Wish(), *hosts).destination.name == "a"
-    assert choose(Wish(), *hosts, loads={("h7", "a", "out"): 20_000_000}).destination.name == "b"
+    assert choose(Wish(), *hosts, uses=[NetworkUse("a", "h7", "h8", 20_000_000)]).destination.name == "b"
     hosts = both(("a", 92, {"max_bytes_per_second": 20_000_000}), ("b", 93, {"line": 30_000_000}))
     assert choose(Wish(), *hosts).destination.name == "b"
 
@@ -86,7 +84,7 @@ def test_8_5_the_rules_capacity_goes_before_the_line_and_an_unknown_line_is_no_o
 
 def test_8_5_a_tenants_guest_uses_only_its_own_and_nobody_else_does() -> None:
     hosts = both(("a", 92, {}), ("acme", 93, {"tenants": ["acme"]}), ("blue", 94, {"tenants": ["blue"]}))
-    own = choose(Wish(tenant="acme"), *hosts, loads={("h1", "acme", "out"): 10**9})
+    own = choose(Wish(tenant="acme"), *hosts, uses=[NetworkUse("acme", "h1", "h9")] * 5)
     assert own.destination.name == "acme"
     assert out(own) == {"a": "tenant acme has networks of its own", "blue": "it is for the tenants blue"}
     for tenant in ("", "white"):
@@ -107,7 +105,7 @@ def test_8_5_a_tenants_network_that_neither_host_has_still_keeps_its_guests_off_
 def test_8_5_a_network_down_at_one_end_is_not_chosen() -> None:
     source = host(1, side("a", 92, 1), side("b", 93, 1))
     destination = host(2, side("a", 92, 2, down=True), side("b", 93, 2))
-    choice = choose(Wish(), source, destination, loads={("h1", "b", "out"): 10**9})
+    choice = choose(Wish(), source, destination, uses=[NetworkUse("b", "h1", "h9")] * 5)
     assert (choice.destination.name, out(choice)) == ("b", {"a": "it is down on h2"})
     error = refused(Reason.NETWORK_NOT_FOUND, Wish(named="a"), source, destination)
     assert "it is down on h2" in error.message
@@ -160,7 +158,7 @@ def test_8_5_a_fallback_that_is_down_is_waited_for() -> None:
 
 def test_8_5_a_minimum_that_a_network_cannot_give_rules_it_out() -> None:
     hosts = both(("a", 92, {}), ("b", 93, {"max_bytes_per_second": 9_000_000}))
-    choice = choose(Wish(minimum=20_000_000), *hosts, loads={("h1", "a", "out"): 10**9})
+    choice = choose(Wish(minimum=20_000_000), *hosts, uses=[NetworkUse("a", "h1", "h9")] * 5)
     assert choice.destination.name == "a"
     assert out(choice) == {"b": "the guaranteed minimum of 20 MB/s is more than the 9 MB/s that it can give"}
     error = refused(Reason.BANDWIDTH_INSUFFICIENT, Wish(minimum=60_000_000), *hosts)
