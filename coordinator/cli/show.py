@@ -86,7 +86,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
             click.echo(f"{name.ljust(width)}  {printable(value)}")
 
 
-_COMMAND = re.compile(r"\bdrover (?=(migrate|migration|host|domain)\b)")
+_COMMAND = re.compile(r"\bdrover (?=(migrate|migration|host|domain|network)\b)")
 
 
 def with_server(text: str) -> str:
@@ -109,10 +109,14 @@ _EXIT: tuple[tuple[type[DroverClientError], ExitCode], ...] = (
 )
 
 
+_NO_SLOT = ("BUSY", "HOST_CLOSED", "NO_HOST")
+"""Refused before the guest was touched, also where a migration was there and waited."""
+
+
 def exit_code(error: DroverClientError) -> ExitCode:
     if error.migration is not None and lost_or_stuck(error.migration):
         return ExitCode.UNKNOWN
-    if error.reason == "BUSY":  # also of a migration that has waited for its slot
+    if error.reason in _NO_SLOT:
         return ExitCode.REFUSED
     return next((code for kind, code in _EXIT if isinstance(error, kind)), ExitCode.UNKNOWN)
 

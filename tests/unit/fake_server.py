@@ -93,6 +93,13 @@ SCRIPTS: dict[str, list[dict[str, object]]] = {
             "failure": handshake_pb2.Failure(reason="BUSY", message="b gave no slot within 60 s: 2 of 2 slots of b are taken"),
         },
     ],
+    "closes": [
+        {
+            "state": S.MIGRATION_STATE_FAILED,
+            "runs_on": "a",
+            "failure": handshake_pb2.Failure(reason="HOST_CLOSED", message="b is closed: its incoming_limit is 0"),
+        },
+    ],
     "tomorrow": [
         _PERFORM | {"state": 99},
         {

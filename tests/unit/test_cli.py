@@ -87,6 +87,7 @@ def test_detach(drover: Drover) -> None:
         ("late", 3, ["h2 did not answer in time", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
         ("fails", 1, ["the stream broke", 'guest: "fails" runs on a', "next: drover migration show "]),
         ("waits", 4, ["b gave no slot within 60 s", 'guest: "waits" runs on a', "next: drover migration show "]),
+        ("closes", 4, ["b is closed", 'guest: "closes" runs on a', "next: drover migration show "]),
         ("lost", 5, ["host b does not answer", 'guest: "lost" is on a or on b', "do not start the guest by hand"]),
         ("crash", 5, ["the guest's QEMU died", 'guest: "crash" runs nowhere: its QEMU on a died; start it again', "next: drover"]),
         ("bug", 5, ["unexpected error (bug)", "next: it may have been started; ask: drover migration show"]),
