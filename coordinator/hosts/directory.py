@@ -9,6 +9,7 @@ import grpc.aio
 from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.migration.placement import rank
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
+from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import answer_of
 from agent.service.peers import ask_host, leaving_request
@@ -29,9 +30,12 @@ class ClusterDirectory:
 
     def __init__(self, registry: HostRegistry, clock: Clock = SYSTEM_CLOCK) -> None:
         self._registry = registry
-        self.changed = registry.changed
         self._clock = clock
         self._chosen: deque[tuple[str, float]] = deque(maxlen=MOST_CHOSEN)
+
+    @property
+    def changed(self) -> Bell:
+        return self._registry.changed
 
     def known(self, host: str) -> host_pb2.Host | None:
         return self._registry.last_report(host)

@@ -45,8 +45,9 @@ class Candidate:
 class Directory(Protocol):
     """The lookup of a migration's hosts."""
 
-    changed: Bell
-    """Rings when `known` has changed."""
+    @property
+    def changed(self) -> Bell:
+        """The bell that rings when `known` has changed."""
 
     def known(self, host: str) -> host_pb2.Host | None:
         """Return a host, by its own name, with its sides of the networks as they were last reported; None if it is not known."""
