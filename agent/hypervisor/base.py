@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.options import Support
 from agent.transfer.progress import Progress
 
@@ -167,6 +168,8 @@ class Domain:
     """Version of the hypervisor that runs it. Empty: not known, or it does not run. Set by `list_domains` only, as the next one."""
     installed_version: str = ""
     """Version of the binary that the next start would run."""
+    settings: GuestSettings | None = None
+    """The guest's own settings, if it has any. Set by `list_domains`, `describe` and `set_settings` only."""
     saved_image: bool = False
     """The guest does not run, and its next start would restore a memory image that was saved here instead of booting."""
 

@@ -15,6 +15,7 @@ from agent.hypervisor.base import (
     Requirements,
     Stored,
 )
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.options import Options
 from agent.transfer.progress import Progress
 
@@ -231,6 +232,11 @@ class Hypervisor(Protocol):
     async def set_autostart(self, uuid: str, autostart: bool) -> None:
         """Set whether a persistent guest starts with this host, and read it back. Does nothing to a transient one. Idempotent.
         Waits for a migration job that holds the guest. Raises `DomainNotFound`."""
+        ...
+
+    async def set_settings(self, uuid: str, settings: GuestSettings) -> Domain:
+        """Write a guest's own settings into its definition, live and stored as far as it has each, and read them back; empty ones:
+        remove them. Raises `DomainNotFound`, `DomainBusy` (a migration holds the guest)."""
         ...
 
     async def suspend(self, uuid: str) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from agent.hypervisor.base import Domain, Features, Requirements
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.options import OPTIONS, Options, Support, Value
 from agent.runtime.wire import duration
 from drover.agent.v1 import host_pb2, options_pb2
@@ -48,7 +49,20 @@ def domain_to_proto(domain: Domain) -> host_pb2.Domain:
         silence=duration(domain.silent_for) if domain.silent_for else None,
         running_version=domain.running_version,
         installed_version=domain.installed_version,
+        settings=settings_to_proto(domain.settings) if domain.settings is not None else None,
     )
+
+
+def settings_to_proto(settings: GuestSettings) -> host_pb2.DomainSettings:
+    return host_pb2.DomainSettings(
+        tenant=settings.tenant,
+        min_bandwidth_bytes_per_second=settings.min_bandwidth,
+        max_bandwidth_bytes_per_second=settings.max_bandwidth,
+    )
+
+
+def settings_from_proto(message: host_pb2.DomainSettings) -> GuestSettings:
+    return GuestSettings(message.tenant, message.min_bandwidth_bytes_per_second, message.max_bandwidth_bytes_per_second)
 
 
 _REQUIREMENTS = tuple(field.name for field in dataclasses.fields(Requirements))

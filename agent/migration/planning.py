@@ -99,6 +99,7 @@ def planned(
         network_choice=plan.network_choice,
         options=plan.options,
         settings=plan.settings,
+        tenant=spec.tenant or guest.domain.settings.tenant,
         warnings=warnings,
         waiting_for=slot_of(plan.destination_host),
         wait_reason=pb.WAIT_REASON_SLOT,

@@ -1,5 +1,6 @@
 """`drover.agent.v1.HostService`: the host and its guests."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import grpc.aio
 
 from agent.handshake.host.stopwatch import timed
-from agent.hypervisor.base import DomainState
+from agent.hypervisor.base import Domain, DomainState
+from agent.hypervisor.features import check_bandwidth
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.reasons import translated
-from agent.hypervisor.wire import domain_to_proto, requirements_to_proto
-from agent.runtime.errors import DroverError
+from agent.hypervisor.wire import domain_to_proto, requirements_to_proto, settings_from_proto, settings_to_proto
+from agent.runtime.errors import DroverError, invalid_field
+from agent.runtime.masks import masked
 from agent.runtime.paging import Paging
 from agent.runtime.wire import cut, duration
 from agent.service.host import AgentHost
@@ -25,6 +29,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class HostServicer(rpc.HostServiceServicer):
     def __init__(self, host: AgentHost) -> None:
         self._host = host
+        self._updating = asyncio.Lock()
 
     async def GetHost(self, request: pb.GetHostRequest, context: _Context) -> pb.GetHostResponse:  # noqa: N802
         return pb.GetHostResponse(host=self._host.describe())
@@ -47,6 +52,10 @@ class HostServicer(rpc.HostServiceServicer):
     async def GetDomain(self, request: pb.GetDomainRequest, context: _Context) -> pb.GetDomainResponse:  # noqa: N802
         return await get_domain(self._host, request)
 
+    async def UpdateDomain(self, request: pb.UpdateDomainRequest, context: _Context) -> pb.UpdateDomainResponse:  # noqa: N802
+        async with self._updating:
+            return pb.UpdateDomainResponse(domain=domain_to_proto(await update_domain(self._host, request)))
+
 
 def _identity(domain: pb.Domain) -> tuple[str, str]:
     return domain.name, domain.uuid
@@ -67,6 +76,21 @@ async def get_domain(host: AgentHost, request: pb.GetDomainRequest) -> pb.GetDom
                     response.obstacle.CopyFrom(obstacle_to_proto(error))
     response.hypervisor_duration.CopyFrom(duration(watch.timing.hypervisor))
     return response
+
+
+async def update_domain(host: AgentHost, request: pb.UpdateDomainRequest) -> Domain:
+    """Change a guest's own settings. Raises INVALID_FIELD, BANDWIDTH_UNSUPPORTED, DOMAIN_NOT_FOUND, DOMAIN_AMBIGUOUS, DOMAIN_BUSY;
+    nothing has changed then."""
+    with translated(host.name, request.domain):
+        domain, _ = await host.hypervisor.describe(request.domain)
+    message = masked(settings_to_proto(domain.settings or GuestSettings()), request.settings, request.update_mask)
+    settings = settings_from_proto(message)
+    if problem := settings.problem:
+        raise invalid_field("settings", f"{problem}. Nothing was changed")
+    for rate in (settings.min_bandwidth, settings.max_bandwidth):
+        check_bandwidth(rate, host.engine.host.features, host.name)
+    with translated(host.name, request.domain):
+        return await host.hypervisor.set_settings(domain.uuid, settings)
 
 
 def obstacle_to_proto(error: DroverError) -> pb.Obstacle:

@@ -28,6 +28,7 @@ from agent.hypervisor.base import (
     Stored,
     TransferFailed,
 )
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.options import Options, Support
 from agent.transfer.progress import Progress
 
@@ -217,6 +218,11 @@ class FakeHypervisor:
         await self.called(f"autostart {'on' if autostart else 'off'}", quiet=autostart is (uuid in self.autostarts))
         await self.get_domain(uuid)
         (self.autostarts.add if autostart else self.autostarts.discard)(uuid)
+
+    async def set_settings(self, uuid: str, settings: GuestSettings) -> Domain:
+        await self.called("set_settings", uuid, settings)
+        self.change(uuid, settings=settings or None)
+        return self.domains[uuid]
 
     async def suspend(self, uuid: str) -> None:
         await self.called("suspend")

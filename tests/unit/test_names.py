@@ -6,7 +6,7 @@ from agent.hypervisor.base import InvalidDocument
 from agent.hypervisor.libvirt.options import check_document, mark
 from agent.hypervisor.names import MAX_NAME, ambiguity, is_uuid, name_problem
 from agent.hypervisor.sim.config import SimGuest
-from agent.hypervisor.sim.guest import Definition
+from agent.hypervisor.sim.definition import Definition
 from agent.runtime.errors import DroverError, Reason
 from agent.service.bounds import check_request
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2

@@ -8,7 +8,7 @@ import pytest
 from agent.hypervisor.base import DomainBusy, DomainState
 from agent.hypervisor.options import Options
 from agent.hypervisor.sim import SimGuest, SimHypervisor
-from agent.hypervisor.sim.guest import Definition
+from agent.hypervisor.sim.definition import Definition
 from tests.unit.test_sim_migration import UUID, Move, host, slow, web
 
 

@@ -21,8 +21,9 @@ from agent.hypervisor.base import (
     Stored,
 )
 from agent.hypervisor.events import Fanout
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.libvirt import domain as domains
-from agent.hypervisor.libvirt import host, leaving, phases, postcopy, process, qemu_log, stored, threads
+from agent.hypervisor.libvirt import host, leaving, metadata, phases, postcopy, process, qemu_log, stored, threads
 from agent.hypervisor.libvirt import options as option_flags
 from agent.hypervisor.libvirt.connection import Link, Pool, Session
 from agent.hypervisor.libvirt.guard import Guard
@@ -59,7 +60,8 @@ class LibvirtHypervisor:
         self._ports = ports
         self._pool = Pool(uri, call_timeout)
         self._fanout = Fanout()
-        self._watch = Watch(Session(self._pool), self._fanout)
+        self._settings = metadata.Cache()
+        self._watch = Watch(Session(self._pool), self._fanout, self._settings.forget)
         self._versions = Versions(service_of(uri).logs)
         self._known: _Known | None = None
         self._reading = asyncio.Lock()
@@ -107,7 +109,8 @@ class LibvirtHypervisor:
         installed = (await self._capabilities()).installed
 
         def read(connection: Any) -> list[Domain]:
-            found = self._versions.add(domains.read_all(connection), installed)
+            with_settings = ((each, self._with_settings(each, domain)) for each, domain in domains.read_all(connection))
+            found = self._versions.add(with_settings, installed)
             return sorted(found, key=lambda domain: domain.name)
 
         try:
@@ -174,6 +177,19 @@ class LibvirtHypervisor:
     async def set_autostart(self, uuid: str, autostart: bool) -> None:
         await self._pool.call(lambda connection: stored.set_autostart(domains.by_uuid(connection, uuid), autostart))
 
+    async def set_settings(self, uuid: str, settings: GuestSettings) -> Domain:
+        def write(connection: Any) -> Domain:
+            domain = domains.by_uuid(connection, uuid)
+            return replace(domains.read(domain), settings=metadata.write(domain, settings))
+
+        try:
+            return await self._pool.call(write)
+        finally:
+            self._settings.forget(uuid)  # libvirt's event may come later than the answer
+
+    def _with_settings(self, libvirts: Any, domain: Domain) -> Domain:
+        return replace(domain, settings=self._settings.of(libvirts, domain.uuid))
+
     async def suspend(self, uuid: str) -> None:
         await self._pool.call(lambda connection: _suspend(domains.by_uuid(connection, uuid)))
 
@@ -224,7 +240,7 @@ def _describe(connection: Any, domain: Any) -> tuple[Domain, Requirements]:
     if host.has_cpu_of_the_host(needs):
         given = host.given_cpu(connection, needs.arch, needs.machine, needs.virt_type, host.emulator_of(xml))
         needs = replace(needs, host_cpu=given)
-    return domains.read(domain, domains.silent_for(domain)), needs
+    return replace(domains.read(domain, domains.silent_for(domain)), settings=metadata.of_xml(xml)), needs
 
 
 def _suspend(domain: Any) -> None:

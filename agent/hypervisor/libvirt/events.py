@@ -11,7 +11,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import libvirt
@@ -81,16 +81,18 @@ _KINDS: Mapping[int, tuple[str, Mapping[int, str]]] = {
 class Subscription:
     """Subscription to the domain events of one connection; it puts them into `fanout` on `loop`."""
 
-    def __init__(self, fanout: Fanout, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, fanout: Fanout, loop: asyncio.AbstractEventLoop, forget: Callable[[str], None]) -> None:
+        self._forget = forget
         self._fanout = fanout
         self._loop = loop
         self._callbacks: list[int] = []
         self._raw: int | None = None
 
     def register(self, connection: Any) -> None:
-        """Register the callbacks on the connection. Blocks for four round trips: call it in a thread."""
+        """Register the callbacks on the connection. Blocks for five round trips: call it in a thread."""
         for kind, callback in (
             (libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle),
+            (libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE, self._metadata),
             (libvirt.VIR_DOMAIN_EVENT_ID_MIGRATION_ITERATION, self._iteration),
             (libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED, self._completed),
         ):
@@ -112,8 +114,12 @@ class Subscription:
     # Called by libvirt in its event thread.
 
     def _lifecycle(self, _connection: Any, domain: Any, event: int, detail: int, _opaque: Any) -> None:
+        self._forget(domain.UUIDString())
         kind, details = _KINDS.get(event, (str(event), {}))
         self._hand_over(domain, kind, details.get(detail, str(detail)))
+
+    def _metadata(self, _connection: Any, domain: Any, _kind: int, _uri: str, _opaque: Any) -> None:
+        self._forget(domain.UUIDString())
 
     def _iteration(self, _connection: Any, domain: Any, iteration: int, _opaque: Any) -> None:
         self._hand_over(domain, "iteration", str(iteration))

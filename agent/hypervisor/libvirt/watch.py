@@ -7,6 +7,7 @@ other call runs on this one, none can get stuck on it and force the driver to ab
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import libvirt
@@ -21,7 +22,9 @@ from agent.runtime.backoff import HYPERVISOR, Pauses
 class Watch:
     """Source of a `Fanout`'s events: one libvirtd, across its restarts."""
 
-    def __init__(self, session: Session, fanout: Fanout) -> None:
+    def __init__(self, session: Session, fanout: Fanout, forget: Callable[[str], None]) -> None:
+        """`forget` is called, in any thread, with the UUID of a guest that has changed; empty: any guest may have."""
+        self._forget = forget
         self._session = session
         self._fanout = fanout
         self._lost = asyncio.Event()
@@ -49,7 +52,7 @@ class Watch:
     async def _subscribe(self) -> None:
         loop = asyncio.get_running_loop()
         lost = self._lost = asyncio.Event()
-        subscription = self._subscription = Subscription(self._fanout, loop)
+        subscription = self._subscription = Subscription(self._fanout, loop, self._forget)
 
         def on_close(_connection: Any, _reason: int, _opaque: Any) -> None:  # in libvirt's event thread
             with contextlib.suppress(RuntimeError):
@@ -78,6 +81,7 @@ class Watch:
         while True:
             await self._lost.wait()
             await self._subscribe_again()
+            self._forget("")
             self._fanout.put(DomainEvent("", RECONNECTED, "", time.monotonic()))
 
     async def _subscribe_again(self) -> None:

@@ -52,6 +52,10 @@ class SimGuest(Base, kw_only=True, frozen=True):
     """It has a disk: if it is paused and has not run since it arrived, it is not migrated, because QEMU before 10.0 would crash."""
     unsafe: bool = False
     """It has a disk that is not known to be shared: it is migrated with the option `unsafe` only."""
+    tenant: Annotated[str, Meta(max_length=253)] = ""
+    min_bandwidth: Bytes = 0
+    max_bandwidth: Bytes = 0
+    """Its own settings: see `guest_settings.GuestSettings`."""
     metadata: Annotated[str, Meta(max_length=1 << 20)] = ""
     """Kept, and never read."""
     arch: Text = "x86_64"

@@ -17,7 +17,7 @@ import msgspec
 
 from agent.hypervisor.base import HypervisorError
 from agent.hypervisor.sim.config import Base, SimGuest
-from agent.hypervisor.sim.guest import Definition
+from agent.hypervisor.sim.definition import Definition
 from agent.hypervisor.sim.host import Host
 
 SECONDS = 10.0

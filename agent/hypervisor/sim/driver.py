@@ -4,8 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-import msgspec
-
 from agent.hypervisor.base import (
     Domain,
     DomainBusy,
@@ -18,10 +16,12 @@ from agent.hypervisor.base import (
     Requirements,
     Stored,
 )
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.options import Options
 from agent.hypervisor.sim.config import SimConfig
 from agent.hypervisor.sim.control import serve
-from agent.hypervisor.sim.guest import Definition, Guest
+from agent.hypervisor.sim.definition import Definition
+from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import CPUS_OF_THE_HOST, Host
 from agent.hypervisor.sim.incoming import SimIncoming
 from agent.hypervisor.sim.outgoing import SimOutgoing
@@ -137,6 +137,15 @@ class SimHypervisor:
         guest.autostart = autostart and guest.stored is not None
         self._host.save()
 
+    async def set_settings(self, uuid: str, settings: GuestSettings) -> Domain:
+        await self._host.gate("set_settings")
+        guest = await self._answering(self._host.guest(uuid))
+        if guest.job is not Job.NONE:
+            raise DomainBusy(f"domain {guest.name} is being migrated")
+        guest.set(settings)
+        self._host.save()
+        return guest.facts()
+
     async def suspend(self, uuid: str) -> None:
         await self._host.gate("suspend")
         if self._host.guest(uuid).state is DomainState.RUNNING:
@@ -174,7 +183,7 @@ class SimHypervisor:
         guest = self._host.guest(reference)
         if guest.stored is None:
             raise HypervisorError(f"domain {guest.name} is transient")
-        guest.stored = msgspec.structs.replace(guest.stored, guest=msgspec.structs.replace(guest.stored.guest, title=title))
+        guest.stored = guest.stored.with_(title=title)
         self._host.save()
 
     def start(self, reference: str) -> None:

@@ -6,68 +6,17 @@ those of `virsh domstate --reason`.
 
 import time
 from collections.abc import Callable
-from typing import Literal, Self
+from dataclasses import asdict
+from typing import Literal
 
-import msgspec
-
-from agent.hypervisor.base import Domain, DomainState, InvalidDocument, Job, Requirements
-from agent.hypervisor.names import name_problem
+from agent.hypervisor.base import Domain, DomainState, Job, Requirements
+from agent.hypervisor.guest_settings import GuestSettings
 from agent.hypervisor.sim import serial
-from agent.hypervisor.sim.config import Base, Bytes, SimGuest, uuid_of
+from agent.hypervisor.sim.config import Base, Bytes
+from agent.hypervisor.sim.definition import Definition, requirements_of
 from agent.transfer.model import Load
 
-MAX_DOCUMENT = 512 * 1024
-"""Most characters of a definition that a peer sends."""
-
 ACTIVE = (DomainState.RUNNING, DomainState.PAUSED)
-
-
-class Definition(Base, kw_only=True, frozen=True, tag="drover-sim-domain", tag_field="type"):
-    """Definition of a guest: the document that is sent as `domain_xml` (JSON; a driver's document is opaque to others)."""
-
-    guest: SimGuest
-
-    @classmethod
-    def of(cls, guest: SimGuest) -> Self:
-        """Return the complete definition of the guest, with UUID and working set filled in."""
-        whole = guest.memory_bytes if guest.working_set is None else min(guest.working_set, guest.memory_bytes)
-        return cls(guest=msgspec.structs.replace(guest, uuid=guest.uuid or uuid_of(guest.name), working_set=whole))
-
-    @property
-    def uuid(self) -> str:
-        return self.guest.uuid or uuid_of(self.guest.name)
-
-    @property
-    def name(self) -> str:
-        return self.guest.name
-
-    def renamed(self, name: str) -> "Definition":
-        """Return the definition with that name; unchanged for an empty one."""
-        return msgspec.structs.replace(self, guest=msgspec.structs.replace(self.guest, name=name)) if name else self
-
-    def described_as(self, *, persistent: bool) -> "Definition":
-        """Return the definition with the current value of `persistent`."""
-        return msgspec.structs.replace(self, guest=msgspec.structs.replace(self.guest, persistent=persistent))
-
-    def text(self) -> str:
-        return msgspec.json.encode(self).decode()
-
-    @classmethod
-    def parse(cls, text: str) -> "Definition":
-        """Decode a definition. Raises `InvalidDocument` for anything else."""
-        if len(text) > MAX_DOCUMENT:
-            raise InvalidDocument(f"the domain document has {len(text)} characters; at most {MAX_DOCUMENT} are accepted")
-        try:
-            return cls.of(msgspec.json.decode(text, type=Definition).guest)
-        except (msgspec.DecodeError, UnicodeError) as error:
-            raise InvalidDocument(f"not a domain document of the simulator: {error}") from error
-
-    def check(self, uuid: str) -> None:
-        """See `interface.Hypervisor.check_document`."""
-        if self.uuid != uuid.lower():
-            raise InvalidDocument(f"the domain document describes the domain {self.uuid}, not {uuid}")
-        if problem := name_problem(self.name):
-            raise InvalidDocument(f"the name in the domain document {problem}; no host takes a guest of that name")
 
 
 class GuestRecord(Base, kw_only=True, frozen=True):
@@ -176,7 +125,20 @@ class Guest:
             postcopy=self.postcopy,
             silent_for=0.0 if self.silent_since is None else self._now() - self.silent_since,
             saved_image=self.saved_image and not self.active,
+            settings=self.settings,
         )
+
+    @property
+    def settings(self) -> GuestSettings | None:
+        it = self.definition.guest
+        found = GuestSettings(it.tenant, it.min_bandwidth, it.max_bandwidth)
+        return found if found and not found.problem else None
+
+    def set(self, settings: GuestSettings) -> None:
+        """Write its settings into its definitions."""
+        fields = asdict(settings)
+        self.definition = self.definition.with_(**fields)
+        self.stored = self.stored.with_(**fields) if self.stored is not None else None
 
     def requirements(self) -> Requirements:
         return requirements_of(self.definition)
@@ -299,17 +261,3 @@ class Guest:
             self.run(record.reason)
         elif record.state == "paused" and not record.left and record.reason == "migration":
             self.give_back("migration canceled")
-
-
-def requirements_of(definition: Definition) -> Requirements:
-    it = definition.guest
-    return Requirements(
-        name=it.name,
-        uuid=definition.uuid,
-        memory_bytes=it.memory_bytes,
-        vcpus=it.vcpus,
-        arch=it.arch,
-        machine=it.machine,
-        virt_type=it.virt_type,
-        cpu=it.cpu,
-    )

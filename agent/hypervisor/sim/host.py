@@ -27,7 +27,8 @@ from agent.hypervisor.names import ambiguity, is_uuid
 from agent.hypervisor.options import Options
 from agent.hypervisor.sim import serial
 from agent.hypervisor.sim.config import SimConfig
-from agent.hypervisor.sim.guest import Definition, Guest, GuestRecord, requirements_of
+from agent.hypervisor.sim.definition import Definition, requirements_of
+from agent.hypervisor.sim.guest import Guest, GuestRecord
 from agent.hypervisor.sim.link import Link
 from agent.hypervisor.sim.profiles import PROFILES
 from agent.runtime.bell import Bell

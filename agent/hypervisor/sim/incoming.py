@@ -17,7 +17,8 @@ from agent.hypervisor.base import (
 )
 from agent.hypervisor.options import Options
 from agent.hypervisor.sim.cookie import Cookie
-from agent.hypervisor.sim.guest import Definition, Guest
+from agent.hypervisor.sim.definition import Definition
+from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.receiver import Receiver, receiver_of
 from agent.network.uri import MigrationUri

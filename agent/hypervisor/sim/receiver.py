@@ -17,7 +17,8 @@ from hmac import compare_digest
 from typing import Any
 
 from agent.hypervisor.base import DomainState, HypervisorError, Job, TransferFailed
-from agent.hypervisor.sim.guest import Definition, Guest
+from agent.hypervisor.sim.definition import Definition
+from agent.hypervisor.sim.guest import Guest
 from agent.hypervisor.sim.host import Host
 from agent.hypervisor.sim.stream import (
     MAGIC,
