@@ -4,7 +4,8 @@ Modules, from pure functions to I/O (`agent.transfer.model` has the arithmetic o
 
     profiles  what each kind of hypervisor can do, as data
     config    configuration of a simulated host
-    guest     one guest: its definition, its state, its clock
+    definition  the document of a guest, which travels with it
+    guest     one guest: its state, its clock
     serial    the lines on a guest's serial line
     stream    the frames of the memory stream
     cookie    the simulator's migration cookie
