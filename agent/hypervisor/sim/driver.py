@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import msgspec
+
 from agent.hypervisor.base import (
     Domain,
     DomainBusy,
