@@ -200,9 +200,13 @@ _NEXT_BY_REASON = {
 def _next(error: DroverClientError, migration_id: str, stage: Stage, server: str) -> str:
     """Return what to type, or to do, next; empty if nothing is known."""
     migration_id = error.migration.id if error.migration else migration_id
+    others = ", ".join(error.metadata.get("alternatives", "").split(","))
+    another = f"choose another host{f' that could take the guest now: {others}' if others else ': drover host list'}"
     if isinstance(error, Busy):
         wait = f"try again in {seconds(error.retry_after)}" if error.retry_after else "try again later"
-        return f"{wait}, or choose another host: drover host list"
+        return f"{wait}, wait for a slot with --wait, or {another}"
+    if error.reason == "HOST_CLOSED" and others:
+        return another
     if isinstance(error, OutcomeUnknown):
         return f"do not start the guest by hand; drover migration watch {migration_id}" if migration_id else "ask again"
     if isinstance(error, Unreachable):

@@ -32,6 +32,7 @@ MIB = 1 << 20
 
 REFUSALS: dict[str, Callable[[], Exception]] = {
     "busy": lambda: DroverError(Reason.BUSY, "2 of 2 slots of b are taken", metadata={"limit": "2"}, retry_after=7),
+    "closed": lambda: DroverError(Reason.HOST_CLOSED, "b is closed: its incoming_limit is 0", metadata={"alternatives": "c,d"}),
     "ghost": lambda: DroverError(Reason.DOMAIN_NOT_FOUND, 'no guest "ghost"', metadata={"domain": "ghost"}),
     "far": lambda: DroverError(Reason.HOST_UNREACHABLE, "host b (10.91.0.2:7400) cannot be reached: Connection refused"),
     "down": lambda: DroverError(

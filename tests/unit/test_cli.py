@@ -79,7 +79,16 @@ def test_detach(drover: Drover) -> None:
 @pytest.mark.parametrize(
     ("guest", "code", "says"),
     [
-        ("busy", 4, ["2 of 2 slots of b are taken", "guest: untouched", "next: try again in 7 s, or choose another host"]),
+        (
+            "busy",
+            4,
+            [
+                "2 of 2 slots of b are taken",
+                "guest: untouched",
+                "next: try again in 7 s, wait for a slot with --wait, or choose another host: drover host list",
+            ],
+        ),
+        ("closed", 4, ["b is closed", "untouched", "next: choose another host that could take the guest now: c, d"]),
         ("ghost", 4, ['no guest "ghost"', "untouched", "next: drover domain list"]),
         ("stopped", 4, ["does not run", "untouched"]),
         ("far", 3, ["host b (10.91.0.2:7400) cannot be reached", "untouched", "on that host; drover host list"]),
