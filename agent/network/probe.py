@@ -9,7 +9,6 @@ An older source sends nothing: after a while it is told the nonce, which is no s
 """
 
 import asyncio
-import contextlib
 import hmac
 import os
 import secrets
@@ -41,7 +40,7 @@ _OLDER_SECONDS: Final = 0.2
 """Who says nothing for so long is an older source."""
 _MAX_STRANGERS: Final = 8
 """Most connections that have not proved yet that they know the key. The oldest makes way."""
-_CHUNK: Final = 16 << 10
+_CHUNK: Final = 64 << 10
 _DIGEST: Final = 32
 _MTU: Final = struct.Struct("!I")
 
@@ -109,54 +108,74 @@ class Responder:
     """Answers at one address of this host until it is closed."""
 
     def __init__(self) -> None:
-        self._key = secrets.token_bytes(SECRET_BYTES)
-        self._nonce = secrets.token_bytes(SECRET_BYTES)
-        self._strangers: dict[asyncio.StreamWriter, None] = {}
+        self.key = secrets.token_bytes(SECRET_BYTES)
+        self.nonce = secrets.token_bytes(SECRET_BYTES)
+        self.strangers: dict[asyncio.Transport, None] = {}
+        """Connections that have not proved that they know the key, the oldest first."""
         self._server: asyncio.Server | None = None
 
     async def listen(self, address: str, port: int) -> int:
         """Listen on that address and port (0: any). Return the port. Raises `OSError`."""
-        self._server = await asyncio.start_server(self._serve, address, port, backlog=_MAX_STRANGERS, limit=_CHUNK)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Answer(self), address, port, backlog=_MAX_STRANGERS)
         return int(self._server.sockets[0].getsockname()[1])
 
     def to_proto(self, address: TcpAddress) -> pb.PathProbe:
-        return pb.PathProbe(address=str(address), nonce=self._nonce, payload_bytes=PAYLOAD_BYTES, key=self._key)
+        return pb.PathProbe(address=str(address), nonce=self.nonce, payload_bytes=PAYLOAD_BYTES, key=self.key)
 
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._strangers[writer] = None
-        if len(self._strangers) > _MAX_STRANGERS:
-            oldest = next(iter(self._strangers))
-            del self._strangers[oldest]
-            oldest.transport.abort()
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
-            async with asyncio.timeout(_SERVE_SECONDS):
-                await self._answer(reader, writer)
-        self._strangers.pop(writer, None)
-        writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(_OLDER_SECONDS):
-                said = await reader.readexactly(_DIGEST)
-        except TimeoutError:
-            writer.write(self._nonce)
-            return
-        if not hmac.compare_digest(said, _digest(self._key, b"source")):
-            return
-        self._strangers.pop(writer, None)
-        mtu = _MTU.pack(_Kernel.of(writer.get_extra_info("socket")).interface)
-        writer.write(_digest(self._key, b"destination" + mtu) + mtu)
-        missing = PAYLOAD_BYTES
-        while missing and (data := await reader.read(min(missing, _CHUNK))):
-            missing -= len(data)
-        if not missing:
-            writer.write(b"\0")  # apart, in a small packet
-            writer.write(bytes(PAYLOAD_BYTES - 1))
-            await writer.drain()
+class _Answer(asyncio.Protocol):
+    """The destination's end of one connection. Keeps no more than a digest of what it is sent."""
+
+    def __init__(self, responder: Responder) -> None:
+        self._responder = responder
+        self._digest = b""
+        self._missing = PAYLOAD_BYTES
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        strangers = self._responder.strangers
+        strangers[transport] = None
+        if len(strangers) > _MAX_STRANGERS:
+            next(iter(strangers)).abort()
+        loop = asyncio.get_running_loop()
+        self._timers = (loop.call_later(_SERVE_SECONDS, transport.abort), loop.call_later(_OLDER_SECONDS, self._tell_older))
+
+    def _tell_older(self) -> None:
+        if not self._digest:
+            self._end(self._responder.nonce)
+
+    def _end(self, answer: bytes = b"") -> None:
+        self._transport.write(answer)
+        self._transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if len(self._digest) < _DIGEST:
+            rest = _DIGEST - len(self._digest)
+            self._digest, data = self._digest + data[:rest], data[rest:]
+            if len(self._digest) < _DIGEST:
+                return
+            key = self._responder.key
+            if not hmac.compare_digest(self._digest, _digest(key, b"source")):
+                self._end()
+                return
+            self._responder.strangers.pop(self._transport, None)
+            mtu = _MTU.pack(_Kernel.of(self._transport.get_extra_info("socket")).interface)
+            self._transport.write(_digest(key, b"destination" + mtu) + mtu)
+        self._missing -= len(data)
+        if self._missing <= 0:
+            self._transport.write(b"\0")  # apart, in a small packet
+            self._end(bytes(PAYLOAD_BYTES - 1))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._responder.strangers.pop(self._transport, None)
+        for timer in self._timers:
+            timer.cancel()
 
 
 async def measure(
@@ -173,9 +192,7 @@ async def measure(
         if not probe.key:
             await exchange.ask_older(probe.nonce)
             return Measured(exchange.kernel.round_trip, 0)
-        await exchange.ask(probe.key)
-        await exchange.send(probe.payload_bytes)
-        await exchange.receive(probe.payload_bytes)
+        await exchange.ask(probe.key, probe.payload_bytes)
         kernel = exchange.kernel
         return Measured(kernel.round_trip, min(kernel.sent, kernel.received, kernel.interface))
     except OSError as error:
@@ -193,6 +210,7 @@ class _Exchange:
         self._peer = peer
         self._loop = asyncio.get_running_loop()
         self._peer_mtu = 0
+        self._received = bytearray()
 
     @property
     def kernel(self) -> _Kernel:
@@ -201,31 +219,28 @@ class _Exchange:
     async def ask_older(self, nonce: bytes) -> None:
         _check(hmac.compare_digest(await self._read(len(nonce), self._unanswered), nonce))
 
-    async def ask(self, key: bytes) -> None:
-        await self._loop.sock_sendall(self.connection, _digest(key, b"source"))
-        answer = await self._read(_DIGEST + _MTU.size, self._unanswered)
-        digest, mtu = answer[:_DIGEST], answer[_DIGEST:]
-        _check(hmac.compare_digest(digest, _digest(key, b"destination" + mtu)))
-        (self._peer_mtu,) = _MTU.unpack(mtu)
-
-    async def send(self, size: int) -> None:
+    async def ask(self, key: bytes, size: int) -> None:
+        await self._loop.sock_sendall(self.connection, _digest(key, b"source"))  # apart, in a small packet
         async with alongside(self._loop.sock_sendall(self.connection, bytes(size))):
+            answer = await self._read(_DIGEST + _MTU.size, self._unanswered)
+            digest, mtu = answer[:_DIGEST], answer[_DIGEST:]
+            _check(hmac.compare_digest(digest, _digest(key, b"destination" + mtu)))
+            (self._peer_mtu,) = _MTU.unpack(mtu)
             await self._read(1, self._not_sent)
-
-    async def receive(self, size: int) -> None:
-        await self._read(size - 1, self._not_received)
+            await self._read(size - 1, self._not_received)
 
     async def _read(self, size: int, late: Callable[[], PathError]) -> bytes:
-        data = bytearray()
         try:
             async with asyncio.timeout(EXCHANGE_SECONDS):
-                while len(data) < size:
-                    part = await self._loop.sock_recv(self.connection, min(size - len(data), _CHUNK))
+                while len(self._received) < size:
+                    part = await self._loop.sock_recv(self.connection, _CHUNK)
                     _check(bool(part))
-                    data += part
+                    self._received += part
         except TimeoutError:
             raise late() from None
-        return bytes(data)
+        data = bytes(self._received[:size])
+        del self._received[:size]
+        return data
 
     def _unanswered(self) -> PathError:
         if self.kernel.unacknowledged:

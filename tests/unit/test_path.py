@@ -114,11 +114,11 @@ async def test_8_5_strangers_that_stay_do_not_keep_the_source_out(probe: PathPro
     strangers = [await asyncio.open_connection(*where(told)) for _ in range(40)]
     try:
         assert (await prove(told, "h1", "h2")).measured is not None
-        await until(lambda: len(probe._responder._strangers) <= 8)
+        await until(lambda: len(probe._responder.strangers) <= 8)
     finally:
         for _, writer in strangers:
             writer.close()
-    await until(lambda: not probe._responder._strangers)
+    await until(lambda: not probe._responder.strangers)
 
 
 # --- what is found ---
