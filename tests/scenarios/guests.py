@@ -23,7 +23,7 @@ GUESTS = {
         *(GuestSpec(f"waits-{test}") for test in ("coordinator", "agent", "cancel", "kill")),
         GuestSpec("cordoned"),
         *(GuestSpec(name, memory_mib=128) for name in ("limits-1", "queue-1")),
-        *(GuestSpec(name) for name in ("limits-2", "limits-out", "queue-2")),
+        *(GuestSpec(name) for name in ("limits-2", "limits-out", "queue-2", "settings-coordinator", "settings-agent")),
         GuestSpec("by-hand"),
         GuestSpec("leased"),
         GuestSpec("refused"),

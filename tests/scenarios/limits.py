@@ -1,4 +1,4 @@
-"""Issue 8, points 1 and 2: limits and cordons of a host are set while it runs, last, and say who set them."""
+"""Issue 8: what an operator sets of hosts and guests while they run lasts, travels with the guest, and says who set it."""
 
 import contextlib
 import json
@@ -138,4 +138,34 @@ async def test_8_2_who_holds_a_slot_and_who_waits_is_listed_in_order(cluster: Cl
         assert shown(cluster, "h2")["incoming_queue"] == 1
         await talk.cancel(waits.migration_id)
         await talk.end(running.migration_id)
+    await assert_idle(cluster)
+
+
+@pytest.mark.parametrize("server", ["coordinator", "agent"])
+async def test_8_4_settings_of_a_guest_are_written_and_travel_with_it(cluster: Cluster, server: str) -> None:
+    guest = cluster.start_guest(f"settings-{server}")
+    address = cluster.server if server == "coordinator" else cluster.agents["h1"].address
+
+    def kept() -> Any:
+        return json.loads(drover(cluster, "domain", "show", guest.name, "--host", place, "-o", "json").stdout)["domains"][0][
+            "domain"
+        ]
+
+    place = "h1"
+    assert "settings" not in kept()
+    said = drover(cluster, "domain", "set", guest.name, "--tenant", "blue", "--max-bandwidth", "200MiB/s", server=address).stdout
+    assert "at most 200 MiB/s" in said
+    refused = drover(cluster, "domain", "set", guest.name, "--min-bandwidth", "300MiB/s", server=address, code=4).stderr
+    assert "Nothing was changed" in refused
+    drover(cluster, "domain", "set", "no-such-guest", "--tenant", "blue", server=address, code=4)
+    expected = {"tenant": "blue", "min_bandwidth_bytes_per_second": "0", "max_bandwidth_bytes_per_second": str(200 * MIB)}
+    assert kept()["settings"] == expected
+    async with Talk(cluster.server) as talk:
+        ended = await talk.migrate(guest.name, "h2")
+        assert state(ended) == "succeeded"
+        assert ended.settings.bandwidth_bytes_per_second == 200 * MIB
+    place = "h2"
+    assert kept()["settings"] == expected
+    drover(cluster, "domain", "set", guest.name, "--tenant", "none", "--max-bandwidth", "none")
+    assert "settings" not in kept() or kept()["settings"]["tenant"] == ""
     await assert_idle(cluster)
