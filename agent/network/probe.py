@@ -10,16 +10,15 @@ An older source sends nothing: after a while it is told the nonce, which is no s
 
 import asyncio
 import hmac
-import os
 import secrets
 import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
+from agent.network.connecting import Found, Kernel, PathError, connect, words
 from agent.runtime.address import TcpAddress
 from agent.runtime.alongside import alongside
 from drover.agent.v1 import handshake_pb2 as pb
@@ -29,10 +28,6 @@ PAYLOAD_BYTES: Final = 32 << 10
 """Three packets of MTU 9000, and no more than a first flight of them."""
 MAX_PAYLOAD: Final = 256 << 10
 
-CONNECT_SECONDS: Final = 0.9
-"""Until then a connection must be made: a firewall that drops is told of within a second."""
-_AGAIN_SECONDS: Final = 0.3
-"""After this, a further connection is tried beside the first: the kernel repeats a lost packet only after a second."""
 EXCHANGE_SECONDS: Final = 1.2
 """Until then each step of the exchange must be done: the kernel repeats a lost packet three times meanwhile."""
 _SERVE_SECONDS: Final = 3 * EXCHANGE_SECONDS
@@ -44,33 +39,6 @@ _CHUNK: Final = 64 << 10
 _DIGEST: Final = 32
 _MTU: Final = struct.Struct("!I")
 
-_TCP_INFO: Final = struct.Struct("=5xB2x24I4Q4I")
-"""The beginning of ``struct tcp_info`` (linux/tcp.h), up to tcpi_min_rtt."""
-_TIMESTAMPS: Final = 1
-
-
-class Found(StrEnum):
-    """What is wrong with a path."""
-
-    UNUSABLE = "unusable"
-    """No connection can be tried from this host."""
-    DROPPED = "dropped"
-    REFUSED = "refused"
-    OTHER = "other"
-    """Something answers that is not the destination's agent."""
-    SWALLOWED = "swallowed"
-    """Small packets pass, and those of full size do not."""
-    SLOW = "slow"
-    """The agent did not answer in time, as far as can be known."""
-
-
-class PathError(Exception):
-    """The path is not proved."""
-
-    def __init__(self, found: Found, text: str) -> None:
-        super().__init__(text)
-        self.found = found
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -80,28 +48,6 @@ class Measured:
     """Seconds, the best that the kernel saw."""
     mtu: int
     """Usable MTU in both directions, in bytes. 0: not measured, with an older destination."""
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """What the kernel knows of a connection."""
-
-    sent: int
-    """Bytes of the packets that this end sends, at most."""
-    received: int
-    """Bytes of the packets that this end receives."""
-    interface: int
-    """MTU of the route to the peer."""
-    unacknowledged: int
-    """Packets that the peer has not confirmed."""
-    round_trip: float
-
-    @classmethod
-    def of(cls, connection: socket.socket) -> "_Kernel":
-        data = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-        options, *numbers = _TCP_INFO.unpack(data)
-        headers = (20 if connection.family == socket.AF_INET else 40) + 20 + (12 if options & _TIMESTAMPS else 0)
-        return cls(numbers[2] + headers, numbers[3] + headers, numbers[13], numbers[4], numbers[31] / 1e6)
 
 
 class Responder:
@@ -165,7 +111,7 @@ class _Answer(asyncio.Protocol):
                 self._end()
                 return
             self._responder.strangers.pop(self._transport, None)
-            mtu = _MTU.pack(_Kernel.of(self._transport.get_extra_info("socket")).interface)
+            mtu = _MTU.pack(Kernel.of(self._transport.get_extra_info("socket")).interface)
             self._transport.write(_digest(key, b"destination" + mtu) + mtu)
         self._missing -= len(data)
         if self._missing <= 0:
@@ -187,7 +133,7 @@ async def measure(
     Raises:
         PathError: what was found there.
     """
-    exchange = _Exchange(await _connect(where, source, host), host, peer)
+    exchange = _Exchange(await connect(where, source, host), host, peer)
     try:
         if not probe.key:
             await exchange.ask_older(probe.nonce)
@@ -196,7 +142,7 @@ async def measure(
         kernel = exchange.kernel
         return Measured(kernel.round_trip, min(kernel.sent, kernel.received, kernel.interface))
     except OSError as error:
-        raise PathError(Found.REFUSED, f"the connection was broken off: {_words(error)}") from None
+        raise PathError(Found.REFUSED, f"the connection was broken off: {words(error)}") from None
     finally:
         exchange.connection.close()
 
@@ -213,8 +159,8 @@ class _Exchange:
         self._received = bytearray()
 
     @property
-    def kernel(self) -> _Kernel:
-        return _Kernel.of(self.connection)
+    def kernel(self) -> Kernel:
+        return Kernel.of(self.connection)
 
     async def ask_older(self, nonce: bytes) -> None:
         _check(hmac.compare_digest(await self._read(len(nonce), self._unanswered), nonce))
@@ -262,61 +208,6 @@ class _Exchange:
         return PathError(Found.SWALLOWED, text)
 
 
-async def _connect(where: TcpAddress, source: IPv4Address | IPv6Address | None, host: str) -> socket.socket:
-    """Return a connection, of up to three that are tried one after the other. Raises `PathError`."""
-    loop = asyncio.get_running_loop()
-    trying: dict[asyncio.Task[None], socket.socket] = {}
-    try:
-        target = _sockaddr(where.host, where.port)
-        for _ in range(round(CONNECT_SECONDS / _AGAIN_SECONDS)):
-            connection = _open_socket(where, source, host)
-            trying[asyncio.create_task(loop.sock_connect(connection, target))] = connection
-            done, _ = await asyncio.wait(trying, timeout=_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                await task
-                return trying.pop(task)
-            for waiting in trying.values():  # an ICMP error that came while the kernel was in `connect` is only noted
-                if noted := waiting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                    raise OSError(noted, os.strerror(noted))
-    except OSError as error:
-        raise PathError(Found.REFUSED, _words(error)) from None
-    finally:
-        for task in trying:
-            task.cancel()
-        if trying:
-            await asyncio.wait(trying)
-        for task, connection in trying.items():
-            connection.close()
-            if not task.cancelled():
-                task.exception()
-    raise PathError(Found.DROPPED, f"no answer within {CONNECT_SECONDS:g} s, so packets are dropped on the way")
-
-
-def _open_socket(where: TcpAddress, source: IPv4Address | IPv6Address | None, host: str) -> socket.socket:
-    """Return a socket that sends from `source`. Raises `PathError`."""
-    connection = socket.socket(socket.AF_INET if where.host.version == 4 else socket.AF_INET6)
-    try:
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if source is not None:
-            connection.bind(_sockaddr(source, 0))
-    except (OSError, TypeError):  # no address of this host; of the other version of IP
-        connection.close()
-        raise PathError(Found.UNUSABLE, f"{host} cannot send from {source}, its address on that network") from None
-    return connection
-
-
-def _sockaddr(address: IPv4Address | IPv6Address, port: int) -> tuple[str, int] | tuple[str, int, int, int]:
-    """Return the address for a socket. Raises `PathError` if its scope is no interface of this host."""
-    if isinstance(address, IPv4Address):
-        return str(address), port
-    host, _, scope = str(address).partition("%")
-    try:
-        return host, port, 0, socket.if_nametoindex(scope) if scope else 0
-    except OSError:
-        raise PathError(Found.UNUSABLE, f"{address} cannot be reached from this host, which has no interface {scope}") from None
-
-
 def _digest(key: bytes, text: bytes) -> bytes:
     return hmac.digest(key, text, "sha256")
 
@@ -324,7 +215,3 @@ def _digest(key: bytes, text: bytes) -> bytes:
 def _check(is_destination: bool) -> None:
     if not is_destination:
         raise PathError(Found.OTHER, "something else answers there")
-
-
-def _words(error: OSError) -> str:
-    return os.strerror(error.errno).lower() if error.errno else str(error)  # asyncio puts its own text into `strerror`

@@ -12,7 +12,8 @@ import pytest
 
 from agent.handshake.host.path import PathProbe, prove
 from agent.migration.progress import describe
-from agent.network.probe import MAX_PAYLOAD, Found
+from agent.network.connecting import Found
+from agent.network.probe import MAX_PAYLOAD
 from agent.runtime.address import TcpAddress, parse_address
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb

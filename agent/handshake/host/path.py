@@ -15,7 +15,8 @@ from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import AttemptRecord
 from agent.handshake.machines.destination import DestinationState
-from agent.network.probe import MAX_PAYLOAD, SECRET_BYTES, Found, Measured, PathError, Responder, measure
+from agent.network.connecting import Found, PathError
+from agent.network.probe import MAX_PAYLOAD, SECRET_BYTES, Measured, Responder, measure
 from agent.network.uri import same_address
 from agent.runtime.address import TcpAddress, parse_address
 from agent.runtime.errors import DroverError, Reason, invalid_field
