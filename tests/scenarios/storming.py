@@ -1,0 +1,249 @@
+"""Starts many migrations, and sees from outside what they do: for the scenarios of `storms`."""
+
+import asyncio
+import contextlib
+import importlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from agent.runtime.errors import DroverError
+from drover.agent.v1 import admission_pb2, admission_pb2_grpc, host_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from tests.kit.cluster import Cluster, GuestSpec
+from tests.kit.cluster.platforms import LabCluster
+from tests.scenarios.conversation import FINAL, MIB, Talk, duration, new_id, state
+
+LOW, MEDIUM, HIGH = pb.IMPORTANCE_LOW, pb.IMPORTANCE_MEDIUM, pb.IMPORTANCE_HIGH
+GUESTS: Final = {
+    name: GuestSpec(name, memory_mib=48, dirty=50, ticks=50)
+    for name in (
+        *(f"s{n}" for n in range(1, 9)),
+        *(f"r{n}" for n in range(1, 7)),
+        *(f"c{n}" for n in range(1, 5)),
+    )
+}
+SETTINGS: Final = {"agent": {"lease_seconds": 8, "takeover_after_seconds": 4}}
+RATE: Final = 16 * MIB
+"""Limit of each transfer, so that each takes some seconds."""
+WAIT_SECONDS: Final = 600.0
+PATIENCE_SECONDS: Final = 120.0
+
+Slots = Sequence[admission_pb2.SlotHolder]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One guest's way."""
+
+    guest: str
+    source: str
+    target: str
+    importance: pb.Importance.ValueType = MEDIUM
+
+
+class Storm:
+    """The migrations of a storm. `server`: address of the coordinator or agent that is asked for them."""
+
+    def __init__(self, hosts: Cluster, server: str, legs: Sequence[Leg]) -> None:
+        self.legs = legs
+        self.ended: dict[str, pb.Migration] = {}
+        self._hosts = hosts
+        self._talk = Talk(server)
+        self._ids = {leg: new_id() for leg in legs}
+
+    async def __aenter__(self) -> Self:
+        for leg in self.legs:
+            await asyncio.to_thread(self._hosts.start_guest, leg.guest, leg.source)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._talk.channel.close()
+
+    def id_of(self, leg: Leg) -> str:
+        return self._ids[leg]
+
+    def leg_of(self, migration_id: str) -> Leg:
+        return next(leg for leg, known in self._ids.items() if known == migration_id)
+
+    async def start(self, leg: Leg) -> None:
+        spec = pb.MigrationSpec(
+            domain=leg.guest, destination_host=leg.target, importance=leg.importance, bandwidth_bytes_per_second=RATE
+        )
+        request = pb.StartMigrationRequest(migration_id=self._ids[leg], spec=spec, slot_wait=duration(WAIT_SECONDS))
+        await self._talk.call(self._talk.migrations.StartMigration, request)
+
+    async def ends(self) -> None:
+        """Wait until all have ended, by the server."""
+        self.ended = await _ends(self._talk, self._ids.values())
+
+    async def ends_at_agents(self) -> None:
+        """Wait until all have ended, by the agents of their sources."""
+        for source in {leg.source for leg in self.legs}:
+            async with Talk(self._hosts.agents[source].address) as talk:
+                await _ends(talk, [self._ids[leg] for leg in self.legs if leg.source == source])
+
+    async def until_slots(self, host: str, holds: Callable[[Slots], bool]) -> None:
+        """Wait until it holds for the slots and the queue of a host."""
+        end = time.monotonic() + 30
+        while not holds(slots := await slots_of(self._hosts, host)):
+            assert time.monotonic() < end, f"the slots of {host} are {slots}"
+            await asyncio.sleep(0.05)  # nothing tells of the change of a queue
+
+    async def until_listed(self, host: str, leg: Leg, *, waits: bool | None = None) -> None:
+        """Wait until a host lists the migration; `waits`: among its slots, or in its queue; None: either."""
+        await self.until_slots(
+            host, lambda slots: any(slot.migration_id == self._ids[leg] and waits in (None, slot.waiting) for slot in slots)
+        )
+
+    async def until_arrived(self, number: int) -> None:
+        """Wait until so many have succeeded, by the server, and another one transfers."""
+        end = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            found = [await self._talk.get(each) for each in self._ids.values()]
+            moving = [each for each in found if each.phase in ("perform", "finish")]
+            if sum(state(each) == "succeeded" for each in found) >= number and moving:
+                return
+            assert time.monotonic() < end, f"not {number} of {[(state(each), each.phase) for each in found]}"
+            await asyncio.sleep(0.1)
+
+    # ---- the judgement
+
+    async def assert_all_arrived(self) -> None:
+        """Assert that each guest runs where it was to go, that its log is perfect, and that no slot is left on any host."""
+        for leg, migration_id in self._ids.items():
+            ended = self.ended[migration_id]
+            assert (state(ended), ended.runs_on) == ("succeeded", leg.target), f"{leg.guest}: {ended.failure.message}"
+            assert self._hosts.running_on(leg.guest) == [leg.target]
+            guest = self._hosts.guests[leg.guest]
+            await asyncio.to_thread(guest.wait_lines, 2)
+            assert guest.judge().problems() == []
+        for host in self._hosts.hosts:
+            await self.until_slots(host, lambda slots: not slots)
+
+    def transfers(self, source: str = "", target: str = "") -> list[tuple[float, float]]:
+        """Return the start and end of the transfers of one source, or to one target, or of all."""
+        found = []
+        for leg in self.legs:
+            if leg.source == (source or leg.source) and leg.target == (target or leg.target):
+                timing = next(each for each in self.ended[self._ids[leg]].timings if each.phase == "perform")
+                start = timing.start_time.ToNanoseconds() / 1e9
+                found.append((start, start + timing.duration.ToNanoseconds() / 1e9))
+        return found
+
+    def in_order(self) -> list[Leg]:
+        """Return the legs in the order of the starts of their transfers."""
+        return [leg for _, leg in sorted(zip(self.transfers(), self.legs, strict=True), key=lambda each: each[0])]
+
+
+async def _ends(talk: Talk, ids: Iterable[str]) -> dict[str, pb.Migration]:
+    end, wanted = time.monotonic() + PATIENCE_SECONDS, list(ids)
+    while True:
+        found = {each: await talk.get(each) for each in wanted}
+        if all(each.state in FINAL for each in found.values()):
+            return found
+        left = [f"{each.spec.domain}: {state(each)} {each.phase} {each.waiting_for}" for each in found.values()]
+        assert time.monotonic() < end, "\n".join(left)
+        await asyncio.sleep(0.2)  # a watch ends with its server, which some scenarios kill
+
+
+def most_at_once(spans: Sequence[tuple[float, float]]) -> int:
+    """Return how many of these spans of time overlap at most."""
+    changes = sorted((at, step) for start, end in spans for at, step in ((start, 1), (end, -1)))
+    most = now = 0
+    for _, step in changes:
+        now += step
+        most = max(most, now)
+    return most
+
+
+async def slots_of(hosts: Cluster, host: str) -> Slots:
+    """Return the slots and the queue of a host's incoming direction, as its agent reports them; of outgoing ones for a source."""
+    async with Talk(hosts.agents[host].address) as talk:
+        stub = admission_pb2_grpc.AdmissionServiceStub(talk.channel)
+        response = await talk.call(stub.ListSlots, admission_pb2.ListSlotsRequest())
+    return list(response.slots)
+
+
+async def set_limits(hosts: Cluster, incoming: int, outgoing: int, prepared: int) -> None:
+    """Set the limits of all hosts while they run."""
+    settings = host_pb2.HostSettings(incoming_limit=incoming, outgoing_limit=outgoing, prepared_limit=prepared)
+    mask = FieldMask(paths=["incoming_limit", "outgoing_limit", "prepared_limit"])
+    for agent in hosts.agents.values():
+        async with Talk(agent.address) as talk:
+            await talk.call(talk.hosts.UpdateHost, host_pb2.UpdateHostRequest(settings=settings, update_mask=mask))
+
+
+class Watcher:
+    """Samples what a host's agent says of its incoming slots, and what the hypervisors of the other hosts say of transfers."""
+
+    def __init__(self, hosts: Cluster, host: str) -> None:
+        self.most_by_slots = 0
+        """Most transferring units at once."""
+        self.most_by_hypervisor = 0
+        """Most guests at once that libvirt sends to any host. Zero on simulated hosts."""
+        self._hosts = hosts
+        self._host = host
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._watch_slots())]
+        if isinstance(self._hosts, LabCluster):
+            self._tasks.append(asyncio.create_task(self._watch_jobs(self._hosts)))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if not isinstance(result, asyncio.CancelledError):
+                raise result or AssertionError("a watcher ended")
+
+    async def _watch_slots(self) -> None:
+        async with Talk(self._hosts.agents[self._host].address) as talk:
+            stub = admission_pb2_grpc.AdmissionServiceStub(talk.channel)
+            while True:
+                with contextlib.suppress(DroverError):  # it is being restarted
+                    found = (await talk.call(stub.ListSlots, admission_pb2.ListSlotsRequest())).slots
+                    moving = [slot.cost for slot in found if _transfers(slot)]
+                    self.most_by_slots = max(self.most_by_slots, sum(moving))
+                await asyncio.sleep(0.05)  # the sampling
+
+    async def _watch_jobs(self, hosts: LabCluster) -> None:
+        """A guest moves once, so those that two sweeps find moving have moved together at the moment between the two."""
+        libvirt = importlib.import_module("libvirt")  # needed for real hosts only
+        names = [host.name for host in hosts.lab.hosts if host.name != self._host]
+        connections = [libvirt.open(hosts.lab[name].libvirt_uri) for name in names]
+        try:
+            before: set[str] = set()
+            while True:
+                now = await asyncio.to_thread(lambda: {name for each in connections for name in _moving(each)})
+                self.most_by_hypervisor = max(self.most_by_hypervisor, len(before & now))
+                before = now
+                await asyncio.sleep(0.05)
+        finally:
+            for connection in connections:
+                connection.close()
+
+
+def _transfers(slot: admission_pb2.SlotHolder) -> bool:
+    incoming = slot.direction == admission_pb2.SLOT_DIRECTION_INCOMING
+    return incoming and not slot.waiting and slot.kind == admission_pb2.SLOT_KIND_TRANSFERRING
+
+
+def _moving(connection: Any) -> list[str]:
+    """Return the guests that run on this host and whose memory libvirt sends."""
+    libvirt = importlib.import_module("libvirt")
+    found = []
+    for domain in connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_RUNNING):
+        with contextlib.suppress(libvirt.libvirtError):  # it has just left, or does not answer in time
+            stats = domain.jobStats()
+            if stats.get("type", 0) and stats.get("memory_processed", 0) > 0 and stats.get("memory_remaining", 0) > 0:
+                found.append(domain.name())
+    return found
+
+
+__all__ = ["GUESTS", "HIGH", "LOW", "MEDIUM", "SETTINGS", "Leg", "Storm", "Watcher", "most_at_once", "set_limits", "slots_of"]
