@@ -30,8 +30,8 @@ QUEUED = (
 
 
 def assert_fair(order: Sequence[Leg], before: Sequence[Leg]) -> None:
-    """Assert that `order` is by importance, then by source (first the one whose last grant is the longest ago), then by age; `before`
-    were granted before, in this order.
+    """Assert that `order` is by importance, then by source (first the one whose last grant is the longest ago), then by age;
+    `before`: granted before, in this order.
     """
     left, granted = [leg for leg in QUEUED if leg in order], [leg.source for leg in before]
     for leg in order:
