@@ -12,25 +12,24 @@ from agent.handshake.drive.driver import PATIENCE, Driver
 from agent.handshake.drive.ends import Directory, Side
 from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.slots import slot_request
 from agent.handshake.drive.view import View
-from agent.handshake.machines.destination import DestinationState
-from agent.hypervisor.guest_fact import fact_of_description
+from agent.migration.choice import Choice, Chosen
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
-from agent.migration.planning import check_same_hosts, make_plan, resume_plan, same_guest
-from agent.migration.progress import describe, impossible, slot_waited_for
+from agent.migration.planning import resume_plan
+from agent.migration.progress import describe, impossible
 from agent.migration.sharing import Sharing
+from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
-from agent.migration.uptime import age_of
-from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, unless_cancelled
-from agent.migration.whereabouts import whereabouts
-from agent.runtime.backoff import OTHER_HOST, RESTART, SLOT, STORE, Clock, Pauses
+from agent.migration.waiting import WAITED_FOR
+from agent.runtime.backoff import OTHER_HOST, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
 from agent.runtime.wire import duration
-from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import admission_pb2
 
 log = structlog.get_logger()
 
@@ -42,13 +41,23 @@ class Runner:
     """Runs the drivers of a collection's entries. `on_told` is called after news of a driver were published."""
 
     def __init__(
-        self, directory: Directory, collection: Collection, on_told: Callable[[Entry], None], bus: Bus, clock: Clock
+        self,
+        name: str,
+        directory: Directory,
+        collection: Collection,
+        choice: Choice,
+        on_told: Callable[[Entry], None],
+        bus: Bus,
+        clock: Clock,
     ) -> None:
+        """`name`: the driver's."""
         self.draining = False
         """The process is stopping: no migration is started, and one that waits for its slot stays as it is, for the next life."""
+        self._name = name
         self._directory = directory
         self._collection = collection
         self.sharing = Sharing(collection, directory, clock)
+        self._slots = SlotTaker(directory, collection, choice, self.new_driver, self._update, lambda: self.draining, clock)
         self._on_told = on_told
         self._bus = bus
         self._clock = clock
@@ -57,17 +66,34 @@ class Runner:
         """Drive the entry, in a task of its own."""
         entry.task = supervise(f"drive {entry.migration.migration_id[:8]}", functools.partial(self._drive, entry), self._clock)
 
-    def driver(self, entry: Entry, source: Side, destination: Side, plan: Plan | None) -> Driver:
+    def new_driver(self, entry: Entry, chosen: Chosen) -> Driver:
+        """Return a driver that begins the entry's attempt."""
+        return self._driver(entry, chosen.ends.source, chosen.ends.destination, chosen.plan)
+
+    def _driver(self, entry: Entry, source: Side, destination: Side, plan: Plan) -> Driver:
         """Return a driver for the entry, with its cancellation and its statements."""
+        request = functools.partial(self._request, entry, plan)
         update = functools.partial(self._update, entry)
-        driver = Driver(entry.ref, source.handshake, destination.handshake, plan, update, self._bus, self._clock)
+        ends = source.handshake, destination.handshake
+        driver = Driver(entry.ref, *ends, plan, update, self._bus, self._clock, request)
         driver.calls.start = functools.partial(self.sharing.start, entry)
+        if entry.any_host:
+            driver.slots.may_have("destination")  # its choice has taken it
         entry.planned_at = self._clock.monotonic()
         if entry.cancelled is not None:
             driver.view.cancel(entry.cancelled)
         for statement in entry.migration.statements:
             driver.view.declare_dead(entry.side(statement.dead_host), statement)
         return driver
+
+    def _request(self, entry: Entry, plan: Plan, side: str) -> admission_pb2.AcquireSlotRequest:
+        """Return the request for a slot. That of a source has the migration, for its agent to go on with if this driver dies."""
+        request = slot_request(entry.migration.migration_id, side, plan)
+        request.importance, request.driver = entry.migration.settings.importance, self._name
+        if side == "source" and entry.unbegun:
+            request.pending.CopyFrom(entry.as_stored())
+            request.peer_agent = plan.destination_agent
+        return request
 
     async def _drive(self, entry: Entry) -> None:
         """Drive to the end. Without a driver (after a restart, a take-over, or a cancelled one), resume from the records."""
@@ -77,7 +103,7 @@ class Runner:
                 await self._take_up(entry)
             if entry.unbegun or (not entry.settled.is_set() and entry.needs_slot):
                 try:
-                    await self._take_slot(entry, patience=0.0 if begins else PATIENCE)
+                    await self._slots.take(entry, patience=0.0 if begins else PATIENCE)
                 except DroverError as error:
                     if not await self._is_driven_elsewhere(entry, error):
                         forget = begins and (not entry.slot_wait or error is entry.refusal)
@@ -108,7 +134,7 @@ class Runner:
 
     async def _resumed(self, entry: Entry) -> Driver:
         source, destination = await self._directory.ends(entry.migration)
-        return self.driver(entry, source, destination, resume_plan(entry.migration, source, destination))
+        return self._driver(entry, source, destination, resume_plan(entry.migration, source, destination))
 
     # ---- the slot: the guest is still untouched
 
@@ -137,107 +163,6 @@ class Runner:
             else:
                 return
 
-    async def _take_slot(self, entry: Entry, patience: float) -> None:
-        """Reserve the slot, with retries as long as the migration may wait for it, and for `patience` seconds unless the destination
-        is busy. Raises CANCELLED at once on request, else the last error. After HOST_UNREACHABLE, CANCELLED and DEADLINE_EXCEEDED
-        the slot may have been taken."""
-        if entry.refusal is not None:  # its first save failed
-            raise entry.refusal
-        clock, pauses = self._clock.monotonic, Pauses(SLOT, self._clock)
-        patient_until = clock() + patience
-        if entry.recovered and entry.slot_wait:
-            await Pauses(RESTART, self._clock).pause(entry.cancel_asked)
-        while True:
-            try:
-                await unless_cancelled(entry.cancel_asked, lambda: self._reserve(entry))
-            except DroverError as error:
-                entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
-                left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
-                if patience and not entry.unbegun and error.reason not in WAITED_FOR and await self._has_begun(entry):
-                    return
-                if left <= 0 or error.reason not in WAITED_FOR:
-                    raise
-                self._show_wait(entry, error)
-            else:
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await pauses.pause(entry.cancel_asked)
-            if self.draining:
-                entry.parked = True
-                self._collection.changed.ring()
-                await asyncio.Event().wait()  # until this task is cancelled
-
-    async def _has_begun(self, entry: Entry) -> bool:
-        """Return whether a migration of an earlier life is past its slot, from the destination's record, however long reading takes.
-        The guest may have left the source by this migration, and the source may have forgotten its record."""
-        if entry.driver is None or entry.cancel_asked.is_set():
-            return False
-        await unless_cancelled(entry.cancel_asked, entry.driver.resume)
-        return not entry.driver.view.untouched
-
-    async def _reserve(self, entry: Entry) -> None:
-        """Reserve the slot once, with a plan that is not old."""
-        if entry.recovered and not entry.slot_wait and (age := age_of(entry.migration)[0]) > LATEST_START:
-            text = f"the driver went away before it had a slot, and came back {age:.0f} s after the request, too late for a start "
-            raise DroverError(Reason.DRIVER_SILENT, f"{text}that may not wait. The guest was not touched; start a new migration")
-        if entry.lost_its_slot:
-            await self._next_attempt(entry)
-        try:
-            await (await self._ready(entry)).reserve()
-        except DroverError as error:
-            over = error.reason is Reason.WRONG_PHASE and error.metadata.get("state") == DestinationState.GONE
-            if not (over and (entry.recovered or entry.slot_asked)):
-                raise
-            # An earlier call took the slot, its answer was lost, and the lease has ended.
-            await self._next_attempt(entry)
-            await (await self._ready(entry)).reserve()
-
-    async def _ready(self, entry: Entry) -> Driver:
-        """Return a driver that can reserve the slot of the present attempt: the entry's, or one with a new plan."""
-        driver = entry.driver
-        old = self._clock.monotonic() - entry.planned_at > PLAN_SECONDS
-        if driver is None or old or not driver.calls.can_reserve or driver.view.ref.attempt != entry.migration.attempt:
-            driver = entry.driver = await self._planned_again(entry)
-        return driver
-
-    async def _next_attempt(self, entry: Entry) -> None:
-        """Save the migration with its next attempt, then publish it. What changes during a save, such as by a cancel, is kept."""
-        attempt = entry.migration.attempt + 1
-        self._collection.publish(entry, await entry.save_changed(lambda again: setattr(again, "attempt", attempt)))
-
-    async def _planned_again(self, entry: Entry) -> Driver:
-        """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
-        spec = same_guest(entry.migration)
-        try:
-            ends = await self._directory.find(spec)
-        except DroverError as error:
-            if error.reason is Reason.DOMAIN_NOT_FOUND:
-                self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
-            raise
-        self._publish_fact(entry, fact_of_description(ends.guest.domain))
-        plan, _ = make_plan(spec, ends, self._collection.network_uses(but=entry.migration.migration_id))
-        check_same_hosts(entry.migration, plan)
-        again = entry.changed_to(network=plan.network)
-        again.network_choice.CopyFrom(plan.network_choice)
-        again.options.CopyFrom(plan.options)
-        self._collection.publish(entry, again)
-        return self.driver(entry, ends.source, ends.destination, plan)
-
-    def _publish_fact(self, entry: Entry, fact: handshake_pb2.GuestFact) -> None:
-        """Publish what the source's hypervisor reports of the untouched guest; an empty fact: it does not know the guest."""
-        seen = entry.changed_to()
-        seen.source_guest.CopyFrom(fact)
-        seen.runs_on = whereabouts(seen).runs_on
-        self._collection.publish(entry, seen)
-
-    def _show_wait(self, entry: Entry, error: DroverError) -> None:
-        if entry.driver is not None:
-            if error.metadata.get("peer") == entry.migration.destination_host:
-                entry.driver.view.call_failed("destination", error)  # so far only a look for it has failed
-            entry.driver.view.waiting_for = slot_waited_for(entry.migration.destination_host, error)
-            self._update(entry)
-
     async def _end_without_slot(self, entry: Entry, error: DroverError, *, forget: bool) -> None:
         """End a migration that has no slot; `forget`: remove it unless it was cancelled. The end is saved before it is published, as
         no record holds it: a migration that was published as ended must not begin in the next life of this process."""
@@ -255,7 +180,12 @@ class Runner:
         if forget:
             await asyncio.sleep(0)  # lets its watches see its end
             self._collection.remove(entry.migration.migration_id)
+        answered = error.reason in (Reason.BUSY, Reason.HOST_CLOSED)  # by both hosts, so that this takes no time
+        if driver is not None and answered:
+            await driver.slots.release()
         entry.settled.set()
+        if driver is not None and not answered:
+            await driver.slots.release()
         # A repeated start with the id of a removed one resumes its slot.
         if driver is not None and (driver.may_hold_slot or entry.slot_asked) and not forget:
             await driver.give_back()

@@ -75,6 +75,10 @@ class Entry:
         """Its driver has stopped although it has not ended: its records contradict each other."""
         self.slot_asked = False
         """A call for the slot has had no answer: the destination may hold it."""
+        self.unsuitable: set[str] = set()
+        """Hosts that a migration to any host tries no more."""
+        self.advised_until = float("-inf")
+        """Until when the hosts that could take it need not be looked for again, by the clock's monotonic time."""
         self.planned_at = 0.0
         """When its driver was made, by the clock's monotonic time."""
         self.parked = False
@@ -124,6 +128,11 @@ class Entry:
     def slot_wait_left(self) -> float:
         """How many of these seconds are left; 0 or less: none."""
         return self.migration.settings.slot_wait.ToNanoseconds() / 1e9 - age_of(self.migration)[0]
+
+    @property
+    def any_host(self) -> bool:
+        """Whether its destination was chosen, and may change until it has its slot."""
+        return not self.migration.spec.destination_host
 
     @property
     def ref(self) -> handshake_pb2.AttemptRef:
@@ -192,6 +201,13 @@ class Entry:
         for name, value in fields.items():
             setattr(copy, name, value)
         return copy
+
+    def as_stored(self) -> pb.Migration:
+        """Return the migration without what changes while it waits."""
+        stored = self.changed_to(revision=0, waiting_for="", wait_reason=pb.WAIT_REASON_UNSPECIFIED)
+        stored.ClearField("wait")
+        del stored.silent_hosts[:]
+        return stored
 
     def not_in_doubt(self, host: str) -> DroverError:
         """Return the error for a statement about a host that is not in doubt."""

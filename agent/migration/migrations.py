@@ -16,13 +16,15 @@ from agent.handshake.drive.ends import Directory
 from agent.handshake.drive.view import statement_event
 from agent.handshake.host.records import timing_to_proto
 from agent.handshake.host.stopwatch import Stopwatch
+from agent.migration.choice import Choice
 from agent.migration.collection import Collection, life_of
 from agent.migration.driving import Runner
 from agent.migration.fencing import Fences, FencingConfig
 from agent.migration.migration import Entry, MigrationLog
-from agent.migration.planning import make_plan, planned
+from agent.migration.planning import planned
 from agent.migration.settings import check, check_downtime_kept, updated
 from agent.migration.uptime import uptime
+from agent.migration.waiting import check_wait_mode
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -64,7 +66,8 @@ class Migrations:
         self._kept = kept
         self.collection = Collection(name, bus)
         """To get, list and watch them."""
-        self.runner = Runner(directory, self.collection, self._fence_if_in_doubt, bus, clock)
+        self._choice = Choice(directory, self.collection, name)
+        self.runner = Runner(name, directory, self.collection, self._choice, self._fence_if_in_doubt, bus, clock)
         self._shares: asyncio.Task[None] | None = None
         self._starting: dict[str, _Starting] = {}
 
@@ -113,6 +116,7 @@ class Migrations:
 
     async def start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float = 0.0) -> pb.Migration:
         """See `MigrationService.StartMigration`. Goes on when the caller is cancelled; the migration is durable when it returns."""
+        check_wait_mode(spec.wait_mode, slot_wait)
         entry = self.collection.find(migration_id)
         if entry is None:
             if migration_id not in self._starting:
@@ -147,11 +151,10 @@ class Migrations:
     async def _start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float) -> Entry:
         """Query both hosts and plan, make the migration durable, and start its driver."""
         began, moment, watch = time.time(), uptime(), Stopwatch("plan")
-        ends = await self._directory.find(spec)
+        chosen = await self._choice.first(migration_id, spec, may_wait=bool(slot_wait))
         timing = timing_to_proto(watch.timing)
-        timing.hypervisor_duration.CopyFrom(ends.guest.hypervisor_duration)
-        plan, warnings = make_plan(spec, ends, self.collection.network_uses())
-        migration = planned(migration_id, spec, plan, warnings, ends.guest)
+        timing.hypervisor_duration.CopyFrom(chosen.ends.guest.hypervisor_duration)
+        migration = planned(migration_id, spec, chosen.plan, chosen.warnings, chosen.ends.guest)
         migration.timings.append(timing)
         migration.driver = self._name
         migration.create_uptime.CopyFrom(moment)
@@ -162,16 +165,19 @@ class Migrations:
         self.collection.number(migration)
         self.collection.planned[migration_id] = migration
         entry = Entry(migration, self._kept)
+        driver = entry.driver = self.runner.new_driver(entry, chosen)
+        if not slot_wait:
+            driver.slots.begin("source")  # while the migration is being saved
         try:
             await entry.save()
         except DroverError as error:
             if error.metadata.get("written") == "no":
+                await driver.slots.release()
                 raise
             entry.refusal, entry.ending = error, True  # a row may be there: its driver removes it before anything else
         except asyncio.CancelledError:
             await entry.remove()  # the save goes on without its caller
             raise
-        entry.driver = self.runner.driver(entry, ends.source, ends.destination, plan)
         self.collection.publish(entry, migration)
         self.runner.start(entry)
         return entry

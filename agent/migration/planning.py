@@ -101,21 +101,25 @@ def planned(
         settings=plan.settings,
         tenant=spec.tenant or guest.domain.settings.tenant,
         warnings=warnings,
-        waiting_for=slot_of(plan.destination_host),
+        waiting_for=f"an incoming slot of {plan.destination_host}",
         wait_reason=pb.WAIT_REASON_SLOT,
     )
     migration.runs_on = whereabouts(migration).runs_on
     return migration
 
 
-def slot_of(host: str) -> str:
-    return f"an incoming slot of {host}"
+def to_host(spec: pb.MigrationSpec, host: str) -> pb.MigrationSpec:
+    """Return the spec with a destination, for one that names none."""
+    named = pb.MigrationSpec()
+    named.CopyFrom(spec)
+    named.destination_host = host
+    return named
 
 
 def same_guest(migration: pb.Migration) -> pb.MigrationSpec:
-    """Return the spec for planning a migration again, for the same guest even if another has its name now."""
-    spec = pb.MigrationSpec()
-    spec.CopyFrom(migration.spec)
+    """Return the spec for planning a migration again, for the same guest even if another has its name now, and for the destination
+    that it has."""
+    spec = to_host(migration.spec, migration.spec.destination_host or migration.destination_host)
     spec.domain, spec.source_host = migration.domain_uuid, migration.source_host
     return spec
 

@@ -10,9 +10,9 @@ from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.facts import loss_of
 from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState
-from agent.migration.planning import slot_of
+from agent.migration.waits import wait_of, wait_reason, waiting_for
 from agent.migration.whereabouts import Place, said, whereabouts
-from agent.runtime.errors import DroverError, Reason, said_by_peer
+from agent.runtime.errors import Reason, said_by_peer
 from agent.runtime.failure import Failure, causes_first, failure_to_proto
 from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2
@@ -50,8 +50,11 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
     src, dst = view.source_state, view.destination_state
     migration = pb.Migration()
     migration.CopyFrom(before)
-    migration.waiting_for = "" if ended else _waiting_for(before, view)
-    migration.wait_reason = pb.WAIT_REASON_UNSPECIFIED if ended else _wait_reason(before, view)
+    migration.waiting_for = "" if ended else waiting_for(before, view)
+    migration.wait_reason = pb.WAIT_REASON_UNSPECIFIED if ended else wait_reason(before, view)
+    migration.ClearField("wait")
+    if not ended and (wait := wait_of(migration, view)) is not None:
+        migration.wait.CopyFrom(wait)
     migration.uri = view.uri or before.uri
     _copy_path(migration, view)
     del migration.silent_hosts[:]
@@ -124,46 +127,6 @@ def _statements(view: View) -> list[handshake_pb2.Statement]:
     """Return the statements made here, and those that a host has acted upon, which stay even if the other host answers again."""
     records = [record for record in (view.destination_record, view.source_record) if record is not None]
     return [*view.statements.values(), *(record.statement for record in records if record.HasField("statement"))]
-
-
-def _waiting_for(migration: pb.Migration, view: View) -> str:
-    if view.disputed:
-        here, there = migration.source_host, migration.destination_host
-        return (
-            f"{there} to give up its copy: it was declared dead, the guest goes on at {here}, and {there} reports that it runs "
-            f"there, too. The agent of {there} asks again within half a minute and stops that copy; "
-            f"`drover migration watch {migration.migration_id}` shows it"
-        )
-    if _waits_for_slot(migration, view):
-        return (view.waiting_for or slot_of(migration.destination_host))[:1000]
-    records = (view.source_record, view.destination_record)
-    waits = dict.fromkeys((view.waiting_for, *(record.waiting_for for record in records if record is not None)))
-    return "; ".join(wait for wait in waits if wait)[:1000]
-
-
-def _waits_for_slot(migration: pb.Migration, view: View) -> bool:
-    return view.untouched and migration.state in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING)
-
-
-def _wait_reason(migration: pb.Migration, view: View) -> pb.WaitReason.ValueType:
-    source, destination = view.source_record, view.destination_record
-    kinds = {
-        pb.WAIT_REASON_DISPUTED_COPY: view.disputed,
-        pb.WAIT_REASON_HOST_UNREACHABLE: view.silent_since,
-        pb.WAIT_REASON_SLOT: _waits_for_slot(migration, view),
-        pb.WAIT_REASON_DECISION: view.waiting_for and view.states == (Src.PERFORMED, Dst.ARMED),
-        pb.WAIT_REASON_HOST_NOT_READY: view.waiting_for,
-        pb.WAIT_REASON_SOURCE: source is not None and source.waiting_for,
-        pb.WAIT_REASON_DESTINATION: destination is not None and destination.waiting_for,
-    }
-    return next((reason for reason, waits in kinds.items() if waits), pb.WAIT_REASON_UNSPECIFIED)
-
-
-def slot_waited_for(host: str, error: DroverError) -> str:
-    """Return what a migration without a slot waits for, after an error."""
-    if error.reason is Reason.BUSY and error.metadata.get("limit") == "incoming":
-        return f"{slot_of(host)}: {error.metadata.get('in_use')} of {error.metadata.get('limit_value')} are taken"
-    return f"{error.message} (retrying)"
 
 
 def phase(src: Src | None, dst: Dst | None) -> str:

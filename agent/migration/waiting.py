@@ -1,11 +1,13 @@
-"""Rules of the wait for a slot."""
+"""Rules of the wait for slots."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
+from agent.migration.migration import Entry
 from agent.runtime.alongside import alongside
-from agent.runtime.errors import DroverError, Reason
+from agent.runtime.errors import DroverError, Reason, invalid_field
+from drover.agent.v1 import migration_pb2 as pb
 
 T = TypeVar("T")
 
@@ -15,10 +17,8 @@ LATEST_START: Final = 60.0
 PLAN_SECONDS: Final = 60.0
 """Age above which a plan is not used for another try: hosts and guest may have changed."""
 
-WAITED_FOR: Final = frozenset(
+AWAY: Final = frozenset(
     {
-        Reason.BUSY,
-        Reason.DOMAIN_BUSY,
         Reason.HOST_UNREACHABLE,
         Reason.DEADLINE_EXCEEDED,
         Reason.DRAINING,
@@ -27,7 +27,22 @@ WAITED_FOR: Final = frozenset(
         Reason.JOURNAL_UNAVAILABLE,
     }
 )
+"""Errors of a host that cannot take part now."""
+
+WAITED_FOR: Final = AWAY | {Reason.BUSY, Reason.DOMAIN_BUSY}
 """Errors after which a migration that may wait for its slot tries again."""
+
+_WAITS: Final = frozenset({pb.WAIT_MODE_WAIT, pb.WAIT_MODE_HYBRID})
+
+
+def check_wait_mode(mode: pb.WaitMode.ValueType, slot_wait: float) -> None:
+    """Raise INVALID_FIELD for a mode that does not go with `slot_wait`, or is not known."""
+    if mode not in pb.WaitMode.values():
+        raise invalid_field("spec.wait_mode", f"{mode} is no wait mode; nothing was done")
+    if mode in _WAITS and slot_wait <= 0:
+        raise invalid_field("slot_wait", f"{pb.WaitMode.Name(mode)} needs how long to wait; nothing was done")
+    if mode == pb.WAIT_MODE_FAIL_FAST and slot_wait:
+        raise invalid_field("slot_wait", "WAIT_MODE_FAIL_FAST does not wait: leave it unset; nothing was done")
 
 
 async def unless_cancelled(event: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -38,3 +53,16 @@ async def unless_cancelled(event: asyncio.Event, work: Callable[[], Coroutine[An
             if task.done():
                 return task.result()
     raise DroverError(Reason.CANCELLED, "cancelled on request")
+
+
+async def while_it_may_wait(entry: Entry, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Return what `work` returns. Raises TimeoutError, and ends `work`, once a migration that may wait has waited for as long as it
+    may, by its settings of that moment."""
+    async with alongside(work()) as task:
+        while not task.done():
+            left = entry.slot_wait_left if entry.slot_wait else None
+            if left is not None and left <= 0:
+                raise TimeoutError
+            async with alongside(entry.settings_changed.next.wait()) as changed:
+                await asyncio.wait({task, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        return task.result()

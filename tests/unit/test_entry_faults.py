@@ -274,7 +274,7 @@ async def test_7_a_cancel_after_a_slot_was_lost_ends_as_cancelled(driving: Drivi
 
 
 async def test_7_a_slot_that_may_be_held_is_given_back_after_another_plan(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
     pair = driving.pair
     pair.to_destination.lose_answer["reserve_slot"] = 1
     pair.to_destination.on_call = lambda _: pair.source.hypervisor.domains.clear() if slots_taken(pair) else None
@@ -286,7 +286,7 @@ async def test_7_a_slot_that_may_be_held_is_given_back_after_another_plan(drivin
 async def test_7_a_long_wait_plans_again(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     await waiting(driving)
     driving.pair.source.hypervisor.change(UUID, memory_bytes=1 << 40)
-    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
     planned = driving.directory.asked
     await until(lambda: driving.directory.asked >= planned + 2)
     driving.pair.destination.engine.slots.limit = 1
@@ -296,7 +296,7 @@ async def test_7_a_long_wait_plans_again(driving: Driving, monkeypatch: pytest.M
 
 async def test_7_a_guest_that_is_gone_ends_the_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     await waiting(driving)
-    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
     driving.pair.source.hypervisor.domains.clear()
     ended = await driving.ended(ID)
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.DOMAIN_NOT_FOUND)
@@ -304,7 +304,7 @@ async def test_7_a_guest_that_is_gone_ends_the_wait(driving: Driving, monkeypatc
 
 async def test_7_a_destination_that_gives_no_plan_is_shown_as_silent(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     await waiting(driving)
-    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
     driving.directory.fails = [DroverError(Reason.HOST_UNREACHABLE, "h2 does not answer", metadata={"peer": "h2"})] * 1000
     await until(lambda: driving.migrations.collection.get(ID).migration.wait_reason == pb.WAIT_REASON_HOST_UNREACHABLE)
     assert list(driving.migrations.collection.get(ID).migration.silent_hosts) == ["h2"]
@@ -333,7 +333,7 @@ async def test_7_a_guest_that_left_during_the_wait_is_not_said_to_run_here(
 ) -> None:
     """Another migration may have moved it: nobody may be told to start it again."""
     await waiting(driving)
-    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
     driving.pair.source.hypervisor.domains.clear()
     ended = await driving.ended(ID)
     assert (ended.failure.reason, ended.runs_on) == (Reason.DOMAIN_NOT_FOUND, "")
@@ -344,7 +344,7 @@ async def test_7_a_guest_that_was_shut_down_during_the_wait_is_not_said_to_run(
     driving: Driving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await waiting(driving)
-    monkeypatch.setattr(agent.migration.driving, "PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
     driving.pair.source.hypervisor.change(UUID, state=DomainState.SHUTOFF, reason="shutdown")
     ended = await driving.ended(ID)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, "")

@@ -30,8 +30,8 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.intact import add_functions
 from agent.runtime.wire import methods_of
+from drover.agent.v1 import admission_pb2, host_pb2
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2
 from tests.unit.asking import ADDRESSES, ID, PATIENCE, REF, make_plan, until
 from tests.unit.clocks import QUICK
 from tests.unit.fake_hypervisor import FEATURES, FakeHypervisor, Wire, guest
@@ -258,6 +258,12 @@ class Line:
         if name not in CALLS:
             raise AttributeError(name)
         return functools.partial(self._call, name)
+
+    async def acquire_slot(self, request: admission_pb2.AcquireSlotRequest) -> admission_pb2.AcquireSlotResponse:
+        raise DroverError(Reason.UNIMPLEMENTED, "an older agent")
+
+    async def release_slot(self, request: admission_pb2.ReleaseSlotRequest) -> admission_pb2.ReleaseSlotResponse:
+        raise DroverError(Reason.UNIMPLEMENTED, "an older agent")
 
     async def get_host(self, request: host_pb2.GetHostRequest) -> host_pb2.GetHostResponse:
         if self.cut:

@@ -6,13 +6,16 @@ silent. It keeps nothing that is needed for safety: it may be stopped anywhere, 
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Final
 
 import structlog
 
 from agent.handshake.drive.calls import Calls, NotCalledError
 from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.reader import Reader
+from agent.handshake.drive.slots import TRANSFERRING, BothSlots, Request, slot_request
 from agent.handshake.drive.view import Parties, StateUnknownError, View
 from agent.handshake.host.peer import HandshakePeer
 from agent.handshake.machines.decide import Call, decide
@@ -51,7 +54,7 @@ _MAY_BE_REFUSED: Final = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE, Call
 _SOURCE_CALLS: Final = frozenset({Call.BEGIN, Call.PERFORM, Call.ABORT, Call.CONFIRM_RUNNING, Call.CONFIRM_GONE})
 
 
-class Driver:
+class Driver(Reader):
     """The driver of one attempt. `on_change` is called after every change of what it knows. `plan`: None for a driver that takes
     over, which can make none of the calls before Perform."""
 
@@ -64,21 +67,22 @@ class Driver:
         on_change: Callable[[], None],
         bus: Bus,
         clock: Clock = SYSTEM_CLOCK,
+        request: Request | None = None,
     ) -> None:
+        """`request`: the request for a slot of a side, if it has more than the plan says."""
         parties = Parties(plan.source_host, plan.destination_host, plan.domain_uuid) if plan is not None else None
-        self.view = View(ref, parties, on_change, bus)
-        self.calls = Calls(self.view, source, destination, plan)
+        view = View(ref, parties, on_change, bus)
+        super().__init__(view, Calls(view, source, destination, plan), source, destination, clock)
+        request = request or functools.partial(slot_request, ref.migration_id, plan=plan)
+        self.slots = BothSlots(source, destination, request, self.view.waits, clock)
         self._bus = bus
         self._decided: frozenset[Call] = frozenset()
-        self.clock = clock
         self._pauses = {side: Pauses(OTHER_HOST, clock) for side in ("source", "destination")}
         """Before a side is called again after an error."""
         self._soon = Pauses(ANSWERED, clock)
         self._stalled: asyncio.TimerHandle | None = None
         self._is_stalled = False
         self._slot_asked = False
-        self._source = source
-        self._destination = destination
 
     # ---- the loop
 
@@ -97,6 +101,16 @@ class Driver:
         self.view.waiting_for = ""
         failpoint("driver", Call.RESERVE, "after")
 
+    async def reserve_at_once(self) -> None:
+        """Take the source's slot, then reserve the destination's, without waiting. Raises a refusal as it is; then the destination
+        has no slot for it."""
+        try:
+            await self.slots.take("source", TRANSFERRING)
+        except DroverError as error:
+            self.view.call_failed("source", error)
+            raise
+        await self.reserve()
+
     @property
     def may_hold_slot(self) -> bool:
         """Whether the destination may hold a slot of which this driver has no answer."""
@@ -106,46 +120,6 @@ class Driver:
         """Give up a slot that may have been taken. On an error, its lease ends it."""
         with contextlib.suppress(DroverError):
             await self.calls.abandon(source_kept=False)
-
-    async def resume(self, *, pending: bool = False) -> None:
-        """Read both records first, however long it takes: another driver, or this one before a restart, has begun the attempt. Both
-        are read again until both are known, since one side goes on while the other is silent. `pending`: it is enough to know that
-        the source has none, as the guest is untouched then.
-        """
-        pauses = Pauses(OTHER_HOST, self.clock)
-        while True:
-            looked = await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
-            if all(looked) or self.view.ended:  # the record of a source that has removed its copy is enough
-                return
-            if pending and self.view.source_record is None and "source" not in self.view.silent_since:
-                return
-            await pauses.pause()
-
-    async def is_past_its_slot(self) -> bool:
-        """Ask the destination once. Return whether a driver of this attempt has prepared the guest's copy there, or more."""
-        with contextlib.suppress(DroverError):
-            await self._look("destination")
-        return self.view.destination_state not in (None, Dst.RESERVED, Dst.GONE)
-
-    async def _try_to_look(self, side: str) -> bool:
-        """Read a side's record. Return whether enough is known of it to go on: the record, or a statement that it is dead."""
-        try:
-            await self._look(side)
-        except DroverError as error:
-            self.view.call_failed(side, error)
-            return side in self.view.silent_since and side in self.view.statements
-        return True
-
-    async def answers(self, side: str) -> bool:
-        """Ask a side now, and the source too if the destination is silent. Return whether it answers, with an error or not, whether
-        the source hears it, or whether the attempt has ended.
-        """
-        await self._try_to_look(side)
-        if side == "destination" and side in self.view.silent_since:
-            with contextlib.suppress(DroverError):
-                await self._look("source")
-            await self._ask_the_source()
-        return side not in self.view.silent_since or self.view.is_reported_alive(side) or self.view.ended
 
     async def run(self) -> None:
         """Drive until both records have ended and agree, or turn out to be of another migration (`foreign`). Cancelling this
@@ -223,12 +197,17 @@ class Driver:
         """Make one call. An error is not raised; it changes what is known."""
         call = self.calls.due(call)
         side = "source" if call in _SOURCE_CALLS else "destination"
-        failpoint("driver", call, "before")
         try:
+            if call is Call.PERFORM and self.view.source_state is Src.BEGUN:
+                await self.slots.right_to_transfer(self.view.source_record, self.view.destination_record)
+                if self.view.cancelling:
+                    return
+            failpoint("driver", call, "before")
             await self.calls.make(call)
             failpoint("driver", call, "after")
         except DroverError as error:
             message = cut(error.message, 1024)
+            side, self.slots.at = self.slots.at or side, ""
             self._bus.publish(CallFailed(*self.view.about, call=call, side=side, reason=error.reason, message=message))
             await self._failed(call, side, error)
         else:
@@ -260,36 +239,6 @@ class Driver:
             await self._look(side)
         if "destination" in self.view.silent_since:
             await self._ask_the_source()
-
-    async def _ask_the_source(self) -> None:
-        """Call Confirm at the source. It may reach a destination that this driver cannot reach, and then obeys its decision."""
-        if self.view.source_state is not Src.PERFORMED:
-            return
-        try:
-            await self.calls.confirm(pb.DECISION_RUNNING)
-        except DroverError as error:
-            self.view.call_failed("source", error)
-            if error.metadata.get("answers") == "yes":
-                self.view.reported_alive("destination")
-
-    @property
-    def _sides(self) -> Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]]:
-        return {
-            "source": (self._source, self.view.saw_source),
-            "destination": (self._destination, self.view.saw_destination),
-        }
-
-    async def _look(self, side: str) -> None:
-        """Read a side's record; it may have none. Raises `DroverError`."""
-        peer, saw = self._sides[side]
-        try:
-            saw((await peer.get_record(pb.GetRecordRequest(ref=self.view.ref))).record)
-        except DroverError as error:
-            if error.reason is Reason.STALE_ATTEMPT:
-                self.view.overtaken.add(side)
-            elif error.reason is not Reason.RECORD_NOT_FOUND:
-                raise
-            self.view.answered(side)
 
     def _followed(self) -> list[str]:
         """Return the sides to watch now: those that no call is made to while the other side works, and a source that sends."""

@@ -14,6 +14,7 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus, StatementChanged
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import migration_pb2
 
 _LEFT: Final = frozenset({Src.PERFORMED, Src.LOST, Src.REMOVING, Src.REMOVED, Src.RESUMING})
 """States in which the guest does not run at the source any more, or not yet again."""
@@ -70,6 +71,10 @@ class View:
         self.failure: Failure | None = None
         self.cancelling = False
         self.waiting_for = ""
+        self.wait: migration_pb2.Wait | None = None
+        """The slot that it waits for; None: none."""
+        self.alternatives: tuple[str, ...] = ()
+        """Hosts that could take the guest now, while it waits for a slot."""
         self.silent_since: dict[str, float] = {}
         """Sides that do not answer at all, with the time of the first missed answer by `time.monotonic`."""
         self.overtaken: set[str] = set()
@@ -162,6 +167,12 @@ class View:
     def _changed(self) -> None:
         self.news.set()
         self._on_change()
+
+    def waits(self, wait: migration_pb2.Wait | None) -> None:
+        """Note the slot that it waits for; None: it waits no more."""
+        if wait != self.wait:
+            self.wait = wait
+            self._on_change()
 
     def saw_source(self, record: pb.Record) -> None:
         """Take an answer of the source. Keeps the newest revision of its record. Raises `StateUnknownError`."""

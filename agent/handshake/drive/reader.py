@@ -1,0 +1,95 @@
+"""Reads the records of both hosts of an attempt for its driver."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+
+from agent.handshake.drive.calls import Calls
+from agent.handshake.drive.view import View
+from agent.handshake.host.peer import HandshakePeer
+from agent.handshake.machines.destination import DestinationState as Dst
+from agent.handshake.machines.source import SourceState as Src
+from agent.runtime.backoff import OTHER_HOST, Clock, Pauses
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2 as pb
+
+
+class Reader:
+    """The part of a driver that asks both hosts for their records, and tells its view."""
+
+    def __init__(self, view: View, calls: Calls, source: HandshakePeer, destination: HandshakePeer, clock: Clock) -> None:
+        self.view = view
+        self.calls = calls
+        self.clock = clock
+        self._source = source
+        self._destination = destination
+
+    async def resume(self, *, pending: bool = False) -> None:
+        """Read both records first, however long it takes: another driver, or this one before a restart, has begun the attempt. Both
+        are read again until both are known, since one side goes on while the other is silent. `pending`: it is enough to know that
+        the source has none, as the guest is untouched then.
+        """
+        pauses = Pauses(OTHER_HOST, self.clock)
+        while True:
+            looked = await asyncio.gather(*(self._try_to_look(side) for side in self._sides))
+            if all(looked) or self.view.ended:  # the record of a source that has removed its copy is enough
+                return
+            if pending and self.view.source_record is None and "source" not in self.view.silent_since:
+                return
+            await pauses.pause()
+
+    async def is_past_its_slot(self) -> bool:
+        """Ask the destination once. Return whether a driver of this attempt has prepared the guest's copy there, or more."""
+        with contextlib.suppress(DroverError):
+            await self._look("destination")
+        return self.view.destination_state not in (None, Dst.RESERVED, Dst.GONE)
+
+    async def _try_to_look(self, side: str) -> bool:
+        """Read a side's record. Return whether enough is known of it to go on: the record, or a statement that it is dead."""
+        try:
+            await self._look(side)
+        except DroverError as error:
+            self.view.call_failed(side, error)
+            return side in self.view.silent_since and side in self.view.statements
+        return True
+
+    async def answers(self, side: str) -> bool:
+        """Ask a side now, and the source too if the destination is silent. Return whether it answers, with an error or not, whether
+        the source hears it, or whether the attempt has ended.
+        """
+        await self._try_to_look(side)
+        if side == "destination" and side in self.view.silent_since:
+            with contextlib.suppress(DroverError):
+                await self._look("source")
+            await self._ask_the_source()
+        return side not in self.view.silent_since or self.view.is_reported_alive(side) or self.view.ended
+
+    async def _ask_the_source(self) -> None:
+        """Call Confirm at the source. It may reach a destination that this driver cannot reach, and then obeys its decision."""
+        if self.view.source_state is not Src.PERFORMED:
+            return
+        try:
+            await self.calls.confirm(pb.DECISION_RUNNING)
+        except DroverError as error:
+            self.view.call_failed("source", error)
+            if error.metadata.get("answers") == "yes":
+                self.view.reported_alive("destination")
+
+    @property
+    def _sides(self) -> Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]]:
+        return {
+            "source": (self._source, self.view.saw_source),
+            "destination": (self._destination, self.view.saw_destination),
+        }
+
+    async def _look(self, side: str) -> None:
+        """Read a side's record; it may have none. Raises `DroverError`."""
+        peer, saw = self._sides[side]
+        try:
+            saw((await peer.get_record(pb.GetRecordRequest(ref=self.view.ref))).record)
+        except DroverError as error:
+            if error.reason is Reason.STALE_ATTEMPT:
+                self.view.overtaken.add(side)
+            elif error.reason is not Reason.RECORD_NOT_FOUND:
+                raise
+            self.view.answered(side)

@@ -1,0 +1,155 @@
+"""The choice of the destination of a migration to any host: candidates are planned and asked for a slot in their order."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+from typing import Final
+
+from agent.handshake.drive.ends import Directory, Ends
+from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.slots import PREPARED, TRANSFERRING, slot_request
+from agent.migration.collection import Collection
+from agent.migration.planning import make_plan, to_host
+from agent.migration.waiting import AWAY
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import admission_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+NOT_THIS_HOST: Final = AWAY | {
+    Reason.BUSY,
+    Reason.HOST_CLOSED,
+    Reason.HOST_NOT_FOUND,
+    Reason.SAME_HOST,
+    Reason.DOMAIN_EXISTS,
+    Reason.INCOMPATIBLE_GUEST,
+    Reason.OPTION_UNSUPPORTED,
+    Reason.BANDWIDTH_UNSUPPORTED,
+    Reason.BANDWIDTH_INSUFFICIENT,
+    Reason.PROTOCOL_MISMATCH,
+    Reason.SPLIT_PHASES_MISSING,
+    Reason.NETWORK_NOT_FOUND,
+    Reason.NETWORK_FORBIDDEN,
+    Reason.URI_NOT_ALLOWED,
+}
+"""Errors of one destination, after which another one may do."""
+
+_FULL: Final = frozenset({Reason.BUSY, Reason.OVERLOADED})
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A destination, with the plan for it."""
+
+    ends: Ends
+    plan: Plan
+    warnings: list[str]
+
+
+class Choice:
+    """Chooses among the candidates of a directory, for the driver of that name; plans beside the migrations of a collection."""
+
+    def __init__(self, directory: Directory, collection: Collection, driver: str) -> None:
+        self._directory = directory
+        self._collection = collection
+        self._driver = driver
+
+    async def plan(self, migration_id: str, spec: pb.MigrationSpec, found: Ends | None = None) -> Chosen:
+        """Plan a migration to the destination that the spec names. `found`: its ends, if they were queried. Raises as
+        `Directory.find` and `make_plan`."""
+        ends = found or await self._directory.find(spec)
+        return Chosen(ends, *make_plan(spec, ends, self._collection.network_uses(but=migration_id)))
+
+    async def first(self, migration_id: str, spec: pb.MigrationSpec, *, may_wait: bool) -> Chosen:
+        """Return the named destination, or choose one. Raises as `plan` and `choose`."""
+        if spec.destination_host:
+            return await self.plan(migration_id, spec)
+        return await self.choose(migration_id, spec, may_wait=may_wait)
+
+    async def choose(
+        self,
+        migration_id: str,
+        spec: pb.MigrationSpec,
+        *,
+        may_wait: bool,
+        without: Container[str] = (),
+    ) -> Chosen:
+        """Return the first candidate that gives a slot; with `may_wait`, if all are busy, the best one. Hosts in `without` are left
+        out.
+
+        Raises BUSY (all are), NO_HOST (none can take the guest), and errors of the source and the guest."""
+        best: Chosen | None = None
+        kind = PREPARED if may_wait else TRANSFERRING
+        refused: dict[str, DroverError] = {}
+        for candidate in await self._directory.candidates(spec):
+            if candidate.name in without:
+                continue
+            chosen = None
+            try:
+                chosen = await self.plan(migration_id, to_host(spec, candidate.name))
+                await self._take(migration_id, spec, chosen, kind)
+            except DroverError as error:
+                if error.reason not in NOT_THIS_HOST:
+                    raise
+                refused[candidate.name] = error
+                if error.reason in _FULL:
+                    best = best or chosen
+            else:
+                return chosen
+        if best is not None and may_wait:
+            return best
+        raise _none_of(refused)
+
+    async def free(self, migration_id: str, spec: pb.MigrationSpec, without: Container[str]) -> Chosen | None:
+        """Return a candidate that has given a slot to a migration that waits, among those with one by their last report; None if
+        there is none."""
+        try:
+            candidates = await self._directory.candidates(spec)
+        except DroverError as error:
+            if error.reason in NOT_THIS_HOST | {Reason.NO_HOST}:
+                return None
+            raise
+        for candidate in candidates:
+            if candidate.free and candidate.name not in without:
+                try:
+                    chosen = await self.plan(migration_id, to_host(spec, candidate.name))
+                    await self._take(migration_id, spec, chosen, PREPARED)
+                except DroverError as error:
+                    if error.reason not in NOT_THIS_HOST:
+                        raise
+                else:
+                    return chosen
+        return None
+
+    async def alternatives(self, spec: pb.MigrationSpec, host: str) -> tuple[str, ...]:
+        """Return hosts that could take the guest now in place of `host`, at most 8, by their last reports. Raises nothing: they are
+        advice."""
+        try:
+            candidates = await self._directory.candidates(spec)
+        except DroverError:
+            return ()
+        return tuple(each.name for each in candidates if each.free and each.name != host)[:8]
+
+    async def _take(self, migration_id: str, spec: pb.MigrationSpec, chosen: Chosen, kind: admission_pb2.SlotKind.ValueType) -> None:
+        request = slot_request(migration_id, "destination", chosen.plan)
+        request.kind, request.importance, request.driver = kind, spec.importance, self._driver
+        try:
+            await chosen.ends.destination.handshake.acquire_slot(request)
+        except DroverError as error:
+            if error.reason is not Reason.UNIMPLEMENTED:  # an older agent: ReserveSlot will say
+                raise
+
+
+def _none_of(refused: dict[str, DroverError]) -> DroverError:
+    """Return the error where no candidate took the guest."""
+    why = "; ".join(f"{host}: {error.message}" for host, error in refused.items())
+    busy = {host: error for host, error in refused.items() if error.reason is Reason.BUSY}
+    if busy:
+        retry = min((error.retry_after for error in busy.values() if error.retry_after is not None), default=None)
+        first = next(iter(busy.values()))
+        return DroverError(
+            Reason.BUSY,
+            f"no host can take the guest now ({why}). Nothing was done to the guest; try again later, or wait with --wait",
+            metadata={**first.metadata, "hosts": ",".join(busy)},
+            retry_after=retry,
+        )
+    text = f"no host can take the guest: {why or 'every other host is silent, closed or cordoned'}. Nothing was done to the guest"
+    return DroverError(Reason.NO_HOST, text[:2000], metadata={"hosts": ",".join(refused)} if refused else {})

@@ -1,0 +1,274 @@
+"""The slots of a migration whose guest is still untouched: they are taken at once, or waited for, at the named host or at any."""
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Final
+
+from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.ends import Directory
+from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.slots import PREPARED
+from agent.handshake.machines.destination import DestinationState
+from agent.hypervisor.guest_fact import fact_of_description
+from agent.migration.choice import NOT_THIS_HOST, Choice, Chosen
+from agent.migration.collection import Collection
+from agent.migration.migration import Entry
+from agent.migration.planning import check_same_hosts, same_guest
+from agent.migration.uptime import age_of
+from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, unless_cancelled, while_it_may_wait
+from agent.migration.waits import error_waited_for, out_of_time
+from agent.migration.whereabouts import whereabouts
+from agent.runtime.backoff import SLOT, Clock, Pauses
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+
+ADVICE_SECONDS: Final = 10.0
+"""How long the hosts are shown that could take the guest in place of the one at which it waits: to find them costs calls."""
+
+MakeDriver = Callable[[Entry, Chosen], Driver]
+
+
+class _PlanAgain(Exception):  # noqa: N818 - no error
+    """The wait goes on with another driver: its plan was old, or its destination has changed."""
+
+
+class SlotTaker:
+    """Takes the slots of a collection's entries. `update` publishes what an entry's driver knows. `draining`: whether the process
+    stops, so that nothing new begins."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        collection: Collection,
+        choice: Choice,
+        make_driver: MakeDriver,
+        update: Callable[[Entry], None],
+        draining: Callable[[], bool],
+        clock: Clock,
+    ) -> None:
+        self._directory = directory
+        self._collection = collection
+        self._choice = choice
+        self._make_driver = make_driver
+        self._update = update
+        self._draining = draining
+        self._clock = clock
+
+    async def take(self, entry: Entry, patience: float) -> None:
+        """Take both slots, and reserve the destination's: with retries as long as the migration may wait, and for `patience` seconds
+        unless a host is busy. Raises CANCELLED at once on request, else the last error. After HOST_UNREACHABLE, CANCELLED and
+        DEADLINE_EXCEEDED the slots may have been taken."""
+        if entry.refusal is not None:  # its first save failed
+            raise entry.refusal
+        clock, pauses, last = self._clock.monotonic, Pauses(SLOT, self._clock), None
+        patient_until = clock() + patience
+        while True:
+            try:
+                await unless_cancelled(entry.cancel_asked, lambda: while_it_may_wait(entry, lambda: self._once(entry)))
+            except _PlanAgain:
+                continue
+            except TimeoutError:
+                raise self._out_of_time(entry, last) from None
+            except DroverError as error:
+                last = error
+                entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
+                left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
+                if patience and not entry.unbegun and error.reason not in WAITED_FOR and await self._has_begun(entry):
+                    return
+                if await self._goes_elsewhere(entry, error):
+                    continue
+                if left <= 0 or error.reason not in WAITED_FOR:
+                    raise await self._with_alternatives(entry, error) from None
+                self._show_wait(entry, error)
+            else:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await pauses.pause(entry.cancel_asked)
+            await self._park_if_draining(entry)
+
+    async def _once(self, entry: Entry) -> None:
+        """Take the slots once, with a plan that is not old."""
+        if entry.recovered and not entry.slot_wait and (age := age_of(entry.migration)[0]) > LATEST_START:
+            text = f"the driver went away before it had a slot, and came back {age:.0f} s after the request, too late for a start "
+            raise DroverError(Reason.DRIVER_SILENT, f"{text}that may not wait. The guest was not touched; start a new migration")
+        if entry.lost_its_slot:
+            await self._next_attempt(entry)
+        try:
+            await self._reserve(entry)
+        except DroverError as error:
+            over = error.reason is Reason.WRONG_PHASE and error.metadata.get("state") == DestinationState.GONE
+            if not (over and (entry.recovered or entry.slot_asked)):
+                raise
+            # An earlier call took the slot, its answer was lost, and the lease has ended.
+            await self._next_attempt(entry)
+            await self._reserve(entry)
+
+    async def _reserve(self, entry: Entry) -> None:
+        driver = await self._ready(entry)
+        if not entry.slot_wait:
+            await driver.reserve_at_once()
+            return
+        if entry.recovered:
+            await self._check_not_driven_elsewhere(driver)
+        await driver.slots.acquire(PREPARED, functools.partial(self._meanwhile, entry, driver))
+        await self._park_if_draining(entry)
+        await driver.reserve()
+
+    async def _meanwhile(self, entry: Entry, driver: Driver) -> None:
+        """Do what is to be done now and then while it waits. Raises `_PlanAgain`."""
+        await self._park_if_draining(entry)
+        if driver.slots.other_driver:
+            await self._check_not_driven_elsewhere(driver)
+        if self._is_old(entry):
+            raise _PlanAgain
+        if entry.any_host and not driver.slots.other_driver:
+            without = {entry.migration.destination_host, *entry.unsuitable}
+            chosen = await self._choice.free(entry.migration.migration_id, same_guest(entry.migration), without)
+            if chosen is not None:
+                await self._move(entry, chosen)
+                raise _PlanAgain
+        elif self._clock.monotonic() >= entry.advised_until:
+            entry.advised_until = self._clock.monotonic() + ADVICE_SECONDS
+            driver.view.alternatives = await self._alternatives(entry)
+
+    @staticmethod
+    async def _check_not_driven_elsewhere(driver: Driver) -> None:
+        """Raise WRONG_PHASE if another driver is past the slots: there is nothing to wait for."""
+        if await driver.is_past_its_slot():
+            raise DroverError(Reason.WRONG_PHASE, "another driver has the slots of this migration, and goes on with it")
+
+    async def _park_if_draining(self, entry: Entry) -> None:
+        """Wait until this task is cancelled if the process stops: the next life goes on."""
+        if self._draining():
+            entry.parked = True
+            self._collection.changed.ring()
+            await asyncio.Event().wait()
+
+    # ---- plans
+
+    def _is_old(self, entry: Entry) -> bool:
+        return self._clock.monotonic() - entry.planned_at > PLAN_SECONDS
+
+    async def _ready(self, entry: Entry) -> Driver:
+        """Return a driver that can reserve the slot of the present attempt: the entry's, or one with a new plan."""
+        driver = entry.driver
+        if (
+            driver is None
+            or self._is_old(entry)
+            or not driver.calls.can_reserve
+            or driver.view.ref.attempt != entry.migration.attempt
+        ):
+            driver = entry.driver = await self._planned_again(entry)
+        return driver
+
+    async def _next_attempt(self, entry: Entry, plan: Plan | None = None) -> None:
+        """Save the migration with its next attempt, and with a new plan if there is one, then publish it. What changes during a
+        save, such as by a cancel, is kept."""
+        attempt = entry.migration.attempt + 1
+
+        def change(again: pb.Migration) -> None:
+            again.attempt = attempt
+            if plan is not None:
+                _put_plan(again, plan)
+
+        self._collection.publish(entry, await entry.save_changed(change))
+
+    async def _planned_again(self, entry: Entry) -> Driver:
+        """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
+        spec = same_guest(entry.migration)
+        try:
+            ends = await self._directory.find(spec)
+        except DroverError as error:
+            if error.reason is Reason.DOMAIN_NOT_FOUND:
+                self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
+            raise
+        self._publish_fact(entry, fact_of_description(ends.guest.domain))
+        chosen = await self._choice.plan(entry.migration.migration_id, spec, ends)
+        check_same_hosts(entry.migration, chosen.plan)
+        again = entry.changed_to()
+        _put_plan(again, chosen.plan)
+        self._collection.publish(entry, again)
+        return self._make_driver(entry, chosen)
+
+    def _publish_fact(self, entry: Entry, fact: handshake_pb2.GuestFact) -> None:
+        """Publish what the source's hypervisor reports of the untouched guest; an empty fact: it does not know the guest."""
+        seen = entry.changed_to()
+        seen.source_guest.CopyFrom(fact)
+        seen.runs_on = whereabouts(seen).runs_on
+        self._collection.publish(entry, seen)
+
+    # ---- any host
+
+    async def _goes_elsewhere(self, entry: Entry, error: DroverError) -> bool:
+        """After an error of the destination of a migration to any host: choose another one. Return whether there is one."""
+        driver = entry.driver
+        if not entry.any_host or driver is None or driver.slots.at == "source" or not driver.view.untouched:
+            return False
+        if error.reason not in NOT_THIS_HOST or (error.reason is Reason.BUSY and entry.slot_wait):
+            return False
+        entry.unsuitable.add(entry.migration.destination_host)
+        spec, may_wait = same_guest(entry.migration), bool(entry.slot_wait)
+        try:
+            chosen = await self._choice.choose(entry.migration.migration_id, spec, may_wait=may_wait, without=entry.unsuitable)
+        except DroverError:
+            return False
+        await self._move(entry, chosen)
+        return True
+
+    async def _move(self, entry: Entry, chosen: Chosen) -> None:
+        """Make `chosen` the destination, as the next attempt: the old one may have a slot of the present attempt, of which no answer
+        came. Nothing but slots was asked so far."""
+        before = entry.driver
+        await self._next_attempt(entry, chosen.plan)
+        entry.driver = self._make_driver(entry, chosen)
+        if before is not None:
+            await before.slots.release("destination")
+            if before.may_hold_slot:
+                await before.give_back()
+            entry.slot_asked = False
+
+    # ---- what it waits for
+
+    async def _has_begun(self, entry: Entry) -> bool:
+        """Return whether a migration of an earlier life is past its slot, from the destination's record, however long reading takes.
+        The guest may have left the source by this migration, and the source may have forgotten its record."""
+        if entry.driver is None or entry.cancel_asked.is_set():
+            return False
+        await unless_cancelled(entry.cancel_asked, entry.driver.resume)
+        return not entry.driver.view.untouched
+
+    def _show_wait(self, entry: Entry, error: DroverError) -> None:
+        if entry.driver is not None:
+            if error.metadata.get("peer") == entry.migration.destination_host:
+                entry.driver.view.call_failed("destination", error)  # so far only a look for it has failed
+            entry.driver.view.waiting_for = error_waited_for(entry.migration.destination_host, error)
+            self._update(entry)
+
+    @staticmethod
+    def _out_of_time(entry: Entry, last: DroverError | None) -> DroverError:
+        """Return the last reason of the wait."""
+        wait = entry.driver.view.wait if entry.driver is not None else None
+        if wait is not None:
+            return out_of_time(wait)
+        return last or DroverError(Reason.BUSY, "its time was over before a host had answered. Nothing was done to the guest")
+
+    async def _with_alternatives(self, entry: Entry, error: DroverError) -> DroverError:
+        """Return the error with the hosts that could take the guest now, if its destination cannot."""
+        if error.reason not in (Reason.BUSY, Reason.HOST_CLOSED) or entry.any_host:
+            return error
+        hosts = await self._alternatives(entry)
+        error.metadata = {**error.metadata, "alternatives": ",".join(hosts)} if hosts else error.metadata
+        return error
+
+    async def _alternatives(self, entry: Entry) -> tuple[str, ...]:
+        return await self._choice.alternatives(same_guest(entry.migration), entry.migration.destination_host)
+
+
+def _put_plan(migration: pb.Migration, plan: Plan) -> None:
+    migration.destination_host, migration.network = plan.destination_host, plan.network
+    migration.network_choice.CopyFrom(plan.network_choice)
+    migration.options.CopyFrom(plan.options)
