@@ -1,6 +1,7 @@
 """The coordinator: assembles store, hosts and migrations, serves them, and stops in order."""
 
 import contextlib
+import functools
 import socket
 from collections.abc import AsyncIterator
 from typing import Final
@@ -14,16 +15,20 @@ from agent.runtime.daemon import run_until_stopped
 from agent.runtime.event_log import events_logged
 from agent.runtime.events import Bus
 from agent.runtime.log import logging_to_stderr
+from agent.runtime.supervision import supervise
 from agent.service import migration_service
 from agent.service.server import Server, start_server
 from coordinator.config import CoordinatorConfig
 from coordinator.hosts import host_service
 from coordinator.hosts.directory import ClusterDirectory
 from coordinator.hosts.hosts import HostRegistry
+from coordinator.networks import network_service
+from coordinator.networks.revoking import finish_revoking
+from coordinator.networks.table import NetworkTable
 from coordinator.store import SqliteStore
 from coordinator.store.migration_log import ENDED, StoredMigrations
 from drover.agent.v1 import migration_pb2_grpc
-from drover.coordinator.v1 import host_pb2_grpc
+from drover.coordinator.v1 import host_pb2_grpc, network_pb2_grpc
 
 log = structlog.get_logger()
 
@@ -47,13 +52,19 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         store = await SqliteStore.open(make_state_dir(config.state_dir) / "store.sqlite", expendable=[ENDED])
         stack.push_async_callback(store.close)
         identity = f"{config.name} on {socket.gethostname()} ({config.listen[-1]})"
-        registry = HostRegistry(store, bus, config.heartbeat_seconds, coordinator=identity[:200])
+        networks = NetworkTable(store, bus)
+        await networks.open()
+        registry = HostRegistry(store, bus, config.heartbeat_seconds, coordinator=identity[:200], seen=networks.seen_by)
         await registry.open()
         stack.push_async_callback(registry.close)
-        migrations = Migrations(config.name, ClusterDirectory(registry), StoredMigrations(store), bus, config.fencing)
+        migrations = Migrations(
+            config.name, ClusterDirectory(registry, networks=networks.defined), StoredMigrations(store), bus, config.fencing
+        )
         stack.push_async_callback(migrations.close)
         await migrations.recover()
-        server = await _serve(config, registry, migrations, bus)
+        revoking = functools.partial(finish_revoking, networks, migrations.collection)
+        stack.callback(supervise("finish revoking", revoking).cancel)
+        server = await _serve(config, registry, migrations, networks, bus)
         log.info("serving", name=config.name, addresses=server.addresses)
         yield server
         log.info("stopping")
@@ -62,9 +73,13 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         await server.stop(grace=0.2)
 
 
-async def _serve(config: CoordinatorConfig, registry: HostRegistry, migrations: Migrations, bus: Bus) -> Server:
+async def _serve(
+    config: CoordinatorConfig, registry: HostRegistry, migrations: Migrations, networks: NetworkTable, bus: Bus
+) -> Server:
     def add(server: grpc.aio.Server) -> None:
         host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(registry, migrations), server)
+        network_servicer = network_service.NetworkServicer(networks, registry, migrations)
+        network_pb2_grpc.add_NetworkServiceServicer_to_server(network_servicer, server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
 
-    return await start_server(config.listen, add, [host_service.SERVICE, migration_service.SERVICE], bus)
+    return await start_server(config.listen, add, [host_service.SERVICE, network_service.SERVICE, migration_service.SERVICE], bus)

@@ -1,5 +1,6 @@
 """The migrations of one process: their order, the revisions of their changes, and watches of one or of all."""
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
@@ -102,6 +103,18 @@ class Collection:
             for m in taking
             if m.network_choice.network and m.migration_id != but
         ]
+
+    def using(self, network: str) -> "list[pb.Migration]":
+        """Return the migrations that use a network and have not ended. One that waits for its slot does not: it chooses again."""
+        starting = [m for m in self.planned.values() if not m.HasField("slot_wait")]
+        begun = [entry.migration for entry in self._entries.values() if not (entry.final or entry.unbegun)]
+        return [m for m in [*starting, *begun] if m.network == network]
+
+    def plan_again(self) -> None:
+        """Let each migration that waits for its slot make a new plan before it takes it."""
+        for entry in self._entries.values():
+            if entry.unbegun:
+                entry.planned_at = -math.inf
 
     def find(self, migration_id: str) -> Entry | None:
         return self._entries.get(migration_id)

@@ -69,6 +69,13 @@ class HostChanged(Event, frozen=True, tag="host"):
     change: Literal["registered", "up", "unreachable", "removed", "hypervisor", "networks", "stopping"]
 
 
+class NetworkChanged(Event, frozen=True, tag="network"):
+    """A network of the cluster has changed. `message`: its ranges."""
+
+    network: str
+    change: Literal["created", "changed", "removed", "role granted", "role revoked"]
+
+
 class StatementChanged(Event, frozen=True, tag="statement"):
     """A statement that a host is dead was made, or was refuted by the host's answer. `message` is its text."""
 

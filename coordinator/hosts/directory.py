@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import grpc.aio
@@ -28,8 +29,15 @@ MOST_CHOSEN: Final = 1000
 class ClusterDirectory:
     """The directory of a coordinator: source and destination are registered hosts."""
 
-    def __init__(self, registry: HostRegistry, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        registry: HostRegistry,
+        clock: Clock = SYSTEM_CLOCK,
+        networks: Callable[[], Sequence[host_pb2.Network]] = tuple,
+    ) -> None:
+        """`networks`: returns the cluster's networks, as in `Ends`."""
         self._registry = registry
+        self._networks = networks
         self._clock = clock
         self._chosen: deque[tuple[str, float]] = deque(maxlen=MOST_CHOSEN)
 
@@ -47,7 +55,7 @@ class ClusterDirectory:
             raise source
         if isinstance(destination, BaseException):
             raise destination
-        return Ends(source[0], destination, source[1])
+        return Ends(source[0], destination, source[1], self._networks())
 
     async def _source(self, spec: pb.MigrationSpec) -> tuple[Side, host_pb2.GetDomainResponse]:
         if spec.source_host:
@@ -63,7 +71,9 @@ class ClusterDirectory:
     async def _side(self, name: str) -> Side:
         """Return the host as its watch reported it if it is up; else ask it, so that its error says what is wrong."""
         known = await self._registry.get(name)
-        host = known.host if known.state == HOST_STATE_UP else await ask_host(self._registry.channel(name), name)
+        host = known.host
+        if known.state != HOST_STATE_UP:
+            host = self._registry.seen(await ask_host(self._registry.channel(name), name))
         return Side(host, self._peer(known.host, known.agent_address), known.agent_address)
 
     def _peer(self, host: host_pb2.Host, address: str) -> RemotePeer:
@@ -88,7 +98,7 @@ class ClusterDirectory:
         source, guest = await self._source(spec)
         known = await self._registry.list_hosts()
         others = {each.host.name: self._side_of(each) if each.state == HOST_STATE_UP else None for each in known}
-        ranked = rank(spec, source, guest, others, planned=self._planned())
+        ranked = rank(spec, source, guest, others, self._networks(), self._planned())
         if ranked[0].free and not spec.destination_host:  # else it only asks for advice, or waits
             self._chosen.append((ranked[0].name, self._clock.monotonic()))
         return ranked

@@ -53,11 +53,14 @@ class HostRegistry:
         clock: Clock = SYSTEM_CLOCK,
         wall: Callable[[], float] = time.time,
         coordinator: str = "",
+        seen: Callable[[agent_pb.Host], agent_pb.Host] = lambda host: host,
     ) -> None:
+        """`seen`: returns a host as its report is shown and planned with, such as with the cluster's networks."""
         self.heartbeat_seconds = heartbeat_seconds
         self.changed = Bell()
         """Rings when a host reports anything new."""
         self._coordinator = coordinator
+        self.seen = seen
         self._bus = bus
         self._clock = clock
         self._wall = wall
@@ -185,13 +188,15 @@ class HostRegistry:
     def last_report(self, name: str) -> agent_pb.Host | None:
         """Return a host as it last reported; None if it is not registered."""
         entry = self._table.hosts.get(name)
-        return None if entry is None else entry.known.host
+        return None if entry is None else self.seen(entry.known.host)
 
     def _among(self, names: Sequence[str] | None) -> list[KnownHost]:
         return [self._table.hosts[name] for name in (self.names() if names is None else names)]
 
     def _shown(self, entry: KnownHost) -> pb.ClusterHost:
-        return shown(entry, self._clock.monotonic(), self._wall())
+        host = shown(entry, self._clock.monotonic(), self._wall())
+        host.host.CopyFrom(self.seen(entry.known.host))
+        return host
 
     def _find(self, name: str) -> KnownHost:
         return find(self._table.hosts, name)

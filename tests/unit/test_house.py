@@ -14,7 +14,7 @@ ROOMS = ("runtime", "network", "transfer", "hypervisor", "admission", "handshake
 ORDERS = {
     ("agent",): ROOMS,
     ("agent", "handshake"): ("machines", "host", "drive"),
-    ("coordinator",): ("store", "hosts"),
+    ("coordinator",): ("store", "hosts", "networks"),
 }
 """By package: its folders, each of which may import only those before it. Modules that lie in the package itself come last."""
 DRIVERS = ("libvirt", "sim")
