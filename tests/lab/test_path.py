@@ -79,6 +79,38 @@ async def test_8_5_a_firewall_that_refuses(cluster: LabCluster, talk: Talk, h2: 
     await refused(talk, cluster, network, "connection refused", "let the firewall of h2 pass")
 
 
+async def test_8_5_routes_by_which_the_memory_would_take_another_network(cluster: LabCluster, talk: Talk, h1: Host) -> None:
+    h1.exec(["ip", "route", "add", "10.92.0.2/32", "via", "10.91.0.2"])
+    try:
+        await refused(talk, cluster, "mig1", "leaves by mgmt (10.91.0.1), and not by mig1 (10.92.0.1)", "ip route get 10.92.0.2")
+    finally:
+        h1.exec(["ip", "route", "del", "10.92.0.2/32"])
+
+
+async def test_8_5_an_address_on_a_device_with_a_smaller_mtu(cluster: LabCluster, talk: Talk, h1: Host, h2: Host) -> None:
+    """The migration address of h2 is on a bridge (as on a VLAN or a bond) above a device with a greater MTU."""
+    address = f"{h2.addresses['mig1']}/24"
+    for host in (h1, h2):
+        host.set_mtu("mig1", 9000)
+    for command in (
+        "addr del ADDRESS dev mig1",
+        "link add upper type bridge forward_delay 0 stp_state 0",
+        "link set mig1 master upper",
+        "link set upper mtu 1400 up",
+        "addr add ADDRESS dev upper",
+    ):
+        h2.exec(["ip", *command.replace("ADDRESS", address).split()])
+    try:
+        before = h1.counters("mig1").sent
+        migration = await talk.migrate("counted", "h2", network="mig1")
+        assert state(migration) == "succeeded", migration.failure.message
+        assert migration.network_choice.mtu == 1400
+        assert h1.counters("mig1").sent - before >= 50 * MIB
+    finally:
+        h2.exec(["ip", "link", "del", "upper"])
+        h2.exec(["ip", "addr", "replace", address, "dev", "mig1"])
+
+
 @pytest.mark.parametrize(("direction", "way"), [("in", "from h1 to h2"), ("out", "from h2 to h1"), ("both", "from h1 to h2")])
 @pytest.mark.parametrize("network", ["mig1", "mig2"])
 async def test_8_5_a_path_that_swallows_big_packets(

@@ -7,7 +7,7 @@ address would send a guest to themselves, or swap it with one that moves the oth
 """
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,11 +16,14 @@ from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import AttemptRecord
 from agent.handshake.machines.destination import DestinationState
 from agent.network.connecting import Found, PathError
+from agent.network.interfaces import source_towards
 from agent.network.probe import MAX_PAYLOAD, SECRET_BYTES, Measured, Responder, measure
+from agent.network.rules import addresses_of
 from agent.network.uri import same_address
 from agent.runtime.address import TcpAddress, parse_address
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from drover.agent.v1 import handshake_pb2 as pb
+from drover.agent.v1 import host_pb2
 
 _MAX_SECRET: Final = 64
 
@@ -122,9 +125,15 @@ class Proof:
     measured: Measured | None = None
 
 
-async def prove(probe: pb.PathProbe | None, host: str, peer: str, source_address: str = "") -> Proof:
+async def prove(
+    probe: pb.PathProbe | None,
+    host: str,
+    peer: str,
+    source_address: str = "",
+    interfaces: Sequence[host_pb2.Interface] = (),
+) -> Proof:
     """Prove that the probe's address leads to the agent of `peer`, and measure the path. `source_address`: this host's own on that
-    network; empty: as the kernel chooses.
+    network; empty: as the kernel chooses. `interfaces`: this host's.
 
     Raises:
         DroverError: INVALID_FIELD; PATH_NOT_PROVED, with what was found at the address.
@@ -133,6 +142,8 @@ async def prove(probe: pb.PathProbe | None, host: str, peer: str, source_address
         return Proof()
     where, source = _read_probe(probe), _read_source(source_address)
     try:
+        if source is not None:
+            _check_route(where, source, interfaces, host)
         return Proof(str(where.host), await measure(probe, where, source, host, peer))
     except PathError as error:
         names = {"host": host, "peer": peer, "ip": str(where.host)}
@@ -143,6 +154,21 @@ async def prove(probe: pb.PathProbe | None, host: str, peer: str, source_address
             f"on {host}; {_ADVICE[error.found].format(**names)}",
             metadata={"address": probe.address, "host": host, "peer_host": peer, "found": error.found},
         ) from None
+
+
+def _check_route(
+    where: TcpAddress,
+    source: ipaddress.IPv4Address | ipaddress.IPv6Address,
+    interfaces: Sequence[host_pb2.Interface],
+    host: str,
+) -> None:
+    """Raise `PathError` if the memory, for which the hypervisor chooses no source, would leave by another interface."""
+    names = {address.packed: interface.name for interface, address in addresses_of(interfaces)}
+    chosen = source_towards(where.host)
+    planned, taken = names.get(source.packed), names.get(chosen.packed) if chosen is not None else None
+    if planned and taken and planned != taken:
+        text = f"by the routes of {host}, what is sent to {where.host} leaves by {taken} ({chosen}), and not by {planned} ({source})"
+        raise PathError(Found.UNUSABLE, text)
 
 
 def _read_probe(probe: pb.PathProbe) -> TcpAddress:

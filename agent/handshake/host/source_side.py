@@ -101,7 +101,9 @@ class SourceSide:
         watch = attempt.stopwatch = Stopwatch("begin")
         probe = request.probe if request.HasField("probe") else None
         async with (
-            alongside(prove(probe, self._host.name, request.destination_host, request.source_address)) as proving,
+            alongside(
+                prove(probe, self._host.name, request.destination_host, request.source_address, self._host.interfaces)
+            ) as proving,
             alongside(self._departures.settle(request.domain_uuid, request.domain)) as settling,
         ):
             with watch.asking():
