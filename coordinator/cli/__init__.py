@@ -16,7 +16,7 @@ from coordinator.cli.text import printable
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "migrate": ("coordinator.cli.migrate:migrate", "Move a running guest to another host, and watch it."),
-    "migration": ("coordinator.cli.migration:migration", "List, show, watch, cancel and resolve migrations."),
+    "migration": ("coordinator.cli.migration:migration", "List, show, watch, change, cancel and resolve migrations."),
     "host": ("coordinator.cli.host:host", "List and show hosts, set their limits, close and open them."),
     "domain": ("coordinator.cli.domain:domain", "List guests, and write their settings."),
     "agent": ("coordinator.cli.daemons:agent", "Run the agent of this host."),

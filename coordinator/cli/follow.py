@@ -147,6 +147,22 @@ def _describe_progress(progress: Progress) -> list[str]:
     return [text for text, known in texts.items() if known]
 
 
+def settings_pairs(migration: Migration) -> list[tuple[str, str]]:
+    """Return what was asked of the migration, and what its hypervisor reports as applied."""
+    limit = rate(migration.bandwidth) if migration.bandwidth else "none"
+    pause = seconds(migration.max_downtime) if migration.max_downtime else "the hypervisor's default"
+    applied = f"{rate(migration.applied_bandwidth)} applied" if migration.applied_bandwidth else ""
+    paused = f"{seconds(migration.applied_max_downtime)} applied" if migration.applied_max_downtime else ""
+    return [
+        ("importance", migration.importance),
+        ("tenant", migration.tenant),
+        ("limit", ", ".join(filter(None, (limit, applied)))),
+        ("guaranteed", rate(migration.min_bandwidth) if migration.min_bandwidth else ""),
+        ("longest pause", ", ".join(filter(None, (pause, paused)))),
+        ("may wait", seconds(migration.slot_wait) if migration.slot_wait else ""),
+    ]
+
+
 def print_summary(migration: Migration) -> None:
     """Print how the migration ended, its phases with their milliseconds, bytes, downtime and total time."""
     after = f"in {duration_text(migration)}" if migration.state.ended else f"after {_elapsed(migration)}"

@@ -35,6 +35,15 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--bandwidth", type=Rate(), default=0, metavar="RATE", help="Limit of the transfer's rate, such as 100MiB/s or 1Gbit/s."
 )
+@click.option("--min-bandwidth", type=Rate(), default=0, metavar="RATE", help="Least rate that is guaranteed, or it is refused.")
+@click.option(
+    "--max-downtime",
+    type=Seconds(most=3600),
+    default=0.0,
+    metavar="DURATION",
+    help="Longest pause of the guest at the switch-over, such as 300ms. Default: the hypervisor's own.",
+)
+@click.option("--tenant", metavar="TENANT", default="", help="Tenant of the guest. Default: that of the guest's own settings.")
 @click.option(
     "--option",
     "chosen",
@@ -64,6 +73,9 @@ def migrate(
     network: str,
     uri: str,
     bandwidth: int,
+    min_bandwidth: int,
+    max_downtime: float,
+    tenant: str,
     chosen: "tuple[tuple[str, Value | None], ...]",
     slot_wait: float,
     migration_id: str,
@@ -86,6 +98,9 @@ def migrate(
             network=network,
             uri=uri,
             bandwidth=bandwidth,
+            min_bandwidth=min_bandwidth,
+            max_downtime=max_downtime,
+            tenant=tenant,
             options=options,
             slot_wait=slot_wait,
             migration_id=migration_id,

@@ -1,11 +1,13 @@
-"""``drover migration list|show|watch|cancel|resolve``"""
+"""``drover migration list|show|watch|set|cancel|resolve``"""
 
 import sys
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from coordinator.cli.exit_codes import EPILOG, ExitCode
-from coordinator.cli.follow import describe, duration_text, follow, print_timings, show_to_the_end, transfer_pairs
+from coordinator.cli.follow import describe, duration_text, follow, print_timings, settings_pairs, show_to_the_end, transfer_pairs
+from coordinator.cli.parse import RateOrNone, SecondsOr, once
 from coordinator.cli.session import Session, ask, run, whoami
 from coordinator.cli.show import (
     lost_or_stuck,
@@ -29,6 +31,9 @@ from coordinator.client import (
     raise_unless_succeeded,
 )
 
+if TYPE_CHECKING:
+    from coordinator.client.request import Changeable
+
 CANCEL_SECONDS = 30.0
 """How long ``cancel`` waits for the end."""
 
@@ -37,7 +42,7 @@ id_argument = click.argument("migration_id", metavar="ID")
 
 @click.group(epilog=EPILOG)
 def migration() -> None:
-    """List, show, watch, cancel and resolve migrations.
+    """List, show, watch, change, cancel and resolve migrations.
 
     An ID may be shortened to its first characters, at least 4, if no other ID begins with them.
     """
@@ -103,6 +108,7 @@ def _print_migration(migration: Migration) -> None:
             ("network", migration.network),
             ("uri", migration.uri),
             ("attempt", str(migration.attempt)),
+            *settings_pairs(migration),
             ("started", _started(migration)),
             ("now", "" if migration.state.ended else describe(migration)),
             ("failure", with_server(f"{failure.reason}: {failure.message}") if failure else ""),
@@ -129,6 +135,59 @@ def watch(migration_id: str, output: str) -> None:
 
     async def body(session: Session) -> int:
         return await follow(session, await session.full_id(migration_id), each_as_json=True)
+
+    run(body, output)
+
+
+@migration.command("set", epilog=EPILOG)
+@id_argument
+@click.option(
+    "--bandwidth",
+    type=RateOrNone(),
+    multiple=True,
+    callback=once,
+    metavar="RATE",
+    help='Limit of the rate, such as 100MiB/s; "none" removes it.',
+)
+@click.option(
+    "--min-bandwidth",
+    type=RateOrNone(),
+    multiple=True,
+    callback=once,
+    metavar="RATE",
+    help='Least rate that is guaranteed; "none" removes it.',
+)
+@click.option("--importance", type=click.Choice(["low", "medium", "high"]), help="Who waits less, and gets more of the bandwidth.")
+@click.option(
+    "--wait",
+    "slot_wait",
+    type=SecondsOr("none", most=7 * 86400),
+    multiple=True,
+    callback=once,
+    metavar="DURATION",
+    help='How long it may wait for its slots, from its start on, such as 10min; "none", or a time that is over, ends the wait.',
+)
+@click.option(
+    "--max-downtime",
+    type=SecondsOr("default", most=3600),
+    multiple=True,
+    callback=once,
+    metavar="DURATION",
+    help="Longest pause of the guest at the switch-over, such as 300ms.",
+)
+@output_option
+def set_(migration_id: str, output: str, **given: Any) -> None:
+    """Change a migration that waits or runs. A transfer that runs obeys within a second; printed is what its hypervisor reports."""
+    changes = cast("Changeable", {name: value for name, value in given.items() if value is not None})
+    if not changes:
+        raise click.UsageError("nothing to change: give --bandwidth, --min-bandwidth, --importance, --wait or --max-downtime")
+
+    async def body(session: Session) -> None:
+        changed = await session.client.update_migration(await session.full_id(migration_id), **changes)
+        if output == "json":
+            print_json(to_json(changed.proto))
+        else:
+            print_pairs([("id", changed.id), ("state", changed.state.value), *settings_pairs(changed)])
 
     run(body, output)
 

@@ -89,6 +89,17 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         return duration
 
 
+class SecondsOr(Seconds):
+    """A duration, or 0 for a word."""
+
+    def __init__(self, word: str, most: float) -> None:
+        super().__init__(most)
+        self._word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        return 0.0 if value == self._word else super().convert(value, param, ctx)
+
+
 class OptionValue(click.ParamType):  # type: ignore[type-arg]
     """One option and its value: ``live=off``. None for ``live=default``, which leaves it to the driver."""
 

@@ -1,7 +1,7 @@
 """The Python client of a coordinator or of one agent. Import it from here: ``from coordinator.client import Busy, Client``.
 
-`client` has the class `Client`, `errors` the tree of its errors, `types` and `host_types` what it returns, `options` checks
-a user's options.
+`client` has the class `Client`, `errors` the tree of its errors, `types` and `host_types` what it returns, `request` has what
+may be asked of a migration.
 """
 
 import importlib

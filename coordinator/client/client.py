@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 import grpc.aio
 from google.protobuf.message import Message
@@ -37,11 +37,10 @@ from coordinator.client.errors import (
     raise_unless_succeeded,
 )
 from coordinator.client.host_calls import HostCalls
-from coordinator.client.options import options_message
+from coordinator.client.request import Asked, Changeable, start_request, update_request
 from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
 
 if TYPE_CHECKING:
-    from agent.hypervisor.options import Options
     from coordinator.client.types import Migration
 
 T = TypeVar("T")
@@ -79,77 +78,34 @@ class Client(HostCalls):
             await self._channel.close()
             self._channel = self._host_questions = None
 
-    async def migrate(
-        self,
-        domain: str,
-        to: str,
-        *,
-        source: str = "",
-        name: str = "",
-        network: str = "",
-        uri: str = "",
-        bandwidth: int = 0,
-        options: "Options | None" = None,
-        slot_wait: float = 0.0,
-        migration_id: str = "",
-        timeout: float | None = None,
-    ) -> "Migration":
+    async def migrate(self, domain: str, to: str, *, timeout: float | None = None, **asked: Unpack[Asked]) -> "Migration":
         """Move a guest to the host `to`; return when it runs there and nothing is left at the source.
 
         Arguments as in `start_migration`; `timeout` is the longest wait in seconds (None: as long as the migration takes).
         Cancelling this await does not cancel the migration; `cancel_migration` does. Raises as `start_migration` and `wait`.
         """
-        migration = await self.start_migration(
-            domain,
-            to,
-            source=source,
-            name=name,
-            network=network,
-            uri=uri,
-            bandwidth=bandwidth,
-            options=options,
-            slot_wait=slot_wait,
-            migration_id=migration_id,
-        )
+        migration = await self.start_migration(domain, to, **asked)
         return await self.wait(migration.id, timeout=timeout)
 
-    async def start_migration(
-        self,
-        domain: str,
-        to: str,
-        *,
-        source: str = "",
-        name: str = "",
-        network: str = "",
-        uri: str = "",
-        bandwidth: int = 0,
-        options: "Options | None" = None,
-        slot_wait: float = 0.0,
-        migration_id: str = "",
-    ) -> "Migration":
+    async def start_migration(self, domain: str, to: str, **asked: Unpack[Asked]) -> "Migration":
         """Start a migration; return when everything is checked and the slot is taken, or with `slot_wait` as soon as it is checked
         and durable. A refusal has changed nothing.
 
-        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer). `source`:
-        name of the source host; empty: the host that has the guest. `name`: name of the guest at the destination; empty: unchanged.
-        `network`: network for the guest's memory; empty: chosen by Drover. `uri`: migration URI at the destination; empty: proposed
-        by it. `bandwidth`: most bytes per second; 0: no limit. `options`: see `Options`. `slot_wait`: seconds for which it may wait
-        for a slot of a busy destination, also while that is away later; 0: a busy destination raises `Busy`.
-        `migration_id`: yours, a UUID; empty: a new one. Repeating the call with the same id is safe, also after `Unreachable`.
+        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer). The
+        others are those of `Asked`, each with its meaning there. Raises `Busy` for a busy destination without `slot_wait`.
         """
-        spec = migration_pb2.MigrationSpec(
-            domain=domain,
-            destination_host=to,
-            source_host=source,
-            destination_name=name,
-            network=network,
-            uri=uri,
-            bandwidth_bytes_per_second=bandwidth,
-            options=options_message(options),
-        )
-        request = migration_pb2.StartMigrationRequest(migration_id=migration_id or str(uuid.uuid4()), spec=spec)
-        request.slot_wait.FromNanoseconds(round(slot_wait * 1e9))
+        request = start_request(domain, to, asked)
         response = await self._call(self._migrations.StartMigration(request, timeout=self.start_timeout))
+        return _migration(response.migration)
+
+    async def update_migration(self, migration_id: str, **changes: Unpack[Changeable]) -> "Migration":
+        """Change settings of a migration that waits or runs, durably; what is not given stays. Return it with what is applied to a
+        transfer that runs, as the source's hypervisor reports it.
+
+        Raises `Refused` for one that has ended, `InvalidRequest`, `NotFound`. `Unreachable`: the source does not answer; if the
+        error's metadata has "saved", the change is saved and will be applied.
+        """
+        response = await self._call(self._migrations.UpdateMigration(update_request(migration_id, changes), timeout=self.timeout))
         return _migration(response.migration)
 
     async def get_migration(self, migration_id: str) -> "Migration":

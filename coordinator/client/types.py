@@ -128,6 +128,21 @@ class Migration(FromWire):
     measured."""
     hypervisor_duration: float
     """Seconds of `duration` spent in calls of a hypervisor."""
+    tenant: str
+    """Tenant of the guest. Empty: none."""
+    importance: str = wire("settings.importance")
+    bandwidth: int = wire("settings.bandwidth_bytes_per_second")
+    """Most bytes per second. 0: no limit."""
+    min_bandwidth: int = wire("settings.min_bandwidth_bytes_per_second")
+    """Least bytes per second that it is guaranteed. 0: none."""
+    max_downtime: float | None = wire("settings.max_downtime")
+    """Longest pause at the switch-over. None: the hypervisor's default."""
+    slot_wait: float | None = wire("settings.slot_wait")
+    """Seconds for which it may wait for its slots, from the request on. None: it does not wait."""
+    applied_bandwidth: int = wire("applied_bandwidth_bytes_per_second")
+    """Limit of the transfer as the source's hypervisor reports it. 0: no limit, or no transfer yet."""
+    applied_max_downtime: float | None
+    """Longest pause as the source's hypervisor reports it. None: not read."""
     driver: str
     """Name of its driver: the coordinator, or the source's agent."""
     revision: int

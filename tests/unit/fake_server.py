@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
+from agent.runtime.masks import masked
 from agent.service.server import Server, start_server
 from drover.agent.v1 import (
     admission_pb2,
@@ -227,6 +228,7 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
     def __init__(self) -> None:
         self.histories: dict[str, list[migration_pb2.Migration]] = {}
         self.shown: dict[str, int] = {}
+        self.updates: list[migration_pb2.UpdateMigrationRequest] = []
         self.started: list[migration_pb2.StartMigrationRequest] = []
         self.watches: list[migration_pb2.WatchMigrationRequest] = []
         self.open_watches = 0
@@ -249,6 +251,13 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
         if migration_id not in self.histories:
             raise DroverError(Reason.MIGRATION_NOT_FOUND, f"no migration {migration_id}", metadata={"migration_id": migration_id})
         return self.histories[migration_id]
+
+    @staticmethod
+    def _next(history: list[migration_pb2.Migration]) -> migration_pb2.Migration:
+        """Append a copy of the last state, to be changed."""
+        history.append(migration_pb2.Migration.FromString(history[-1].SerializeToString()))
+        history[-1].revision = len(history)
+        return history[-1]
 
     def _now(self, migration_id: str) -> migration_pb2.Migration:
         return self._history(migration_id)[self.shown.get(migration_id, 0)]
@@ -284,13 +293,22 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
         for migration_id in self.histories:
             yield migration_pb2.WatchMigrationsResponse(migration=self._now(migration_id))
 
+    async def UpdateMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
+        history = self._history(request.migration_id)
+        if history[-1].state in (4, 5, 6):
+            raise DroverError(Reason.MIGRATION_ENDED, f"migration {request.migration_id} has ended")
+        self.updates.append(request)
+        changed = self._next(history)
+        changed.settings.CopyFrom(masked(changed.settings, request.settings, request.update_mask))
+        changed.applied_bandwidth_bytes_per_second = changed.settings.bandwidth_bytes_per_second // MIB * MIB
+        changed.applied_max_downtime.CopyFrom(changed.settings.max_downtime)
+        return migration_pb2.UpdateMigrationResponse(migration=changed)
+
     async def CancelMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
         history = self._history(request.migration_id)
         if history[-1].state not in (4, 5, 6):
-            cancelled = migration_pb2.Migration()
-            cancelled.CopyFrom(history[-1])
-            cancelled.state, cancelled.phase, cancelled.revision = S.MIGRATION_STATE_CANCELLED, "", len(history) + 1
-            history.append(cancelled)
+            cancelled = self._next(history)
+            cancelled.state, cancelled.phase = S.MIGRATION_STATE_CANCELLED, ""
         async with self.changed:
             self.changed.notify_all()
         return migration_pb2.CancelMigrationResponse(migration=history[-1])
@@ -299,11 +317,9 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
         history = self._history(request.migration_id)
         if history[-1].state != S.MIGRATION_STATE_OUTCOME_UNKNOWN:
             raise DroverError(Reason.NOT_IN_DOUBT, f"{request.statement.dead_host} answers, so it is not dead")
-        resolved = migration_pb2.Migration()
-        resolved.CopyFrom(history[-1])
-        resolved.state, resolved.runs_on, resolved.revision = S.MIGRATION_STATE_FAILED, resolved.source_host, len(history) + 1
+        resolved = self._next(history)
+        resolved.state, resolved.runs_on = S.MIGRATION_STATE_FAILED, resolved.source_host
         resolved.statement.CopyFrom(request.statement)
-        history.append(resolved)
         async with self.changed:
             self.changed.notify_all()
         return migration_pb2.ResolveMigrationResponse(migration=resolved)

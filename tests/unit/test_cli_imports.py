@@ -33,7 +33,7 @@ OURS = {
     "coordinator.client.convert",
     "coordinator.client.errors",
     "coordinator.client.host_calls",
-    "coordinator.client.options",
+    "coordinator.client.request",
     "coordinator.client.types",
     "drover",
     "drover.agent",
