@@ -37,13 +37,9 @@ REFUSALS: dict[str, Callable[[], Exception]] = {
     "ghost": lambda: DroverError(Reason.DOMAIN_NOT_FOUND, 'no guest "ghost"', metadata={"domain": "ghost"}),
     "far": lambda: DroverError(Reason.HOST_UNREACHABLE, "host b (10.91.0.2:7400) cannot be reached: Connection refused"),
     "down": lambda: DroverError(
-        Reason.HOST_UNREACHABLE,
-        "h2 cannot be reached: Connection refused",
-        metadata={"peer": "h2", "grpc_code": "UNAVAILABLE"},
+        Reason.HOST_UNREACHABLE, "h2 cannot be reached: Connection refused", metadata={"peer": "h2", "grpc_code": "UNAVAILABLE"}
     ),
-    "late": lambda: DroverError(
-        Reason.DEADLINE_EXCEEDED, "h2 did not answer in time", metadata={"peer": "h2", "grpc_code": "DEADLINE_EXCEEDED"}
-    ),
+    "late": lambda: DroverError(Reason.DEADLINE_EXCEEDED, "h2 is late", metadata={"peer": "h2", "grpc_code": "DEADLINE_EXCEEDED"}),
     "stopped": lambda: DroverError(Reason.DOMAIN_NOT_RUNNING, '"stopped" does not run'),
     "bug": lambda: RuntimeError("bug"),
     "newer": lambda: DroverError(Reason("OF_TOMORROW"), "a newer server's refusal", code=grpc.StatusCode.FAILED_PRECONDITION),
@@ -286,8 +282,7 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
                     await self.changed.wait_for(lambda index=index: len(history) > index)  # type: ignore[misc]
         finally:
             self.open_watches -= 1
-            async with self.changed:
-                self.changed.notify_all()
+            await self._notify()
 
     async def WatchMigrations(self, request, context) -> AsyncIterator[migration_pb2.WatchMigrationsResponse]:  # type: ignore[no-untyped-def]  # noqa: N802
         for migration_id in self.histories:
@@ -309,8 +304,7 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
         if history[-1].state not in (4, 5, 6):
             cancelled = self._next(history)
             cancelled.state, cancelled.phase = S.MIGRATION_STATE_CANCELLED, ""
-        async with self.changed:
-            self.changed.notify_all()
+        await self._notify()
         return migration_pb2.CancelMigrationResponse(migration=history[-1])
 
     async def ResolveMigration(self, request, context):  # type: ignore[no-untyped-def]  # noqa: N802
@@ -320,9 +314,12 @@ class FakeMigrations(migration_pb2_grpc.MigrationServiceServicer):
         resolved = self._next(history)
         resolved.state, resolved.runs_on = S.MIGRATION_STATE_FAILED, resolved.source_host
         resolved.statement.CopyFrom(request.statement)
+        await self._notify()
+        return migration_pb2.ResolveMigrationResponse(migration=resolved)
+
+    async def _notify(self) -> None:
         async with self.changed:
             self.changed.notify_all()
-        return migration_pb2.ResolveMigrationResponse(migration=resolved)
 
 
 def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step: dict[str, object]) -> migration_pb2.Migration:

@@ -60,7 +60,7 @@ def test_8_7_set_prints_what_is_applied(drover: Drover) -> None:
         *SET, migration_id[:8], "--bandwidth", "3.5MiB/s", "--importance", "high", "--max-downtime", "1s", "--wait", "2min"
     )
     shown = [line.split(maxsplit=1)[1] for line in result.stdout.splitlines() if not line.startswith(("longest", "may"))]
-    assert shown[2:] == ["high", "3.5 MiB/s, 3 MiB/s applied", "1 MiB/s"]
+    assert shown[2:] == ["high", "3.5 MiB/s, 3 MiB/s applied"]
     assert "1 s, 1 s applied" in result.stdout
     assert "2 min 00 s" in result.stdout
     gone = drover.json(*SET, migration_id, "--bandwidth", "none", "--wait", "none", "--max-downtime", "default")
