@@ -93,7 +93,7 @@ def test_detach(drover: Drover) -> None:
         ("stopped", 4, ["does not run", "untouched"]),
         ("far", 3, ["host b (10.91.0.2:7400) cannot be reached", "untouched", "on that host; drover host list"]),
         ("down", 3, ["h2 cannot be reached", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
-        ("late", 3, ["h2 did not answer in time", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
+        ("late", 3, ["h2 is late", "untouched", "next: `systemctl status drover-agent` on h2; drover host list"]),
         ("fails", 1, ["the stream broke", 'guest: "fails" runs on a', "next: drover migration show "]),
         ("waits", 4, ["b gave no slot within 60 s", 'guest: "waits" runs on a', "next: drover migration show "]),
         ("closes", 4, ["b is closed", 'guest: "closes" runs on a', "next: drover migration show "]),
