@@ -98,6 +98,7 @@ class LabCluster(Cluster):
         return self.lab.node(name).disks["journal"].folder / "state"
 
     def _agent(self, host: LabHost, folder: Path, addresses: Mapping[str, str]) -> dict[str, Any]:
+        rules = self.settings.get("networks", {})
         on_networks = {**host.addresses, **{name: host.addresses6[name] for name in self.settings.get("ipv6", ())}}
         return {
             **self.agent_config(host.name),
@@ -105,7 +106,7 @@ class LabCluster(Cluster):
             "allow_insecure_tcp": True,
             "coordinator": f"{self.lab.coordinator.addresses['mgmt']}:{PORT + 1}",
             "networks": [
-                {"name": name, "address": address, "roles": ["management" if name == "mgmt" else "migration"]}
+                {"name": name, "address": address, "roles": ["management" if name == "mgmt" else "migration"], **rules.get(name, {})}
                 for name, address in sorted(on_networks.items())
             ],
             "peers": {name: address for name, address in addresses.items() if name != host.name},
@@ -174,7 +175,10 @@ class SimCluster(Cluster):
             self.agents[name] = Daemon("agent", name, folder, self._agent(name, folder, addresses), popen)
 
     def _agent(self, name: str, folder: Path, addresses: Mapping[str, str]) -> dict[str, Any]:
-        networks = [{"name": network, "address": address, "roles": ["migration"]} for network, address in addresses.items()]
+        rules = self.settings.get("networks", {})
+        networks = [
+            {"name": name, "address": address, "roles": ["migration"], **rules.get(name, {})} for name, address in addresses.items()
+        ]
         management = {"name": "mgmt", "address": f"127.90.0.{name[1:]}", "roles": ["management"]}
         return {
             **self.agent_config(name),

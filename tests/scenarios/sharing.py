@@ -1,0 +1,222 @@
+"""Bandwidth is shared out among transfers while they run: over a line of 400 Mbit/s (mig1), and under a cap (mig2)."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from agent.runtime.bell import Bell
+from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from tests.kit.cluster import Cluster, GuestSpec
+from tests.kit.cluster.platforms import LabCluster
+from tests.kit.lab import Lab
+from tests.scenarios.conversation import FINAL, MIB, Talk, duration, new_id, state
+
+RATE = 50_000_000
+"""Bytes per second of each host's line on mig1."""
+CAP = 30 * MIB
+"""Bytes per second of all migrations on mig2."""
+SETTINGS = {
+    "agent": {"incoming_limit": 10, "takeover_after_seconds": 3},
+    "networks": {"mig1": {"line_bytes_per_second": RATE}, "mig2": {"cap_bytes_per_second": CAP}},
+}
+
+
+def guests(dirty: int) -> list[GuestSpec]:
+    """Return guests that dirty that many pages per second: too many for their transfers to end."""
+    return [GuestSpec(name, memory_mib=160, dirty=dirty, ticks=20) for name in ("a", "b", "c")]
+
+
+class Transfers:
+    """The transfers that a test has started, and every reading of them."""
+
+    def __init__(self, cluster: Cluster, talk: Talk) -> None:
+        self.talk = talk
+        self._cluster = cluster
+        self.readings: dict[str, list[tuple[float, pb.Migration]]] = {}
+        """By guest: when each state arrived here, and the state."""
+        self._ids: dict[str, str] = {}
+        self._news = Bell()
+
+    async def start(self, guest: str, source: str = "h1", to: str = "h2", **spec: Any) -> None:
+        """Start a migration that does not end by itself, and wait until its memory flows."""
+        self._cluster.guest(guest)
+        migration_id = self._ids[guest] = new_id()
+        self.readings[guest] = []
+        await self.talk.start(guest, to, migration_id, max_downtime=duration(0.001), source_host=source, **spec)
+        await self.until(lambda: any(migration.progress.processed_bytes for _, migration in self.readings[guest]))
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not holds():
+                await self._news.next.wait()
+
+    async def follow(self) -> None:
+        async for change in self.talk.changes(0):
+            for guest, migration_id in self._ids.items():
+                if change.migration.migration_id == migration_id:
+                    self.readings[guest].append((time.monotonic(), change.migration))
+                    self._news.ring()
+
+    async def end(self, *guests: str) -> None:
+        """Cancel migrations, and wait for their ends."""
+        for guest in guests or tuple(self._ids):
+            migration_id = self._ids.pop(guest)
+            await self.talk.cancel(migration_id)
+            assert state(await self.talk.end(migration_id)) == "cancelled"
+
+    def first_flow(self, guest: str) -> float:
+        return next(at for at, migration in self.readings[guest] if migration.progress.processed_bytes)
+
+    def rate(self, guest: str, since: float, until: float) -> float:
+        """Return the bytes per second that the hypervisor sent between two moments."""
+        return (self.sent(guest, until) - self.sent(guest, since)) / (until - since)
+
+    def sent(self, guest: str, at: float) -> float:
+        """Return the bytes that the hypervisor had sent at a moment. Its own clock tells when each reading was taken: the one that
+        arrived fastest shows the difference to the clock here."""
+        flows = [(when, m.progress) for when, m in self.readings[guest] if m.progress.processed_bytes and m.state not in FINAL]
+        if not flows:
+            return 0.0
+        begin = min(when - reading.elapsed.ToNanoseconds() / 1e9 for when, reading in flows)
+        known = {0.0: 0} | {reading.elapsed.ToNanoseconds() / 1e9: reading.processed_bytes for _, reading in flows}
+        before = max((e for e in known if e <= at - begin), default=0.0)
+        after = min((e for e in known if e >= at - begin), default=max(known))
+        part = (at - begin - before) / (after - before) if after > before else 0.0
+        return known[before] + part * (known[after] - known[before])
+
+    async def allotted(self, **shares: int) -> None:
+        """Wait until the sources have applied these shares, in MiB/s (0: no limit)."""
+        await self.until(lambda: all(self.applied(guest) == (share * MIB, share * MIB) for guest, share in shares.items()))
+
+    def applied(self, guest: str) -> tuple[int, int]:
+        """Return its share, and the limit that its source has applied."""
+        migration = self.readings[guest][-1][1]
+        return migration.allotted_bytes_per_second, migration.applied_bandwidth_bytes_per_second
+
+
+@asynccontextmanager
+async def transfers(cluster: Cluster, server: str = "") -> AsyncIterator[Transfers]:
+    async with Talk(server or cluster.server) as talk:
+        made = Transfers(cluster, talk)
+        following = asyncio.create_task(made.follow())
+        try:
+            yield made
+        finally:
+            following.cancel()
+            for migration in (await talk.list(active_only=True)).migrations:
+                await talk.cancel(migration.migration_id)
+                await talk.end(migration.migration_id)
+
+
+async def test_8_6_one_migration_gets_the_line_and_a_second_one_halves_it(line: Cluster) -> None:
+    await shares_a_line(line, line.server)
+
+
+async def test_8_6_peer_to_peer_an_agent_shares_out_its_own_line(line: Cluster) -> None:
+    await shares_a_line(line, line.agents["h1"].address)
+
+
+async def shares_a_line(line: Cluster, server: str) -> None:
+    async with transfers(line, server) as moving:
+        await moving.start("a")
+        alone = moving.first_flow("a") + 0.5
+        await asyncio.sleep(2.5)
+        assert moving.applied("a") == (0, 0), "no limit"
+        assert moving.rate("a", alone, alone + 2) >= 0.9 * RATE
+        await moving.start("b")
+        both = moving.first_flow("b") + 1
+        await asyncio.sleep(3.2)
+        assert 0.45 * RATE <= moving.rate("a", both, both + 2) <= 0.5 * RATE
+        assert 0.43 * RATE <= moving.rate("b", both, both + 2) <= 0.5 * RATE
+        await moving.end("b")
+        again = time.monotonic() + 1
+        await asyncio.sleep(3)
+        assert moving.rate("a", again, again + 2) >= 0.9 * RATE
+
+
+async def test_8_6_three_with_a_minimum_and_a_maximum_flow_as_the_allocator_says(line: Cluster) -> None:
+    async with transfers(line) as moving:
+        await moving.start("a")
+        await moving.start("b")
+        await moving.start("c", min_bandwidth_bytes_per_second=25_000_000, bandwidth_bytes_per_second=37_500_000)
+        await moving.allotted(a=10, b=10, c=24)
+        begin = time.monotonic() + 0.5
+        await asyncio.sleep(4)
+        for guest, share in (("a", 10), ("b", 10), ("c", 24)):
+            assert moving.rate(guest, begin, begin + 3) == pytest.approx(share * MIB, rel=0.1)
+        await moving.end("a", "b")
+        await moving.allotted(c=35)
+        begin = time.monotonic() + 0.5
+        await asyncio.sleep(4)
+        assert moving.rate("c", begin, begin + 3) == pytest.approx(35 * MIB, rel=0.1)
+
+
+async def test_8_6_the_sum_stays_below_the_cap_of_the_network(line: Cluster) -> None:
+    for guest, host in (("a", "h1"), ("b", "h1"), ("c", "h2")):
+        await asyncio.to_thread(line.guests.get(guest) or line.start_guest, guest, host)
+    async with transfers(line) as moving, measured(line, "mig2") as wire:
+        await moving.start("a", network="mig2")
+        begin = moving.first_flow("a") + 1
+        await asyncio.sleep(2)
+        await moving.start("b", network="mig2")
+        await moving.start("c", "h2", "h1", network="mig2", importance=pb.IMPORTANCE_HIGH)
+        await moving.allotted(a=7, b=7, c=15)
+        await asyncio.sleep(2)
+        await moving.end("c")
+        await moving.allotted(a=15, b=15)
+        await asyncio.sleep(2)
+        end = time.monotonic() - 0.5
+        quarters = [begin + 0.25 * number for number in range(int((end - begin - 1) * 4))]
+        sums = [sum(moving.rate(guest, at, at + 1) for guest in "abc") for at in quarters]
+        assert max(sums) <= 1.05 * CAP
+        assert max(sums) >= 0.9 * CAP
+        assert max(wire(at, at + 1) for at in quarters) <= 1.05 * CAP
+
+
+async def test_8_6_a_minimum_that_does_not_fit_is_refused_before_the_guest_is_touched(line: Cluster) -> None:
+    async with transfers(line) as moving:
+        await moving.start("a", min_bandwidth_bytes_per_second=30_000_000)
+        line.guest("b")
+        migration_id = new_id()
+        with pytest.raises(DroverError) as refused:
+            await moving.talk.start("b", "h2", migration_id, min_bandwidth_bytes_per_second=25_000_000)
+        assert refused.value.reason is Reason.BANDWIDTH_INSUFFICIENT
+        assert refused.value.metadata["guaranteed"] == str(29 * MIB)
+        for host in ("h1", "h2"):
+            async with Talk(line.agents[host].address) as agent:
+                request = handshake_pb2.GetRecordRequest(ref=handshake_pb2.AttemptRef(migration_id=migration_id))
+                with pytest.raises(DroverError) as unknown:
+                    await agent.handshake.get_record(request)
+            assert unknown.value.reason is Reason.RECORD_NOT_FOUND
+        assert line.copies("b") == {"h1": "running"}
+        assert [m.domain_name for m in (await moving.talk.list(active_only=True)).migrations] == ["a"]
+
+
+@asynccontextmanager
+async def measured(line: Cluster, network: str) -> AsyncIterator[Callable[[float, float], float]]:
+    """Yield a function that returns the bytes per second that all hosts have sent on a network between two moments of the block; 0
+    on simulated hosts, whose networks carry no memory."""
+    readings: list[tuple[float, int]] = []
+
+    async def read(lab: Lab) -> None:
+        while True:
+            readings.append((time.monotonic(), sum(host.counters(network).sent for host in lab.hosts)))
+            await asyncio.sleep(0.05)
+
+    def rate(since: float, until: float) -> float:
+        within = [reading for reading in readings if since <= reading[0] <= until]
+        (first, sent_first), (last, sent_last) = (within[0], within[-1]) if within else ((since, 0), (until, 0))
+        return (sent_last - sent_first) / (last - first)
+
+    reading = asyncio.create_task(read(line.lab)) if isinstance(line, LabCluster) else None
+    try:
+        yield rate
+    finally:
+        if reading is not None:
+            reading.cancel()
