@@ -22,7 +22,7 @@ from agent.migration.progress import describe, impossible
 from agent.migration.sharing import Sharing
 from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
-from agent.migration.waiting import WAITED_FOR
+from agent.migration.waiting import is_waited_for
 from agent.runtime.backoff import OTHER_HOST, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -57,7 +57,9 @@ class Runner:
         self._directory = directory
         self._collection = collection
         self.sharing = Sharing(collection, directory, clock)
-        self._slots = SlotTaker(directory, collection, choice, self.new_driver, self._update, lambda: self.draining, clock)
+        self._slots = SlotTaker(
+            directory, collection, self.sharing, choice, self.new_driver, self._update, lambda: self.draining, clock
+        )
         self._on_told = on_told
         self._bus = bus
         self._clock = clock
@@ -141,7 +143,7 @@ class Runner:
     async def _is_driven_elsewhere(self, entry: Entry, error: DroverError) -> bool:
         """Return whether another driver of this migration, which may wait, is past the slot that is refused: the guest may have left
         the source by it."""
-        if not entry.unbegun or entry.cancel_asked.is_set() or error.reason in WAITED_FOR:
+        if not entry.unbegun or entry.cancel_asked.is_set() or is_waited_for(error):
             return False
         if entry.driver is None:
             with contextlib.suppress(DroverError):
@@ -169,7 +171,7 @@ class Runner:
         driver, entry.driver = entry.driver, None
         view = driver.view if driver is not None else View(entry.ref, None, lambda: None, self._bus)
         waited = ""
-        if entry.slot_wait and error.reason in WAITED_FOR:
+        if entry.slot_wait and is_waited_for(error):
             waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait:g} s: "
         view.cancel(Failure(error.reason, f"{waited}{error.message}", dict(error.metadata)))
         ended = describe(entry.migration, view, entry.elapsed, ended=True, wall=entry.wall)

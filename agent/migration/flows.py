@@ -73,6 +73,7 @@ def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
             "guaranteed": str(found.guaranteed),
             "left": str(found.left),
             "wanted": str(found.wanted),
+            **({"wait": "bandwidth"} if found.wanted <= found.capacity else {}),
         },
     )
 

@@ -235,6 +235,8 @@ class Migrations:
             if entry.tuner is not None and entry.tuner.flows:
                 check_downtime_kept(migration.settings, settings)
             migration.settings.CopyFrom(settings)
+            if not entry.waits:
+                self.runner.sharing.check(migration)
 
         async with entry.updating:
             self.collection.publish(entry, await entry.save_changed(change))

@@ -16,8 +16,9 @@ from agent.migration.choice import NOT_THIS_HOST, Choice, Chosen
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, same_guest
+from agent.migration.sharing import Sharing
 from agent.migration.uptime import age_of
-from agent.migration.waiting import LATEST_START, PLAN_SECONDS, WAITED_FOR, unless_cancelled, while_it_may_wait
+from agent.migration.waiting import LATEST_START, PASSING, PLAN_SECONDS, is_waited_for, unless_cancelled, while_it_may_wait
 from agent.migration.waits import error_waited_for, out_of_time
 from agent.migration.whereabouts import whereabouts
 from agent.runtime.backoff import SLOT, Clock, Pauses
@@ -43,6 +44,7 @@ class SlotTaker:
         self,
         directory: Directory,
         collection: Collection,
+        sharing: Sharing,
         choice: Choice,
         make_driver: MakeDriver,
         update: Callable[[Entry], None],
@@ -51,6 +53,7 @@ class SlotTaker:
     ) -> None:
         self._directory = directory
         self._collection = collection
+        self._sharing = sharing
         self._choice = choice
         self._make_driver = make_driver
         self._update = update
@@ -74,13 +77,14 @@ class SlotTaker:
                 raise self._out_of_time(entry, last) from None
             except DroverError as error:
                 last = error
+                self._sharing.dismiss(entry)
                 entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
-                if patience and not entry.unbegun and error.reason not in WAITED_FOR and await self._has_begun(entry):
+                if patience and not entry.unbegun and not is_waited_for(error) and await self._has_begun(entry):
                     return
                 if await self._goes_elsewhere(entry, error):
                     continue
-                if left <= 0 or error.reason not in WAITED_FOR:
+                if left <= 0 or not is_waited_for(error):
                     raise await self._with_alternatives(entry, error) from None
                 self._show_wait(entry, error)
             else:
@@ -110,12 +114,19 @@ class SlotTaker:
     async def _reserve(self, entry: Entry) -> None:
         driver = await self._ready(entry)
         if not entry.slot_wait:
+            self._sharing.admit(entry)
             await driver.reserve_at_once()
             return
+        self._sharing.check(entry.migration)
         if entry.recovered:
             await self._check_not_driven_elsewhere(driver)
         await driver.slots.acquire(PREPARED, functools.partial(self._meanwhile, entry, driver))
         await self._park_if_draining(entry)
+        try:
+            self._sharing.admit(entry)
+        except DroverError:
+            await driver.slots.release(keep_place=True)
+            raise
         await driver.reserve()
 
     async def _meanwhile(self, entry: Entry, driver: Driver) -> None:
@@ -246,6 +257,7 @@ class SlotTaker:
             if error.metadata.get("peer") == entry.migration.destination_host:
                 entry.driver.view.call_failed("destination", error)  # so far only a look for it has failed
             entry.driver.view.waiting_for = error_waited_for(entry.migration.destination_host, error)
+            entry.driver.view.held_up = PASSING.get(error.metadata.get("wait", ""), pb.WAIT_REASON_UNSPECIFIED)
             self._update(entry)
 
     @staticmethod

@@ -32,6 +32,15 @@ AWAY: Final = frozenset(
 WAITED_FOR: Final = AWAY | {Reason.BUSY, Reason.DOMAIN_BUSY}
 """Errors after which a migration that may wait for its slot tries again."""
 
+PASSING: Final = {"network": pb.WAIT_REASON_NETWORK, "bandwidth": pb.WAIT_REASON_BANDWIDTH}
+"""What is waited for after an error that may pass by itself, by its metadata ``wait``."""
+
+
+def is_waited_for(error: DroverError) -> bool:
+    """Return whether a migration that may wait for its slot tries again after this error."""
+    return error.reason in WAITED_FOR or error.metadata.get("wait") in PASSING
+
+
 _WAITS: Final = frozenset({pb.WAIT_MODE_WAIT, pb.WAIT_MODE_HYBRID})
 
 

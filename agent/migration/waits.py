@@ -35,6 +35,7 @@ def wait_reason(migration: pb.Migration, view: View) -> pb.WaitReason.ValueType:
     kinds = {
         pb.WAIT_REASON_DISPUTED_COPY: view.disputed,
         pb.WAIT_REASON_HOST_UNREACHABLE: view.silent_since,
+        view.held_up: view.held_up and slot is None and _waits_for_slot(migration, view),
         slot.reason if slot is not None else pb.WAIT_REASON_SLOT: slot is not None or _waits_for_slot(migration, view),
         pb.WAIT_REASON_DECISION: view.waiting_for and view.states == (Src.PERFORMED, Dst.ARMED),
         pb.WAIT_REASON_HOST_NOT_READY: view.waiting_for,

@@ -73,6 +73,8 @@ class View:
         self.waiting_for = ""
         self.wait: migration_pb2.Wait | None = None
         """The slot that it waits for; None: none."""
+        self.held_up: migration_pb2.WaitReason.ValueType = migration_pb2.WAIT_REASON_UNSPECIFIED
+        """What else than a slot it waits for before it asks for slots."""
         self.alternatives: tuple[str, ...] = ()
         """Hosts that could take the guest now, while it waits for a slot."""
         self.silent_since: dict[str, float] = {}
