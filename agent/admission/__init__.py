@@ -1,1 +1,4 @@
-"""Admission: a destination decides how many guests may arrive at once. Knows no handshake. Begin with `slots.Slots`."""
+"""Admission: how many guests may come to this host and leave it at once, and who is next. Knows no handshake. Begin with `desk.Desk`.
+
+`book` decides (pure), `desk` waits, keeps places durable and lets slots expire, `settings` has the limits, `wire` converts.
+"""

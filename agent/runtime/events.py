@@ -52,13 +52,16 @@ class MigrationChanged(Event, frozen=True, tag="migration"):
 
 
 class SlotChanged(Event, frozen=True, tag="slot"):
-    """An incoming slot of this host was taken or freed."""
+    """A slot of this host was taken or freed, or has changed its kind."""
 
     migration_id: str
-    attempt: int
-    change: Literal["taken", "freed"]
+    direction: str
+    """"incoming" or "outgoing"."""
+    slot_kind: Literal["prepared", "transferring"]
+    """Of a slot that was freed: the one that it had."""
+    change: Literal["taken", "changed", "freed"]
     in_use: int
-    """After the change."""
+    """Units of the limit that are taken after the change."""
     limit: int
 
 

@@ -1,0 +1,281 @@
+"""The slots and the queue of one direction of a host: who has one, and who is next. Pure: every method gets the time.
+
+A slot is `TRANSFERRING` (units of the limit) or `PREPARED` (a few beside them). A migration that waits is served by importance, then
+the peer that was served least recently, then age. Only one that is *in its turn* is served or holds up those behind it: its driver has
+a call under way, or ended one in the last second. A migration that was prepared keeps the turn that it had.
+"""
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterator
+from itertools import chain
+from typing import Final
+
+from agent.admission.estimate import time_until
+from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot, Standing
+
+TURN_SECONDS: Final = 1.0
+"""How long a waiter keeps its turn between two calls."""
+RETURN_SECONDS: Final = 2.0
+"""How long waiters of an earlier life keep their turn: their drivers call again within it."""
+MOST_HOLDERS: Final = 8
+_REMEMBERED: Final = 50
+"""How many holding times are remembered."""
+_PEERS: Final = 1000
+"""How many peers are remembered with the grant that they had last."""
+
+_Key = tuple[int, int, int]
+
+
+class Book:
+    """The state of one direction. `numbers` gives epochs and places: each greater than all before, also of earlier lives."""
+
+    def __init__(self, direction: Direction, limits: Limits, numbers: Iterator[int], lease: float) -> None:
+        self.direction = direction
+        self.limits = limits
+        self.transferring = 0
+        """Units that are taken."""
+        self.prepared = 0
+        """Prepared slots that are taken."""
+        self._numbers = numbers
+        self.lease = lease
+        """Seconds for which a driver may be silent."""
+        self._claims: dict[str, Claim] = {}
+        self._waiting: dict[str, Claim] = {}
+        self._unprepared = 0
+        """Waiters that would take a prepared slot."""
+        self._granted: dict[str, int] = {}
+        """By peer: its last grant, the least recent first."""
+        self._held: deque[float] = deque(maxlen=_REMEMBERED)
+        self._order: tuple[list[tuple[int, int, int, int]], list[Claim], Counter[tuple[int, str]]] | None = None
+
+    # ---- who is there
+
+    def find(self, migration_id: str) -> Claim | None:
+        return self._claims.get(migration_id)
+
+    def claims(self) -> list[Claim]:
+        return list(self._claims.values())
+
+    @property
+    def queue_length(self) -> int:
+        return len(self._waiting)
+
+    def is_waiting(self, claim: Claim) -> bool:
+        return self._waiting.get(claim.migration_id) is claim
+
+    def in_order(self) -> list[Claim]:
+        """Return the queue: the order in which it is served if all are in their turn."""
+        return list(self._ordered()[1])
+
+    # ---- asking
+
+    def newcomer(self, ask: Ask, now: float) -> Claim:
+        """Return a claim that does not wait: pass it to `grant`."""
+        return Claim(ask, next(self._numbers), now, seen=now)
+
+    def ask(self, ask: Ask, now: float) -> Claim:
+        """Put a migration into the queue, or change what it asks for; nothing to wait for if its slot allows that."""
+        claim = self._claims.get(ask.migration_id)
+        if claim is None:
+            claim = self._claims[ask.migration_id] = self.newcomer(ask, now)
+        self._leave_queue(claim)
+        claim.ask, claim.seen, claim.silence_told = ask, now, False
+        if not claim.has(ask.kind):
+            self._join_queue(claim)
+        return claim
+
+    def adopt(self, claim: Claim, now: float) -> None:
+        """Add a claim of an earlier life: with its attached slot, or with its place."""
+        self._claims[claim.migration_id] = claim
+        claim.seen = now
+        if claim.slot is None:
+            claim.turn_until = now + RETURN_SECONDS
+            self._join_queue(claim)
+        else:
+            self._count(claim.slot, 1)
+            self._served(claim.ask.peer, claim.slot.epoch)
+
+    def ended_call(self, claim: Claim, now: float, *, normally: bool) -> None:
+        """Note that a call has ended; not `normally`: its caller has gone away."""
+        claim.calls -= 1
+        claim.seen = now
+        claim.turn_until = now + TURN_SECONDS if normally and not claim.calls else float("-inf")
+
+    # ---- granting
+
+    def grant(self, now: float, newcomer: Claim | None = None) -> list[Claim]:
+        """Serve all for whom there is room, in their order. Return them. `newcomer`: served only now, or not at all."""
+        granted = []
+        while (found := self._next(now, newcomer)) is not None:
+            claim, kind = found
+            self._give(claim, kind, now)
+            self._claims[claim.migration_id] = claim
+            newcomer = None if claim is newcomer else newcomer
+            granted.append(claim)
+        return granted
+
+    def _next(self, now: float, newcomer: Claim | None) -> tuple[Claim, Kind] | None:
+        room = self.limits.limit - self.transferring
+        wants_prepared = self._unprepared or (newcomer is not None and newcomer.ask.kind is Kind.PREPARED)
+        may_prepare = self.limits.limit > 0 and self.prepared < self.limits.prepared and wants_prepared
+        if room <= 0 and not may_prepare:
+            return None
+        first: tuple[_Key, Claim] | None = None
+        prepared: tuple[_Key, Claim] | None = None
+        for claim in chain(self._waiting.values(), () if newcomer is None else (newcomer,)):
+            if not claim.calls and now >= claim.turn_until:
+                continue
+            key = self._key(claim)
+            if first is None or key < first[0]:
+                first = key, claim
+            if claim.slot is None and claim.ask.kind is Kind.PREPARED and (prepared is None or key < prepared[0]):
+                prepared = key, claim
+        if room > 0 and first is not None and first[1].calls and self.limits.cost_of(first[1].ask.memory) <= room:
+            return first[1], Kind.TRANSFERRING
+        if may_prepare and prepared is not None and prepared[1].calls:
+            return prepared[1], Kind.PREPARED
+        return None
+
+    def _give(self, claim: Claim, kind: Kind, now: float) -> None:
+        self._leave_queue(claim)
+        cost, peer = self.limits.cost_of(claim.ask.memory), claim.ask.peer
+        if claim.slot is None:
+            claim.slot = Slot(kind, cost, next(self._numbers), now, turn=self._granted.get(peer, 0))
+            self._served(peer, claim.slot.epoch)
+        else:
+            self._count(claim.slot, -1)
+            claim.slot.kind, claim.slot.cost = kind, cost
+        self._count(claim.slot, 1)
+
+    def _served(self, peer: str, epoch: int) -> None:
+        self._granted.pop(peer, None)
+        self._granted[peer] = epoch
+        if len(self._granted) > _PEERS:
+            del self._granted[next(iter(self._granted))]
+        self._order = None
+
+    # ---- giving back
+
+    def attach(self, claim: Claim) -> None:
+        """Note that a record holds the slot."""
+        if claim.slot is not None:
+            claim.slot.attached = True
+
+    def free(self, claim: Claim, now: float, *, completed: bool = False) -> None:
+        """Remove the claim. `completed`: its slot served a migration that worked, so it counts for estimates."""
+        if self._claims.get(claim.migration_id) is not claim:
+            return
+        self._leave_queue(claim)
+        del self._claims[claim.migration_id]
+        if claim.slot is not None:
+            self._count(claim.slot, -1)
+            if completed:
+                self._held.append(now - claim.slot.since)
+            claim.slot = None
+
+    def give_back(self, claim: Claim) -> None:
+        """Put the claim back into the queue, at the place that it had and not in its turn. Its attached slot becomes prepared, even
+        beyond that limit; another one is free."""
+        self._leave_queue(claim)
+        claim.turn_until = float("-inf")
+        if claim.slot is not None:
+            self._count(claim.slot, -1)
+            if claim.slot.attached:
+                claim.slot.kind = Kind.PREPARED
+                self._count(claim.slot, 1)
+            else:
+                claim.slot = None
+        self._join_queue(claim)
+
+    def stop_waiting(self, claim: Claim) -> None:
+        """Take the claim out of the queue; it keeps its slot."""
+        self._leave_queue(claim)
+
+    # ---- time
+
+    def sweep(self, now: float) -> list[Claim]:
+        """Return the claims without an attached slot whose drivers have been silent for the lease, for the caller to free. Takes others
+        whose drivers are silent out of the queue."""
+        silent = [c for c in self._claims.values() if not c.calls and now >= c.seen + self.lease]
+        for claim in silent:
+            if claim.attached:
+                self._leave_queue(claim)
+        return [claim for claim in silent if not claim.attached]
+
+    def due(self, claim: Claim, now: float) -> float:
+        """Return the next time at which `sweep` or `grant` may find something to do for a claim without a call. Infinite: none."""
+        if claim.calls or (claim.attached and not self.is_waiting(claim)):
+            return float("inf")
+        return claim.turn_until if now < claim.turn_until else claim.seen + self.lease
+
+    # ---- figures
+
+    def standing(self, claim: Claim, now: float) -> Standing:
+        """Return where a waiting claim stands, or would stand."""
+        keys, _, rounds = self._ordered()
+        waits = self.is_waiting(claim)
+        lane = self._lane(claim)
+        key = self._key(claim)
+        if waits:
+            position = self._ordered()[1].index(claim) + 1
+        else:
+            position = bisect_left(keys, (key[0], rounds[lane], *key[1:])) + 1
+        slots = [c.slot for c in self._claims.values() if c.slot is not None and c.slot.kind is Kind.TRANSFERRING]
+        low, high = time_until(position, [now - slot.since for slot in slots], self.limits.limit, self._held)
+        holders = sorted((c for c in self._claims.values() if c.slot is not None), key=lambda c: (-c.slot.kind, c.slot.epoch))  # type: ignore[union-attr]
+        return Standing(
+            self.direction,
+            self.limits.limit,
+            self.transferring,
+            tuple(c.migration_id for c in holders[:MOST_HOLDERS] if c is not claim),
+            position,
+            len(self._waiting) + (not waits),
+            low,
+            high,
+        )
+
+    def _ordered(self) -> tuple[list[tuple[int, int, int, int]], list[Claim], Counter[tuple[int, str]]]:
+        """Return the keys and the claims of the queue in order, and how many of each lane wait. Cached until the queue changes."""
+        if self._order is None:
+            rounds: Counter[tuple[int, str]] = Counter()
+            keyed = []
+            for claim in sorted(self._waiting.values(), key=lambda c: c.place):
+                lane, (importance, turn, place) = self._lane(claim), self._key(claim)
+                keyed.append(((importance, rounds[lane], turn, place), claim))
+                rounds[lane] += 1
+            keyed.sort(key=lambda each: each[0])
+            self._order = [key for key, _ in keyed], [claim for _, claim in keyed], rounds
+        return self._order
+
+    # ---- parts
+
+    def _key(self, claim: Claim) -> _Key:
+        turn = claim.slot.turn if claim.slot is not None else self._granted.get(claim.ask.peer, 0)
+        return -claim.ask.importance, turn, claim.place
+
+    @staticmethod
+    def _lane(claim: Claim) -> tuple[int, str]:
+        """Return what takes turns: a peer, or a prepared migration of its own."""
+        return claim.ask.importance, f"peer {claim.ask.peer}" if claim.slot is None else claim.migration_id
+
+    def _count(self, slot: Slot, sign: int) -> None:
+        if slot.kind is Kind.TRANSFERRING:
+            self.transferring += sign * slot.cost
+        else:
+            self.prepared += sign
+
+    def _join_queue(self, claim: Claim) -> None:
+        self._waiting[claim.migration_id] = claim
+        self._unprepared += self._would_prepare(claim)
+        self._order = None
+
+    def _leave_queue(self, claim: Claim) -> None:
+        if self._waiting.get(claim.migration_id) is claim:
+            del self._waiting[claim.migration_id]
+            self._unprepared -= self._would_prepare(claim)
+            self._order = None
+
+    @staticmethod
+    def _would_prepare(claim: Claim) -> bool:
+        return claim.slot is None and claim.ask.kind is Kind.PREPARED

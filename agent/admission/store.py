@@ -1,0 +1,65 @@
+"""What admission keeps over restarts of the agent, and the interface of its store."""
+
+import zlib
+from typing import Protocol
+
+import msgspec
+
+from agent.admission.values import Ask, Claim, Direction, Kind
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """A place in a queue."""
+
+    direction: Direction
+    migration_id: str
+    place: int
+    kind: Kind
+    peer: str
+    importance: int
+    memory: int
+    since: float
+    """Since when it waits, as Unix time."""
+    driver: str = ""
+    pending: bytes = b""
+    """The migration (`drover.agent.v1.Migration`) as its driver has stored it. Empty: nobody takes it over."""
+    peer_agent: str = ""
+
+    def claim(self, now: float, wall: float) -> Claim:
+        """Return the claim, at the times `now` and `wall` of the book's clock and of the wall clock."""
+        ask = Ask(self.migration_id, self.kind, self.peer, self.importance, self.memory)
+        since = now - max(0.0, wall - self.since)
+        return Claim(ask, self.place, since, driver=self.driver, stored=checksum(encode(self)))
+
+
+def encode(place: Place) -> bytes:
+    return msgspec.msgpack.encode(place)
+
+
+def decode(data: bytes) -> Place:
+    return msgspec.msgpack.decode(data, type=Place)
+
+
+def checksum(data: bytes) -> int:
+    """Return a checksum that is never zero."""
+    return zlib.crc32(data) or 1
+
+
+class Store(Protocol):
+    """Durable storage. Each method is one transaction, and raises JOURNAL_UNAVAILABLE if it fails."""
+
+    async def next_life(self, above: int) -> int:
+        """Return a number greater than `above` and than every one that this returned before, over restarts."""
+        ...
+
+    async def put_place(self, direction: str, migration_id: str, body: bytes) -> None: ...
+
+    async def remove_place(self, direction: str, migration_id: str) -> None: ...
+
+    async def place(self, direction: str, migration_id: str) -> bytes | None: ...
+
+    async def places(self) -> list[bytes]: ...
+
+    async def put_settings(self, body: bytes) -> None: ...
+
+    async def settings(self) -> bytes | None: ...
