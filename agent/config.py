@@ -110,7 +110,14 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Settings of the simulated hypervisor, checked by `agent.hypervisor.sim`."""
     networks: Annotated[tuple[NetworkConfig, ...], msgspec.Meta(max_length=64)] = ()
     incoming_limit: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
-    """Most incoming migrations at once."""
+    """Most guests that come in at once. 0: none may. Changed while the agent runs with `drover host set`, as the next two."""
+    outgoing_limit: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 2
+    """Most guests that leave at once."""
+    prepared_limit: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 1
+    """Most migrations in each direction that are prepared beside those that transfer."""
+    slot_unit_memory: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
+    """Memory in bytes for which a guest counts as one in these limits; a bigger guest counts for more. 0: every guest counts as
+    one."""
     lease_seconds: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 30
     """A slot that is not renewed for this long is free again."""
     takeover_after_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 10

@@ -9,7 +9,9 @@ from typing import Final
 import grpc.aio
 import structlog
 
-from agent.admission.slots import Slots
+from agent.admission.desk import Desk
+from agent.admission.settings import Configured
+from agent.admission.store import Place
 from agent.config import AgentConfig, NetworkConfig
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.engine import Engine
@@ -29,13 +31,13 @@ from agent.runtime.event_log import events_logged
 from agent.runtime.events import Bus, HostChanged
 from agent.runtime.log import logging_to_stderr
 from agent.runtime.supervision import supervise
-from agent.service import handshake_service, host_service, migration_service, peers
+from agent.service import admission_service, handshake_service, host_service, migration_service, peers
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
 from agent.service.peers import Channels, PeerDirectory
 from agent.service.registration import keep_registered
 from agent.service.server import Server, start_server
-from drover.agent.v1 import handshake_pb2_grpc, host_pb2, host_pb2_grpc, migration_pb2_grpc
+from drover.agent.v1 import admission_pb2_grpc, handshake_pb2_grpc, host_pb2, host_pb2_grpc, migration_pb2_grpc
 
 log = structlog.get_logger()
 
@@ -81,7 +83,18 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
             simulated=config.hypervisor == "sim",
         )
         heard = RecordCache()
-        engine = Engine(local, journal, Slots(config.incoming_limit), silent.put_nowait, other_side, heard)
+        waiting_silently: asyncio.Queue[Place] = asyncio.Queue()
+        desk = Desk(
+            config.name,
+            Configured(config.incoming_limit, config.outgoing_limit, config.prepared_limit, config.slot_unit_memory),
+            journal.admission,
+            bus,
+            lease=config.lease_seconds,
+            takeover_after=config.takeover_after_seconds,
+            check_open=local.check_not_draining,
+            on_silent=waiting_silently.put_nowait,
+        )
+        engine = Engine(local, journal, desk, silent.put_nowait, other_side, heard)
         stack.push_async_callback(engine.close)
         host = AgentHost(info, hypervisor, engine, bus, [(n.definition(), n.address) for n in config.networks])
         stack.callback(supervise("watch interfaces", functools.partial(host.follow, watch_of(config, hypervisor))).cancel)
@@ -169,10 +182,13 @@ async def _open(hypervisor: Hypervisor, stop: asyncio.Event) -> None:
 async def _serve(config: AgentConfig, host: AgentHost, migrations: Migrations, bus: Bus) -> Server:
     def add(server: grpc.aio.Server) -> None:
         handshake_pb2_grpc.add_HandshakeServiceServicer_to_server(handshake_service.handshake_servicer(host.engine), server)
+        admission = admission_service.admission_servicer(host.engine)
+        admission_pb2_grpc.add_AdmissionServiceServicer_to_server(admission, server)
         host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(host), server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
 
-    return await start_server(config.listen, add, [handshake_service.SERVICE, host_service.SERVICE, migration_service.SERVICE], bus)
+    services = (handshake_service, admission_service, host_service, migration_service)
+    return await start_server(config.listen, add, [service.SERVICE for service in services], bus)
 
 
 async def _stop(local: LocalHost, migrations: Migrations, engine: Engine, server: Server) -> None:
@@ -180,6 +196,7 @@ async def _stop(local: LocalHost, migrations: Migrations, engine: Engine, server
     local.bus.publish(HostChanged(local.name, change="stopping", message=f"{len(engine.active())} attempts have not ended"))
     local.draining = migrations.runner.draining = True
     engine.changed.ring()
+    engine.desk.drain()
     async with asyncio.timeout(STOP_SECONDS + 1):
         await asyncio.gather(migrations.idle(STOP_SECONDS), engine.idle(STOP_SECONDS))
     await server.stop(grace=0.2)

@@ -1,8 +1,8 @@
 """The slots and the queue of one direction of a host: who has one, and who is next. Pure: every method gets the time.
 
 A slot is `TRANSFERRING` (units of the limit) or `PREPARED` (a few beside them). A migration that waits is served by importance, then
-the peer that was served least recently, then age. Only one that is *in its turn* is served or holds up those behind it: its driver has
-a call under way, or ended one in the last second. A migration that was prepared keeps the turn that it had.
+the peer that was served least recently, then age. Only one whose driver has a call under way is served; one whose call ended in the
+last second holds up those behind it, too. A migration that was prepared keeps the turn that it had.
 """
 
 from bisect import bisect_left
@@ -25,6 +25,8 @@ _PEERS: Final = 1000
 """How many peers are remembered with the grant that they had last."""
 
 _Key = tuple[int, int, int]
+_Lane = tuple[int, str]
+_Order = tuple[list[tuple[int, int, int, int]], list[Claim], Counter[_Lane]]
 
 
 class Book:
@@ -47,7 +49,7 @@ class Book:
         self._granted: dict[str, int] = {}
         """By peer: its last grant, the least recent first."""
         self._held: deque[float] = deque(maxlen=_REMEMBERED)
-        self._order: tuple[list[tuple[int, int, int, int]], list[Claim], Counter[tuple[int, str]]] | None = None
+        self._order: _Order | None = None
 
     # ---- who is there
 
@@ -195,8 +197,8 @@ class Book:
     # ---- time
 
     def sweep(self, now: float) -> list[Claim]:
-        """Return the claims without an attached slot whose drivers have been silent for the lease, for the caller to free. Takes others
-        whose drivers are silent out of the queue."""
+        """Return the claims without an attached slot whose drivers have been silent for the lease, for the caller to free. Takes
+        others whose drivers are silent out of the queue."""
         silent = [c for c in self._claims.values() if not c.calls and now >= c.seen + self.lease]
         for claim in silent:
             if claim.attached:
@@ -213,32 +215,32 @@ class Book:
 
     def standing(self, claim: Claim, now: float) -> Standing:
         """Return where a waiting claim stands, or would stand."""
-        keys, _, rounds = self._ordered()
+        keys, order, rounds = self._ordered()
         waits = self.is_waiting(claim)
-        lane = self._lane(claim)
-        key = self._key(claim)
-        if waits:
-            position = self._ordered()[1].index(claim) + 1
-        else:
-            position = bisect_left(keys, (key[0], rounds[lane], *key[1:])) + 1
-        slots = [c.slot for c in self._claims.values() if c.slot is not None and c.slot.kind is Kind.TRANSFERRING]
-        low, high = time_until(position, [now - slot.since for slot in slots], self.limits.limit, self._held)
-        holders = sorted((c for c in self._claims.values() if c.slot is not None), key=lambda c: (-c.slot.kind, c.slot.epoch))  # type: ignore[union-attr]
+        importance, *rest = self._key(claim)
+        ahead = order.index(claim) if waits else bisect_left(keys, (importance, rounds[self._lane(claim)], *rest))
+        low, high = self.time_until(ahead + 1, now)
+        holders = sorted((c for c in self._claims.values() if c.slot is not None and c is not claim), key=_by_grant)
         return Standing(
             self.direction,
             self.limits.limit,
             self.transferring,
-            tuple(c.migration_id for c in holders[:MOST_HOLDERS] if c is not claim),
-            position,
-            len(self._waiting) + (not waits),
+            tuple(c.migration_id for c in holders[:MOST_HOLDERS]),
+            ahead + 1,
+            len(order) + (not waits),
             low,
             high,
         )
 
-    def _ordered(self) -> tuple[list[tuple[int, int, int, int]], list[Claim], Counter[tuple[int, str]]]:
+    def time_until(self, position: int, now: float) -> tuple[float, float]:
+        """Return the likely least and most seconds until the turn of a position in the queue."""
+        slots = [c.slot for c in self._claims.values() if c.slot is not None and c.slot.kind is Kind.TRANSFERRING]
+        return time_until(position, [now - slot.since for slot in slots], self.limits.limit, self._held)
+
+    def _ordered(self) -> _Order:
         """Return the keys and the claims of the queue in order, and how many of each lane wait. Cached until the queue changes."""
         if self._order is None:
-            rounds: Counter[tuple[int, str]] = Counter()
+            rounds: Counter[_Lane] = Counter()
             keyed = []
             for claim in sorted(self._waiting.values(), key=lambda c: c.place):
                 lane, (importance, turn, place) = self._lane(claim), self._key(claim)
@@ -255,7 +257,7 @@ class Book:
         return -claim.ask.importance, turn, claim.place
 
     @staticmethod
-    def _lane(claim: Claim) -> tuple[int, str]:
+    def _lane(claim: Claim) -> _Lane:
         """Return what takes turns: a peer, or a prepared migration of its own."""
         return claim.ask.importance, f"peer {claim.ask.peer}" if claim.slot is None else claim.migration_id
 
@@ -279,3 +281,8 @@ class Book:
     @staticmethod
     def _would_prepare(claim: Claim) -> bool:
         return claim.slot is None and claim.ask.kind is Kind.PREPARED
+
+
+def _by_grant(claim: Claim) -> tuple[int, int]:
+    """Return the sort key of slots: those that transfer first, then the oldest."""
+    return (-claim.slot.kind, claim.slot.epoch) if claim.slot is not None else (0, claim.place)

@@ -27,6 +27,17 @@ class Configured:
     slot_unit_memory: int = 0
 
 
+class Change(msgspec.Struct, frozen=True):
+    """Who changed settings, when (Unix time), and why."""
+
+    changed_by: str
+    time: float
+    comment: str
+
+    def to_proto(self) -> pb.SettingsChange:
+        return pb.SettingsChange(changed_by=self.changed_by, change_time=timestamp(self.time), comment=self.comment)
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What was changed while the agent runs, and by whom. None: as configured."""
 
@@ -34,10 +45,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     outgoing_limit: int | None = None
     prepared_limit: int | None = None
     cordoned: bool = False
-    changed_by: str = ""
-    change_time: float = 0.0
-    """Unix time. 0: never changed."""
-    comment: str = ""
+    change: Change | None = None
+    """Last change of a limit."""
+    cordon_change: Change | None = None
 
     def limits(self, direction: Direction, configured: Configured) -> Limits:
         """Return the limits that hold now."""
@@ -67,8 +77,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 changes[field] = request.settings.cordoned
             else:
                 raise invalid_field("update_mask", f'"{field}" is no field that can be changed')
-        about = {"changed_by": request.change.changed_by, "comment": request.change.comment, "change_time": time.time()}
-        return msgspec.structs.replace(self, **changes, **about)
+        change = Change(request.change.changed_by, time.time(), request.change.comment)
+        if "cordoned" in changes:
+            changes["cordon_change"] = change
+        if changes.keys() & set(_LIMITS):
+            changes["change"] = change
+        return msgspec.structs.replace(self, **changes)
 
     def show(self, host: pb.Host) -> None:
         """Write them into a host's description."""
@@ -76,7 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name in _LIMITS:
             if getattr(self, name) is not None:
                 setattr(host.settings, name, getattr(self, name))
-        if self.change_time:
-            host.settings_change.CopyFrom(
-                pb.SettingsChange(changed_by=self.changed_by, change_time=timestamp(self.change_time), comment=self.comment)
-            )
+        if self.change is not None:
+            host.settings_change.CopyFrom(self.change.to_proto())
+        if self.cordon_change is not None:
+            host.cordon_change.CopyFrom(self.cordon_change.to_proto())

@@ -3,7 +3,7 @@
 import time
 from typing import Final
 
-from agent.admission.values import MEDIUM, Ask, Claim, Direction, Kind, Standing
+from agent.admission.values import MEDIUM, Ask, Claim, Direction, Kind, Slot, Standing
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.wire import duration, timestamp
 from drover.agent.v1 import admission_pb2 as pb
@@ -44,27 +44,34 @@ def ask_of(request: pb.AcquireSlotRequest) -> Ask:
     )
 
 
-def holder_to_proto(
-    claim: Claim, direction: Direction, now: float, *, position: int = 0, expires: float | None = None
-) -> pb.SlotHolder:
-    """Convert a slot, or with a `position` a waiter. `now`, `expires`: by the clock of the book."""
-    wall = time.time() - now
-    slot = claim.slot if not position else None
-    holder = pb.SlotHolder(
+def slot_to_proto(claim: Claim, slot: Slot, direction: Direction, now: float, lease: float) -> pb.SlotHolder:
+    """Convert a taken slot. `now`: by the clock of the book."""
+    holder = _holder(claim, direction, now, slot.since)
+    holder.kind, holder.epoch, holder.cost = slot.kind.value, slot.epoch, slot.cost  # type: ignore[assignment]
+    if not slot.attached:
+        holder.expire_time.CopyFrom(timestamp(time.time() + claim.seen + lease - now))
+    return holder
+
+
+def waiter_to_proto(claim: Claim, direction: Direction, now: float, position: int, until: tuple[float, float]) -> pb.SlotHolder:
+    """Convert a waiter. `until`: the likely time until its turn."""
+    holder = _holder(claim, direction, now, claim.since)
+    holder.waiting, holder.position = True, position
+    holder.estimate_low.CopyFrom(duration(until[0]))
+    holder.estimate_high.CopyFrom(duration(until[1]))
+    return holder
+
+
+def _holder(claim: Claim, direction: Direction, now: float, since: float) -> pb.SlotHolder:
+    return pb.SlotHolder(
         migration_id=claim.migration_id,
         direction=_WIRE_DIRECTIONS[direction],
-        kind=(slot.kind if slot is not None else claim.ask.kind).value,  # type: ignore[arg-type]
-        waiting=slot is None,
-        epoch=slot.epoch if slot is not None else 0,
+        kind=claim.ask.kind.value,  # type: ignore[arg-type]
         peer_host=claim.ask.peer,
         importance=claim.ask.importance,  # type: ignore[arg-type]
-        cost=slot.cost if slot is not None else 0,
-        position=position,
-        since_time=timestamp(wall + (slot.since if slot is not None else claim.since)),
+        since_time=timestamp(time.time() - now + since),
+        age=duration(max(0.0, now - since)),
     )
-    if expires is not None:
-        holder.expire_time.CopyFrom(timestamp(wall + expires))
-    return holder
 
 
 def wait_to_proto(standing: Standing, host: str) -> migration_pb2.Wait:
@@ -88,8 +95,9 @@ def busy(standing: Standing, host: str) -> DroverError:
     queue = f", and {before} {'migration waits' if before == 1 else 'migrations wait'} before this one" if before else ""
     return DroverError(
         Reason.BUSY,
-        f"{standing.in_use} of {standing.limit} {standing.direction} slots of {host} are taken{queue}. Nothing was done to the guest; "
-        f"its turn would come in about {standing.low:.0f} to {standing.high:.0f} s: let it wait (--wait), or choose another host",
+        f"{standing.in_use} of {standing.limit} {standing.direction} slots of {host} are taken{queue}. Nothing was done to the "
+        f"guest; its turn would come in about {standing.low:.0f} to {standing.high:.0f} s: let it wait (--wait), or choose another "
+        "host",
         metadata={
             "host": host,
             "limit": f"{standing.direction}_limit",
@@ -108,8 +116,8 @@ def busy(standing: Standing, host: str) -> DroverError:
 def closed(direction: Direction, host: str) -> DroverError:
     return DroverError(
         Reason.HOST_CLOSED,
-        f"{host} is closed: its {direction}_limit is 0, so no guest can {_VERBS[direction]} it. Nothing was done to the guest; choose "
-        f"another host, or raise the limit: drover host set {host} --{direction}-limit N",
+        f"{host} is closed: its {direction}_limit is 0, so no guest can {_VERBS[direction]} it. Nothing was done to the guest; "
+        f"choose another host, or raise the limit: drover host set {host} --{direction}-limit N",
         metadata={"host": host, "limit": f"{direction}_limit", "limit_value": "0"},
     )
 

@@ -65,7 +65,7 @@ class AgentHost:
 
     def describe(self) -> pb.Host:
         local = self.engine.host
-        return pb.Host(
+        host = pb.Host(
             name=local.name,
             host_uuid=self._info.host_uuid,
             driver=self._info.driver,
@@ -76,13 +76,13 @@ class AgentHost:
             max_protocol_version=PROTOCOL_VERSION,
             migration_features=features_to_proto(self._info.features),
             networks=local.networks,
-            incoming_limit=self.engine.slots.limit,
-            incoming_in_use=self.engine.incoming_in_use,
             incarnation=self._incarnation,
             draining=local.draining,
             coordinators=self._reported_coordinators,
             interfaces=local.interfaces,
         )
+        self.engine.desk.show(host)
+        return host
 
     @property
     def _reported_coordinators(self) -> list[str]:

@@ -56,6 +56,10 @@ class HostServicer(rpc.HostServiceServicer):
         async with self._updating:
             return pb.UpdateDomainResponse(domain=domain_to_proto(await update_domain(self._host, request)))
 
+    async def UpdateHost(self, request: pb.UpdateHostRequest, context: _Context) -> pb.UpdateHostResponse:  # noqa: N802
+        await self._host.engine.desk.update(request)
+        return pb.UpdateHostResponse(host=self._host.describe())
+
 
 def _identity(domain: pb.Domain) -> tuple[str, str]:
     return domain.name, domain.uuid

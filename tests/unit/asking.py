@@ -64,6 +64,10 @@ async def finished(driver: Driver, within: float = PATIENCE) -> None:
         await driver.run()
 
 
+FIRST_EPOCH = (1 << 32) + 2
+"""Of the first slot that the first life of an agent grants; its place was the number before."""
+
+
 def make_plan(**changes: Any) -> Plan:
     values: dict[str, Any] = {
         "domain_name": "web1",
@@ -100,7 +104,7 @@ def begin(**fields: Any) -> pb.BeginRequest:
     )
 
 
-def prepare(epoch: int = 1, **fields: Any) -> pb.PrepareRequest:
+def prepare(epoch: int = FIRST_EPOCH, **fields: Any) -> pb.PrepareRequest:
     return pb.PrepareRequest(**{"ref": REF, "slot_epoch": epoch, "domain_xml": "<domain/>", "cookie_in": b"begun", **fields})
 
 
@@ -140,7 +144,7 @@ def record(role: Role, state: str, **fields: Any) -> AttemptRecord:
         "destination_name": "web1",
         "peer_host": "h2" if role is Role.SOURCE else "h1",
         "peer_agent": "10.91.0.2:7400",
-        "epoch": 1,
+        "epoch": FIRST_EPOCH,
         "proved": ADDRESSES["h2"],
         "listen": ADDRESSES["h2"] if role is Role.DESTINATION else "",
         "cookies": {"begin": b"begun", "prepare": b"prepared"},

@@ -192,7 +192,7 @@ async def test_7_lists_are_in_the_order_of_the_starts_whatever_the_clock_says(
     ids = [ID.replace("6f1c", f"{number}f1c") for number in range(4)]
     for migration_id in ids:
         set_wall_clock(monkeypatch, -HOUR)
-        driving.pair.destination.engine.slots.limit = 0
+        driving.pair.destination.room(0)
         await driving.migrations.start(migration_id, SPEC, 60)
     await driving.migrations.cancel(ids[1])
     await driving.ended(ids[1])

@@ -288,12 +288,12 @@ async def test_6_19_who_watches_a_host_learns_at_once_that_a_slot_is_taken_and_f
     taken = engine.changed.next
     await engine.reserve_slot(reserve())
     assert taken.is_set()
-    assert engine.incoming_in_use == 1
+    assert destination.in_use == 1
     free = engine.changed.next
     assert not free.is_set()
     await engine.abandon(pb.AbandonRequest(ref=REF, source_kept=True))
     await asyncio.wait_for(free.wait(), 3)
-    assert engine.incoming_in_use == 0
+    assert destination.in_use == 0
 
 
 async def test_an_older_attempt_is_refused_and_a_newer_one_waits_for_its_end(source: Agent) -> None:

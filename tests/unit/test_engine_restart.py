@@ -107,7 +107,7 @@ async def test_a_destination_goes_on_after_a_restart(
     await agent.reaches(end)
     assert agent.effects == effects
     assert (UUID in agent.hypervisor.domains) == (end == "running")
-    assert agent.engine.incoming_in_use == (1 if end == "reserved" else 0)
+    assert agent.in_use == (1 if end == "reserved" else 0)
 
 
 async def test_an_armed_copy_without_a_process_is_gone(pair: Pair) -> None:
@@ -188,7 +188,7 @@ async def test_6_19_what_never_took_place_says_nothing_of_how_long_a_slot_is_hel
         taken.requirements.uuid, taken.requirements.name = f"uuid{number}", f"guest{number}"
         await agent.engine.reserve_slot(taken)
     busy = await fails(agent.engine.reserve_slot(reserve()), Reason.BUSY)
-    assert busy.retry_after == pytest.approx(10.0, abs=1.0)
+    assert busy.retry_after == pytest.approx(5.0, abs=1.0)
 
 
 # --- silence ----------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ async def test_a_slot_that_nobody_asks_about_is_free_again(brief: Pair, state: s
         await agent.engine.prepare(prepare())
     ended = await agent.reaches("gone")
     assert ended.failure.reason == Reason.LEASE_EXPIRED
-    assert agent.engine.incoming_in_use == 0
+    assert agent.in_use == 0
     assert agent.hypervisor.domains == {}
 
 

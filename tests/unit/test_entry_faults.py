@@ -125,7 +125,7 @@ async def test_7_a_start_that_a_stopping_process_cuts_off_leaves_no_row(driving:
 
 
 async def test_7_the_same_start_after_the_end_of_the_wait_returns_the_migration(driving: Driving) -> None:
-    driving.pair.destination.engine.slots.limit = 0
+    driving.pair.destination.room(0)
     await driving.migrations.start(ID, SPEC, 0.05)
     await driving.ended(ID)
     assert (await driving.migrations.start(ID, SPEC, 0.05)).state == pb.MIGRATION_STATE_FAILED
@@ -184,7 +184,7 @@ async def test_7_a_save_as_open_replaces_the_end_in_the_store(store: MemoryStore
 
 async def test_7_no_cancel_is_saved_over_the_end_of_a_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log fails once, so that the end is saved only after the cancel has come."""
-    driving.pair.destination.engine.slots.limit = 0
+    driving.pair.destination.room(0)
     save, saves = driving.log.save, []
 
     async def fails_once(migration_id: str, body: bytes, *, ended: bool) -> None:
@@ -205,7 +205,7 @@ async def test_7_starts_at_the_same_time_keep_the_bound_of_waiting_migrations(
     driving: Driving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent.migration.migrations, "MOST_WAITING", 2)
-    driving.pair.destination.engine.slots.limit = 0
+    driving.pair.destination.room(0)
     starts = (driving.migrations.start(f"{n}{ID[1:]}", SPEC, 60) for n in range(5))
     outcomes = await asyncio.gather(*starts, return_exceptions=True)
     refused = [outcome.reason for outcome in outcomes if isinstance(outcome, DroverError)]
@@ -289,7 +289,7 @@ async def test_7_a_long_wait_plans_again(driving: Driving, monkeypatch: pytest.M
     monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
     planned = driving.directory.asked
     await until(lambda: driving.directory.asked >= planned + 2)
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
     assert driving.pair.destination.hypervisor.arguments["incompatibilities"][0].memory_bytes == 1 << 40
 
@@ -309,7 +309,7 @@ async def test_7_a_destination_that_gives_no_plan_is_shown_as_silent(driving: Dr
     await until(lambda: driving.migrations.collection.get(ID).migration.wait_reason == pb.WAIT_REASON_HOST_UNREACHABLE)
     assert list(driving.migrations.collection.get(ID).migration.silent_hosts) == ["h2"]
     driving.directory.fails.clear()
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
 
 
@@ -383,7 +383,7 @@ async def test_7_that_the_slot_was_taken_is_saved_before_the_guest_is_touched(dr
         pb.Migration.FromString(driving.log.rows[ID][0]).HasField("slot_duration") if call == "begin" else True
     )
     await waiting(driving)
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
     assert all(held)
 
@@ -400,7 +400,7 @@ async def test_7_a_waiting_migration_that_another_driver_has_moved_succeeds(driv
     pair, other = driving.pair, Driving(driving.pair)
     await waiting(driving)
     await driving.migrations.close()
-    pair.destination.engine.slots.limit = 2
+    pair.destination.room(2)
     await other.migrations.start(ID, SPEC)
     assert (await other.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
     await driving.restart()

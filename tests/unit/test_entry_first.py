@@ -45,7 +45,7 @@ async def asked_for_a_slot(driving: Driving) -> "asyncio.Task[pb.Migration]":
 
 async def waiting(driving: Driving, slot_wait: float = 60.0) -> pb.Migration:
     """A start that waits, because the destination has no slot."""
-    driving.pair.destination.engine.slots.limit = 0
+    driving.pair.destination.room(0)
     started = await driving.migrations.start(ID, SPEC, slot_wait)
     await until(lambda: "are taken" in driving.migrations.collection.get(ID).migration.waiting_for)
     return started
@@ -164,8 +164,8 @@ async def test_7_a_destination_that_is_another_host_by_now_is_not_taken(driving:
 
 
 def no_room(pair: Pair) -> Callable[[], None]:
-    pair.destination.engine.slots.limit = 0
-    return lambda: setattr(pair.destination.engine.slots, "limit", 2)
+    pair.destination.room(0)
+    return lambda: pair.destination.room(2)
 
 
 def no_cpu(pair: Pair) -> Callable[[], None]:
@@ -255,10 +255,10 @@ async def test_7_a_start_that_may_wait_answers_at_once_and_moves_when_a_slot_is_
     assert (started.state, started.slot_wait.seconds) == (pb.MIGRATION_STATE_PENDING, 60)
     now = driving.migrations.collection.get(ID).migration
     assert (now.state, now.wait_reason) == (pb.MIGRATION_STATE_PENDING, pb.WAIT_REASON_SLOT)
-    assert now.waiting_for == "an incoming slot of h2: 0 of 0 are taken"
+    assert now.waiting_for == "an incoming slot of h2: 2 of 2 are taken"
     assert Migration.from_proto(now).slot_duration is None
     assert driving.pair.source.calls == []
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     ended = await driving.ended(ID)
     waited = Migration.from_proto(ended).slot_duration
     assert waited is not None
@@ -279,19 +279,19 @@ async def test_7_an_unreachable_destination_is_waited_for_too(driving: Driving) 
 async def test_7_what_waiting_cannot_mend_ends_the_wait(driving: Driving) -> None:
     await waiting(driving)
     driving.pair.destination.hypervisor.problems = ["no such CPU"]
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     ended = await driving.ended(ID)
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.INCOMPATIBLE_GUEST)
     assert slots_taken(driving.pair) == 0
 
 
 async def test_7_the_end_of_the_wait_says_what_it_waited_for_and_stays(driving: Driving) -> None:
-    driving.pair.destination.engine.slots.limit = 0
+    driving.pair.destination.room(0)
     await driving.migrations.start(ID, SPEC, 0.05)
     ended = await driving.ended(ID)
     assert (ended.state, ended.failure.reason, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, Reason.BUSY, "h1")
-    assert ended.failure.message.startswith("h2 gave no slot within 0.05 s: all 0 incoming slots")
-    driving.pair.destination.engine.slots.limit = 1
+    assert ended.failure.message.startswith("h2 gave no slot within 0.05 s: 2 of 2 incoming slots")
+    driving.pair.destination.room(1)
     await driving.restart()
     assert state(driving) == pb.MIGRATION_STATE_FAILED
     assert (await driving.migrations.start(ID, SPEC, 60)).state == pb.MIGRATION_STATE_FAILED
@@ -321,7 +321,7 @@ async def test_7_a_cancel_ends_the_wait_at_once(driving: Driving) -> None:
     ended = await driving.ended(ID, within=1.0)
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED)
     assert saved(driving).state == pb.MIGRATION_STATE_CANCELLED
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     await driving.restart()
     assert state(driving) == pb.MIGRATION_STATE_CANCELLED
     assert driving.pair.source.calls == driving.pair.destination.calls == []
@@ -344,7 +344,7 @@ async def test_7_the_wait_goes_on_in_the_next_life(driving: Driving) -> None:
     await waiting(driving, WEEK)
     await driving.restart()
     await until(lambda: "are taken" in driving.migrations.collection.get(ID).migration.waiting_for)
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
     driving.pair.moved()
 
@@ -384,7 +384,7 @@ async def test_7_a_process_that_stops_neither_waits_for_the_wait_nor_takes_a_slo
     driving.migrations.runner.draining = True
     assert await driving.migrations.idle(0.5)
     await asyncio.sleep(0.1)  # many pauses of the wait; a call that was under way is answered by now
-    driving.pair.destination.engine.slots.limit = 1
+    driving.pair.destination.room(1)
     tried = driving.pair.to_destination.count["reserve_slot"]
     await asyncio.sleep(0.1)
     assert driving.pair.to_destination.count["reserve_slot"] == tried

@@ -110,7 +110,7 @@ def no_cpu(driving: Driving) -> None:
 
 
 def no_room(driving: Driving) -> None:
-    driving.pair.destination.engine.slots.limit = 0
+    driving.pair.destination.room(0)
 
 
 def not_there(driving: Driving) -> None:

@@ -211,11 +211,11 @@ async def test_8_7_a_pause_cannot_be_reset_while_the_transfer_runs(driving: Driv
 
 async def test_8_7_one_that_waits_begins_with_what_was_changed_meanwhile(driving: Driving) -> None:
     driving.pair.wire.all_sent.clear()
-    driving.pair.destination.engine.slots.limit = 0
+    driving.pair.destination.room(0)
     await driving.migrations.start(ID, SPEC, slot_wait=600.0)
     await update(driving, bandwidth_bytes_per_second=7, importance=pb.IMPORTANCE_HIGH)
     assert stored(driving).settings.importance == pb.IMPORTANCE_HIGH
-    driving.pair.destination.engine.slots.limit = 2
+    driving.pair.destination.room(2)
     await driving.pair.are("performing", "armed")
     assert driving.pair.source.hypervisor.arguments["perform"][-2:] == (7, 0.0)
 

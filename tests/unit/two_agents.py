@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableSequence
 from pathlib import Path
@@ -14,7 +15,10 @@ from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
 import agent.handshake.host.journal
-from agent.admission.slots import Slots
+from agent.admission.desk import Desk
+from agent.admission.settings import Configured
+from agent.admission.store import Place
+from agent.admission.values import Ask, Direction
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
 from agent.handshake.host.attempt import Attempt
@@ -116,6 +120,8 @@ class Agent:
         self.hypervisor = FakeHypervisor(name, wire, self.calls)
         self.journal = FakeJournal(self.calls)
         self.taken_over: asyncio.Queue[Attempt] = asyncio.Queue()
+        self.silent: asyncio.Queue[Place] = asyncio.Queue()
+        """Outgoing places whose drivers went silent."""
         self.other_side: OtherHost | None = None
         self.heard = RecordCache()
         self.lease, self.takeover, self.slots = lease, takeover, slots
@@ -137,7 +143,18 @@ class Agent:
             simulated=True,
             clock=QUICK,
         )
-        return Engine(host, self.journal, Slots(self.slots), self.taken_over.put_nowait, lambda _: self.other_side, self.heard)
+        desk = Desk(
+            self.name,
+            Configured(incoming_limit=self.slots, outgoing_limit=self.slots),
+            self.journal.admission,
+            self.bus,
+            lease=self.lease,
+            takeover_after=self.takeover,
+            check_open=host.check_not_draining,
+            on_silent=self.silent.put_nowait,
+            clock=QUICK,
+        )
+        return Engine(host, self.journal, desk, self.taken_over.put_nowait, lambda _: self.other_side, self.heard)
 
     async def restart(self, *, settling: bool = False) -> None:
         await self._close_engine()
@@ -165,6 +182,22 @@ class Agent:
     def keep(self, record: AttemptRecord) -> None:
         """Write a record as an earlier life of the agent would have."""
         self.journal.keep(record)
+
+    def room(self, left: int) -> None:
+        """Let migrations from another host hold all incoming slots but so many."""
+        ledger = self.engine.desk.ledger
+        book = ledger.books[Direction.INCOMING]
+        for claim in book.claims():
+            if claim.ask.peer == "h9":
+                book.free(claim, ledger.now)
+        for number in range(book.limits.limit - left):
+            ledger.recount(Direction.INCOMING, Ask(f"foreign{number}", peer="h9"), epoch=number, cost=1, since=time.time())
+        ledger.serve(book)
+
+    @property
+    def in_use(self) -> int:
+        """Incoming slots that are taken."""
+        return self.engine.desk.books[Direction.INCOMING].transferring
 
     @property
     def effects(self) -> list[str]:
@@ -196,7 +229,8 @@ class Agent:
         raise AssertionError(f"it ended as {state_from_proto(await self.record(ref))}, not as {states}")
 
 
-CALLS = methods_of(pb.DESCRIPTOR.services_by_name["HandshakeService"])
+SERVICES = (pb.DESCRIPTOR.services_by_name["HandshakeService"], admission_pb2.DESCRIPTOR.services_by_name["AdmissionService"])
+CALLS = {name: method for service in SERVICES for name, method in methods_of(service).items()}
 
 
 class Line:

@@ -39,7 +39,6 @@ WhyUnresponsive = Callable[["Attempt"], Awaitable[str]]
 
 REPORT_AFTER_SECONDS: Final = 2.0
 """Seconds after which a call to the hypervisor that has not returned appears in `waiting_for`."""
-
 FRESH_SECONDS: Final = 0.1
 """Maximum age of the guest's state in a record that ends; an older one is asked for again."""
 
@@ -48,7 +47,8 @@ _LateChanges = Callable[[], Mapping[str, Any]]
 
 
 class Attempt:
-    """One attempt on this host. `record` is what the journal holds, besides `seen` and what `tell` sets, which may be newer."""
+    """One attempt on this host. `record` is what the journal holds, besides `seen` and what `tell` sets, which may be newer.
+    `on_put` is called after each durable change, with the record before."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Attempt:
         run_effect: EffectRunner,
         look: Look,
         why_unresponsive: WhyUnresponsive,
-        on_final: Callable[["Attempt"], None],
+        on_put: Callable[["Attempt", AttemptRecord], None],
         on_idle: Callable[["Attempt"], None],
         clock: Clock,
         bus: Bus,
@@ -65,8 +65,7 @@ class Attempt:
         self.record = record
         self.clock = clock
         self._bus = bus
-        self.progress: pb.Progress | None = None
-        """The latest reading of the transfer; not journalled."""
+        self.progress: pb.Progress | None = None  # the latest reading of the transfer; not journalled
         self.stopwatch: Stopwatch | None = None  # times the phase that opens this attempt; not journalled
         self.measured: Measured | None = None  # of the path that was proved; not journalled
         self.opening: asyncio.Task[None] | None = None  # opens this attempt (`Attempts.open`), while it runs
@@ -76,7 +75,7 @@ class Attempt:
         self._why_unresponsive = why_unresponsive
         self._seen_at = float("-inf")
         self._own_wait = ""  # what `tell` set last
-        self._on_final = on_final
+        self._on_put = on_put
         self._on_idle = on_idle
         self._applying = 0
         self._machine = MACHINES[record.role]
@@ -190,20 +189,23 @@ class Attempt:
 
     async def note(self, **changes: Any) -> None:
         """Record changes that leave the state as it is, such as a failure or `waiting_for`."""
-        await asyncio.shield(asyncio.ensure_future(self._note(changes)))
+        await self.amend(lambda: changes)
 
-    async def _note(self, changes: dict[str, Any]) -> None:
+    async def amend(self, late: _LateChanges) -> None:
+        """As `note`, with what `late` returns under the lock."""
+        await asyncio.shield(asyncio.ensure_future(self._amend(late)))
+
+    async def _amend(self, late: _LateChanges) -> None:
         async with self._lock:
-            await self._put(self.record.changed(**changes))
+            if changes := late():
+                await self._put(self.record.changed(**changes))
 
     async def _put(self, record: AttemptRecord) -> None:
         await self._journal.put_attempt(record)
         record = msgspec.structs.replace(record, seen=self.record.seen)  # `saw` may have changed it meanwhile
         self._bus.publish(record.event(was=self.record.state))
-        ends, self.record = record.final and not self.record.final, record
-        if ends:
-            self.signs.end()
-            self._on_final(self)
+        before, self.record = self.record, record
+        self._on_put(self, before)
         self.wake()
 
     def wake(self) -> None:
@@ -249,8 +251,7 @@ class Attempt:
 
     async def ended(self, *names: str) -> None:
         """Wait until none of these tasks runs, except the calling one."""
-        tasks = [task for task in self.running(*names) if task is not asyncio.current_task()]
-        if tasks:
+        if tasks := [task for task in self.running(*names) if task is not asyncio.current_task()]:
             await asyncio.wait(tasks)
 
     async def close(self) -> None:

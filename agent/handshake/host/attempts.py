@@ -41,9 +41,10 @@ class Attempts:
         effects: Mapping[Role, EffectRunner],
         look: Look,
         why_unresponsive: WhyUnresponsive,
-        on_final: Callable[[Attempt], None],
+        on_put: Callable[[Attempt, AttemptRecord], None],
         clock: Clock,
         bus: Bus,
+        changed: Bell,
     ) -> None:
         self.journal = journal
         self._clock = clock
@@ -51,8 +52,8 @@ class Attempts:
         self._effects = effects
         self._look = look
         self._why_unresponsive = why_unresponsive
-        self._on_final = on_final
-        self.changed = Bell()
+        self._on_put = on_put
+        self.changed = changed
         """Rings whenever an attempt starts or ends here."""
         self._by_id: dict[str, Attempt] = {}
         self._claimed: set[str] = set()
@@ -69,7 +70,7 @@ class Attempts:
             self._effects[record.role],
             self._look,
             self._why_unresponsive,
-            self._on_final,
+            self._on_put,
             self._forget_unless_known,
             self._clock,
             self._bus,
@@ -173,6 +174,10 @@ class Attempts:
         """Return the attempts that have not ended, without those that were only created for a call and have no record yet."""
         known = (a for a in self._by_id.values() if a.record.state or a.opening is not None)
         return [a for a in known if a.record.role is role and not a.record.final]
+
+    def newest(self, migration_id: str) -> Attempt | None:
+        """Return the attempt of a migration that is in memory: every one that has not ended is."""
+        return self._by_id.get(migration_id)
 
     def all(self) -> list[Attempt]:
         return list(self._by_id.values())

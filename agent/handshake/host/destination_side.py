@@ -1,9 +1,8 @@
 """The destination's calls: ReserveSlot, Prepare, Finish and Abandon, and the lease of its slot."""
 
 import time
-from typing import Final, Literal
+from typing import Any, Final
 
-from agent.admission.slots import Slots
 from agent.handshake.host.arrival import check_arrival, tombstone_fields
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
@@ -21,13 +20,13 @@ from agent.handshake.host.phases import (
 )
 from agent.handshake.host.records import Role
 from agent.handshake.host.signs import MAX_WAIT
+from agent.handshake.host.slots import RecordSlots, check_transferring
 from agent.handshake.host.stopwatch import timed
 from agent.handshake.host.stored import changes_of, check_documents
 from agent.handshake.machines.destination import DestinationEvent, DestinationState
 from agent.hypervisor.features import settled
 from agent.hypervisor.wire import options_from_proto
 from agent.runtime.errors import DroverError, Reason
-from agent.runtime.events import SlotChanged
 from agent.runtime.failure import Failure
 from drover.agent.v1 import handshake_pb2 as pb
 
@@ -40,15 +39,13 @@ _DECIDED: Final = frozenset({_S.RUNNING, _S.GONE})
 class DestinationSide:
     """The destination's calls on one host."""
 
-    def __init__(self, host: LocalHost, attempts: Attempts, slots: Slots, peers: PeerRecords, owner: Owner) -> None:
+    def __init__(self, host: LocalHost, attempts: Attempts, slots: RecordSlots, peers: PeerRecords, owner: Owner) -> None:
         self._host = host
         self._attempts = attempts
         self._slots = slots
         self._owner = owner
         self._peers = peers
         self._probes = PathProbes(host)
-        self._held_since: dict[Attempt, float] = {}
-        """Since when a slot is taken, by the monotonic clock; not for slots taken before the agent's last start."""
 
     # ---- calls
 
@@ -79,9 +76,14 @@ class DestinationSide:
         return changes
 
     async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> None:
-        self._check_room(attempt)
         wanted = request.requirements
         name = request.destination_name or wanted.name
+        async with self._slots.taking(attempt, request.source_host, wanted.memory_bytes) as slot:
+            await self._open_with(attempt, request, name, slot)
+        self.recover(attempt)
+
+    async def _open_with(self, attempt: Attempt, request: pb.ReserveSlotRequest, name: str, slot: dict[str, Any]) -> None:
+        wanted = request.requirements
         with self._attempts.claim(wanted.uuid, wanted.name), self._attempts.claim_name(name, self._host.name):
             with timed("reserve") as watch:
                 had_definition = await check_arrival(self._host, request)
@@ -90,7 +92,7 @@ class DestinationSide:
             await attempt.apply(
                 _E.RESERVE,
                 lambda: phase_changes(attempt, "reserve", request),
-                epoch=self._attempts.journal.next_epoch(),
+                **slot,
                 host=self._host.name,
                 had_definition=had_definition,
                 expires=self._expiry(),
@@ -104,23 +106,9 @@ class DestinationSide:
                 listen=listen.address,
                 timings=(watch.timing,),
             )
-            if not attempt.record.final:
-                self._held_since[attempt] = time.monotonic()
-                self._tell_slot(attempt, "taken")
-        self.recover(attempt)
 
     def _expiry(self) -> float:
         return time.time() + self._host.lease_seconds
-
-    def _tell_slot(self, attempt: Attempt, change: Literal["taken", "freed"]) -> None:
-        in_use, limit = len(self._attempts.active(Role.DESTINATION)), self._slots.limit
-        about = attempt.record.migration_id, attempt.record.attempt
-        self._host.bus.publish(SlotChanged(*about, change=change, in_use=in_use, limit=limit))
-
-    def _check_room(self, newcomer: Attempt) -> None:
-        now = time.monotonic()
-        others = [a for a in self._attempts.active(Role.DESTINATION) if a is not newcomer]
-        self._slots.check([now - self._held_since.get(a, now) for a in others])
 
     async def prepare(self, request: pb.PrepareRequest) -> pb.PrepareResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
@@ -158,6 +146,8 @@ class DestinationSide:
     async def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.FINISH, request.request_id):
+            if attempt.record.state == _S.PREPARED:
+                await self._slots.allow_transfer(attempt)
             await attempt.apply(_E.FINISH, lambda: self._finished(attempt, request))
             record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
             return pb.FinishResponse(record=self._host.show(record), cookie_out=record.cookies.get("finish", b""))
@@ -168,6 +158,7 @@ class DestinationSide:
         changes = phase_changes(attempt, "finish", request)
         if attempt.record.state != _S.PREPARED:
             return {}
+        check_transferring(attempt)
         return changes | {"cookies": {**attempt.record.cookies, "perform": request.cookie_in}}
 
     async def abandon(self, request: pb.AbandonRequest) -> pb.AbandonResponse:
@@ -216,11 +207,6 @@ class DestinationSide:
         await attempt.report(_E.LEASE_EXPIRED, failure=Failure(Reason.LEASE_EXPIRED, text))
 
     def on_final(self, attempt: Attempt) -> None:
-        """Take note that an attempt has ended, which frees its slot."""
-        if attempt.record.epoch:
-            self._tell_slot(attempt, "freed")
-        since = self._held_since.pop(attempt, None)
-        if since is not None and attempt.record.state == _S.RUNNING:
-            self._slots.arrived(time.monotonic() - since)
+        """Take note that an attempt has ended."""
         if attempt.record.state == _S.RUNNING:
             self._owner.arrived()

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import structlog
 
-from agent.admission.slots import Slots
+from agent.admission.desk import Desk
 from agent.handshake.host.aftercare import Aftercare
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
@@ -25,6 +25,7 @@ from agent.handshake.host.peer_record import PeerRecords
 from agent.handshake.host.phases import LocalHost, see, why_unresponsive
 from agent.handshake.host.record_cache import RecordCache
 from agent.handshake.host.records import MACHINES, AttemptRecord, Role
+from agent.handshake.host.slots import RecordSlots
 from agent.handshake.host.source_effects import SourceEffects
 from agent.handshake.host.source_side import SourceSide
 from agent.handshake.host.transfer import Transfers
@@ -34,11 +35,16 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
 from agent.runtime.paging import Paging
 from agent.runtime.wire import methods_of
+from drover.agent.v1 import admission_pb2
 from drover.agent.v1 import handshake_pb2 as pb
 
 log = structlog.get_logger()
 
-RPCS: Final = frozenset(methods_of(pb.DESCRIPTOR.services_by_name["HandshakeService"]))
+_SERVICES: Final = (
+    pb.DESCRIPTOR.services_by_name["HandshakeService"],
+    admission_pb2.DESCRIPTOR.services_by_name["AdmissionService"],
+)
+RPCS: Final = frozenset(name for service in _SERVICES for name in methods_of(service))
 """Names of the methods that serve them."""
 
 
@@ -49,27 +55,28 @@ class Engine:
         self,
         host: LocalHost,
         journal: Journal,
-        slots: Slots,
+        desk: Desk,
         take_over: Callable[[Attempt], None],
         other_side: Callable[[Attempt], OtherHost | None],
         heard: RecordCache,
     ) -> None:
         self.host = host
-        self.slots = slots
+        self.desk = desk
         self._journal = journal
         look, why = functools.partial(see, host), functools.partial(why_unresponsive, host)
         peers = PeerRecords(host.name, other_side, heard)
         leaving, self._arriving = SourceEffects(host, peers), DestinationEffects(host, journal)
         effects = {Role.SOURCE: leaving.run, Role.DESTINATION: self._arriving.run}
-        self._attempts = Attempts(journal, effects, look, why, self._ended, host.clock, host.bus)
+        self._attempts = Attempts(journal, effects, look, why, self._put, host.clock, host.bus, desk.changed)
+        self._slots = RecordSlots(self._attempts, desk)
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
-        self._source = SourceSide(host, self._attempts, take_over, peers, Departures(host, self._attempts, self._owner))
-        self._destination = DestinationSide(host, self._attempts, slots, peers, self._owner)
-        self._parts = (self._destination, self._source, Transfers(host, self._attempts, leaving.session, other_side))
+        self._source = SourceSide(host, self._attempts, take_over, peers, Departures(host, self._attempts, self._owner), self._slots)
+        self._destination = DestinationSide(host, self._attempts, self._slots, peers, self._owner)
+        self._parts = (self._destination, self._source, self._slots, Transfers(host, self._attempts, leaving.session, other_side))
         self.check_leaving = self._source.check_leaving
         self.changed = self._attempts.changed
-        """Rings whenever an attempt starts or ends here."""
+        """Rings whenever an attempt starts or ends here, and at every change of slots."""
 
     async def acquire_slot(self, request: Any) -> Any:
         raise DroverError(Reason.UNIMPLEMENTED, "to come")
@@ -86,7 +93,10 @@ class Engine:
 
     async def recover(self) -> None:
         """Resume every attempt in the journal that has not ended, by its machine's RESTARTED event, and unfinished aftercare."""
-        for record in await self._journal.active():
+        active = await self._journal.active()
+        self._slots.recount(active)
+        await self.desk.ledger.open()
+        for record in active:
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
             if record.role is Role.SOURCE:
@@ -116,9 +126,15 @@ class Engine:
 
     async def close(self) -> None:
         """Cancel the tasks of every attempt. Leaves the hypervisor and the journal as they are."""
-        await asyncio.gather(*(attempt.close() for attempt in self._attempts.all()))
+        await asyncio.gather(self.desk.ledger.close(), *(attempt.close() for attempt in self._attempts.all()))
+
+    def _put(self, attempt: Attempt, before: AttemptRecord) -> None:
+        self._slots.changed(attempt, before)
+        if attempt.record.final and not before.final:
+            self._ended(attempt)
 
     def _ended(self, attempt: Attempt) -> None:
+        attempt.signs.end()
         if attempt.record.role is Role.DESTINATION:
             self._destination.on_final(attempt)
             attempt.start("close", self._arriving.close(attempt))
@@ -128,10 +144,6 @@ class Engine:
     def active(self) -> list[Attempt]:
         """Return every attempt that has not ended here."""
         return [*self._attempts.active(Role.SOURCE), *self._attempts.active(Role.DESTINATION)]
-
-    @property
-    def incoming_in_use(self) -> int:
-        return len(self._attempts.active(Role.DESTINATION))
 
     async def idle(self, timeout: float) -> bool:
         """Wait until no attempt is active. Return False if one still is after `timeout` seconds."""

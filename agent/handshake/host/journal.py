@@ -1,7 +1,7 @@
 """The agent's journal: what this host did and decided, durable before anyone can read it.
 
-It has one row per attempt (a record of `records`) and one per migration that this agent drives itself. A row is deleted only when
-no decision can depend on it any more:
+It has one row per attempt (a record of `records`) and one per migration that this agent drives itself, beside those of admission. A
+row is deleted only when no decision can depend on it any more:
 
 - A record that has not ended stays.
 - A record that another host may still have to read stays, however old it is (`must_stay`).
@@ -22,6 +22,8 @@ from typing import Final
 import msgspec
 import structlog
 
+from agent.handshake.host import journal_admission
+from agent.handshake.host.journal_admission import AdmissionRows
 from agent.handshake.host.journal_damage import ENDED, damages_in
 from agent.handshake.host.records import AttemptRecord, Role, decode, encode
 from agent.handshake.machines.destination import DestinationState
@@ -59,6 +61,7 @@ _SCHEMA: Final[tuple[Migration, ...]] = (
     CREATE TABLE lives (id INTEGER PRIMARY KEY, number INTEGER NOT NULL, sum INTEGER NOT NULL);
     INSERT INTO lives VALUES (0, 0, seal(0));
     """,
+    journal_admission.SCHEMA,
 )
 
 _TRIM = """
@@ -92,7 +95,7 @@ class Journal:
         self.path = path
         self._db = Database(path, _SCHEMA, check=damages_in)
         self._numbers = itertools.count(1)
-        """Numbers of rows and epochs, rising over restarts."""
+        """Numbers of rows, rising over restarts."""
         self._ids: set[str] = set()
         """Ids of all migrations with a record here, and perhaps some more. Saves the query for the others: the usual case."""
 
@@ -107,11 +110,14 @@ class Journal:
     async def close(self) -> None:
         await self._db.close()
 
-    def next_epoch(self) -> int:
-        """Return a number greater than every epoch before, also those before a restart: the row that makes this epoch durable gets
-        a greater number still, and the row with the greatest number is never deleted.
-        """
-        return next(self._numbers)
+    @property
+    def admission(self) -> AdmissionRows:
+        """The rows of admission."""
+        return AdmissionRows(self._db)
+
+    async def next_life(self, above: int) -> int:
+        """Return a number greater than `above` and than every one that this returned before, over restarts."""
+        return await self.admission.next_life(above)
 
     async def put_attempt(self, record: AttemptRecord) -> None:
         kind, number, body = _kind_of(record), next(self._numbers), encode(record)
@@ -225,16 +231,6 @@ class Journal:
         await self._db.transaction(
             lambda connection: connection.execute("DELETE FROM migrations WHERE migration_id = ?", (migration_id,)).rowcount
         )
-
-    async def next_life(self, above: int) -> int:
-        """Return a number greater than `above` and than every one that this returned before, over restarts."""
-
-        def write(connection: sqlite3.Connection) -> int:
-            number = int(max(above, *connection.execute("SELECT number FROM lives").fetchone())) + 1
-            connection.execute("UPDATE lives SET number = ?1, sum = seal(?1)", (number,))
-            return number
-
-        return await self._db.transaction(write)
 
 
 def must_stay(record: AttemptRecord) -> bool:

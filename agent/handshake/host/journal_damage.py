@@ -38,6 +38,14 @@ def damages_in(connection: sqlite3.Connection) -> list[Damage]:
         if seal(*columns) != total:
             remove = "DELETE FROM arrivals WHERE CAST(domain_uuid AS BLOB) = ?"
             damages.append(Damage(f"the arrival of guest {columns[0]}", True, remove, (as_bytes(columns[0]),)))
+    for direction, key, body, total in connection.execute("SELECT direction, migration_id, body, sum FROM places"):
+        if seal(direction, key, body) != total:
+            which = f"the place of migration {key} in the queue for {direction} slots"
+            remove = "DELETE FROM places WHERE CAST(direction AS BLOB) = ? AND CAST(migration_id AS BLOB) = ?"
+            damages.append(Damage(which, False, remove, (as_bytes(direction), as_bytes(key))))
+    for body, total in connection.execute("SELECT body, sum FROM settings"):
+        if seal(body) != total:
+            damages.append(Damage("the limits that were changed while this agent ran", True, "DELETE FROM settings", ()))
     for number, total in connection.execute("SELECT number, sum FROM lives"):
         if seal(number) != total:
             mend = "UPDATE lives SET number = ?1, sum = seal(?1)"

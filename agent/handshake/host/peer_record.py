@@ -153,8 +153,12 @@ class PeerRecords:
         return state not in NOTHING_FLOWS
 
     async def check_uri(self, attempt: Attempt, uri: MigrationUri, relayed: pb.Record) -> None:
-        """Check, by the destination's record, that it listens on `uri` for this attempt. Raises URI_NOT_ALLOWED, UNDECIDED."""
-        reading = await self.read(attempt, relayed, will_do=lambda record: bool(record.uri), within=READ_SECONDS)
+        """Check, by the destination's record, that it listens on `uri` for this attempt, and that its slot allows the transfer.
+
+        Raises:
+            DroverError: URI_NOT_ALLOWED, UNDECIDED, BUSY.
+        """
+        reading = await self.read(attempt, relayed, will_do=_takes_memory, within=READ_SECONDS)
         untouched = f"Nothing was sent, and guest {attempt.record.domain_name} stays on {self._host}"
         if reading.record is None or not reading.record.uri:
             raise self._undecided(attempt, reading, f"{untouched}, as the URI of its copy is not known", stated=False)
@@ -165,6 +169,8 @@ class PeerRecords:
                 f"migration URI {uri} is refused: {peer} listens on {reading.record.uri} for this attempt. {untouched}",
                 metadata={"uri": str(uri), "host": peer},
             )
+        if not _takes_memory(reading.record):
+            raise only_prepared(attempt.record.peer_host, "incoming", untouched)
 
     def _undecided(self, attempt: Attempt, reading: Reading, consequence: str, *, stated: bool) -> DroverError:
         peer = attempt.record.peer_host
@@ -211,6 +217,22 @@ def _renamed(record: pb.Record, host: str) -> pb.Record:
 def _decides(record: pb.Record) -> bool:
     """Return whether this is a destination's record that has ended."""
     return record.state in (pb.RECORD_STATE_RUNNING, pb.RECORD_STATE_GONE)
+
+
+def _takes_memory(record: pb.Record) -> bool:
+    """Return whether a destination listens, with a slot that allows the transfer. Older versions give no cost, and have no other."""
+    return bool(record.uri) and (record.slot.transferring or not record.slot.cost)
+
+
+def only_prepared(host: str, direction: str, untouched: str) -> DroverError:
+    """Return the error for a transfer whose slot is only prepared."""
+    return DroverError(
+        Reason.BUSY,
+        f"the {direction} slot of this migration on {host} is only prepared, so no memory may flow yet. {untouched}; ask {host} "
+        "for the rest with AcquireSlot (SLOT_KIND_TRANSFERRING), which can wait for it, then repeat the call",
+        metadata={"host": host, "limit": f"{direction}_limit"},
+        retry_after=1.0,
+    )
 
 
 def _known(states: type[_S], reading: Reading) -> _S | None:

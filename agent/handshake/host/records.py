@@ -32,6 +32,13 @@ class Role(StrEnum):
 MACHINES: Mapping[Role, Any] = {Role.SOURCE: SOURCE, Role.DESTINATION: DESTINATION}
 
 
+_HOLDS_SLOT: Final[Mapping[Role, frozenset[str]]] = {
+    # The guest's last bytes may still be on their way in the states after these, but nothing is left to send.
+    Role.SOURCE: frozenset({SourceState.BEGINNING, SourceState.BEGUN, SourceState.PERFORMING}),
+    Role.DESTINATION: frozenset(DestinationState) - DESTINATION.final,
+}
+
+
 class Statement(msgspec.Struct, frozen=True):
     """An operator's statement that a host is dead. It replaces that host's record, as long as that host does not answer."""
 
@@ -81,7 +88,11 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     peer_agent: str = ""
     options: dict[str, Value] = {}
     epoch: int = 0
-    """Epoch of the slot; destination only."""
+    """Epoch of the slot on this host."""
+    transferring: bool = True
+    """Whether the slot allows the transfer."""
+    cost: int = 1
+    """Units of the limit that the slot takes."""
     expires: float = 0.0
     """When the lease ends, by the wall clock; destination only."""
     had_definition: bool = False
@@ -131,6 +142,11 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def final(self) -> bool:
         return self.state in MACHINES[self.role].final
+
+    @property
+    def holds_slot(self) -> bool:
+        """Whether it takes a slot of this host."""
+        return self.state in _HOLDS_SLOT[self.role]
 
     @property
     def user_options(self) -> Options:
@@ -220,8 +236,10 @@ def record_to_proto(record: AttemptRecord, host: str, progress: pb.Progress | No
         message.statement.CopyFrom(record.statement.to_proto())
     if record.seen is not None:
         message.guest.CopyFrom(fact_to_proto(record.seen))
+    if record.epoch:
+        message.slot.epoch, message.slot.transferring, message.slot.cost = record.epoch, record.transferring, record.cost
     if record.role is Role.DESTINATION:
-        message.slot.CopyFrom(pb.Slot(epoch=record.epoch, expire_time=timestamp(record.expires)))
+        message.slot.expire_time.CopyFrom(timestamp(record.expires))
         message.uri = record.uri if record.state in LISTENS else ""
     if progress is not None:
         message.progress.CopyFrom(progress)

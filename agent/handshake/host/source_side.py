@@ -20,6 +20,7 @@ from agent.handshake.host.phases import (
 )
 from agent.handshake.host.records import Role
 from agent.handshake.host.signs import MAX_WAIT
+from agent.handshake.host.slots import RecordSlots, check_transferring
 from agent.handshake.host.stopwatch import Stopwatch
 from agent.handshake.host.stored import changes_of, read_stored, stored_to_proto
 from agent.handshake.machines.source import SourceEvent, SourceState
@@ -52,12 +53,14 @@ class SourceSide:
         take_over: Callable[[Attempt], None],
         peers: PeerRecords,
         departures: Departures,
+        slots: RecordSlots,
     ) -> None:
         self._host = host
         self._attempts = attempts
         self._take_over = take_over
         self._peers = peers
         self._departures = departures
+        self._slots = slots
         self.check_leaving = departures.check_leaving
 
     # ---- calls
@@ -112,25 +115,26 @@ class SourceSide:
             if not request.domain_uuid:
                 await self._departures.settle(domain.uuid, domain.name)
             with self._attempts.claim(domain.uuid, domain.name):
-                attempt.saw(fact_of(domain))
-                with watch.asking():
-                    stored = await read_stored(self._host, domain)
-                proof = await proving
-                attempt.measured = proof.measured
-                await attempt.apply(
-                    _E.BEGIN,
-                    lambda: phase_changes(attempt, "begin", request),
-                    host=self._host.name,
-                    domain_name=domain.name,
-                    domain_uuid=domain.uuid,
-                    destination_name=request.destination_name or domain.name,
-                    peer_host=request.destination_host,
-                    peer_agent=request.destination_agent,
-                    options=options_from_proto(settled(request.options, self._host.features)),
-                    epoch=request.slot_epoch,
-                    **changes_of(stored, arrives=False),
-                    proved=proof.address,
-                )
+                async with self._slots.taking(attempt, request.destination_host, domain.memory_bytes) as slot:
+                    attempt.saw(fact_of(domain))
+                    with watch.asking():
+                        stored = await read_stored(self._host, domain)
+                    proof = await proving
+                    attempt.measured = proof.measured
+                    await attempt.apply(
+                        _E.BEGIN,
+                        lambda: phase_changes(attempt, "begin", request),
+                        host=self._host.name,
+                        domain_name=domain.name,
+                        domain_uuid=domain.uuid,
+                        destination_name=request.destination_name or domain.name,
+                        peer_host=request.destination_host,
+                        peer_agent=request.destination_agent,
+                        options=options_from_proto(settled(request.options, self._host.features)),
+                        **slot,
+                        **changes_of(stored, arrives=False),
+                        proved=proof.address,
+                    )
         self.recover(attempt)
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
@@ -140,6 +144,7 @@ class SourceSide:
                 uri = read_uri(request.uri, self._host.features.uri_transports)
                 check_proved(attempt.record, str(uri.host), self._host.name)
                 await self._peers.check_uri(attempt, uri, request.destination_record)
+                await self._slots.allow_transfer(attempt)
             await attempt.apply(_E.PERFORM, lambda: self._performed(attempt, request, checked=checked))
             record = await attempt.until(_AFTER_PERFORM, wait_of(request.wait, unset=0.0))
             return pb.PerformResponse(
@@ -154,6 +159,7 @@ class SourceSide:
             return {}
         if not checked:
             raise overtaken(attempt)
+        check_transferring(attempt)
         uri = read_uri(request.uri, self._host.features.uri_transports)
         self._host.check_sends_to(uri)
         limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")

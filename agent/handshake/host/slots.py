@@ -1,0 +1,164 @@
+"""The slots that records hold: incoming ones at the destination, outgoing ones at the source. Serves the calls about slots.
+
+The record is the truth of its slot (epoch, kind, cost): the desk counts the records again after a restart.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
+
+from agent.admission.desk import Desk
+from agent.admission.places import Caller
+from agent.admission.values import Ask, Claim, Direction, Kind
+from agent.admission.wire import ask_of, direction_of, slot_to_proto, wait_to_proto
+from agent.handshake.host.attempt import Attempt
+from agent.handshake.host.attempts import Attempts
+from agent.handshake.host.phases import check_address, overtaken, wait_of
+from agent.handshake.host.records import AttemptRecord, Role
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceState
+from agent.runtime.paging import Paging
+from drover.agent.v1 import admission_pb2 as pb
+
+_DIRECTIONS: Final = {Role.SOURCE: Direction.OUTGOING, Role.DESTINATION: Direction.INCOMING}
+
+_BEFORE_TRANSFER: Final = frozenset(
+    {
+        SourceState.BEGINNING,
+        SourceState.BEGUN,
+        DestinationState.RESERVED,
+        DestinationState.PREPARING,
+        DestinationState.PREPARED,
+    }
+)
+"""States in which a prepared slot is enough."""
+
+_COMPLETED: Final = frozenset({SourceState.PERFORMED, DestinationState.RUNNING})
+"""States after which the time for which the slot was held counts for estimates."""
+
+
+class RecordSlots:
+    """The slots of the attempts of one host."""
+
+    def __init__(self, attempts: Attempts, desk: Desk) -> None:
+        self._attempts = attempts
+        self._desk = desk
+
+    # ---- records
+
+    def recount(self, records: Iterable[AttemptRecord]) -> None:
+        """Count the slots of the records of earlier lives, before anything else is done with the desk."""
+        for record in sorted(records, key=lambda record: record.epoch):
+            if record.holds_slot:
+                kind = Kind.TRANSFERRING if record.transferring else Kind.PREPARED
+                ask = Ask(record.migration_id, kind, record.peer_host)
+                direction = _DIRECTIONS[record.role]
+                self._desk.ledger.recount(direction, ask, epoch=record.epoch, cost=record.cost, since=record.created)
+
+    @contextlib.asynccontextmanager
+    async def taking(self, attempt: Attempt, peer_host: str, memory: int) -> AsyncIterator[dict[str, Any]]:
+        """Hold a slot while the block makes the record of the attempt, with the yielded fields. Without the record it is as before.
+
+        Raises:
+            DroverError: BUSY, HOST_CLOSED, DRAINING.
+        """
+        direction = _DIRECTIONS[attempt.record.role]
+        async with self._desk.taking(direction, Ask(attempt.record.migration_id, peer=peer_host, memory=memory)) as claim:
+            yield _fields(claim)
+            if attempt.record.holds_slot:
+                self._desk.attach(direction, claim)
+
+    def changed(self, attempt: Attempt, before: AttemptRecord) -> None:
+        """Free the slot of a record that does not hold it any more."""
+        record = attempt.record
+        if before.holds_slot and not record.holds_slot:
+            self._desk.ended(_DIRECTIONS[record.role], record.migration_id, completed=record.state in _COMPLETED)
+
+    async def allow_transfer(self, attempt: Attempt) -> None:
+        """Make sure that the attempt's slot allows the transfer: a prepared one becomes a transferring one if it is its turn now.
+
+        Raises:
+            DroverError: BUSY; HOST_CLOSED.
+        """
+        record = attempt.record
+        if record.transferring or not record.holds_slot:
+            return
+        direction = _DIRECTIONS[record.role]
+        known = self._desk.books[direction].find(record.migration_id)
+        memory, importance = (known.ask.memory, known.ask.importance) if known is not None else (0, Ask("").importance)
+        ask = Ask(record.migration_id, Kind.TRANSFERRING, record.peer_host, importance, memory)
+        claim, _ = await self._desk.acquire(direction, ask)
+        await self._record(direction, claim)
+
+    # ---- calls
+
+    async def acquire_slot(self, request: pb.AcquireSlotRequest) -> pb.AcquireSlotResponse:
+        direction, ask = direction_of(request), ask_of(request)
+        check_address(request.peer_agent, "peer_agent")
+        pending = request.pending.SerializeToString() if direction is Direction.OUTGOING and request.HasField("pending") else b""
+        caller = Caller(request.driver, pending, request.peer_agent)
+        if request.place_only:
+            claim, before = await self._desk.keep_place(direction, ask, caller)
+        else:
+            claim, before = await self._desk.acquire(direction, ask, wait=wait_of(request.wait, unset=0.0), caller=caller)
+            await self._record(direction, claim)
+        response = pb.AcquireSlotResponse(other_driver=before if before != request.driver else "")
+        ledger = self._desk.ledger
+        if claim.slot is not None and claim.has(ask.kind):
+            response.slot.CopyFrom(slot_to_proto(claim, claim.slot, direction, ledger.now, ledger.books[direction].lease))
+        else:
+            response.wait.CopyFrom(wait_to_proto(self._desk.standing(direction, claim), self._desk.host))
+        return response
+
+    async def release_slot(self, request: pb.ReleaseSlotRequest) -> pb.ReleaseSlotResponse:
+        direction = direction_of(request)
+        await asyncio.shield(asyncio.ensure_future(self._release(direction, request)))
+        return pb.ReleaseSlotResponse()
+
+    async def _release(self, direction: Direction, request: pb.ReleaseSlotRequest) -> None:
+        attempt = self._holder(direction, request.migration_id)
+        if attempt is not None and not await self._note(attempt, transferring=False):
+            return  # it transfers: its slot ends with that
+        self._desk.release(direction, request.migration_id, keep_place=request.keep_place)
+
+    async def list_slots(self, request: pb.ListSlotsRequest) -> pb.ListSlotsResponse:
+        page = Paging(request, int, int, int).take(self._desk.slots())
+        return pb.ListSlotsResponse(slots=page.items, next_page_token=page.token)
+
+    # ---- parts
+
+    def _holder(self, direction: Direction, migration_id: str) -> Attempt | None:
+        """Return the attempt whose record holds the migration's slot."""
+        attempt = self._attempts.newest(migration_id)
+        holds = attempt is not None and attempt.record.holds_slot and _DIRECTIONS[attempt.record.role] is direction
+        return attempt if holds else None
+
+    async def _record(self, direction: Direction, claim: Claim) -> None:
+        """Make it durable in the record that its slot allows the transfer."""
+        attempt = self._holder(direction, claim.migration_id)
+        if attempt is not None and claim.attached and claim.has(Kind.TRANSFERRING) and not attempt.record.transferring:
+            await self._note(attempt, transferring=True, cost=claim.slot.cost if claim.slot is not None else 1)
+            self._desk.attach(direction, claim)
+
+    async def _note(self, attempt: Attempt, **fields: Any) -> bool:
+        """Change the record's slot, unless the transfer has begun. Return whether the record has these fields now."""
+
+        def late() -> dict[str, Any]:
+            return fields if attempt.record.state in _BEFORE_TRANSFER else {}
+
+        if any(getattr(attempt.record, name) != value for name, value in fields.items()):
+            await attempt.amend(late)
+        return all(getattr(attempt.record, name) == value for name, value in fields.items())
+
+
+def check_transferring(attempt: Attempt) -> None:
+    """Raise WRONG_PHASE if the slot has become prepared since it was made sure that it allows the transfer."""
+    if not attempt.record.transferring:
+        raise overtaken(attempt)
+
+
+def _fields(claim: Claim) -> dict[str, Any]:
+    """Return the fields of a record that holds the slot."""
+    assert claim.slot is not None
+    return {"epoch": claim.slot.epoch, "transferring": claim.has(Kind.TRANSFERRING), "cost": claim.slot.cost}
