@@ -78,11 +78,6 @@ class Engine:
         self.changed = self._attempts.changed
         """Rings whenever an attempt starts or ends here, and at every change of slots."""
 
-    async def acquire_slot(self, request: Any) -> Any:
-        raise DroverError(Reason.UNIMPLEMENTED, "to come")
-
-    release_slot = acquire_slot
-
     def __getattr__(self, name: str) -> Any:
         """Return the method of the part that serves the RPC of that name; see `RPCS`."""
         if name in RPCS:
