@@ -1,6 +1,8 @@
 """Paths that cannot carry a guest are found before it is touched, and IPv6 works from end to end. On networks of its own."""
 
+import asyncio
 import os
+import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -71,6 +73,15 @@ async def test_8_5_a_firewall_that_drops_is_found_within_a_second(cluster: LabCl
     began = time.monotonic()
     await refused(talk, cluster, network, ":49215 on h2", "packets are dropped on the way")
     assert time.monotonic() - began < 1.6, "a second for the path, and the migration around it on a busy machine"
+
+
+async def test_8_5_the_command_line_tells_it(cluster: LabCluster, talk: Talk, h2: Host) -> None:
+    h2.close_ports("mig1", 49152, 49215)
+    command = cluster.drover("migrate", "counted", "--to", "h2", "--network", "mig1")
+    refusal = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=30, check=False)
+    assert refusal.returncode == 1
+    assert "from 10.92.0.1 on h1 to 10.92.0.2:49215 on h2" in refusal.stderr
+    assert "stays on h1; let the firewalls on h2" in refusal.stderr
 
 
 @pytest.mark.parametrize("network", ["mig1", "mig2"])
