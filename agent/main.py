@@ -100,7 +100,7 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         stack.callback(supervise("watch interfaces", functools.partial(host.follow, watch_of(config, hypervisor))).cancel)
         await host.followed()
         address = config.advertised_address()
-        directory = PeerDirectory(host, address, config.peers, named, heard)
+        directory = PeerDirectory(host, address, config.peers, named, heard, bus)
         migrations = Migrations(config.name, directory, journal, bus, config.fencing)
         stack.push_async_callback(migrations.close)
         check_name(config.name, [*await journal.active(), *await journal.unsettled()])

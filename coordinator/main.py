@@ -57,9 +57,8 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         registry = HostRegistry(store, bus, config.heartbeat_seconds, coordinator=identity[:200], seen=networks.seen_by)
         await registry.open()
         stack.push_async_callback(registry.close)
-        migrations = Migrations(
-            config.name, ClusterDirectory(registry, networks=networks.defined), StoredMigrations(store), bus, config.fencing
-        )
+        directory = ClusterDirectory(registry, bus, networks=networks.defined)
+        migrations = Migrations(config.name, directory, StoredMigrations(store), bus, config.fencing)
         stack.push_async_callback(migrations.close)
         await migrations.recover()
         revoking = functools.partial(finish_revoking, networks, migrations.collection)

@@ -5,12 +5,9 @@ import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-import structlog
-
 from agent.runtime.backoff import SYSTEM_CLOCK, Backoff, Clock
 from agent.runtime.errors import DroverError, Reason
-
-log = structlog.get_logger()
+from agent.runtime.events import BreakerChanged, Bus
 
 
 @dataclass
@@ -22,7 +19,7 @@ class _Trouble:
 
 
 class Breaker:
-    """Shared by all tasks that call the same hosts. Counts failures by host and reason.
+    """Shared by all tasks that call the same hosts. Counts failures by host and reason, and publishes its changes.
 
     Opens after `opens_after` failures in a row: calls then fail at once with the last error. After a pause one call goes through;
     its failure makes the next pause longer, and any answer closes the breaker."""
@@ -31,6 +28,7 @@ class Breaker:
         self,
         backoff: Backoff,
         reasons: Collection[Reason],
+        bus: Bus,
         clock: Clock = SYSTEM_CLOCK,
         rand: Callable[[], float] = random.random,
         *,
@@ -40,6 +38,7 @@ class Breaker:
         """`reasons`: those that count as no answer. `size`: most hosts that are counted; the oldest is dropped first."""
         self._backoff = backoff
         self._reasons = reasons
+        self._bus = bus
         self._clock = clock
         self._rand = rand
         self._opens_after = opens_after
@@ -60,6 +59,11 @@ class Breaker:
             raise
         self._answered(host)
 
+    def is_open(self, host: str) -> bool:
+        """Return whether a call would fail at once."""
+        now = self._clock.monotonic()
+        return any(now < trouble.open_until for trouble in self._hosts.get(host, {}).values())
+
     def _check(self, host: str) -> None:
         now = self._clock.monotonic()
         troubles = self._hosts.get(host, {})
@@ -67,9 +71,10 @@ class Breaker:
             if now < trouble.open_until:
                 left = trouble.open_until - now
                 raise DroverError(reason, trouble.message, metadata=trouble.metadata, retry_after=left)
-        for trouble in troubles.values():
+        for reason, trouble in troubles.items():
             if trouble.failures >= self._opens_after:
                 trouble.open_until = now + self._pause(trouble)  # this call goes through, concurrent ones do not
+                self._bus.publish(BreakerChanged(host, change="half_open", reason=reason))
 
     def _failed(self, host: str, error: DroverError) -> None:
         if host not in self._hosts and len(self._hosts) >= self._size:
@@ -80,11 +85,12 @@ class Breaker:
         if trouble.failures >= self._opens_after:
             trouble.open_until = self._clock.monotonic() + self._pause(trouble)
         if trouble.failures == self._opens_after:
-            log.warning("a host does not answer and is called less often", host=host, reason=error.reason, error=error.message)
+            self._bus.publish(BreakerChanged(host, change="opened", reason=error.reason, message=error.message))
 
     def _answered(self, host: str) -> None:
-        if any(trouble.failures >= self._opens_after for trouble in self._hosts.pop(host, {}).values()):
-            log.info("a host answers again", host=host)
+        for reason, trouble in self._hosts.pop(host, {}).items():
+            if trouble.failures >= self._opens_after:
+                self._bus.publish(BreakerChanged(host, change="closed", reason=reason))
 
     def _pause(self, trouble: _Trouble) -> float:
         return self._backoff.delay(trouble.failures - self._opens_after + 1, self._rand())

@@ -12,6 +12,7 @@ import structlog
 
 from agent.runtime.errors import DroverError
 from agent.runtime.events import (
+    BreakerChanged,
     Bus,
     CallHandled,
     DriverDecided,
@@ -70,11 +71,11 @@ def level_of(event: Event) -> int:
     """Return the log level of an event. DEBUG for what would drown the others, and cost a migration milliseconds: calls that are
     refused or that drivers repeat, a driver's decisions, slots, and the phases of a migration that is on its way."""
     match event:
-        case HostChanged(change="unreachable") | StatementChanged():
+        case HostChanged(change="unreachable") | BreakerChanged(change="opened") | StatementChanged():
             return logging.WARNING
         case CallHandled() if event.reason or event.right not in ("migrate", "operate"):
             return logging.DEBUG
-        case DriverDecided() | SlotChanged() | MigrationChanged(state="active"):
+        case BreakerChanged(change="half_open") | DriverDecided() | SlotChanged() | MigrationChanged(state="active"):
             return logging.DEBUG
         case _:
             return logging.INFO

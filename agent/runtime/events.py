@@ -79,6 +79,15 @@ class NetworkChanged(Event, frozen=True, tag="network"):
     change: Literal["created", "changed", "removed", "role granted", "role revoked"]
 
 
+class BreakerChanged(Event, frozen=True, tag="breaker"):
+    """A host is called less often, as its calls fail for that reason (opened); one call finds out whether it answers again (half
+    open); it answers (closed)."""
+
+    host: str
+    """Its name, or the address of its agent."""
+    change: Literal["opened", "half_open", "closed"]
+
+
 class StatementChanged(Event, frozen=True, tag="statement"):
     """A statement that a host is dead was made, or was refuted by the host's answer. `message` is its text."""
 

@@ -15,12 +15,15 @@ from agent.handshake.host.record_cache import RecordCache
 from agent.migration.placement import rank
 from agent.runtime.address import parse_address
 from agent.runtime.alongside import alongside
+from agent.runtime.backoff import OTHER_HOST
+from agent.runtime.breaker import Breaker
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.service.bounds import answer_of
 from agent.service.channel import open_channel
 from agent.service.host import AgentHost
 from agent.service.host_service import get_domain
-from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
+from agent.service.remote_peer import NO_ANSWER, QUESTION_SECONDS, RemotePeer
 from drover.agent.v1 import host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -80,8 +83,11 @@ def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
 class PeerDirectory:
     """The `Directory` of an agent: the source is this host, the destination a peer."""
 
-    def __init__(self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels, heard: RecordCache) -> None:
+    def __init__(
+        self, host: AgentHost, own_address: str, peers: Mapping[str, str], channels: Channels, heard: RecordCache, bus: Bus
+    ) -> None:
         self._heard = heard
+        self._breaker = Breaker(OTHER_HOST, NO_ANSWER, bus)
         self._host = host
         self._own_address = own_address
         self._peers = peers
@@ -101,13 +107,13 @@ class PeerDirectory:
         if spec.destination_host == own.name:
             raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
         address = self.address_of(spec.destination_host)
-        async with alongside(ask_host(self._channels.get(address), spec.destination_host)) as asking:
+        async with alongside(self._ask(spec.destination_host, address)) as asking:
             guest = await get_domain(self._host, leaving_request(spec))  # errors of the source come first
             host = await asking
         return Ends(self._source(), self._side(host, address), guest, self._host.defined_networks)
 
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
-        address = self.address_of(migration.spec.destination_host)
+        address = self.address_of(migration.spec.destination_host or migration.destination_host)
         try:
             return self._source(), self._side(await ask_host(self._channels.get(address), migration.destination_host), address)
         except DroverError:
@@ -125,9 +131,13 @@ class PeerDirectory:
 
     async def _ask_peers(self) -> dict[str, Side | None]:
         """Return every peer of the configuration, None for one that does not answer."""
-        asked = [ask_host(self._channels.get(address), name) for name, address in self._peers.items()]
+        asked = [self._ask(name, address) for name, address in self._peers.items()]
         answers = zip(self._peers.items(), await asyncio.gather(*asked, return_exceptions=True), strict=True)
         return {name: self._side(host, at) if isinstance(host, host_pb2.Host) else None for (name, at), host in answers}
+
+    async def _ask(self, name: str, address: str) -> host_pb2.Host:
+        with self._breaker.guard(name):
+            return await ask_host(self._channels.get(address), name)
 
     def _side(self, host: host_pb2.Host, address: str) -> Side:
         self._answered.pop(host.name, None)
@@ -140,7 +150,7 @@ class PeerDirectory:
         return Side(self._host.describe(), self._host.engine, self._own_address)
 
     def peer(self, name: str, address: str) -> RemotePeer:
-        return RemotePeer(lambda: self._channels.get(address), name, functools.partial(self._heard.note, address))
+        return RemotePeer(lambda: self._channels.get(address), name, functools.partial(self._heard.note, address), self._breaker)
 
     def address_of(self, name_or_address: str) -> str:
         """Return the address of a peer's agent. Raises HOST_NOT_FOUND for what is neither a peer's name nor an address."""

@@ -1,5 +1,6 @@
 """The client of another host's agent."""
 
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
@@ -9,6 +10,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from agent.handshake.host.phases import wait_of
 from agent.handshake.host.signs import MAX_WAIT
+from agent.runtime.breaker import Breaker
+from agent.runtime.errors import Reason
 from agent.runtime.wire import methods_of
 from agent.service.bounds import checked_answer
 from agent.service.status import errors_of
@@ -31,22 +34,31 @@ _QUESTIONS: Final = frozenset(
 )
 """Calls that answer at once, or are repeated soon. All others may wait for the hypervisor."""
 
+_BEFORE: Final = frozenset({"AcquireSlot", "ReserveSlot"})
+"""Calls before anything is done to a guest, which many migrations that wait repeat: a breaker keeps them from a silent host."""
+
+NO_ANSWER: Final = frozenset({Reason.HOST_UNREACHABLE, Reason.DEADLINE_EXCEEDED})
+"""Errors that mean that a host does not answer."""
+
 
 class RemotePeer:
     """An `OtherHost` over a channel: it has every method of these services in snake case, and checks each answer.
 
     `channel` returns the channel for a call (another one after the agent has moved), and its errors pass through. `name`: the
-    host's, for errors. `heard` gets the record in each answer about an attempt; None if there was no answer."""
+    host's, for errors. `heard` gets the record in each answer about an attempt; None if there was no answer. `breaker`: for calls
+    before anything is done to a guest."""
 
     def __init__(
         self,
         channel: Callable[[], grpc.aio.Channel],
         name: str,
         heard: Callable[[pb.AttemptRef, pb.Record | None], None] = lambda _ref, _record: None,
+        breaker: Breaker | None = None,
     ) -> None:
         self._channel = channel
         self._name = name
         self._heard = heard
+        self._breaker = breaker
         self._made: tuple[grpc.aio.Channel, dict[Any, Any]] | None = None
 
     def __getattr__(self, name: str) -> Callable[[Any], Any]:
@@ -62,7 +74,8 @@ class RemotePeer:
             timeout = wait_of(request.wait, unset=0.0) + QUESTION_SECONDS
         response = None
         try:
-            with errors_of(self._name):
+            breaker = self._breaker if method in _BEFORE else None
+            with breaker.guard(self._name) if breaker is not None else contextlib.nullcontext(), errors_of(self._name):
                 response = checked_answer(await getattr(self._stub(stub), method)(request, timeout=timeout), self._name)
         finally:
             if "ref" in request.DESCRIPTOR.fields_by_name:

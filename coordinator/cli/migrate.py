@@ -13,8 +13,12 @@ from coordinator.cli.show import Stage, output_option, print_json, to_json, with
 
 if TYPE_CHECKING:
     from agent.hypervisor.options import Options, Value
+    from coordinator.client.request import Importance, WaitMode
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+MOST_WAIT = 7 * 86400
+"""Longest wait for slots, in seconds."""
 
 
 def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
@@ -27,7 +31,13 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
 
 @click.command(epilog=EPILOG)
 @click.argument("domain")
-@click.option("--to", "destination", metavar="HOST", required=True, help="Destination host (on an agent: a peer, or its address).")
+@click.option(
+    "--to",
+    "destination",
+    metavar="HOST",
+    default="",
+    help="Destination host (on an agent: a peer, or its address). Default: any host that can take the guest.",
+)
 @click.option("--from", "source", metavar="HOST", default="", help="Source host. Default: the host that has the guest.")
 @click.option("--name", metavar="NEW", default="", help="Name of the guest at the destination. Default: unchanged.")
 @click.option("--network", metavar="NETWORK", default="", help="Network for the guest's memory. Default: chosen by Drover.")
@@ -58,10 +68,26 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
 @click.option(
     "--wait",
     "slot_wait",
-    type=Seconds(most=7 * 86400),
+    type=Seconds(most=MOST_WAIT),
+    is_flag=False,
+    flag_value=float(MOST_WAIT),
     default=0.0,
-    metavar="DURATION",
-    help="How long to wait for a slot of a busy destination (also while it is away), such as 10min. Default: refuse at once.",
+    metavar="[DURATION]",
+    help="Wait for the slots of busy hosts (also while one is away), for at most DURATION, such as --wait=10min; without a DURATION "
+    "for 7d. Default: refuse at once.",
+)
+@click.option(
+    "--wait-mode",
+    type=click.Choice(["wait", "fail-fast", "hybrid"]),
+    default=None,
+    help="fail-fast: refuse at once. wait: in the queues of the hosts. hybrid: the same, but without --to only if all are busy. "
+    "Default: wait with --wait, else fail-fast.",
+)
+@click.option(
+    "--importance",
+    type=click.Choice(["low", "medium", "high"]),
+    default=None,
+    help="Its place in queues and its share of the bandwidth. Default: medium.",
 )
 @click.option("--detach", is_flag=True, help="Return as soon as it is accepted; do not watch.")
 @output_option
@@ -78,11 +104,13 @@ def migrate(
     tenant: str,
     chosen: "tuple[tuple[str, Value | None], ...]",
     slot_wait: float,
+    wait_mode: "WaitMode | None",
+    importance: "Importance | None",
     migration_id: str,
     detach: bool,
     output: str,
 ) -> None:
-    """Move the running guest DOMAIN (name or UUID) to another host, and watch it.
+    """Move the running guest DOMAIN (name or UUID) to another host, or to any, and watch it.
 
     Ctrl-C ends the watching, not the migration.
     """
@@ -102,7 +130,9 @@ def migrate(
             max_downtime=max_downtime,
             tenant=tenant,
             options=options,
-            slot_wait=slot_wait,
+            slot_wait=slot_wait or (MOST_WAIT if wait_mode in ("wait", "hybrid") else 0.0),
+            wait_mode=wait_mode,
+            importance=importance,
             migration_id=migration_id,
         )
         from coordinator.cli.follow import follow, print_warnings  # noqa: PLC0415 - now that the migration is under way

@@ -20,7 +20,7 @@ from coordinator.cli.show import (
     with_server,
 )
 from coordinator.cli.text import printable
-from coordinator.cli.units import ago
+from coordinator.cli.units import ago, eta
 from coordinator.client import (
     DeadlineExceeded,
     Migration,
@@ -68,10 +68,22 @@ def list_(active: bool, limit: int, output: str) -> None:
 
 
 def _row(migration: Migration) -> tuple[str, ...]:
-    waits = "" if migration.wait_reason == "unspecified" else f" (waiting: {migration.wait_reason})"
-    took = duration_text(migration) if migration.state.ended else f"{migration.phase}{waits}"
+    waits = ", ".join(_wait(migration))
+    took = duration_text(migration) if migration.state.ended else f"{migration.phase}{f' (waiting: {waits})' if waits else ''}"
     names = (migration.domain, migration.source, migration.destination)
     return (migration.id[:8], migration.state.value, *names, _started(migration), took)
+
+
+def _wait(migration: Migration) -> list[str]:
+    """Return what it waits for as a code, its place in the queue, and when its turn is expected."""
+    if migration.wait_reason == "unspecified":
+        return []
+    wait = migration.wait
+    if wait is None or not wait.position:
+        return [migration.wait_reason]
+    expected = eta(wait.estimate_low, wait.estimate_high)
+    place = f"place {wait.position} of {wait.queue_length}"
+    return [migration.wait_reason, place, *([f"likely in {expected}"] if expected else [])]
 
 
 def _started(migration: Migration) -> str:
@@ -111,6 +123,7 @@ def _print_migration(migration: Migration) -> None:
             *settings_pairs(migration),
             ("started", _started(migration)),
             ("now", "" if migration.state.ended else describe(migration)),
+            ("wait", "" if migration.state.ended else ", ".join(_wait(migration))),
             ("failure", with_server(f"{failure.reason}: {failure.message}") if failure else ""),
             *(("also", other.message) for other in migration.other_failures),
             *transfer_pairs(migration),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         SettingsChange,
         Slot,
     )
-    from coordinator.client.types import Failure, Migration, MigrationState, PhaseTiming, Progress
+    from coordinator.client.types import Failure, Migration, MigrationState, PhaseTiming, Progress, Wait
 
 __all__ = [
     "UNKNOWN_PATIENCE",
@@ -67,6 +67,7 @@ __all__ = [
     "SettingsChange",
     "Slot",
     "Unreachable",
+    "Wait",
     "raise_unless_succeeded",
 ]
 

@@ -78,8 +78,8 @@ class Client(HostCalls):
             await self._channel.close()
             self._channel = self._host_questions = None
 
-    async def migrate(self, domain: str, to: str, *, timeout: float | None = None, **asked: Unpack[Asked]) -> "Migration":
-        """Move a guest to the host `to`; return when it runs there and nothing is left at the source.
+    async def migrate(self, domain: str, to: str = "", *, timeout: float | None = None, **asked: Unpack[Asked]) -> "Migration":
+        """Move a guest to the host `to`, or to any; return when it runs there and nothing is left at the source.
 
         Arguments as in `start_migration`; `timeout` is the longest wait in seconds (None: as long as the migration takes).
         Cancelling this await does not cancel the migration; `cancel_migration` does. Raises as `start_migration` and `wait`.
@@ -87,12 +87,13 @@ class Client(HostCalls):
         migration = await self.start_migration(domain, to, **asked)
         return await self.wait(migration.id, timeout=timeout)
 
-    async def start_migration(self, domain: str, to: str, **asked: Unpack[Asked]) -> "Migration":
+    async def start_migration(self, domain: str, to: str = "", **asked: Unpack[Asked]) -> "Migration":
         """Start a migration; return when everything is checked and the slot is taken, or with `slot_wait` as soon as it is checked
         and durable. A refusal has changed nothing.
 
-        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer). The
-        others are those of `Asked`, each with its meaning there. Raises `Busy` for a busy destination without `slot_wait`.
+        `domain`: name or UUID of the guest. `to`: name of the destination host (on an agent also the address of a peer); empty: any
+        host that can take the guest. The others are those of `Asked`, each with its meaning there. Raises `Busy` for a busy host
+        without `slot_wait`.
         """
         request = start_request(domain, to, asked)
         response = await self._call(self._migrations.StartMigration(request, timeout=self.start_timeout))

@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from agent.hypervisor.options import Options
 
 Importance = Literal["low", "medium", "high"]
+WaitMode = Literal["wait", "fail-fast", "hybrid"]
+"""What to do when the slots are taken; the first and the last need a `slot_wait`. wait: in the queues of the hosts. fail-fast: raise
+`Busy` at once. hybrid: a named host as wait; any host: wait only if all are busy."""
 
 
 class Changeable(TypedDict, total=False):
     """What may be changed while a migration waits or runs."""
 
-    importance: Importance
+    importance: "Importance | None"
     bandwidth: int
     """Most bytes per second. 0: no limit; at the start, that of the guest's own settings or of the network."""
     min_bandwidth: int
@@ -44,6 +47,8 @@ class Asked(Changeable, total=False):
     """Migration URI at the destination. Empty: proposed by it."""
     tenant: str
     """Tenant of the guest. Empty: that of its own settings."""
+    wait_mode: "WaitMode | None"
+    """None: wait with a `slot_wait`, fail-fast without."""
     options: "Options | None"
     migration_id: str
     """Yours, a UUID; empty: a new one. Repeating the call with the same id is safe, also after `Unreachable`."""
@@ -61,6 +66,7 @@ def start_request(domain: str, to: str, asked: Asked) -> migration_pb2.StartMigr
         tenant=asked.get("tenant", ""),
         options=options_message(asked.get("options")),
         importance=_importance(asked.get("importance")),
+        wait_mode=_wait_mode(asked.get("wait_mode")),
         bandwidth_bytes_per_second=asked.get("bandwidth", 0),
         min_bandwidth_bytes_per_second=asked.get("min_bandwidth", 0),
         max_downtime=_seconds(asked.get("max_downtime", 0.0)),
@@ -108,6 +114,15 @@ def _importance(name: str | None) -> migration_pb2.Importance.ValueType:
     if value not in migration_pb2.Importance.keys() or name == "unspecified":  # noqa: SIM118 - protobuf's enum is no mapping
         raise InvalidRequest(f'importance "{name}": expected low, medium or high', reason=Reason.INVALID_FIELD)
     return migration_pb2.Importance.Value(value)
+
+
+def _wait_mode(name: str | None) -> migration_pb2.WaitMode.ValueType:
+    if name is None:
+        return migration_pb2.WAIT_MODE_UNSPECIFIED
+    value = f"WAIT_MODE_{name.upper().replace('-', '_')}"
+    if value not in migration_pb2.WaitMode.keys() or name == "unspecified":  # noqa: SIM118 - protobuf's enum is no mapping
+        raise InvalidRequest(f'wait mode "{name}": expected wait, fail-fast or hybrid', reason=Reason.INVALID_FIELD)
+    return migration_pb2.WaitMode.Value(value)
 
 
 def options_message(options: "Options | None") -> options_pb2.Options | None:

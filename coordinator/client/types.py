@@ -82,6 +82,31 @@ class Failure(FromWire):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wait(FromWire):
+    """What a migration waits for, with its figures."""
+
+    reason: str
+    """A `WaitReason` of the wire, such as "slot", "outgoing_slot" or "any_host"."""
+    host: str
+    """Host whose limit or answer it waits for."""
+    limit: str
+    """Name of the limit. Empty: it waits for none."""
+    limit_value: int
+    in_use: int
+    """Units of the limit that are taken."""
+    holders: tuple[str, ...]
+    """Migrations that hold it, at most 8."""
+    position: int
+    """Place in the queue, from 1. 0: it is in no queue."""
+    queue_length: int
+    estimate_low: float | None
+    """Likely seconds until its turn, at least. None: unknown."""
+    estimate_high: float | None
+    alternative_hosts: tuple[str, ...]
+    """Hosts that could take the guest now."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Migration(FromWire):
     """The state of a migration at one moment."""
 
@@ -109,6 +134,8 @@ class Migration(FromWire):
     waiting_for: str
     wait_reason: str
     """The reason of `waiting_for` as a code, such as "slot" or "host_unreachable"; "unspecified": none."""
+    wait: Wait | None
+    """What it waits for, with figures. None: nothing."""
     warnings: tuple[str, ...]
     created: datetime | None = wire("create_time")
     """When it was accepted, by the wall clock of its driver."""

@@ -11,6 +11,7 @@ from agent.runtime.backoff import PROOF, Clock
 from agent.runtime.breaker import Breaker
 from agent.runtime.configuration import MAX_NAME, NAME_PATTERN
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.events import Bus
 from agent.service.bounds import answer_of
 from agent.service.channel import open_channel
 from coordinator.hosts.host_link import HostReport
@@ -78,9 +79,9 @@ def _uuid_taken(host: agent_pb.Host, address: str, other: pb.ClusterHost) -> Dro
 class Proofs:
     """Identity checks of agents that register, at most `MAX_PROOFS` at once."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, bus: Bus, clock: Clock) -> None:
         self._asking = 0
-        self._breaker = Breaker(PROOF, _NO_ANSWER, clock)
+        self._breaker = Breaker(PROOF, _NO_ANSWER, bus, clock)
 
     async def prove(self, host: agent_pb.Host, address: str) -> HostReport:
         """Ask the agent at `address` for its host; return its answer, which has the name and host_uuid of `host`.

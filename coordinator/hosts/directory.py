@@ -9,12 +9,14 @@ import grpc.aio
 
 from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.migration.placement import rank
-from agent.runtime.backoff import SYSTEM_CLOCK, Clock
+from agent.runtime.backoff import OTHER_HOST, SYSTEM_CLOCK, Clock
 from agent.runtime.bell import Bell
+from agent.runtime.breaker import Breaker
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import Bus
 from agent.service.bounds import answer_of
 from agent.service.peers import ask_host, leaving_request
-from agent.service.remote_peer import QUESTION_SECONDS, RemotePeer
+from agent.service.remote_peer import NO_ANSWER, QUESTION_SECONDS, RemotePeer
 from coordinator.hosts.guests import find_guest
 from coordinator.hosts.hosts import HostRegistry
 from drover.agent.v1 import host_pb2, host_pb2_grpc
@@ -32,6 +34,7 @@ class ClusterDirectory:
     def __init__(
         self,
         registry: HostRegistry,
+        bus: Bus,
         clock: Clock = SYSTEM_CLOCK,
         networks: Callable[[], Sequence[host_pb2.Network]] = tuple,
     ) -> None:
@@ -39,6 +42,7 @@ class ClusterDirectory:
         self._registry = registry
         self._networks = networks
         self._clock = clock
+        self._breaker = Breaker(OTHER_HOST, NO_ANSWER, bus, clock)
         self._chosen: deque[tuple[str, float]] = deque(maxlen=MOST_CHOSEN)
 
     @property
@@ -73,7 +77,8 @@ class ClusterDirectory:
         known = await self._registry.get(name)
         host = known.host
         if known.state != HOST_STATE_UP:
-            host = self._registry.seen(await ask_host(self._registry.channel(name), name))
+            with self._breaker.guard(name):
+                host = self._registry.seen(await ask_host(self._registry.channel(name), name))
         return Side(host, self._peer(known.host, known.agent_address), known.agent_address)
 
     def _peer(self, host: host_pb2.Host, address: str) -> RemotePeer:
@@ -91,13 +96,13 @@ class ClusterDirectory:
                 )
             return self._registry.channel(host.name)
 
-        return RemotePeer(channel, host.name)
+        return RemotePeer(channel, host.name, breaker=self._breaker)
 
     async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
         """Rank the hosts by their last reports; see `Directory.candidates`."""
         source, guest = await self._source(spec)
         known = await self._registry.list_hosts()
-        others = {each.host.name: self._side_of(each) if each.state == HOST_STATE_UP else None for each in known}
+        others = {each.host.name: self._side_of(each) if self._answers(each) else None for each in known}
         ranked = rank(spec, source, guest, others, self._networks(), self._planned())
         if ranked[0].free and not spec.destination_host:  # else it only asks for advice, or waits
             self._chosen.append((ranked[0].name, self._clock.monotonic()))
@@ -119,6 +124,9 @@ class ClusterDirectory:
     async def _known(self, name: str) -> Side:
         """Return the host by its last report: it need not answer now."""
         return self._side_of(await self._registry.get(name))
+
+    def _answers(self, known: ClusterHost) -> bool:
+        return known.state == HOST_STATE_UP and not self._breaker.is_open(known.host.name)
 
     def _side_of(self, known: ClusterHost) -> Side:
         return Side(known.host, self._peer(known.host, known.agent_address), known.agent_address)

@@ -65,7 +65,7 @@ class HostRegistry:
         self._clock = clock
         self._wall = wall
         self._lanes = ConnectLimits()
-        self._proofs = Proofs(clock)
+        self._proofs = Proofs(bus, clock)
         self._table = HostTable(store, self._link_to, clock, bus)
 
     async def open(self) -> None:

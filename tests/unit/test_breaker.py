@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from structlog.testing import capture_logs
 
 from agent.runtime.backoff import Backoff
 from agent.runtime.breaker import Breaker
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.events import BreakerChanged, Bus
 from tests.unit.clocks import FakeClock
 
 POLICY = Backoff(1.0, 2, 5.0)
@@ -20,7 +20,9 @@ class Asked:
 
     def __init__(self, **options: int) -> None:
         self.clock = FakeClock()
-        self.breaker = Breaker(POLICY, NO_ANSWER, self.clock, lambda: NOT_QUITE_ONE, **options)
+        bus = Bus()
+        self.events = bus.subscribe()
+        self.breaker = Breaker(POLICY, NO_ANSWER, bus, self.clock, lambda: NOT_QUITE_ONE, **options)
         self.asked: list[str] = []
         self.answer: Reason | None = Reason.HOST_UNREACHABLE
 
@@ -34,6 +36,12 @@ class Asked:
             return error.reason
         return None
 
+    async def told(self) -> list[tuple[str, str, str]]:
+        """What the breaker has published."""
+        self.events.close()
+        events = [published.event async for published in self.events]
+        return [(e.host, e.change, e.reason) for e in events if isinstance(e, BreakerChanged)]
+
     def times(self, count: int) -> int:
         """Call that many times. Return how many calls reached the host."""
         before = len(self.asked)
@@ -42,17 +50,20 @@ class Asked:
         return len(self.asked) - before
 
 
-def test_7_a_breaker_opens_says_so_once_and_gives_the_last_error() -> None:
+async def test_8_3_a_breaker_opens_says_so_once_and_gives_the_last_error() -> None:
     host = Asked()
-    with capture_logs() as logs:
-        assert host.times(10) == 3
-        with pytest.raises(DroverError, match="no") as caught, host.breaker.guard("h1"):
-            pytest.fail("asked")
-        assert (caught.value.reason, caught.value.metadata) == (Reason.HOST_UNREACHABLE, {"host": "h1"})
-        assert caught.value.retry_after == pytest.approx(1.0)
-        host.clock.now += 1.0
-        assert host.times(10) == 1
-    assert [(line["host"], line["reason"]) for line in logs] == [("h1", Reason.HOST_UNREACHABLE)]
+    assert not host.breaker.is_open("h1")
+    assert host.times(10) == 3
+    with pytest.raises(DroverError, match="no") as caught, host.breaker.guard("h1"):
+        pytest.fail("asked")
+    assert (caught.value.reason, caught.value.metadata) == (Reason.HOST_UNREACHABLE, {"host": "h1"})
+    assert caught.value.retry_after == pytest.approx(1.0)
+    assert host.breaker.is_open("h1")
+    assert not host.breaker.is_open("h2")
+    host.clock.now += 1.0
+    assert not host.breaker.is_open("h1")
+    assert host.times(10) == 1
+    assert await host.told() == [("h1", change, Reason.HOST_UNREACHABLE) for change in ("opened", "half_open")]
 
 
 def test_7_an_open_breaker_lets_one_question_through_after_each_pause_which_grows() -> None:
@@ -67,16 +78,15 @@ def test_7_an_open_breaker_lets_one_question_through_after_each_pause_which_grow
     assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
 
 
-def test_7_an_answer_closes_the_breaker() -> None:
+async def test_8_3_an_answer_closes_the_breaker_and_it_says_so() -> None:
     host = Asked()
     host.times(3)
     host.clock.now += 1.0
     host.answer = None
-    with capture_logs() as logs:
-        assert host.times(10) == 10
-    assert [line["event"] for line in logs] == ["a host answers again"]
+    assert host.times(10) == 10
     host.answer = Reason.HOST_UNREACHABLE
     assert host.times(10) == 3
+    assert [change for _, change, _ in await host.told()] == ["opened", "half_open", "closed", "opened"]
 
 
 @pytest.mark.parametrize("answer", [None, Reason.DOMAIN_NOT_FOUND])

@@ -148,7 +148,8 @@ def test_a_server_that_dies_while_it_starts_a_migration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ("migrate vm1", "Missing option '--to'"),
+        ("migrate vm1 --to b --wait-mode maybe", "'maybe' is not one of 'wait', 'fail-fast', 'hybrid'"),
+        ("migrate vm1 --to b --importance huge", "'huge' is not one of 'low', 'medium', 'high'"),
         ("migrate vm1 --to b --bandwidth 10_bananas", '"10_bananas" is not a rate'),
         ("migrate vm1 --to b --bandwidth 10bananas", "is not a rate"),
         ("migrate vm1 --to b --bandwidth 100Mb", "is not a rate"),

@@ -73,7 +73,7 @@ async def is_unreachable(registry: HostRegistry, name: str) -> None:
 async def test_the_peer_follows_its_agent_to_another_address(registry: HostRegistry, registers: Registers) -> None:
     await registers("a", "h1", "uuid-1")
     before = await registers("b", "h2", "uuid-2")
-    _, destination = await ClusterDirectory(registry).ends(MIGRATION)
+    _, destination = await ClusterDirectory(registry, Bus()).ends(MIGRATION)
     await fails(destination.handshake.get_record(LOOK), Reason.RECORD_NOT_FOUND)
     await before.stop(0)
     await registers("c", "h2", "uuid-2")
@@ -84,7 +84,7 @@ async def test_another_host_that_takes_the_name_is_not_the_peer(registry: HostRe
     """It has no record of the attempt, so its answer would end a copy that may run on the right host."""
     await registers("a", "h1", "uuid-1")
     before = await registers("b", "h2", "uuid-2")
-    _, destination = await ClusterDirectory(registry).ends(MIGRATION)
+    _, destination = await ClusterDirectory(registry, Bus()).ends(MIGRATION)
     await before.stop(0)
     await is_unreachable(registry, "h2")
     await registers("c", "h2", "uuid-3")
@@ -98,7 +98,7 @@ async def test_6_17_a_host_whose_uuid_was_changed_stays_the_peer_of_its_migratio
     """The remedy for two hosts with one UUID changes the UUID, but neither name nor address."""
     await registers("a", "h1", "uuid-1")
     before = await registers("b", "h2", "uuid-2")
-    _, destination = await ClusterDirectory(registry).ends(MIGRATION)
+    _, destination = await ClusterDirectory(registry, Bus()).ends(MIGRATION)
     await before.stop(0)
     await is_unreachable(registry, "h2")
     await registers("b", "h2", "uuid-3")
@@ -205,7 +205,7 @@ class Reported(Asked):
 
 async def test_8_2_any_host_is_one_of_those_that_are_up_by_their_last_reports() -> None:
     reported, clock = Reported(), Clock()
-    directory = ClusterDirectory(reported, clock)  # type: ignore[arg-type]
+    directory = ClusterDirectory(reported, Bus(), clock)  # type: ignore[arg-type]
     spec = pb.MigrationSpec(domain="web1")
     assert [candidate.name for candidate in await directory.candidates(spec)] == ["h2", "h3"]
     assert [candidate.name for candidate in await directory.candidates(spec)] == ["h3", "h2"], "h2 was just chosen"
