@@ -1,6 +1,7 @@
 """The scenarios on real libvirt and real QEMU."""
 
 from tests.scenarios.belongings import *  # noqa: F403 - the tests themselves
+from tests.scenarios.changing import *  # noqa: F403 - the tests themselves
 from tests.scenarios.documents import *  # noqa: F403 - the tests themselves
 from tests.scenarios.limits import *  # noqa: F403 - the tests themselves
 from tests.scenarios.migrating import *  # noqa: F403 - the tests themselves

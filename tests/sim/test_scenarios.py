@@ -3,6 +3,7 @@
 import pytest
 
 from tests.scenarios.belongings import *  # noqa: F403 - the tests themselves
+from tests.scenarios.changing import *  # noqa: F403 - the tests themselves
 from tests.scenarios.documents import *  # noqa: F403 - the tests themselves
 from tests.scenarios.limits import *  # noqa: F403 - the tests themselves
 from tests.scenarios.migrating import *  # noqa: F403 - the tests themselves
