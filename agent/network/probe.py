@@ -30,7 +30,10 @@ MAX_PAYLOAD: Final = 256 << 10
 
 EXCHANGE_SECONDS: Final = 1.2
 """Until then each step of the exchange must be done: the kernel repeats a lost packet three times meanwhile."""
-_SERVE_SECONDS: Final = 3 * EXCHANGE_SECONDS
+_SLOW_SECONDS: Final = 1.8
+"""So much longer is waited where the kernels have passed everything on, and only the agent has not answered."""
+_PATIENCE: Final = EXCHANGE_SECONDS + _SLOW_SECONDS
+_SERVE_SECONDS: Final = 4.0
 _OLDER_SECONDS: Final = 0.2
 """Who says nothing for so long is an older source."""
 _MAX_STRANGERS: Final = 8
@@ -176,14 +179,20 @@ class _Exchange:
             await self._read(size - 1, self._not_received)
 
     async def _read(self, size: int, late: Callable[[], PathError]) -> bytes:
-        try:
-            async with asyncio.timeout(EXCHANGE_SECONDS):
-                while len(self._received) < size:
-                    part = await self._loop.sock_recv(self.connection, _CHUNK)
-                    _check(bool(part))
-                    self._received += part
-        except TimeoutError:
-            raise late() from None
+        for seconds in (EXCHANGE_SECONDS, _SLOW_SECONDS):
+            try:
+                async with asyncio.timeout(seconds):
+                    while len(self._received) < size:
+                        part = await self._loop.sock_recv(self.connection, _CHUNK)
+                        _check(bool(part))
+                        self._received += part
+                break
+            except TimeoutError:
+                error = late()
+                if error.found is not Found.SLOW:
+                    raise error from None
+        else:
+            raise error
         data = bytes(self._received[:size])
         del self._received[:size]
         return data
@@ -191,13 +200,13 @@ class _Exchange:
     def _unanswered(self) -> PathError:
         if self.kernel.unacknowledged:
             return PathError(Found.DROPPED, "a connection can be made, but what is sent over it is lost")
-        return PathError(Found.SLOW, f"a connection can be made, but nothing is answered within {EXCHANGE_SECONDS:g} s")
+        return PathError(Found.SLOW, f"a connection can be made, but nothing is answered within {_PATIENCE:g} s")
 
     def _not_sent(self) -> PathError:
         kernel = self.kernel
         if kernel.unacknowledged:
             return self._swallowed(self._host, self._peer, min(kernel.sent, kernel.interface))
-        return PathError(Found.SLOW, f"{self._peer} did not read what it was sent within {EXCHANGE_SECONDS:g} s")
+        return PathError(Found.SLOW, f"{self._peer} did not read what it was sent within {_PATIENCE:g} s")
 
     def _not_received(self) -> PathError:
         return self._swallowed(self._peer, self._host, min(self.kernel.interface, self._peer_mtu))
