@@ -47,7 +47,6 @@ def _network(cidr: str, field: str) -> IPv4Network | IPv6Network:
         raise invalid_field(field, f'expected a range such as "10.92.0.0/24" or "fd00:92::/64", got "{cidr}"') from None
     problems = {
         "every address": network.prefixlen == 0,
-        "loopback": network.is_loopback,
         "multicast": network.is_multicast,
         "link-local, which is another network on each interface": network.is_link_local,
         "made of IPv4 addresses; write it as such": isinstance(network, IPv6Network) and network.network_address.ipv4_mapped,

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "migration": ("coordinator.cli.migration:migration", "List, show, watch, change, cancel and resolve migrations."),
     "host": ("coordinator.cli.host:host", "List and show hosts, set their limits, close and open them."),
     "domain": ("coordinator.cli.domain:domain", "List guests, and write their settings."),
+    "network": ("coordinator.cli.network:network", "List, show, add, change and remove the networks of the cluster."),
     "agent": ("coordinator.cli.daemons:agent", "Run the agent of this host."),
     "coordinator": ("coordinator.cli.daemons:coordinator", "Run the coordinator of a cluster."),
     "completion": ("coordinator.cli.completion:completion", "Print shell completion for bash, zsh or fish."),

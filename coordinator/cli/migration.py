@@ -118,6 +118,7 @@ def _print_migration(migration: Migration) -> None:
             ("runs on", _place(migration)),
             ("driver", migration.driver),
             ("network", migration.network),
+            *_network_pairs(migration),
             ("uri", migration.uri),
             ("attempt", str(migration.attempt)),
             *settings_pairs(migration),
@@ -131,6 +132,14 @@ def _print_migration(migration: Migration) -> None:
         ]
     )
     print_timings(migration)
+
+
+def _network_pairs(migration: Migration) -> list[tuple[str, str]]:
+    """Return why the migration takes its network, and why it takes no other."""
+    choice = migration.proto.network_choice
+    addresses = f"{choice.source_address} to {choice.destination_address}" if choice.source_address else ""
+    others = [(f"not {other.name}", other.why) for other in choice.ruled_out]
+    return [("because", choice.why), ("addresses", addresses), *others]
 
 
 def _place(migration: Migration) -> str:

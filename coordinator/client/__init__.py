@@ -36,12 +36,14 @@ if TYPE_CHECKING:
         SettingsChange,
         Slot,
     )
+    from coordinator.client.networks import ClusterNetwork, NetworkDetails, Networks
     from coordinator.client.types import Failure, Migration, MigrationState, PhaseTiming, Progress, Wait
 
 __all__ = [
     "UNKNOWN_PATIENCE",
     "Busy",
     "Client",
+    "ClusterNetwork",
     "DeadlineExceeded",
     "Domain",
     "DomainList",
@@ -57,6 +59,8 @@ __all__ = [
     "MigrationFailed",
     "MigrationState",
     "Network",
+    "NetworkDetails",
+    "Networks",
     "NotFound",
     "Options",
     "OutcomeUnknown",
@@ -71,7 +75,7 @@ __all__ = [
     "raise_unless_succeeded",
 ]
 
-_LATER = ("coordinator.client.types", "coordinator.client.host_types", "agent.hypervisor.options")
+_LATER = ("coordinator.client.types", "coordinator.client.host_types", "coordinator.client.networks", "agent.hypervisor.options")
 """Modules of the types that the client takes and returns, imported at their first use so that a migration starts sooner."""
 
 

@@ -41,6 +41,7 @@ from coordinator.client.request import Asked, Changeable, start_request, update_
 from drover.agent.v1 import handshake_pb2, migration_pb2, migration_pb2_grpc
 
 if TYPE_CHECKING:
+    from coordinator.client.networks import Networks
     from coordinator.client.types import Migration
 
 T = TypeVar("T")
@@ -236,6 +237,12 @@ class Client(HostCalls):
         if isinstance(answer, Message):  # the end of a stream is none
             drop_implausible(answer)
         return answer
+
+    @property
+    def networks(self) -> "Networks":
+        """The cluster's networks; a coordinator's only."""
+        module = importlib.import_module("coordinator.client.networks")
+        return cast("Networks", module.Networks(self._open, self.timeout, self._call))
 
     @property
     def _open(self) -> grpc.aio.Channel:

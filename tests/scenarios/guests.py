@@ -45,6 +45,7 @@ GUESTS = {
         GuestSpec("paused-on-arrival"),
         GuestSpec("counted"),
         GuestSpec("named-network"),
+        GuestSpec("of-a-tenant"),
         GuestSpec("listening"),
         GuestSpec("incompatible", memory_mib=16),
         GuestSpec("soak"),

@@ -8,6 +8,7 @@ from tests.scenarios.documents import *  # noqa: F403 - the tests themselves
 from tests.scenarios.limits import *  # noqa: F403 - the tests themselves
 from tests.scenarios.migrating import *  # noqa: F403 - the tests themselves
 from tests.scenarios.naming import *  # noqa: F403
+from tests.scenarios.networks import *  # noqa: F403
 from tests.scenarios.phases import *  # noqa: F403
 from tests.scenarios.refusing import *  # noqa: F403
 from tests.scenarios.waiting import *  # noqa: F403

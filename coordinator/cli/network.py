@@ -1,0 +1,225 @@
+"""``drover network list|show|add|set|grant|revoke|remove``"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from coordinator.cli.parse import RateOrNone, once
+from coordinator.cli.session import Session, run
+from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
+from coordinator.cli.text import printable
+from coordinator.cli.units import rate
+from coordinator.client import ClusterNetwork, NetworkDetails
+
+if TYPE_CHECKING:
+    from coordinator.client.networks import Rules
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_RATES = {
+    "capacity": 'Line speed of each host on it, such as 10Gbit/s; "none": as its interface reports.',
+    "cap": 'Most of all migrations together; "none": no cap.',
+    "max-bandwidth": 'Most of one migration; "none": no maximum.',
+    "default-bandwidth": 'Limit of a migration that names none; "none": no limit.',
+}
+
+
+def rules_options(command: Command) -> Command:
+    """Add the options of a network's rules."""
+    for name, text in reversed(_RATES.items()):
+        command = click.option(f"--{name}", type=RateOrNone(), multiple=True, callback=once, metavar="RATE", help=text)(command)
+    decorators = (
+        click.option(
+            "--cidr", "cidrs", multiple=True, metavar="RANGE", help="Range of its addresses, such as 10.92.0.0/24; repeatable."
+        ),
+        click.option(
+            "--tenant",
+            "tenants",
+            multiple=True,
+            metavar="TENANT",
+            help='Tenant whose guests may use it; repeatable; "none": all guests.',
+        ),
+        click.option(
+            "--fallback/--no-fallback",
+            default=None,
+            help="It carries guests' memory, with a warning, where no network with the migration role can.",
+        ),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def _rules(cidrs: tuple[str, ...], tenants: tuple[str, ...], **others: Any) -> "Rules":
+    """Return the rules that were given."""
+    rules = {name: value for name, value in others.items() if value is not None}
+    if cidrs:
+        rules["cidrs"] = cidrs
+    if tenants:
+        rules["tenants"] = () if tenants == ("none",) else tenants
+    return cast("Rules", rules)
+
+
+@click.group()
+def network() -> None:
+    """List, show, add, change and remove the networks of the cluster."""
+
+
+@network.command("list")
+@output_option
+def list_networks(output: str) -> None:
+    """List networks by name."""
+
+    async def body(session: Session) -> None:
+        networks = await session.client.networks.list()
+        if output == "json":
+            print_json({"networks": [to_json(network.proto) for network in networks]})
+            return
+        rows = [(n.name, _role(n), ",".join(n.cidrs), ",".join(n.tenants), _limit(n.cap), _limit(n.max_bandwidth)) for n in networks]
+        print_table(("NAME", "ROLE", "RANGES", "TENANTS", "CAP", "MAX"), rows)
+        if not networks:
+            click.echo("no networks: each host uses those of its agent's configuration", err=True)
+
+    run(body, output)
+
+
+def _role(network: ClusterNetwork) -> str:
+    role = "migration" if network.migration_role else ""
+    return ",".join(filter(None, ("revoking" if network.revoking else role, "fallback" if network.fallback else "")))
+
+
+def _limit(limit: int) -> str:
+    return rate(limit) if limit else ""
+
+
+@network.command()
+@click.argument("name", metavar="NETWORK")
+@output_option
+def show(name: str, output: str) -> None:
+    """Show a network: its rules, its hosts, and the migrations that use it."""
+
+    async def body(session: Session) -> None:
+        details = await session.client.networks.get(name)
+        if output == "json":
+            print_json(to_json(details.proto))
+            return
+        _print_network(details.network)
+        _print_hosts(details)
+
+    run(body, output)
+
+
+def _print_network(network: ClusterNetwork) -> None:
+    print_pairs(
+        [
+            ("name", network.name),
+            ("role", _role(network) or "none"),
+            ("ranges", ", ".join(network.cidrs)),
+            ("tenants", ", ".join(network.tenants)),
+            ("capacity", _limit(network.capacity)),
+            ("cap", _limit(network.cap)),
+            ("max bandwidth", _limit(network.max_bandwidth)),
+            ("default bandwidth", _limit(network.default_bandwidth)),
+        ]
+    )
+
+
+def _print_hosts(details: NetworkDetails) -> None:
+    rows = [
+        (
+            h.host,
+            h.address,
+            h.interface,
+            str(h.mtu or ""),
+            _limit(h.line_rate),
+            "down" if h.down else "up",
+            rate(h.out_rate),
+            rate(h.in_rate),
+        )
+        for h in details.hosts
+    ]
+    print_table(("HOST", "ADDRESS", "INTERFACE", "MTU", "LINE", "STATE", "OUT", "IN"), rows)
+    if not rows:
+        click.echo("no host has an address on it", err=True)
+    if details.migration_ids:
+        click.echo(f"used by {len(details.migration_ids)}: {', '.join(each[:8] for each in details.migration_ids[:16])}")
+
+
+def _print_changed(network: ClusterNetwork, output: str) -> None:
+    if output == "json":
+        print_json(to_json(network.proto))
+    else:
+        _print_network(network)
+
+
+@network.command()
+@click.argument("name", metavar="NETWORK")
+@click.option("--migration", is_flag=True, help="Give it the migration role at once.")
+@rules_options
+@output_option
+def add(name: str, migration: bool, output: str, **rules: Any) -> None:
+    """Add a network to the cluster. Hosts with an address in its ranges are on it; guests' memory needs the migration role."""
+    if not rules["cidrs"]:
+        raise click.UsageError("give its address range: --cidr 10.92.0.0/24")
+
+    async def body(session: Session) -> None:
+        _print_changed(await session.client.networks.add(name, migration_role=migration, **_rules(**rules)), output)
+
+    run(body, output)
+
+
+@network.command("set")
+@click.argument("name", metavar="NETWORK")
+@rules_options
+@output_option
+def set_(name: str, output: str, **rules: Any) -> None:
+    """Change rules of a network. What is given replaces what was there; running migrations get their new shares at once."""
+    if not _rules(**rules):
+        raise click.UsageError("nothing to change: give at least one option")
+
+    async def body(session: Session) -> None:
+        _print_changed(await session.client.networks.set(name, **_rules(**rules)), output)
+
+    run(body, output)
+
+
+@network.command()
+@click.argument("name", metavar="NETWORK")
+@output_option
+def grant(name: str, output: str) -> None:
+    """Give a network the migration role: it may carry guests' memory."""
+
+    async def body(session: Session) -> None:
+        _print_changed(await session.client.networks.grant(name), output)
+
+    run(body, output)
+
+
+@network.command()
+@click.argument("name", metavar="NETWORK")
+@click.option("--drain", is_flag=True, help="If migrations use it, take no new one, and take the role once they have ended.")
+@output_option
+def revoke(name: str, drain: bool, output: str) -> None:
+    """Take the migration role from a network. Refused while a migration uses it, unless --drain is given."""
+
+    async def body(session: Session) -> None:
+        _print_changed(await session.client.networks.revoke(name, drain=drain), output)
+
+    run(body, output)
+
+
+@network.command()
+@click.argument("name", metavar="NETWORK")
+@output_option
+def remove(name: str, output: str) -> None:
+    """Remove a network that no migration uses."""
+
+    async def body(session: Session) -> None:
+        await session.client.networks.remove(name)
+        if output == "json":
+            print_json({"removed": name})
+        else:
+            click.echo(printable(f"{name} was removed"))
+
+    run(body, output)
