@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from agent.admission.values import Limits
 from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.migration.planning import check_source, make_plan
 from agent.runtime.errors import DroverError, Reason
@@ -59,15 +60,8 @@ def rank(
 
 
 def _is_free(host: host_pb2.Host, memory_bytes: int) -> bool:
-    return not host.incoming_queue and host.incoming_limit - host.incoming_in_use >= cost(memory_bytes, host)
-
-
-def cost(memory_bytes: int, host: host_pb2.Host) -> int:
-    """Return the units of a host's incoming limit that a guest takes there: one for each started unit of memory, at most the limit,
-    so that a big guest can come alone.
-    """
-    units = -(-memory_bytes // host.unit_memory_bytes) if host.unit_memory_bytes else 1
-    return max(1, min(units, host.incoming_limit))
+    cost = Limits(host.incoming_limit, host.prepared_limit, host.unit_memory_bytes).cost_of(memory_bytes)
+    return not host.incoming_queue and host.incoming_limit - host.incoming_in_use >= cost
 
 
 def _closed(host: host_pb2.Host) -> str:
