@@ -122,22 +122,26 @@ async def test_8_1_a_limit_of_zero_lets_no_guest_leave(cluster: Cluster) -> None
 async def test_8_2_who_holds_a_slot_and_who_waits_is_listed_in_order(cluster: Cluster) -> None:
     first, second = cluster.start_guest("queue-1"), cluster.start_guest("queue-2")
     async with Talk(cluster.server) as talk:
-        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=2 * MIB)
         await talk.watch(running.migration_id, lambda m: m.phase == "perform")
         waits = await talk.start_waiting(second.name, "h2", 120)
-        await talk.watch(waits.migration_id, lambda m: m.wait.position == 1)
+        await talk.watch(waits.migration_id, lambda m: m.wait.position == 1 and m.wait.host == "h2" and m.phase == "perform")
         for server in (None, cluster.agents["h2"].address):
             slots = json.loads(drover(cluster, "host", "slots", "h2", "-o", "json", server=server).stdout)["slots"]
             incoming = [slot for slot in slots if slot["direction"] == "SLOT_DIRECTION_INCOMING"]
-            assert [(slot["migration_id"], slot["waiting"], slot["peer_host"]) for slot in incoming] == [
-                (running.migration_id, False, "h1"),
-                (waits.migration_id, True, "h1"),
+            told = [(slot["migration_id"], slot["kind"].removeprefix("SLOT_KIND_"), slot["position"]) for slot in incoming]
+            assert told == [
+                (running.migration_id, "TRANSFERRING", 0),
+                (waits.migration_id, "PREPARED", 0),
+                (waits.migration_id, "TRANSFERRING", 1),
             ]
-            assert incoming[1]["position"] == 1
+            assert [slot["peer_host"] for slot in incoming] == ["h1", "h1", "h1"]
             assert "age" in incoming[0]
         assert shown(cluster, "h2")["incoming_queue"] == 1
-        await talk.cancel(waits.migration_id)
-        await talk.end(running.migration_id)
+        assert cluster.running_on(first.name) == ["h1"], "it still transfers"
+        for migration in (waits, running):
+            await talk.cancel(migration.migration_id)
+            assert state(await talk.end(migration.migration_id)) == "cancelled"
     await assert_idle(cluster)
 
 
