@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import MIB, Talk, assert_idle, duration, state
@@ -50,6 +51,25 @@ async def test_8_7_a_running_transfer_obeys_within_a_second(cluster: Cluster, se
         with pytest.raises(DroverError) as refusal:
             await update(talk, running.migration_id, bandwidth_bytes_per_second=MIB)
         assert refusal.value.reason is Reason.MIGRATION_ENDED
+    guest.wait_lines(5)
+    assert guest.judge().problems() == []
+    await assert_idle(cluster)
+
+
+async def test_8_7_a_limit_holds_and_is_changed_in_post_copy(cluster: Cluster) -> None:
+    guest = cluster.start_guest("changed-postcopy")
+    async with Talk(cluster.agents["h1"].address) as source, Talk(cluster.server) as talk:
+        if "post_copy" in (await source.host()).migration_features.reasons:
+            pytest.skip("the kernel of this machine forbids post-copy in this setting")
+        running = await flowing(talk, guest.name, 4 * MIB)
+        ref = handshake_pb2.AttemptRef(migration_id=running.migration_id, attempt=1)
+        await source.handshake.start_post_copy(handshake_pb2.StartPostCopyRequest(ref=ref))
+        switched = await talk.watch(running.migration_id, lambda m: m.progress.post_copy)
+        assert switched.progress.bytes_per_second <= 1.2 * 4 * MIB
+        for rate in (8 * MIB, 0):
+            changed = await update(talk, running.migration_id, bandwidth_bytes_per_second=rate)
+            assert changed.applied_bandwidth_bytes_per_second == rate
+        assert state(await talk.end(running.migration_id)) == "succeeded"
     guest.wait_lines(5)
     assert guest.judge().problems() == []
     await assert_idle(cluster)

@@ -24,7 +24,7 @@ GUESTS = {
         GuestSpec("cordoned"),
         *(GuestSpec(name, memory_mib=128) for name in ("limits-1", "queue-1")),
         *(GuestSpec(name) for name in ("limits-2", "limits-out", "queue-2", "settings-coordinator", "settings-agent")),
-        *(GuestSpec(f"changed-{test}", memory_mib=128) for test in ("coordinator", "agent", "kill", "badly", "by-hand")),
+        *(GuestSpec(f"changed-{test}", memory_mib=128) for test in ("coordinator", "agent", "kill", "badly", "by-hand", "postcopy")),
         GuestSpec("waited-for-deadline", memory_mib=128),
         GuestSpec("waits-deadline"),
         GuestSpec("by-hand"),

@@ -72,7 +72,8 @@ class Transfers:
         limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
         with translated(self._host.name):
             applied = await self._session_of(attempt).set_bandwidth(limit)
-        await attempt.note(bandwidth=limit)
+        if attempt.record.bandwidth != limit:  # else it was only read back
+            await attempt.note(bandwidth=limit)
         shown = self._host.show(attempt.record, attempt.progress)
         return pb.SetBandwidthResponse(record=shown, applied_bytes_per_second=applied)
 
@@ -81,7 +82,8 @@ class Transfers:
         wanted = max_downtime_of(request.max_downtime)
         with translated(self._host.name):
             applied = await self._session_of(attempt).set_max_downtime(wanted)
-        await attempt.note(max_downtime=wanted)
+        if attempt.record.max_downtime != wanted:
+            await attempt.note(max_downtime=wanted)
         shown = self._host.show(attempt.record, attempt.progress)
         return pb.SetMaxDowntimeResponse(record=shown, applied_max_downtime=duration(applied))
 

@@ -63,7 +63,7 @@ def set_bandwidth(domain: Any, limit: int) -> int | None:
 @contextlib.contextmanager
 def max_downtime(domain: Any, milliseconds: int) -> Iterator[None]:
     """Set the longest pause at the switch-over before Perform begins; 0: leave it. libvirt has no parameter of Perform for it. Where
-    Perform fails, set it back: it would hold for the guest's next migration."""
+    Perform fails, set it back: it would hold for the guest's next migration (as it does where the agent dies meanwhile)."""
     before = domain.migrateGetMaxDowntime() if milliseconds else 0
     try:
         if milliseconds:
