@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
+from agent.network.rules import interface_to
 from agent.runtime.errors import DroverError, Reason
 from agent.transfer.shares import Flow, Shortage
 from drover.agent.v1 import host_pb2
@@ -28,7 +29,7 @@ def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]
         (source, choice.source_address, "out of"),
         (host(migration.destination_host), choice.destination_address, "into"),
     ):
-        if end is None or (side := _side(end, migration.network, address)) is None:
+        if end is None or (side := _side(end, migration.network, address, choice.destination_address)) is None:
             continue
         rules = side.rules
         lines[f"the line {way} {end.name} ({side.interface or side.name})"] = int(
@@ -48,8 +49,12 @@ def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]
     return flow, lines | caps
 
 
-def _side(host: host_pb2.Host, network: str, address: str) -> host_pb2.Network | None:
-    """Return the host's side of a network: of those of several address families, that with the address."""
+def _side(host: host_pb2.Host, network: str, address: str, reached: str) -> host_pb2.Network | None:
+    """Return the host's side of a network: of those of several address families, that with the address. Without a name (the
+    migration was taken over) that from which the address `reached` is reached."""
+    if not network:
+        interface = interface_to(reached, host.interfaces)
+        return next((side for side in host.networks if interface and side.interface == interface), None)
     sides = [side for side in host.networks if side.name == network]
     return next((side for side in sides if side.address == address), sides[0] if sides else None)
 

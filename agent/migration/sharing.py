@@ -68,7 +68,7 @@ class Sharing:
     def check(self, migration: pb.Migration) -> None:
         """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held."""
         flow, capacities = flow_of(migration, self._directory.known)
-        others = [entry.migration for entry in self._collection.all() if self._holds(entry)]
+        others = [*(entry.migration for entry in self._collection.all() if self._holds(entry)), *self._directory.foreign()]
         flows = [flow_of(other, self._directory.known)[0] for other in others if other.migration_id != migration.migration_id]
         if found := shortage(flow, flows, capacities):
             raise insufficient(migration, found)
@@ -114,17 +114,14 @@ class Sharing:
         """Publish the shares that the transfers may have now."""
         entries = {entry.migration.migration_id: entry for entry in self._collection.all() if self._takes_part(entry)}
         self._note(entries)
-        flows: dict[str, Flow] = {}
-        capacities: dict[str, int] = {}
-        for migration_id, entry in entries.items():
-            flows[migration_id], links = flow_of(entry.migration, self._directory.known)
-            capacities |= {link: min(filter(None, (links[link], capacities.get(link, 0))), default=0) for link in links}
+        flows, capacities = self._flows(entries)
         now = self._clock.monotonic()
         stuck = {i for i, since in self._lowered.items() if now - since >= PATIENCE and self._held[i] < inf}
         wanted = divide(flows, capacities)
         if stuck:
             pinned = {i: replace(flows[i], least=int(self._held[i]), most=int(self._held[i])) for i in stuck}
             wanted = divide(flows | pinned, capacities) | {i: wanted[i] for i in stuck}
+        wanted = {i: wanted[i] for i in entries}
         for migration_id, share in wanted.items():
             if _rate(share) < self._held.get(migration_id, 0.0):
                 self._lowered.setdefault(migration_id, now)
@@ -137,6 +134,20 @@ class Sharing:
                 self._held[migration_id] = _rate(share)
                 self._publish(entries[migration_id], share)
         self._divided.ring()
+
+    def _flows(self, entries: Mapping[str, Entry]) -> tuple[dict[str, Flow], dict[str, int]]:
+        """Return every transfer, and the capacities of their links. Those of other drivers keep their limits."""
+        flows: dict[str, Flow] = {}
+        capacities: dict[str, int] = {}
+        foreign = [migration for migration in self._directory.foreign() if migration.migration_id not in entries]
+        for migration in [*(entry.migration for entry in entries.values()), *foreign]:
+            flow, links = flow_of(migration, self._directory.known)
+            flows[migration.migration_id] = flow
+            capacities |= {link: min(filter(None, (links[link], capacities.get(link, 0))), default=0) for link in links}
+        for migration in foreign:
+            if limit := migration.applied_bandwidth_bytes_per_second:
+                flows[migration.migration_id] = replace(flows[migration.migration_id], least=limit, most=limit)
+        return flows, capacities
 
     def _takes_part(self, entry: Entry) -> bool:
         """Whether it transfers, or is about to."""

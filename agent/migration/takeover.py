@@ -11,7 +11,7 @@ import structlog
 
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
-from agent.handshake.host.records import AttemptRecord
+from agent.handshake.host.records import AttemptRecord, Claim
 from agent.hypervisor.wire import options_to_proto
 from agent.migration.migrations import Migrations
 from agent.runtime.wire import duration, timestamp
@@ -44,6 +44,7 @@ def take_over(attempt: Attempt, migrations: Migrations, host: str, other_side: O
 
 def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
     """Return the migration of a source's record, as its driver would have stored it."""
+    claim = record.claim or Claim(record.bandwidth)
     return pb.Migration(
         migration_id=record.migration_id,
         spec=pb.MigrationSpec(
@@ -51,7 +52,9 @@ def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
             source_host=host,
             destination_host=record.peer_agent,
             destination_name=record.destination_name,
-            bandwidth_bytes_per_second=record.bandwidth,
+            bandwidth_bytes_per_second=claim.most,
+            min_bandwidth_bytes_per_second=claim.least,
+            importance=pb.Importance.ValueType(claim.importance),
             max_downtime=duration(record.max_downtime) if record.max_downtime else None,
             options=options_to_proto(record.user_options),
         ),
@@ -62,6 +65,9 @@ def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
         domain_name=record.domain_name,
         domain_uuid=record.domain_uuid,
         uri=record.uri,
+        network_choice=pb.NetworkChoice(destination_address=record.proved),
+        allotted_bytes_per_second=record.bandwidth,
+        applied_bandwidth_bytes_per_second=record.bandwidth,
         warnings=[WARNING],
         driver=host,
         create_time=timestamp(record.created),

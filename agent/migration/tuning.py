@@ -90,7 +90,8 @@ class Tuner:
     def due(self) -> Limits | None:
         """The limits that have yet to be applied; None: no transfer runs, or they are."""
         wanted = limits_of(self._migration())
-        known = self._applied or (Limits() if self._driver.calls.begun_with == Limits() else None)
+        begun = self._driver.calls.begun_with
+        known = self._applied or (begun if begun is not None and begun.none else None)
         return wanted if self.flows and wanted != known else None
 
     async def run(self) -> None:

@@ -1,5 +1,6 @@
 """The rules of a network: their checks, and which of a host's interfaces belong to it. Pure."""
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 
@@ -101,6 +102,16 @@ def addresses_of(interfaces: Iterable[host_pb2.Interface]) -> Iterator[tuple[hos
                 yield interface, ip_interface(text).ip
             except ValueError:
                 continue
+
+
+def interface_to(address: str, interfaces: Iterable[host_pb2.Interface]) -> str:
+    """Return the name of the interface on whose subnet an address is. Empty: there is none."""
+    with contextlib.suppress(ValueError):
+        reached = ip_address(address)
+        for interface in interfaces:
+            if any(reached in ip_interface(own).network for own in interface.addresses):
+                return interface.name
+    return ""
 
 
 def at_interface(network: host_pb2.Network, address: IPv4Address | IPv6Address, interface: host_pb2.Interface) -> host_pb2.Network:

@@ -12,7 +12,9 @@ from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.record_cache import RecordCache
+from agent.handshake.machines.source import SourceState
 from agent.migration.placement import rank
+from agent.migration.takeover import taken_over
 from agent.runtime.address import parse_address
 from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST
@@ -98,6 +100,10 @@ class PeerDirectory:
 
     def known(self, host: str) -> host_pb2.Host | None:
         return self._host.describe() if host == self._host.name else self._answered.get(host)
+
+    def foreign(self) -> list[pb.Migration]:
+        sends = [a.record for a in self._host.engine.active() if a.record.state == SourceState.PERFORMING]
+        return [taken_over(record, self._host.name) for record in sends]
 
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         own = self._host.describe()

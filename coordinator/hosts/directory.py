@@ -52,6 +52,9 @@ class ClusterDirectory:
     def known(self, host: str) -> host_pb2.Host | None:
         return self._registry.last_report(host)
 
+    def foreign(self) -> list[pb.Migration]:
+        return []  # a coordinator is not told what agents move by themselves
+
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         # Both hosts are asked at once; if both fail, the source's error is raised.
         source, destination = await asyncio.gather(self._source(spec), self._side(spec.destination_host), return_exceptions=True)

@@ -22,14 +22,18 @@ RATE = 50_000_000
 CAP = 30 * MIB
 """Bytes per second of all migrations on mig2."""
 SETTINGS = {
-    "agent": {"incoming_limit": 10, "takeover_after_seconds": 3},
+    "agent": {"incoming_limit": 10, "outgoing_limit": 10, "takeover_after_seconds": 3},
     "networks": {"mig1": {"line_bytes_per_second": RATE}, "mig2": {"cap_bytes_per_second": CAP}},
 }
 
 
-def guests(dirty: int) -> list[GuestSpec]:
-    """Return guests that dirty that many pages per second: too many for their transfers to end."""
-    return [GuestSpec(name, memory_mib=160, dirty=dirty, ticks=20) for name in "abcd"]
+GUESTS = [GuestSpec(name, memory_mib=768, dirty=200, ticks=20) for name in "abcd"]
+"""The first pass over such a memory takes longer than a test."""
+
+
+def start_guests(cluster: Cluster) -> None:
+    for guest in GUESTS:
+        cluster.start_guest(guest.name, "h2" if guest.name == "d" else "h1")
 
 
 class Transfers:
@@ -45,7 +49,7 @@ class Transfers:
 
     async def start(self, guest: str, source: str = "h1", to: str = "h2", network: str = "mig1", **spec: Any) -> None:
         """Start a migration that does not end by itself, and wait until its memory flows."""
-        self._cluster.guest(guest)
+        assert self._cluster.running_on(guest) == [source], "no earlier transfer has ended by itself"
         migration_id = self._ids[guest] = new_id()
         self.readings[guest] = []
         spec |= {"source_host": source, "network": network, "max_downtime": duration(0.001)}
@@ -77,6 +81,17 @@ class Transfers:
     def rate(self, guest: str, since: float, until: float) -> float:
         """Return the bytes per second that the hypervisor sent between two moments."""
         return (self.sent(guest, until) - self.sent(guest, since)) / (until - since)
+
+    async def flow(self, seconds: float, within: float = 0.1, **rates: float) -> None:
+        """Check rates (bytes per second) over that many seconds from now on. Where other work on this machine slows the hypervisors
+        down, again, at most twice."""
+        for _ in range(3):
+            begin = time.monotonic() + 0.1
+            await asyncio.sleep(seconds + 0.7)
+            got = {guest: self.rate(guest, begin, begin + seconds) for guest in rates}
+            if got == pytest.approx(rates, rel=within):
+                return
+        raise AssertionError(f"{got} flowed in place of {rates}")
 
     def sent(self, guest: str, at: float) -> float:
         """Return the bytes that the hypervisor had sent at a moment. Its own clock tells when each reading was taken: the one that
@@ -126,19 +141,18 @@ async def test_8_6_peer_to_peer_an_agent_shares_out_its_own_line(line: Cluster) 
 async def shares_a_line(line: Cluster, server: str) -> None:
     async with transfers(line, server) as moving:
         await moving.start("a")
-        alone = moving.first_flow("a") + 0.5
-        await asyncio.sleep(3.6)
         assert moving.applied("a") == (0, 0), "no limit"
-        assert moving.rate("a", alone, alone + 2) >= 0.9 * RATE
+        await moving.flow(2, within=0.05, a=0.95 * RATE)
         await moving.start("b")
-        both = moving.first_flow("b") + 1
-        await asyncio.sleep(3.6)
-        assert 0.45 * RATE <= moving.rate("a", both, both + 2) <= 0.5 * RATE
-        assert 0.43 * RATE <= moving.rate("b", both, both + 2) <= 0.5 * RATE
+        flows = moving.first_flow("b")
+        await moving.allotted(a=22, b=22)
+        assert time.monotonic() - flows <= 1
+        await moving.flow(2, a=22 * MIB, b=22 * MIB)
         await moving.end("b")
-        again = time.monotonic() + 1
-        await asyncio.sleep(3.6)
-        assert moving.rate("a", again, again + 2) >= 0.9 * RATE
+        ended = time.monotonic()
+        await moving.allotted(a=0)
+        assert time.monotonic() - ended <= 1
+        await moving.flow(2, within=0.05, a=0.95 * RATE)
 
 
 async def test_8_6_three_with_a_minimum_and_a_maximum_flow_as_the_allocator_says(line: Cluster) -> None:
@@ -147,19 +161,13 @@ async def test_8_6_three_with_a_minimum_and_a_maximum_flow_as_the_allocator_says
         await moving.start("b")
         await moving.start("c", min_bandwidth_bytes_per_second=25_000_000, bandwidth_bytes_per_second=37_500_000)
         await moving.allotted(a=10, b=10, c=24)
-        begin = time.monotonic() + 0.5
-        await asyncio.sleep(4)
-        for guest, share in (("a", 10), ("b", 10), ("c", 24)):
-            assert moving.rate(guest, begin, begin + 3) == pytest.approx(share * MIB, rel=0.1)
+        await moving.flow(3, a=10 * MIB, b=10 * MIB, c=24 * MIB)
         await moving.end("a", "b")
         await moving.allotted(c=35)
-        begin = time.monotonic() + 0.5
-        await asyncio.sleep(4)
-        assert moving.rate("c", begin, begin + 3) == pytest.approx(35 * MIB, rel=0.1)
+        await moving.flow(3, c=35 * MIB)
 
 
 async def test_8_6_the_sum_stays_below_the_cap_of_the_network(line: Cluster) -> None:
-    line.start_guest("d", "h2")
     async with transfers(line) as moving, measured(line, "mig2") as wire:
         await moving.start("a", network="mig2")
         begin = moving.first_flow("a") + 1
@@ -174,15 +182,14 @@ async def test_8_6_the_sum_stays_below_the_cap_of_the_network(line: Cluster) -> 
         end = time.monotonic() - 0.5
         quarters = [begin + 0.25 * number for number in range(int((end - begin - 1) * 4))]
         sums = [sum(moving.rate(guest, at, at + 1) for guest in "abd") for at in quarters]
-        assert max(sums) <= 1.05 * CAP
-        assert max(sums) >= 0.9 * CAP
-        assert max(wire(at, at + 1) for at in quarters) <= 1.05 * CAP
+        assert 0.9 * CAP <= max(sums) <= 1.05 * CAP, [round(each / MIB, 1) for each in sums]
+        on_wire = [wire(at, at + 1) for at in quarters]
+        assert max(on_wire) <= 1.05 * CAP, [round(each / MIB, 1) for each in on_wire]
 
 
 async def test_8_6_a_minimum_that_does_not_fit_is_refused_before_the_guest_is_touched(line: Cluster) -> None:
     async with transfers(line) as moving:
         await moving.start("a", min_bandwidth_bytes_per_second=30_000_000)
-        line.guest("b")
         migration_id = new_id()
         with pytest.raises(DroverError) as refused:
             await moving.talk.start("b", "h2", migration_id, network="mig1", min_bandwidth_bytes_per_second=25_000_000)

@@ -35,6 +35,9 @@ class FakeDirectory:
         described = {side.host.name: side.host for side in self._sides()}
         return self.hosts.get(host) or described.get(host)
 
+    def foreign(self) -> list[pb.Migration]:
+        return []
+
     async def _wait(self) -> None:
         self.asked += 1
         if self.held is not None:

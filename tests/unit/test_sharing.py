@@ -44,12 +44,17 @@ class Known:
         self.changed = Bell()
         self.rules = rules
         self.line = LINE
+        self.others: list[pb.Migration] = []
+
+    def foreign(self) -> list[pb.Migration]:
+        return self.others
 
     def known(self, host: str) -> host_pb2.Host | None:
         rules = host_pb2.NetworkRules(cap_bytes_per_second=self.rules.get("cap", 0))
-        network = host_pb2.Network(name="mig1", address="10.92.0.1", line_bytes_per_second=self.line, rules=rules)
+        network = host_pb2.Network(name="mig1", address="10.92.0.1", interface="eth1", line_bytes_per_second=self.line, rules=rules)
         features = options_pb2.MigrationFeatures(bandwidth=True, bandwidth_unit=MIB)
-        return host_pb2.Host(name=host, networks=[network], migration_features=features)
+        interface = host_pb2.Interface(name="eth1", addresses=["10.92.0.1/24"])
+        return host_pb2.Host(name=host, networks=[network], migration_features=features, interfaces=[interface])
 
 
 @dataclass
@@ -149,7 +154,7 @@ async def test_8_6_one_transfer_has_no_limit_and_two_halve_the_line(shop: Shop) 
     await asyncio.sleep(0)
     assert shop.shares() == {"a": 44, "b": 0}, "the other one is lowered, and the new one has no share before it is"
     shop.work()
-    assert await starting == Limits(44 * MIB)
+    assert (await starting).bandwidth == 44 * MIB
     assert shop.shares() == {"a": 44, "b": 44}
     shop.end(second)
     shop.work()
@@ -197,7 +202,7 @@ async def test_8_6_one_on_other_links_is_not_held_up(shop: Shop) -> None:
     waits = asyncio.create_task(shop.sharing.start(second))
     await asyncio.sleep(0)
     elsewhere = shop.add("c", "h7", "h8")
-    assert await asyncio.wait_for(shop.sharing.start(elsewhere), 0.5) == Limits()
+    assert (await asyncio.wait_for(shop.sharing.start(elsewhere), 0.5)).none
     assert not waits.done()
     waits.cancel()
 
@@ -233,6 +238,18 @@ async def test_8_6_after_a_restart_what_runs_is_divided_again() -> None:
     assert max(sum(applied.values()) for applied in shop.log) == 50
 
 
+async def test_8_6_transfers_of_another_driver_keep_what_they_have(shop: Shop) -> None:
+    other = pb.Migration(migration_id="other", source_host="h1", destination_host="h9", applied_bandwidth_bytes_per_second=30 * MIB)
+    other.network_choice.destination_address = "10.92.0.9"
+    shop.known.others = [other]
+    first = shop.add("a")
+    await shop.start(first)
+    assert shop.shares() == {"a": 59}
+    other.applied_bandwidth_bytes_per_second = 0
+    shop.work()
+    assert shop.shares() == {"a": 44}, "one without a limit takes a fair share"
+
+
 async def test_8_6_a_minimum_is_held_from_the_admission_to_the_end_of_the_transfer(shop: Shop) -> None:
     first, second = (shop.add(name, min_bandwidth_bytes_per_second=50 * MIB) for name in ("a", "b"))
     shop.sharing.admit(first)
@@ -240,7 +257,7 @@ async def test_8_6_a_minimum_is_held_from_the_admission_to_the_end_of_the_transf
     with pytest.raises(DroverError) as refused:
         shop.sharing.admit(second)
     assert refused.value.reason is Reason.BANDWIDTH_INSUFFICIENT
-    assert refused.value.metadata["link"] == "the line out of h1 (mig1)"
+    assert refused.value.metadata["link"] == "the line out of h1 (eth1)"
     assert (refused.value.metadata["guaranteed"], refused.value.metadata["left"]) == (str(50 * MIB), str(94_000_000 - 50 * MIB))
     shop.sharing.dismiss(first)
     shop.sharing.admit(second)

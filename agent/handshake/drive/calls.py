@@ -189,6 +189,7 @@ class Calls:
                 uri=self._prepared.uri_out,
                 cookie_in=self._prepared.cookie_out,
                 bandwidth_bytes_per_second=self.limits.bandwidth,
+                claim=self.limits.claim_message,
                 destination_record=self._prepared.record,
             )
             if self.limits.max_downtime:
@@ -206,7 +207,12 @@ class Calls:
     async def limit(self, limits: Limits) -> Limits:
         """Apply limits to the transfer that runs. Return them as the source's hypervisor reports them now."""
         ref = self.view.ref
-        rate = pb.SetBandwidthRequest(ref=ref, request_id=self._request_id(), bandwidth_bytes_per_second=limits.bandwidth)
+        rate = pb.SetBandwidthRequest(
+            ref=ref,
+            request_id=self._request_id(),
+            bandwidth_bytes_per_second=limits.bandwidth,
+            claim=limits.claim_message,
+        )
         applied = Limits((await self._source.set_bandwidth(rate)).applied_bytes_per_second)
         if limits.max_downtime:
             pause = pb.SetMaxDowntimeRequest(ref=ref, request_id=self._request_id(), max_downtime=duration(limits.max_downtime))

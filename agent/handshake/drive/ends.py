@@ -52,6 +52,10 @@ class Directory(Protocol):
     def known(self, host: str) -> host_pb2.Host | None:
         """Return a host, by its own name, with its sides of the networks as they were last reported; None if it is not known."""
 
+    def foreign(self) -> Sequence[pb.Migration]:
+        """Return the migrations that send from hosts of this directory and have another driver, with the limits that it has set."""
+        ...
+
     async def find(self, spec: pb.MigrationSpec) -> Ends:
         """Find the hosts and the guest that a spec names.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from drover.agent.v1 import host_pb2, migration_pb2, options_pb2
+from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, options_pb2
 
 
 @dataclass(frozen=True)
@@ -13,12 +13,25 @@ class Limits:
     """Most bytes per second. 0: no limit."""
     max_downtime: float = 0.0
     """Longest pause of the guest at the switch-over, in seconds. 0: the hypervisor's default."""
+    claim: tuple[int, int, int] = (0, 0, 0)
+    """Most and least bytes per second by its settings, and its importance: what the source needs to know if it takes over."""
+
+    @property
+    def none(self) -> bool:
+        """Whether nothing is limited."""
+        return not (self.bandwidth or self.max_downtime)
+
+    @property
+    def claim_message(self) -> handshake_pb2.Claim:
+        most, least, importance = self.claim
+        return handshake_pb2.Claim(max_bytes_per_second=most, min_bytes_per_second=least, importance=importance)
 
     @classmethod
     def of(cls, settings: migration_pb2.MigrationSettings, share: int = 0) -> "Limits":
         """Return the limits of a migration with these settings and that share of the bandwidth; 0: it was given none."""
         most = [limit for limit in (settings.bandwidth_bytes_per_second, share) if limit]
-        return cls(min(most, default=0), settings.max_downtime.ToNanoseconds() / 1e9)
+        claim = settings.bandwidth_bytes_per_second, settings.min_bandwidth_bytes_per_second, settings.importance
+        return cls(min(most, default=0), settings.max_downtime.ToNanoseconds() / 1e9, claim)
 
 
 @dataclass(frozen=True)

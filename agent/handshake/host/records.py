@@ -63,6 +63,18 @@ class Statement(msgspec.Struct, frozen=True):
         )
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """See the message on the wire."""
+
+    most: int = 0
+    least: int = 0
+    importance: int = 0
+
+    @classmethod
+    def of(cls, message: pb.Claim) -> "Claim":
+        return cls(message.max_bytes_per_second, message.min_bytes_per_second, message.importance)
+
+
 class Timing(msgspec.Struct, frozen=True):
     """The time of one phase on one host, and of the hypervisor calls in it, in seconds; `start` is of the host's wall clock."""
 
@@ -111,6 +123,8 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     proved: str = ""
     """The destination's migration address, once the path to it was proved; source only."""
     bandwidth: int = 0
+    claim: Claim | None = None
+    """What the driver said of its migration's claim to bandwidth. Source only."""
     max_downtime: float = 0.0
     """Seconds; 0: the hypervisor's default. Source only."""
     cookies: dict[str, bytes] = {}

@@ -885,6 +885,34 @@ class PrepareResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
+class Claim(message.Message):
+    """What a migration is to have of its host's lines, by its settings. The source divides its lines so once it drives the transfer itself."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    MAX_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    MIN_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    IMPORTANCE_FIELD_NUMBER: builtins.int
+    max_bytes_per_second: builtins.int
+    """Most bytes per second. Zero: no limit."""
+    min_bytes_per_second: builtins.int
+    """Least bytes per second that it is guaranteed. Zero: none."""
+    importance: builtins.int
+    """A value of Importance."""
+    def __init__(
+        self,
+        *,
+        max_bytes_per_second: builtins.int = ...,
+        min_bytes_per_second: builtins.int = ...,
+        importance: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["importance", b"importance", "max_bytes_per_second", b"max_bytes_per_second", "min_bytes_per_second", b"min_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
 class PerformRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
@@ -896,6 +924,7 @@ class PerformRequest(message.Message):
     WAIT_FIELD_NUMBER: builtins.int
     MAX_DOWNTIME_FIELD_NUMBER: builtins.int
     DESTINATION_RECORD_FIELD_NUMBER: builtins.int
+    CLAIM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     cookie_in: builtins.bytes
     """From Prepare."""
@@ -917,6 +946,10 @@ class PerformRequest(message.Message):
     def destination_record(self) -> Record:
         """The destination's record as the caller saw it. Counts only where the source cannot reach the destination itself."""
 
+    @builtins.property
+    def claim(self) -> Claim:
+        """Unset: `bandwidth_bytes_per_second` is all that is known."""
+
     def __init__(
         self,
         *,
@@ -928,10 +961,11 @@ class PerformRequest(message.Message):
         wait: duration_pb2.Duration | None = ...,
         max_downtime: duration_pb2.Duration | None = ...,
         destination_record: Record | None = ...,
+        claim: Claim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["destination_record", b"destination_record", "max_downtime", b"max_downtime", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["claim", b"claim", "destination_record", b"destination_record", "max_downtime", b"max_downtime", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "cookie_in", b"cookie_in", "destination_record", b"destination_record", "max_downtime", b"max_downtime", "ref", b"ref", "request_id", b"request_id", "uri", b"uri", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "claim", b"claim", "cookie_in", b"cookie_in", "destination_record", b"destination_record", "max_downtime", b"max_downtime", "ref", b"ref", "request_id", b"request_id", "uri", b"uri", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1243,21 +1277,27 @@ class SetBandwidthRequest(message.Message):
     REF_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     BANDWIDTH_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
+    CLAIM_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     bandwidth_bytes_per_second: builtins.int
     """Most bytes per second. Zero: no limit."""
     @builtins.property
     def ref(self) -> AttemptRef: ...
+    @builtins.property
+    def claim(self) -> Claim:
+        """As in PerformRequest. Unset: unchanged."""
+
     def __init__(
         self,
         *,
         ref: AttemptRef | None = ...,
         request_id: builtins.str = ...,
         bandwidth_bytes_per_second: builtins.int = ...,
+        claim: Claim | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["claim", b"claim", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["bandwidth_bytes_per_second", b"bandwidth_bytes_per_second", "claim", b"claim", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
