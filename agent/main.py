@@ -23,7 +23,7 @@ from agent.hypervisor.base import HypervisorUnavailable
 from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.wire import features_to_proto
 from agent.migration.migrations import Migrations
-from agent.migration.takeover import take_over_silent
+from agent.migration.takeover import take_over_silent, take_over_waiting
 from agent.runtime.backoff import HYPERVISOR, Pauses
 from agent.runtime.configuration import ConfigError, convert, load, make_state_dir
 from agent.runtime.daemon import run_until_stopped
@@ -110,6 +110,8 @@ async def agent(config: AgentConfig, stop: asyncio.Event) -> AsyncIterator[Serve
         log.info("serving", host=config.name, addresses=server.addresses)
         taking_over = functools.partial(take_over_silent, silent, migrations, config.name, other_side)
         stack.callback(supervise("take over", taking_over).cancel)
+        taking_over_waits = functools.partial(take_over_waiting, waiting_silently, migrations, config.name)
+        stack.callback(supervise("take over waits", taking_over_waits).cancel)
         stack.callback(supervise("settle", engine.settle).cancel)
         stack.callback(supervise("keep current", host.keep_current).cancel)
         if config.coordinator:

@@ -189,6 +189,9 @@ class Migrations:
             return
         entry = Entry(migration, self._kept)
         self.collection.publish(entry, migration)
+        if entry.unbegun:  # no record holds it, and the other driver may have asked for the slot
+            entry.slot_asked = True
+            entry.saving = asyncio.create_task(entry.save_if_possible(), name=f"save {migration.migration_id[:8]}")
         self.runner.start(entry)
 
     async def cancel(self, migration_id: str) -> pb.Migration:

@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from agent.admission.store import Place
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.records import AttemptRecord, Claim
@@ -24,6 +25,30 @@ WARNING: Final = "its driver went silent, so the source's agent drives it to its
 
 OtherSide = Callable[[Attempt], OtherHost | None]
 """Returns the agent on the other side of an attempt; None if it cannot be called."""
+
+
+WAITED: Final = "its driver went silent while it waited for its slots, so the source's agent goes on with it"
+
+
+async def take_over_waiting(silent: "asyncio.Queue[Place]", migrations: Migrations, host: str) -> None:
+    """Take over each migration of the queue, which waits for its slots, for ever."""
+    while True:
+        place = await silent.get()
+        log.warning("taking over a migration that waits from a silent driver", migration=place.migration_id, driver=place.driver)
+        migrations.take_over(waiting_taken_over(place, host))
+
+
+def waiting_taken_over(place: Place, host: str) -> pb.Migration:
+    """Return a migration that waits as its driver has stored it, for this host's agent as its driver."""
+    migration = pb.Migration.FromString(place.pending)
+    migration.spec.domain, migration.spec.source_host = migration.domain_uuid, host
+    migration.spec.destination_host = place.peer_agent
+    migration.driver = host
+    migration.revision = migration.create_revision = 0
+    migration.ClearField("create_uptime")
+    if WAITED not in migration.warnings:
+        migration.warnings.append(WAITED)
+    return migration
 
 
 async def take_over_silent(silent: "asyncio.Queue[Attempt]", migrations: Migrations, host: str, other_side: OtherSide) -> None:

@@ -293,12 +293,6 @@ class Line:
             raise AttributeError(name)
         return functools.partial(self._call, name)
 
-    async def acquire_slot(self, request: admission_pb2.AcquireSlotRequest) -> admission_pb2.AcquireSlotResponse:
-        raise DroverError(Reason.UNIMPLEMENTED, "an older agent")
-
-    async def release_slot(self, request: admission_pb2.ReleaseSlotRequest) -> admission_pb2.ReleaseSlotResponse:
-        raise DroverError(Reason.UNIMPLEMENTED, "an older agent")
-
     async def get_host(self, request: host_pb2.GetHostRequest) -> host_pb2.GetHostResponse:
         if self.cut:
             raise self.unreachable()
