@@ -12,12 +12,19 @@ from tests.kit.cluster import Cluster, GuestSpec
 from tests.kit.cluster import cluster as make_cluster
 from tests.kit.cluster.platforms import LabCluster
 from tests.kit.lab import wait_until
+from tests.scenarios.changing import update
 from tests.scenarios.conversation import MIB, Talk, assert_idle, record_state, state
 
 pytestmark = pytest.mark.timeout(120)
 
 FLEET = [GuestSpec(f"fleet-{number}", memory_mib=16, dirty=50) for number in range(10)]
-GUESTS = [GuestSpec("pre-copy"), GuestSpec("post-copy", dirty=2000), GuestSpec("full-disk"), *FLEET]
+GUESTS = [
+    GuestSpec("pre-copy"),
+    GuestSpec("retuned", memory_mib=128),
+    GuestSpec("post-copy", dirty=2000),
+    GuestSpec("full-disk"),
+    *FLEET,
+]
 
 
 @pytest.fixture(name="cluster", scope="module")
@@ -78,6 +85,25 @@ async def ends_without_daemons(cluster: Cluster, name: str) -> None:
     assert await both_records(cluster, migration.migration_id) == ("removed", "running")
     assert cluster.copies(guest.name) == {"h2": "running"}
     guest.wait_lines(20)
+    assert guest.judge().problems() == []
+    await assert_idle(cluster)
+
+
+async def test_8_7_a_change_is_saved_without_the_source_and_applied_once_it_is_back(cluster: Cluster) -> None:
+    guest = cluster.start_guest("retuned")
+    async with Talk(cluster.server) as talk:
+        migration = await armed(cluster, talk, guest.name, bandwidth=4 * MIB)
+        cluster.agents["h1"].kill()
+        with pytest.raises(DroverError) as error:
+            await update(talk, migration.migration_id, bandwidth_bytes_per_second=6 * MIB)
+        assert (error.value.reason, error.value.metadata["saved"]) == (Reason.HOST_UNREACHABLE, "yes")
+        assert (await talk.get(migration.migration_id)).settings.bandwidth_bytes_per_second == 6 * MIB
+        cluster.agents["h1"].start()
+        await talk.watch(migration.migration_id, lambda m: m.applied_bandwidth_bytes_per_second == 6 * MIB)
+        await talk.watch(migration.migration_id, lambda m: 5 * MIB < m.progress.bytes_per_second < 7 * MIB)
+        assert (await update(talk, migration.migration_id, bandwidth_bytes_per_second=0)).applied_bandwidth_bytes_per_second == 0
+        assert state(await talk.end(migration.migration_id)) == "succeeded"
+    guest.wait_lines(5)
     assert guest.judge().problems() == []
     await assert_idle(cluster)
 
