@@ -21,7 +21,7 @@ GUESTS = {
         GuestSpec("busy-2"),
         *(GuestSpec(f"waited-for-{test}", memory_mib=128) for test in ("coordinator", "agent", "cancel", "kill")),
         *(GuestSpec(f"waits-{test}") for test in ("coordinator", "agent", "cancel", "kill")),
-        GuestSpec("cordoned"),
+        *(GuestSpec(f"cordoned-{server}") for server in ("coordinator", "agent")),
         *(GuestSpec(name, memory_mib=128) for name in ("limits-1", "queue-1")),
         *(GuestSpec(name) for name in ("limits-2", "limits-out", "queue-2", "settings-coordinator", "settings-agent")),
         *(GuestSpec(f"changed-{test}", memory_mib=128) for test in ("coordinator", "agent", "kill", "badly", "by-hand", "postcopy")),

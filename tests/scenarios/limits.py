@@ -70,20 +70,22 @@ async def test_8_1_a_limit_below_zero_is_refused(cluster: Cluster, limit: str) -
     assert shown(cluster, "h2") == before
 
 
-async def test_8_2_a_cordoned_host_is_not_chosen_and_may_still_be_named(cluster: Cluster) -> None:
-    guest = cluster.start_guest("cordoned")
+@pytest.mark.parametrize("server", ["coordinator", "agent"])
+async def test_8_2_a_cordoned_host_is_not_chosen_and_may_still_be_named(cluster: Cluster, server: str) -> None:
+    guest = cluster.start_guest(f"cordoned-{server}")
+    there, back = ((cluster.server,) * 2) if server == "coordinator" else [cluster.agents[host].address for host in ("h1", "h2")]
     with settings(cluster, "h2"):
         drover(cluster, "host", "cordon", "h2")
-        async with Talk(cluster.server) as talk:
+        async with Talk(there) as talk:
             with pytest.raises(DroverError) as refusal:
                 await talk.start(guest.name, "")
             assert refusal.value.reason is Reason.NO_HOST
             assert f"h2: it is cordoned by {whoami()}" in refusal.value.message
             assert cluster.copies(guest.name) == {"h1": "running"}
             assert state(await talk.migrate(guest.name, "h2")) == "succeeded"
-            drover(cluster, "host", "uncordon", "h2")
-            ended = await talk.migrate(guest.name, "")  # back, as there is no other host
-            assert (state(ended), ended.destination_host) == ("succeeded", "h1")
+    async with Talk(back) as talk:
+        ended = await talk.migrate(guest.name, "")  # to h1, as there is no other host
+        assert (state(ended), ended.destination_host) == ("succeeded", "h1")
     await assert_idle(cluster)
 
 
