@@ -54,7 +54,14 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         identity = f"{config.name} on {socket.gethostname()} ({config.listen[-1]})"
         networks = NetworkTable(store, bus)
         await networks.open()
-        registry = HostRegistry(store, bus, config.heartbeat_seconds, coordinator=identity[:200], seen=networks.seen_by)
+        registry = HostRegistry(
+            store,
+            bus,
+            config.heartbeat_seconds,
+            coordinator=identity[:200],
+            seen=networks.seen_by,
+            changed=networks.changed,
+        )
         await registry.open()
         stack.push_async_callback(registry.close)
         directory = ClusterDirectory(registry, bus, networks=networks.defined)

@@ -8,6 +8,7 @@ leaves."""
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -67,9 +68,10 @@ class Sharing:
 
     def check(self, migration: pb.Migration) -> None:
         """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held."""
-        flow, capacities = flow_of(migration, self._directory.known)
+        known = functools.cache(self._directory.known)
+        flow, capacities = flow_of(migration, known)
         others = [*(entry.migration for entry in self._collection.all() if self._holds(entry)), *self._directory.foreign()]
-        flows = [flow_of(other, self._directory.known)[0] for other in others if other.migration_id != migration.migration_id]
+        flows = [flow_of(other, known)[0] for other in others if other.migration_id != migration.migration_id]
         if found := shortage(flow, flows, capacities):
             raise insufficient(migration, found)
 
@@ -139,9 +141,10 @@ class Sharing:
         """Return every transfer, and the capacities of their links. Those of other drivers keep their limits."""
         flows: dict[str, Flow] = {}
         capacities: dict[str, int] = {}
+        known = functools.cache(self._directory.known)
         foreign = [migration for migration in self._directory.foreign() if migration.migration_id not in entries]
         for migration in [*(entry.migration for entry in entries.values()), *foreign]:
-            flow, links = flow_of(migration, self._directory.known)
+            flow, links = flow_of(migration, known)
             flows[migration.migration_id] = flow
             capacities |= {link: min(filter(None, (links[link], capacities.get(link, 0))), default=0) for link in links}
         for migration in foreign:

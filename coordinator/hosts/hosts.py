@@ -54,11 +54,13 @@ class HostRegistry:
         wall: Callable[[], float] = time.time,
         coordinator: str = "",
         seen: Callable[[agent_pb.Host], agent_pb.Host] = lambda host: host,
+        changed: Bell | None = None,
     ) -> None:
-        """`seen`: returns a host as its report is shown and planned with, such as with the cluster's networks."""
+        """`seen`: returns a host as its report is shown and planned with, such as with the cluster's networks; `changed`: rings when
+        that has changed."""
         self.heartbeat_seconds = heartbeat_seconds
-        self.changed = Bell()
-        """Rings when a host reports anything new."""
+        self.changed = changed or Bell()
+        """Rings when a host reports anything new, or is seen in another way."""
         self._coordinator = coordinator
         self.seen = seen
         self._bus = bus

@@ -1,6 +1,7 @@
 """Bandwidth is shared out among transfers while they run: over a line of 400 Mbit/s (mig1), and under a cap (mig2)."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -44,13 +45,13 @@ class Transfers:
         self._cluster = cluster
         self.readings: dict[str, list[tuple[float, pb.Migration]]] = {}
         """By guest: when each state arrived here, and the state."""
-        self._ids: dict[str, str] = {}
+        self.ids: dict[str, str] = {}
         self._news = Bell()
 
     async def start(self, guest: str, source: str = "h1", to: str = "h2", network: str = "mig1", **spec: Any) -> None:
         """Start a migration that does not end by itself, and wait until its memory flows."""
         assert self._cluster.running_on(guest) == [source], "no earlier transfer has ended by itself"
-        migration_id = self._ids[guest] = new_id()
+        migration_id = self.ids[guest] = new_id()
         self.readings[guest] = []
         spec |= {"source_host": source, "network": network, "max_downtime": duration(0.001)}
         await self.talk.start(guest, to, migration_id, **spec)
@@ -62,16 +63,17 @@ class Transfers:
                 await self._news.next.wait()
 
     async def follow(self) -> None:
-        async for change in self.talk.changes(0):
-            for guest, migration_id in self._ids.items():
-                if change.migration.migration_id == migration_id:
-                    self.readings[guest].append((time.monotonic(), change.migration))
-                    self._news.ring()
+        with contextlib.suppress(DroverError):  # the server was killed
+            async for change in self.talk.changes(0):
+                for guest, migration_id in self.ids.items():
+                    if change.migration.migration_id == migration_id:
+                        self.readings[guest].append((time.monotonic(), change.migration))
+                        self._news.ring()
 
     async def end(self, *guests: str) -> None:
         """Cancel migrations, and wait for their ends."""
-        for guest in guests or tuple(self._ids):
-            migration_id = self._ids.pop(guest)
+        for guest in guests or tuple(self.ids):
+            migration_id = self.ids.pop(guest)
             await self.talk.cancel(migration_id)
             assert state(await self.talk.end(migration_id)) == "cancelled"
 
@@ -112,6 +114,8 @@ class Transfers:
 
     def applied(self, guest: str) -> tuple[int, int]:
         """Return its share, and the limit that its source has applied."""
+        if not self.readings[guest]:
+            return -1, -1
         migration = self.readings[guest][-1][1]
         return migration.allotted_bytes_per_second, migration.applied_bandwidth_bytes_per_second
 
@@ -142,7 +146,7 @@ async def shares_a_line(line: Cluster, server: str) -> None:
     async with transfers(line, server) as moving:
         await moving.start("a")
         assert moving.applied("a") == (0, 0), "no limit"
-        await moving.flow(2, within=0.05, a=0.95 * RATE)
+        await moving.flow(2, within=0.06, a=0.96 * RATE)
         await moving.start("b")
         flows = moving.first_flow("b")
         await moving.allotted(a=22, b=22)
@@ -152,7 +156,26 @@ async def shares_a_line(line: Cluster, server: str) -> None:
         ended = time.monotonic()
         await moving.allotted(a=0)
         assert time.monotonic() - ended <= 1
-        await moving.flow(2, within=0.05, a=0.95 * RATE)
+        await moving.flow(2, within=0.06, a=0.96 * RATE)
+
+
+async def test_8_6_without_a_coordinator_the_source_shares_out_its_line(line: Cluster) -> None:
+    async with transfers(line) as moving:
+        await moving.start("a")
+        await moving.start("b", bandwidth_bytes_per_second=40 * MIB)
+        await moving.allotted(a=22, b=22)
+        line.coordinator.kill()
+        try:
+            async with transfers(line, line.agents["h1"].address) as taken_over:
+                taken_over.readings |= {guest: [] for guest in moving.ids}
+                taken_over.ids |= moving.ids
+                await taken_over.allotted(a=22, b=22)
+                await taken_over.end("a")
+                await taken_over.allotted(b=40)
+                await taken_over.end("b")
+        finally:
+            line.coordinator.start()
+            line.wait_known()
 
 
 async def test_8_6_three_with_a_minimum_and_a_maximum_flow_as_the_allocator_says(line: Cluster) -> None:
@@ -168,7 +191,7 @@ async def test_8_6_three_with_a_minimum_and_a_maximum_flow_as_the_allocator_says
 
 
 async def test_8_6_the_sum_stays_below_the_cap_of_the_network(line: Cluster) -> None:
-    async with transfers(line) as moving, measured(line, "mig2") as wire:
+    async with transfers(line) as moving, measured(line, moving, "mig2") as wire:
         await moving.start("a", network="mig2")
         begin = moving.first_flow("a") + 1
         await asyncio.sleep(2)
@@ -180,11 +203,8 @@ async def test_8_6_the_sum_stays_below_the_cap_of_the_network(line: Cluster) -> 
         await moving.allotted(a=15, b=15)
         await asyncio.sleep(2)
         end = time.monotonic() - 0.5
-        quarters = [begin + 0.25 * number for number in range(int((end - begin - 1) * 4))]
-        sums = [sum(moving.rate(guest, at, at + 1) for guest in "abd") for at in quarters]
+        sums = [wire(begin + number / 4, begin + number / 4 + 1) for number in range(int((end - begin - 1) * 4))]
         assert 0.9 * CAP <= max(sums) <= 1.05 * CAP, [round(each / MIB, 1) for each in sums]
-        on_wire = [wire(at, at + 1) for at in quarters]
-        assert max(on_wire) <= 1.05 * CAP, [round(each / MIB, 1) for each in on_wire]
 
 
 async def test_8_6_a_minimum_that_does_not_fit_is_refused_before_the_guest_is_touched(line: Cluster) -> None:
@@ -206,9 +226,9 @@ async def test_8_6_a_minimum_that_does_not_fit_is_refused_before_the_guest_is_to
 
 
 @asynccontextmanager
-async def measured(line: Cluster, network: str) -> AsyncIterator[Callable[[float, float], float]]:
-    """Yield a function that returns the bytes per second that all hosts have sent on a network between two moments of the block; 0
-    on simulated hosts, whose networks carry no memory."""
+async def measured(line: Cluster, moving: Transfers, network: str) -> AsyncIterator[Callable[[float, float], float]]:
+    """Yield a function that returns the bytes per second that all hosts have sent between two moments of the block: on the wire of
+    the network; of simulated hosts, whose networks carry no memory, by their own account."""
     readings: list[tuple[float, int]] = []
 
     async def read(lab: Lab) -> None:
@@ -217,9 +237,10 @@ async def measured(line: Cluster, network: str) -> AsyncIterator[Callable[[float
             await asyncio.sleep(0.05)
 
     def rate(since: float, until: float) -> float:
+        if not readings:
+            return sum(moving.rate(guest, since, until) for guest in moving.readings)
         within = [reading for reading in readings if since <= reading[0] <= until]
-        (first, sent_first), (last, sent_last) = (within[0], within[-1]) if within else ((since, 0), (until, 0))
-        return (sent_last - sent_first) / (last - first)
+        return (within[-1][1] - within[0][1]) / (within[-1][0] - within[0][0])
 
     reading = asyncio.create_task(read(line.lab)) if isinstance(line, LabCluster) else None
     try:
