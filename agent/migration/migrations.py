@@ -68,7 +68,7 @@ class Migrations:
         """To get, list and watch them."""
         self._choice = Choice(directory, self.collection, name)
         self.runner = Runner(name, directory, self.collection, self._choice, self._fence_if_in_doubt, bus, clock)
-        self._shares: asyncio.Task[None] | None = None
+        self._work: list[asyncio.Task[Any]] = []
         self._starting: dict[str, _Starting] = {}
 
     # ---- life
@@ -82,12 +82,11 @@ class Migrations:
             if not entry.final:
                 self.collection.publish(entry, entry.changed_to())  # an earlier life may have published more than it saved
                 self.runner.start(entry)
-        self._shares = supervise("share bandwidth", self.runner.sharing.run)
+        self._work.append(supervise("share bandwidth", self.runner.sharing.run))
 
     async def close(self) -> None:
         """Cancel every driver; the records remain, and the source's agent ends what runs."""
-        tasks: list[asyncio.Task[Any]] = [starting.task for starting in self._starting.values()]
-        tasks += [self._shares] if self._shares is not None else []
+        tasks = [*self._work, *(starting.task for starting in self._starting.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
