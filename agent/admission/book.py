@@ -187,6 +187,8 @@ class Book:
                 claim.slot.kind = Kind.PREPARED
                 self._count(claim.slot, 1)
             else:
+                if self._granted.get(claim.ask.peer) == claim.slot.epoch:
+                    self._granted[claim.ask.peer] = claim.slot.turn  # as if it had not been served
                 claim.slot = None
         self._join_queue(claim)
 
