@@ -1,8 +1,8 @@
 """Slots and queues under any sequence of what may happen to a host: nothing above a limit, nothing leaked, nobody starved, no epoch
 given twice, and every place kept over restarts.
 
-The machine plays drivers, records and the journal around `Book`, the pure part of admission, and gives it back after a crash what the
-journal holds.
+The machine plays drivers, records and the journal around `Book`, the pure part of admission. After a crash it gives a new book what
+the journal holds.
 """
 
 import itertools
@@ -15,11 +15,12 @@ from agent.admission.book import RETURN_SECONDS, TURN_SECONDS, Book
 from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot
 
 LEASE = 30.0
-NAMES = [f"m{number}" for number in range(8)]
+NAMES = [f"m{number}" for number in range(6)]
 
 names = st.sampled_from(NAMES)
 kinds = st.sampled_from(list(Kind))
-limits = st.builds(Limits, st.integers(0, 3), st.integers(0, 2), st.just(100))
+limits = st.builds(Limits, st.sampled_from([1, 2, 1, 2, 3, 0]), st.sampled_from([1, 2, 0]), st.just(100))
+memories = st.sampled_from([0, 0, 100, 150, 500])
 
 
 class Host(RuleBasedStateMachine):
@@ -57,13 +58,13 @@ class Host(RuleBasedStateMachine):
             self.places[name] = Claim(claim.ask, claim.place, claim.since)
         return claim
 
-    @rule(name=names, kind=kinds, importance=st.integers(1, 3), memory=st.integers(0, 500))
+    @rule(name=names, kind=kinds, importance=st.integers(1, 3), memory=memories)
     def waits(self, name: str, kind: Kind, importance: int, memory: int) -> None:
         """A driver calls and waits. Its call goes on."""
         if self.limits.limit and (name not in self.records or kind is Kind.TRANSFERRING):
             self._ask(name, kind, importance, memory)
 
-    @rule(name=names, kind=kinds, memory=st.integers(0, 500))
+    @rule(name=names, kind=kinds, memory=memories)
     def tries(self, name: str, kind: Kind, memory: int) -> None:
         """A driver asks once and does not wait."""
         if self.book.find(name) is None and self.limits.limit:
@@ -74,6 +75,19 @@ class Host(RuleBasedStateMachine):
             newcomer.calls = 0
             assert newcomer.slot is not None or told.position >= 1
             assert (self.book.find(name) is newcomer) == (newcomer.slot is not None)
+
+    @rule(importance=st.integers(1, 3))
+    def all_prepared_ask_for_the_transfer(self, importance: int) -> None:
+        for claim in self.book.claims():
+            if claim.slot is not None and claim.slot.kind is Kind.PREPARED and self.limits.limit:
+                self._ask(claim.migration_id, Kind.TRANSFERRING, importance, claim.ask.memory)
+
+    @rule()
+    def all_transfers_end(self) -> None:
+        for claim in self.book.claims():
+            if claim.has(Kind.TRANSFERRING):
+                self.records.pop(claim.migration_id, None)
+                self._free(claim, completed=True)
 
     @rule(name=names, normally=st.booleans())
     def a_call_ends(self, name: str, normally: bool) -> None:
@@ -153,7 +167,11 @@ class Host(RuleBasedStateMachine):
     # ---- parts
 
     def _serve(self) -> None:
-        self._note(self.book.grant(self.now))
+        first = next((claim for claim in self.book.in_order() if claim.calls or self.now < claim.turn_until), None)
+        granted = self.book.grant(self.now)
+        if granted and granted[0].has(Kind.TRANSFERRING):
+            assert granted[0] is first, "served before its turn"
+        self._note(granted)
 
     def _note(self, granted: list[Claim]) -> None:
         for claim in granted:
