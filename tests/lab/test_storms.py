@@ -1,17 +1,39 @@
 """Storms on real libvirt and real QEMU: small guests of four hosts."""
 
+import asyncio
 import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.kit.cluster import Cluster, cluster
-from tests.scenarios.storming import GUESTS, SETTINGS
+from tests.scenarios.storming import GUESTS, SETTINGS, Storm, Watcher
 from tests.scenarios.storms import *  # noqa: F403 - the tests themselves
-from tests.scenarios.storms import pytestmark  # noqa: F401 - their timeout
+from tests.scenarios.storms import (
+    FIRST,
+    QUEUED,
+    TARGET,
+    assert_fair,
+    pytestmark,  # noqa: F401 - their timeout
+    storm_of_eight,
+)
 
 
-@pytest.fixture(scope="module")
-def hosts(_real_hosts: None) -> Iterator[Cluster]:
+@pytest.fixture(scope="module", name="cluster")
+def _cluster(_real_hosts: None) -> Iterator[Cluster]:
     with cluster("libvirt", GUESTS.values(), hosts=4, lab_id=f"st{os.getpid() % 10**8}", settings=SETTINGS) as made:
         yield made
+
+
+async def test_8_2_eight_guests_while_the_destination_dies_three_times(cluster: Cluster) -> None:
+    async with Storm(cluster, cluster.server, [*FIRST, *QUEUED]) as storm, Watcher(cluster, TARGET) as watcher:
+        await storm_of_eight(cluster, storm)
+        for arrived in (0, 2, 4):
+            await storm.until_arrived(arrived)
+            cluster.agents[TARGET].kill()
+            await asyncio.to_thread(cluster.agents[TARGET].start)
+        await storm.ends()
+    await storm.assert_all_arrived()
+    assert watcher.most_by_slots <= 2, "the slots that the host itself reports"
+    assert watcher.most_by_hypervisor <= 2, "transfers that the sources' hypervisors report"
+    assert_fair([leg for leg in storm.in_order() if leg in QUEUED], FIRST)

@@ -10,7 +10,7 @@ from tests.scenarios.storms import *  # noqa: F403 - the tests themselves
 from tests.scenarios.storms import pytestmark  # noqa: F401 - their timeout
 
 
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[Cluster]:
+@pytest.fixture(scope="module", name="cluster")
+def _cluster() -> Iterator[Cluster]:
     with cluster("sim", GUESTS.values(), hosts=4, settings=SETTINGS) as made:
         yield made
