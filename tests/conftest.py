@@ -9,7 +9,7 @@ from tests.kit.cluster import Cluster
 settings.register_profile("drover", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("drover")
 
-for _module in ("documents", "migrating", "phases", "refusing"):
+for _module in ("documents", "migrating", "phases", "refusing", "storming", "storms"):
     pytest.register_assert_rewrite(f"tests.scenarios.{_module}")
 
 

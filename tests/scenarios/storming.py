@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import importlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Final, Self
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from agent.runtime.errors import DroverError
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import admission_pb2, admission_pb2_grpc, host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster, GuestSpec
@@ -19,7 +20,7 @@ from tests.scenarios.conversation import FINAL, MIB, Talk, duration, new_id, sta
 
 LOW, MEDIUM, HIGH = pb.IMPORTANCE_LOW, pb.IMPORTANCE_MEDIUM, pb.IMPORTANCE_HIGH
 GUESTS: Final = {
-    name: GuestSpec(name, memory_mib=48, dirty=50, ticks=50)
+    name: GuestSpec(name, memory_mib=96 if name in ("s1", "s2", "s3") else 40, dirty=50, ticks=50)
     for name in (
         *(f"s{n}" for n in range(1, 9)),
         *(f"r{n}" for n in range(1, 7)),
@@ -28,7 +29,9 @@ GUESTS: Final = {
 }
 SETTINGS: Final = {"agent": {"lease_seconds": 8, "takeover_after_seconds": 4}}
 RATE: Final = 16 * MIB
-"""Limit of each transfer, so that each takes some seconds."""
+"""Limit of each transfer in bytes per second, so that each takes some seconds."""
+CRAWL: Final = MIB
+"""The least limit: a transfer that does not end before it is told to."""
 WAIT_SECONDS: Final = 600.0
 PATIENCE_SECONDS: Final = 120.0
 
@@ -69,12 +72,25 @@ class Storm:
     def leg_of(self, migration_id: str) -> Leg:
         return next(leg for leg, known in self._ids.items() if known == migration_id)
 
-    async def start(self, leg: Leg) -> None:
+    async def start(self, leg: Leg, rate: int = RATE) -> None:
         spec = pb.MigrationSpec(
-            domain=leg.guest, destination_host=leg.target, importance=leg.importance, bandwidth_bytes_per_second=RATE
+            domain=leg.guest, destination_host=leg.target, importance=leg.importance, bandwidth_bytes_per_second=rate
         )
         request = pb.StartMigrationRequest(migration_id=self._ids[leg], spec=spec, slot_wait=duration(WAIT_SECONDS))
         await self._talk.call(self._talk.migrations.StartMigration, request)
+
+    async def speed_up(self, leg: Leg) -> None:
+        """Give a crawling transfer the rate of the others, unless it has ended."""
+        request = pb.UpdateMigrationRequest(
+            migration_id=self._ids[leg],
+            settings=pb.MigrationSettings(bandwidth_bytes_per_second=RATE),
+            update_mask=FieldMask(paths=["bandwidth_bytes_per_second"]),
+        )
+        try:
+            await self._talk.call(self._talk.migrations.UpdateMigration, request)
+        except DroverError as error:
+            if error.reason is not Reason.MIGRATION_ENDED:
+                raise
 
     async def ends(self) -> None:
         """Wait until all have ended, by the server."""
@@ -134,9 +150,9 @@ class Storm:
                 found.append((start, start + timing.duration.ToNanoseconds() / 1e9))
         return found
 
-    def in_order(self) -> list[Leg]:
-        """Return the legs in the order of the starts of their transfers."""
-        return [leg for _, leg in sorted(zip(self.transfers(), self.legs, strict=True), key=lambda each: each[0])]
+    def granted(self, watcher: "Watcher") -> list[Leg]:
+        """Return the legs in the order in which their target gave them slots."""
+        return sorted(self.legs, key=lambda leg: watcher.epochs[self._ids[leg]])
 
 
 async def _ends(talk: Talk, ids: Iterable[str]) -> dict[str, pb.Migration]:
@@ -183,55 +199,55 @@ class Watcher:
     def __init__(self, hosts: Cluster, host: str) -> None:
         self.most_by_slots = 0
         """Most transferring units at once."""
+        self.epochs: dict[str, int] = {}
+        """Of the slots by migration; a later grant has a higher one."""
         self.most_by_hypervisor = 0
         """Most guests at once that libvirt sends to any host. Zero on simulated hosts."""
         self._hosts = hosts
         self._host = host
         self._tasks: list[asyncio.Task[None]] = []
+        self._stop = threading.Event()
 
     async def __aenter__(self) -> Self:
         self._tasks = [asyncio.create_task(self._watch_slots())]
         if isinstance(self._hosts, LabCluster):
-            self._tasks.append(asyncio.create_task(self._watch_jobs(self._hosts)))
+            others = [host.libvirt_uri for host in self._hosts.lab.hosts if host.name != self._host]
+            self._tasks.append(asyncio.create_task(asyncio.to_thread(self._watch_jobs, others)))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
-            if not isinstance(result, asyncio.CancelledError):
-                raise result or AssertionError("a watcher ended")
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
 
     async def _watch_slots(self) -> None:
         async with Talk(self._hosts.agents[self._host].address) as talk:
             stub = admission_pb2_grpc.AdmissionServiceStub(talk.channel)
-            while True:
+            while not self._stop.is_set():
                 with contextlib.suppress(DroverError):  # it is being restarted
                     found = (await talk.call(stub.ListSlots, admission_pb2.ListSlotsRequest())).slots
                     moving = [slot.cost for slot in found if _transfers(slot)]
                     self.most_by_slots = max(self.most_by_slots, sum(moving))
+                    self.epochs |= {slot.migration_id: slot.epoch for slot in found if _is_incoming(slot) and slot.epoch}
                 await asyncio.sleep(0.05)  # the sampling
 
-    async def _watch_jobs(self, hosts: LabCluster) -> None:
+    def _watch_jobs(self, uris: Sequence[str]) -> None:
         """A guest moves once, so those that two sweeps find moving have moved together at the moment between the two."""
         libvirt = importlib.import_module("libvirt")  # needed for real hosts only
-        names = [host.name for host in hosts.lab.hosts if host.name != self._host]
-        connections = [libvirt.open(hosts.lab[name].libvirt_uri) for name in names]
-        try:
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(contextlib.closing(libvirt.open(uri))) for uri in uris]
             before: set[str] = set()
-            while True:
-                now = await asyncio.to_thread(lambda: {name for each in connections for name in _moving(each)})
+            while not self._stop.wait(0.05):  # the sampling
+                now = {name for connection in connections for name in _moving(connection)}
                 self.most_by_hypervisor = max(self.most_by_hypervisor, len(before & now))
                 before = now
-                await asyncio.sleep(0.05)
-        finally:
-            for connection in connections:
-                connection.close()
+
+
+def _is_incoming(slot: admission_pb2.SlotHolder) -> bool:
+    return slot.direction == admission_pb2.SLOT_DIRECTION_INCOMING
 
 
 def _transfers(slot: admission_pb2.SlotHolder) -> bool:
-    incoming = slot.direction == admission_pb2.SLOT_DIRECTION_INCOMING
-    return incoming and not slot.waiting and slot.kind == admission_pb2.SLOT_KIND_TRANSFERRING
+    return _is_incoming(slot) and not slot.waiting and slot.kind == admission_pb2.SLOT_KIND_TRANSFERRING
 
 
 def _moving(connection: Any) -> list[str]:
@@ -244,6 +260,3 @@ def _moving(connection: Any) -> list[str]:
             if stats.get("type", 0) and stats.get("memory_processed", 0) > 0 and stats.get("memory_remaining", 0) > 0:
                 found.append(domain.name())
     return found
-
-
-__all__ = ["GUESTS", "HIGH", "LOW", "MEDIUM", "SETTINGS", "Leg", "Storm", "Watcher", "most_at_once", "set_limits", "slots_of"]

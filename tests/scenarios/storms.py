@@ -5,14 +5,14 @@ import contextlib
 import itertools
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import Talk, state
-from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Storm, Watcher, most_at_once, set_limits, slots_of
+from tests.scenarios.storming import CRAWL, HIGH, LOW, MEDIUM, Leg, Storm, Watcher, most_at_once, set_limits, slots_of
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -43,28 +43,37 @@ def assert_fair(order: Sequence[Leg], before: Sequence[Leg]) -> None:
         granted.append(leg.source)
 
 
-async def storm_of_eight(cluster: Cluster, storm: Storm) -> None:
-    """Start each once the one before it has its slot or its place, so that the order is known."""
+@contextlib.asynccontextmanager
+async def storm_of_eight(cluster: Cluster) -> AsyncIterator[Storm]:
+    """Start each once the one before it has its slot or its place, so that the order is known. The first ones crawl until the block
+    ends."""
     await set_limits(cluster, incoming=2, outgoing=4, prepared=1)
-    for number, leg in enumerate((*FIRST, *QUEUED), start=1):
-        await storm.start(leg)
-        await storm.until_listed(TARGET, leg, waits=number > len(FIRST))
+    async with Storm(cluster, cluster.server, [*FIRST, *QUEUED]) as storm:
+        for leg in FIRST:
+            await storm.start(leg, CRAWL)
+            await storm.until_listed(TARGET, leg, waits=False)
+        for leg in QUEUED:
+            await storm.start(leg)
+            await storm.until_listed(TARGET, leg, waits=True)
+        yield storm
+        for leg in FIRST:
+            await storm.speed_up(leg)
+        await storm.ends()
 
 
 async def test_8_2_eight_guests_from_three_hosts(cluster: Cluster) -> None:
-    async with Storm(cluster, cluster.server, [*FIRST, *QUEUED]) as storm, Watcher(cluster, TARGET) as watcher:
-        await storm_of_eight(cluster, storm)
+    async with Watcher(cluster, TARGET) as watcher, storm_of_eight(cluster) as storm:
         waiting = [slot for slot in await slots_of(cluster, TARGET) if slot.waiting]
         assert [slot.position for slot in waiting] == list(range(1, len(waiting) + 1))
-        assert {storm.leg_of(slot.migration_id) for slot in waiting} == {FIRST[2], *QUEUED}, "one is prepared, and waits to transfer"
+        names = {storm.leg_of(slot.migration_id).guest for slot in waiting}
+        assert names == {leg.guest for leg in (FIRST[2], *QUEUED)}  # one is prepared, and waits to transfer
         importances = [slot.importance for slot in waiting]
         assert importances == sorted(importances, reverse=True)
-        await storm.ends()
     await storm.assert_all_arrived()
     assert watcher.most_by_slots == 2, "the slots that the host itself reports"
     assert watcher.most_by_hypervisor <= 2, "transfers that the sources' hypervisors report"
     assert most_at_once(storm.transfers()) == 2
-    assert_fair([leg for leg in storm.in_order() if leg in QUEUED], FIRST)
+    assert_fair([leg for leg in storm.granted(watcher) if leg in QUEUED], FIRST)
 
 
 @pytest.mark.parametrize("ring", [("h1", "h2"), ("h1", "h2", "h3")], ids=["crossing", "ring"])
