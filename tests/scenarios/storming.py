@@ -23,6 +23,7 @@ GUESTS: Final = {
     name: GuestSpec(name, memory_mib=96 if name in ("s1", "s2", "s3") else 40, dirty=50, ticks=50)
     for name in (
         *(f"s{n}" for n in range(1, 9)),
+        *(f"x{n}" for n in range(1, 5)),
         *(f"r{n}" for n in range(1, 7)),
         *(f"c{n}" for n in range(1, 5)),
     )
