@@ -16,7 +16,7 @@ from tests.scenarios.conversation import MIB
 from tests.scenarios.sharing import *  # noqa: F403 - the tests themselves
 from tests.scenarios.sharing import GUESTS, RATE, SETTINGS, start_guests, transfers
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 async def test_8_6_a_cap_that_is_changed_holds_for_what_runs(line: Cluster) -> None:
