@@ -30,13 +30,14 @@ class FakeDirectory:
         self.changed = Bell()
         self.hosts: dict[str, host_pb2.Host] = {}
         """What `known` returns in place of what the agents describe."""
+        self.others: list[pb.Migration] = []
 
     def known(self, host: str) -> host_pb2.Host | None:
         described = {side.host.name: side.host for side in self._sides()}
         return self.hosts.get(host) or described.get(host)
 
     def foreign(self) -> list[pb.Migration]:
-        return []
+        return self.others
 
     async def _wait(self) -> None:
         self.asked += 1

@@ -17,7 +17,9 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.fake_directory import FakeLog
+from tests.unit.asking import ID, fails
+from tests.unit.fake_directory import Driving, FakeLog
+from tests.unit.test_migrations import SPEC
 
 MIB = 1 << 20
 LINE = 100_000_000
@@ -301,3 +303,50 @@ async def test_8_6_shares_are_divided_in_the_background() -> None:
         while shop.shares() != {"a": 5}:
             await shop.collection.changed.next.wait()
     work.cancel()
+
+
+# --- through a process that drives ------------------------------------------------------------------------------------
+
+
+def with_a_line(driving: Driving) -> None:
+    """Give the source a line of 50 MB/s, of which another driver's transfer is guaranteed 30 MiB/s."""
+    network = host_pb2.Network(name="mig", address="10.92.0.1", interface="eth1", line_bytes_per_second=50_000_000)
+    driving.directory.hosts["h1"] = host_pb2.Host(name="h1", networks=[network])
+    other = pb.Migration(migration_id="other", source_host="h1", network="mig")
+    other.settings.min_bandwidth_bytes_per_second = 30 * MIB
+    driving.directory.others = [other]
+
+
+async def test_8_6_a_minimum_that_does_not_fit_is_refused_and_nothing_is_left(driving: Driving) -> None:
+    with_a_line(driving)
+    spec = pb.MigrationSpec(min_bandwidth_bytes_per_second=20 * MIB)
+    spec.MergeFrom(SPEC)
+    error = await fails(driving.migrations.start(ID, spec), Reason.BANDWIDTH_INSUFFICIENT)
+    assert error.metadata["link"] == "the line out of h1 (eth1)"
+    assert driving.migrations.collection.find(ID) is None
+    assert driving.log.rows == {}
+    assert driving.pair.source.engine.active() == driving.pair.destination.engine.active() == []
+
+
+async def test_8_6_a_minimum_that_does_not_fit_now_is_waited_for(driving: Driving) -> None:
+    with_a_line(driving)
+    spec = pb.MigrationSpec(min_bandwidth_bytes_per_second=20 * MIB)
+    spec.MergeFrom(SPEC)
+    await driving.migrations.start(ID, spec, slot_wait=60)
+    async with asyncio.timeout(5):
+        while (waiting := driving.migrations.collection.get(ID).migration).wait_reason != pb.WAIT_REASON_BANDWIDTH:
+            await driving.migrations.collection.changed.next.wait()
+    assert "31.46 MB/s of 47 MB/s are guaranteed to others" in waiting.waiting_for
+    assert driving.pair.source.engine.active() == driving.pair.destination.engine.active() == []
+    driving.directory.others = []
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+
+
+async def test_8_6_a_minimum_that_never_fits_is_not_waited_for(driving: Driving) -> None:
+    with_a_line(driving)
+    driving.directory.others = []
+    spec = pb.MigrationSpec(min_bandwidth_bytes_per_second=60 * MIB)
+    spec.MergeFrom(SPEC)
+    await driving.migrations.start(ID, spec, slot_wait=60)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, "BANDWIDTH_INSUFFICIENT")
