@@ -46,6 +46,7 @@ GUESTS = {
         GuestSpec("counted"),
         GuestSpec("named-network"),
         GuestSpec("of-a-tenant"),
+        GuestSpec("db1"),
         GuestSpec("listening"),
         GuestSpec("incompatible", memory_mib=16),
         GuestSpec("soak"),

@@ -1,6 +1,7 @@
 """Networks of the cluster, by the command line and by migrations. Each scenario takes its networks away again."""
 
 import json
+import re
 import subprocess
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from agent.runtime.errors import DroverError, Reason
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import Talk, state
+from tests.transcript import ROOT
 
 
 def network(cluster: Cluster, *arguments: str, code: int = 0) -> Any:
@@ -114,3 +116,19 @@ async def test_8_5_the_fallback_carries_it_with_a_warning_or_it_is_refused(clust
         again = await talk.migrate(guest.name, "h1")
         assert (state(again), again.network) == ("succeeded", "mig2")
         assert not any("fallback" in warning for warning in again.warnings)
+
+
+async def test_8_4_the_worked_example_of_the_documentation(cluster: Cluster, clean: None) -> None:
+    """Its ranges are those of real hosts: simulated ones have others."""
+    section = (ROOT / "docs/operations.md").read_text().split("## Networks and tenants")[1].split("\n## ")[0]
+    commands = re.findall(r"^    drover (.+)$", section, re.M)
+    assert len(commands) == 11
+    cidr = ranges(cluster)
+    real = {"10.91.0.0/24": cidr["mgmt"], "10.92.0.0/24": cidr["mig1"], "10.93.0.0/24": cidr["mig2"]}
+    guest = cluster.guest("db1")
+    for command in commands:
+        text(cluster, *(real.get(word, word) for word in command.split()))
+    async with Talk(cluster.server) as talk:
+        moved = next(m for m in (await talk.list()).migrations if m.domain_name == guest.name)
+    assert (state(moved), moved.network, moved.tenant) == ("succeeded", "acme", "acme")
+    assert cluster.running_on(guest.name) == ["h2"]
