@@ -22,7 +22,8 @@ from agent.migration.progress import describe, impossible
 from agent.migration.sharing import Sharing
 from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
-from agent.migration.waiting import is_waited_for
+from agent.migration.waiting import end_prepared_wait, is_waited_for
+from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -221,7 +222,8 @@ class Runner:
         )
         tuning = supervise(f"tune {entry.migration.migration_id[:8]}", entry.tuner.run, self._clock)
         try:
-            await driver.run()
+            async with alongside(end_prepared_wait(entry, driver)):
+                await driver.run()
             await see_pause(driver)
         except Exception:
             log.critical("the driver stopped on an impossible state", migration=entry.migration.migration_id, exc_info=True)

@@ -1,12 +1,16 @@
 """Rules of the wait for slots."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
+from agent.handshake.drive.driver import Driver
 from agent.migration.migration import Entry
+from agent.migration.waits import out_of_time
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.failure import Failure
 from drover.agent.v1 import migration_pb2 as pb
 
 T = TypeVar("T")
@@ -75,3 +79,16 @@ async def while_it_may_wait(entry: Entry, work: Callable[[], Coroutine[Any, Any,
             async with alongside(entry.settings_changed.next.wait()) as changed:
                 await asyncio.wait({task, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         return task.result()
+
+
+async def end_prepared_wait(entry: Entry, driver: Driver) -> None:
+    """Give up a migration that is prepared and waits for the right to transfer, once it has waited for as long as it may. Ends once
+    the transfer was asked for."""
+    while entry.slot_wait and not driver.calls.transfer_asked:
+        changed, left = entry.changed.next, entry.slot_wait_left
+        if left <= 0 and driver.view.wait is not None:
+            driver.view.cancel(Failure.of(out_of_time(driver.view.wait)))
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(left if left > 0 else None):
+                await changed.wait()

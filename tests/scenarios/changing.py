@@ -14,7 +14,6 @@ from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import MIB, Talk, assert_idle, duration, state
 from tests.scenarios.migrating import busy
-from tests.scenarios.waiting import behind_another
 
 
 async def update(talk: Talk, migration_id: str, **fields: Any) -> pb.Migration:
@@ -136,13 +135,20 @@ async def test_8_7_the_command_prints_what_is_applied(cluster: Cluster) -> None:
 
 
 async def test_8_7_a_deadline_that_is_over_ends_the_wait(cluster: Cluster) -> None:
-    async with behind_another(cluster, "deadline", cluster.server) as (talk, running, waits):
+    """Also of a migration that is prepared already, and waits for the right to transfer."""
+    first, second = cluster.start_guest("waited-for-deadline"), cluster.start_guest("waits-deadline")
+    async with Talk(cluster.server) as talk:
+        running = await flowing(talk, first.name, 8 * MIB)
+        waits = (await talk.start_waiting(second.name, "h2", 120)).migration_id
+        await talk.watch(waits, lambda m: m.wait_reason == pb.WAIT_REASON_SLOT and "are taken" in m.waiting_for)
         asked = time.monotonic()
         changed = await update(talk, waits, slot_wait=duration(0.001))
         assert changed.settings.slot_wait.ToMicroseconds() == 1000
         ended = await talk.end(waits)
-        assert time.monotonic() - asked < 2.0 * busy()
+        assert time.monotonic() - asked < 3.0 * busy()
         assert (state(ended), ended.runs_on) == ("failed", "h1")
         assert ended.failure.reason == Reason.BUSY
-        assert state(await talk.end(running)) == "succeeded"
+        await update(talk, running.migration_id, bandwidth_bytes_per_second=0)
+        assert state(await talk.end(running.migration_id)) == "succeeded"
+    second.wait_lines(2)
     await assert_idle(cluster)
