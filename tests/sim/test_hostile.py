@@ -15,8 +15,9 @@ from google.protobuf.message_factory import GetMessageClass
 from agent.runtime.errors import DroverError, Reason
 from agent.service.channel import open_channel
 from agent.service.status import STATUS_KEY, error_from_rpc
-from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2
+from drover.agent.v1 import admission_pb2, handshake_pb2, host_pb2, migration_pb2
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
+from drover.coordinator.v1 import network_pb2
 from tests.bench.hostile import Hostile
 from tests.kit.cluster import Cluster, GuestSpec, cluster
 
@@ -26,9 +27,10 @@ CALLS = 40
 """Of each method at each server."""
 SERVICES = {
     "agent": [m.DESCRIPTOR.services_by_name[s] for m, s in (
-        (handshake_pb2, "HandshakeService"), (host_pb2, "HostService"), (migration_pb2, "MigrationService"))],
+        (handshake_pb2, "HandshakeService"), (host_pb2, "HostService"), (migration_pb2, "MigrationService"),
+        (admission_pb2, "AdmissionService"))],
     "coordinator": [m.DESCRIPTOR.services_by_name[s] for m, s in (
-        (cluster_pb2, "HostService"), (migration_pb2, "MigrationService"))],
+        (cluster_pb2, "HostService"), (migration_pb2, "MigrationService"), (network_pb2, "NetworkService"))],
 }  # fmt: skip
 
 

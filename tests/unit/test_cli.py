@@ -27,6 +27,8 @@ def test_help_is_quick_and_tells_the_exit_codes() -> None:
 def test_every_command_has_help(drover: Drover) -> None:
     for command in ("migrate", "migration list", "migration show", "migration watch", "migration cancel", "host list"):
         assert "Usage: drover" in drover(*command.split(), "--help").stdout
+    for command in ("host set", "host cordon", "host uncordon", "host slots", "domain set", "domain show"):
+        assert "Usage: drover" in drover(*command.split(), "--help").stdout
     for command in ("host show", "domain list", "agent", "coordinator", "completion"):
         assert "Usage: drover" in drover(*command.split(), "--help").stdout
     assert re.match(r"drover \d", drover("--version").stdout)
