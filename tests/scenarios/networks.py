@@ -120,7 +120,7 @@ async def test_8_5_the_fallback_carries_it_with_a_warning_or_it_is_refused(clust
 
 async def test_8_4_the_worked_example_of_the_documentation(cluster: Cluster, clean: None) -> None:
     """Its ranges are those of real hosts: simulated ones have others."""
-    section = (ROOT / "docs/operations.md").read_text().split("## Networks and tenants")[1].split("\n## ")[0]
+    section = (ROOT / "docs/operations.md").read_text().split("## Which network a migration takes")[1].split("\n## ")[0]
     commands = re.findall(r"^    drover (.+)$", section, re.M)
     assert len(commands) == 11
     cidr = ranges(cluster)
