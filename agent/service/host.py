@@ -31,6 +31,8 @@ FIRST_READING_SECONDS: Final = 5.0
 """How long the start waits for the first reading of the interfaces."""
 SHORTEST_REPEAT_SECONDS: Final = 0.1
 """Shortest interval of a watch's messages when nothing changes."""
+CONFLATED_SECONDS: Final = 0.05
+"""Shortest interval of a watch's messages: slots may change thousands of times in a second, and a message costs more than a slot."""
 MAX_COORDINATORS: Final = 8
 """Coordinators that are reported: those with the oldest watches, so that no newcomer hides them."""
 
@@ -137,11 +139,12 @@ class AgentHost:
         patience = max(repeat_seconds, SHORTEST_REPEAT_SECONDS) if repeat_seconds > 0 else None
         with self._claimed_by(coordinator) if coordinator else contextlib.nullcontext():
             while True:
-                changed = self.engine.changed.next
+                changed, sent_at = self.engine.changed.next, time.monotonic()
                 yield self.describe()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(patience):
                         await changed.wait()
+                await asyncio.sleep(sent_at + CONFLATED_SECONDS - time.monotonic())
 
     @contextlib.contextmanager
     def _claimed_by(self, coordinator: str) -> Iterator[None]:

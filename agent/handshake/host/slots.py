@@ -113,14 +113,17 @@ class RecordSlots:
 
     async def release_slot(self, request: pb.ReleaseSlotRequest) -> pb.ReleaseSlotResponse:
         direction = direction_of(request)
-        await asyncio.shield(asyncio.ensure_future(self._release(direction, request)))
+        attempt = self._holder(direction, request.migration_id)
+        if attempt is None:
+            self._desk.release(direction, request.migration_id, keep_place=request.keep_place)
+        else:
+            await asyncio.shield(asyncio.ensure_future(self._prepare_only(attempt, direction, keep_place=request.keep_place)))
         return pb.ReleaseSlotResponse()
 
-    async def _release(self, direction: Direction, request: pb.ReleaseSlotRequest) -> None:
-        attempt = self._holder(direction, request.migration_id)
-        if attempt is not None and not await self._note(attempt, transferring=False):
-            return  # it transfers: its slot ends with that
-        self._desk.release(direction, request.migration_id, keep_place=request.keep_place)
+    async def _prepare_only(self, attempt: Attempt, direction: Direction, *, keep_place: bool) -> None:
+        """Turn the slot of a record into a prepared one, unless its transfer has begun: then it ends with that."""
+        if await self._note(attempt, transferring=False):
+            self._desk.release(direction, attempt.record.migration_id, keep_place=keep_place)
 
     async def list_slots(self, request: pb.ListSlotsRequest) -> pb.ListSlotsResponse:
         page = Paging(request, int, int, int).take(self._desk.slots())
