@@ -20,7 +20,8 @@ HostOf = Callable[[str], host_pb2.Host | None]
 
 def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]]:
     """Return the migration's transfer, and the capacities of the links that it passes, in bytes per second (0: unknown). The line of
-    a host that is not known, or is not on the migration's network, is left out."""
+    a host that is not known, or is not on the migration's network, is left out; so is every line where the source cannot limit rates.
+    """
     lines: dict[str, int] = {}
     caps: dict[str, int] = {}
     most = [migration.settings.bandwidth_bytes_per_second]
@@ -38,6 +39,8 @@ def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]
         most.append(rules.max_bytes_per_second)
         if cap := _least([rules.cap_bytes_per_second, *caps.values()]):
             caps[f"network {migration.network}"] = cap
+    if source is not None and not source.migration_features.bandwidth:
+        lines = {}
     flow = Flow(
         lines=tuple(lines),
         caps=tuple(caps),

@@ -18,6 +18,7 @@ from typing import Final
 from agent.handshake.drive.ends import Directory
 from agent.handshake.drive.plan import Limits
 from agent.handshake.machines.source import SourceState
+from agent.hypervisor.features import check_bandwidth
 from agent.migration.collection import Collection
 from agent.migration.flows import flow_of, insufficient
 from agent.migration.migration import Entry
@@ -67,9 +68,13 @@ class Sharing:
         self._admitted.discard(entry.migration.migration_id)
 
     def check(self, migration: pb.Migration) -> None:
-        """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held."""
+        """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held,
+        BANDWIDTH_UNSUPPORTED if its source cannot keep to the limits of its network."""
         known = functools.cache(self._directory.known)
         flow, capacities = flow_of(migration, known)
+        if (source := known(migration.source_host)) is not None:
+            for limit in (flow.most, *(capacities[cap] for cap in flow.caps)):
+                check_bandwidth(limit, source.migration_features, f"the source {source.name}")
         others = [*(entry.migration for entry in self._collection.all() if self._holds(entry)), *self._directory.foreign()]
         flows = [flow_of(other, known)[0] for other in others if other.migration_id != migration.migration_id]
         if found := shortage(flow, flows, capacities):
@@ -109,20 +114,20 @@ class Sharing:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._divided.next.wait()
-        self.divide()
+        self.divide(migration_id)
         return limits_of(entry.migration)
 
-    def divide(self) -> None:
-        """Publish the shares that the transfers may have now."""
+    def divide(self, at_once: str = "") -> None:
+        """Publish the shares that the transfers may have now. `at_once`: one that waits for no other any longer."""
         entries = {entry.migration.migration_id: entry for entry in self._collection.all() if self._takes_part(entry)}
         self._note(entries)
         flows, capacities = self._flows(entries)
         now = self._clock.monotonic()
-        stuck = {i for i, since in self._lowered.items() if now - since >= PATIENCE and self._held[i] < inf}
+        late = {i for i, since in self._lowered.items() if now - since >= PATIENCE}
+        pinned = {i: replace(flows[i], least=int(self._held[i]), most=int(self._held[i])) for i in late if self._held[i] < inf}
         wanted = divide(flows, capacities)
-        if stuck:
-            pinned = {i: replace(flows[i], least=int(self._held[i]), most=int(self._held[i])) for i in stuck}
-            wanted = divide(flows | pinned, capacities) | {i: wanted[i] for i in stuck}
+        if pinned:
+            wanted = divide(flows | pinned, capacities) | {i: wanted[i] for i in pinned}
         wanted = {i: wanted[i] for i in entries}
         for migration_id, share in wanted.items():
             if _rate(share) < self._held.get(migration_id, 0.0):
@@ -130,9 +135,10 @@ class Sharing:
                 self._publish(entries[migration_id], share)
             else:
                 self._lowered.pop(migration_id, None)
-        waited_for = {link for i in self._lowered.keys() - stuck for link in flows[i].links}
+        waited_for = {link for i in self._lowered.keys() - late for link in flows[i].links}
         for migration_id, share in wanted.items():
-            if migration_id not in self._lowered and waited_for.isdisjoint(flows[migration_id].links):
+            may_rise = migration_id == at_once or waited_for.isdisjoint(flows[migration_id].links)
+            if migration_id not in self._lowered and may_rise:
                 self._held[migration_id] = _rate(share)
                 self._publish(entries[migration_id], share)
         self._divided.ring()
@@ -190,4 +196,4 @@ def _is_applied(entry: Entry) -> bool:
     driver, tuner = entry.driver, entry.tuner
     if driver is None or tuner is None:
         return False
-    return not driver.calls.transfer_asked or (tuner.flows and tuner.due is None)
+    return tuner.due is None if tuner.flows else not driver.calls.transfer_asked

@@ -22,6 +22,7 @@ from tests.unit.fake_directory import Driving, FakeLog
 from tests.unit.test_migrations import SPEC
 
 MIB = 1 << 20
+FEATURES = options_pb2.MigrationFeatures(bandwidth=True, bandwidth_unit=MIB)
 LINE = 100_000_000
 """Bytes per second; 89 MiB/s of it carry data."""
 
@@ -46,6 +47,7 @@ class Known:
         self.changed = Bell()
         self.rules = rules
         self.line = LINE
+        self.features = FEATURES
         self.others: list[pb.Migration] = []
 
     def foreign(self) -> list[pb.Migration]:
@@ -54,9 +56,8 @@ class Known:
     def known(self, host: str) -> host_pb2.Host | None:
         rules = host_pb2.NetworkRules(cap_bytes_per_second=self.rules.get("cap", 0))
         network = host_pb2.Network(name="mig1", address="10.92.0.1", interface="eth1", line_bytes_per_second=self.line, rules=rules)
-        features = options_pb2.MigrationFeatures(bandwidth=True, bandwidth_unit=MIB)
         interface = host_pb2.Interface(name="eth1", addresses=["10.92.0.1/24"])
-        return host_pb2.Host(name=host, networks=[network], migration_features=features, interfaces=[interface])
+        return host_pb2.Host(name=host, networks=[network], migration_features=self.features, interfaces=[interface])
 
 
 @dataclass
@@ -232,12 +233,38 @@ async def test_8_6_after_a_restart_what_runs_is_divided_again() -> None:
     for name, applied in (("a", 40 * MIB), ("b", 10 * MIB)):
         entry = shop.add(name)
         cast(Any, entry.tuner).flows = True
-        cast(Any, entry.driver).calls.transfer_asked = True
         shop.applied(entry, applied)
     shop.note()
     shop.work()
     assert shop.shares() == {"a": 25, "b": 25}
     assert max(sum(applied.values()) for applied in shop.log) == 50
+
+
+async def test_8_6_a_silent_source_without_a_limit_does_not_take_the_share_of_a_new_transfer(shop: Shop) -> None:
+    first, second = shop.add("a"), shop.add("b")
+    await shop.start(first)
+    shop.silent.add("a")
+    starting = asyncio.create_task(shop.sharing.start(second))
+    await asyncio.sleep(0)
+    shop.clock.now += PATIENCE
+    shop.work()
+    assert (await starting).bandwidth == 44 * MIB
+
+
+async def test_8_6_a_transfer_starts_with_its_share_at_the_latest_after_a_second(shop: Shop) -> None:
+    first, second, third = (shop.add(name) for name in "abc")
+    await shop.start(first)
+    shop.silent.add("a")
+    starting = asyncio.create_task(shop.sharing.start(second))
+    await asyncio.sleep(0)
+    shop.clock.now += PATIENCE / 2
+    shop.applied(first, 44 * MIB)
+    later = asyncio.create_task(shop.sharing.start(third))
+    await asyncio.sleep(0)
+    shop.clock.now += PATIENCE / 2
+    shop.work()
+    assert (await starting).bandwidth in (29 * MIB, 44 * MIB)
+    later.cancel()
 
 
 async def test_8_6_transfers_of_another_driver_keep_what_they_have(shop: Shop) -> None:
@@ -285,6 +312,18 @@ async def test_8_6_settings_that_do_not_fit_are_refused(shop: Shop) -> None:
         shop.sharing.check(changed)
 
 
+async def test_8_6_a_source_that_cannot_limit_rates_gets_no_share_and_no_capped_network(shop: Shop) -> None:
+    shop.known.features = options_pb2.MigrationFeatures()
+    first, second = shop.add("a"), shop.add("b")
+    shop.sharing.admit(first)
+    await shop.start(first, second)
+    assert shop.shares() == {"a": 0, "b": 0}
+    shop.known.rules = {"cap": 20 * MIB}
+    with pytest.raises(DroverError) as refused:
+        shop.sharing.admit(shop.add("c"))
+    assert refused.value.reason is Reason.BANDWIDTH_UNSUPPORTED
+
+
 async def test_8_6_shares_are_divided_in_the_background() -> None:
     shop = Shop(cap=50 * MIB)
     entry = shop.add("a")
@@ -311,7 +350,7 @@ async def test_8_6_shares_are_divided_in_the_background() -> None:
 def with_a_line(driving: Driving) -> None:
     """Give the source a line of 50 MB/s, of which another driver's transfer is guaranteed 30 MiB/s."""
     network = host_pb2.Network(name="mig", address="10.92.0.1", interface="eth1", line_bytes_per_second=50_000_000)
-    driving.directory.hosts["h1"] = host_pb2.Host(name="h1", networks=[network])
+    driving.directory.hosts["h1"] = host_pb2.Host(name="h1", networks=[network], migration_features=FEATURES)
     other = pb.Migration(migration_id="other", source_host="h1", network="mig")
     other.settings.min_bandwidth_bytes_per_second = 30 * MIB
     driving.directory.others = [other]
