@@ -80,15 +80,16 @@ class Storm:
         request = pb.StartMigrationRequest(migration_id=self._ids[leg], spec=spec, slot_wait=duration(WAIT_SECONDS))
         await self._talk.call(self._talk.migrations.StartMigration, request)
 
-    async def speed_up(self, leg: Leg) -> None:
-        """Give a crawling transfer the rate of the others, unless it has ended."""
+    async def speed_up(self, leg: Leg, talk: Talk | None = None) -> None:
+        """Give a crawling transfer the rate of the others, unless it has ended. `talk`: to another server."""
+        talk = talk or self._talk
         request = pb.UpdateMigrationRequest(
             migration_id=self._ids[leg],
             settings=pb.MigrationSettings(bandwidth_bytes_per_second=RATE),
             update_mask=FieldMask(paths=["bandwidth_bytes_per_second"]),
         )
         try:
-            await self._talk.call(self._talk.migrations.UpdateMigration, request)
+            await talk.call(talk.migrations.UpdateMigration, request)
         except DroverError as error:
             if error.reason is not Reason.MIGRATION_ENDED:
                 raise

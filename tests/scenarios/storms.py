@@ -95,7 +95,7 @@ async def test_8_2_a_storm_goes_on_without_its_coordinator(cluster: Cluster) -> 
     await set_limits(cluster, incoming=1, outgoing=4, prepared=1)
     legs = [Leg(f"c{number}", source, TARGET) for number, source in enumerate(("h1", "h2", "h1", "h3"), start=1)]
     async with Storm(cluster, cluster.server, legs) as storm:
-        await storm.start(legs[0])
+        await storm.start(legs[0], CRAWL)
         await storm.until_listed(TARGET, legs[0], waits=False)
         await asyncio.gather(*map(storm.start, legs[1:]))
         for leg in legs[1:]:
@@ -103,6 +103,8 @@ async def test_8_2_a_storm_goes_on_without_its_coordinator(cluster: Cluster) -> 
         cluster.coordinator.kill()
         try:
             await assert_agents_show(cluster, storm, legs)
+            async with Talk(cluster.agents[legs[0].source].address) as talk:
+                await storm.speed_up(legs[0], talk)
             await storm.ends_at_agents()
         finally:
             await asyncio.to_thread(cluster.coordinator.start)
