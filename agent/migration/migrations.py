@@ -35,7 +35,6 @@ from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
 
-
 MOST_WAITING: Final = 1000
 """Most migrations that wait for their slots: each is in memory, and asks for its slot every few seconds."""
 

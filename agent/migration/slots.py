@@ -77,6 +77,7 @@ class SlotTaker:
                 raise self._out_of_time(entry, last) from None
             except DroverError as error:
                 last = error
+                self._note_silence(entry, error)
                 self._sharing.dismiss(entry)
                 entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
@@ -251,6 +252,12 @@ class SlotTaker:
             return False
         await unless_cancelled(entry.cancel_asked, entry.driver.resume)
         return not entry.driver.view.untouched
+
+    @staticmethod
+    def _note_silence(entry: Entry, error: DroverError) -> None:
+        """Tell the view of a call for a slot that has failed."""
+        if entry.driver is not None and entry.driver.slots.at:
+            entry.driver.view.call_failed(entry.driver.slots.at, error)
 
     def _show_wait(self, entry: Entry, error: DroverError) -> None:
         if entry.driver is not None:

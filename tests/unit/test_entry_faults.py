@@ -165,6 +165,7 @@ async def test_7_a_cancel_while_the_next_attempt_is_saved_is_kept(driving: Drivi
     over = DroverError(Reason.WRONG_PHASE, "it is over", metadata={"state": "gone"})
     pair.to_destination.refuse["reserve_slot"] = [pair.to_destination.unreachable(), over]
     driving.log.held = held = asyncio.Event()
+    pair.destination.room(1)
     await driving.log.waiting.wait()
     driving.log.held = None
     held.set()  # the save ends in the moment in which the cancel comes

@@ -255,7 +255,8 @@ async def test_7_a_start_that_may_wait_answers_at_once_and_moves_when_a_slot_is_
     assert (started.state, started.slot_wait.seconds) == (pb.MIGRATION_STATE_PENDING, 60)
     now = driving.migrations.collection.get(ID).migration
     assert (now.state, now.wait_reason) == (pb.MIGRATION_STATE_PENDING, pb.WAIT_REASON_SLOT)
-    assert now.waiting_for == "an incoming slot of h2: 2 of 2 are taken"
+    assert now.waiting_for.startswith("an incoming slot of h2: 2 of 2 are taken, place 1 of 1, likely in ")
+    assert (now.wait.reason, now.wait.host, now.wait.limit, now.wait.position) == (pb.WAIT_REASON_SLOT, "h2", "incoming_limit", 1)
     assert Migration.from_proto(now).slot_duration is None
     assert driving.pair.source.calls == []
     driving.pair.destination.room(1)
@@ -287,10 +288,11 @@ async def test_7_what_waiting_cannot_mend_ends_the_wait(driving: Driving) -> Non
 
 async def test_7_the_end_of_the_wait_says_what_it_waited_for_and_stays(driving: Driving) -> None:
     driving.pair.destination.room(0)
-    await driving.migrations.start(ID, SPEC, 0.05)
+    await driving.migrations.start(ID, SPEC, 1)
     ended = await driving.ended(ID)
     assert (ended.state, ended.failure.reason, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, Reason.BUSY, "h1")
-    assert ended.failure.message.startswith("h2 gave no slot within 0.05 s: 2 of 2 incoming slots")
+    assert ended.failure.message.startswith("h2 gave no slot within 1 s: it waited for an incoming slot of h2: 2 of 2 are taken")
+    assert (ended.failure.metadata["limit"], ended.failure.metadata["position"]) == ("incoming_limit", "1")
     driving.pair.destination.room(1)
     await driving.restart()
     assert state(driving) == pb.MIGRATION_STATE_FAILED

@@ -125,6 +125,8 @@ class Agent:
         self.other_side: OtherHost | None = None
         self.heard = RecordCache()
         self.lease, self.takeover, self.slots = lease, takeover, slots
+        self.prepared = 0
+        """Most migrations that are prepared beside those that transfer, from the next start on."""
         self.engine = self._engine()
         self._settling: asyncio.Task[None] | None = None
         self.stopped = asyncio.Event()
@@ -145,7 +147,7 @@ class Agent:
         )
         desk = Desk(
             self.name,
-            Configured(incoming_limit=self.slots, outgoing_limit=self.slots),
+            Configured(incoming_limit=self.slots, outgoing_limit=self.slots, prepared_limit=self.prepared),
             self.journal.admission,
             self.bus,
             lease=self.lease,

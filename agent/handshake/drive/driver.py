@@ -74,7 +74,7 @@ class Driver(Reader):
         view = View(ref, parties, on_change, bus)
         super().__init__(view, Calls(view, source, destination, plan), source, destination, clock)
         request = request or functools.partial(slot_request, ref.migration_id, plan=plan)
-        self.slots = BothSlots(source, destination, request, self.view.waits, clock)
+        self.slots = BothSlots(source, destination, request, view.waits, view.answered, clock)
         self._bus = bus
         self._decided: frozenset[Call] = frozenset()
         self._pauses = {side: Pauses(OTHER_HOST, clock) for side in ("source", "destination")}

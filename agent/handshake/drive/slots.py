@@ -58,7 +58,8 @@ def slot_request(migration_id: str, side: str, plan: Plan | None) -> pb.AcquireS
 
 
 class BothSlots:
-    """The slots of one attempt's migration. `on_wait` gets what it waits for at a side, and None once it waits no more."""
+    """The slots of one attempt's migration. `on_wait` gets what it waits for at a side, and None once it waits no more; `on_answer`
+    each side that has answered."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class BothSlots:
         destination: HandshakePeer,
         request: Request,
         on_wait: Callable[[migration_pb2.Wait | None], None],
+        on_answer: Callable[[str], None],
         clock: Clock,
         rand: Callable[[], float] = random.random,
     ) -> None:
@@ -76,6 +78,7 @@ class BothSlots:
         self._peers = {"source": source, "destination": destination}
         self._request = request
         self._on_wait = on_wait
+        self._on_answer = on_answer
         self._clock = clock
         self._rand = rand
         self._held: dict[str, pb.SlotKind.ValueType] = {}
@@ -106,13 +109,13 @@ class BothSlots:
 
     async def take(self, side: str, kind: pb.SlotKind.ValueType) -> None:
         """Take the slot of a side without waiting. Raises BUSY, HOST_CLOSED, and what the call raises."""
-        begun, self._begun = self._begun, None
+        self.at, begun, self._begun = "", self._begun, None
         await (begun if begun is not None else self._ask(side, kind, None))
 
     async def acquire(self, kind: pb.SlotKind.ValueType, meanwhile: Callable[[], Awaitable[None]] | None = None) -> None:
         """Wait until both slots of at least this kind are taken. `meanwhile` is called after each call that ends without a slot of
         the destination. Raises HOST_CLOSED, and what a call raises; ask again, and the places are kept."""
-        first = "destination"
+        first, self.at = "destination", ""
         await self._look(kind)
         while missing := [side for side in (first, OTHER[first]) if not self.has(side, kind)]:
             side = missing[0]
@@ -180,6 +183,7 @@ class BothSlots:
                 raise
             self._held[side] = TRANSFERRING  # an older agent, whose slots are its records
             return
+        self._on_answer(side)
         self.other_driver = response.other_driver or self.other_driver
         if response.HasField("slot"):
             self._held[side] = response.slot.kind
