@@ -20,7 +20,7 @@ HostOf = Callable[[str], host_pb2.Host | None]
 
 def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]]:
     """Return the migration's transfer, and the capacities of the links that it passes, in bytes per second (0: unknown). The line of
-    a host that is not known, or is not on the migration's network, is left out; so is every line where the source cannot limit rates.
+    a host that is not known, or is not on the migration's network, is left out; so is every one where the source cannot limit rates.
     """
     lines: dict[str, int] = {}
     caps: dict[str, int] = {}
