@@ -6,16 +6,31 @@ from collections.abc import AsyncIterator
 import pytest
 
 from agent.runtime.errors import DroverError, Reason
+from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import MIB, Talk, assert_idle, state
 
 
 @contextlib.asynccontextmanager
+async def none_is_prepared(cluster: Cluster) -> AsyncIterator[None]:
+    """In the block h2 prepares no guest beside the one that comes, so that whoever waits has no slot."""
+    async with Talk(cluster.agents["h2"].address) as talk:
+        request = host_pb2.UpdateHostRequest(settings=host_pb2.HostSettings(prepared_limit=0))
+        request.update_mask.paths[:] = ["prepared_limit"]
+        await talk.call(talk.hosts.UpdateHost, request)
+        try:
+            yield
+        finally:
+            request.settings.ClearField("prepared_limit")
+            await talk.call(talk.hosts.UpdateHost, request)
+
+
+@contextlib.asynccontextmanager
 async def behind_another(cluster: Cluster, test: str, server: str) -> AsyncIterator[tuple[Talk, str, str]]:
     """The one slot of h2 is taken by a migration that takes some seconds, and another one waits for it. Their ids."""
     first, second = cluster.start_guest(f"waited-for-{test}"), cluster.start_guest(f"waits-{test}")
-    async with Talk(server) as talk:
+    async with none_is_prepared(cluster), Talk(server) as talk:
         running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=20 * MIB)
         waits = await talk.start_waiting(second.name, "h2", 120)
         assert state(waits) == "pending"
