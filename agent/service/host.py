@@ -125,14 +125,15 @@ class AgentHost:
             self.engine.changed.ring()
 
     def _tell_networks(self) -> None:
-        """Publish the state of each own network; log those that cannot be used, which is no reason to refuse the start."""
+        """Publish changes of own networks; log those that cannot be used, also at the start, which is no reason to refuse it."""
         sides = self.engine.host.networks
         states = [f"{n.name} {n.address} {'down' if n.down else 'up'}" for n in sides]
         absent = sorted({network.name for network in self.defined_networks} - {side.name for side in sides})
         text = ", ".join([*states, *(f"{name} without an address" for name in absent)])
         if absent or any(side.down for side in sides):
             log.warning("networks that cannot be used now (see `ip address`)", networks=text)
-        self._bus.publish(HostChanged(self.name, change="networks", message=cut(text, 1024)))
+        if self._followed.is_set():
+            self._bus.publish(HostChanged(self.name, change="networks", message=cut(text, 1024)))
 
     async def watch(self, coordinator: str = "", repeat_seconds: float = 0.0) -> AsyncGenerator[pb.Host, None]:
         """Yield this host now, after each change, and every `repeat_seconds` without one (unless 0), claimed by `coordinator`."""
