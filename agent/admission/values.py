@@ -86,7 +86,7 @@ class Claim:
     driver: str = ""
     """Name of the driver that called last."""
     stored: int = 0
-    """Checksum of its row in the journal. 0: it has none."""
+    """Checksum of its row in the journal. 0: it has none; less: unknown."""
     silence_told: bool = False
 
     @property

@@ -1,0 +1,42 @@
+"""agent.admission on a real journal: calls that are cut short, and restarts, at a bad moment."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from agent.admission.desk import Desk
+from agent.admission.places import Caller
+from agent.admission.settings import Configured
+from agent.admission.values import Ask, Direction
+from agent.handshake.host.journal import Journal
+from agent.runtime.events import Bus
+
+ONE = Configured(outgoing_limit=1)
+OUTGOING = Direction.OUTGOING
+
+
+@contextlib.asynccontextmanager
+async def desk_in(folder: Path) -> AsyncIterator[Desk]:
+    journal = Journal(folder / "journal.sqlite")
+    await journal.open()
+    desk = Desk("h1", ONE, journal.admission, Bus(), lease=60, takeover_after=60)
+    try:
+        yield desk
+    finally:
+        await desk.ledger.close()
+        await journal.close()
+
+
+async def test_8_2_a_place_that_was_given_back_leaves_no_row_wherever_its_call_was_cut_short(tmp_path: Path) -> None:
+    async with desk_in(tmp_path) as desk:
+        await desk.acquire(OUTGOING, Ask("other"))
+        for turns in range(8):
+            waiting = asyncio.ensure_future(desk.acquire(OUTGOING, Ask("one"), wait=5, caller=Caller("co", b"pending")))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait({waiting})
+            desk.release(OUTGOING, "one", keep_place=False)
+            await desk.ledger.places.close()
+            assert await desk.waiting() == [], f"cancelled after {turns} turns of the loop"
