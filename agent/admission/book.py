@@ -133,7 +133,7 @@ class Book:
                 first = key, claim
             if claim.slot is None and claim.ask.kind is Kind.PREPARED and (prepared is None or key < prepared[0]):
                 prepared = key, claim
-        if room > 0 and first is not None and first[1].calls and self.limits.cost_of(first[1].ask.memory) <= room:
+        if room > 0 and first is not None and first[1].calls and self._cost(first[1]) <= room:
             return first[1], Kind.TRANSFERRING
         if may_prepare and prepared is not None and prepared[1].calls:
             return prepared[1], Kind.PREPARED
@@ -141,7 +141,7 @@ class Book:
 
     def _give(self, claim: Claim, kind: Kind, now: float) -> None:
         self._leave_queue(claim)
-        cost, peer = self.limits.cost_of(claim.ask.memory), claim.ask.peer
+        cost, peer = self._cost(claim), claim.ask.peer
         if claim.slot is None:
             claim.slot = Slot(kind, cost, next(self._numbers), now, turn=self._granted.get(peer, 0))
             self._served(peer, claim.slot.epoch)
@@ -262,6 +262,12 @@ class Book:
     def _lane(claim: Claim) -> _Lane:
         """Return what takes turns: a peer, or a prepared migration of its own."""
         return claim.ask.importance, f"peer {claim.ask.peer}" if claim.slot is None else claim.migration_id
+
+    def _cost(self, claim: Claim) -> int:
+        """Return the units that it takes. A caller that has not asked the guest's host names no memory: a slot knows its own."""
+        if claim.slot is not None and not claim.ask.memory:
+            return max(1, min(claim.slot.cost, self.limits.limit))
+        return self.limits.cost_of(claim.ask.memory)
 
     def _count(self, slot: Slot, sign: int) -> None:
         if slot.kind is Kind.TRANSFERRING:

@@ -180,6 +180,9 @@ class Desk:
         claim = book.find(migration_id)
         if claim is None:
             return
+        if claim.making:
+            claim.unwanted = True
+            return
         had, kind = claim.slot is not None, claim.slot.kind if claim.slot is not None else Kind.PREPARED
         if keep_place or claim.attached:
             book.give_back(claim)
@@ -212,11 +215,14 @@ class Desk:
         had, waited = known is not None and known.slot is not None, known is not None and book.is_waiting(known)
         claim = known if known is not None and had else (await self.acquire(direction, ask))[0]
         claim.calls += 1
+        claim.making += 1
         try:
             yield claim
         finally:
+            claim.making -= 1
             book.ended_call(claim, self.ledger.now, normally=True)
-            if not claim.attached and not had:
+            unwanted, claim.unwanted = claim.unwanted, False
+            if not claim.attached and (unwanted or not had):
                 self.release(direction, ask.migration_id, keep_place=waited)
             self.ledger.arm_for(book, claim)
 

@@ -88,6 +88,10 @@ class Claim:
     stored: int = 0
     """Checksum of its row in the journal. 0: it has none; less: unknown."""
     silence_told: bool = False
+    making: int = 0
+    """Calls that make its record now: the record will hold its slot, so nobody takes the slot away meanwhile."""
+    unwanted: bool = False
+    """It was given back meanwhile."""
 
     @property
     def migration_id(self) -> str:

@@ -175,6 +175,17 @@ def test_8_1_a_big_guest_costs_more_and_waits_for_room_without_being_passed() ->
     assert book.transferring == 3
 
 
+def test_8_1_a_slot_keeps_its_cost_where_the_memory_is_not_named_again() -> None:
+    book = book_of(limit=3, prepared=1, unit_memory=100)
+    book.adopt(Claim(Ask("big", P), 1, 0, Slot(P, 3, 1, 0, attached=True)), 0)
+    (small,) = asks(book, "small", memory=1)
+    book.grant(0)
+    (big,) = asks(book, "big")
+    assert book.grant(0) == []
+    book.free(small, 0)
+    assert (book.grant(0), book.transferring) == ([big], 3)
+
+
 def test_8_1_a_guest_that_is_bigger_than_the_limit_moves_alone() -> None:
     book = book_of(limit=2, unit_memory=100)
     asks(book, "huge", memory=10_000)

@@ -5,6 +5,7 @@ The record is the truth of its slot (epoch, kind, cost): the desk counts the rec
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 
@@ -44,6 +45,7 @@ class RecordSlots:
     def __init__(self, attempts: Attempts, desk: Desk) -> None:
         self._attempts = attempts
         self._desk = desk
+        self._changing: weakref.WeakKeyDictionary[Attempt, asyncio.Lock] = weakref.WeakKeyDictionary()
 
     # ---- records
 
@@ -122,8 +124,9 @@ class RecordSlots:
 
     async def _prepare_only(self, attempt: Attempt, direction: Direction, *, keep_place: bool) -> None:
         """Turn the slot of a record into a prepared one, unless its transfer has begun: then it ends with that."""
-        if await self._note(attempt, transferring=False):
-            self._desk.release(direction, attempt.record.migration_id, keep_place=keep_place)
+        async with self._changes(attempt):
+            if await self._note(attempt, transferring=False):
+                self._desk.release(direction, attempt.record.migration_id, keep_place=keep_place)
 
     async def list_slots(self, request: pb.ListSlotsRequest) -> pb.ListSlotsResponse:
         page = Paging(request, int, int, int).take(self._desk.slots())
@@ -140,9 +143,18 @@ class RecordSlots:
     async def _record(self, direction: Direction, claim: Claim) -> None:
         """Make it durable in the record that its slot allows the transfer."""
         attempt = self._holder(direction, claim.migration_id)
-        if attempt is not None and claim.attached and claim.has(Kind.TRANSFERRING) and not attempt.record.transferring:
-            await self._note(attempt, transferring=True, cost=claim.slot.cost if claim.slot is not None else 1)
-            self._desk.attach(direction, claim)
+        if attempt is not None and not attempt.record.transferring:
+            await asyncio.shield(asyncio.ensure_future(self._raise(attempt, direction, claim)))
+
+    async def _raise(self, attempt: Attempt, direction: Direction, claim: Claim) -> None:
+        async with self._changes(attempt):
+            if claim.slot is not None and claim.attached and claim.has(Kind.TRANSFERRING):
+                await self._note(attempt, transferring=True, cost=claim.slot.cost)
+                self._desk.attach(direction, claim)
+
+    def _changes(self, attempt: Attempt) -> asyncio.Lock:
+        """Return the lock that is held while the kind of a record's slot changes, in the record and at the desk."""
+        return self._changing.setdefault(attempt, asyncio.Lock())
 
     async def _note(self, attempt: Attempt, **fields: Any) -> bool:
         """Change the record's slot, unless the transfer has begun. Return whether the record has these fields now."""
