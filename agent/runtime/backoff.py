@@ -95,9 +95,7 @@ OTHER_HOST: Final = Backoff(0.4, 2, 1.0)
 ANSWERED: Final = Backoff(0.4, 1, 0.4)
 """The agent of another host, after an answer that the next one may change: a phase has ended, or a decision was made."""
 SLOT: Final = Backoff(0.5, 2, 5.0)
-"""A slot of another host: it may become free at any moment, and a call is cheap."""
-RESTART: Final = Backoff(5.0, 1, 5.0)
-"""The first try of migrations that waited when the process stopped: there may be a thousand."""
+"""Both slots of a migration that waits, after an error; a busy host is waited for in its queue instead."""
 STORE: Final = Backoff(1.0, 2, 5.0)
 """A journal or store that cannot be read or written: no event reports its recovery."""
 REGISTRATION: Final = Backoff(1.0, 2, 5.0)

@@ -153,7 +153,7 @@ class BothSlots:
     async def _wait_holding(self, side: str, kind: pb.SlotKind.ValueType) -> bool:
         """Wait in the queue of a side for a short time, with the other slot in hand. Return whether it was given."""
         until = self._clock.monotonic() + HOLD_SECONDS * (0.25 + 0.75 * self._rand())
-        while (left := until - self._clock.monotonic()) > 0:
+        while (left := until - self._clock.monotonic()) > FIRST_LOOK:
             await self._ask(side, kind, min(self._poll, left))
             if self.has(side, kind):
                 return True
