@@ -16,7 +16,7 @@ from pyroute2 import IPRoute
 from pyroute2.ethtool.ioctl import IoctlEthtool, NoSuchDevice, NotSupportedError
 from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.rtnl import RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR, RTMGRP_LINK
-from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE
+from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_SECONDARY, IFA_F_TENTATIVE
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOWER_UP, IFF_UP
 
 from drover.agent.v1 import host_pb2
@@ -74,7 +74,7 @@ def read_interfaces(link_local: Collection[str] = ()) -> tuple[host_pb2.Interfac
     in the thread of an event loop, as pyroute2 runs one of its own.
 
     Leaves out loopback, addresses that cannot be used (tentative, deprecated), and link-local ones, but for those in `link_local`,
-    such as "fe80::1%eth0"."""
+    such as "fe80::1%eth0". An interface's addresses rise, but last come those that may float between hosts (`_may_float`)."""
     with IPRoute() as kernel, contextlib.closing(IoctlEthtool()) as ethtool:
         by_index: dict[int, list[Any]] = {}
         for message in kernel.get_addr():
@@ -87,6 +87,7 @@ def read_interfaces(link_local: Collection[str] = ()) -> tuple[host_pb2.Interfac
                 continue
             attributes = dict(link["attrs"])
             name = str(attributes["IFLA_IFNAME"])
+            messages.sort(key=lambda message: (_may_float(message), _ip(message).version, _ip(message)))
             addresses = [text for text in (_address(message, name, link_local) for message in messages) if text]
             if addresses:
                 found.append(_interface(name, link, attributes, addresses[:MOST_ADDRESSES], ethtool))
@@ -108,15 +109,29 @@ def _interface(
 
 def _address(message: Any, name: str, link_local: Collection[str]) -> str:
     """Return the address with its prefix; empty for one that is left out."""
-    attributes = dict(message["attrs"])
-    address = ipaddress.ip_address(attributes.get("IFA_LOCAL") or attributes["IFA_ADDRESS"])
-    flags = attributes.get("IFA_FLAGS", message["flags"])
-    if address.is_loopback or flags & _UNUSABLE:
+    address = _ip(message)
+    if address.is_loopback or _flags(message) & _UNUSABLE:
         return ""
     if address.is_link_local and address.version == 6:
         scoped = f"{address}%{name}"
         return f"{scoped}/{message['prefixlen']}" if scoped in link_local else ""
     return f"{address}/{message['prefixlen']}"
+
+
+def _may_float(message: Any) -> bool:
+    """Return whether an address was added beside another one of its subnet, or without a subnet: as cluster managers add one that
+    they move to another host later. No guest shall be sent there if the host has another address."""
+    address = _ip(message)
+    return bool(_flags(message) & IFA_F_SECONDARY) or message["prefixlen"] == address.max_prefixlen
+
+
+def _ip(message: Any) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    attributes = dict(message["attrs"])
+    return ipaddress.ip_address(attributes.get("IFA_LOCAL") or attributes["IFA_ADDRESS"])
+
+
+def _flags(message: Any) -> int:
+    return int(dict(message["attrs"]).get("IFA_FLAGS", message["flags"]))
 
 
 def _speed(name: str, ethtool: IoctlEthtool) -> int:

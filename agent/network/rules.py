@@ -74,12 +74,14 @@ def check_apart(name: str, rules: host_pb2.NetworkRules, others: Mapping[str, ho
 
 def on_network(network: host_pb2.Network, interfaces: Sequence[host_pb2.Interface]) -> list[host_pb2.Network]:
     """Return a host's side of a network, one entry for each address family of its ranges, in their order; none where the host has no
-    address in them. Of several addresses in one family, that of an interface that is up, in an earlier range, the lowest."""
-    best: dict[int, tuple[tuple[bool, int, bytes], host_pb2.Network]] = {}
+    address in them. Of several addresses in one family, that of an interface that is up, in an earlier range, earlier among those of
+    its interface, the lowest."""
+    best: dict[int, tuple[tuple[bool, int, int, bytes], host_pb2.Network]] = {}
+    sides = [(order, *side) for interface in interfaces for order, side in enumerate(addresses_of([interface]))]
     for place, cidr in enumerate(map(ip_network, network.rules.cidrs)):
-        for interface, own in addresses_of(interfaces):
+        for order, interface, own in sides:
             if own in cidr:
-                rank = not interface.up, place, own.packed
+                rank = not interface.up, place, order, own.packed
                 if own.version not in best or rank < best[own.version][0]:
                     best[own.version] = rank, at_interface(network, own, interface)
     return [side for _, side in sorted(best.values(), key=lambda ranked: ranked[0][1])]

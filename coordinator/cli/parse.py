@@ -9,19 +9,19 @@ from click.shell_completion import CompletionItem
 if TYPE_CHECKING:
     from agent.hypervisor.options import Value
 
-_UNITS: dict[str, float] = {
-    "B": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
-    **{f"{prefix}iB": 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)},
-    **{f"{prefix}bit": 1000**power / 8 for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
+_UNITS: dict[str, int] = {
+    "B": 8,
+    **{f"{prefix}B": 8 * 1000**power for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
+    **{f"{prefix}iB": 8 * 1024**power for power, prefix in enumerate(("K", "M", "G", "T"), start=1)},
+    **{f"{prefix}bit": 1000**power for power, prefix in enumerate(("k", "M", "G", "T"), start=1)},
 }
-"""Bytes in each unit. Case-sensitive, because "Mb" and "MB" are often mixed up."""
+"""Bits in each unit. Case-sensitive, because "Mb" and "MB" are often mixed up."""
 
-_RATE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)(?:/s)?")
+_RATE = re.compile(r"(?P<number>\d{1,30}(?:\.\d{1,30})?)\s*(?P<unit>[A-Za-z]*)(?:/s)?", re.ASCII)
 _MAX_RATE = 2**63 - 1
 
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]+)")
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[a-z]+)", re.ASCII)
 
 
 class Rate(click.ParamType):  # type: ignore[type-arg]
@@ -35,7 +35,9 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
         match = _RATE.fullmatch(str(value).strip())
         if match is None or (match["unit"] or "B") not in _UNITS:
             self.fail(f'"{value}" is not a rate; expected for example 100MiB/s, 1Gbit/s or 125000000 (bytes per second)', param, ctx)
-        rate = round(float(match["number"]) * _UNITS[match["unit"] or "B"])
+        whole, _, part = match["number"].partition(".")
+        eighths = 8 * 10 ** len(part)
+        rate = int(whole + part) * _UNITS[match["unit"] or "B"] // eighths
         if not 1 <= rate <= _MAX_RATE:
             self.fail(f'"{value}" is out of range; leave it out for no limit', param, ctx)
         return rate
@@ -56,7 +58,7 @@ class LimitValue(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "int | str":
         if value == "default":
             return "default"
-        if not re.fullmatch(r"\d{1,9}", str(value)):
+        if not re.fullmatch(r"[0-9]{1,9}", str(value)):
             text = "0 closes the host, and default resets the limit to that of its configuration file"
             self.fail(f'"{value}" is not a limit; expected a number from 0 ({text})', param, ctx)
         return int(value)

@@ -68,7 +68,7 @@ asyncio.run(main())
 
 @pytest.fixture(name="lab", scope="module")
 def _lab(_real_hosts: None) -> Iterator[Lab]:
-    with Lab.up(f"if{os.getpid()}", hosts=2, migration_networks=1) as lab:
+    with Lab.up(f"if{os.getpid()}", hosts=3, migration_networks=1) as lab:
         yield lab
 
 
@@ -84,3 +84,24 @@ def test_8_4_changes_of_interfaces_are_seen_at_once_whatever_notices_are_lost(la
     assert max(said[change] for change in ("down", "up", "gone")) < 1.0, said
     assert (said["lost"] > 0) == (buffer == "small")
     assert "Warning" not in done.stderr
+
+
+FLOATING = """
+import subprocess
+from agent.network.rtnetlink import read_interfaces
+from agent.network.rules import on_network
+from drover.agent.v1 import host_pb2
+
+for address in ("10.92.0.100/24", "10.92.0.1/32", "fd00:92::/128"):
+    subprocess.run(["ip", "addr", "add", address, "dev", "mig1"], check=True)
+rules = host_pb2.NetworkRules(cidrs=["10.92.0.0/24", "fd00:92::/64"])
+print(*(side.address for side in on_network(host_pb2.Network(name="mig1", rules=rules), read_interfaces())))
+"""
+
+
+def test_8_4_an_address_that_may_float_between_hosts_is_not_a_hosts_own_one(lab: Lab) -> None:
+    command = lab["h3"].inside([sys.executable, "-c", FLOATING], cwd=ROOT)
+    assert subprocess.run(command, capture_output=True, text=True, timeout=50, check=True).stdout.split() == [
+        "10.92.0.3",
+        "fd00:92::3",
+    ]
