@@ -37,7 +37,7 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
             self.fail(f'"{value}" is not a rate; expected for example 100MiB/s, 1Gbit/s or 125000000 (bytes per second)', param, ctx)
         whole, _, part = match["number"].partition(".")
         eighths = 8 * 10 ** len(part)
-        rate = int(whole + part) * _UNITS[match["unit"] or "B"] // eighths
+        rate: int = int(whole + part) * _UNITS[match["unit"] or "B"] // eighths
         if not 1 <= rate <= _MAX_RATE:
             self.fail(f'"{value}" is out of range; leave it out for no limit', param, ctx)
         return rate
