@@ -149,7 +149,7 @@ def _storm(setting: Setting, name: str, rule: Rule | None) -> Outcome:
     orders = setting.orders
     pages = round(setting.link_mib * MIB * setting.dirty_share / PAGE)
     specs = [GuestSpec(order.name, memory_mib=order.memory_mib, dirty=pages) for order in orders]
-    limits = {"incoming_limit": NO_LIMIT if rule else setting.limit}
+    limits = dict.fromkeys(("incoming_limit", "outgoing_limit"), NO_LIMIT if rule else setting.limit)
     rate = setting.link_mib * MIB
     settings = {"agent": limits, "sim": {"link_rate": rate, "incoming_link_rate": rate, "ports": [49152, 49152 + NO_LIMIT]}}
     outcome = Outcome(name)

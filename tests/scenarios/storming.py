@@ -117,6 +117,10 @@ class Storm:
             host, lambda slots: any(slot.migration_id == self._ids[leg] and waits in (None, slot.waiting) for slot in slots)
         )
 
+    async def until_moving(self, leg: Leg) -> None:
+        """Wait until its memory flows, by the server."""
+        await self._talk.watch(self._ids[leg], lambda migration: migration.progress.processed_bytes > 0)
+
     async def until_arrived(self, number: int) -> None:
         """Wait until so many have succeeded, by the server, and another one transfers."""
         end = time.monotonic() + PATIENCE_SECONDS
