@@ -139,6 +139,10 @@ class Book:
             return prepared[1], Kind.PREPARED
         return None
 
+    def force(self, claim: Claim, now: float) -> None:
+        """Let a claim transfer, also beyond the limit: its memory flows."""
+        self._give(claim, Kind.TRANSFERRING, now)
+
     def _give(self, claim: Claim, kind: Kind, now: float) -> None:
         self._leave_queue(claim)
         cost, peer = self._cost(claim), claim.ask.peer

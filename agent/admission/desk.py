@@ -233,6 +233,15 @@ class Desk:
         if is_over(claim):
             self.ledger.places.forget(book.direction, claim)
 
+    def force(self, direction: Direction, migration_id: str) -> Claim | None:
+        """Let the slot of a record transfer, also beyond the limit: its memory flows. None: there is none."""
+        book = self.books[direction]
+        claim = book.find(migration_id)
+        if claim is not None and not claim.has(Kind.TRANSFERRING):
+            book.force(claim, self.ledger.now)
+            self.ledger.tell(book, [claim])
+        return claim
+
     def ended(self, direction: Direction, migration_id: str, *, completed: bool) -> None:
         """Free the slot of a record. `completed`: the guest has arrived, or all of it was sent."""
         book = self.books[direction]

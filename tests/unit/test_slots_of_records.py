@@ -194,6 +194,7 @@ async def test_8_1_a_record_of_an_older_agent_holds_a_slot_that_allows_everythin
 
 async def parked(pair: Pair) -> handshake_pb2.PrepareResponse:
     """Prepare the migration at both hosts with a prepared slot at the destination, whose transferring one is taken."""
+    await set_limits(pair.destination, prepared_limit=1)
     await pair.destination.engine.acquire_slot(acquire("holds"))
     slot = (await pair.destination.engine.acquire_slot(acquire(kind=PREPARED))).slot
     assert slot.kind == PREPARED

@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from agent.admission.values import Direction, Kind
+from agent.runtime.errors import Reason
 from drover.agent.v1 import admission_pb2 as pb
-from tests.unit.asking import ID, reserve, until
+from drover.agent.v1 import handshake_pb2
+from tests.unit.asking import ID, begin, fails, finish, finished, perform, prepare, reserve, until
 from tests.unit.test_slots_of_records import INCOMING, PREPARED, TRANSFERRING, acquire, listed
 from tests.unit.two_agents import Agent, Pair, pair_of_agents
 
@@ -70,3 +72,44 @@ async def test_8_1_a_slot_that_was_given_back_while_its_record_was_not_made_is_f
         await reserves
     await until(lambda: not agent.in_use)
     assert await listed(agent) == []
+
+
+async def test_8_1_a_slot_that_is_given_back_as_the_transfer_begins_does_not_keep_the_guest_paused(pair: Pair) -> None:
+    """Only a source that says itself that it sends lets a slot be taken beyond the limit."""
+    source, destination = pair.source.engine, pair.destination.engine
+    reserved = await destination.reserve_slot(reserve())
+    await source.begin(begin(probe=reserved.probe))
+    prepared = await destination.prepare(prepare(epoch=reserved.record.slot.epoch))
+    await destination.release_slot(RELEASE)
+    await destination.acquire_slot(acquire("other"))
+    await fails(destination.finish(finish()), Reason.BUSY)
+    await destination.release_slot(pb.ReleaseSlotRequest(migration_id="other", direction=INCOMING))
+    await destination.acquire_slot(acquire(kind=TRANSFERRING))
+    pair.wire.all_sent.clear()
+    await source.perform(perform(uri=prepared.uri_out, cookie_in=prepared.cookie_out, destination_record=prepared.record))
+    await destination.release_slot(RELEASE)
+    await destination.acquire_slot(acquire("other"))
+    assert (await destination.finish(finish())).record.state == handshake_pb2.RECORD_STATE_ARMED
+    assert (pair.destination.durable.transferring, pair.destination.in_use) == (True, 2)
+    pair.wire.all_sent.set()
+
+
+async def test_8_2_a_driver_whose_slot_was_given_back_before_perform_waits_for_it_again(pair: Pair) -> None:
+    driver, performs = pair.driver(), pair.to_source.perform
+
+    async def given_back(request: handshake_pb2.PerformRequest) -> handshake_pb2.PerformResponse:
+        vars(pair.to_source).pop("perform")
+        await pair.destination.engine.release_slot(RELEASE)
+        await pair.destination.engine.acquire_slot(acquire("other"))
+        await until(lambda: (heard := pair.source.heard.of(pair.source.durable)) is None or not heard.slot.transferring)
+        response: handshake_pb2.PerformResponse = await performs(request)
+        return response
+
+    vars(pair.to_source)["perform"] = given_back
+    await driver.reserve()
+    running = asyncio.ensure_future(finished(driver))
+    await until(lambda: driver.view.wait is not None)
+    assert pair.states == ("begun", "prepared")
+    await pair.destination.engine.release_slot(pb.ReleaseSlotRequest(migration_id="other", direction=INCOMING))
+    await running
+    pair.moved()

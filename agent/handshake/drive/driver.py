@@ -229,6 +229,9 @@ class Driver(Reader):
             not_begun = not self.calls.transfer_asked and self.view.source_state in (None, Src.BEGINNING, Src.BEGUN)
             if not_begun and self.view.silent_for(side) > PATIENCE:
                 self.view.cancel(Failure.of(error))
+        elif call is Call.PERFORM and error.reason is Reason.BUSY:
+            with contextlib.suppress(DroverError):  # a slot has become prepared meanwhile: it is waited for once more
+                await self._look("destination")
         elif call in _MAY_BE_REFUSED and error.reason not in _TRANSIENT | _STALE and not isinstance(error, StateUnknownError):
             self.view.waiting_for = ""
             self.view.cancel(Failure.of(error))

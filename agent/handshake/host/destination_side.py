@@ -147,10 +147,20 @@ class DestinationSide:
         attempt = await self._attempts.of(request.ref, Role.DESTINATION)
         async with attempt.called(_E.FINISH, request.request_id):
             if attempt.record.state == _S.PREPARED:
-                await self._slots.allow_transfer(attempt)
+                await self._allow_transfer(attempt)
             await attempt.apply(_E.FINISH, lambda: self._finished(attempt, request))
             record = await attempt.until(_DECIDED, wait_of(request.wait, unset=0.0))
             return pb.FinishResponse(record=self._host.show(record), cookie_out=record.cookies.get("finish", b""))
+
+    async def _allow_transfer(self, attempt: Attempt) -> None:
+        """Make sure that the slot allows the transfer. If it was given back just as the source began to send, it is taken beyond the
+        limit: the guest would be paused for as long as it waited. Raises BUSY, HOST_CLOSED."""
+        try:
+            await self._slots.allow_transfer(attempt)
+        except DroverError as error:
+            if error.reason not in (Reason.BUSY, Reason.HOST_CLOSED) or not await self._peers.source_sends(attempt):
+                raise
+            await self._slots.force_transfer(attempt)
 
     @staticmethod
     def _finished(attempt: Attempt, request: pb.FinishRequest) -> dict[str, object]:

@@ -152,6 +152,10 @@ class PeerRecords:
             raise self._undecided(attempt, reading, stays, stated=stated_dead)
         return state not in NOTHING_FLOWS
 
+    async def source_sends(self, attempt: Attempt) -> bool:
+        """Return whether the source itself answers that it has begun to send."""
+        return _known(SourceState, await self.read(attempt)) in (SourceState.PERFORMING, SourceState.PERFORMED)
+
     async def check_uri(self, attempt: Attempt, uri: MigrationUri, relayed: pb.Record) -> None:
         """Check, by the destination's record, that it listens on `uri` for this attempt, and that its slot allows the transfer.
 

@@ -93,6 +93,12 @@ class RecordSlots:
         claim, _ = await self._desk.acquire(direction, ask)
         await self._record(direction, claim)
 
+    async def force_transfer(self, attempt: Attempt) -> None:
+        """Let the attempt's slot transfer, also beyond the limit, as its memory flows."""
+        direction = _DIRECTIONS[attempt.record.role]
+        if (claim := self._desk.force(direction, attempt.record.migration_id)) is not None:
+            await self._record(direction, claim)
+
     # ---- calls
 
     async def acquire_slot(self, request: pb.AcquireSlotRequest) -> pb.AcquireSlotResponse:
