@@ -295,7 +295,7 @@ async def test_8_1_a_bad_setting_changes_nothing(pair: Pair, paths: list[str], f
 
 async def test_8_2_a_migration_that_waits_at_its_source_is_told_when_its_driver_is_silent_also_after_a_restart(brief: Pair) -> None:
     agent = brief.source
-    migration = migration_pb2.Migration(migration_id=ID, domain_name="web1")
+    migration = migration_pb2.Migration(migration_id=ID, domain_name="web1", state=migration_pb2.MIGRATION_STATE_PENDING)
     await agent.engine.acquire_slot(acquire("holds", OUTGOING))
     await agent.engine.acquire_slot(acquire(ID, OUTGOING, wait=0.01, pending=migration, peer_agent="10.91.0.2:7400", driver="co"))
     for restarts in (False, True):
@@ -304,3 +304,13 @@ async def test_8_2_a_migration_that_waits_at_its_source_is_told_when_its_driver_
         told = await asyncio.wait_for(agent.silent.get(), 5)
         assert migration_pb2.Migration.FromString(told.pending) == migration
         assert (told.peer_agent, told.driver) == ("10.91.0.2:7400", "co")
+
+
+@pytest.mark.parametrize(("migration_id", "state", "field"), [("another", 1, "pending.migration_id"), (ID, 4, "pending.state")])
+async def test_8_2_nothing_is_kept_of_a_migration_that_is_not_the_one_that_waits(
+    pair: Pair, migration_id: str, state: migration_pb2.MigrationState.ValueType, field: str
+) -> None:
+    pending = migration_pb2.Migration(migration_id=migration_id, state=state)
+    refused = await fails(pair.source.engine.acquire_slot(acquire(ID, OUTGOING, wait=1, pending=pending)), Reason.INVALID_FIELD)
+    assert refused.metadata["field"] == field
+    assert (await listed(pair.source), await pair.source.journal.admission.places()) == ([], [])

@@ -19,8 +19,10 @@ from agent.handshake.host.phases import check_address, overtaken, wait_of
 from agent.handshake.host.records import AttemptRecord, Role
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
+from agent.runtime.errors import invalid_field
 from agent.runtime.paging import Paging
 from drover.agent.v1 import admission_pb2 as pb
+from drover.agent.v1 import migration_pb2
 
 _DIRECTIONS: Final = {Role.SOURCE: Direction.OUTGOING, Role.DESTINATION: Direction.INCOMING}
 
@@ -37,6 +39,11 @@ _BEFORE_TRANSFER: Final = frozenset(
 
 _COMPLETED: Final = frozenset({SourceState.PERFORMED, DestinationState.RUNNING})
 """States after which the time for which the slot was held counts for estimates."""
+
+
+_UNENDED: Final = frozenset(
+    {migration_pb2.MIGRATION_STATE_PENDING, migration_pb2.MIGRATION_STATE_ACTIVE, migration_pb2.MIGRATION_STATE_CANCELLING}
+)
 
 
 class RecordSlots:
@@ -104,7 +111,7 @@ class RecordSlots:
     async def acquire_slot(self, request: pb.AcquireSlotRequest) -> pb.AcquireSlotResponse:
         direction, ask = direction_of(request), ask_of(request)
         check_address(request.peer_agent, "peer_agent")
-        pending = request.pending.SerializeToString() if direction is Direction.OUTGOING and request.HasField("pending") else b""
+        pending = _pending_of(request) if direction is Direction.OUTGOING and request.HasField("pending") else b""
         caller = Caller(request.driver, pending, request.peer_agent)
         if request.place_only:
             claim, before = await self._desk.keep_place(direction, ask, caller)
@@ -171,6 +178,15 @@ class RecordSlots:
         if any(getattr(attempt.record, name) != value for name, value in fields.items()):
             await attempt.amend(late)
         return all(getattr(attempt.record, name) == value for name, value in fields.items())
+
+
+def _pending_of(request: pb.AcquireSlotRequest) -> bytes:
+    """Return the migration that this host is to take over. Raises INVALID_FIELD for another one, or one that has ended."""
+    if request.pending.migration_id != request.migration_id:
+        raise invalid_field("pending.migration_id", f"must be {request.migration_id}")
+    if request.pending.state not in _UNENDED:
+        raise invalid_field("pending.state", "must be that of a migration that waits")
+    return request.pending.SerializeToString()
 
 
 def check_transferring(attempt: Attempt) -> None:
