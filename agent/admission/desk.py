@@ -11,7 +11,7 @@ from agent.admission.places import NOBODY, Caller, is_over
 from agent.admission.settings import Configured
 from agent.admission.store import Place, Store
 from agent.admission.values import Ask, Claim, Direction, Kind, Standing
-from agent.admission.wire import busy, closed, given_back, queue_full, slot_to_proto, waiter_to_proto
+from agent.admission.wire import busy, closed, given_back, queue_full, slot_to_proto, waiter_to_proto, was_cancelled
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError
@@ -67,6 +67,7 @@ class Desk:
         before = claim.driver if claim is not None else ""
         if claim is None or not claim.has(ask.kind):
             self._check(book, claim)
+            self._check_not_cancelled(book, claim, ask.migration_id)
         if claim is None and not wait and not caller.pending:
             claim = self._take_at_once(book, ask)
         else:
@@ -83,6 +84,7 @@ class Desk:
         before = known.driver if known is not None else ""
         if known is None or not known.has(ask.kind):
             self._check(book, known)
+            self._check_not_cancelled(book, known, ask.migration_id)
             self._check_queue(book, known)
         claim = book.ask(ask, self.ledger.now)
         if not claim.calls:
@@ -112,6 +114,12 @@ class Desk:
             self._check_open()
         if not book.limits.limit:
             raise closed(book.direction, self.host)
+
+    def _check_not_cancelled(self, book: Book, claim: Claim | None, migration_id: str) -> None:
+        """Raise CANCELLED if another driver has cancelled the migration, unless it has begun."""
+        ago = self.ledger.places.cancelled_ago(migration_id) if book.direction is Direction.OUTGOING else None
+        if ago is not None and not (claim is not None and claim.attached):
+            raise was_cancelled(migration_id, self.host, ago)
 
     def _take_at_once(self, book: Book, ask: Ask) -> Claim:
         now = self.ledger.now
@@ -198,6 +206,11 @@ class Desk:
         else:
             self.ledger.free(book, claim)
         self.ledger.serve(book)
+
+    async def cancel(self, migration_id: str) -> None:
+        """Refuse an outgoing slot to every driver of the migration from now on, durably. Raises JOURNAL_UNAVAILABLE."""
+        await self.ledger.open()
+        await self.ledger.places.cancel(migration_id)
 
     # ---- for records
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import structlog
 
 from agent.admission.store import Place, Store, checksum, decode, encode
-from agent.admission.values import Claim, Direction, Kind
+from agent.admission.values import MEDIUM, Claim, Direction, Kind
 from agent.runtime.errors import DroverError
 
 log = structlog.get_logger()
@@ -26,6 +26,15 @@ class Caller:
 
 NOBODY: Final = Caller()
 
+MOST_CANCELLED: Final = 1000
+"""Most cancelled migrations that are remembered."""
+
+CANCELLED_SECONDS: Final = 7 * 24 * 3600.0
+"""For how long: a migration waits no longer than that, so that no other driver of it waits then."""
+
+_CANCELLED: Final = "cancelled"
+"""In place of the direction in the rows of cancelled migrations, which may have a place, too, for a moment."""
+
 MAYBE: Final = -1
 """No checksum: a row may be there, or may be another one than was last written."""
 
@@ -36,10 +45,16 @@ class Places:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._tasks: set[asyncio.Task[None]] = set()
+        self._cancelled: dict[str, float] = {}
+        """By migration: when it was cancelled, as Unix time; the oldest first."""
 
     async def load(self) -> list[Place]:
-        """Return all, the oldest first."""
-        return sorted((decode(body) for body in await self._store.places()), key=lambda place: place.place)
+        """Return all, the oldest first, and remember which migrations were cancelled."""
+        rows = [decode(body) for body in await self._store.places()]
+        for row in sorted(rows, key=lambda row: row.cancelled):
+            if row.cancelled:
+                self._cancelled.setdefault(row.migration_id, row.cancelled)
+        return sorted((row for row in rows if not row.cancelled), key=lambda place: place.place)
 
     async def get(self, direction: Direction, migration_id: str) -> Place | None:
         body = await self._store.place(direction, migration_id)
@@ -66,6 +81,33 @@ class Places:
             claim.stored = MAYBE  # a write whose caller leaves is carried out all the same
             await self._store.put_place(direction, ask.migration_id, body)
             claim.stored = checksum(body)
+
+    async def cancel(self, migration_id: str) -> None:
+        """Remember that the migration was cancelled: at once, and durably when it returns. Raises JOURNAL_UNAVAILABLE."""
+        if migration_id in self._cancelled:
+            return
+        now = self._cancelled[migration_id] = time.time()
+        for old in list(self._cancelled)[:-MOST_CANCELLED]:
+            del self._cancelled[old]
+            await self._store.remove_place(_CANCELLED, old)
+        mark = Place(
+            direction=Direction.OUTGOING,
+            migration_id=migration_id,
+            place=0,
+            kind=Kind.PREPARED,
+            peer="",
+            importance=MEDIUM,
+            memory=0,
+            since=now,
+            cancelled=now,
+        )
+        await self._store.put_place(_CANCELLED, migration_id, encode(mark))
+
+    def cancelled_ago(self, migration_id: str) -> float | None:
+        """Return how many seconds ago the migration was cancelled; None: not that this host would know."""
+        cancelled = self._cancelled.get(migration_id)
+        ago = max(0.0, time.time() - cancelled) if cancelled is not None else None
+        return ago if ago is not None and ago < CANCELLED_SECONDS else None
 
     def forget(self, direction: Direction, claim: Claim) -> None:
         """Remove the row, after earlier writes of it."""

@@ -24,6 +24,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     pending: bytes = b""
     """The migration (`drover.agent.v1.Migration`) as its driver has stored it. Empty: nobody takes it over."""
     peer_agent: str = ""
+    cancelled: float = 0.0
+    """When the migration was cancelled, as Unix time: the row remembers that, and is no place. 0: it waits."""
 
     def claim(self, now: float, wall: float) -> Claim:
         """Return the claim, at the times `now` and `wall` of the book's clock and of the wall clock."""

@@ -133,3 +133,11 @@ def queue_full(direction: Direction, host: str, most: int) -> DroverError:
 
 def given_back(direction: Direction, host: str) -> DroverError:
     return DroverError(Reason.CANCELLED, f"the place in the queue for {direction} slots of {host} was given back")
+
+
+def was_cancelled(migration_id: str, host: str, seconds_ago: float) -> DroverError:
+    return DroverError(
+        Reason.CANCELLED,
+        f"migration {migration_id} was cancelled on request, as {host} was told {seconds_ago:.0f} s ago. Nothing was done to the "
+        "guest; to move it, start a new migration, with a new id",
+    )

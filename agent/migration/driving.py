@@ -187,11 +187,20 @@ class Runner:
         if driver is not None and answered:
             await driver.slots.release()
         entry.settled.set()
-        if driver is not None and not answered:
+        if entry.cancelled is not None and entry.slot_wait:
+            await self._tell_cancelled(entry, driver)
+        elif driver is not None and not answered:
             await driver.slots.release()
         # A repeated start with the id of a removed one resumes its slot.
         if driver is not None and (driver.may_hold_slot or entry.slot_asked) and not forget:
             await driver.give_back()
+
+    async def _tell_cancelled(self, entry: Entry, driver: Driver | None) -> None:
+        """Give slots and places back, and tell the source that the migration was cancelled: another driver may wait for it, too."""
+        with contextlib.suppress(DroverError):
+            driver = driver or await self._resumed(entry)
+            driver.slots.may_have("source")
+            await driver.slots.release(cancelled=True)
 
     async def _settle(self, entry: Entry, write: Callable[[], Awaitable[None]]) -> None:
         """Save the end, however long that takes. If the log cannot be written, the waiting start fails with that error."""

@@ -128,12 +128,13 @@ class BothSlots:
                 await meanwhile()
         self._on_wait(None)
 
-    async def release(self, *sides: str, keep_place: bool = False) -> None:
-        """Give slots and places back, by default all of this migration. An error is ignored: they end by themselves."""
+    async def release(self, *sides: str, keep_place: bool = False, cancelled: bool = False) -> None:
+        """Give slots and places back, by default all of this migration; `cancelled`: on request, which ends its other drivers, too.
+        An error is ignored: they end by themselves."""
         if self._begun is not None:
             self._begun.cancel()
         asked = [side for side in sides or DIRECTION if side in self._asked]
-        await asyncio.gather(*(self._release(side, keep_place=keep_place) for side in asked))
+        await asyncio.gather(*(self._release(side, keep_place=keep_place, cancelled=cancelled) for side in asked))
 
     # ---- waiting
 
@@ -194,10 +195,12 @@ class BothSlots:
     async def _keep_place(self, side: str) -> None:
         await self._ask(side, PREPARED, None, place_only=True)
 
-    async def _release(self, side: str, *, keep_place: bool) -> None:
+    async def _release(self, side: str, *, keep_place: bool, cancelled: bool) -> None:
         self._held.pop(side, None)
         request = self._request(side)
         with contextlib.suppress(DroverError):
             await self._peers[side].release_slot(
-                pb.ReleaseSlotRequest(migration_id=request.migration_id, direction=DIRECTION[side], keep_place=keep_place)
+                pb.ReleaseSlotRequest(
+                    migration_id=request.migration_id, direction=DIRECTION[side], keep_place=keep_place, cancelled=cancelled
+                )
             )

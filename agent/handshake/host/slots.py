@@ -130,6 +130,8 @@ class RecordSlots:
         direction = direction_of(request)
         attempt = self._holder(direction, request.migration_id)
         if attempt is None:
+            if request.cancelled and direction is Direction.OUTGOING:
+                await self._desk.cancel(request.migration_id)
             self._desk.release(direction, request.migration_id, keep_place=request.keep_place)
         else:
             await asyncio.shield(asyncio.ensure_future(self._prepare_only(attempt, direction, keep_place=request.keep_place)))

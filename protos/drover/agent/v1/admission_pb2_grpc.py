@@ -72,7 +72,7 @@ class AdmissionServiceServicer:
         """Takes a slot of this host for a migration, or waits up to `wait` for it in the host's queue. Repeating the call renews the slot or
         the place. A waiter that has no call under way is passed over, and keeps its place for a time (lease_seconds). A slot that is not
         used or renewed for that time is free again. Errors: BUSY (without `wait`), HOST_CLOSED (the limit is 0), DRAINING, OVERLOADED (the
-        queue is full).
+        queue is full), CANCELLED (its place was given back, or another driver has cancelled it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

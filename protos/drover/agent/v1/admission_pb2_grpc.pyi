@@ -44,7 +44,7 @@ class AdmissionServiceStub:
     """Takes a slot of this host for a migration, or waits up to `wait` for it in the host's queue. Repeating the call renews the slot or
     the place. A waiter that has no call under way is passed over, and keeps its place for a time (lease_seconds). A slot that is not
     used or renewed for that time is free again. Errors: BUSY (without `wait`), HOST_CLOSED (the limit is 0), DRAINING, OVERLOADED (the
-    queue is full).
+    queue is full), CANCELLED (its place was given back, or another driver has cancelled it).
     """
     ReleaseSlot: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ReleaseSlotRequest, _admission_pb2.ReleaseSlotResponse]
     """Gives a slot or a place in the queue back, or turns a transferring slot into a prepared one. No error where there is none."""
@@ -67,7 +67,7 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     """Takes a slot of this host for a migration, or waits up to `wait` for it in the host's queue. Repeating the call renews the slot or
     the place. A waiter that has no call under way is passed over, and keeps its place for a time (lease_seconds). A slot that is not
     used or renewed for that time is free again. Errors: BUSY (without `wait`), HOST_CLOSED (the limit is 0), DRAINING, OVERLOADED (the
-    queue is full).
+    queue is full), CANCELLED (its place was given back, or another driver has cancelled it).
     """
     ReleaseSlot: _aio.UnaryUnaryMultiCallable[_admission_pb2.ReleaseSlotRequest, _admission_pb2.ReleaseSlotResponse]  # type: ignore[assignment]
     """Gives a slot or a place in the queue back, or turns a transferring slot into a prepared one. No error where there is none."""
@@ -93,7 +93,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes a slot of this host for a migration, or waits up to `wait` for it in the host's queue. Repeating the call renews the slot or
         the place. A waiter that has no call under way is passed over, and keeps its place for a time (lease_seconds). A slot that is not
         used or renewed for that time is free again. Errors: BUSY (without `wait`), HOST_CLOSED (the limit is 0), DRAINING, OVERLOADED (the
-        queue is full).
+        queue is full), CANCELLED (its place was given back, or another driver has cancelled it).
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,83 @@
+"""Two drivers of one migration that waits for its slots: what one of them does counts for the other one (issue 8, point 2)."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+import agent.admission.places
+from agent.migration.takeover import waiting_taken_over
+from agent.runtime.errors import Reason
+from drover.agent.v1 import admission_pb2
+from drover.agent.v1 import migration_pb2 as pb
+from tests.unit.asking import ID, fails, until
+from tests.unit.fake_directory import Driving
+from tests.unit.test_entry_first import waiting
+from tests.unit.test_slots_of_records import OUTGOING, acquire
+from tests.unit.two_agents import Pair
+
+CANCELLED = admission_pb2.ReleaseSlotRequest(migration_id=ID, direction=OUTGOING, cancelled=True)
+
+
+@pytest.fixture
+async def two(driving: Driving) -> AsyncIterator[tuple[Driving, Driving]]:
+    """A coordinator whose migration waits, and the source's agent, which has taken it over."""
+    await waiting(driving)
+    other = Driving(driving.pair)
+    place = await driving.pair.source.engine.desk.pending(ID)
+    assert place is not None
+    other.migrations.take_over(waiting_taken_over(place, "h1"))
+    await until(lambda: other.migrations.collection.get(ID).driver is not None)
+    yield driving, other
+    await other.close()
+
+
+async def test_8_2_a_cancel_at_one_driver_ends_the_other_one_too_wherever_it_waits(two: tuple[Driving, Driving]) -> None:
+    driving, other = two
+    await driving.migrations.cancel(ID)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
+    ended = await other.ended(ID)
+    assert (ended.state, ended.failure.reason, ended.runs_on) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED, "h1")
+    assert [len(book.claims()) for book in driving.pair.source.engine.desk.books.values()] == [0, 0]
+
+
+async def test_8_2_a_driver_that_comes_back_after_a_cancel_ends_its_migration(driving: Driving) -> None:
+    await waiting(driving)
+    other = Driving(driving.pair)
+    other.log.rows = dict(driving.log.rows)
+    await driving.migrations.cancel(ID)
+    await driving.ended(ID)
+    await until(lambda: driving.pair.source.engine.desk.ledger.places.cancelled_ago(ID) is not None)
+    await driving.pair.source.restart()
+    driving.pair.destination.room(1)
+    await other.migrations.recover()
+    ended = await other.ended(ID)
+    assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED)
+    assert "was cancelled on request" in ended.failure.message
+    assert (driving.pair.states, driving.pair.runs_on) == (("", ""), ["h1"])
+    await other.close()
+
+
+async def test_8_2_a_cancelled_migration_gets_no_slot_again_also_after_restarts_and_for_a_time_only(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = pair.source
+    await host.engine.acquire_slot(acquire(ID, OUTGOING))
+    await host.engine.release_slot(CANCELLED)
+    for _ in range(2):
+        for request in (acquire(ID, OUTGOING), acquire(ID, OUTGOING, wait=5), acquire(ID, OUTGOING, place_only=True)):
+            await fails(host.engine.acquire_slot(request), Reason.CANCELLED)
+        await host.restart()
+    assert (await host.engine.acquire_slot(acquire("other", OUTGOING))).slot.epoch
+    monkeypatch.setattr(agent.admission.places, "CANCELLED_SECONDS", 0.0)
+    assert (await host.engine.acquire_slot(acquire(ID, OUTGOING))).slot.epoch
+
+
+async def test_8_2_the_oldest_cancelled_migrations_are_forgotten_with_their_rows(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent.admission.places, "MOST_CANCELLED", 2)
+    desk = pair.source.engine.desk
+    for name in ("first", "second", "third"):
+        await desk.cancel(name)
+    assert (desk.ledger.places.cancelled_ago("first"), len(await pair.source.journal.admission.places())) == (None, 2)
+    assert await desk.waiting() == []
