@@ -1,7 +1,7 @@
 """The client's calls about hosts and their guests. A module of its own, so that migrations need not import it."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 import grpc.aio
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -13,6 +13,8 @@ from coordinator.client.host_types import Domain, DomainList, Host, Slot
 from drover.agent.v1 import admission_pb2, admission_pb2_grpc, host_pb2, host_pb2_grpc
 from drover.coordinator.v1 import host_pb2 as cluster_pb2
 from drover.coordinator.v1 import host_pb2_grpc as cluster_pb2_grpc
+
+T = TypeVar("T")
 
 
 class HostQuestions:
@@ -34,25 +36,15 @@ class HostQuestions:
 
     async def list_hosts(self) -> list[Host]:
         """Return every host of the cluster, by name; an agent knows only its own."""
-        if not self._is_agent:
-            try:
-                pages = self._pages(self._cluster.ListHosts, cluster_pb2.ListHostsRequest())
-                return [Host.from_proto(host) async for page in pages for host in page.hosts]
-            except ServerFailed as error:
-                self._note_agent(error)
-        return [await self._agent_host()]
+        pages = await self._cluster_pages(self._cluster.ListHosts, cluster_pb2.ListHostsRequest())
+        if pages is None:
+            return [await self._agent_host()]
+        return [Host.from_proto(host) for page in pages for host in page.hosts]
 
     async def get_host(self, name: str) -> Host:
         """Return the host. Raises `NotFound`."""
-        if not self._is_agent:
-            try:
-                request = cluster_pb2.GetHostRequest(name=name)
-                response = await self._call(self._cluster.GetHost(request, timeout=self.timeout))
-            except ServerFailed as error:
-                self._note_agent(error)
-            else:
-                return Host.from_proto(response.host)
-        return await self._agent_host(name)
+        response = await self._ask_cluster(self._cluster.GetHost, cluster_pb2.GetHostRequest(name=name))
+        return Host.from_proto(response.host) if response is not None else await self._agent_host(name)
 
     async def remove_host(self, name: str) -> None:
         """Forget a host that does not answer. Raises `NotFound`, `Refused`."""
@@ -60,64 +52,57 @@ class HostQuestions:
 
     async def list_domains(self, host: str = "") -> DomainList:
         """Return the guests of one host, or of all (`host` empty); an agent knows only those of its own host."""
-        if not self._is_agent:
-            try:
-                pages = self._pages(self._cluster.ListDomains, cluster_pb2.ListDomainsRequest(host=host))
-                return DomainList.from_proto([page async for page in pages])
-            except ServerFailed as error:
-                self._note_agent(error)
-        return await self._agent_domains(host)
+        pages = await self._cluster_pages(self._cluster.ListDomains, cluster_pb2.ListDomainsRequest(host=host))
+        return DomainList.from_proto(pages) if pages is not None else await self._agent_domains(host)
 
     async def update_host(self, name: str, changes: Mapping[str, Any], changed_by: str, comment: str) -> Host:
         """See `Client.update_host`. `changes`: by field of `HostSettings`; "default" resets it."""
         settings = host_pb2.HostSettings(**{field: value for field, value in changes.items() if value != "default"})
         change = host_pb2.SettingsChange(changed_by=changed_by, comment=comment)
         update = host_pb2.UpdateHostRequest(settings=settings, update_mask=FieldMask(paths=changes), change=change)
-        if not self._is_agent:
-            try:
-                request = cluster_pb2.UpdateHostRequest(name=name, update=update)
-                response = await self._call(self._cluster.UpdateHost(request, timeout=self.timeout))
-            except ServerFailed as error:
-                self._note_agent(error)
-            else:
-                return Host.from_proto(response.host)
+        response = await self._ask_cluster(self._cluster.UpdateHost, cluster_pb2.UpdateHostRequest(name=name, update=update))
+        if response is not None:
+            return Host.from_proto(response.host)
         await self._agent_host(name)
         changed = await self._call(self._hosts.UpdateHost(update, timeout=self.timeout))
         return Host.of_agent(changed.host, self.address)
 
     async def list_slots(self, host: str) -> list[Slot]:
         """See `Client.list_slots`."""
-        if not self._is_agent:
-            try:
-                pages = self._pages(self._cluster.ListSlots, cluster_pb2.ListSlotsRequest(name=host))
-                return [Slot.from_proto(slot) async for page in pages for slot in page.slots]
-            except ServerFailed as error:
-                self._note_agent(error)
-        await self._agent_host(host)
-        pages = self._pages(self._slots.ListSlots, admission_pb2.ListSlotsRequest())
-        return [Slot.from_proto(slot) async for page in pages for slot in page.slots]
+        pages = await self._cluster_pages(self._cluster.ListSlots, cluster_pb2.ListSlotsRequest(name=host))
+        if pages is None:
+            await self._agent_host(host)
+            pages = await self._pages(self._slots.ListSlots, admission_pb2.ListSlotsRequest())
+        return [Slot.from_proto(slot) for page in pages for slot in page.slots]
 
     async def update_domain(self, domain: str, changes: Mapping[str, Any], host: str) -> Domain:
         """See `Client.update_domain`. `changes`: by field of `DomainSettings`; an empty value removes it."""
         settings = host_pb2.DomainSettings(**changes)
         update = host_pb2.UpdateDomainRequest(domain=domain, settings=settings, update_mask=FieldMask(paths=changes))
-        if not self._is_agent:
-            try:
-                request = cluster_pb2.UpdateDomainRequest(host=host, update=update)
-                response = await self._call(self._cluster.UpdateDomain(request, timeout=self.timeout))
-            except ServerFailed as error:
-                self._note_agent(error)
-            else:
-                return Domain.from_proto(response.domain)
+        response = await self._ask_cluster(self._cluster.UpdateDomain, cluster_pb2.UpdateDomainRequest(host=host, update=update))
+        if response is not None:
+            return Domain.from_proto(response.domain)
         here = await self._agent_host(host)
         changed = await self._call(self._hosts.UpdateDomain(update, timeout=self.timeout))
         return Domain.from_proto(cluster_pb2.PlacedDomain(host=here.name, domain=changed.domain))
 
-    def _note_agent(self, error: ServerFailed) -> None:
-        """Take the server for an agent, which does not serve the coordinator's service. Raises `error` if that is not why."""
-        if error.reason != Reason.UNIMPLEMENTED:
-            raise error
-        self._is_agent = True
+    async def _ask_cluster(self, method: Any, request: Any) -> Any | None:
+        """Return a coordinator's answer; None from an agent, which does not serve the coordinator's service."""
+        return await self._unless_agent(lambda: self._call(method(request, timeout=self.timeout)))
+
+    async def _cluster_pages(self, method: Any, request: Any) -> list[Any] | None:
+        """Return all pages of a coordinator's answer; None from an agent."""
+        return await self._unless_agent(lambda: self._pages(method, request))
+
+    async def _unless_agent(self, ask: Callable[[], Awaitable[T]]) -> T | None:
+        if not self._is_agent:
+            try:
+                return await ask()
+            except ServerFailed as error:
+                if error.reason != Reason.UNIMPLEMENTED:
+                    raise
+                self._is_agent = True
+        return None
 
     async def _agent_host(self, name: str = "") -> Host:
         response = await self._call(self._hosts.GetHost(host_pb2.GetHostRequest(), timeout=self.timeout))
@@ -127,8 +112,8 @@ class HostQuestions:
 
     async def _agent_domains(self, host: str) -> DomainList:
         here = await self._agent_host(host)
-        pages = self._pages(self._hosts.ListDomains, host_pb2.ListDomainsRequest())
-        return DomainList.of_agent(here.name, [domain async for page in pages for domain in page.domains])
+        pages = await self._pages(self._hosts.ListDomains, host_pb2.ListDomainsRequest())
+        return DomainList.of_agent(here.name, [domain for page in pages for domain in page.domains])
 
-    def _pages(self, method: Any, request: Any) -> AsyncIterator[Any]:
-        return all_pages(lambda page: self._call(method(page, timeout=self.timeout)), request)
+    async def _pages(self, method: Any, request: Any) -> list[Any]:
+        return [page async for page in all_pages(lambda page: self._call(method(page, timeout=self.timeout)), request)]

@@ -42,7 +42,8 @@ async def without_networks(cluster: Cluster) -> AsyncIterator[None]:
         network(cluster, "remove", each["name"])
 
 
-async def test_8_4_bad_input_has_its_error_and_changes_nothing(cluster: Cluster, clean: None) -> None:
+@pytest.mark.usefixtures("clean")
+async def test_8_4_bad_input_has_its_error_and_changes_nothing(cluster: Cluster) -> None:
     cidr = ranges(cluster)
     network(cluster, "add", "mig1", "--cidr", cidr["mig1"], "--migration", "--max-bandwidth", "50MB/s")
     before = network(cluster, "list")
@@ -64,7 +65,8 @@ async def test_8_4_bad_input_has_its_error_and_changes_nothing(cluster: Cluster,
     assert not network(cluster, "show", "mig1")["network"]["migration_role"]
 
 
-async def test_8_5_a_tenants_guest_uses_only_its_own(cluster: Cluster, clean: None) -> None:
+@pytest.mark.usefixtures("clean")
+async def test_8_5_a_tenants_guest_uses_only_its_own(cluster: Cluster) -> None:
     cidr = ranges(cluster)
     network(cluster, "add", "mig1", "--cidr", cidr["mig1"], "--migration")
     network(cluster, "add", "mig2", "--cidr", cidr["mig2"], "--migration", "--tenant", "acme")
@@ -83,7 +85,8 @@ async def test_8_5_a_tenants_guest_uses_only_its_own(cluster: Cluster, clean: No
     assert cluster.running_on(guest.name) == ["h1"]
 
 
-async def test_8_5_the_users_word_and_what_was_ruled_out(cluster: Cluster, clean: None) -> None:
+@pytest.mark.usefixtures("clean")
+async def test_8_5_the_users_word_and_what_was_ruled_out(cluster: Cluster) -> None:
     cidr = ranges(cluster)
     for name in ("mig1", "mig2"):
         network(cluster, "add", name, "--cidr", cidr[name], "--migration")
@@ -100,7 +103,8 @@ async def test_8_5_the_users_word_and_what_was_ruled_out(cluster: Cluster, clean
     assert f"{named.network_choice.source_address} to {named.network_choice.destination_address}" in shown
 
 
-async def test_8_5_the_fallback_carries_it_with_a_warning_or_it_is_refused(cluster: Cluster, clean: None) -> None:
+@pytest.mark.usefixtures("clean")
+async def test_8_5_the_fallback_carries_it_with_a_warning_or_it_is_refused(cluster: Cluster) -> None:
     for name, cidr in ranges(cluster).items():
         network(cluster, "add", name, "--cidr", cidr)
     guest = cluster.guest("of-a-tenant")
@@ -118,7 +122,8 @@ async def test_8_5_the_fallback_carries_it_with_a_warning_or_it_is_refused(clust
         assert not any("fallback" in warning for warning in again.warnings)
 
 
-async def test_8_4_the_worked_example_of_the_documentation(cluster: Cluster, clean: None) -> None:
+@pytest.mark.usefixtures("clean")
+async def test_8_4_the_worked_example_of_the_documentation(cluster: Cluster) -> None:
     """Its ranges are those of real hosts: simulated ones have others."""
     section = (ROOT / "docs/operations.md").read_text().split("## Which network a migration takes")[1].split("\n## ")[0]
     commands = re.findall(r"^    drover (.+)$", section, re.M)
