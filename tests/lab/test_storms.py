@@ -25,6 +25,7 @@ def _cluster(_real_hosts: None) -> Iterator[Cluster]:
         yield made
 
 
+@pytest.mark.xfail(strict=True, reason="what is prepared at a destination whose agent restarts is given up, with no next attempt")
 async def test_8_2_eight_guests_while_the_destination_dies_three_times(cluster: Cluster) -> None:
     async with Watcher(cluster, TARGET) as watcher, storm_of_eight(cluster) as storm:
         for arrived in (0, 2, 4):
