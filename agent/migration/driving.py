@@ -12,7 +12,7 @@ from agent.handshake.drive.driver import PATIENCE, Driver
 from agent.handshake.drive.ends import Directory, Side
 from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
-from agent.handshake.drive.slots import slot_request
+from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
 from agent.migration.choice import Choice, Chosen
 from agent.migration.collection import Collection
@@ -22,7 +22,7 @@ from agent.migration.progress import describe, impossible
 from agent.migration.sharing import Sharing
 from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
-from agent.migration.waiting import end_prepared_wait, is_waited_for
+from agent.migration.waiting import end_prepared_wait, is_waited_for, tell_changes
 from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
@@ -231,7 +231,7 @@ class Runner:
         )
         tuning = supervise(f"tune {entry.migration.migration_id[:8]}", entry.tuner.run, self._clock)
         try:
-            async with alongside(end_prepared_wait(entry, driver)):
+            async with alongside(end_prepared_wait(entry, driver)), alongside(tell_changes(entry, driver, TRANSFERRING)):
                 await driver.run()
             await see_pause(driver)
         except Exception:

@@ -18,9 +18,18 @@ from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, same_guest
 from agent.migration.sharing import Sharing
 from agent.migration.uptime import age_of
-from agent.migration.waiting import LATEST_START, PASSING, PLAN_SECONDS, is_waited_for, unless_cancelled, while_it_may_wait
+from agent.migration.waiting import (
+    LATEST_START,
+    PASSING,
+    PLAN_SECONDS,
+    is_waited_for,
+    tell_changes,
+    unless_cancelled,
+    while_it_may_wait,
+)
 from agent.migration.waits import error_waited_for, out_of_time
 from agent.migration.whereabouts import whereabouts
+from agent.runtime.alongside import alongside
 from agent.runtime.backoff import SLOT, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
@@ -121,7 +130,8 @@ class SlotTaker:
         self._sharing.check(entry.migration)
         if entry.recovered:
             await self._check_not_driven_elsewhere(driver)
-        await driver.slots.acquire(PREPARED, functools.partial(self._meanwhile, entry, driver))
+        async with alongside(tell_changes(entry, driver, PREPARED)):
+            await driver.slots.acquire(PREPARED, functools.partial(self._meanwhile, entry, driver))
         await self._park_if_draining(entry)
         try:
             self._sharing.admit(entry)

@@ -11,6 +11,7 @@ from agent.migration.waits import out_of_time
 from agent.runtime.alongside import alongside
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.failure import Failure
+from drover.agent.v1 import admission_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 T = TypeVar("T")
@@ -79,6 +80,15 @@ async def while_it_may_wait(entry: Entry, work: Callable[[], Coroutine[Any, Any,
             async with alongside(entry.settings_changed.next.wait()) as changed:
                 await asyncio.wait({task, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         return task.result()
+
+
+async def tell_changes(entry: Entry, driver: Driver, kind: admission_pb2.SlotKind.ValueType) -> None:
+    """Tell each change of the settings to the hosts at which the migration waits for slots of this kind, for ever."""
+    changed = entry.settings_changed.next
+    while True:
+        await changed.wait()
+        changed = entry.settings_changed.next
+        await driver.slots.ask_again(kind)
 
 
 async def end_prepared_wait(entry: Entry, driver: Driver) -> None:

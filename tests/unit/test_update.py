@@ -6,15 +6,18 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 
+import agent.handshake.drive.slots
+from agent.admission.values import Direction
 from agent.handshake.drive.plan import Limits
 from agent.migration.settings import check, limits_of, settings_of
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.masks import masked
-from drover.agent.v1 import handshake_pb2, host_pb2, options_pb2
+from drover.agent.v1 import admission_pb2, handshake_pb2, host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, fails, until
 from tests.unit.fake_directory import Driving
 from tests.unit.test_migrations import SPEC, flowing
+from tests.unit.test_slots_of_records import acquire
 from tests.unit.two_agents import JOURNAL_DOWN
 
 MIB = 1 << 20
@@ -243,3 +246,39 @@ async def test_8_7_a_host_refuses_a_pause_below_a_millisecond(driving: Driving) 
     )
     assert answer.applied_max_downtime.seconds == 1
     assert driving.pair.source.durable.max_downtime == 1.0
+
+
+# --- what waits for its slots -----------------------------------------------------------------------------------------
+
+
+async def order(driving: Driving) -> list[tuple[str, int]]:
+    """The queue of the destination, with importance."""
+    slots = (await driving.pair.destination.engine.list_slots(admission_pb2.ListSlotsRequest())).slots
+    return [(slot.migration_id, slot.importance) for slot in slots if slot.waiting]
+
+
+@pytest.mark.parametrize("prepared", [0, 1])
+async def test_8_2_a_new_importance_is_in_the_queue_while_the_call_that_waits_goes_on(
+    driving: Driving, monkeypatch: pytest.MonkeyPatch, prepared: int
+) -> None:
+    monkeypatch.setattr(agent.handshake.drive.slots, "poll_seconds", lambda _: 30.0)
+    for host in (driving.pair.source, driving.pair.destination):
+        host.prepared = prepared
+        await host.restart()
+    await waiting_in_queue(driving)
+    await driving.pair.destination.engine.acquire_slot(acquire("other", wait=0.01, importance=pb.IMPORTANCE_HIGH))
+    assert await order(driving) == [("other", 3), (ID, 2)]
+    await update(driving, importance=pb.IMPORTANCE_HIGH)
+    claim = driving.pair.destination.engine.desk.books[Direction.INCOMING].find(ID)
+    assert claim is not None
+    await until(lambda: claim.ask.importance == pb.IMPORTANCE_HIGH and claim.calls == 1, within=1)
+    assert sorted(await order(driving)) == [(ID, 3), ("other", 3)]
+
+
+async def waiting_in_queue(driving: Driving) -> None:
+    """A migration that waits at the destination: for a first slot, or prepared for the right to transfer."""
+    driving.pair.destination.room(0)
+    await driving.migrations.start(ID, SPEC, 60.0)
+    book = driving.pair.destination.engine.desk.books[Direction.INCOMING]
+    await until(lambda: (claim := book.find(ID)) is not None and claim.calls and book.is_waiting(claim))
+    await until(lambda: driving.migrations.collection.get(ID).migration.HasField("wait"))

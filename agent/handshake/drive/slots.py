@@ -8,7 +8,7 @@ that each hold what the other one needs do not wait for each other for ever."""
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Final
 
 from agent.handshake.drive.plan import Plan
@@ -84,6 +84,8 @@ class BothSlots:
         self._held: dict[str, pb.SlotKind.ValueType] = {}
         self._asked: set[str] = set()
         self._begun: asyncio.Task[None] | None = None
+        self._waits_at = ""
+        """The side in whose queue a call waits now."""
         self._poll = poll_seconds(0)
 
     def has(self, side: str, kind: pb.SlotKind.ValueType) -> bool:
@@ -136,6 +138,13 @@ class BothSlots:
         asked = [side for side in sides or DIRECTION if side in self._asked]
         await asyncio.gather(*(self._release(side, keep_place=keep_place, cancelled=cancelled) for side in asked))
 
+    async def ask_again(self, kind: pb.SlotKind.ValueType) -> None:
+        """Tell the hosts the present request while `acquire` waits with an earlier one: it counts at once. An error is ignored."""
+        if side := self._waits_at:
+            calls = [self._ask(side, kind, FIRST_LOOK)]
+            calls += [] if self.has(OTHER[side], kind) else [self._keep_place(OTHER[side], kind)]
+            await asyncio.gather(*calls, return_exceptions=True)
+
     # ---- waiting
 
     async def _look(self, kind: pb.SlotKind.ValueType) -> None:
@@ -149,16 +158,26 @@ class BothSlots:
 
     async def _wait_at(self, side: str, kind: pb.SlotKind.ValueType, wait: float) -> None:
         """Wait in the queue of a side, and show the other one meanwhile that this driver is there."""
-        await self._all({side: self._ask(side, kind, wait), OTHER[side]: self._keep_place(OTHER[side])})
+        with self._waiting_at(side):
+            await self._all({side: self._ask(side, kind, wait), OTHER[side]: self._keep_place(OTHER[side], kind)})
 
     async def _wait_holding(self, side: str, kind: pb.SlotKind.ValueType) -> bool:
         """Wait in the queue of a side for a short time, with the other slot in hand. Return whether it was given."""
         until = self._clock.monotonic() + HOLD_SECONDS * (0.25 + 0.75 * self._rand())
         while (left := until - self._clock.monotonic()) > FIRST_LOOK:
-            await self._ask(side, kind, min(self._poll, left))
+            with self._waiting_at(side):
+                await self._ask(side, kind, min(self._poll, left))
             if self.has(side, kind):
                 return True
         return False
+
+    @contextlib.contextmanager
+    def _waiting_at(self, side: str) -> Iterator[None]:
+        self._waits_at = side
+        try:
+            yield
+        finally:
+            self._waits_at = ""
 
     # ---- calls
 
@@ -192,8 +211,8 @@ class BothSlots:
             self._poll = poll_seconds(response.wait.queue_length)
             self._on_wait(response.wait)
 
-    async def _keep_place(self, side: str) -> None:
-        await self._ask(side, PREPARED, None, place_only=True)
+    async def _keep_place(self, side: str, kind: pb.SlotKind.ValueType) -> None:
+        await self._ask(side, kind, None, place_only=True)
 
     async def _release(self, side: str, *, keep_place: bool, cancelled: bool) -> None:
         self._held.pop(side, None)
