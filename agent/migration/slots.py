@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -133,6 +134,8 @@ class SlotTaker:
         async with alongside(tell_changes(entry, driver, PREPARED)):
             await driver.slots.acquire(PREPARED, functools.partial(self._meanwhile, entry, driver))
         await self._park_if_draining(entry)
+        if math.isinf(entry.planned_at):  # the networks were changed while a call waited
+            raise _PlanAgain
         try:
             self._sharing.admit(entry)
         except DroverError:

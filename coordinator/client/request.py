@@ -65,8 +65,8 @@ def start_request(domain: str, to: str, asked: Asked) -> migration_pb2.StartMigr
         uri=asked.get("uri", ""),
         tenant=asked.get("tenant", ""),
         options=options_message(asked.get("options")),
-        importance=_importance(asked.get("importance")),
-        wait_mode=_wait_mode(asked.get("wait_mode")),
+        importance=_value(migration_pb2.Importance, "importance", asked.get("importance")),
+        wait_mode=_value(migration_pb2.WaitMode, "wait mode", asked.get("wait_mode")),
         bandwidth_bytes_per_second=asked.get("bandwidth", 0),
         min_bandwidth_bytes_per_second=asked.get("min_bandwidth", 0),
         max_downtime=_seconds(asked.get("max_downtime", 0.0)),
@@ -90,7 +90,7 @@ def update_request(migration_id: str, changes: Changeable) -> migration_pb2.Upda
         if name in given:
             given[name] = _seconds(given[name])
     if "importance" in given:
-        given["importance"] = _importance(given["importance"])
+        given["importance"] = _value(migration_pb2.Importance, "importance", given["importance"])
     return migration_pb2.UpdateMigrationRequest(
         migration_id=migration_id,
         request_id=str(uuid.uuid4()),
@@ -107,22 +107,17 @@ def _seconds(seconds: float) -> Duration | None:
     return duration
 
 
-def _importance(name: str | None) -> migration_pb2.Importance.ValueType:
+def _value(enum: Any, what: str, name: str | None) -> Any:
+    """Return the value of an enum on the wire; None is its first one. Raises `InvalidRequest`."""
+    names = list(enum.keys())
+    prefix = names[0].removesuffix("UNSPECIFIED")
     if name is None:
-        return migration_pb2.IMPORTANCE_UNSPECIFIED
-    value = f"IMPORTANCE_{name.upper()}"
-    if value not in migration_pb2.Importance.keys() or name == "unspecified":  # noqa: SIM118 - protobuf's enum is no mapping
-        raise InvalidRequest(f'importance "{name}": expected low, medium or high', reason=Reason.INVALID_FIELD)
-    return migration_pb2.Importance.Value(value)
-
-
-def _wait_mode(name: str | None) -> migration_pb2.WaitMode.ValueType:
-    if name is None:
-        return migration_pb2.WAIT_MODE_UNSPECIFIED
-    value = f"WAIT_MODE_{name.upper().replace('-', '_')}"
-    if value not in migration_pb2.WaitMode.keys() or name == "unspecified":  # noqa: SIM118 - protobuf's enum is no mapping
-        raise InvalidRequest(f'wait mode "{name}": expected wait, fail-fast or hybrid', reason=Reason.INVALID_FIELD)
-    return migration_pb2.WaitMode.Value(value)
+        return enum.Value(names[0])
+    known = [each.removeprefix(prefix).lower().replace("_", "-") for each in names[1:]]
+    if name not in known:
+        expected = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise InvalidRequest(f'{what} "{name}": expected {expected}', reason=Reason.INVALID_FIELD)
+    return enum.Value(names[1 + known.index(name)])
 
 
 def options_message(options: "Options | None") -> options_pb2.Options | None:

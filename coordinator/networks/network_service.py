@@ -39,7 +39,7 @@ class NetworkServicer(rpc.NetworkServiceServicer):
         hosts = [
             pb.NetworkHost(
                 host=known.host.name,
-                network=side,
+                network=_without_rules(side),
                 out_bytes_per_second=sum(m.allotted_bytes_per_second for m in using if m.source_host == known.host.name),
                 in_bytes_per_second=sum(m.allotted_bytes_per_second for m in using if m.destination_host == known.host.name),
             )
@@ -119,6 +119,11 @@ class NetworkServicer(rpc.NetworkServiceServicer):
         """Let what waits for its slot choose its network again, and running migrations get their new shares."""
         self._migrations.collection.plan_again()
         self._registry.changed.ring()
+
+
+def _without_rules(side: agent_pb.Network) -> agent_pb.Network:
+    side.ClearField("rules")  # they are those of the network
+    return side
 
 
 def _in_use(name: str, using: list[migration_pb2.Migration], what: str) -> DroverError:

@@ -123,6 +123,11 @@ class NetworkTable:
         """Carry out the operation if nobody else has changed the network. Return the store's revision."""
         result = await self._store.txn([Compare(PREFIX + network.name, revision)], [operation])
         if not isinstance(result, int):
+            if now := result.current.get(PREFIX + network.name):
+                self._adopt(now)
+            else:
+                self._networks.pop(network.name, None)
+            self.changed.ring()
             text = f"another coordinator has changed network {network.name} at this moment; nothing was changed here. Try again"
             raise DroverError(Reason.BUSY, text, retry_after=1.0, metadata={"network": network.name})
         self._bus.publish(NetworkChanged(network.name, change=what, message=", ".join(network.rules.cidrs)))

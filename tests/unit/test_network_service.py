@@ -108,6 +108,12 @@ class Cluster:
         assert reloaded.all() == self.table.all()
         return error.value.message
 
+    @staticmethod
+    async def refused_at_first(call: Callable[[], Awaitable[Any]]) -> None:
+        with pytest.raises(DroverError) as error:
+            await call()
+        assert error.value.reason is Reason.BUSY
+
 
 @pytest.fixture(name="cluster")
 async def _cluster() -> AsyncIterator[Cluster]:
@@ -145,6 +151,7 @@ async def test_8_4_a_network_shows_its_hosts_and_who_uses_it(cluster: Cluster) -
         ("h2", "10.92.0.2", True, 0, 7),
     ]
     assert list(shown.migration_ids) == ["m1"]
+    assert not any(host.network.HasField("rules") for host in shown.hosts)
 
 
 async def test_8_4_each_bad_input_has_its_error_and_changes_nothing(cluster: Cluster) -> None:
@@ -234,3 +241,18 @@ async def test_8_4_hosts_are_seen_with_the_clusters_networks(cluster: Cluster) -
     [side] = cluster.table.seen_by(host).networks
     assert (side.name, side.address, list(side.roles), list(side.rules.tenants)) == ("mig", "10.92.0.1", ["migration"], ["acme"])
     assert [network.name for network in host.networks] == ["own"]
+
+
+async def test_8_4_what_was_written_elsewhere_is_learnt_by_the_refusal(cluster: Cluster) -> None:
+    """Such as by a write of its own whose answer was lost."""
+    await cluster.add("mig", "10.92.0.0/24")
+    other = Cluster(cluster.store)
+    await other.table.open()
+    await other.set("mig", cap_bytes_per_second=5)
+    await cluster.refused_at_first(lambda: cluster.set("mig", fallback=True))
+    changed = await cluster.set("mig", fallback=True)
+    assert (changed.rules.cap_bytes_per_second, changed.rules.fallback) == (5, True)
+    await other.table.open()
+    await other.remove("mig")
+    await cluster.refused_at_first(lambda: cluster.remove("mig"))
+    await cluster.add("mig", "10.92.0.0/24")
