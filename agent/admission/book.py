@@ -8,6 +8,7 @@ last second holds up those behind it, too. A migration that was prepared keeps t
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import Final
 
@@ -82,6 +83,7 @@ class Book:
         if claim is None:
             claim = self._claims[ask.migration_id] = self.newcomer(ask, now)
         self._leave_queue(claim)
+        ask = ask if ask.memory else replace(ask, memory=claim.ask.memory)  # a driver that has taken over may not know it
         claim.ask, claim.seen, claim.silence_told = ask, now, False
         if not claim.has(ask.kind):
             self._join_queue(claim)

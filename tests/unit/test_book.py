@@ -186,6 +186,14 @@ def test_8_1_a_slot_keeps_its_cost_where_the_memory_is_not_named_again() -> None
     assert (book.grant(0), book.transferring) == ([big], 3)
 
 
+def test_8_1_a_place_keeps_its_cost_where_the_memory_is_not_named_again() -> None:
+    book = book_of(limit=3, unit_memory=100)
+    asks(book, "big", memory=250)
+    asks(book, "big")
+    book.grant(0)
+    assert book.transferring == 3
+
+
 def test_8_1_a_guest_that_is_bigger_than_the_limit_moves_alone() -> None:
     book = book_of(limit=2, unit_memory=100)
     asks(book, "huge", memory=10_000)
