@@ -295,6 +295,15 @@ async def test_7_a_long_wait_plans_again(driving: Driving, monkeypatch: pytest.M
     assert driving.pair.destination.hypervisor.arguments["incompatibilities"][0].memory_bytes == 1 << 40
 
 
+async def test_8_4_a_change_of_networks_while_the_last_call_waits_plans_again(driving: Driving) -> None:
+    await waiting(driving)
+    driving.pair.source.hypervisor.change(UUID, memory_bytes=1 << 40)
+    driving.migrations.collection.plan_again()
+    driving.pair.destination.room(1)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+    assert driving.pair.destination.hypervisor.arguments["incompatibilities"][0].memory_bytes == 1 << 40
+
+
 async def test_7_a_guest_that_is_gone_ends_the_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     await waiting(driving)
     monkeypatch.setattr(agent.migration.slots, "PLAN_SECONDS", 0.0)
