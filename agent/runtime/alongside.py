@@ -1,9 +1,15 @@
-"""A coroutine that runs concurrently with a block of code."""
+"""Coroutines that run concurrently with a block of code, or go on without their caller."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
+
+import structlog
+
+from agent.runtime.errors import DroverError
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -19,3 +25,18 @@ async def alongside(work: Coroutine[Any, Any, T]) -> AsyncIterator["asyncio.Task
         await asyncio.wait({task})
         if not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not log an error that the block ignored
+
+
+async def outlasting(work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, which goes on if the caller is cancelled. Its `DroverError` is then nobody's and is dropped."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_log_bug)
+        raise
+
+
+def _log_bug(task: "asyncio.Task[Any]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, DroverError):
+        log.error("unexpected error (bug)", exc_info=error)

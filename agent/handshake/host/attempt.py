@@ -20,6 +20,7 @@ from agent.handshake.machines.failpoints import failpoint
 from agent.handshake.machines.machine import Refused
 from agent.hypervisor.guest_fact import GuestFact
 from agent.network.probe import Measured
+from agent.runtime.alongside import outlasting
 from agent.runtime.backoff import EFFECT, Clock, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
@@ -92,7 +93,7 @@ class Attempt:
         Raises:
             DroverError (nothing was done): WRONG_PHASE for a call that the state forbids; what `late` raises; JOURNAL_UNAVAILABLE.
         """
-        await asyncio.shield(asyncio.ensure_future(self._apply(event, late, changes)))
+        await outlasting(self._apply(event, late, changes))
 
     async def _apply(self, event: str, late: _LateChanges, changes: Mapping[str, Any]) -> None:
         self._applying += 1
@@ -124,8 +125,7 @@ class Attempt:
 
     def saw(self, fact: GuestFact | None, *, look_again: bool = False) -> None:
         """Remember the guest's state as the hypervisor reported it. `look_again`: it was only concluded from an event or from the
-        success of a phase, so the hypervisor is asked once more before the record ends.
-        """
+        success of a phase, so the hypervisor is asked once more before the record ends."""
         changed = self._summary(fact) != self._summary(self.record.seen)
         self.record = msgspec.structs.replace(self.record, seen=fact)
         self._seen_at = float("-inf") if look_again else time.monotonic()
@@ -193,7 +193,7 @@ class Attempt:
 
     async def amend(self, late: _LateChanges) -> None:
         """As `note`, with what `late` returns under the lock."""
-        await asyncio.shield(asyncio.ensure_future(self._amend(late)))
+        await outlasting(self._amend(late))
 
     async def _amend(self, late: _LateChanges) -> None:
         async with self._lock:

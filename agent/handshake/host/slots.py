@@ -19,6 +19,7 @@ from agent.handshake.host.phases import check_address, overtaken, wait_of
 from agent.handshake.host.records import AttemptRecord, Role
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
+from agent.runtime.alongside import outlasting
 from agent.runtime.errors import invalid_field
 from agent.runtime.paging import Paging
 from drover.agent.v1 import admission_pb2 as pb
@@ -134,7 +135,7 @@ class RecordSlots:
                 await self._desk.cancel(request.migration_id)
             self._desk.release(direction, request.migration_id, keep_place=request.keep_place)
         else:
-            await asyncio.shield(asyncio.ensure_future(self._prepare_only(attempt, direction, keep_place=request.keep_place)))
+            await outlasting(self._prepare_only(attempt, direction, keep_place=request.keep_place))
         return pb.ReleaseSlotResponse()
 
     async def _prepare_only(self, attempt: Attempt, direction: Direction, *, keep_place: bool) -> None:
@@ -159,7 +160,7 @@ class RecordSlots:
         """Make it durable in the record that its slot allows the transfer."""
         attempt = self._holder(direction, claim.migration_id)
         if attempt is not None and not attempt.record.transferring:
-            await asyncio.shield(asyncio.ensure_future(self._raise(attempt, direction, claim)))
+            await outlasting(self._raise(attempt, direction, claim))
 
     async def _raise(self, attempt: Attempt, direction: Direction, claim: Claim) -> None:
         async with self._changes(attempt):
