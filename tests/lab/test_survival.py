@@ -12,8 +12,7 @@ from tests.kit.cluster import Cluster, GuestSpec
 from tests.kit.cluster import cluster as make_cluster
 from tests.kit.cluster.platforms import LabCluster
 from tests.kit.lab import wait_until
-from tests.scenarios.changing import update
-from tests.scenarios.conversation import MIB, Talk, assert_idle, record_state, state
+from tests.scenarios.conversation import MIB, Talk, assert_idle, record_state, state, update
 
 pytestmark = pytest.mark.timeout(120)
 

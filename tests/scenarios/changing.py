@@ -12,16 +12,8 @@ from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
-from tests.scenarios.conversation import MIB, Talk, assert_idle, duration, state
+from tests.scenarios.conversation import MIB, Talk, assert_idle, duration, state, update
 from tests.scenarios.migrating import busy
-
-
-async def update(talk: Talk, migration_id: str, **fields: Any) -> pb.Migration:
-    """Change the fields that are given."""
-    settings, mask = pb.MigrationSettings(**fields), FieldMask(paths=list(fields))
-    request = pb.UpdateMigrationRequest(migration_id=migration_id, settings=settings, update_mask=mask)
-    response: pb.UpdateMigrationResponse = await talk.call(talk.migrations.UpdateMigration, request)
-    return response.migration
 
 
 async def flowing(talk: Talk, guest: str, rate: int) -> pb.Migration:

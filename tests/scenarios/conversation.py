@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from agent.runtime.wire import duration
 from agent.service.channel import open_channel
@@ -17,6 +18,8 @@ from tests.kit.cluster import Cluster
 
 FINAL = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED)
 MIB = 1 << 20
+CRAWL = MIB
+"""The least limit of a transfer: it does not end before it is told to, however long the test takes for what it does meanwhile."""
 
 
 class Talk:
@@ -97,6 +100,19 @@ class Talk:
         return response.host
 
 
+async def update(talk: Talk, migration_id: str, **fields: Any) -> pb.Migration:
+    """Change the fields that are given."""
+    settings, mask = pb.MigrationSettings(**fields), FieldMask(paths=list(fields))
+    request = pb.UpdateMigrationRequest(migration_id=migration_id, settings=settings, update_mask=mask)
+    response: pb.UpdateMigrationResponse = await talk.call(talk.migrations.UpdateMigration, request)
+    return response.migration
+
+
+async def speed_up(talk: Talk, migration_id: str) -> None:
+    """Take the limit away from a transfer that crawls."""
+    await update(talk, migration_id, bandwidth_bytes_per_second=0)
+
+
 def new_id() -> str:
     return str(uuid.uuid4())
 
@@ -116,4 +132,4 @@ async def assert_idle(cluster: Cluster) -> None:
             assert (await talk.host()).incoming_in_use == 0, f"{name} leaks a slot"
 
 
-__all__ = ["FINAL", "MIB", "Talk", "assert_idle", "duration", "new_id", "record_state", "state"]
+__all__ = ["CRAWL", "FINAL", "MIB", "Talk", "assert_idle", "duration", "new_id", "record_state", "speed_up", "state", "update"]

@@ -12,7 +12,7 @@ from agent.runtime.errors import DroverError, Reason
 from coordinator.cli.session import whoami
 from drover.agent.v1 import host_pb2
 from tests.kit.cluster import Cluster
-from tests.scenarios.conversation import MIB, Talk, assert_idle, state
+from tests.scenarios.conversation import CRAWL, MIB, Talk, assert_idle, speed_up, state
 
 DEFAULTS = ("--incoming-limit", "default", "--outgoing-limit", "default", "--prepared-limit", "default")
 
@@ -93,7 +93,7 @@ async def test_8_1_a_limit_of_zero_closes_a_host_and_ends_nothing_that_runs(clus
     runs, comes = cluster.start_guest("limits-1"), cluster.start_guest("limits-2")
     with settings(cluster, "h2"):
         async with Talk(cluster.server) as talk:
-            running = await talk.start(runs.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+            running = await talk.start(runs.name, "h2", bandwidth_bytes_per_second=CRAWL)
             await talk.watch(running.migration_id, lambda m: m.phase == "perform")
             said = drover(cluster, "host", "set", "h2", "--incoming-limit", "0").stdout
             assert "1 of 0 slots in use, 0 waiting (closed: no guest can come in)" in said
@@ -101,6 +101,7 @@ async def test_8_1_a_limit_of_zero_closes_a_host_and_ends_nothing_that_runs(clus
                 await talk.start(comes.name, "h2")
             assert refusal.value.reason is Reason.HOST_CLOSED, refusal.value.message
             assert refusal.value.retry_after is None, "closed, not to be tried again"
+            await speed_up(talk, running.migration_id)
             assert state(await talk.end(running.migration_id)) == "succeeded"
             assert cluster.copies(comes.name) == {"h1": "running"}
             drover(cluster, "host", "set", "h2", "--incoming-limit", "default")
@@ -124,7 +125,7 @@ async def test_8_1_a_limit_of_zero_lets_no_guest_leave(cluster: Cluster) -> None
 async def test_8_2_who_holds_a_slot_and_who_waits_is_listed_in_order(cluster: Cluster) -> None:
     first, second = cluster.start_guest("queue-1"), cluster.start_guest("queue-2")
     async with Talk(cluster.server) as talk:
-        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=2 * MIB)
+        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=CRAWL)
         await talk.watch(running.migration_id, lambda m: m.phase == "perform")
         waits = await talk.start_waiting(second.name, "h2", 120)
         await talk.watch(waits.migration_id, lambda m: m.wait.position == 1 and m.wait.host == "h2" and m.phase == "perform")

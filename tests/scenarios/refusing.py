@@ -6,7 +6,7 @@ import pytest
 
 from agent.runtime.errors import DroverError, Reason
 from tests.kit.cluster import Cluster
-from tests.scenarios.conversation import MIB, Talk, assert_idle, new_id, state
+from tests.scenarios.conversation import CRAWL, Talk, assert_idle, new_id, speed_up, state
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ async def test_full_destination(cluster: Cluster) -> None:
     """The limit of the scenarios' hosts is one slot (see the conftests): the second guest is refused, untouched."""
     first, second = cluster.start_guest("busy-1"), cluster.start_guest("busy-2")
     async with Talk(cluster.server) as talk:
-        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=CRAWL)
         migration_id = new_id()
         with pytest.raises(DroverError) as busy:
             await talk.start(second.name, "h2", migration_id)
@@ -81,6 +81,7 @@ async def test_full_destination(cluster: Cluster) -> None:
         assert busy.value.retry_after >= 1
         assert busy.value.metadata["limit_value"] == "1"
         assert cluster.copies(second.name) == {"h1": "running"}
+        await speed_up(talk, running.migration_id)
         assert state(await talk.end(running.migration_id)) == "succeeded"
         assert state(await talk.end((await talk.start(second.name, "h2", migration_id)).migration_id)) == "succeeded"
     second.wait_lines(5)
@@ -91,13 +92,14 @@ async def test_6_15_a_guest_under_way_is_held_by_the_migration_that_is_named(clu
     """Neither the hypervisor's job nor a destination's full slots are the cause to tell."""
     guest = cluster.start_guest("wanted-twice")
     async with Talk(cluster.server) as talk:
-        running = await talk.start(guest.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+        running = await talk.start(guest.name, "h2", bandwidth_bytes_per_second=CRAWL)
         await talk.watch(running.migration_id, lambda m: m.phase == "perform")
         with pytest.raises(DroverError) as busy:
             await talk.start(guest.name, "h2")
         assert busy.value.reason is Reason.DOMAIN_BUSY, busy.value.message
         assert busy.value.metadata["migration_id"] == running.migration_id
         assert running.migration_id in busy.value.message
+        await speed_up(talk, running.migration_id)
         assert state(await talk.end(running.migration_id)) == "succeeded"
 
 

@@ -31,8 +31,6 @@ GUESTS: Final = {
 SETTINGS: Final = {"agent": {"lease_seconds": 8, "takeover_after_seconds": 4}}
 RATE: Final = 16 * MIB
 """Limit of each transfer in bytes per second, so that each takes some seconds."""
-CRAWL: Final = MIB
-"""The least limit: a transfer that does not end before it is told to."""
 WAIT_SECONDS: Final = 600.0
 PATIENCE_SECONDS: Final = 120.0
 

@@ -11,8 +11,8 @@ import pytest
 
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
-from tests.scenarios.conversation import Talk, state
-from tests.scenarios.storming import CRAWL, HIGH, LOW, MEDIUM, Leg, Storm, Watcher, most_at_once, set_limits, slots_of
+from tests.scenarios.conversation import CRAWL, Talk, state
+from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Storm, Watcher, most_at_once, set_limits, slots_of
 
 pytestmark = pytest.mark.timeout(150)
 

@@ -9,7 +9,7 @@ from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
-from tests.scenarios.conversation import MIB, Talk, assert_idle, state
+from tests.scenarios.conversation import CRAWL, Talk, assert_idle, speed_up, state
 
 
 @contextlib.asynccontextmanager
@@ -28,10 +28,10 @@ async def none_is_prepared(cluster: Cluster) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def behind_another(cluster: Cluster, test: str, server: str) -> AsyncIterator[tuple[Talk, str, str]]:
-    """The one slot of h2 is taken by a migration that takes some seconds, and another one waits for it. Their ids."""
+    """The one slot of h2 is taken by a migration that crawls, and another one waits for it. Their ids."""
     first, second = cluster.start_guest(f"waited-for-{test}"), cluster.start_guest(f"waits-{test}")
     async with none_is_prepared(cluster), Talk(server) as talk:
-        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=20 * MIB)
+        running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=CRAWL)
         waits = await talk.start_waiting(second.name, "h2", 120)
         assert state(waits) == "pending"
         now = await talk.watch(waits.migration_id, lambda m: "are taken" in m.waiting_for)
@@ -44,6 +44,7 @@ async def test_7_a_migration_waits_until_the_slot_is_free(cluster: Cluster, serv
     address = cluster.server if server == "coordinator" else cluster.agents["h1"].address
     async with behind_another(cluster, server, address) as (talk, running, waits):
         assert {running, waits} <= {migration.migration_id for migration in (await talk.list(active_only=True)).migrations}
+        await speed_up(talk, running)
         ended = await talk.end(waits)
         assert (state(ended), ended.runs_on) == ("succeeded", "h2")
         assert state(await talk.end(running)) == "succeeded"
@@ -59,8 +60,9 @@ async def test_7_a_cancel_ends_the_wait_and_leaves_the_guest_alone(cluster: Clus
         await talk.cancel(waits)
         ended = await talk.end(waits)
         assert (state(ended), ended.runs_on) == ("cancelled", "h1")
-        assert state(await talk.get(running)) in ("pending", "active")
-        await talk.end(running)
+        assert state(await talk.get(running)) == "active"
+        await speed_up(talk, running)
+        assert state(await talk.end(running)) == "succeeded"
     assert cluster.running_on("waits-cancel") == ["h1"]
     await assert_idle(cluster)
 
@@ -77,6 +79,7 @@ async def test_7_a_migration_waits_on_when_its_coordinator_is_killed(cluster: Cl
         again = await talk.list()
         assert again.revision > listed.revision
         assert [migration.migration_id for migration in again.migrations[:2]] == [waits, running]
+        await speed_up(talk, running)
         ends: dict[str, str] = {}
         async for change in talk.changes(again.revision):
             if change.migration.HasField("end_time"):
