@@ -52,16 +52,20 @@ class Choice:
         self._collection = collection
         self._driver = driver
 
-    async def plan(self, migration_id: str, spec: pb.MigrationSpec, found: Ends | None = None) -> Chosen:
+    async def plan(
+        self, migration_id: str, spec: pb.MigrationSpec, found: Ends | None = None, *, network_later: bool = False
+    ) -> Chosen:
         """Plan a migration to the destination that the spec names. `found`: its ends, if they were queried. Raises as
         `Directory.find` and `make_plan`."""
         ends = found or await self._directory.find(spec)
-        return Chosen(ends, *make_plan(spec, ends, self._collection.network_uses(but=migration_id)))
+        uses = self._collection.network_uses(but=migration_id)
+        return Chosen(ends, *make_plan(spec, ends, uses, network_later=network_later))
 
     async def first(self, migration_id: str, spec: pb.MigrationSpec, *, may_wait: bool) -> Chosen:
-        """Return the named destination, or choose one. Raises as `plan` and `choose`."""
+        """Return the named destination, or choose one. With `may_wait`, the plan for a named one has no network while none can be
+        used for reasons that may pass. Raises as `plan` and `choose`."""
         if spec.destination_host:
-            return await self.plan(migration_id, spec)
+            return await self.plan(migration_id, spec, network_later=may_wait)
         return await self.choose(migration_id, spec, may_wait=may_wait)
 
     async def choose(

@@ -16,6 +16,7 @@ from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
 from agent.migration.choice import Choice, Chosen
 from agent.migration.collection import Collection
+from agent.migration.links import Links, links_of
 from agent.migration.migration import Entry
 from agent.migration.planning import resume_plan
 from agent.migration.progress import describe, impossible
@@ -58,6 +59,7 @@ class Runner:
         self._directory = directory
         self._collection = collection
         self.sharing = Sharing(collection, directory, clock)
+        self.links = Links(collection, directory, clock)
         self._slots = SlotTaker(
             directory, collection, self.sharing, choice, self.new_driver, self._update, lambda: self.draining, clock
         )
@@ -71,6 +73,7 @@ class Runner:
 
     def new_driver(self, entry: Entry, chosen: Chosen) -> Driver:
         """Return a driver that begins the entry's attempt."""
+        entry.planned_links = links_of(chosen.ends.source.host), links_of(chosen.ends.destination.host)
         return self._driver(entry, chosen.ends.source, chosen.ends.destination, chosen.plan)
 
     def _driver(self, entry: Entry, source: Side, destination: Side, plan: Plan) -> Driver:
@@ -82,7 +85,7 @@ class Runner:
         driver.calls.start = functools.partial(self.sharing.start, entry)
         if entry.any_host:
             driver.slots.may_have("destination")  # its choice has taken it
-        entry.planned_at = self._clock.monotonic()
+        entry.planned_at = self._clock.monotonic() if plan.network else float("-inf")  # without one it is planned again first
         if entry.cancelled is not None:
             driver.view.cancel(entry.cancelled)
         for statement in entry.migration.statements:

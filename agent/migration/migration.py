@@ -81,6 +81,10 @@ class Entry:
         """Until when the hosts that could take it need not be looked for again, by the clock's monotonic time."""
         self.planned_at = 0.0
         """When its driver was made, by the clock's monotonic time."""
+        self.planned_links: tuple[tuple[bytes, ...], ...] | None = None
+        """The networks of both hosts by which it was planned; see `links`. None: it was not."""
+        self.links_changed = Bell()
+        """Rings when these have changed while it waits for its slot."""
         self.parked = False
         """It has no slot yet, and its driver has stopped with the process: the next life goes on."""
         self.saved_statements = {statement.dead_host for statement in migration.statements}

@@ -22,8 +22,11 @@ from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 
-def make_plan(spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUse] = ()) -> tuple[Plan, list[str]]:
-    """Return the plan, and warnings for the user. `uses`: what the other migrations want of the networks.
+def make_plan(
+    spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUse] = (), *, network_later: bool = False
+) -> tuple[Plan, list[str]]:
+    """Return the plan, and warnings for the user. `uses`: what the other migrations want of the networks. `network_later`: while no
+    network can be used for reasons that may pass, the plan has none, and `network_choice.why` says why.
 
     Raises SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH, SPLIT_PHASES_MISSING,
     NETWORK_NOT_FOUND, NETWORK_FORBIDDEN, URI_NOT_ALLOWED; the guest's obstacle to leaving (DOMAIN_BUSY, INCOMPATIBLE_GUEST, …)."""
@@ -32,7 +35,12 @@ def make_plan(spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUse] = (
     _check_guest(guest, source)
     _check_end(spec, guest, source, f"the source {source.name}")
     _check_end(spec, guest, destination, f"the destination {destination.name}")
-    choice, uri = _choose_network(spec, ends, uses)
+    try:
+        choice, uri = _choose_network(spec, ends, uses)
+    except DroverError as error:
+        if not network_later or error.metadata.get("wait") != "network":
+            raise
+        choice, uri = Choice(host_pb2.Network(), host_pb2.Network(), error.message), ""
     settings = settings_of(spec, guest.domain.settings, _default_of(choice, ends))
     check(settings, source.migration_features, f"the source {source.name}")
     warnings = [*choice.warnings]
@@ -101,8 +109,8 @@ def planned(
         settings=plan.settings,
         tenant=spec.tenant or guest.domain.settings.tenant,
         warnings=warnings,
-        waiting_for=f"an incoming slot of {plan.destination_host}",
-        wait_reason=pb.WAIT_REASON_SLOT,
+        waiting_for=f"an incoming slot of {plan.destination_host}" if plan.network else plan.network_choice.why,
+        wait_reason=pb.WAIT_REASON_SLOT if plan.network else pb.WAIT_REASON_NETWORK,
     )
     migration.runs_on = whereabouts(migration).runs_on
     return migration

@@ -10,7 +10,6 @@ from typing import Final
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.ends import Directory
 from agent.handshake.drive.plan import Plan
-from agent.handshake.drive.slots import PREPARED
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.choice import NOT_THIS_HOST, Choice, Chosen
@@ -23,14 +22,13 @@ from agent.migration.waiting import (
     LATEST_START,
     PASSING,
     PLAN_SECONDS,
+    has_waited,
     is_waited_for,
-    tell_changes,
     unless_cancelled,
     while_it_may_wait,
 )
 from agent.migration.waits import error_waited_for, out_of_time
 from agent.migration.whereabouts import whereabouts
-from agent.runtime.alongside import alongside
 from agent.runtime.backoff import SLOT, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
@@ -79,6 +77,7 @@ class SlotTaker:
         clock, pauses, last = self._clock.monotonic, Pauses(SLOT, self._clock), None
         patient_until = clock() + patience
         while True:
+            links_changed = entry.links_changed.next
             try:
                 await unless_cancelled(entry.cancel_asked, lambda: while_it_may_wait(entry, lambda: self._once(entry)))
             except _PlanAgain:
@@ -102,7 +101,7 @@ class SlotTaker:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
-                    await pauses.pause(entry.cancel_asked)
+                    await pauses.pause(entry.cancel_asked, links_changed)
             await self._park_if_draining(entry)
 
     async def _once(self, entry: Entry) -> None:
@@ -123,6 +122,7 @@ class SlotTaker:
             await self._reserve(entry)
 
     async def _reserve(self, entry: Entry) -> None:
+        links_changed = entry.links_changed.next
         driver = await self._ready(entry)
         if not entry.slot_wait:
             self._sharing.admit(entry)
@@ -131,8 +131,8 @@ class SlotTaker:
         self._sharing.check(entry.migration)
         if entry.recovered:
             await self._check_not_driven_elsewhere(driver)
-        async with alongside(tell_changes(entry, driver, PREPARED)):
-            await driver.slots.acquire(PREPARED, functools.partial(self._meanwhile, entry, driver))
+        if not await has_waited(entry, driver, functools.partial(self._meanwhile, entry, driver), unless=links_changed):
+            raise _PlanAgain
         await self._park_if_draining(entry)
         if math.isinf(entry.planned_at):  # the networks were changed while a call waited
             raise _PlanAgain
@@ -187,7 +187,12 @@ class SlotTaker:
             or not driver.calls.can_reserve
             or driver.view.ref.attempt != entry.migration.attempt
         ):
-            driver = entry.driver = await self._planned_again(entry)
+            try:
+                driver = entry.driver = await self._planned_again(entry)
+            except DroverError as error:
+                if driver is not None and error.metadata.get("wait") in PASSING:
+                    await driver.slots.stand_aside()  # nobody shall wait for one that cannot use its slot
+                raise
         return driver
 
     async def _next_attempt(self, entry: Entry, plan: Plan | None = None) -> None:
@@ -278,7 +283,12 @@ class SlotTaker:
                 entry.driver.view.call_failed("destination", error)  # so far only a look for it has failed
             entry.driver.view.waiting_for = error_waited_for(entry.migration.destination_host, error)
             entry.driver.view.held_up = PASSING.get(error.metadata.get("wait", ""), pb.WAIT_REASON_UNSPECIFIED)
+            if entry.driver.view.held_up:
+                entry.driver.view.wait = None  # it is in no queue now
             self._update(entry)
+        elif reason := PASSING.get(error.metadata.get("wait", "")):
+            text = error_waited_for(entry.migration.destination_host, error)
+            self._collection.publish(entry, entry.changed_to(wait_reason=reason, waiting_for=text[:1000]))
 
     @staticmethod
     def _out_of_time(entry: Entry, last: DroverError | None) -> DroverError:
@@ -301,6 +311,8 @@ class SlotTaker:
 
 
 def _put_plan(migration: pb.Migration, plan: Plan) -> None:
+    if not (migration.network or migration.settings.bandwidth_bytes_per_second):  # it has had no network, whose default may count
+        migration.settings.bandwidth_bytes_per_second = plan.settings.bandwidth_bytes_per_second
     migration.destination_host, migration.network = plan.destination_host, plan.network
     migration.network_choice.CopyFrom(plan.network_choice)
     migration.options.CopyFrom(plan.options)

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.slots import PREPARED
 from agent.migration.migration import Entry
 from agent.migration.waits import out_of_time
 from agent.runtime.alongside import alongside
@@ -80,6 +81,16 @@ async def while_it_may_wait(entry: Entry, work: Callable[[], Coroutine[Any, Any,
             async with alongside(entry.settings_changed.next.wait()) as changed:
                 await asyncio.wait({task, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         return task.result()
+
+
+async def has_waited(entry: Entry, driver: Driver, meanwhile: Callable[[], Awaitable[None]], *, unless: asyncio.Event) -> bool:
+    """Wait for both slots, and return True; False as soon as `unless` is set. Raises as `BothSlots.acquire`."""
+    wait = driver.slots.acquire(PREPARED, meanwhile)
+    async with alongside(tell_changes(entry, driver, PREPARED)), alongside(unless.wait()) as end, alongside(wait) as slots:
+        await asyncio.wait({slots, end}, return_when=asyncio.FIRST_COMPLETED)
+        if slots.done():
+            slots.result()
+        return slots.done()
 
 
 async def tell_changes(entry: Entry, driver: Driver, kind: admission_pb2.SlotKind.ValueType) -> None:

@@ -61,14 +61,14 @@ class Pauses:
         self._clock = clock
         self._rand = rand
 
-    async def pause(self, end: asyncio.Event | None = None) -> None:
-        """Wait after a failure, or until `end` is set."""
+    async def pause(self, *ends: asyncio.Event) -> None:
+        """Wait after a failure, or until one of `ends` is set."""
         self.failures += 1
         sleep = self._clock.sleep(self._backoff.delay(self.failures, self._rand()))
-        if end is None:
+        if not ends:
             await sleep
             return
-        tasks = {asyncio.ensure_future(sleep), asyncio.ensure_future(end.wait())}
+        tasks = {asyncio.ensure_future(sleep), *(asyncio.ensure_future(end.wait()) for end in ends)}
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -116,7 +116,8 @@ _NO_SLOT = ("BUSY", "HOST_CLOSED", "NO_HOST")
 def exit_code(error: DroverClientError) -> ExitCode:
     if error.migration is not None and lost_or_stuck(error.migration):
         return ExitCode.UNKNOWN
-    if error.reason in _NO_SLOT:
+    waited_in_vain = error.migration is not None and error.migration.waited_in_vain
+    if error.reason in _NO_SLOT or waited_in_vain:
         return ExitCode.REFUSED
     return next((code for kind, code in _EXIT if isinstance(error, kind)), ExitCode.UNKNOWN)
 

@@ -181,6 +181,12 @@ class Migration(FromWire):
         return whereabouts(self.proto)
 
     @property
+    def waited_in_vain(self) -> bool:
+        """Whether it failed while it waited for its slots, whatever the reason: its guest was not touched."""
+        had_slot = self.proto.HasField("slot_duration")
+        return self.state is MigrationState.FAILED and self.proto.HasField("slot_wait") and not had_slot
+
+    @property
     def overhead(self) -> float:
         """Seconds of `duration` that Drover itself took: without calls of the hypervisors and without a wait for the slot."""
         waited = self.slot_duration if self.proto.HasField("slot_wait") else None

@@ -145,6 +145,12 @@ class BothSlots:
             calls += [] if self.has(OTHER[side], kind) else [self._keep_place(OTHER[side], kind)]
             await asyncio.gather(*calls, return_exceptions=True)
 
+    async def stand_aside(self) -> None:
+        """Give back what is held, and keep the places: the slots could not be used now. An error is ignored."""
+        asked = tuple(self._asked)
+        await self.release(keep_place=True)
+        await asyncio.gather(*(self._keep_place(side, PREPARED) for side in asked), return_exceptions=True)
+
     # ---- waiting
 
     async def _look(self, kind: pb.SlotKind.ValueType) -> None:

@@ -1,0 +1,47 @@
+"""Notices when the networks of a host change at which migrations wait, so that they are planned again at once."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from agent.handshake.drive.ends import Directory
+from agent.migration.collection import Collection
+from agent.runtime.backoff import Clock
+from drover.agent.v1 import host_pb2
+
+LEAST_PAUSE: Final = 0.2
+"""Seconds between two looks: hosts report every change of their slots, too."""
+
+State = tuple[bytes, ...]
+
+
+def links_of(host: host_pb2.Host | None) -> State:
+    """Return what counts of the networks of a host, for comparison."""
+    return tuple(network.SerializeToString(deterministic=True) for network in host.networks) if host is not None else ()
+
+
+class Links:
+    """Lets the entries of a collection that wait be planned again at once, when the networks of one of their hosts have changed."""
+
+    def __init__(self, collection: Collection, directory: Directory, clock: Clock) -> None:
+        self._collection = collection
+        self._directory = directory
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Look at every change, for ever."""
+        while True:
+            changed = self._directory.changed.next
+            self.look()
+            await changed.wait()
+            await self._clock.sleep(LEAST_PAUSE)
+
+    def look(self) -> None:
+        waiting = [entry for entry in self._collection.all() if entry.waits]
+        names = {name for entry in waiting for name in (entry.migration.source_host, entry.migration.destination_host)}
+        states: Mapping[str, State] = {name: links_of(self._directory.known(name)) for name in names}
+        for entry in waiting:
+            now = states[entry.migration.source_host], states[entry.migration.destination_host]
+            if entry.planned_links != now:
+                entry.planned_links = now
+                entry.planned_at = float("-inf")
+                entry.links_changed.ring()
