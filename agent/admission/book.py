@@ -83,7 +83,7 @@ class Book:
         if claim is None:
             claim = self._claims[ask.migration_id] = self.newcomer(ask, now)
         self._leave_queue(claim)
-        ask = ask if ask.memory else replace(ask, memory=claim.ask.memory)  # a driver that has taken over may not know it
+        ask = replace(ask, memory=max(ask.memory, claim.ask.memory))  # a driver that has taken over may not know it
         claim.ask, claim.seen, claim.silence_told = ask, now, False
         if not claim.has(ask.kind):
             self._join_queue(claim)
@@ -144,6 +144,20 @@ class Book:
     def force(self, claim: Claim, now: float) -> None:
         """Let a claim transfer, also beyond the limit: its memory flows."""
         self._give(claim, Kind.TRANSFERRING, now)
+
+    def charge(self, claim: Claim, memory: int) -> bool:
+        """Let the slot of a claim cost what a guest of so much memory costs, if that is more than its driver said. Return whether
+        there is room for that; else only what the claim asks for has changed."""
+        claim.ask = replace(claim.ask, memory=max(memory, claim.ask.memory))
+        slot, cost = claim.slot, self.limits.cost_of(memory)
+        if slot is None or cost <= slot.cost:
+            return True
+        if slot.kind is Kind.TRANSFERRING and self.transferring + cost - slot.cost > self.limits.limit:
+            return False
+        self._count(slot, -1)
+        slot.cost = cost
+        self._count(slot, 1)
+        return True
 
     def _give(self, claim: Claim, kind: Kind, now: float) -> None:
         self._leave_queue(claim)

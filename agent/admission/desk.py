@@ -217,15 +217,19 @@ class Desk:
     @contextlib.asynccontextmanager
     async def taking(self, direction: Direction, ask: Ask) -> AsyncIterator[Claim]:
         """Hold the slot of a migration while its record is made: one that it has, or one that is taken now. The block calls
-        `attach`, else the slot is as before.
+        `attach`, else the slot is as before. `ask.memory` is the guest's, as this host knows it: the slot costs that.
 
         Raises:
-            DroverError: as `acquire` without `wait`.
+            DroverError: as `acquire` without `wait`; BUSY, and the slot is a place again, if it costs more than there is room for.
         """
         await self.ledger.open()
         book = self.books[direction]
         known = book.find(ask.migration_id)
         had, waited = known is not None and known.slot is not None, known is not None and book.is_waiting(known)
+        if known is not None and had and not known.attached and not book.charge(known, ask.memory):
+            error = busy(book.standing(known, self.ledger.now), self.host)
+            self.release(direction, ask.migration_id, keep_place=True)
+            raise error
         claim = known if known is not None and had else (await self.acquire(direction, ask))[0]
         claim.calls += 1
         claim.making += 1

@@ -37,6 +37,9 @@ from drover.agent.v1 import migration_pb2 as pb
 ADVICE_SECONDS: Final = 10.0
 """How long the hosts are shown that could take the guest in place of the one at which it waits: to find them costs calls."""
 
+_NO_ROOM: Final = frozenset({Reason.BANDWIDTH_INSUFFICIENT, Reason.BUSY})
+"""Why a migration with both slots waits again, such as BUSY where its guest costs more than was known."""
+
 MakeDriver = Callable[[Entry, Chosen], Driver]
 
 
@@ -138,10 +141,11 @@ class SlotTaker:
             raise _PlanAgain
         try:
             self._sharing.admit(entry)
-        except DroverError:
-            await driver.slots.release(keep_place=True)
+            await driver.reserve()
+        except DroverError as error:
+            if error.reason in _NO_ROOM:
+                await driver.slots.release(keep_place=True)
             raise
-        await driver.reserve()
 
     async def _meanwhile(self, entry: Entry, driver: Driver) -> None:
         """Do what is to be done now and then while it waits. Raises `_PlanAgain`."""

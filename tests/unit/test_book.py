@@ -194,6 +194,22 @@ def test_8_1_a_place_keeps_its_cost_where_the_memory_is_not_named_again() -> Non
     assert book.transferring == 3
 
 
+def test_8_1_a_slot_costs_what_its_guest_costs_not_what_its_driver_said() -> None:
+    book = book_of(limit=3, unit_memory=100)
+    liar, other = asks(book, "liar", "other", memory=1)
+    book.grant(0)
+    assert book.charge(liar, 150)
+    assert book.transferring == 3
+    assert not book.charge(other, 150), "there is no room for it"
+    assert book.transferring == 3
+    book.give_back(other)
+    asks(book, "other", memory=1)
+    assert book.grant(0) == [], "its place costs what its guest costs, whatever is said once more"
+    book.free(liar, 0)
+    assert book.grant(0) == [other]
+    assert book.transferring == 2
+
+
 def test_8_1_a_guest_that_is_bigger_than_the_limit_moves_alone() -> None:
     book = book_of(limit=2, unit_memory=100)
     asks(book, "huge", memory=10_000)

@@ -5,11 +5,14 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
+
 from agent.admission.desk import Desk
 from agent.admission.places import Caller
 from agent.admission.settings import Configured
 from agent.admission.values import Ask, Direction
 from agent.handshake.host.journal import Journal
+from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 
 ONE = Configured(outgoing_limit=1)
@@ -17,10 +20,10 @@ OUTGOING = Direction.OUTGOING
 
 
 @contextlib.asynccontextmanager
-async def desk_in(folder: Path) -> AsyncIterator[Desk]:
+async def desk_in(folder: Path, configured: Configured = ONE) -> AsyncIterator[Desk]:
     journal = Journal(folder / "journal.sqlite")
     await journal.open()
-    desk = Desk("h1", ONE, journal.admission, Bus(), lease=60, takeover_after=60)
+    desk = Desk("h1", configured, journal.admission, Bus(), lease=60, takeover_after=60)
     try:
         yield desk
     finally:
@@ -40,3 +43,20 @@ async def test_8_2_a_place_that_was_given_back_leaves_no_row_wherever_its_call_w
             desk.release(OUTGOING, "one", keep_place=False)
             await desk.ledger.places.close()
             assert await desk.waiting() == [], f"cancelled after {turns} turns of the loop"
+
+
+async def test_8_1_a_record_is_not_made_with_a_slot_that_is_too_small_for_its_guest(tmp_path: Path) -> None:
+    async with desk_in(tmp_path, Configured(outgoing_limit=3, slot_unit_memory=100)) as desk:
+        book = desk.books[OUTGOING]
+        await desk.acquire(OUTGOING, Ask("holds", memory=200))
+        await desk.acquire(OUTGOING, Ask("big", memory=1))
+        with pytest.raises(DroverError) as caught:
+            async with desk.taking(OUTGOING, Ask("big", memory=200)):
+                pass
+        assert (caught.value.reason, caught.value.metadata["position"]) == (Reason.BUSY, "1")
+        assert (book.transferring, book.queue_length) == (2, 1), "it waits with the cost that it has"
+        desk.release(OUTGOING, "holds", keep_place=False)
+        await desk.acquire(OUTGOING, Ask("big", memory=1), wait=1)
+        async with desk.taking(OUTGOING, Ask("big", memory=200)) as claim:
+            assert claim.slot is not None
+            assert claim.slot.cost == book.transferring == 2
