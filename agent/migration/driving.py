@@ -23,17 +23,21 @@ from agent.migration.progress import describe, impossible
 from agent.migration.sharing import Sharing
 from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
-from agent.migration.waiting import end_prepared_wait, is_waited_for, tell_changes
+from agent.migration.waiting import begins_again, end_prepared_wait, is_waited_for, tell_changes
 from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
-from agent.runtime.wire import duration
+from agent.runtime.wire import cut, duration
 from drover.agent.v1 import admission_pb2
+from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
+
+MOST_WARNINGS: Final = 15
+"""Warnings that a next attempt keeps."""
 
 REPORT_AFTER_SECONDS: Final = 0.01
 """Delay before the news of a driver are published; those that come meanwhile go with them."""
@@ -105,26 +109,31 @@ class Runner:
         """Drive to the end. Without a driver (after a restart, a take-over, or a cancelled one), resume from the records."""
         try:
             begins = entry.driver is not None
-            if entry.driver is None and not entry.unbegun:
-                await self._take_up(entry)
-            if entry.unbegun or (not entry.settled.is_set() and entry.needs_slot):
-                try:
-                    await self._slots.take(entry, patience=0.0 if begins else PATIENCE)
-                except DroverError as error:
-                    if not await self._is_driven_elsewhere(entry, error):
-                        forget = begins and (not entry.slot_wait or error is entry.refusal)
-                        await self._end_without_slot(entry, error, forget=forget)
-                        return
-                    await self._note_slot(entry)
-                    await self._take_up(entry)
-                else:
-                    await self._note_slot(entry)
-                self.tell(entry)
-            entry.settled.set()
-            await self._run(entry)
+            while await self._drive_attempt(entry, begins=begins):
+                begins = False
         except asyncio.CancelledError:
             entry.driver = None  # the next one reads the records first
             raise
+
+    async def _drive_attempt(self, entry: Entry, *, begins: bool) -> bool:
+        """Drive an attempt to its end. Return whether the migration goes on with the next one. `begins`: it was started just now."""
+        if entry.driver is None and not entry.unbegun:
+            await self._take_up(entry)
+        if entry.unbegun or (not entry.settled.is_set() and entry.needs_slot):
+            try:
+                await self._slots.take(entry, patience=0.0 if begins else PATIENCE)
+            except DroverError as error:
+                if not await self._is_driven_elsewhere(entry, error):
+                    forget = begins and (not entry.slot_wait or error is entry.refusal)
+                    await self._end_without_slot(entry, error, forget=forget)
+                    return False
+                await self._note_slot(entry)
+                await self._take_up(entry)
+            else:
+                await self._note_slot(entry)
+            self.tell(entry)
+        entry.settled.set()
+        return await self._run(entry)
 
     async def _take_up(self, entry: Entry) -> None:
         pauses = Pauses(OTHER_HOST, self._clock)
@@ -224,11 +233,12 @@ class Runner:
 
     # ---- the handshake
 
-    async def _run(self, entry: Entry) -> None:
-        """Run the driver to the end, publish that, and save it if possible: a next life would learn it from the records again."""
+    async def _run(self, entry: Entry) -> bool:
+        """Run the driver to the end, publish that, and save it if possible: a next life would learn it from the records again.
+        Return whether the migration goes on with its next attempt."""
         driver = entry.driver
         if driver is None:
-            return
+            return False
         entry.tuner = Tuner(
             lambda: entry.migration, entry.changed, driver, functools.partial(self._collection.publish, entry), self._clock
         )
@@ -242,14 +252,38 @@ class Runner:
             entry.driver, entry.gave_up = None, True
             self._on_told(entry)
             self._collection.publish(entry, impossible(entry.migration))
-            return
+            return False
         finally:
             entry.tuner = None
             tuning.cancel()
-        self._collection.publish(entry, describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall))
+        ended = describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall)
+        if begins_again(entry, driver, ended) and await self._begin_again(entry, ended.failure.message):
+            return True
+        self._collection.publish(entry, ended)
         entry.driver = None
         self._on_told(entry)
         await entry.save_if_possible()
+        return False
+
+    async def _begin_again(self, entry: Entry, why: str) -> bool:
+        """Let the migration wait for its slots again, as its next attempt. Return whether that is saved."""
+
+        def change(again: pb.Migration) -> None:
+            again.attempt += 1
+            again.state = pb.MIGRATION_STATE_PENDING
+            again.ClearField("slot_duration")
+            again.warnings[:] = [*again.warnings[-MOST_WARNINGS:], cut(f"it waited for its slots again, as {why}", 1000)]
+
+        try:
+            again = await entry.save_changed(change)
+        except DroverError as error:
+            log.error("a migration was not saved", migration=entry.migration.migration_id, error=error.message)
+            return False
+        self.sharing.dismiss(entry)
+        entry.driver = None
+        entry.settled.clear()
+        self._collection.publish(entry, again)
+        return True
 
     def _update(self, entry: Entry) -> None:
         """Publish what the driver has learned, after it had time to act on that. Its end is published by `_run`."""

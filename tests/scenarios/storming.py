@@ -26,6 +26,7 @@ GUESTS: Final = {
         *(f"x{n}" for n in range(1, 5)),
         *(f"r{n}" for n in range(1, 7)),
         *(f"c{n}" for n in range(1, 5)),
+        *(f"p{n}" for n in range(1, 7)),
     )
 }
 SETTINGS: Final = {"agent": {"lease_seconds": 8, "takeover_after_seconds": 4}}

@@ -12,7 +12,7 @@ import pytest
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import CRAWL, Talk, state
-from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Storm, Watcher, most_at_once, set_limits, slots_of
+from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Slots, Storm, Watcher, most_at_once, set_limits, slots_of
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -130,6 +130,36 @@ async def assert_agents_show(cluster: Cluster, storm: Storm, legs: Sequence[Leg]
         command = cluster.drover("migration", "list", server=cluster.agents[source].address)
         printed = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=30, check=True)
         assert all(guest in printed.stdout for guest in wanted.values()), printed.stdout
+
+
+@pytest.mark.parametrize(("dies", "guests"), [("coordinator", ("p1", "p2")), ("h1", ("p3", "p4")), (TARGET, ("p5", "p6"))])
+async def test_8_2_what_is_prepared_and_waits_to_transfer_goes_on_whoever_dies(
+    cluster: Cluster, dies: str, guests: tuple[str, str]
+) -> None:
+    await set_limits(cluster, incoming=1, outgoing=4, prepared=1)
+    first, prepared = Leg(guests[0], "h2", TARGET), Leg(guests[1], "h1", TARGET)
+    async with Storm(cluster, cluster.server, [first, prepared]) as storm:
+
+        def held(slots: Slots) -> bool:
+            return any(s.migration_id == storm.id_of(prepared) and not (s.waiting or s.HasField("expire_time")) for s in slots)
+
+        await storm.start(first, CRAWL)
+        await storm.until_listed(TARGET, first, waits=False)
+        await storm.start(prepared)
+        await storm.until_slots(TARGET, held)
+        await storm.until_slots("h1", held)
+        daemon = cluster.agents.get(dies, cluster.coordinator)
+        daemon.kill()
+        try:
+            if dies == "coordinator":
+                await storm.until_slots("h1", lambda slots: not held(slots))  # its silence has ended the attempt
+        finally:
+            await asyncio.to_thread(daemon.start)
+        await storm.speed_up(first)
+        await storm.ends()
+    ended = storm.ended[storm.id_of(prepared)]
+    assert (state(ended), ended.runs_on) == ("succeeded", TARGET), ended.failure.message
+    assert cluster.running_on(prepared.guest) == [TARGET]
 
 
 def test_8_2_the_judge_of_order() -> None:

@@ -45,8 +45,9 @@ FOLLOW_AFTER: Final = 0.25
 _TRANSIENT: Final = frozenset({Reason.HYPERVISOR_UNAVAILABLE, Reason.JOURNAL_UNAVAILABLE, Reason.DRAINING, Reason.OVERLOADED})
 """Errors of a host that answers after which the same call is made again."""
 
-_STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND})
-"""Errors that mean that the record is not in the state that the driver believed: it reads the record again."""
+_STALE: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND, Reason.CANCELLED})
+"""Errors that mean that the record is not in the state that the driver believed, or that another driver has given back the place in
+a queue: it reads the record again, which says why."""
 
 _MAY_BE_REFUSED: Final = frozenset({Call.RESERVE, Call.BEGIN, Call.PREPARE, Call.PERFORM})
 """Calls whose error ends the migration: nothing was changed, and another try would fail too."""
