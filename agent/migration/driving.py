@@ -156,7 +156,9 @@ class Runner:
     async def _is_driven_elsewhere(self, entry: Entry, error: DroverError) -> bool:
         """Return whether another driver of this migration, which may wait, is past the slot that is refused: the guest may have left
         the source by it."""
-        if not entry.unbegun or entry.cancel_asked.is_set() or is_waited_for(error):
+        driver, at_its_end = entry.driver, entry.cancel_asked.is_set() or is_waited_for(error)
+        alone = driver is not None and not (entry.recovered or driver.slots.other_driver or driver.view.silent_since)
+        if not entry.unbegun or (at_its_end and alone):  # the source's agent has heard of this driver all the time
             return False
         if entry.driver is None:
             with contextlib.suppress(DroverError):

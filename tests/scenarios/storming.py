@@ -26,7 +26,7 @@ GUESTS: Final = {
         *(f"x{n}" for n in range(1, 5)),
         *(f"r{n}" for n in range(1, 7)),
         *(f"c{n}" for n in range(1, 5)),
-        *(f"p{n}" for n in range(1, 7)),
+        *(f"p{n}" for n in range(1, 10)),
     )
 }
 SETTINGS: Final = {"agent": {"lease_seconds": 8, "takeover_after_seconds": 4}}
@@ -72,11 +72,11 @@ class Storm:
     def leg_of(self, migration_id: str) -> Leg:
         return next(leg for leg, known in self._ids.items() if known == migration_id)
 
-    async def start(self, leg: Leg, rate: int = RATE) -> None:
+    async def start(self, leg: Leg, rate: int = RATE, wait: float = WAIT_SECONDS) -> None:
         spec = pb.MigrationSpec(
             domain=leg.guest, destination_host=leg.target, importance=leg.importance, bandwidth_bytes_per_second=rate
         )
-        request = pb.StartMigrationRequest(migration_id=self._ids[leg], spec=spec, slot_wait=duration(WAIT_SECONDS))
+        request = pb.StartMigrationRequest(migration_id=self._ids[leg], spec=spec, slot_wait=duration(wait))
         await self._talk.call(self._talk.migrations.StartMigration, request)
 
     async def speed_up(self, leg: Leg, talk: Talk | None = None) -> None:
@@ -119,6 +119,13 @@ class Storm:
     async def until_moving(self, leg: Leg) -> None:
         """Wait until its memory flows, by the server."""
         await self._talk.watch(self._ids[leg], lambda migration: migration.progress.processed_bytes > 0)
+
+    async def until_listed_by(self, talk: Talk, leg: Leg) -> None:
+        """Wait until a server lists the migration."""
+        end = time.monotonic() + 30
+        while self._ids[leg] not in [each.migration_id for each in (await talk.list()).migrations]:
+            assert time.monotonic() < end, f"{leg.guest} is not listed"
+            await asyncio.sleep(0.1)  # no watch shows a migration before it is there
 
     async def until_arrived(self, number: int) -> None:
         """Wait until so many have succeeded, by the server, and another one transfers."""
