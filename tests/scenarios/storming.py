@@ -135,6 +135,8 @@ class Storm:
             moving = [each for each in found if each.phase in ("perform", "finish")]
             if sum(state(each) == "succeeded" for each in found) >= number and moving:
                 return
+            lost = [each.failure.message for each in found if each.state in FINAL and state(each) != "succeeded"]
+            assert not lost, lost
             assert time.monotonic() < end, f"not {number} of {[(state(each), each.phase) for each in found]}"
             await asyncio.sleep(0.1)
 

@@ -243,6 +243,7 @@ async def finish(made: LibvirtIncoming) -> None:
 async def test_a_guest_that_ran_and_was_ended_before_finish_returned_keeps_its_definition(
     reason: str, events: list[str], libvirtd: Libvirtd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(incoming, "ENDS_SECONDS", 0.2)  # nothing tells of its end
     made = await prepare(libvirtd, monkeypatch)
     libvirtd.domain.current = (libvirt.VIR_DOMAIN_SHUTOFF, getattr(libvirt, f"VIR_DOMAIN_SHUTOFF_{reason}"))
     monkeypatch.setattr(phases, "finish", libvirtd.ends(HypervisorError("domain is not running"), *events))
