@@ -175,7 +175,8 @@ async def test_8_2_a_coordinator_that_returns_after_the_wait_says_where_the_gues
         cluster.coordinator.kill()
         try:
             async with Talk(cluster.agents["h1"].address) as talk:
-                await storm.until_listed_by(talk, legs[2])
+                for leg in (legs[0], legs[2]):
+                    await storm.until_listed_by(talk, leg)
                 await storm.speed_up(legs[0], talk)
             await storm.ends_at_agents()
             await asyncio.sleep(20)  # the time for which it may wait, by the coordinator's row
