@@ -26,7 +26,7 @@ GUESTS: Final = {
         *(f"x{n}" for n in range(1, 5)),
         *(f"r{n}" for n in range(1, 7)),
         *(f"c{n}" for n in range(1, 5)),
-        *(f"p{n}" for n in range(1, 10)),
+        *(f"p{n}" for n in range(1, 9)),
     )
 }
 SETTINGS: Final = {"agent": {"lease_seconds": 8, "takeover_after_seconds": 4}}
@@ -119,13 +119,6 @@ class Storm:
     async def until_moving(self, leg: Leg) -> None:
         """Wait until its memory flows, by the server."""
         await self._talk.watch(self._ids[leg], lambda migration: migration.progress.processed_bytes > 0)
-
-    async def until_listed_by(self, talk: Talk, leg: Leg) -> None:
-        """Wait until a server lists the migration."""
-        end = time.monotonic() + 30
-        while self._ids[leg] not in [each.migration_id for each in (await talk.list()).migrations]:
-            assert time.monotonic() < end, f"{leg.guest} is not listed"
-            await asyncio.sleep(0.1)  # no watch shows a migration before it is there
 
     async def until_arrived(self, number: int) -> None:
         """Wait until so many have succeeded, by the server, and another one transfers."""
