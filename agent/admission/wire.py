@@ -140,4 +140,5 @@ def was_cancelled(migration_id: str, host: str, seconds_ago: float) -> DroverErr
         Reason.CANCELLED,
         f"migration {migration_id} was cancelled on request, as {host} was told {seconds_ago:.0f} s ago. Nothing was done to the "
         "guest; to move it, start a new migration, with a new id",
+        metadata={"host": host, "cancelled": f"{seconds_ago:.0f}"},
     )

@@ -155,7 +155,7 @@ class Runner:
 
     async def _is_driven_elsewhere(self, entry: Entry, error: DroverError) -> bool:
         """Return whether another driver of this migration, which may wait, is past the slot that is refused: the guest may have left
-        the source by it."""
+        the source by it. If that is a later attempt, by the source's record, the entry becomes that one."""
         driver, at_its_end = entry.driver, entry.cancel_asked.is_set() or is_waited_for(error)
         alone = driver is not None and not (entry.recovered or driver.slots.other_driver or driver.view.silent_since)
         if not entry.unbegun or (at_its_end and alone):  # the source's agent has heard of this driver all the time
@@ -163,7 +163,13 @@ class Runner:
         if entry.driver is None:
             with contextlib.suppress(DroverError):
                 entry.driver = await self._resumed(entry)
-        return entry.driver is not None and await entry.driver.is_past_its_slot()
+        if entry.driver is None:
+            return False
+        if (later := await entry.driver.later("source")) is not None:
+            followed = entry.changed_to(attempt=later.ref.attempt, destination_host=later.peer_host)
+            self._collection.publish(entry, followed)  # `_note_slot` saves it
+            return True
+        return await entry.driver.is_past_its_slot()
 
     async def _note_slot(self, entry: Entry) -> None:
         """Note how long the slot took. For one that may wait, save it, however long that takes: from now on the guest may be

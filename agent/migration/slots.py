@@ -9,9 +9,9 @@ from typing import Final
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.ends import Directory
-from agent.handshake.drive.plan import Plan
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.guest_fact import fact_of_description
+from agent.migration.attempts import joins, next_attempt, put_plan
 from agent.migration.choice import NOT_THIS_HOST, Choice, Chosen
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
@@ -95,7 +95,7 @@ class SlotTaker:
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
                 if patience and not entry.unbegun and not is_waited_for(error) and await self._has_begun(entry):
                     return
-                if await self._goes_elsewhere(entry, error):
+                if await self._goes_elsewhere(entry, error) or await joins(self._collection, entry, error):
                     continue
                 if left <= 0 or not is_waited_for(error):
                     raise await self._with_alternatives(entry, error) from None
@@ -113,7 +113,7 @@ class SlotTaker:
             text = f"the driver went away before it had a slot, and came back {age:.0f} s after the request, too late for a start "
             raise DroverError(Reason.DRIVER_SILENT, f"{text}that may not wait. The guest was not touched; start a new migration")
         if entry.lost_its_slot:
-            await self._next_attempt(entry)
+            await next_attempt(self._collection, entry)
         try:
             await self._reserve(entry)
         except DroverError as error:
@@ -121,7 +121,7 @@ class SlotTaker:
             if not (over and (entry.recovered or entry.slot_asked)):
                 raise
             # An earlier call took the slot, its answer was lost, and the lease has ended.
-            await self._next_attempt(entry)
+            await next_attempt(self._collection, entry)
             await self._reserve(entry)
 
     async def _reserve(self, entry: Entry) -> None:
@@ -167,7 +167,7 @@ class SlotTaker:
     @staticmethod
     async def _check_not_driven_elsewhere(driver: Driver) -> None:
         """Raise WRONG_PHASE if another driver is past the slots: there is nothing to wait for."""
-        if await driver.is_past_its_slot():
+        if await driver.is_past_its_slot() or await driver.later("source") is not None:
             raise DroverError(Reason.WRONG_PHASE, "another driver has the slots of this migration, and goes on with it")
 
     async def _park_if_draining(self, entry: Entry) -> None:
@@ -199,18 +199,6 @@ class SlotTaker:
                 raise
         return driver
 
-    async def _next_attempt(self, entry: Entry, plan: Plan | None = None) -> None:
-        """Save the migration with its next attempt, and with a new plan if there is one, then publish it. What changes during a
-        save, such as by a cancel, is kept."""
-        attempt = entry.migration.attempt + 1
-
-        def change(again: pb.Migration) -> None:
-            again.attempt = attempt
-            if plan is not None:
-                _put_plan(again, plan)
-
-        self._collection.publish(entry, await entry.save_changed(change))
-
     async def _planned_again(self, entry: Entry) -> Driver:
         """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
         spec = same_guest(entry.migration)
@@ -224,7 +212,7 @@ class SlotTaker:
         chosen = await self._choice.plan(entry.migration.migration_id, spec, ends)
         check_same_hosts(entry.migration, chosen.plan)
         again = entry.changed_to()
-        _put_plan(again, chosen.plan)
+        put_plan(again, chosen.plan)
         self._collection.publish(entry, again)
         return self._make_driver(entry, chosen)
 
@@ -257,7 +245,7 @@ class SlotTaker:
         """Make `chosen` the destination, as the next attempt: the old one may have a slot of the present attempt, of which no answer
         came. Nothing but slots was asked so far."""
         before = entry.driver
-        await self._next_attempt(entry, chosen.plan)
+        await next_attempt(self._collection, entry, chosen.plan)
         entry.driver = self._make_driver(entry, chosen)
         if before is not None:
             await before.slots.release("destination")
@@ -312,11 +300,3 @@ class SlotTaker:
 
     async def _alternatives(self, entry: Entry) -> tuple[str, ...]:
         return await self._choice.alternatives(same_guest(entry.migration), entry.migration.destination_host)
-
-
-def _put_plan(migration: pb.Migration, plan: Plan) -> None:
-    if not (migration.network or migration.settings.bandwidth_bytes_per_second):  # it has had no network, whose default may count
-        migration.settings.bandwidth_bytes_per_second = plan.settings.bandwidth_bytes_per_second
-    migration.destination_host, migration.network = plan.destination_host, plan.network
-    migration.network_choice.CopyFrom(plan.network_choice)
-    migration.options.CopyFrom(plan.options)

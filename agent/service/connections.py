@@ -23,10 +23,11 @@ from agent.runtime.errors import DroverError, Reason
 MAX_CONNECTIONS: Final = 16_384
 """From the network, to one listener, if the limit of open files allows it."""
 MAX_CONNECTIONS_OF_PEER: Final = 128
-MAX_CALLS: Final = 4096
+MAX_CALLS: Final = 6144
 """Under way at once in one server, watches included."""
-MAX_CALLS_OF_PEER: Final = 1024
-"""Of those, from one peer."""
+MAX_CALLS_OF_PEER: Final = 2560
+"""Of those, from one peer. A coordinator has one for each migration that waits at a host, at most 1,000 in each direction, and
+others that these must not hold up."""
 RETRY_SECONDS: Final = 1.0
 """Pause before a refused call may be repeated."""
 

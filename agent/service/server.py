@@ -15,7 +15,7 @@ from agent.runtime.address import TcpAddress, UnixAddress, parse_address
 from agent.runtime.events import Bus
 from agent.runtime.supervision import supervise
 from agent.service.channel import KEEPALIVE_OPTIONS
-from agent.service.connections import MAX_CALLS, Calls, Connections, most_connections
+from agent.service.connections import MAX_CALLS, MAX_CALLS_OF_PEER, Calls, Connections, most_connections
 from agent.service.interceptor import ErrorInterceptor
 from agent.service.reflection import add_reflection
 
@@ -30,8 +30,8 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.server_handshake_timeout_ms", 5000),
-    # Calls of one connection; a migration needs a handful.
-    ("grpc.max_concurrent_streams", 256),
+    # Calls of one connection. One more would wait in silence behind calls that last; over `MAX_CALLS_OF_PEER` it is told so instead.
+    ("grpc.max_concurrent_streams", MAX_CALLS_OF_PEER),
     # Beyond these, gRPC's core answers a bare CANCELLED; our own bound is far below, and answers OVERLOADED.
     ("grpc.server.max_pending_requests", 16_384),
     ("grpc.server.max_pending_requests_hard_limit", 32_768),

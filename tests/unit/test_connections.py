@@ -242,6 +242,30 @@ async def test_6_26_a_flood_from_the_network_gets_no_bare_cancelled(tmp_path: Pa
         await server.stop(0)
 
 
+async def test_8_2_two_thousand_calls_that_wait_hold_up_no_other_call_of_the_same_connection() -> None:
+    slow, asked = Slow(), asyncio.Semaphore(0)  # type: ignore[abstract]
+
+    async def wait(request: Any, context: Any) -> pb.GetHostResponse:
+        asked.release()
+        await slow.go_on.wait()
+        return pb.GetHostResponse()
+
+    slow.GetHost = wait  # type: ignore[method-assign]
+    server = await start_server(["127.0.0.1:0"], lambda s: rpc.add_HostServiceServicer_to_server(slow, s), [SERVICE], Bus())
+    try:
+        async with open_channel(server.addresses[0]) as channel:
+            stub = rpc.HostServiceStub(channel)
+            waiting = [asyncio.ensure_future(stub.GetHost(pb.GetHostRequest(), timeout=50)) for _ in range(2000)]
+            for _ in waiting:
+                await asyncio.wait_for(asked.acquire(), 30)
+            watch = stub.WatchHost(pb.WatchHostRequest(), timeout=10)
+            assert isinstance(await watch.read(), pb.WatchHostResponse)
+            slow.go_on.set()
+            await asyncio.gather(*waiting)
+    finally:
+        await server.stop(0)
+
+
 class ExitStackOfChannels:
     def __init__(self, address: str, number: int, options: list[tuple[str, int]]) -> None:
         self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(number)]

@@ -1,19 +1,24 @@
 """Two drivers of one migration that waits for its slots: what one of them does counts for the other one (issue 8, point 2)."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
 
 import agent.admission.places
+from agent.handshake.drive.driver import Driver
 from agent.migration.takeover import waiting_taken_over
 from agent.runtime.errors import Reason
-from drover.agent.v1 import admission_pb2
+from agent.runtime.events import Bus
+from drover.agent.v1 import admission_pb2, handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, fails, until
+from tests.unit.asking import ID, REF, destination_record, fails, finished, make_plan, reserve, until
+from tests.unit.clocks import QUICK
 from tests.unit.fake_directory import Driving
+from tests.unit.fake_hypervisor import UUID
 from tests.unit.test_entry_first import waiting
 from tests.unit.test_slots_of_records import OUTGOING, acquire
-from tests.unit.two_agents import Pair
+from tests.unit.two_agents import Line, Pair
 
 CANCELLED = admission_pb2.ReleaseSlotRequest(migration_id=ID, direction=OUTGOING, cancelled=True)
 
@@ -81,3 +86,49 @@ async def test_8_2_the_oldest_cancelled_migrations_are_forgotten_with_their_rows
         await desk.cancel(name)
     assert (desk.ledger.places.cancelled_ago("first"), len(await pair.source.journal.admission.places())) == (None, 2)
     assert await desk.waiting() == []
+
+
+LATER = handshake_pb2.AttemptRef(migration_id=ID, attempt=3)
+
+
+async def test_8_2_a_later_attempt_that_another_driver_has_reserved_is_joined(driving: Driving) -> None:
+    await waiting(driving)
+    driving.pair.to_destination.cut = True
+    driving.pair.destination.room(2)
+    await driving.pair.destination.engine.reserve_slot(reserve(ref=LATER))
+    driving.pair.to_destination.cut = False
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.attempt, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, 3, "h2")
+
+
+async def test_8_2_a_later_attempt_that_another_driver_has_begun_is_followed(driving: Driving) -> None:
+    await waiting(driving)
+    lines = Line(driving.pair.source), Line(driving.pair.destination)
+    other = Driver(LATER, *lines, make_plan(), lambda: None, Bus(), QUICK)
+    driving.pair.wire.all_sent.clear()
+    driving.pair.to_destination.cut = driving.pair.to_source.cut = True
+    driving.pair.destination.room(2)
+    await other.reserve()
+    running = asyncio.ensure_future(finished(other))
+    await until(lambda: driving.pair.source.journalled == "performing")
+    driving.pair.to_destination.cut = driving.pair.to_source.cut = False
+    followed = await driving.reaches(ID, pb.MIGRATION_STATE_ACTIVE)
+    assert followed.attempt == 3
+    driving.pair.wire.all_sent.set()
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.attempt, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, 3, "h2")
+    await running
+    driving.pair.moved()
+
+
+@pytest.mark.parametrize(
+    ("ref", "uuid", "source"), [(REF, UUID, "h1"), (LATER, "another", "h1"), (LATER, UUID, "h9")], ids=["ours", "guest", "source"]
+)
+async def test_8_2_no_record_of_something_else_is_taken_for_a_later_attempt(
+    pair: Pair, ref: handshake_pb2.AttemptRef, uuid: str, source: str
+) -> None:
+    driver = pair.driver()
+    record = destination_record(ref=ref, domain_uuid=uuid, peer_host=source)
+    pair.to_destination.answer["get_record"] = lambda _: handshake_pb2.GetRecordResponse(record=record)
+    await pair.destination.engine.reserve_slot(reserve())
+    assert await driver.later("destination") is None

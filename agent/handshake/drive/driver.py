@@ -233,7 +233,7 @@ class Driver(Reader):
         elif call is Call.PERFORM and error.reason is Reason.BUSY:
             with contextlib.suppress(DroverError):  # a slot has become prepared meanwhile: it is waited for once more
                 await self._look("destination")
-        elif call in _MAY_BE_REFUSED and error.reason not in _TRANSIENT | _STALE and not isinstance(error, StateUnknownError):
+        elif call in _MAY_BE_REFUSED and _refuses(error) and not isinstance(error, StateUnknownError):
             self.view.waiting_for = ""
             self.view.cancel(Failure.of(error))
         # Before the same call is made again, and before the record is read.
@@ -271,3 +271,8 @@ class Driver(Reader):
         except DroverError as error:
             log.debug("a watch ended", migration=self.view.ref.migration_id, side=side, error=error.message)
             await self._pauses[side].pause()
+
+
+def _refuses(error: DroverError) -> bool:
+    """Return whether the same call would fail again: also where another driver has cancelled the migration."""
+    return error.reason not in _TRANSIENT | _STALE or "cancelled" in error.metadata
