@@ -87,6 +87,7 @@ class Runner:
         ends = source.handshake, destination.handshake
         driver = Driver(entry.ref, *ends, plan, update, self._bus, self._clock, request)
         driver.calls.start = functools.partial(self.sharing.start, entry)
+        driver.slots.may_wait = entry.may_wait
         if entry.any_host:
             driver.slots.may_have("destination")  # its choice has taken it
         entry.planned_at = self._clock.monotonic() if plan.network else float("-inf")  # without one it is planned again first

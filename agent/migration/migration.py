@@ -134,6 +134,11 @@ class Entry:
         return self.migration.settings.slot_wait.ToNanoseconds() / 1e9 - age_of(self.migration)[0]
 
     @property
+    def may_wait(self) -> bool:
+        """Whether it waits where its slots do not let it transfer. One that was taken over does: its record does not say."""
+        return bool(self.slot_wait) or self.migration.spec.wait_mode == pb.WAIT_MODE_WAIT
+
+    @property
     def any_host(self) -> bool:
         """Whether its destination was chosen, and may change until it has its slot."""
         return not self.migration.spec.destination_host

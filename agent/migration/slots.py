@@ -37,9 +37,6 @@ from drover.agent.v1 import migration_pb2 as pb
 ADVICE_SECONDS: Final = 10.0
 """How long the hosts are shown that could take the guest in place of the one at which it waits: to find them costs calls."""
 
-_NO_ROOM: Final = frozenset({Reason.BANDWIDTH_INSUFFICIENT, Reason.BUSY})
-"""Why a migration with both slots waits again, such as BUSY where its guest costs more than was known."""
-
 MakeDriver = Callable[[Entry, Chosen], Driver]
 
 
@@ -143,7 +140,7 @@ class SlotTaker:
             self._sharing.admit(entry)
             await driver.reserve()
         except DroverError as error:
-            if error.reason in _NO_ROOM:
+            if error.reason in (Reason.BANDWIDTH_INSUFFICIENT, Reason.BUSY):  # such as a guest that costs more than was known
                 await driver.slots.release(keep_place=True)
             raise
 

@@ -82,6 +82,7 @@ def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
             importance=pb.Importance.ValueType(claim.importance),
             max_downtime=duration(record.max_downtime) if record.max_downtime else None,
             options=options_to_proto(record.user_options),
+            wait_mode=pb.WAIT_MODE_WAIT,
         ),
         state=pb.MIGRATION_STATE_ACTIVE,
         attempt=record.attempt,

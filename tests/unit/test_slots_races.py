@@ -9,8 +9,8 @@ from agent.admission.values import Direction, Kind
 from agent.runtime.errors import Reason
 from drover.agent.v1 import admission_pb2 as pb
 from drover.agent.v1 import handshake_pb2
-from tests.unit.asking import ID, begin, fails, finish, finished, perform, prepare, reserve, until
-from tests.unit.test_slots_of_records import INCOMING, PREPARED, TRANSFERRING, acquire, listed
+from tests.unit.asking import CANCELLED, ID, begin, fails, finish, finished, perform, prepare, reserve, until
+from tests.unit.test_slots_of_records import INCOMING, OUTGOING, PREPARED, TRANSFERRING, acquire, listed
 from tests.unit.two_agents import Agent, Pair, pair_of_agents
 
 RELEASE = pb.ReleaseSlotRequest(migration_id=ID, direction=INCOMING, keep_place=True)
@@ -113,3 +113,35 @@ async def test_8_2_a_driver_whose_slot_was_given_back_before_perform_waits_for_i
     await pair.destination.engine.release_slot(pb.ReleaseSlotRequest(migration_id="other", direction=INCOMING))
     await running
     pair.moved()
+
+
+async def test_8_2_a_fail_fast_migration_whose_slot_was_given_back_ends_with_busy(pair: Pair) -> None:
+    driver = pair.driver()
+    driver.slots.may_wait = False
+    await driver.reserve()
+    await pair.destination.engine.release_slot(RELEASE)
+    await pair.destination.engine.acquire_slot(acquire("other"))
+    await finished(driver)
+    pair.stayed()
+    assert driver.view.failure is not None
+    assert (driver.view.failure.reason, driver.view.failure.metadata["limit"]) == (Reason.BUSY, "incoming_limit")
+
+
+async def test_8_2_a_prepared_migration_that_ends_while_it_waits_leaves_no_place(pair: Pair) -> None:
+    driver, aborts = pair.driver(), pair.to_source.abort
+
+    async def overtaken(request: handshake_pb2.AbortRequest) -> handshake_pb2.AbortResponse:
+        response: handshake_pb2.AbortResponse = await aborts(request)
+        await pair.source.engine.acquire_slot(acquire(ID, OUTGOING, place_only=True))  # the driver's last call, on its way until now
+        return response
+
+    vars(pair.to_source)["abort"] = overtaken
+    await driver.reserve()
+    await pair.destination.engine.release_slot(RELEASE)
+    await pair.destination.engine.acquire_slot(acquire("other"))
+    running = asyncio.ensure_future(finished(driver))
+    await until(lambda: driver.view.wait is not None)
+    driver.view.cancel(CANCELLED)
+    await running
+    pair.stayed()
+    assert (await listed(pair.source), await listed(pair.destination)) == ([], [("other", TRANSFERRING, False, 0)])

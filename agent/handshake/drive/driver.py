@@ -152,6 +152,8 @@ class Driver(Reader):
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
+        if self.view.ended and self.slots.waits_to_transfer:
+            await self.slots.release()
 
     def _decide(self) -> frozenset[Call]:
         """Return the calls that must be under way now, and tell if they have changed."""
@@ -230,7 +232,7 @@ class Driver(Reader):
             not_begun = not self.calls.transfer_asked and self.view.source_state in (None, Src.BEGINNING, Src.BEGUN)
             if not_begun and self.view.silent_for(side) > PATIENCE:
                 self.view.cancel(Failure.of(error))
-        elif call is Call.PERFORM and error.reason is Reason.BUSY:
+        elif call is Call.PERFORM and error.reason is Reason.BUSY and self.slots.may_wait:
             with contextlib.suppress(DroverError):  # a slot has become prepared meanwhile: it is waited for once more
                 await self._look("destination")
         elif call in _MAY_BE_REFUSED and _refuses(error) and not isinstance(error, StateUnknownError):

@@ -75,6 +75,10 @@ class BothSlots:
         """The side that was called last, to which an error belongs."""
         self.other_driver = ""
         """Another driver that waits for the same migration, as a host said; empty: none."""
+        self.may_wait = True
+        """Whether it waits for the right to transfer, where that is refused."""
+        self.waits_to_transfer = False
+        """It has waited for that in vain: what it asked for in the last moment may have left a place in a queue."""
         self._peers = {"source": source, "destination": destination}
         self._request = request
         self._on_wait = on_wait
@@ -93,12 +97,19 @@ class BothSlots:
 
     async def right_to_transfer(self, source: handshake_pb2.Record | None, destination: handshake_pb2.Record | None) -> None:
         """Wait for the right to transfer at both hosts, where the slots of their records are only prepared ones. Raises as
-        `acquire`."""
+        `acquire`; BUSY if it may not wait."""
+        self._asked |= set(DIRECTION)
         for side, record in (("source", source), ("destination", destination)):
             transferring = record is None or not record.HasField("slot") or record.slot.transferring
             self._held[side] = TRANSFERRING if transferring else PREPARED
-        if min(self._held.values()) < TRANSFERRING:
+        missing = [side for side in DIRECTION if not self.has(side, TRANSFERRING)]
+        if not self.may_wait:
+            for side in missing:
+                await self.take(side, TRANSFERRING)
+        elif missing:
+            self.waits_to_transfer = True
             await self.acquire(TRANSFERRING)
+            self.waits_to_transfer = False
 
     def may_have(self, side: str) -> None:
         """Note that a slot of a side may have been taken by another call, so that it is given back in the end."""
