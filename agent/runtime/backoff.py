@@ -92,6 +92,8 @@ EFFECT: Final = Backoff(0.2, 2, 5.0)
 """An effect that the hypervisor or the journal refused: each try is a job of the hypervisor and a write of the journal."""
 OTHER_HOST: Final = Backoff(0.4, 2, 1.0)
 """The agent of another host in a migration: a guest may be paused until it answers, and several drivers may call it."""
+CANDIDATE: Final = Backoff(4.0, 2, 60.0)
+"""The breaker of a peer that may be chosen for a guest: each try without an answer holds up the choice, and others may be chosen."""
 ANSWERED: Final = Backoff(0.4, 1, 0.4)
 """The agent of another host, after an answer that the next one may change: a phase has ended, or a decision was made."""
 SLOT: Final = Backoff(0.5, 2, 5.0)

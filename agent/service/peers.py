@@ -17,7 +17,7 @@ from agent.migration.placement import rank
 from agent.migration.takeover import taken_over
 from agent.runtime.address import parse_address
 from agent.runtime.alongside import alongside
-from agent.runtime.backoff import OTHER_HOST
+from agent.runtime.backoff import CANDIDATE, OTHER_HOST
 from agent.runtime.breaker import Breaker
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -33,6 +33,11 @@ log = structlog.get_logger()
 
 MAX_CHANNELS: Final = 64
 """Most channels that are kept open. Anybody may name an address, and an open channel costs some 60 KiB."""
+
+
+CANDIDATE_SECONDS: Final = 1.0
+"""Within this time a peer answers that may be chosen for a guest: all are asked at once, and one that hangs shall not hold up the
+choice. After three silences a breaker leaves it out for a time."""
 
 
 class Channels:
@@ -70,10 +75,10 @@ def other_side(channels: Channels, attempt: Attempt) -> OtherHost | None:
     return RemotePeer(lambda: channels.get(record.peer_agent), record.peer_host)
 
 
-async def ask_host(channel: grpc.aio.Channel, name: str) -> host_pb2.Host:
+async def ask_host(channel: grpc.aio.Channel, name: str, within: float = QUESTION_SECONDS) -> host_pb2.Host:
     """Return an agent's description of its host. Raises HOST_UNREACHABLE, DEADLINE_EXCEEDED."""
     call = host_pb2_grpc.HostServiceStub(channel).GetHost
-    return (await answer_of(call(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS), name)).host
+    return (await answer_of(call(host_pb2.GetHostRequest(), timeout=within), name)).host
 
 
 def leaving_request(spec: pb.MigrationSpec) -> host_pb2.GetDomainRequest:
@@ -90,6 +95,7 @@ class PeerDirectory:
     ) -> None:
         self._heard = heard
         self._breaker = Breaker(OTHER_HOST, NO_ANSWER, bus)
+        self._candidates = Breaker(CANDIDATE, NO_ANSWER, bus)
         self._host = host
         self._own_address = own_address
         self._peers = peers
@@ -136,14 +142,18 @@ class PeerDirectory:
             return rank(spec, self._source(), guest, await asking)
 
     async def _ask_peers(self) -> dict[str, Side | None]:
-        """Return every peer of the configuration, None for one that does not answer."""
-        asked = [self._ask(name, address) for name, address in self._peers.items()]
+        """Return every peer of the configuration, None for one that does not answer soon."""
+        asked = [self._ask_candidate(name, address) for name, address in self._peers.items()]
         answers = zip(self._peers.items(), await asyncio.gather(*asked, return_exceptions=True), strict=True)
         return {name: self._side(host, at) if isinstance(host, host_pb2.Host) else None for (name, at), host in answers}
 
     async def _ask(self, name: str, address: str) -> host_pb2.Host:
         with self._breaker.guard(name):
             return await ask_host(self._channels.get(address), name)
+
+    async def _ask_candidate(self, name: str, address: str) -> host_pb2.Host:
+        with self._candidates.guard(name):
+            return await ask_host(self._channels.get(address), name, CANDIDATE_SECONDS)
 
     def _side(self, host: host_pb2.Host, address: str) -> Side:
         self._answered.pop(host.name, None)
