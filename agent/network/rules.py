@@ -9,6 +9,8 @@ from drover.agent.v1 import host_pb2
 
 MIGRATION_ROLE = "migration"
 
+_LEAST_RATE = 1 << 20
+"""Least rate in bytes per second: libvirt enforces limits in MiB/s."""
 _RATES = ("capacity", "cap", "max", "default")
 _ORDERED = (("max", "cap"), ("max", "capacity"), ("default", "max"), ("default", "cap"), ("default", "capacity"))
 """Pairs of rates of which the first, where both are set, may not exceed the second."""
@@ -33,6 +35,9 @@ def checked(rules: host_pb2.NetworkRules) -> host_pb2.NetworkRules:
     for name, rate in rates.items():
         if rate < 0:
             raise invalid_field(f"rules.{name}_bytes_per_second", f"{rate} is negative")
+        if 0 < rate < _LEAST_RATE:
+            text = f"{rate} cannot be enforced: the least rate is {_LEAST_RATE} bytes per second (1 MiB/s); 0 means none"
+            raise invalid_field(f"rules.{name}_bytes_per_second", text)
     for less, more in _ORDERED:
         if 0 < rates[more] < rates[less]:
             raise invalid_field(

@@ -203,10 +203,12 @@ RULES = 'name = "a"\n[[networks]]\nname = "mig"\n{}\n[[networks]]\nname = "other
 
 
 def test_8_4_a_network_of_an_agent_alone_has_rules(tmp_path: Path) -> None:
-    text = RULES.format('cidrs = ["10.92.0.9/24", "fd00:92::/64"]\ntenants = ["acme"]\nmax_bytes_per_second = 5\nfallback = true')
+    text = RULES.format(
+        'cidrs = ["10.92.0.9/24", "fd00:92::/64"]\ntenants = ["acme"]\nmax_bytes_per_second = 5_000_000\nfallback = true'
+    )
     network = load(write(tmp_path, text), AgentConfig).networks[0].definition()
     assert (list(network.rules.cidrs), list(network.roles)) == (["10.92.0.0/24", "fd00:92::/64"], ["migration"])
-    assert (list(network.rules.tenants), network.rules.max_bytes_per_second, network.rules.fallback) == (["acme"], 5, True)
+    assert (list(network.rules.tenants), network.rules.max_bytes_per_second, network.rules.fallback) == (["acme"], 5_000_000, True)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +219,8 @@ def test_8_4_a_network_of_an_agent_alone_has_rules(tmp_path: Path) -> None:
         ('cidrs = ["mig"]', "networks[0].cidrs[0]: expected a range"),
         ('cidrs = ["10.0.0.0/8"]', "networks[0].cidrs[0]: overlaps a range of network other"),
         (
-            'cidrs = ["10.92.0.0/24"]\nmax_bytes_per_second = 9\ncap_bytes_per_second = 5',
-            "networks[0].max_bytes_per_second: 9 is more",
+            'cidrs = ["10.92.0.0/24"]\nmax_bytes_per_second = 9_000_000\ncap_bytes_per_second = 5_000_000',
+            "networks[0].max_bytes_per_second: 9000000 is more",
         ),
     ],
 )

@@ -26,7 +26,7 @@ def interface(name: str, *addresses: str, up: bool = True, mtu: int = 1500, line
 
 
 def test_8_4_rules_get_their_normal_form() -> None:
-    given = rules("10.92.0.7/24", "FD00:92::7/64", "10.93.0.1", tenants=["blue", "acme", "blue"], max=5, cap=9)
+    given = rules("10.92.0.7/24", "FD00:92::7/64", "10.93.0.1", tenants=["blue", "acme", "blue"], max=5, cap=9 << 20)
     normal = checked(given)
     assert list(normal.cidrs) == ["10.92.0.0/24", "fd00:92::/64", "10.93.0.1/32"]
     assert list(normal.tenants) == ["acme", "blue"]
@@ -48,11 +48,12 @@ def test_8_4_rules_get_their_normal_form() -> None:
         (rules(tenants=["a", " "]), "rules.tenants[1]"),
         (rules(tenants=["a\nb"]), "rules.tenants[0]"),
         (rules(cap=-1), "rules.cap_bytes_per_second"),
-        (rules(max=11, cap=10), "rules.max_bytes_per_second"),
-        (rules(max=11, capacity=10), "rules.max_bytes_per_second"),
-        (rules(default=11, max=10), "rules.default_bytes_per_second"),
-        (rules(default=11, cap=10), "rules.default_bytes_per_second"),
-        (rules(default=11, capacity=10), "rules.default_bytes_per_second"),
+        (rules(cap=(1 << 20) - 1), "rules.cap_bytes_per_second"),
+        (rules(max=11 << 20, cap=10 << 20), "rules.max_bytes_per_second"),
+        (rules(max=11 << 20, capacity=10 << 20), "rules.max_bytes_per_second"),
+        (rules(default=11 << 20, max=10 << 20), "rules.default_bytes_per_second"),
+        (rules(default=11 << 20, cap=10 << 20), "rules.default_bytes_per_second"),
+        (rules(default=11 << 20, capacity=10 << 20), "rules.default_bytes_per_second"),
     ],
 )
 def test_8_4_bad_rules_name_their_field(bad: host_pb2.NetworkRules, field: str) -> None:

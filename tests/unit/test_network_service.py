@@ -127,8 +127,8 @@ async def test_8_4_networks_are_made_changed_listed_and_removed(cluster: Cluster
     made = await cluster.add("mig", "10.92.0.9/24", tenants=["acme"])
     assert (list(made.rules.cidrs), made.migration_role, made.revoking) == (["10.92.0.0/24"], True, False)
     await cluster.add("alt", "10.93.0.0/24", "fd00:93::/64", role=False)
-    changed = await cluster.set("mig", cap_bytes_per_second=5, fallback=True)
-    assert (changed.rules.cap_bytes_per_second, changed.rules.fallback, list(changed.rules.tenants)) == (5, True, ["acme"])
+    changed = await cluster.set("mig", cap_bytes_per_second=5_000_000, fallback=True)
+    assert (changed.rules.cap_bytes_per_second, changed.rules.fallback, list(changed.rules.tenants)) == (5_000_000, True, ["acme"])
     assert changed.revision > made.revision
     assert not (await cluster.set("mig", "tenants")).rules.tenants
     listed = await cluster.service.ListNetworks(network_pb2.ListNetworksRequest(page_size=1), NO_CONTEXT)
@@ -165,7 +165,7 @@ async def test_8_4_each_bad_input_has_its_error_and_changes_nothing(cluster: Clu
     await refused(lambda: cluster.add("new", "nonsense"), Reason.INVALID_FIELD, "rules.cidrs[0]")
     await refused(lambda: cluster.add("-bad-", "10.99.0.0/24"), Reason.INVALID_FIELD, "network.name")
     await refused(
-        lambda: cluster.add("new", "10.99.0.0/24", max_bytes_per_second=9, cap_bytes_per_second=8),
+        lambda: cluster.add("new", "10.99.0.0/24", max_bytes_per_second=9_000_000, cap_bytes_per_second=8_000_000),
         Reason.INVALID_FIELD,
         "rules.max_bytes_per_second",
     )
@@ -248,10 +248,10 @@ async def test_8_4_what_was_written_elsewhere_is_learnt_by_the_refusal(cluster: 
     await cluster.add("mig", "10.92.0.0/24")
     other = Cluster(cluster.store)
     await other.table.open()
-    await other.set("mig", cap_bytes_per_second=5)
+    await other.set("mig", cap_bytes_per_second=5_000_000)
     await cluster.refused_at_first(lambda: cluster.set("mig", fallback=True))
     changed = await cluster.set("mig", fallback=True)
-    assert (changed.rules.cap_bytes_per_second, changed.rules.fallback) == (5, True)
+    assert (changed.rules.cap_bytes_per_second, changed.rules.fallback) == (5_000_000, True)
     await other.table.open()
     await other.remove("mig")
     await cluster.refused_at_first(lambda: cluster.remove("mig"))
