@@ -267,14 +267,6 @@ class Desk:
             self.ledger.free(book, claim, completed=completed)
             self.ledger.serve(book)
 
-    async def pending(self, migration_id: str) -> Place | None:
-        """Return an outgoing place, with what a driver needs to take it over."""
-        return await self.ledger.places.get(Direction.OUTGOING, migration_id)
-
-    async def waiting(self) -> list[Place]:
-        """Return every outgoing place that can be taken over, the oldest first."""
-        return [place for place in await self.ledger.places.load() if place.direction is Direction.OUTGOING and place.pending]
-
     # ---- settings
 
     async def update(self, request: host_pb2.UpdateHostRequest) -> None:

@@ -97,13 +97,13 @@ class Ledger:
                 return
             settings, places = await self._store.settings(), await self.places.load()
             epochs = [claim.slot.epoch for book in self.books.values() for claim in book.claims() if claim.slot is not None]
-            above = max((number >> _LIFE_BITS for number in [*epochs, *(place.place for place in places)]), default=0)
+            above = max((number >> _LIFE_BITS for number in [*epochs, *(place.place for place, _ in places)]), default=0)
             life = await self._store.next_life(above)
             if settings is not None:
                 self._hold(msgspec.msgpack.decode(settings, type=Settings))
             now, wall = self.now, time.time()
-            for place in places:
-                self._return(self.books[place.direction], place.claim(now, wall), now)
+            for place, stored in places:
+                self._return(self.books[place.direction], place.claim(now, wall, stored), now)
             self._numbers.last = life << _LIFE_BITS
             self._sweep()
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import structlog
 
-from agent.admission.store import Place, Store, checksum, decode, encode
+from agent.admission.store import Place, Store, checksum, decode, decode_briefly, encode
 from agent.admission.values import MEDIUM, Claim, Direction, Kind
 from agent.runtime.errors import DroverError
 
@@ -48,13 +48,13 @@ class Places:
         self._cancelled: dict[str, float] = {}
         """By migration: when it was cancelled, as Unix time; the oldest first."""
 
-    async def load(self) -> list[Place]:
-        """Return all, the oldest first, and remember which migrations were cancelled."""
-        rows = [decode(body) for body in await self._store.places()]
-        for row in sorted(rows, key=lambda row: row.cancelled):
+    async def load(self) -> list[tuple[Place, int]]:
+        """Return all without `pending`, and the checksum of each row, the oldest first. Remember which migrations were cancelled."""
+        rows = await self._store.places(decode_briefly)
+        for row, _ in sorted(rows, key=lambda row: row[0].cancelled):
             if row.cancelled:
                 self._cancelled.setdefault(row.migration_id, row.cancelled)
-        return sorted((row for row in rows if not row.cancelled), key=lambda place: place.place)
+        return sorted((row for row in rows if not row[0].cancelled), key=lambda row: row[0].place)
 
     async def get(self, direction: Direction, migration_id: str) -> Place | None:
         body = await self._store.place(direction, migration_id)

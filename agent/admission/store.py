@@ -1,11 +1,14 @@
 """What admission keeps over restarts of the agent, and the interface of its store."""
 
 import zlib
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from agent.admission.values import Ask, Claim, Direction, Kind
+
+T = TypeVar("T")
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,11 +30,12 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     cancelled: float = 0.0
     """When the migration was cancelled, as Unix time: the row remembers that, and is no place. 0: it waits."""
 
-    def claim(self, now: float, wall: float) -> Claim:
-        """Return the claim, at the times `now` and `wall` of the book's clock and of the wall clock."""
+    def claim(self, now: float, wall: float, stored: int) -> Claim:
+        """Return the claim, at the times `now` and `wall` of the book's clock and of the wall clock. `stored`: checksum of its
+        row."""
         ask = Ask(self.migration_id, self.kind, self.peer, self.importance, self.memory)
         since = now - max(0.0, wall - self.since)
-        return Claim(ask, self.place, since, driver=self.driver, stored=checksum(encode(self)))
+        return Claim(ask, self.place, since, driver=self.driver, stored=stored)
 
 
 def encode(place: Place) -> bytes:
@@ -40,6 +44,11 @@ def encode(place: Place) -> bytes:
 
 def decode(data: bytes) -> Place:
     return msgspec.msgpack.decode(data, type=Place)
+
+
+def decode_briefly(data: bytes) -> tuple[Place, int]:
+    """Return a place without `pending`, and the checksum of its row: a thousand of them fit in memory."""
+    return msgspec.structs.replace(decode(data), pending=b""), checksum(data)
 
 
 def checksum(data: bytes) -> int:
@@ -60,7 +69,9 @@ class Store(Protocol):
 
     async def place(self, direction: str, migration_id: str) -> bytes | None: ...
 
-    async def places(self) -> list[bytes]: ...
+    async def places(self, read: Callable[[bytes], T]) -> list[T]:
+        """Return what `read` makes of each row. Only one row is in memory at a time."""
+        ...
 
     async def put_settings(self, body: bytes) -> None: ...
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ async def test_8_2_a_place_that_was_given_back_leaves_no_row_wherever_its_call_w
             await asyncio.wait({waiting})
             desk.release(OUTGOING, "one", keep_place=False)
             await desk.ledger.places.close()
-            assert await desk.waiting() == [], f"cancelled after {turns} turns of the loop"
+            assert await desk.ledger.places.load() == [], f"cancelled after {turns} turns of the loop"
 
 
 async def test_8_1_a_record_is_not_made_with_a_slot_that_is_too_small_for_its_guest(tmp_path: Path) -> None:
@@ -60,3 +61,19 @@ async def test_8_1_a_record_is_not_made_with_a_slot_that_is_too_small_for_its_gu
         async with desk.taking(OUTGOING, Ask("big", memory=200)) as claim:
             assert claim.slot is not None
             assert claim.slot.cost == book.transferring == 2
+
+
+async def test_8_2_the_places_of_an_earlier_life_take_little_memory_and_what_they_carry_stays(tmp_path: Path) -> None:
+    async with desk_in(tmp_path) as desk:
+        await desk.acquire(OUTGOING, Ask("other"))
+        for number in range(100):
+            await desk.keep_place(OUTGOING, Ask(f"m{number}"), Caller("co", bytes(1 << 18)))
+    async with desk_in(tmp_path) as desk:
+        tracemalloc.start()
+        await desk.ledger.open()
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+        tracemalloc.stop()
+        assert len(desk.books[OUTGOING].in_order()) == 100
+        place = await desk.ledger.places.get(OUTGOING, "m7")
+        assert place is not None
+        assert len(place.pending) == 1 << 18

@@ -121,10 +121,10 @@ async def test_8_2_whoever_waits_gets_what_is_given_back_and_its_row_goes_with_i
     assert await listed(agent) == [("holds", TRANSFERRING, False, 0), (ID, TRANSFERRING, True, 1)]
     await agent.engine.release_slot(pb.ReleaseSlotRequest(migration_id="holds", direction=INCOMING))
     assert (await waits).slot.kind == TRANSFERRING
-    assert len(await agent.journal.admission.places()) == 1
+    assert len(await agent.journal.admission.places(bytes)) == 1
     await agent.engine.reserve_slot(reserve())
     await agent.engine.desk.ledger.places.close()
-    assert await agent.journal.admission.places() == []
+    assert await agent.journal.admission.places(bytes) == []
 
 
 async def test_8_2_a_wait_that_is_over_says_what_it_waits_for(pair: Pair) -> None:
@@ -313,4 +313,4 @@ async def test_8_2_nothing_is_kept_of_a_migration_that_is_not_the_one_that_waits
     pending = migration_pb2.Migration(migration_id=migration_id, state=state)
     refused = await fails(pair.source.engine.acquire_slot(acquire(ID, OUTGOING, wait=1, pending=pending)), Reason.INVALID_FIELD)
     assert refused.metadata["field"] == field
-    assert (await listed(pair.source), await pair.source.journal.admission.places()) == ([], [])
+    assert (await listed(pair.source), await pair.source.journal.admission.places(bytes)) == ([], [])

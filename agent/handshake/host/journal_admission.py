@@ -1,9 +1,12 @@
 """The rows of admission in the agent's journal: places in queues, and the host's settings."""
 
 import sqlite3
-from typing import Final, cast
+from collections.abc import Callable
+from typing import Final, TypeVar, cast
 
 from agent.runtime.sqlite import Database
+
+T = TypeVar("T")
 
 SCHEMA: Final = """
     CREATE TABLE places (
@@ -46,8 +49,8 @@ class AdmissionRows:
         found = await self._read("SELECT body FROM places WHERE direction = ? AND migration_id = ?", direction, migration_id)
         return found[0] if found else None
 
-    async def places(self) -> list[bytes]:
-        return await self._read("SELECT body FROM places")
+    async def places(self, read: Callable[[bytes], T]) -> list[T]:
+        return await self._db.read(lambda connection: [read(body) for (body,) in connection.execute("SELECT body FROM places")])
 
     async def put_settings(self, body: bytes) -> None:
         await self._db.transaction(
