@@ -26,7 +26,7 @@ def interface(name: str, *addresses: str, up: bool = True, mtu: int = 1500, line
 
 
 def test_8_4_rules_get_their_normal_form() -> None:
-    given = rules("10.92.0.7/24", "FD00:92::7/64", "10.93.0.1", tenants=["blue", "acme", "blue"], max=5, cap=9 << 20)
+    given = rules("10.92.0.7/24", "FD00:92::7/64", "10.93.0.1", tenants=["blue", "acme", "blue"], max=5 << 20, cap=9 << 20)
     normal = checked(given)
     assert list(normal.cidrs) == ["10.92.0.0/24", "fd00:92::/64", "10.93.0.1/32"]
     assert list(normal.tenants) == ["acme", "blue"]
