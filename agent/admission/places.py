@@ -84,8 +84,7 @@ class Places:
 
     async def cancel(self, migration_id: str) -> None:
         """Remember that the migration was cancelled: at once, and durably when it returns. Raises JOURNAL_UNAVAILABLE."""
-        if migration_id in self._cancelled:
-            return
+        self._cancelled.pop(migration_id, None)
         now = self._cancelled[migration_id] = time.time()
         for old in list(self._cancelled)[:-MOST_CANCELLED]:
             del self._cancelled[old]
