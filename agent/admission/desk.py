@@ -7,7 +7,7 @@ from typing import Final
 
 from agent.admission.book import Book
 from agent.admission.ledger import Ledger
-from agent.admission.places import NOBODY, Caller, is_over
+from agent.admission.places import NOBODY, Caller
 from agent.admission.settings import Configured
 from agent.admission.store import Place, Store
 from agent.admission.values import Ask, Claim, Direction, Kind, Standing
@@ -245,10 +245,14 @@ class Desk:
 
     def attach(self, direction: Direction, claim: Claim) -> None:
         """Note that a record holds the slot durably; its end must call `ended`."""
-        book = self.books[direction]
-        book.attach(claim)
-        if is_over(claim):
-            self.ledger.places.forget(book.direction, claim)
+        self.books[direction].attach(claim)
+
+    def flows(self, direction: Direction, migration_id: str) -> None:
+        """Note that the memory of a migration flows, by its record: its place in the queue is not needed again."""
+        claim = self.books[direction].find(migration_id)
+        if claim is not None and claim.slot is not None:
+            claim.slot.flows = True
+            self.ledger.places.forget(direction, claim)
 
     def force(self, direction: Direction, migration_id: str) -> Claim | None:
         """Let the slot of a record transfer, also beyond the limit: its memory flows. None: there is none."""
@@ -266,6 +270,17 @@ class Desk:
         if claim is not None and claim.attached:
             self.ledger.free(book, claim, completed=completed)
             self.ledger.serve(book)
+
+    def returned(self, direction: Direction, migration_id: str, *, silent: bool) -> None:
+        """Free the slot of a record whose attempt has ended before its transfer; a migration that may wait keeps its place for its
+        next attempt. `silent`: its driver does not call any more."""
+        claim = self.books[direction].find(migration_id)
+        if claim is None or claim.slot is None or not claim.stored:
+            self.ended(direction, migration_id, completed=False)
+            return
+        claim.slot.attached = False
+        claim.seen = claim.seen if silent else self.ledger.now
+        self.release(direction, migration_id, keep_place=True)
 
     # ---- settings
 

@@ -1,7 +1,7 @@
 """Both books of a host: kept durable, told to others, and swept when something becomes due.
 
 A slot that no record holds lives in memory only and expires after the lease. A place in a queue is a row of the journal, from before
-its first answer until a record holds the transferring slot, or it is given back or expires.
+its first answer until memory flows, or it is given back or expires.
 """
 
 import asyncio
@@ -82,10 +82,10 @@ class Ledger:
 
     # ---- lives
 
-    def recount(self, direction: Direction, ask: Ask, *, epoch: int, cost: int, since: float) -> None:
+    def recount(self, direction: Direction, ask: Ask, *, epoch: int, cost: int, since: float, flows: bool = False) -> None:
         """Add the slot of a record of an earlier life, before `open`; the oldest first. `since`: Unix time."""
         now = self.now
-        slot = Slot(ask.kind, cost, epoch, now - max(0.0, time.time() - since), attached=True)
+        slot = Slot(ask.kind, cost, epoch, now - max(0.0, time.time() - since), attached=True, flows=flows)
         self.books[direction].adopt(Claim(ask, epoch, slot.since, slot), now)
 
     async def open(self) -> None:
@@ -111,7 +111,7 @@ class Ledger:
         known = book.find(claim.migration_id)
         if known is None:
             book.adopt(claim, now)
-        elif known.has(Kind.TRANSFERRING):
+        elif is_over(known):
             self.places.forget(book.direction, claim)
         else:
             known.ask, known.place, known.stored = claim.ask, claim.place, claim.stored

@@ -132,5 +132,5 @@ class Places:
 
 
 def is_over(claim: Claim) -> bool:
-    """Return whether a place is not needed any more: a record holds the slot that allows everything."""
-    return claim.attached and claim.has(Kind.TRANSFERRING)
+    """Return whether a place is not needed any more: memory flows. Before, an attempt may end and its migration go on."""
+    return claim.slot is not None and claim.slot.flows

@@ -65,6 +65,8 @@ class Slot:
     """Grant that its peer had before this one: a prepared migration keeps its turn by it."""
     attached: bool = False
     """A record of the handshake holds it: it ends with the record. Else it expires."""
+    flows: bool = False
+    """The record says that memory may flow: no place in the queue is needed again."""
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
+from agent.migration.again import begins_again, follow, is_kept, wait_again
 from agent.migration.choice import Choice, Chosen
 from agent.migration.collection import Collection
 from agent.migration.links import Links, links_of
@@ -23,21 +24,18 @@ from agent.migration.progress import describe, impossible
 from agent.migration.sharing import Sharing
 from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
-from agent.migration.waiting import begins_again, end_prepared_wait, is_waited_for, tell_changes
+from agent.migration.waiting import end_prepared_wait, is_waited_for, tell_changes
 from agent.runtime.alongside import alongside
-from agent.runtime.backoff import OTHER_HOST, STORE, Clock, Pauses
+from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
-from agent.runtime.wire import cut, duration
+from agent.runtime.wire import duration
 from drover.agent.v1 import admission_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
-
-MOST_WARNINGS: Final = 15
-"""Warnings that a next attempt keeps."""
 
 REPORT_AFTER_SECONDS: Final = 0.01
 """Delay before the news of a driver are published; those that come meanwhile go with them."""
@@ -101,7 +99,7 @@ class Runner:
         """Return the request for a slot. That of a source has the migration, for its agent to go on with if this driver dies."""
         request = slot_request(entry.migration.migration_id, side, plan)
         request.importance, request.driver = entry.migration.settings.importance, self._name
-        if side == "source" and entry.unbegun:
+        if side == "source" and entry.slot_wait and not entry.final:
             request.pending.CopyFrom(entry.as_stored())
             request.peer_agent = plan.destination_agent
         return request
@@ -109,9 +107,10 @@ class Runner:
     async def _drive(self, entry: Entry) -> None:
         """Drive to the end. Without a driver (after a restart, a take-over, or a cancelled one), resume from the records."""
         try:
-            begins = entry.driver is not None
+            begins, pauses = entry.driver is not None, Pauses(SLOT, self._clock)
             while await self._drive_attempt(entry, begins=begins):
                 begins = False
+                await pauses.pause(entry.cancel_asked)
         except asyncio.CancelledError:
             entry.driver = None  # the next one reads the records first
             raise
@@ -266,32 +265,36 @@ class Runner:
             entry.tuner = None
             tuning.cancel()
         ended = describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall)
-        if begins_again(entry, driver, ended) and await self._begin_again(entry, ended.failure.message):
+        kept = is_kept(driver.view)
+        if kept and entry.slot_wait and await self._goes_on(entry, driver, ended):
             return True
         self._collection.publish(entry, ended)
         entry.driver = None
         self._on_told(entry)
         await entry.save_if_possible()
+        if kept and entry.may_wait:
+            await driver.slots.leave(cancelled=entry.cancelled is not None)
         return False
 
-    async def _begin_again(self, entry: Entry, why: str) -> bool:
-        """Let the migration wait for its slots again, as its next attempt. Return whether that is saved."""
-
-        def change(again: pb.Migration) -> None:
-            again.attempt += 1
-            again.state = pb.MIGRATION_STATE_PENDING
-            again.ClearField("slot_duration")
-            again.warnings[:] = [*again.warnings[-MOST_WARNINGS:], cut(f"it waited for its slots again, as {why}", 1000)]
-
+    async def _goes_on(self, entry: Entry, driver: Driver, ended: pb.Migration) -> bool:
+        """Change the migration, durably, to an attempt that another driver has made after this one, else to its next one if it may
+        wait again. Return whether there is one. This attempt has ended, and the guest is untouched by it."""
+        if (later := await driver.later("source") or await driver.later("destination")) is not None:
+            change = functools.partial(follow, later=later)
+        elif begins_again(entry, driver, ended):
+            change = functools.partial(wait_again, why=ended.failure.message)
+        else:
+            return False
         try:
-            again = await entry.save_changed(change)
+            changed = await entry.save_changed(change)
         except DroverError as error:
             log.error("a migration was not saved", migration=entry.migration.migration_id, error=error.message)
             return False
         self.sharing.dismiss(entry)
         entry.driver = None
-        entry.settled.clear()
-        self._collection.publish(entry, again)
+        if not changed.HasField("slot_duration"):
+            entry.settled.clear()
+        self._collection.publish(entry, changed)
         return True
 
     def _update(self, entry: Entry) -> None:

@@ -187,8 +187,8 @@ class Migrations:
             return
         entry = Entry(migration, self._kept)
         self.collection.publish(entry, migration)
-        if entry.unbegun:  # no record holds it, and the other driver may have asked for the slot
-            entry.slot_asked = True
+        entry.slot_asked = entry.unbegun  # the other driver may have asked for the slot
+        if entry.slot_wait:  # no record holds its wait
             entry.saving = asyncio.create_task(entry.save_if_possible(), name=f"save {migration.migration_id[:8]}")
         self.runner.start(entry)
 

@@ -7,8 +7,6 @@ from typing import Any, Final, TypeVar
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.slots import PREPARED
-from agent.handshake.machines.destination import DestinationState
-from agent.handshake.machines.source import SourceState
 from agent.migration.migration import Entry
 from agent.migration.waits import out_of_time
 from agent.runtime.alongside import alongside
@@ -39,9 +37,6 @@ AWAY: Final = frozenset(
 
 WAITED_FOR: Final = AWAY | {Reason.BUSY, Reason.DOMAIN_BUSY}
 """Errors after which a migration that may wait for its slot tries again."""
-
-GIVEN_UP: Final = frozenset({Reason.RESTARTED, Reason.DRIVER_SILENT, Reason.LEASE_EXPIRED})
-"""Failures of an attempt whose agents or driver have come back since: a migration that may wait goes on with its next attempt."""
 
 PASSING: Final = {"network": pb.WAIT_REASON_NETWORK, "bandwidth": pb.WAIT_REASON_BANDWIDTH}
 """What is waited for after an error that may pass by itself, by its metadata ``wait``."""
@@ -105,19 +100,6 @@ async def tell_changes(entry: Entry, driver: Driver, kind: admission_pb2.SlotKin
         await changed.wait()
         changed = entry.settings_changed.next
         await driver.slots.ask_again(kind)
-
-
-def begins_again(entry: Entry, driver: Driver, ended: pb.Migration) -> bool:
-    """Return whether a migration that may wait goes on after this end of its attempt: both records have ended, the guest stayed
-    where it was, no transfer had begun, and only an agent or the driver was away. `ended` describes that end."""
-    view = driver.view
-    untouched = view.source_state in (None, SourceState.KEPT) and view.destination_state in (None, DestinationState.GONE)
-    # A source reports these failures only of an attempt whose transfer had not begun.
-    begun = driver.calls.transfer_asked and (view.source_record is None or view.source_record.failure.reason not in GIVEN_UP)
-    if not untouched or begun or view.foreign is not None or view.overtaken or view.statements:
-        return False
-    may_wait = entry.slot_wait > 0 and entry.slot_wait_left > 0 and not entry.cancel_asked.is_set()
-    return may_wait and ended.state == pb.MIGRATION_STATE_FAILED and ended.failure.reason in GIVEN_UP
 
 
 async def end_prepared_wait(entry: Entry, driver: Driver) -> None:

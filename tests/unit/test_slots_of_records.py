@@ -113,7 +113,7 @@ async def test_8_1_what_is_not_used_expires_and_the_next_one_gets_it(brief: Pair
     assert await listed(agent) == [("next", TRANSFERRING, False, 0)]
 
 
-async def test_8_2_whoever_waits_gets_what_is_given_back_and_its_row_goes_with_its_record(pair: Pair) -> None:
+async def test_8_2_whoever_waits_gets_what_is_given_back_and_its_row_stays_until_memory_flows(pair: Pair) -> None:
     agent = pair.destination
     await agent.engine.acquire_slot(acquire("holds"))
     waits = asyncio.ensure_future(agent.engine.acquire_slot(acquire(wait=5)))
@@ -123,6 +123,8 @@ async def test_8_2_whoever_waits_gets_what_is_given_back_and_its_row_goes_with_i
     assert (await waits).slot.kind == TRANSFERRING
     assert len(await agent.journal.admission.places(bytes)) == 1
     await agent.engine.reserve_slot(reserve())
+    assert len(await agent.journal.admission.places(bytes)) == 1, "its attempt may be given up"
+    agent.engine.desk.flows(Direction.INCOMING, ID)
     await agent.engine.desk.ledger.places.close()
     assert await agent.journal.admission.places(bytes) == []
 

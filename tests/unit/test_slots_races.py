@@ -143,5 +143,6 @@ async def test_8_2_a_prepared_migration_that_ends_while_it_waits_leaves_no_place
     await until(lambda: driver.view.wait is not None)
     driver.view.cancel(CANCELLED)
     await running
+    await driver.slots.leave(cancelled=True)
     pair.stayed()
     assert (await listed(pair.source), await listed(pair.destination)) == ([], [("other", TRANSFERRING, False, 0)])

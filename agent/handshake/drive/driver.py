@@ -152,8 +152,6 @@ class Driver(Reader):
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
-        if self.view.ended and self.slots.waits_to_transfer:
-            await self.slots.release()
 
     def _decide(self) -> frozenset[Call]:
         """Return the calls that must be under way now, and tell if they have changed."""

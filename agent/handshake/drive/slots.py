@@ -77,8 +77,6 @@ class BothSlots:
         """Another driver that waits for the same migration, as a host said; empty: none."""
         self.may_wait = True
         """Whether it waits for the right to transfer, where that is refused."""
-        self.waits_to_transfer = False
-        """It has waited for that in vain: what it asked for in the last moment may have left a place in a queue."""
         self._peers = {"source": source, "destination": destination}
         self._request = request
         self._on_wait = on_wait
@@ -107,9 +105,7 @@ class BothSlots:
             for side in missing:
                 await self.take(side, TRANSFERRING)
         elif missing:
-            self.waits_to_transfer = True
             await self.acquire(TRANSFERRING)
-            self.waits_to_transfer = False
 
     def may_have(self, side: str) -> None:
         """Note that a slot of a side may have been taken by another call, so that it is given back in the end."""
@@ -148,6 +144,11 @@ class BothSlots:
             self._begun.cancel()
         asked = [side for side in sides or DIRECTION if side in self._asked]
         await asyncio.gather(*(self._release(side, keep_place=keep_place, cancelled=cancelled) for side in asked))
+
+    async def leave(self, *, cancelled: bool) -> None:
+        """Give back the places that both hosts keep for a next attempt, as there is none. An error is ignored."""
+        self._asked |= set(DIRECTION)
+        await self.release(cancelled=cancelled)
 
     async def ask_again(self, kind: pb.SlotKind.ValueType) -> None:
         """Tell the hosts the present request while `acquire` waits with an earlier one: it counts at once. An error is ignored."""

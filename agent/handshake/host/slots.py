@@ -20,7 +20,7 @@ from agent.handshake.host.records import AttemptRecord, Role
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.runtime.alongside import outlasting
-from agent.runtime.errors import invalid_field
+from agent.runtime.errors import Reason, invalid_field
 from agent.runtime.paging import Paging
 from drover.agent.v1 import admission_pb2 as pb
 from drover.agent.v1 import migration_pb2
@@ -38,9 +38,13 @@ _BEFORE_TRANSFER: Final = frozenset(
 )
 """States in which a prepared slot is enough."""
 
+_FLOWS: Final = frozenset({SourceState.PERFORMING, DestinationState.ARMED})
+"""States in which memory may flow."""
+
 _COMPLETED: Final = frozenset({SourceState.PERFORMED, DestinationState.RUNNING})
 """States after which the time for which the slot was held counts for estimates."""
 
+_GIVEN_UP: Final = frozenset({SourceState.KEPT, DestinationState.GONE})
 
 _UNENDED: Final = frozenset(
     {migration_pb2.MIGRATION_STATE_PENDING, migration_pb2.MIGRATION_STATE_ACTIVE, migration_pb2.MIGRATION_STATE_CANCELLING}
@@ -64,7 +68,8 @@ class RecordSlots:
                 kind = Kind.TRANSFERRING if record.transferring else Kind.PREPARED
                 ask = Ask(record.migration_id, kind, record.peer_host)
                 direction = _DIRECTIONS[record.role]
-                self._desk.ledger.recount(direction, ask, epoch=record.epoch, cost=record.cost, since=record.created)
+                flows = record.state in _FLOWS
+                self._desk.ledger.recount(direction, ask, epoch=record.epoch, cost=record.cost, since=record.created, flows=flows)
 
     @contextlib.asynccontextmanager
     async def taking(self, attempt: Attempt, peer_host: str, memory: int) -> AsyncIterator[dict[str, Any]]:
@@ -82,8 +87,15 @@ class RecordSlots:
     def changed(self, attempt: Attempt, before: AttemptRecord) -> None:
         """Free the slot of a record that does not hold it any more."""
         record = attempt.record
+        direction = _DIRECTIONS[record.role]
+        if record.state in _FLOWS and before.state not in _FLOWS:
+            self._desk.flows(direction, record.migration_id)
         if before.holds_slot and not record.holds_slot:
-            self._desk.ended(_DIRECTIONS[record.role], record.migration_id, completed=record.state in _COMPLETED)
+            reason = record.failure.reason if record.failure is not None else None
+            if record.state in _GIVEN_UP and reason is not Reason.CANCELLED:
+                self._desk.returned(direction, record.migration_id, silent=reason is Reason.DRIVER_SILENT)
+            else:
+                self._desk.ended(direction, record.migration_id, completed=record.state in _COMPLETED)
 
     async def allow_transfer(self, attempt: Attempt) -> None:
         """Make sure that the attempt's slot allows the transfer: a prepared one becomes a transferring one if it is its turn now.
