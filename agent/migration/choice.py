@@ -75,16 +75,17 @@ class Choice:
         *,
         may_wait: bool,
         without: Container[str] = (),
+        only_free: bool = False,
     ) -> Chosen:
         """Return the first candidate that gives a slot; with `may_wait`, if all are busy, the best one. Hosts in `without` are left
-        out.
+        out, and with `only_free` those that had no slot by their last report, or give none.
 
         Raises BUSY (all are), NO_HOST (none can take the guest), and errors of the source and the guest."""
         best: Chosen | None = None
         kind = PREPARED if may_wait else TRANSFERRING
         refused: dict[str, DroverError] = {}
         for candidate in await self._directory.candidates(spec):
-            if candidate.name in without:
+            if candidate.name in without or (only_free and not candidate.free):
                 continue
             chosen = None
             try:
@@ -98,7 +99,7 @@ class Choice:
                     best = best or chosen
             else:
                 return chosen
-        if best is not None and may_wait:
+        if best is not None and may_wait and not only_free:
             return best
         raise _none_of(refused)
 
@@ -106,22 +107,11 @@ class Choice:
         """Return a candidate that has given a slot to a migration that waits, among those with one by their last report; None if
         there is none."""
         try:
-            candidates = await self._directory.candidates(spec)
+            return await self.choose(migration_id, spec, may_wait=True, without=without, only_free=True)
         except DroverError as error:
             if error.reason in NOT_THIS_HOST | {Reason.NO_HOST}:
                 return None
             raise
-        for candidate in candidates:
-            if candidate.free and candidate.name not in without:
-                try:
-                    chosen = await self.plan(migration_id, to_host(spec, candidate.name))
-                    await self._take(migration_id, spec, chosen, PREPARED)
-                except DroverError as error:
-                    if error.reason not in NOT_THIS_HOST:
-                        raise
-                else:
-                    return chosen
-        return None
 
     async def alternatives(self, spec: pb.MigrationSpec, host: str) -> tuple[str, ...]:
         """Return hosts that could take the guest now in place of `host`, at most 8, by their last reports. Raises nothing: they are
