@@ -2,7 +2,7 @@
 
 import click
 
-from coordinator.cli.parse import RateOrNone, once
+from coordinator.cli.parse import once_option, rate_option
 from coordinator.cli.session import Session, run
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json, with_server
 from coordinator.cli.text import printable
@@ -75,23 +75,9 @@ def show(guest: str, host: str, output: str) -> None:
 @domain.command("set")
 @click.argument("guest")
 @click.option("--host", metavar="HOST", default="", help="The host that has it. Default: where it is found.")
-@click.option("--tenant", multiple=True, callback=once, metavar="TENANT", help='The tenant to which it belongs; "none" removes it.')
-@click.option(
-    "--min-bandwidth",
-    type=RateOrNone(),
-    multiple=True,
-    callback=once,
-    metavar="RATE",
-    help='Least rate that its migrations are guaranteed, such as 100MiB/s; "none" removes it.',
-)
-@click.option(
-    "--max-bandwidth",
-    type=RateOrNone(),
-    multiple=True,
-    callback=once,
-    metavar="RATE",
-    help='Highest rate of its migrations; "none" removes it.',
-)
+@once_option("--tenant", metavar="TENANT", text='The tenant to which it belongs; "none" removes it.')
+@rate_option("--min-bandwidth", 'Least rate that its migrations are guaranteed, such as 100MiB/s; "none" removes it.')
+@rate_option("--max-bandwidth", 'Highest rate of its migrations; "none" removes it.')
 @output_option
 def set_(guest: str, host: str, tenant: str | None, min_bandwidth: int | None, max_bandwidth: int | None, output: str) -> None:
     """Write settings of GUEST (name or UUID) into its definition, with which they travel.

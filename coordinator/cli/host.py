@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from coordinator.cli.parse import LimitValue, once
+from coordinator.cli.parse import LimitValue, once_option
 from coordinator.cli.session import Session, run, whoami
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
 from coordinator.cli.text import printable
@@ -165,7 +165,7 @@ comment_option = click.option("--comment", metavar="TEXT", default="", help="Why
 
 def limit_option(name: str, meaning: str) -> Callable[[Command], Command]:
     text = f'{meaning} "default": as in its configuration file.'
-    return click.option(name, type=LimitValue(), multiple=True, callback=once, metavar="N", help=text)
+    return once_option(name, metavar="N", text=text, kind=LimitValue())
 
 
 @host.command("set")

@@ -7,7 +7,7 @@ import click
 
 from coordinator.cli.exit_codes import EPILOG, ExitCode
 from coordinator.cli.follow import describe, duration_text, follow, print_timings, settings_pairs, show_to_the_end, transfer_pairs
-from coordinator.cli.parse import RateOrNone, SecondsOr, once
+from coordinator.cli.parse import SecondsOr, once_option, rate_option
 from coordinator.cli.session import Session, ask, run, whoami
 from coordinator.cli.show import (
     lost_or_stuck,
@@ -163,39 +163,21 @@ def watch(migration_id: str, output: str) -> None:
 
 @migration.command("set", epilog=EPILOG)
 @id_argument
-@click.option(
-    "--bandwidth",
-    type=RateOrNone(),
-    multiple=True,
-    callback=once,
-    metavar="RATE",
-    help='Limit of the rate, such as 100MiB/s; "none" removes it.',
-)
-@click.option(
-    "--min-bandwidth",
-    type=RateOrNone(),
-    multiple=True,
-    callback=once,
-    metavar="RATE",
-    help='Least rate that is guaranteed; "none" removes it.',
-)
+@rate_option("--bandwidth", 'Limit of the rate, such as 100MiB/s; "none" removes it.')
+@rate_option("--min-bandwidth", 'Least rate that is guaranteed; "none" removes it.')
 @click.option("--importance", type=click.Choice(["low", "medium", "high"]), help="Who waits less, and gets more of the bandwidth.")
-@click.option(
+@once_option(
     "--wait",
     "slot_wait",
-    type=SecondsOr("none", most=7 * 86400),
-    multiple=True,
-    callback=once,
     metavar="DURATION",
-    help='How long it may wait for its slots, from its start on, such as 10min; "none", or a time that is over, ends the wait.',
+    text='How long it may wait for its slots, from its start on, such as 10min; "none", or a time that is over, ends the wait.',
+    kind=SecondsOr("none", most=7 * 86400),
 )
-@click.option(
+@once_option(
     "--max-downtime",
-    type=SecondsOr("default", most=3600),
-    multiple=True,
-    callback=once,
     metavar="DURATION",
-    help="Longest pause of the guest at the switch-over, such as 300ms.",
+    text="Longest pause of the guest at the switch-over, such as 300ms.",
+    kind=SecondsOr("default", most=3600),
 )
 @output_option
 def set_(migration_id: str, output: str, **given: Any) -> None:

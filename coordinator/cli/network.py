@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from coordinator.cli.parse import RateOrNone, once
+from coordinator.cli.parse import rate_option
 from coordinator.cli.session import Session, run
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
 from coordinator.cli.text import printable
@@ -28,7 +28,7 @@ _RATES = {
 def rules_options(command: Command) -> Command:
     """Add the options of a network's rules."""
     for name, text in reversed(_RATES.items()):
-        command = click.option(f"--{name}", type=RateOrNone(), multiple=True, callback=once, metavar="RATE", help=text)(command)
+        command = rate_option(f"--{name}", text)(command)
     decorators = (
         click.option(
             "--cidr", "cidrs", multiple=True, metavar="RANGE", help="Range of its addresses, such as 10.92.0.0/24; repeatable."

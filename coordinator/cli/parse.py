@@ -1,6 +1,7 @@
 """Values on the command line."""
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,8 +65,18 @@ class LimitValue(click.ParamType):  # type: ignore[type-arg]
         return int(value)
 
 
-def once(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> Any:
-    """Return the value of an option, None if it was not given. Refuses one that was given twice, as "set" and "reset" both count."""
+def once_option(*names: str, metavar: str, text: str, kind: Any = None) -> Callable[[Any], Any]:
+    """Return the decorator of an option that changes a setting: None if it is not given; refused if it is given twice, as "set" and
+    "reset" both count. `kind`: its type; None: a text."""
+    return click.option(*names, type=kind, multiple=True, callback=_once, metavar=metavar, help=text)
+
+
+def rate_option(name: str, text: str) -> Callable[[Any], Any]:
+    """Return the decorator of an option that sets a rate, or removes it by "none"."""
+    return once_option(name, metavar="RATE", text=text, kind=RateOrNone())
+
+
+def _once(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> Any:
     if len(values) > 1:
         raise click.BadParameter("was given more than once", ctx, param)
     return values[0] if values else None
