@@ -326,7 +326,7 @@ def _migration(request: migration_pb2.StartMigrationRequest, revision: int, step
     migration = migration_pb2.Migration(
         migration_id=request.migration_id,
         spec=request.spec,
-        slot_wait=request.slot_wait,
+        slot_wait=request.slot_wait if request.slot_wait.ToNanoseconds() else None,
         attempt=1,
         source_host="a",
         destination_host=request.spec.destination_host,
