@@ -116,7 +116,7 @@ class Hosts:
 
 @pytest.fixture(name="hosts", scope="module")
 def _hosts(_real_hosts: None) -> Iterator[Hosts]:
-    settings = {"agent": {"takeover_after_seconds": 60, "lease_seconds": 60, "incoming_limit": 10}}
+    settings = {"agent": {"takeover_after_seconds": 60, "lease_seconds": 60, "incoming_limit": 10, "outgoing_limit": 10}}
     made = make_cluster(
         "libvirt", [GuestSpec("unused")], lab_id=f"gun{os.getpid() % 1_000_000}", settings=settings, lab={"setting": "stock"}
     )

@@ -28,7 +28,7 @@ GUESTS = [
 
 @pytest.fixture(name="cluster", scope="module")
 def _cluster(_real_hosts: None) -> Iterator[Cluster]:
-    settings = {"agent": {"takeover_after_seconds": 3, "lease_seconds": 5, "incoming_limit": 10}}
+    settings = {"agent": {"takeover_after_seconds": 3, "lease_seconds": 5, "incoming_limit": 10, "outgoing_limit": 10}}
     with make_cluster("libvirt", GUESTS, lab_id=f"sv{os.getpid()}", settings=settings) as made:
         yield made
 

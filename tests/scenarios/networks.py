@@ -42,6 +42,7 @@ async def without_networks(cluster: Cluster) -> AsyncIterator[None]:
         network(cluster, "remove", each["name"])
 
 
+@pytest.mark.timeout(150)  # fifteen commands
 @pytest.mark.usefixtures("clean")
 async def test_8_4_bad_input_has_its_error_and_changes_nothing(cluster: Cluster) -> None:
     cidr = ranges(cluster)
@@ -122,6 +123,7 @@ async def test_8_5_the_fallback_carries_it_with_a_warning_or_it_is_refused(clust
         assert not any("fallback" in warning for warning in again.warnings)
 
 
+@pytest.mark.timeout(150)
 @pytest.mark.usefixtures("clean")
 async def test_8_4_the_worked_example_of_the_documentation(cluster: Cluster) -> None:
     """Its ranges are those of real hosts: simulated ones have others."""
