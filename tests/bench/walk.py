@@ -25,7 +25,9 @@ from tests.bench.outsider import Known, Outsider
 from tests.kit.cluster import Cluster, GuestSpec, cluster
 
 GUESTS: Final = tuple(GuestSpec(f"walk{number}", memory_mib=16, dirty=200) for number in range(1, 5))
-SETTINGS: Final[Mapping[str, Any]] = {"agent": {"lease_seconds": 3, "takeover_after_seconds": 2, "incoming_limit": 4, "outgoing_limit": 4}}
+SETTINGS: Final[Mapping[str, Any]] = {
+    "agent": {"lease_seconds": 3, "takeover_after_seconds": 2, "incoming_limit": 4, "outgoing_limit": 4}
+}
 HOSTS: Final = 3
 AT_ONCE: Final = 4
 """Calls of the outsider that are under way at once."""
