@@ -1,6 +1,6 @@
 """``drover network list|show|add|set|grant|revoke|remove``"""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -13,7 +13,7 @@ from coordinator.cli.units import rate
 from coordinator.client import ClusterNetwork, NetworkDetails
 
 if TYPE_CHECKING:
-    from coordinator.client.networks import Rules
+    from coordinator.client.networks import Networks, Rules
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -146,11 +146,17 @@ def _print_hosts(details: NetworkDetails) -> None:
         click.echo(f"used by {len(details.migration_ids)}: {', '.join(each[:8] for each in details.migration_ids[:16])}")
 
 
-def _print_changed(network: ClusterNetwork, output: str) -> None:
-    if output == "json":
-        print_json(to_json(network.proto))
-    else:
-        _print_network(network)
+def _change(output: str, call: "Callable[[Networks], Awaitable[ClusterNetwork]]") -> None:
+    """Run a call that changes a network, and print the network as it is then."""
+
+    async def body(session: Session) -> None:
+        network = await call(session.client.networks)
+        if output == "json":
+            print_json(to_json(network.proto))
+        else:
+            _print_network(network)
+
+    run(body, output)
 
 
 @network.command()
@@ -162,11 +168,7 @@ def add(name: str, migration: bool, output: str, **rules: Any) -> None:
     """Add a network to the cluster. Hosts with an address in its ranges are on it; guests' memory needs the migration role."""
     if not rules["cidrs"]:
         raise click.UsageError("give its address range: --cidr 10.92.0.0/24")
-
-    async def body(session: Session) -> None:
-        _print_changed(await session.client.networks.add(name, migration_role=migration, **_rules(**rules)), output)
-
-    run(body, output)
+    _change(output, lambda networks: networks.add(name, migration_role=migration, **_rules(**rules)))
 
 
 @network.command("set")
@@ -177,11 +179,7 @@ def set_(name: str, output: str, **rules: Any) -> None:
     """Change rules of a network. What is given replaces what was there; running migrations get their new shares at once."""
     if not _rules(**rules):
         raise click.UsageError("nothing to change: give at least one option")
-
-    async def body(session: Session) -> None:
-        _print_changed(await session.client.networks.set(name, **_rules(**rules)), output)
-
-    run(body, output)
+    _change(output, lambda networks: networks.set(name, **_rules(**rules)))
 
 
 @network.command()
@@ -189,11 +187,7 @@ def set_(name: str, output: str, **rules: Any) -> None:
 @output_option
 def grant(name: str, output: str) -> None:
     """Give a network the migration role: it may carry guests' memory."""
-
-    async def body(session: Session) -> None:
-        _print_changed(await session.client.networks.grant(name), output)
-
-    run(body, output)
+    _change(output, lambda networks: networks.grant(name))
 
 
 @network.command()
@@ -202,11 +196,7 @@ def grant(name: str, output: str) -> None:
 @output_option
 def revoke(name: str, drain: bool, output: str) -> None:
     """Take the migration role from a network. Refused while a migration uses it, unless --drain is given."""
-
-    async def body(session: Session) -> None:
-        _print_changed(await session.client.networks.revoke(name, drain=drain), output)
-
-    run(body, output)
+    _change(output, lambda networks: networks.revoke(name, drain=drain))
 
 
 @network.command()
