@@ -14,7 +14,8 @@ from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
-from agent.migration.again import begins_again, follow, is_kept, wait_again
+from agent.migration.again import is_kept
+from agent.migration.attempts import later_attempt
 from agent.migration.choice import Choice, Chosen
 from agent.migration.collection import Collection
 from agent.migration.links import Links, links_of
@@ -33,7 +34,6 @@ from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
 from agent.runtime.wire import duration
 from drover.agent.v1 import admission_pb2
-from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
 
@@ -266,7 +266,12 @@ class Runner:
             tuning.cancel()
         ended = describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall)
         kept = is_kept(driver.view)
-        if kept and entry.slot_wait and await self._goes_on(entry, driver, ended):
+        if entry.slot_wait and (changed := await later_attempt(entry, driver, ended, self._clock)) is not None:
+            self.sharing.dismiss(entry)
+            entry.driver = None
+            if not changed.HasField("slot_duration"):
+                entry.settled.clear()
+            self._collection.publish(entry, changed)
             return True
         self._collection.publish(entry, ended)
         entry.driver = None
@@ -275,27 +280,6 @@ class Runner:
         if kept and entry.may_wait:
             await driver.slots.leave(cancelled=entry.cancelled is not None)
         return False
-
-    async def _goes_on(self, entry: Entry, driver: Driver, ended: pb.Migration) -> bool:
-        """Change the migration, durably, to an attempt that another driver has made after this one, else to its next one if it may
-        wait again. Return whether there is one. This attempt has ended, and the guest is untouched by it."""
-        if (later := await driver.later("source") or await driver.later("destination")) is not None:
-            change = functools.partial(follow, later=later)
-        elif begins_again(entry, driver, ended):
-            change = functools.partial(wait_again, why=ended.failure.message)
-        else:
-            return False
-        try:
-            changed = await entry.save_changed(change)
-        except DroverError as error:
-            log.error("a migration was not saved", migration=entry.migration.migration_id, error=error.message)
-            return False
-        self.sharing.dismiss(entry)
-        entry.driver = None
-        if not changed.HasField("slot_duration"):
-            entry.settled.clear()
-        self._collection.publish(entry, changed)
-        return True
 
     def _update(self, entry: Entry) -> None:
         """Publish what the driver has learned, after it had time to act on that. Its end is published by `_run`."""

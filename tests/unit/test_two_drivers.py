@@ -132,3 +132,13 @@ async def test_8_2_no_record_of_something_else_is_taken_for_a_later_attempt(
     pair.to_destination.answer["get_record"] = lambda _: handshake_pb2.GetRecordResponse(record=record)
     await pair.destination.engine.reserve_slot(reserve())
     assert await driver.later("destination") is None
+
+
+@pytest.mark.parametrize(("peer", "found"), [("h2", False), ("h3", True)], ids=["ours", "elsewhere"])
+async def test_8_2_the_same_attempt_to_another_host_is_found_where_it_is_asked_for(pair: Pair, peer: str, found: bool) -> None:
+    driver = pair.driver()
+    record = handshake_pb2.Record(ref=REF, host="h1", domain_uuid=UUID, peer_host=peer)
+    pair.to_source.answer["get_record"] = lambda _: handshake_pb2.GetRecordResponse(record=record)
+    await pair.source.engine.abort(handshake_pb2.AbortRequest(ref=REF))
+    assert await driver.later("source") is None
+    assert (await driver.later("source", elsewhere=True) is not None) is found

@@ -44,16 +44,19 @@ class Reader:
             await self._look("destination")
         return self.view.destination_state not in (None, Dst.RESERVED, Dst.GONE)
 
-    async def later(self, side: str) -> pb.Record | None:
+    async def later(self, side: str, *, elsewhere: bool = False) -> pb.Record | None:
         """Ask a side once for its newest record of the migration. Return it if it is of a later attempt for the same guest and
-        source: another driver went on with that. None: there is none, or no answer."""
+        source: another driver went on with that. `elsewhere`: also one with the same number to another destination. None: there is
+        none, or no answer."""
         ours, parties = self.view.ref, self.view.parties
         with contextlib.suppress(DroverError):
             peer, _ = self._sides[side]
             record = (await peer.get_record(pb.GetRecordRequest(ref=pb.AttemptRef(migration_id=ours.migration_id)))).record
             source = record.host if side == "source" else record.peer_host
             if parties is not None and (record.domain_uuid, source) == (parties.domain_uuid, parties.source):
-                return record if record.ref.migration_id == ours.migration_id and record.ref.attempt > ours.attempt else None
+                aside = elsewhere and side == "source" and record.peer_host not in ("", parties.destination)
+                is_later = record.ref.attempt >= ours.attempt + (not aside)
+                return record if record.ref.migration_id == ours.migration_id and is_later else None
         return None
 
     async def _try_to_look(self, side: str) -> bool:
