@@ -17,8 +17,8 @@ from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot, St
 
 TURN_SECONDS: Final = 1.0
 """How long a waiter keeps its turn between two calls."""
-RETURN_SECONDS: Final = 2.0
-"""How long waiters of an earlier life keep their turn: their drivers call again within it."""
+RETURN_SECONDS: Final = 5.0
+"""How long waiters of an earlier life keep their turn: their drivers call again within it (`backoff.SLOT`)."""
 MOST_HOLDERS: Final = 8
 _REMEMBERED: Final = 50
 """How many holding times are remembered."""

@@ -16,7 +16,7 @@ from tests.bench import shares as share_times
 from tests.bench import soak as soaks
 from tests.bench import walk as walks
 from tests.bench.chaos_commands import chaos_command, failpoints_command
-from tests.bench.load_commands import admission, storm
+from tests.bench.load_commands import admission, rings, storm
 from tests.bench.output import say
 from tests.kit.cluster import why_not_libvirt
 
@@ -137,6 +137,7 @@ def _out(output: str, result: Any, tell: Callable[[Any], None], to_json: Callabl
 main.add_command(failpoints_command)
 main.add_command(chaos_command)
 main.add_command(storm)
+main.add_command(rings)
 main.add_command(admission)
 
 

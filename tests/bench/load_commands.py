@@ -1,4 +1,4 @@
-"""`scripts/bench storm` and `admission`: the commands."""
+"""`scripts/bench storm`, `rings` and `admission`: the commands."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ import click
 
 from tests.bench import admission as admissions
 from tests.bench import admission_report, storm_report
+from tests.bench import rings as ring_moves
 from tests.bench import storm as storms
 
 OUTPUT = click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
@@ -53,6 +54,20 @@ def admission(seconds: float, rounds: int, at_once: int, waiting: int, output: s
     """Reserve slots at one agent, next to a bare grpc.aio echo with the same messages."""
     result = admissions.measure(admissions.Setting(seconds, rounds, at_once, waiting))
     _out(output, result, admission_report.tell, admission_report.to_json)
+
+
+@click.command()
+@click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Runs of each shape.")
+@click.option("--guests", type=click.IntRange(1), default=1, show_default=True, help="Guests that leave each host.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the order in which they are started.")
+@OUTPUT
+def rings(runs: int, guests: int, seed: int, output: str) -> None:
+    """Let guests change places between two and three simulated hosts whose limits are all 1, and make the same moves singly."""
+    shapes = [(hosts, prepared) for hosts in (2, 3) for prepared in (0, 1)]
+    results = [ring_moves.measure(ring_moves.Setting(runs, hosts, guests, prepared, seed=seed)) for hosts, prepared in shapes]
+    _out(output, results, ring_moves.tell, ring_moves.to_json)
+    if any(result.problems for result in results):
+        sys.exit(1)
 
 
 def _out(output: str, result: Any, tell: Callable[[Any], None], to_json: Callable[[Any], Any]) -> None:

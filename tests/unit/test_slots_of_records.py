@@ -175,7 +175,7 @@ async def test_8_1_a_restart_counts_the_records_again_and_keeps_the_queue_in_its
         assert await listed(agent) == order
     await fails(agent.engine.acquire_slot(acquire("late")), Reason.BUSY)
     await agent.engine.abandon(handshake_pb2.AbandonRequest(ref=REF))
-    waits = [asyncio.ensure_future(agent.engine.acquire_slot(acquire(name, wait=5))) for name in ("second", "first")]
+    waits = [asyncio.ensure_future(agent.engine.acquire_slot(acquire(name, wait=9))) for name in ("second", "first")]
     done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     assert [task.result().slot.migration_id for task in done] == ["first"]
     waits[0].cancel()

@@ -2,19 +2,24 @@
 
 import functools
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from agent.admission.store import Place
+from agent.admission.values import Direction, Kind
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.records import Role
-from agent.migration.takeover import WARNING, take_over
+from agent.migration.takeover import WAITED, WARNING, take_over, waiting_taken_over
+from agent.runtime.wire import duration
 from agent.service.peers import MAX_CHANNELS, Channels, other_side
 from agent.service.remote_peer import RemotePeer
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, begin, finish, perform, prepare, record, reserve, statement, until
 from tests.unit.fake_directory import Driving
+from tests.unit.fake_hypervisor import UUID
 from tests.unit.two_agents import Agent, Pair
 
 
@@ -104,3 +109,48 @@ async def test_addresses_that_anybody_names_do_not_pile_up(channels: Channels) -
     assert len(channels._open) == MAX_CHANNELS
     assert channels.get("127.7.0.1:9") is not first
     assert channels.get(f"127.7.0.{MAX_CHANNELS}:9") is channels.get(f"127.7.0.{MAX_CHANNELS}:9")
+
+
+# --- migrations that wait ---------------------------------------------------------------------------------------------
+
+
+def place_of(**fields: Any) -> Place:
+    """Return the place at h1 of a migration as the coordinator has stored it."""
+    stored = pb.Migration(
+        migration_id=ID,
+        spec=pb.MigrationSpec(domain="web1", destination_host="h2", wait_mode=pb.WAIT_MODE_WAIT),
+        domain_uuid=UUID,
+        source_host="h1",
+        destination_host="h2",
+        attempt=1,
+        driver="co",
+        revision=7,
+        create_revision=3,
+    )
+    stored.slot_wait.CopyFrom(duration(60))
+    stored.create_uptime.SetInParent()
+    values: dict[str, Any] = {
+        "direction": Direction.OUTGOING,
+        "migration_id": ID,
+        "place": 1,
+        "kind": Kind.PREPARED,
+        "peer": "h2",
+        "importance": 2,
+        "memory": 0,
+        "since": 0.0,
+        "driver": "co",
+        "pending": stored.SerializeToString(),
+        "peer_agent": "10.91.0.2:7400",
+    }
+    return Place(**{**values, **fields})
+
+
+def test_8_2_one_that_waits_is_taken_over_by_the_guest_and_the_address_that_its_driver_knew() -> None:
+    migration = waiting_taken_over(place_of(), "h1")
+    spec = migration.spec
+    assert (spec.domain, spec.source_host, spec.destination_host) == (UUID, "h1", "10.91.0.2:7400")
+    assert (migration.driver, migration.revision, migration.create_revision) == ("h1", 0, 0)
+    assert not migration.HasField("create_uptime"), "it is of the coordinator's machine"
+    assert not migration.HasField("slot_duration"), "it has no slot yet"
+    again = waiting_taken_over(place_of(pending=migration.SerializeToString()), "h1")
+    assert list(again.warnings) == [WAITED]
