@@ -186,18 +186,21 @@ async def test_7_a_save_as_open_replaces_the_end_in_the_store(store: MemoryStore
 async def test_7_no_cancel_is_saved_over_the_end_of_a_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log fails once, so that the end is saved only after the cancel has come."""
     driving.pair.destination.room(0)
-    save, saves = driving.log.save, []
+    save, saves, refused = driving.log.save, [], asyncio.Event()
 
     async def fails_once(migration_id: str, body: bytes, *, ended: bool) -> None:
         saves.append(ended)
         if saves.count(True) == 1 and ended:
             raise JOURNAL_DOWN
+        if ended:
+            await refused.wait()
         await save(migration_id, body, ended=ended)
 
     monkeypatch.setattr(driving.log, "save", fails_once)
     await driving.migrations.start(ID, SPEC, 0.05)
     await until(lambda: True in saves)
     await fails(driving.migrations.cancel(ID), Reason.JOURNAL_UNAVAILABLE)
+    refused.set()
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_FAILED
     assert saves == [False, True, True]
 
