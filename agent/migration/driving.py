@@ -34,6 +34,7 @@ from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
 from agent.runtime.wire import duration
 from drover.agent.v1 import admission_pb2
+from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
 
@@ -273,6 +274,8 @@ class Runner:
                 entry.settled.clear()
             self._collection.publish(entry, changed)
             return True
+        if ended.state != pb.MIGRATION_STATE_SUCCEEDED and "source" not in driver.view.silent_since:
+            await driver.slots.release("source")  # where Begin was refused, no record has held it, and so none has freed it
         self._collection.publish(entry, ended)
         entry.driver = None
         self._on_told(entry)

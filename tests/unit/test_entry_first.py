@@ -8,7 +8,7 @@ import pytest
 import agent.migration.migrations
 from agent.migration import uptime
 from agent.migration.collection import Change
-from agent.runtime.errors import Reason
+from agent.runtime.errors import DroverError, Reason
 from coordinator.client import Migration
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, fails, until
@@ -393,3 +393,14 @@ async def test_7_a_process_that_stops_neither_waits_for_the_wait_nor_takes_a_slo
     assert driving.pair.source.calls == []
     await driving.restart()
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
+
+
+@pytest.mark.parametrize("slot_wait", [0, 60])
+async def test_8_1_a_migration_whose_begin_was_refused_leaves_no_slot(driving: Driving, slot_wait: float) -> None:
+    """No record at the source has held the slot, so none frees it."""
+    pair = driving.pair
+    pair.to_source.refuse["begin"] = [DroverError(Reason.DOMAIN_NOT_RUNNING, "it is paused")]
+    await driving.migrations.start(ID, SPEC, slot_wait)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.DOMAIN_NOT_RUNNING)
+    assert [claim for book in pair.source.engine.desk.books.values() for claim in book.claims()] == []
