@@ -16,9 +16,6 @@ from drover.agent.v1 import migration_pb2 as pb
 GIVEN_UP: Final = frozenset({Reason.RESTARTED, Reason.DRIVER_SILENT, Reason.LEASE_EXPIRED, Reason.STALE_LEASE})
 """Failures of an attempt whose agents or driver have come back since."""
 
-PASSES: Final = GIVEN_UP | AWAY
-"""Failures after which a migration that may wait goes on with its next attempt."""
-
 MOST_WARNINGS: Final = 15
 """Warnings that a next attempt keeps."""
 
@@ -30,13 +27,13 @@ def is_kept(view: View) -> bool:
 
 
 def begins_again(entry: Entry, driver: Driver, ended: pb.Migration) -> bool:
-    """Return whether a migration that may wait goes on after this end of its attempt, which `is_kept`: no transfer had begun, and
-    only an agent or the driver was away. `ended` describes that end."""
-    record = driver.view.source_record
-    # A source reports these failures only of an attempt whose transfer had not begun.
-    begun = driver.calls.transfer_asked and (record is None or record.failure.reason not in GIVEN_UP)
+    """Return whether a migration that may wait goes on after this end of its attempt, which `is_kept`: an agent or the driver was
+    away. `ended` describes that end; its failure may be a mere consequence, so what both records say counts, too."""
+    records = (driver.view.source_record, driver.view.destination_record)
+    reasons = {ended.failure.reason, *(record.failure.reason for record in records if record is not None)}
+    was_away = bool(reasons & GIVEN_UP) or (ended.failure.reason in AWAY and not driver.calls.transfer_asked)
     may_wait = entry.slot_wait > 0 and entry.slot_wait_left > 0 and not entry.cancel_asked.is_set()
-    return may_wait and not begun and ended.state == pb.MIGRATION_STATE_FAILED and ended.failure.reason in PASSES
+    return may_wait and was_away and ended.state == pb.MIGRATION_STATE_FAILED
 
 
 def follow(migration: pb.Migration, later: handshake_pb2.Record) -> None:
