@@ -2,19 +2,24 @@
 
 import time
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
 from agent.admission.values import Direction, Limits
 from agent.runtime.errors import invalid_field
+from agent.runtime.masks import masked
 from agent.runtime.wire import timestamp
 from drover.agent.v1 import host_pb2 as pb
 
 MOST: Final = 1000
 """Highest value of a limit, as in the configuration file."""
 
-_LIMITS: Final = ("incoming_limit", "outgoing_limit", "prepared_limit")
+_LIMITS: Final[tuple[Literal["incoming_limit", "outgoing_limit", "prepared_limit"], ...]] = (
+    "incoming_limit",
+    "outgoing_limit",
+    "prepared_limit",
+)
 
 
 @dataclass(frozen=True)
@@ -60,36 +65,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def changed(self, request: pb.UpdateHostRequest) -> "Settings":
         """Return the settings after an UpdateHost. Raises INVALID_FIELD; then nothing is changed."""
-        fields = list(request.update_mask.paths)
-        if not fields:
-            raise invalid_field(
-                "update_mask", f"must name the fields to change, of {', '.join(pb.HostSettings.DESCRIPTOR.fields_by_name)}"
-            )
-        changes: dict[str, object] = {}
-        for field in fields:
-            if field in _LIMITS:
-                given = request.settings.HasField(field)  # type: ignore[arg-type]
-                limit: int | None = getattr(request.settings, field) if given else None
-                if limit is not None and not 0 <= limit <= MOST:
-                    raise invalid_field(f"settings.{field}", f"must be 0 to {MOST}, not {limit}")
-                changes[field] = limit
-            elif field == "cordoned":
-                changes[field] = request.settings.cordoned
-            else:
-                raise invalid_field("update_mask", f'"{field}" is no field that can be changed')
+        after, fields = masked(self._to_proto(), request.settings, request.update_mask), set(request.update_mask.paths)
+        limits = {name: getattr(after, name) if after.HasField(name) else None for name in _LIMITS}
+        for name, limit in limits.items():
+            if limit is not None and not 0 <= limit <= MOST:
+                raise invalid_field(f"settings.{name}", f"must be 0 to {MOST}, not {limit}")
         change = Change(request.change.changed_by, time.time(), request.change.comment)
-        if "cordoned" in changes:
-            changes["cordon_change"] = change
-        if changes.keys() & set(_LIMITS):
-            changes["change"] = change
-        return msgspec.structs.replace(self, **changes)
+        return msgspec.structs.replace(
+            self,
+            **limits,
+            cordoned=after.cordoned,
+            change=change if fields & set(_LIMITS) else self.change,
+            cordon_change=change if "cordoned" in fields else self.cordon_change,
+        )
+
+    def _to_proto(self) -> pb.HostSettings:
+        settings = pb.HostSettings(cordoned=self.cordoned)
+        for name in _LIMITS:
+            if getattr(self, name) is not None:
+                setattr(settings, name, getattr(self, name))
+        return settings
 
     def show(self, host: pb.Host) -> None:
         """Write them into a host's description."""
-        host.settings.cordoned = self.cordoned
-        for name in _LIMITS:
-            if getattr(self, name) is not None:
-                setattr(host.settings, name, getattr(self, name))
+        host.settings.CopyFrom(self._to_proto())
         if self.change is not None:
             host.settings_change.CopyFrom(self.change.to_proto())
         if self.cordon_change is not None:
