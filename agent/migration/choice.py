@@ -44,7 +44,7 @@ class Chosen:
     warnings: list[str]
 
 
-class Choice:
+class Chooser:
     """Chooses among the candidates of a directory, for the driver of that name; plans beside the migrations of a collection."""
 
     def __init__(self, directory: Directory, collection: Collection, driver: str) -> None:

@@ -16,7 +16,7 @@ from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
 from agent.migration.again import is_kept
 from agent.migration.attempts import later_attempt
-from agent.migration.choice import Choice, Chosen
+from agent.migration.choice import Chooser, Chosen
 from agent.migration.collection import Collection
 from agent.migration.links import Links, links_of
 from agent.migration.migration import Entry
@@ -50,7 +50,7 @@ class Runner:
         name: str,
         directory: Directory,
         collection: Collection,
-        choice: Choice,
+        choice: Chooser,
         on_told: Callable[[Entry], None],
         bus: Bus,
         clock: Clock,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from agent.network.rules import interface_to
+from agent.network.rules import interface_to, rate_text
 from agent.runtime.errors import DroverError, Reason
 from agent.transfer.shares import Flow, Shortage
 from drover.agent.v1 import host_pb2
@@ -72,9 +72,9 @@ def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
     what = "its guaranteed minimum" if migration.settings.min_bandwidth_bytes_per_second else "the least that can be enforced"
     return DroverError(
         Reason.BANDWIDTH_INSUFFICIENT,
-        f"guest {migration.domain_name} needs {_rate(found.wanted)} ({what}) on {found.link}, where {_rate(found.left)} are left: "
-        f"{_rate(found.guaranteed)} of {_rate(found.capacity)} are guaranteed to others. Nothing was done to the guest; ask "
-        "for a lower minimum, or wait until other migrations have ended",
+        f"guest {migration.domain_name} needs {rate_text(found.wanted)} ({what}) on {found.link}, where {rate_text(found.left)} are "
+        f"left: {rate_text(found.guaranteed)} of {rate_text(found.capacity)} are guaranteed to others. Nothing was done to the guest; "
+        "ask for a lower minimum, or wait until other migrations have ended",
         metadata={
             "link": found.link,
             "capacity": str(found.capacity),
@@ -84,7 +84,3 @@ def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
             **({"wait": "bandwidth"} if found.wanted <= found.capacity else {}),
         },
     )
-
-
-def _rate(bytes_per_second: int) -> str:
-    return f"{bytes_per_second / 1e6:.4g} MB/s"

@@ -16,7 +16,7 @@ from agent.handshake.drive.ends import Directory
 from agent.handshake.drive.view import statement_event
 from agent.handshake.host.records import timing_to_proto
 from agent.handshake.host.stopwatch import Stopwatch
-from agent.migration.choice import Choice
+from agent.migration.choice import Chooser
 from agent.migration.collection import Collection, life_of
 from agent.migration.driving import Runner
 from agent.migration.fencing import Fences, FencingConfig
@@ -65,7 +65,7 @@ class Migrations:
         self._kept = kept
         self.collection = Collection(name, bus)
         """To get, list and watch them."""
-        self._choice = Choice(directory, self.collection, name)
+        self._choice = Chooser(directory, self.collection, name)
         self.runner = Runner(name, directory, self.collection, self._choice, self._fence_if_in_doubt, bus, clock)
         self._work: list[asyncio.Task[Any]] = []
         self._starting: dict[str, _Starting] = {}

@@ -24,7 +24,7 @@ from agent.migration.flows import flow_of, insufficient
 from agent.migration.migration import Entry
 from agent.migration.settings import limits_of
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
-from agent.runtime.bell import Bell
+from agent.runtime.bell import Bell, first_of
 from agent.transfer.shares import NO_LIMIT, Flow, divide, shortage
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -96,12 +96,7 @@ class Sharing:
             began = time.monotonic()
             self.divide()
             taken = time.monotonic() - began
-            waits = [asyncio.ensure_future(event.wait()) for event in changed]
-            try:
-                await asyncio.wait(waits, timeout=PATIENCE if self._lowered else None, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
+            await first_of(*changed, timeout=PATIENCE if self._lowered else None)
             await self._clock.sleep(max(LEAST_PAUSE, taken / MOST_TIME))
 
     async def start(self, entry: Entry) -> Limits:

@@ -12,7 +12,7 @@ from agent.handshake.drive.ends import Directory
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.attempts import joins, next_attempt, put_plan
-from agent.migration.choice import NOT_THIS_HOST, Choice, Chosen
+from agent.migration.choice import NOT_THIS_HOST, Chooser, Chosen
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, same_guest
@@ -53,7 +53,7 @@ class SlotTaker:
         directory: Directory,
         collection: Collection,
         sharing: Sharing,
-        choice: Choice,
+        choice: Chooser,
         make_driver: MakeDriver,
         update: Callable[[Entry], None],
         draining: Callable[[], bool],

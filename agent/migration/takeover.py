@@ -12,7 +12,7 @@ import structlog
 from agent.admission.store import Place
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
-from agent.handshake.host.records import AttemptRecord, Claim
+from agent.handshake.host.records import AttemptRecord, BandwidthClaim
 from agent.hypervisor.wire import options_to_proto
 from agent.migration.migrations import Migrations
 from agent.runtime.wire import duration, timestamp
@@ -69,7 +69,7 @@ def take_over(attempt: Attempt, migrations: Migrations, host: str, other_side: O
 
 def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
     """Return the migration of a source's record, as its driver would have stored it."""
-    claim = record.claim or Claim(record.bandwidth)
+    claim = record.claim or BandwidthClaim(record.bandwidth)
     return pb.Migration(
         migration_id=record.migration_id,
         spec=pb.MigrationSpec(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final
 
-from agent.network.rules import MIGRATION_ROLE
+from agent.network.rules import MIGRATION_ROLE, rate_text
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.wire import cut
 from drover.agent.v1 import host_pb2
@@ -189,7 +189,7 @@ def _pair(network: _Network, wish: Wish, hosts: tuple[host_pb2.Host, host_pb2.Ho
     pair = _measured(*up[0], hosts, uses)
     most = min(filter(None, (pair.capacity, up[0][1].rules.max_bytes_per_second)), default=0)
     if wish.minimum > most:
-        text = f"the guaranteed minimum of {_rate(wish.minimum)} is more than the {_rate(most)} that it can give"
+        text = f"the guaranteed minimum of {rate_text(wish.minimum)} is more than the {rate_text(most)} that it can give"
         return _Out(text, too_slow=True)
     return pair
 
@@ -222,8 +222,10 @@ def capacity_of(side: host_pb2.Network) -> int:
 
 def _chosen(best: _Pair, others: Sequence[_Pair], out: Mapping[str, _Out], *, role: bool) -> Choice:
     name = best.destination.name
-    why = f"most free capacity: {_rate(max(best.free, 0))} of {_rate(best.capacity)}" if others else "no other can carry it"
-    ruled_out = {o.destination.name: f"it has less free capacity: {_rate(max(o.free, 0))} of {_rate(o.capacity)}" for o in others}
+    why = f"most free capacity: {rate_text(max(best.free, 0))} of {rate_text(best.capacity)}" if others else "no other can carry it"
+    ruled_out = {
+        o.destination.name: f"it has less free capacity: {rate_text(max(o.free, 0))} of {rate_text(o.capacity)}" for o in others
+    }
     ruled_out |= {other: found.why for other, found in out.items()}
     if role:
         return Choice(best.source, best.destination, why, ruled_out)
@@ -279,7 +281,3 @@ def _none(wish: Wish, source: host_pb2.Host, destination: host_pb2.Host, out: Ma
 def listing(networks: Sequence[host_pb2.Network]) -> str:
     """Return the networks with their roles, for a person."""
     return ", ".join(f"{n.name} ({'/'.join(n.roles) or 'no role'})" for n in networks) or "none"
-
-
-def _rate(bytes_per_second: int) -> str:
-    return f"{bytes_per_second / 1e6:.4g} MB/s"

@@ -158,3 +158,8 @@ def effective(
             return False
 
     return [*(side for network in defined for side in on_network(network, interfaces)), *(n for n in own if not replaced(n))]
+
+
+def rate_text(bytes_per_second: int) -> str:
+    """Return a rate for a person."""
+    return f"{bytes_per_second / 1e6:.4g} MB/s"

@@ -1,8 +1,7 @@
 """Takes the migration role of networks that are drained, once no migration uses them; also after a restart."""
 
-import asyncio
-
 from agent.migration.collection import Collection
+from agent.runtime.bell import first_of
 from agent.runtime.errors import DroverError, Reason
 from coordinator.networks.table import NetworkTable
 from drover.coordinator.v1 import network_pb2 as pb
@@ -15,12 +14,7 @@ async def finish_revoking(table: NetworkTable, migrations: Collection) -> None:
         for network in table.all():
             if network.revoking and not migrations.using(network.name):
                 await _finish(table, network.name)
-        waits = [asyncio.ensure_future(event.wait()) for event in changed]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        await first_of(*changed)
 
 
 async def _finish(table: NetworkTable, name: str) -> None:

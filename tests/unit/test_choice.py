@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from agent.handshake.drive.ends import Candidate, Ends, Side
-from agent.migration.choice import Choice
+from agent.migration.choice import Chooser
 from agent.migration.collection import Collection
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -60,9 +60,9 @@ class Hosts:
         return [name for name, handshake in self.handshakes.items() if handshake.asked]
 
 
-def choice_of(hosts: Hosts) -> Choice:
+def choice_of(hosts: Hosts) -> Chooser:
     directory: Any = hosts
-    return Choice(directory, Collection("co", Bus()), "co")
+    return Chooser(directory, Collection("co", Bus()), "co")
 
 
 async def chosen(hosts: Hosts, *, may_wait: bool = False, without: set[str] | None = None) -> str:

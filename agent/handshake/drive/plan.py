@@ -22,9 +22,9 @@ class Limits:
         return not (self.bandwidth or self.max_downtime)
 
     @property
-    def claim_message(self) -> handshake_pb2.Claim:
+    def claim_message(self) -> handshake_pb2.BandwidthClaim:
         most, least, importance = self.claim
-        return handshake_pb2.Claim(max_bytes_per_second=most, min_bytes_per_second=least, importance=importance)
+        return handshake_pb2.BandwidthClaim(max_bytes_per_second=most, min_bytes_per_second=least, importance=importance)
 
     @classmethod
     def of(cls, settings: migration_pb2.MigrationSettings, share: int = 0) -> "Limits":

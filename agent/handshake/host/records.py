@@ -63,7 +63,7 @@ class Statement(msgspec.Struct, frozen=True):
         )
 
 
-class Claim(msgspec.Struct, frozen=True):
+class BandwidthClaim(msgspec.Struct, frozen=True):
     """See the message on the wire."""
 
     most: int = 0
@@ -71,7 +71,7 @@ class Claim(msgspec.Struct, frozen=True):
     importance: int = 0
 
     @classmethod
-    def of(cls, message: pb.Claim) -> "Claim":
+    def of(cls, message: pb.BandwidthClaim) -> "BandwidthClaim":
         return cls(message.max_bytes_per_second, message.min_bytes_per_second, message.importance)
 
 
@@ -123,7 +123,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     proved: str = ""
     """The destination's migration address, once the path to it was proved; source only."""
     bandwidth: int = 0
-    claim: Claim | None = None
+    claim: BandwidthClaim | None = None
     """What the driver said of its migration's claim to bandwidth. Source only."""
     max_downtime: float = 0.0
     """Seconds; 0: the hypervisor's default. Source only."""

@@ -18,7 +18,7 @@ from agent.handshake.host.phases import (
     stated_changes,
     wait_of,
 )
-from agent.handshake.host.records import Claim, Role
+from agent.handshake.host.records import BandwidthClaim, Role
 from agent.handshake.host.signs import MAX_WAIT
 from agent.handshake.host.slots import RecordSlots, check_transferring
 from agent.handshake.host.stopwatch import Stopwatch
@@ -166,7 +166,7 @@ class SourceSide:
         return changes | {
             "uri": str(uri),
             "bandwidth": limit,
-            "claim": Claim.of(request.claim) if request.HasField("claim") else None,
+            "claim": BandwidthClaim.of(request.claim) if request.HasField("claim") else None,
             "max_downtime": max_downtime_of(request.max_downtime) if request.HasField("max_downtime") else 0.0,
             "cookies": {**attempt.record.cookies, "prepare": request.cookie_in},
         }

@@ -8,7 +8,7 @@ from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.peer import HandshakePeer
 from agent.handshake.host.peer_record import differs
 from agent.handshake.host.phases import LocalHost
-from agent.handshake.host.records import Claim, Role, state_from_proto
+from agent.handshake.host.records import BandwidthClaim, Role, state_from_proto
 from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.hypervisor.features import check_bandwidth, max_downtime_of
@@ -72,7 +72,7 @@ class Transfers:
         limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
         with translated(self._host.name):
             applied = await self._session_of(attempt).set_bandwidth(limit)
-        claim = Claim.of(request.claim) if request.HasField("claim") else attempt.record.claim
+        claim = BandwidthClaim.of(request.claim) if request.HasField("claim") else attempt.record.claim
         if (attempt.record.bandwidth, attempt.record.claim) != (limit, claim):  # else it was only read back
             await attempt.note(bandwidth=limit, claim=claim)
         shown = self._host.show(attempt.record, attempt.progress)

@@ -885,7 +885,7 @@ class PrepareResponse(message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
-class Claim(message.Message):
+class BandwidthClaim(message.Message):
     """What a migration is to have of its host's lines, by its settings. The source divides its lines so once it drives the transfer itself."""
 
     DESCRIPTOR: descriptor.Descriptor
@@ -947,7 +947,7 @@ class PerformRequest(message.Message):
         """The destination's record as the caller saw it. Counts only where the source cannot reach the destination itself."""
 
     @builtins.property
-    def claim(self) -> Claim:
+    def claim(self) -> BandwidthClaim:
         """Unset: `bandwidth_bytes_per_second` is all that is known."""
 
     def __init__(
@@ -961,7 +961,7 @@ class PerformRequest(message.Message):
         wait: duration_pb2.Duration | None = ...,
         max_downtime: duration_pb2.Duration | None = ...,
         destination_record: Record | None = ...,
-        claim: Claim | None = ...,
+        claim: BandwidthClaim | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["claim", b"claim", "destination_record", b"destination_record", "max_downtime", b"max_downtime", "ref", b"ref", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
@@ -1284,7 +1284,7 @@ class SetBandwidthRequest(message.Message):
     @builtins.property
     def ref(self) -> AttemptRef: ...
     @builtins.property
-    def claim(self) -> Claim:
+    def claim(self) -> BandwidthClaim:
         """As in PerformRequest. Unset: unchanged."""
 
     def __init__(
@@ -1293,7 +1293,7 @@ class SetBandwidthRequest(message.Message):
         ref: AttemptRef | None = ...,
         request_id: builtins.str = ...,
         bandwidth_bytes_per_second: builtins.int = ...,
-        claim: Claim | None = ...,
+        claim: BandwidthClaim | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["claim", b"claim", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
