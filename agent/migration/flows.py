@@ -73,8 +73,8 @@ def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
     return DroverError(
         Reason.BANDWIDTH_INSUFFICIENT,
         f"guest {migration.domain_name} needs {rate_text(found.wanted)} ({what}) on {found.link}, where {rate_text(found.left)} are "
-        f"left: {rate_text(found.guaranteed)} of {rate_text(found.capacity)} are guaranteed to others. Nothing was done to the guest; "
-        "ask for a lower minimum, or wait until other migrations have ended",
+        f"left: {rate_text(found.guaranteed)} of {rate_text(found.capacity)} are guaranteed to others. Nothing was done to the "
+        "guest; ask for a lower minimum, or wait until other migrations have ended",
         metadata={
             "link": found.link,
             "capacity": str(found.capacity),
