@@ -35,8 +35,10 @@ class Meter:
 
     async def _run(self) -> None:
         while True:
+            asked = time.monotonic()
             line = next(line for line in self._path.read_text().splitlines() if line.strip().startswith(self._label))
-            self._samples.append((time.monotonic(), int(line.split(":")[1].split()[8])))
+            if time.monotonic() - asked <= 0.01:  # else other work came between: the moment of the bytes is not known
+                self._samples.append((asked, int(line.split(":")[1].split()[8])))
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -99,7 +101,7 @@ async def test_8_7_a_limit_holds_in_post_copy_and_can_be_changed_there(start: St
     await migration.flowing()
     assert await migration.outgoing.set_bandwidth(8 * MIB) == 8 * MIB  # before the switch: it must hold after it, too
     switched = asyncio.create_task(migration.outgoing.start_postcopy())
-    assert 6 * MIB < await meter.most(2.5) <= 8.1 * MIB  # the second of the switch is among them
+    assert 6 * MIB < await meter.most(2.5) <= 1.05 * 8 * MIB  # the second of the switch is among them
     await switched
     reading = await migration.outgoing.progress()
     assert reading is not None
