@@ -90,7 +90,7 @@ class Book:
         return claim
 
     def adopt(self, claim: Claim, now: float) -> None:
-        """Add a claim of an earlier life: with its attached slot, or with its place."""
+        """Add a claim of an earlier life: with its attached slot, in the order of the epochs, or with its place."""
         self._claims[claim.migration_id] = claim
         claim.seen = now
         if claim.slot is None:
@@ -98,7 +98,8 @@ class Book:
             self._join_queue(claim)
         else:
             self._count(claim.slot, 1)
-            self._served(claim.ask.peer, claim.slot.epoch)
+            claim.slot.turn = self._granted.get(claim.ask.peer, 0)
+            self.served(claim.ask.peer, claim.slot.epoch)
 
     def ended_call(self, claim: Claim, now: float, *, normally: bool) -> None:
         """Note that a call has ended; not `normally`: its caller has gone away."""
@@ -164,13 +165,14 @@ class Book:
         cost, peer = self._cost(claim), claim.ask.peer
         if claim.slot is None:
             claim.slot = Slot(kind, cost, next(self._numbers), now, turn=self._granted.get(peer, 0))
-            self._served(peer, claim.slot.epoch)
+            self.served(peer, claim.slot.epoch)
         else:
             self._count(claim.slot, -1)
             claim.slot.kind, claim.slot.cost = kind, cost
         self._count(claim.slot, 1)
 
-    def _served(self, peer: str, epoch: int) -> None:
+    def served(self, peer: str, epoch: int) -> None:
+        """Note the last grant of a peer: the others go before it."""
         self._granted.pop(peer, None)
         self._granted[peer] = epoch
         if len(self._granted) > _PEERS:

@@ -35,7 +35,7 @@ def assert_fair(order: Sequence[Leg], before: Sequence[Leg]) -> None:
     """Assert that `order` is by importance, then by source (first the one whose last grant is the longest ago), then by age;
     `before`: granted before, in this order.
     """
-    left, granted = [leg for leg in QUEUED if leg in order], [leg.source for leg in before]
+    left, granted = [leg for leg in (*FIRST, *QUEUED) if leg in order], [leg.source for leg in before]
     for leg in order:
         high = [each for each in left if each.importance == max(other.importance for other in left)]
         ages = {each.source: granted[::-1].index(each.source) if each.source in granted else 1000 for each in high}

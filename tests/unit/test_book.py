@@ -135,6 +135,16 @@ def test_8_1_a_slot_of_a_record_counts_in_the_next_life() -> None:
     assert served(book) == ["s2/a", "s1/a"]
 
 
+def test_8_2_the_next_life_knows_whose_turn_it_is() -> None:
+    book = book_of()
+    book.served("s1", 5)
+    held = Claim(Ask("held", peer="s2"), 7, 0, Slot(T, 1, 7, 0, attached=True))
+    book.adopt(held, 0)
+    asks(book, "s2/a", "s1/a", "s3/a")
+    book.free(held, 0)
+    assert served(book) == ["s3/a", "s1/a", "s2/a"]
+
+
 def test_8_1_a_few_are_prepared_beside_those_that_transfer() -> None:
     book = book_of(limit=1, prepared=1)
     claims = asks(book, "a", "b", "c", kind=P)

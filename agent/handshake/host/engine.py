@@ -44,6 +44,9 @@ _SERVICES: Final = (
     pb.DESCRIPTOR.services_by_name["HandshakeService"],
     admission_pb2.DESCRIPTOR.services_by_name["AdmissionService"],
 )
+_RECENT: Final = 200
+"""How many of the newest records tell at the start whose turn it is."""
+
 RPCS: Final = frozenset(name for service in _SERVICES for name in methods_of(service))
 """Names of the methods that serve them."""
 
@@ -89,7 +92,8 @@ class Engine:
     async def recover(self) -> None:
         """Resume every attempt in the journal that has not ended, by its machine's RESTARTED event, and unfinished aftercare."""
         active = await self._journal.active()
-        self._slots.recount(active)
+        recent = await self._journal.page_of_attempts(active_only=False, before=None, limit=_RECENT)
+        self._slots.recount(active, [record for _, record in recent])
         await self.desk.ledger.open()
         for record in active:
             attempt = self._attempts.adopt(record)

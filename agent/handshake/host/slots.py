@@ -61,15 +61,19 @@ class RecordSlots:
 
     # ---- records
 
-    def recount(self, records: Iterable[AttemptRecord]) -> None:
-        """Count the slots of the records of earlier lives, before anything else is done with the desk."""
-        for record in sorted(records, key=lambda record: record.epoch):
+    def recount(self, active: Iterable[AttemptRecord], recent: Iterable[AttemptRecord]) -> None:
+        """Count the slots of the active records of earlier lives, before anything else is done with the desk. Whose turn it is
+        follows from them, and from recent ones that have ended."""
+        records = {record.key: record for record in (*recent, *active)}
+        for record in sorted(records.values(), key=lambda record: record.epoch):
+            direction = _DIRECTIONS[record.role]
             if record.holds_slot:
                 kind = Kind.TRANSFERRING if record.transferring else Kind.PREPARED
                 ask = Ask(record.migration_id, kind, record.peer_host)
-                direction = _DIRECTIONS[record.role]
                 flows = record.state in _FLOWS
                 self._desk.ledger.recount(direction, ask, epoch=record.epoch, cost=record.cost, since=record.created, flows=flows)
+            elif not _returned(record):
+                self._desk.books[direction].served(record.peer_host, record.epoch)
 
     @contextlib.asynccontextmanager
     async def taking(self, attempt: Attempt, peer_host: str, memory: int) -> AsyncIterator[dict[str, Any]]:
@@ -91,9 +95,8 @@ class RecordSlots:
         if record.state in _FLOWS and before.state not in _FLOWS:
             self._desk.flows(direction, record.migration_id)
         if before.holds_slot and not record.holds_slot:
-            reason = record.failure.reason if record.failure is not None else None
-            if record.state in _GIVEN_UP and reason is not Reason.CANCELLED:
-                self._desk.returned(direction, record.migration_id, silent=reason is Reason.DRIVER_SILENT)
+            if _returned(record):
+                self._desk.returned(direction, record.migration_id, silent=_reason(record) is Reason.DRIVER_SILENT)
             else:
                 self._desk.ended(direction, record.migration_id, completed=record.state in _COMPLETED)
 
@@ -208,6 +211,15 @@ def check_transferring(attempt: Attempt) -> None:
     """Raise WRONG_PHASE if the slot has become prepared since it was made sure that it allows the transfer."""
     if not attempt.record.transferring:
         raise overtaken(attempt)
+
+
+def _reason(record: AttemptRecord) -> Reason | None:
+    return record.failure.reason if record.failure is not None else None
+
+
+def _returned(record: AttemptRecord) -> bool:
+    """Return whether an ended record gave its slot back unused, so that its migration keeps its place and its turn."""
+    return record.state in _GIVEN_UP and _reason(record) is not Reason.CANCELLED
 
 
 def _fields(claim: Claim) -> dict[str, Any]:
