@@ -1,15 +1,18 @@
 """The choice of the destination of a migration to any host: candidates are planned and asked for a slot in their order."""
 
+import asyncio
+import contextlib
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final
 
 from agent.handshake.drive.ends import Directory, Ends
 from agent.handshake.drive.plan import Plan
-from agent.handshake.drive.slots import PREPARED, TRANSFERRING, slot_request
+from agent.handshake.drive.slots import DIRECTION, PREPARED, TRANSFERRING, slot_request
 from agent.migration.collection import Collection
 from agent.migration.planning import make_plan, to_host
 from agent.migration.waiting import AWAY
+from agent.runtime.alongside import outlasting
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import admission_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -130,6 +133,15 @@ class Chooser:
         except DroverError as error:
             if error.reason is not Reason.UNIMPLEMENTED:  # an older agent: ReserveSlot will say
                 raise
+        except asyncio.CancelledError:
+            await outlasting(self.give_back(migration_id, chosen.ends))
+            raise
+
+    async def give_back(self, migration_id: str, ends: Ends) -> None:
+        """Give back the slot of a choice that is not used. On an error, its lease ends it."""
+        request = admission_pb2.ReleaseSlotRequest(migration_id=migration_id, direction=DIRECTION["destination"])
+        with contextlib.suppress(DroverError):
+            await ends.destination.handshake.release_slot(request)
 
 
 def _none_of(refused: dict[str, DroverError]) -> DroverError:

@@ -29,6 +29,7 @@ from agent.migration.waiting import (
 )
 from agent.migration.waits import error_waited_for, out_of_time
 from agent.migration.whereabouts import whereabouts
+from agent.runtime.alongside import outlasting
 from agent.runtime.backoff import SLOT, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
@@ -92,11 +93,14 @@ class SlotTaker:
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
                 if patience and not entry.unbegun and not is_waited_for(error) and await self._has_begun(entry):
                     return
-                if await self._goes_elsewhere(entry, error) or await joins(self._collection, entry, error):
-                    continue
-                if left <= 0 or not is_waited_for(error):
-                    raise await self._with_alternatives(entry, error) from None
-                self._show_wait(entry, error)
+                try:
+                    if await unless_cancelled(entry.cancel_asked, functools.partial(self._goes_on, entry, error)):
+                        continue
+                except DroverError as not_saved:
+                    last = not_saved
+                if left <= 0 or not is_waited_for(last):
+                    raise await self._with_alternatives(entry, last) from None
+                self._show_wait(entry, last)
             else:
                 return
             with contextlib.suppress(TimeoutError):
@@ -220,7 +224,11 @@ class SlotTaker:
         seen.runs_on = whereabouts(seen).runs_on
         self._collection.publish(entry, seen)
 
-    # ---- any host
+    # ---- another attempt
+
+    async def _goes_on(self, entry: Entry, error: DroverError) -> bool:
+        """Return whether it goes on at once after an error: with another host, or with the attempt of another driver."""
+        return await self._goes_elsewhere(entry, error) or await joins(self._collection, entry, error)
 
     async def _goes_elsewhere(self, entry: Entry, error: DroverError) -> bool:
         """After an error of the destination of a migration to any host: choose another one. Return whether there is one."""
@@ -242,13 +250,22 @@ class SlotTaker:
         """Make `chosen` the destination, as the next attempt: the old one may have a slot of the present attempt, of which no answer
         came. Nothing but slots was asked so far."""
         before = entry.driver
-        await next_attempt(self._collection, entry, chosen.plan)
+        try:
+            await next_attempt(self._collection, entry, chosen.plan)
+        except BaseException:  # also where it is cancelled, or its time is over
+            await outlasting(self._choice.give_back(entry.migration.migration_id, chosen.ends))
+            raise
         entry.driver = self._make_driver(entry, chosen)
         if before is not None:
-            await before.slots.release("destination")
-            if before.may_hold_slot:
-                await before.give_back()
             entry.slot_asked = False
+            await outlasting(self._leave(before))
+
+    @staticmethod
+    async def _leave(driver: Driver) -> None:
+        """Give back what the destination of a driver may hold."""
+        await driver.slots.release("destination")
+        if driver.may_hold_slot:
+            await driver.give_back()
 
     # ---- what it waits for
 

@@ -109,15 +109,15 @@ _EXIT: tuple[tuple[type[DroverClientError], ExitCode], ...] = (
 )
 
 
-_NO_SLOT = ("BUSY", "HOST_CLOSED", "NO_HOST")
-"""Refused before the guest was touched, also where a migration was there and waited."""
+_UNTOUCHED = ("BUSY", "HOST_CLOSED", "NO_HOST", "PATH_NOT_PROVED")
+"""Refused before the guest was touched, also where a migration was there."""
 
 
 def exit_code(error: DroverClientError) -> ExitCode:
     if error.migration is not None and lost_or_stuck(error.migration):
         return ExitCode.UNKNOWN
     waited_in_vain = error.migration is not None and error.migration.waited_in_vain
-    if error.reason in _NO_SLOT or waited_in_vain:
+    if error.reason in _UNTOUCHED or waited_in_vain:
         return ExitCode.REFUSED
     return next((code for kind, code in _EXIT if isinstance(error, kind)), ExitCode.UNKNOWN)
 

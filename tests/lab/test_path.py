@@ -79,7 +79,7 @@ async def test_8_5_the_command_line_tells_it(cluster: LabCluster, talk: Talk, h2
     h2.close_ports("mig1", 49152, 49215)
     command = cluster.drover("migrate", "counted", "--to", "h2", "--network", "mig1")
     refusal = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=30, check=False)
-    assert refusal.returncode == 1
+    assert refusal.returncode == 4
     assert "from 10.92.0.1 on h1 to 10.92.0.2:49215 on h2" in refusal.stderr
     assert "stays on h1; let the firewalls on h2" in refusal.stderr
 

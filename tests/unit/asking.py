@@ -20,7 +20,7 @@ from tests.unit.fake_hypervisor import FEATURES, UUID
 
 ID = "6f1c0f4e-2f0a-4b5e-9d55-0d8f5a1e9b01"
 REF = pb.AttemptRef(migration_id=ID, attempt=1)
-ADDRESSES = {"h1": "127.92.0.1", "h2": "127.92.0.2"}
+ADDRESSES = {"h1": "127.92.0.1", "h2": "127.92.0.2", "h3": "127.92.0.3"}
 PATIENCE = 20.0
 """Deadline in seconds of what ends soon, long enough for a busy machine."""
 CANCELLED = Failure(Reason.CANCELLED, "cancelled on request")

@@ -1,4 +1,4 @@
-"""coordinator.cli.show: the exit code of a migration that waited (issue 8, point 4)."""
+"""coordinator.cli.show: the exit code of a migration that waited, or whose path was not proved (issue 8, points 4 and 5)."""
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -37,4 +37,5 @@ def test_8_4_who_waited_in_vain_was_refused_whatever_the_last_reason(
     )
     with pytest.raises(DroverClientError) as error:
         raise_unless_succeeded(Migration.from_proto(migration))
-    assert exit_code(error.value) is (ExitCode.REFUSED if reason is Reason.BUSY else code)
+    untouched = reason in (Reason.BUSY, Reason.PATH_NOT_PROVED)
+    assert exit_code(error.value) is (ExitCode.REFUSED if untouched else code)

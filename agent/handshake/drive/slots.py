@@ -118,8 +118,11 @@ class BothSlots:
 
     async def take(self, side: str, kind: pb.SlotKind.ValueType) -> None:
         """Take the slot of a side without waiting. Raises BUSY, HOST_CLOSED, and what the call raises."""
-        self.at, begun, self._begun = "", self._begun, None
-        await (begun if begun is not None else self._ask(side, kind, None))
+        call: Awaitable[None] | None = self._begun
+        if call is None:
+            self.at, call = "", self._ask(side, kind, None)
+        self._begun = None
+        await call
 
     async def acquire(self, kind: pb.SlotKind.ValueType, meanwhile: Callable[[], Awaitable[None]] | None = None) -> None:
         """Wait until both slots of at least this kind are taken. `meanwhile` is called after each call that ends without a slot of
