@@ -8,7 +8,7 @@ import structlog
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Limits
-from agent.handshake.machines.source import SourceState
+from agent.handshake.machines.facts import sends
 from agent.migration.settings import limits_of
 from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, Clock, Pauses
@@ -81,10 +81,7 @@ class Tuner:
     def flows(self) -> bool:
         """Whether the source sends memory, as far as the driver knows."""
         view = self._driver.view
-        record = view.source_record
-        return view.source_state is SourceState.PERFORMING or (
-            view.source_state is SourceState.PERFORMED and record is not None and record.progress.post_copy
-        )
+        return sends(view.source_state, view.source_record.progress if view.source_record is not None else None)
 
     @property
     def due(self) -> Limits | None:

@@ -12,6 +12,7 @@ from tests.kit.cluster import Cluster, GuestSpec
 from tests.kit.cluster import cluster as make_cluster
 from tests.kit.cluster.platforms import LabCluster
 from tests.kit.lab import wait_until
+from tests.scenarios.changing import changes_in_post_copy
 from tests.scenarios.conversation import MIB, Talk, assert_idle, record_state, state, update
 
 pytestmark = pytest.mark.timeout(120)
@@ -22,6 +23,7 @@ GUESTS = [
     GuestSpec("retuned", memory_mib=128),
     GuestSpec("post-copy", dirty=2000),
     GuestSpec("full-disk"),
+    GuestSpec("changed-postcopy", memory_mib=128),
     *FLEET,
 ]
 
@@ -30,6 +32,13 @@ GUESTS = [
 def _cluster(_real_hosts: None) -> Iterator[Cluster]:
     settings = {"agent": {"takeover_after_seconds": 3, "lease_seconds": 5, "incoming_limit": 10, "outgoing_limit": 10}}
     with make_cluster("libvirt", GUESTS, lab_id=f"sv{os.getpid()}", settings=settings) as made:
+        yield made
+
+
+@pytest.fixture(name="as_root", scope="module")
+def _as_root(_real_hosts: None) -> Iterator[Cluster]:
+    """Post-copy needs a QEMU that runs as root."""
+    with make_cluster("libvirt", GUESTS, lab_id=f"svp{os.getpid() % 1_000_000}", lab={"setting": "root"}) as made:
         yield made
 
 
@@ -58,11 +67,12 @@ async def test_coordinator_and_both_agents_killed_during_perform(cluster: Cluste
     await ends_without_daemons(cluster, "pre-copy")
 
 
-@pytest.mark.usefixtures("_real_hosts")
-async def test_coordinator_and_both_agents_killed_during_post_copy() -> None:
-    """The same; post-copy needs a QEMU that runs as root."""
-    with make_cluster("libvirt", GUESTS, lab_id=f"svp{os.getpid() % 1_000_000}", lab={"setting": "root"}) as made:
-        await ends_without_daemons(made, "post-copy")
+async def test_coordinator_and_both_agents_killed_during_post_copy(as_root: Cluster) -> None:
+    await ends_without_daemons(as_root, "post-copy")
+
+
+async def test_8_7_a_limit_holds_and_is_changed_in_post_copy(as_root: Cluster) -> None:
+    await changes_in_post_copy(as_root, forbidden=False)
 
 
 async def ends_without_daemons(cluster: Cluster, name: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from agent.hypervisor.base import (
     Begun,
     Domain,
+    DomainBusy,
     DomainNotFound,
     DomainState,
     Finished,
@@ -377,13 +378,15 @@ async def test_post_copy_runs_at_the_destination_at_once(hosts: Hosts) -> None:
         await move.out.abort()
     with pytest.raises(HypervisorError):
         await move.into.abandon()
+    assert (await performing).final.postcopy
+    with pytest.raises(DomainBusy):
+        await move.out.remove(b"", Options())
     await a.outgoing(UUID).set_bandwidth(1 << 50)
     a._host.link.rate = 1 << 50
     a._host.link.divide()
-    final = (await performing).final
-    assert final.processed_bytes >= 100_000 * MIB
     await finishing
     assert state_text(await facts(b)) == "running (migrated)"
+    await until(lambda: facts(a), lambda domain: not domain.postcopy)
     with pytest.raises(HypervisorError):
         await move.out.resume()
     await move.out.remove(b"", Options())

@@ -17,7 +17,8 @@ from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
 from agent.handshake.host.phases import check_address, overtaken, wait_of
 from agent.handshake.host.records import AttemptRecord, Role
-from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.destination import DestinationEffect, DestinationState
+from agent.handshake.machines.facts import sends
 from agent.handshake.machines.source import SourceState
 from agent.runtime.alongside import outlasting
 from agent.runtime.errors import Reason, invalid_field
@@ -97,8 +98,18 @@ class RecordSlots:
         if before.holds_slot and not record.holds_slot:
             if _returned(record):
                 self._desk.returned(direction, record.migration_id, silent=_reason(record) is Reason.DRIVER_SILENT)
+            elif transfer := _post_copy(attempt):
+                attempt.start("slot", self._end_after(transfer, direction, record))
             else:
-                self._desk.ended(direction, record.migration_id, completed=record.state in _COMPLETED)
+                self._end(direction, record)
+
+    def _end(self, direction: Direction, record: AttemptRecord) -> None:
+        self._desk.ended(direction, record.migration_id, completed=record.state in _COMPLETED)
+
+    async def _end_after(self, transfer: Iterable[asyncio.Task[None]], direction: Direction, record: AttemptRecord) -> None:
+        """Free the slot once the memory has been sent. After a restart of the agent meanwhile it counts no more."""
+        await asyncio.wait(transfer)
+        self._end(direction, record)
 
     async def allow_transfer(self, attempt: Attempt) -> None:
         """Make sure that the attempt's slot allows the transfer: a prepared one becomes a transferring one if it is its turn now.
@@ -220,6 +231,13 @@ def _reason(record: AttemptRecord) -> Reason | None:
 def _returned(record: AttemptRecord) -> bool:
     """Return whether an ended record gave its slot back unused, so that its migration keeps its place and its turn."""
     return record.state in _GIVEN_UP and _reason(record) is not Reason.CANCELLED
+
+
+def _post_copy(attempt: Attempt) -> list[asyncio.Task[None]]:
+    """Return what lasts as long as memory flows by post-copy, whose record needs no slot any more since the switch."""
+    if attempt.record.role is Role.DESTINATION:
+        return attempt.running(DestinationEffect.FINISH) if attempt.record.state == DestinationState.RUNNING else []
+    return attempt.running("guest") if sends(attempt.record.state, attempt.progress) else []
 
 
 def _fields(claim: Claim) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from agent.handshake.host.phases import (
 from agent.handshake.host.records import progress_to_proto
 from agent.handshake.host.stopwatch import Stopwatch, timed
 from agent.handshake.host.waits import Follower, report_broken_post_copy
-from agent.handshake.machines.facts import loss_of, source_fact
+from agent.handshake.machines.facts import loss_of, sends, source_fact
 from agent.handshake.machines.source import SourceEffect, SourceEvent, SourceState
 from agent.hypervisor.base import (
     POSTCOPY_FAILED,
@@ -133,8 +133,7 @@ class SourceEffects:
 
     def _follower(self, attempt: Attempt) -> Follower:
         if attempt not in self._followers:
-            flows = lambda: attempt.running(_F.PERFORM, _F.LOOK) if attempt.record.state == _S.PERFORMING else []  # noqa: E731
-            self._followers[attempt] = Follower(self._host, attempt, self.session(attempt), flows)
+            self._followers[attempt] = Follower(self._host, attempt, self.session(attempt), lambda: _transfer(attempt))
         return self._followers[attempt]
 
     async def _abort(self, attempt: Attempt) -> None:
@@ -174,10 +173,19 @@ class SourceEffects:
             await self.session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
             attempt.saw(GuestFact(GuestState.ABSENT, "migrated", time.time()))  # concluded from the success of `remove`
 
+        await self._see_post_copy(attempt)
         with timed("confirm") as watch:
             await retry(attempt, "removing the copy at the source", remove)
         await attempt.report(_E.REMOVE_DONE, timings=(*attempt.record.timings, watch.timing))
         await self._let_go(attempt)
+
+    async def _see_post_copy(self, attempt: Attempt) -> None:
+        """Go on watching a transfer that was switched to post-copy: memory flows until the copy can be removed."""
+        with contextlib.suppress(HypervisorError):
+            reading = await self.session(attempt).progress()
+            if reading is not None and reading.postcopy:
+                attempt.progress = progress_to_proto(reading)
+                self._watch(attempt)
 
     async def _resume(self, attempt: Attempt) -> None:
         changes: dict[str, object] = {}
@@ -205,3 +213,10 @@ class SourceEffects:
         self._followers.pop(attempt, None)
         if session := self._sessions.pop(attempt, None):
             await session.close()
+
+
+def _transfer(attempt: Attempt) -> list[asyncio.Task[None]]:
+    """Return the tasks that last as long as the transfer may; none once nothing is sent any more."""
+    if not sends(attempt.record.state, attempt.progress):
+        return []
+    return attempt.running(*((_F.PERFORM, _F.LOOK) if attempt.record.state == _S.PERFORMING else ("guest",)))

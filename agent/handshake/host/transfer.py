@@ -18,8 +18,8 @@ from agent.runtime.errors import DroverError, Reason
 from agent.runtime.wire import duration
 from drover.agent.v1 import handshake_pb2 as pb
 
-_FLOWS: Final = frozenset({SourceState.PERFORMING, SourceState.PERFORMED})
-"""States in which memory may flow: in post-copy a hypervisor may report Perform's success at the switch."""
+_MAY_FLOW: Final = frozenset({SourceState.PERFORMING, SourceState.PERFORMED, SourceState.REMOVING})
+"""States in which memory may flow: in post-copy a hypervisor reports Perform's success at the switch."""
 
 
 class Transfers:
@@ -68,7 +68,7 @@ class Transfers:
             )
 
     async def set_bandwidth(self, request: pb.SetBandwidthRequest) -> pb.SetBandwidthResponse:
-        attempt = await self._transferring(request.ref, _FLOWS)
+        attempt = await self._transferring(request.ref, _MAY_FLOW)
         limit = check_bandwidth(request.bandwidth_bytes_per_second, self._host.features, f"the source {self._host.name}")
         with translated(self._host.name):
             applied = await self._session_of(attempt).set_bandwidth(limit)

@@ -15,6 +15,7 @@ from agent.handshake.host.aftercare import note_pause
 from agent.handshake.host.attempt import Attempt, waits_for
 from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import progress_to_proto
+from agent.handshake.machines.source import SourceState
 from agent.hypervisor.base import HypervisorError
 from agent.hypervisor.interface import Outgoing
 from agent.runtime.errors import DroverError, Reason
@@ -141,8 +142,14 @@ class Follower:
                 attempt.tell("")
             self._reported = False
             return
-        self._reported = True
+        if attempt.progress is not None:
+            attempt.progress.bytes_per_second = 0  # the hypervisor keeps reporting its last rate
+            attempt.progress.reason = f"nothing was sent for {idle:.0f} s"
+            attempt.wake()
         record = attempt.record
+        if record.state != SourceState.PERFORMING:
+            return  # in post-copy: what the removal of the copy waits for is told there
+        self._reported = True
         repeats = await self._session.connect_retries(record.uri)
         if repeats is not None:
             if idle >= CONNECT_SECONDS and not self._ending:
@@ -152,10 +159,6 @@ class Follower:
         elif self._transfer():
             why = await self._host.hypervisor.why_unresponsive(record.domain_name)
             attempt.tell(stands_still(self._host.name, record.peer_host, idle, f"{self._host.name}: {why}" if why else ""))
-        if attempt.progress is not None:
-            attempt.progress.bytes_per_second = 0  # the hypervisor keeps reporting its last rate
-            attempt.progress.reason = f"nothing was sent for {idle:.0f} s"
-            attempt.wake()
 
     async def _give_up(self) -> None:
         record = self._attempt.record

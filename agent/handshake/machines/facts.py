@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 from agent.handshake.machines.destination import DestinationEvent
-from agent.handshake.machines.source import SourceEvent
+from agent.handshake.machines.source import SourceEvent, SourceState
 from agent.hypervisor.base import PAUSED_BY_USER, Domain, DomainState, Job
 from agent.hypervisor.guest_fact import NO_PROCESS, GuestFact, GuestState
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.failure import Failure
+from drover.agent.v1 import handshake_pb2 as pb
 
 
 def source_fact(domain: Domain | None) -> SourceEvent | None:
@@ -132,3 +133,11 @@ def check_movable(domain: Domain, host: str) -> None:
             "Nothing was done to the guest: it is still paused there",
             metadata={"host": host, "state": domain.state, "reason": domain.reason},
         )
+
+
+def sends(state: str | None, progress: pb.Progress | None) -> bool:
+    """Return whether a source in this state, with this last reading of its transfer, sends memory. In post-copy it does so after the
+    success of Perform, which hypervisors report at the switch, while the guest runs at the destination already."""
+    if state in (SourceState.PERFORMED, SourceState.REMOVING):
+        return progress is not None and progress.post_copy and progress.remaining_bytes > 0
+    return state == SourceState.PERFORMING

@@ -110,7 +110,12 @@ class SimOutgoing:
         guest.job = Job.OUTGOING
         task = sender.begin()
         task.add_done_callback(self._after_perform)
-        final = await self._host.wait("perform", task, None)
+        switch = self._host.spawn(sender.switched.wait())
+        try:
+            await asyncio.wait({task, switch}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            switch.cancel()
+        final = task.result() if task.done() else sender.progress()  # as libvirt, Perform succeeds at the switch to post-copy
         return Performed(json.dumps({"downtime": final.downtime}).encode(), final)
 
     def _after_perform(self, _task: asyncio.Task[Progress]) -> None:

@@ -93,6 +93,8 @@ class Sender:
         self._ended = ""
         self._started = False
         self.task: asyncio.Task[Progress] | None = None
+        self.switched = asyncio.Event()
+        """Set once the guest has been switched to post-copy."""
 
     # --- called by the handles ----------------------------------------------------------------------------------------
 
@@ -282,6 +284,7 @@ class Sender:
         self._state = model.switch(self._state, guest.load)
         guest.owed = ceil(self._state.remaining)
         await stream.send(Switch(guest.send_state(), self._wants_run, guest.owed))
+        self.switched.set()
 
     async def _report(self, stream: Stream) -> None:
         """Send one frame for the bytes since the last one; none while the destination does not acknowledge."""
