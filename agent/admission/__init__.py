@@ -1,6 +1,6 @@
 """Admission: how many guests may come to this host and leave it at once, and who is next. Knows no handshake. Begin with
-`desk.Desk`.
+`queue.Queue`.
 
-`book` decides (pure), `ledger` keeps its books durable and lets what is not renewed expire, `desk` serves calls that take a slot or
-wait for one, `settings` has the limits, `wire` converts.
+`book` decides (pure), `queue` serves the calls of one direction and keeps its book durable, `desk` has both queues and the settings,
+`store` has the rows, `wire` converts.
 """

@@ -8,12 +8,14 @@ last second holds up those behind it, too. A migration that was prepared keeps t
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import replace
-from itertools import chain
 from typing import Final
 
+from msgspec.structs import replace
+
 from agent.admission.estimate import time_until
-from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot, Standing
+from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot
+from agent.runtime.wire import duration
+from drover.agent.v1.migration_pb2 import WAIT_REASON_OUTGOING_SLOT, WAIT_REASON_SLOT, Wait
 
 TURN_SECONDS: Final = 1.0
 """How long a waiter keeps its turn between two calls."""
@@ -24,6 +26,8 @@ _REMEMBERED: Final = 50
 """How many holding times are remembered."""
 _PEERS: Final = 1000
 """How many peers are remembered with the grant that they had last."""
+_REASONS: Final = {Direction.INCOMING: WAIT_REASON_SLOT, Direction.OUTGOING: WAIT_REASON_OUTGOING_SLOT}
+_NEVER: Final = float("inf")
 
 _Key = tuple[int, int, int]
 _Lane = tuple[int, str]
@@ -33,20 +37,22 @@ _Order = tuple[list[tuple[int, int, int, int]], list[Claim], Counter[_Lane]]
 class Book:
     """The state of one direction. `numbers` gives epochs and places: each greater than all before, also of earlier lives."""
 
-    def __init__(self, direction: Direction, limits: Limits, numbers: Iterator[int], lease: float) -> None:
+    def __init__(
+        self, direction: Direction, limits: Limits, numbers: Iterator[int], lease: float, takeover_after: float = _NEVER
+    ) -> None:
         self.direction = direction
         self.limits = limits
         self.transferring = 0
         """Units that are taken."""
         self.prepared = 0
         """Prepared slots that are taken."""
-        self._numbers = numbers
+        self.numbers = numbers
         self.lease = lease
         """Seconds for which a driver may be silent."""
+        self._takeover_after = takeover_after
+        """Seconds of silence after which another driver goes on with a place that is in the journal."""
         self._claims: dict[str, Claim] = {}
         self._waiting: dict[str, Claim] = {}
-        self._unprepared = 0
-        """Waiters that would take a prepared slot."""
         self._granted: dict[str, int] = {}
         """By peer: its last grant, the least recent first."""
         self._held: deque[float] = deque(maxlen=_REMEMBERED)
@@ -59,6 +65,9 @@ class Book:
 
     def claims(self) -> list[Claim]:
         return list(self._claims.values())
+
+    def slots(self) -> list[tuple[Slot, Claim]]:
+        return [(claim.slot, claim) for claim in self._claims.values() if claim.slot is not None]
 
     @property
     def queue_length(self) -> int:
@@ -74,18 +83,20 @@ class Book:
     # ---- asking
 
     def newcomer(self, ask: Ask, now: float) -> Claim:
-        """Return a claim that does not wait: pass it to `grant`."""
-        return Claim(ask, next(self._numbers), now, seen=now)
+        """Return a claim that is not in the book: pass it to `grant`."""
+        return Claim(ask, next(self.numbers), now, seen=now)
 
-    def ask(self, ask: Ask, now: float) -> Claim:
-        """Put a migration into the queue, or change what it asks for; nothing to wait for if its slot allows that."""
-        claim = self._claims.get(ask.migration_id)
-        if claim is None:
-            claim = self._claims[ask.migration_id] = self.newcomer(ask, now)
-        self._leave_queue(claim)
-        ask = replace(ask, memory=max(ask.memory, claim.ask.memory))  # a driver that has taken over may not know it
-        claim.ask, claim.seen, claim.silence_told = ask, now, False
-        if not claim.has(ask.kind):
+    def ask(self, ask: Ask, now: float, *, waits: bool = True) -> Claim:
+        """Put a migration into the queue, or change what it asks for; nothing to wait for if its slot allows that. Not `waits`: it
+        does not join the queue; pass it to `grant`."""
+        claim = self._claims.get(ask.migration_id) or self.newcomer(ask, now)
+        waits = waits or self.is_waiting(claim)
+        self.leave_queue(claim)
+        memory = max(ask.memory, claim.ask.memory)  # a driver that has taken over may not know it
+        claim.ask = replace(ask, memory=memory, pending=b"")
+        claim.seen, claim.silence_told = now, False
+        if waits and not claim.has(ask.kind):
+            self._claims[claim.migration_id] = claim
             self._join_queue(claim)
         return claim
 
@@ -105,46 +116,49 @@ class Book:
         """Note that a call has ended; not `normally`: its caller has gone away."""
         claim.calls -= 1
         claim.seen = now
-        claim.turn_until = now + TURN_SECONDS if normally and not claim.calls else float("-inf")
+        claim.turn_until = now + TURN_SECONDS if normally and not claim.calls else -_NEVER
 
     # ---- granting
 
-    def grant(self, now: float, newcomer: Claim | None = None) -> list[Claim]:
-        """Serve all for whom there is room, in their order. Return them. `newcomer`: served only now, or not at all."""
+    def grant(self, now: float, other: Claim | None = None) -> list[Claim]:
+        """Serve all for whom there is room, in their order. Return them. `other`: served too, although it is not in the queue."""
         granted = []
-        while (found := self._next(now, newcomer)) is not None:
+        while (found := self._next(now, other)) is not None:
             claim, kind = found
-            self._give(claim, kind, now)
+            self.give(claim, kind, now)
             self._claims[claim.migration_id] = claim
-            newcomer = None if claim is newcomer else newcomer
             granted.append(claim)
         return granted
 
-    def _next(self, now: float, newcomer: Claim | None) -> tuple[Claim, Kind] | None:
+    def _next(self, now: float, other: Claim | None) -> tuple[Claim, Kind] | None:
         room = self.limits.limit - self.transferring
-        wants_prepared = self._unprepared or (newcomer is not None and newcomer.ask.kind is Kind.PREPARED)
-        may_prepare = self.limits.limit > 0 and self.prepared < self.limits.prepared and wants_prepared
+        may_prepare = self.limits.limit > 0 and self.prepared < self.limits.prepared
         if room <= 0 and not may_prepare:
             return None
-        first: tuple[_Key, Claim] | None = None
-        prepared: tuple[_Key, Claim] | None = None
-        for claim in chain(self._waiting.values(), () if newcomer is None else (newcomer,)):
-            if not claim.calls and now >= claim.turn_until:
-                continue
-            key = self._key(claim)
-            if first is None or key < first[0]:
-                first = key, claim
-            if claim.slot is None and claim.ask.kind is Kind.PREPARED and (prepared is None or key < prepared[0]):
-                prepared = key, claim
-        if room > 0 and first is not None and first[1].calls and self._cost(first[1]) <= room:
-            return first[1], Kind.TRANSFERRING
-        if may_prepare and prepared is not None and prepared[1].calls:
-            return prepared[1], Kind.PREPARED
+        asking = list(self._waiting.values())
+        if other is not None and not self.is_waiting(other) and not other.has(other.ask.kind):
+            asking.append(other)
+        in_turn = [claim for claim in asking if claim.calls or now < claim.turn_until]
+        first = min(in_turn, key=self._key, default=None) if room > 0 else None
+        if first is not None and first.calls and self._cost(first) <= room:
+            return first, Kind.TRANSFERRING
+        unprepared = [claim for claim in in_turn if claim.slot is None and claim.ask.kind is Kind.PREPARED]
+        first = min(unprepared, key=self._key, default=None) if may_prepare else None
+        if first is not None and first.calls:
+            return first, Kind.PREPARED
         return None
 
-    def force(self, claim: Claim, now: float) -> None:
-        """Let a claim transfer, also beyond the limit: its memory flows."""
-        self._give(claim, Kind.TRANSFERRING, now)
+    def give(self, claim: Claim, kind: Kind, now: float) -> None:
+        """Give a claim a slot, or another kind of slot, whether there is room or not."""
+        self.leave_queue(claim)
+        cost, peer = self._cost(claim), claim.ask.peer
+        if claim.slot is None:
+            claim.slot = Slot(kind, cost, next(self.numbers), now, turn=self._granted.get(peer, 0))
+            self.served(peer, claim.slot.epoch)
+        else:
+            self._count(claim.slot, -1)
+            claim.slot.kind, claim.slot.cost = kind, cost
+        self._count(claim.slot, 1)
 
     def charge(self, claim: Claim, memory: int) -> bool:
         """Let the slot of a claim cost what a guest of so much memory costs, if that is more than its driver said. Return whether
@@ -160,17 +174,6 @@ class Book:
         self._count(slot, 1)
         return True
 
-    def _give(self, claim: Claim, kind: Kind, now: float) -> None:
-        self._leave_queue(claim)
-        cost, peer = self._cost(claim), claim.ask.peer
-        if claim.slot is None:
-            claim.slot = Slot(kind, cost, next(self._numbers), now, turn=self._granted.get(peer, 0))
-            self.served(peer, claim.slot.epoch)
-        else:
-            self._count(claim.slot, -1)
-            claim.slot.kind, claim.slot.cost = kind, cost
-        self._count(claim.slot, 1)
-
     def served(self, peer: str, epoch: int) -> None:
         """Note the last grant of a peer: the others go before it."""
         self._granted.pop(peer, None)
@@ -181,16 +184,11 @@ class Book:
 
     # ---- giving back
 
-    def attach(self, claim: Claim) -> None:
-        """Note that a record holds the slot."""
-        if claim.slot is not None:
-            claim.slot.attached = True
-
     def free(self, claim: Claim, now: float, *, completed: bool = False) -> None:
         """Remove the claim. `completed`: its slot served a migration that worked, so it counts for estimates."""
         if self._claims.get(claim.migration_id) is not claim:
             return
-        self._leave_queue(claim)
+        self.leave_queue(claim)
         del self._claims[claim.migration_id]
         if claim.slot is not None:
             self._count(claim.slot, -1)
@@ -201,8 +199,8 @@ class Book:
     def give_back(self, claim: Claim) -> None:
         """Put the claim back into the queue, at the place that it had and not in its turn. Its attached slot becomes prepared, even
         beyond that limit; another one is free."""
-        self._leave_queue(claim)
-        claim.turn_until = float("-inf")
+        self.leave_queue(claim)
+        claim.turn_until = -_NEVER
         if claim.slot is not None:
             self._count(claim.slot, -1)
             if claim.slot.attached:
@@ -214,10 +212,6 @@ class Book:
                 claim.slot = None
         self._join_queue(claim)
 
-    def stop_waiting(self, claim: Claim) -> None:
-        """Take the claim out of the queue; it keeps its slot."""
-        self._leave_queue(claim)
-
     # ---- time
 
     def sweep(self, now: float) -> list[Claim]:
@@ -226,40 +220,57 @@ class Book:
         silent = [c for c in self._claims.values() if not c.calls and now >= c.seen + self.lease]
         for claim in silent:
             if claim.attached:
-                self._leave_queue(claim)
+                self.leave_queue(claim)
         return [claim for claim in silent if not claim.attached]
 
+    def silent(self, now: float) -> list[Claim]:
+        """Return the claims that another driver may go on with, each once for a silence of its own driver."""
+        silent = [claim for claim in self._claims.values() if now >= self._silent_from(claim)]
+        for claim in silent:
+            claim.silence_told = True
+        return silent
+
+    def _silent_from(self, claim: Claim) -> float:
+        told = claim.row is None or claim.calls or claim.attached or claim.silence_told
+        return _NEVER if told else claim.seen + self._takeover_after
+
     def due(self, claim: Claim, now: float) -> float:
-        """Return the next time at which `sweep` or `grant` may find something to do for a claim without a call. Infinite: none."""
-        if claim.calls or (claim.attached and not self.is_waiting(claim)):
-            return float("inf")
-        return claim.turn_until if now < claim.turn_until else claim.seen + self.lease
+        """Return the next time at which `sweep`, `silent` or `grant` may find something to do for a claim without a call. Infinite:
+        none."""
+        if claim.calls or self._claims.get(claim.migration_id) is not claim:
+            return _NEVER
+        waits = self.is_waiting(claim)
+        turn_ends = claim.turn_until if waits and now < claim.turn_until else _NEVER
+        lease_ends = claim.seen + self.lease if waits or not claim.attached else _NEVER
+        return min(turn_ends, lease_ends, self._silent_from(claim))
 
     # ---- figures
 
-    def standing(self, claim: Claim, now: float) -> Standing:
-        """Return where a waiting claim stands, or would stand."""
+    def standing(self, claim: Claim, now: float) -> Wait:
+        """Return where a claim stands in the queue, or would stand; without the name of the host."""
         keys, order, rounds = self._ordered()
         waits = self.is_waiting(claim)
         importance, *rest = self._key(claim)
         ahead = order.index(claim) if waits else bisect_left(keys, (importance, rounds[self._lane(claim)], *rest))
         low, high = self.time_until(ahead + 1, now)
-        holders = sorted((c for c in self._claims.values() if c.slot is not None and c is not claim), key=_by_grant)
-        return Standing(
-            self.direction,
-            self.limits.limit,
-            self.transferring,
-            tuple(c.migration_id for c in holders[:MOST_HOLDERS]),
-            ahead + 1,
-            len(order) + (not waits),
-            low,
-            high,
+        # Those that transfer first, then the oldest.
+        slots = sorted((-slot.kind, slot.epoch, c.migration_id) for slot, c in self.slots() if c is not claim)
+        return Wait(
+            reason=_REASONS[self.direction],
+            limit=f"{self.direction}_limit",
+            limit_value=self.limits.limit,
+            in_use=self.transferring,
+            holders=[name for _, _, name in slots[:MOST_HOLDERS]],
+            position=ahead + 1,
+            queue_length=len(order) + (not waits),
+            estimate_low=duration(low),
+            estimate_high=duration(high),
         )
 
     def time_until(self, position: int, now: float) -> tuple[float, float]:
         """Return the likely least and most seconds until the turn of a position in the queue."""
-        slots = [c.slot for c in self._claims.values() if c.slot is not None and c.slot.kind is Kind.TRANSFERRING]
-        return time_until(position, [now - slot.since for slot in slots], self.limits.limit, self._held)
+        ages = [now - slot.since for slot, _ in self.slots() if slot.kind is Kind.TRANSFERRING]
+        return time_until(position, ages, self.limits.limit, self._held)
 
     def _ordered(self) -> _Order:
         """Return the keys and the claims of the queue in order, and how many of each lane wait. Cached until the queue changes."""
@@ -299,20 +310,10 @@ class Book:
 
     def _join_queue(self, claim: Claim) -> None:
         self._waiting[claim.migration_id] = claim
-        self._unprepared += self._would_prepare(claim)
         self._order = None
 
-    def _leave_queue(self, claim: Claim) -> None:
-        if self._waiting.get(claim.migration_id) is claim:
+    def leave_queue(self, claim: Claim) -> None:
+        """Take a claim out of the queue, if it is there. It keeps its slot."""
+        if self.is_waiting(claim):
             del self._waiting[claim.migration_id]
-            self._unprepared -= self._would_prepare(claim)
             self._order = None
-
-    @staticmethod
-    def _would_prepare(claim: Claim) -> bool:
-        return claim.slot is None and claim.ask.kind is Kind.PREPARED
-
-
-def _by_grant(claim: Claim) -> tuple[int, int]:
-    """Return the sort key of slots: those that transfer first, then the oldest."""
-    return (-claim.slot.kind, claim.slot.epoch) if claim.slot is not None else (0, claim.place)

@@ -1,30 +1,18 @@
-"""The places of queues in the journal."""
+"""The rows of one direction in the journal: the places of its queue, and the migrations that were cancelled."""
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+import msgspec
 import structlog
 
-from agent.admission.store import Place, Store, checksum, decode, decode_briefly, encode
-from agent.admission.values import MEDIUM, Claim, Direction, Kind
+from agent.admission.store import AdmissionRows, Place
+from agent.admission.values import UNKNOWN_ROW, Claim, Direction
 from agent.runtime.errors import DroverError
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks for a slot, and what another driver needs to go on in its place."""
-
-    driver: str = ""
-    pending: bytes = b""
-    peer_agent: str = ""
-
-
-NOBODY: Final = Caller()
 
 MOST_CANCELLED: Final = 1000
 """Most cancelled migrations that are remembered."""
@@ -35,102 +23,77 @@ CANCELLED_SECONDS: Final = 7 * 24 * 3600.0
 _CANCELLED: Final = "cancelled"
 """In place of the direction in the rows of cancelled migrations, which may have a place, too, for a moment."""
 
-MAYBE: Final = -1
-"""No checksum: a row may be there, or may be another one than was last written."""
-
 
 class Places:
-    """The rows of the places. A claim knows the checksum of its row."""
+    """The rows of the places. A claim knows the hash of its row."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, direction: Direction, rows: AdmissionRows, on_silent: Callable[[Place], None]) -> None:
+        self._direction = direction
+        self._rows = rows
+        self._on_silent = on_silent
         self._tasks: set[asyncio.Task[None]] = set()
-        self._cancelled: dict[str, float] = {}
+        self.cancelled: dict[str, float] = {}
         """By migration: when it was cancelled, as Unix time; the oldest first."""
 
-    async def load(self) -> list[tuple[Place, int]]:
-        """Return all without `pending`, and the checksum of each row, the oldest first. Remember which migrations were cancelled."""
-        rows = await self._store.places(decode_briefly)
-        for row, _ in sorted(rows, key=lambda row: row[0].cancelled):
-            if row.cancelled:
-                self._cancelled.setdefault(row.migration_id, row.cancelled)
-        return sorted((row for row in rows if not row[0].cancelled), key=lambda row: row[0].place)
+    async def keep(self, claim: Claim, pending: bytes, now: float) -> None:
+        """Make the place durable, unless memory flows already. Raises JOURNAL_UNAVAILABLE."""
+        ask = msgspec.structs.asdict(claim.ask) | {"pending": pending}
+        since = round(time.time() - now + claim.since)
+        body = msgspec.msgpack.encode(Place(**ask, direction=self._direction, place=claim.place, since=since))
+        if claim.row != hash(body) and not claim.flows:
+            claim.row = UNKNOWN_ROW  # a write whose caller leaves is carried out all the same
+            await self._rows.put_place(self._direction, claim.migration_id, body)
+            claim.row = hash(body)
 
-    async def get(self, direction: Direction, migration_id: str) -> Place | None:
-        body = await self._store.place(direction, migration_id)
-        return decode(body) if body is not None else None
-
-    async def keep(self, direction: Direction, claim: Claim, caller: Caller, now: float) -> None:
-        """Make the place durable, unless a record holds its slot already. Raises JOURNAL_UNAVAILABLE."""
-        ask = claim.ask
-        place = Place(
-            direction=direction,
-            migration_id=ask.migration_id,
-            place=claim.place,
-            kind=ask.kind,
-            peer=ask.peer,
-            importance=ask.importance,
-            memory=ask.memory,
-            since=round(time.time() - now + claim.since),
-            driver=caller.driver,
-            pending=caller.pending,
-            peer_agent=caller.peer_agent,
-        )
-        body = encode(place)
-        if claim.stored != checksum(body) and not is_over(claim):
-            claim.stored = MAYBE  # a write whose caller leaves is carried out all the same
-            await self._store.put_place(direction, ask.migration_id, body)
-            claim.stored = checksum(body)
-
-    async def cancel(self, migration_id: str) -> None:
-        """Remember that the migration was cancelled: at once, and durably when it returns. Raises JOURNAL_UNAVAILABLE."""
-        self._cancelled.pop(migration_id, None)
-        now = self._cancelled[migration_id] = time.time()
-        for old in list(self._cancelled)[:-MOST_CANCELLED]:
-            del self._cancelled[old]
-            await self._store.remove_place(_CANCELLED, old)
-        mark = Place(
-            direction=Direction.OUTGOING,
-            migration_id=migration_id,
-            place=0,
-            kind=Kind.PREPARED,
-            peer="",
-            importance=MEDIUM,
-            memory=0,
-            since=now,
-            cancelled=now,
-        )
-        await self._store.put_place(_CANCELLED, migration_id, encode(mark))
-
-    def cancelled_ago(self, migration_id: str) -> float | None:
-        """Return how many seconds ago the migration was cancelled; None: not that this host would know."""
-        cancelled = self._cancelled.get(migration_id)
-        ago = max(0.0, time.time() - cancelled) if cancelled is not None else None
-        return ago if ago is not None and ago < CANCELLED_SECONDS else None
-
-    def forget(self, direction: Direction, claim: Claim) -> None:
+    def forget(self, claim: Claim) -> None:
         """Remove the row, after earlier writes of it."""
-        if claim.stored:
-            claim.stored = 0
-            self.start(self._remove(direction, claim.migration_id))
+        if claim.row is not None:
+            claim.row = None
+            self._start(self._remove(claim.migration_id))
 
-    async def _remove(self, direction: Direction, migration_id: str) -> None:
+    async def _remove(self, migration_id: str) -> None:
         try:
-            await self._store.remove_place(direction, migration_id)
+            await self._rows.remove_place(self._direction, migration_id)
         except DroverError as error:  # the next life finds a place that nobody asks for, and lets it expire
             log.warning("a place in a queue was not removed from the journal", migration=migration_id, error=error.message)
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work that `close` waits for."""
+    def tell_silent(self, migration_id: str) -> None:
+        """Pass the place to `on_silent`, if another driver can go on with it."""
+        self._start(self._tell_silent(migration_id))
+
+    async def _tell_silent(self, migration_id: str) -> None:
+        try:
+            place = await self._rows.place(self._direction, migration_id)
+        except DroverError as error:
+            log.error("a migration whose driver is silent cannot be read", migration=migration_id, error=error.message)
+            return
+        if place is not None and place.pending:
+            self._on_silent(place)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
+        """Wait for what is being read and written."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
+    # ---- the cancelled
 
-def is_over(claim: Claim) -> bool:
-    """Return whether a place is not needed any more: memory flows. Before, an attempt may end and its migration go on."""
-    return claim.slot is not None and claim.slot.flows
+    async def cancel(self, migration_id: str) -> None:
+        """Remember that the migration was cancelled: at once, and durably when it returns. Raises JOURNAL_UNAVAILABLE."""
+        self.cancelled.pop(migration_id, None)
+        now = self.cancelled[migration_id] = time.time()
+        for old in list(self.cancelled)[:-MOST_CANCELLED]:
+            del self.cancelled[old]
+            await self._rows.remove_place(_CANCELLED, old)
+        mark = Place(migration_id, direction=self._direction, cancelled=now)
+        await self._rows.put_place(_CANCELLED, migration_id, msgspec.msgpack.encode(mark))
+
+    def cancelled_ago(self, migration_id: str) -> float | None:
+        """Return how many seconds ago the migration was cancelled; None: not that this host would know."""
+        cancelled = self.cancelled.get(migration_id)
+        ago = max(0.0, time.time() - cancelled) if cancelled is not None else None
+        return ago if ago is not None and ago < CANCELLED_SECONDS else None

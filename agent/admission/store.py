@@ -1,78 +1,81 @@
-"""What admission keeps over restarts of the agent, and the interface of its store."""
+"""What admission keeps over restarts of the agent: places in queues, and the host's settings."""
 
-import zlib
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+import sqlite3
+from typing import Any, Final
 
 import msgspec
 
-from agent.admission.values import Ask, Claim, Direction, Kind
+from agent.admission.settings import Settings
+from agent.admission.values import Ask, Claim, Direction
+from agent.runtime.sqlite import Database
 
-T = TypeVar("T")
+SCHEMA: Final = """
+    CREATE TABLE places (
+        direction TEXT NOT NULL, migration_id TEXT NOT NULL, body BLOB NOT NULL, sum INTEGER NOT NULL,
+        PRIMARY KEY (direction, migration_id)
+    ) WITHOUT ROWID;
+    CREATE TABLE settings (id INTEGER PRIMARY KEY, body BLOB NOT NULL, sum INTEGER NOT NULL);
+"""
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """A place in a queue."""
+class Place(Ask, frozen=True, kw_only=True):
+    """A place in a queue: what waits, and where."""
 
     direction: Direction
-    migration_id: str
-    place: int
-    kind: Kind
-    peer: str
-    importance: int
-    memory: int
-    since: float
+    place: int = 0
+    since: float = 0.0
     """Since when it waits, as Unix time."""
-    driver: str = ""
-    pending: bytes = b""
-    """The migration (`drover.agent.v1.Migration`) as its driver has stored it. Empty: nobody takes it over."""
-    peer_agent: str = ""
     cancelled: float = 0.0
     """When the migration was cancelled, as Unix time: the row remembers that, and is no place. 0: it waits."""
 
-    def claim(self, now: float, wall: float, stored: int) -> Claim:
-        """Return the claim, at the times `now` and `wall` of the book's clock and of the wall clock. `stored`: checksum of its
-        row."""
-        ask = Ask(self.migration_id, self.kind, self.peer, self.importance, self.memory)
-        since = now - max(0.0, wall - self.since)
-        return Claim(ask, self.place, since, driver=self.driver, stored=stored)
+    def claim(self, now: float, wall: float, row: int) -> Claim:
+        """Return the claim, at the times `now` and `wall` of the book's clock and of the wall clock. `row`: the hash of its row."""
+        ask = Ask(**{name: getattr(self, name) for name in Ask.__struct_fields__})
+        return Claim(ask, self.place, now - max(0.0, wall - self.since), row=row)
 
 
-def encode(place: Place) -> bytes:
-    return msgspec.msgpack.encode(place)
+class AdmissionRows:
+    """The rows of admission in the agent's journal. Every method is one transaction, and raises JOURNAL_UNAVAILABLE if it fails."""
 
-
-def decode(data: bytes) -> Place:
-    return msgspec.msgpack.decode(data, type=Place)
-
-
-def decode_briefly(data: bytes) -> tuple[Place, int]:
-    """Return a place without `pending`, and the checksum of its row: a thousand of them fit in memory."""
-    return msgspec.structs.replace(decode(data), pending=b""), checksum(data)
-
-
-def checksum(data: bytes) -> int:
-    """Return a checksum that is never zero."""
-    return zlib.crc32(data) or 1
-
-
-class Store(Protocol):
-    """Durable storage. Each method is one transaction, and raises JOURNAL_UNAVAILABLE if it fails."""
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     async def next_life(self, above: int) -> int:
         """Return a number greater than `above` and than every one that this returned before, over restarts."""
-        ...
 
-    async def put_place(self, direction: str, migration_id: str, body: bytes) -> None: ...
+        def write(connection: sqlite3.Connection) -> int:
+            number = int(max(above, *connection.execute("SELECT number FROM lives").fetchone())) + 1
+            connection.execute("UPDATE lives SET number = ?1, sum = seal(?1)", (number,))
+            return number
 
-    async def remove_place(self, direction: str, migration_id: str) -> None: ...
+        return await self._db.transaction(write)
 
-    async def place(self, direction: str, migration_id: str) -> bytes | None: ...
+    async def put_place(self, direction: str, migration_id: str, body: bytes) -> None:
+        await self._write("INSERT OR REPLACE INTO places VALUES (?1, ?2, ?3, seal(?1, ?2, ?3))", direction, migration_id, body)
 
-    async def places(self, read: Callable[[bytes], T]) -> list[T]:
-        """Return what `read` makes of each row. Only one row is in memory at a time."""
-        ...
+    async def remove_place(self, direction: str, migration_id: str) -> None:
+        await self._write("DELETE FROM places WHERE direction = ?1 AND migration_id = ?2", direction, migration_id)
 
-    async def put_settings(self, body: bytes) -> None: ...
+    async def place(self, direction: str, migration_id: str) -> Place | None:
+        query = "SELECT body FROM places WHERE direction = ?1 AND migration_id = ?2"
+        found = await self._db.read(lambda connection: connection.execute(query, (direction, migration_id)).fetchone())
+        return msgspec.msgpack.decode(found[0], type=Place) if found is not None else None
 
-    async def settings(self) -> bytes | None: ...
+    async def places(self) -> list[tuple[Place, int]]:
+        """Return all without `pending`, and the hash of each row: a thousand of them fit in memory."""
+
+        def read(connection: sqlite3.Connection) -> list[tuple[Place, int]]:
+            bodies = (body for (body,) in connection.execute("SELECT body FROM places"))
+            return [(msgspec.structs.replace(msgspec.msgpack.decode(body, type=Place), pending=b""), hash(body)) for body in bodies]
+
+        return await self._db.read(read)
+
+    async def put_settings(self, settings: Settings) -> None:
+        await self._write("INSERT OR REPLACE INTO settings VALUES (0, ?1, seal(?1))", msgspec.msgpack.encode(settings))
+
+    async def settings(self) -> Settings | None:
+        found = await self._db.read(lambda connection: connection.execute("SELECT body FROM settings").fetchone())
+        return msgspec.msgpack.decode(found[0], type=Settings) if found is not None else None
+
+    async def _write(self, query: str, *parameters: Any) -> None:
+        await self._db.transaction(lambda connection: connection.execute(query, parameters).rowcount)

@@ -1,11 +1,19 @@
 """The values of admission: what is asked for, what is taken, and the limits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final
 
+import msgspec
+
+from agent.runtime.bell import Bell
+
 MEDIUM: Final = 2
 """Importance of a migration that names none; 1 is low, 3 is high, as on the wire."""
+
+
+UNKNOWN_ROW: Final = -1
+"""No hash is that."""
 
 
 class Direction(StrEnum):
@@ -38,9 +46,8 @@ class Limits:
         return max(1, min(units, self.limit))
 
 
-@dataclass(frozen=True)
-class Ask:
-    """What a migration asks of one direction of this host."""
+class Ask(msgspec.Struct, frozen=True):
+    """What a migration asks of one direction of this host, and what another driver needs to go on in its place."""
 
     migration_id: str
     kind: Kind = Kind.TRANSFERRING
@@ -50,6 +57,10 @@ class Ask:
     importance: int = MEDIUM
     memory: int = 0
     """Of the guest, in bytes."""
+    driver: str = ""
+    pending: bytes = b""
+    """The migration (`drover.agent.v1.Migration`) as its driver has stored it. Empty: nobody takes it over. Only in the row."""
+    peer_agent: str = ""
 
 
 @dataclass
@@ -66,7 +77,7 @@ class Slot:
     attached: bool = False
     """A record of the handshake holds it: it ends with the record. Else it expires."""
     flows: bool = False
-    """The record says that memory may flow: no place in the queue is needed again."""
+    """The record says that memory may flow."""
 
 
 @dataclass(eq=False)
@@ -85,19 +96,24 @@ class Claim:
     """When its driver last called, or the end of that call."""
     turn_until: float = float("-inf")
     """Until then it keeps its turn without a call: nobody behind it is served, nor is it."""
-    driver: str = ""
-    """Name of the driver that called last."""
-    stored: int = 0
-    """Checksum of its row in the journal. 0: it has none; less: unknown."""
+    row: int | None = None
+    """Hash of its row in the journal. None: it has none; `UNKNOWN_ROW`: a row may be there, or another one than was last written."""
     silence_told: bool = False
     making: int = 0
     """Calls that make its record now: the record will hold its slot, so nobody takes the slot away meanwhile."""
     unwanted: bool = False
     """It was given back meanwhile."""
+    bell: Bell = field(default_factory=Bell)
+    """Rings when it gets a slot or loses its place."""
 
     @property
     def migration_id(self) -> str:
         return self.ask.migration_id
+
+    @property
+    def flows(self) -> bool:
+        """Whether its memory flows, so that it needs no place any more. Before, an attempt may end and its migration go on."""
+        return self.slot is not None and self.slot.flows
 
     @property
     def attached(self) -> bool:
@@ -106,22 +122,3 @@ class Claim:
     def has(self, kind: Kind) -> bool:
         """Return whether its slot allows `kind`."""
         return self.slot is not None and self.slot.kind >= kind
-
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a migration stands in a queue."""
-
-    direction: Direction
-    limit: int
-    in_use: int
-    """Units of the limit that are taken."""
-    holders: tuple[str, ...]
-    """Some of the migrations that hold them."""
-    position: int
-    """From 1."""
-    queue_length: int
-    """Itself included."""
-    low: float
-    """Likely seconds until its turn, at least."""
-    high: float

@@ -1,25 +1,22 @@
 """Conversion of admission to and from the wire, and its errors."""
 
 import time
-from typing import Final
+from typing import Final, Literal
 
-from agent.admission.values import MEDIUM, Ask, Claim, Direction, Kind, Slot, Standing
+from agent.admission.book import Book
+from agent.admission.values import MEDIUM, Ask, Claim, Direction, Kind, Slot
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.events import SlotChanged
 from agent.runtime.wire import duration, timestamp
 from drover.agent.v1 import admission_pb2 as pb
 from drover.agent.v1 import migration_pb2
+from drover.agent.v1.migration_pb2 import Wait
 
 _DIRECTIONS: Final = {pb.SLOT_DIRECTION_INCOMING: Direction.INCOMING, pb.SLOT_DIRECTION_OUTGOING: Direction.OUTGOING}
 _WIRE_DIRECTIONS: Final = {value: key for key, value in _DIRECTIONS.items()}
-_KINDS: Final = {
-    pb.SLOT_KIND_UNSPECIFIED: Kind.TRANSFERRING,
-    pb.SLOT_KIND_PREPARED: Kind.PREPARED,
-    pb.SLOT_KIND_TRANSFERRING: Kind.TRANSFERRING,
-}
-_REASONS: Final = {
-    Direction.INCOMING: migration_pb2.WAIT_REASON_SLOT,
-    Direction.OUTGOING: migration_pb2.WAIT_REASON_OUTGOING_SLOT,
-}
+_UNENDED: Final = frozenset(
+    {migration_pb2.MIGRATION_STATE_PENDING, migration_pb2.MIGRATION_STATE_ACTIVE, migration_pb2.MIGRATION_STATE_CANCELLING}
+)
 _VERBS: Final = {Direction.INCOMING: "come to", Direction.OUTGOING: "leave"}
 
 
@@ -35,81 +32,90 @@ def importance_of(value: int) -> int:
 
 
 def ask_of(request: pb.AcquireSlotRequest) -> Ask:
-    if request.kind not in _KINDS:
+    if request.kind not in (pb.SLOT_KIND_UNSPECIFIED, *Kind):
         raise invalid_field("kind", "must be SLOT_KIND_PREPARED or SLOT_KIND_TRANSFERRING")
     if request.memory_bytes < 0:
         raise invalid_field("memory_bytes", f"must not be negative, but is {request.memory_bytes}")
     return Ask(
-        request.migration_id, _KINDS[request.kind], request.peer_host, importance_of(request.importance), request.memory_bytes
+        request.migration_id,
+        Kind(request.kind or Kind.TRANSFERRING),
+        request.peer_host,
+        importance_of(request.importance),
+        request.memory_bytes,
+        request.driver,
+        _pending_of(request),
+        request.peer_agent,
     )
 
 
-def slot_to_proto(claim: Claim, slot: Slot, direction: Direction, now: float, lease: float) -> pb.SlotHolder:
-    """Convert a taken slot. `now`: by the clock of the book."""
-    holder = _holder(claim, direction, now, slot.since)
-    holder.kind, holder.epoch, holder.cost = slot.kind.value, slot.epoch, slot.cost  # type: ignore[assignment]
-    if not slot.attached:
-        holder.expire_time.CopyFrom(timestamp(time.time() + claim.seen + lease - now))
-    return holder
+def _pending_of(request: pb.AcquireSlotRequest) -> bytes:
+    """Return the migration that the source is to take over. Raises INVALID_FIELD for another one, or one that has ended."""
+    if request.direction != pb.SLOT_DIRECTION_OUTGOING or not request.HasField("pending"):
+        return b""
+    if request.pending.migration_id != request.migration_id:
+        raise invalid_field("pending.migration_id", f"must be {request.migration_id}")
+    if request.pending.state not in _UNENDED:
+        raise invalid_field("pending.state", "must be that of a migration that waits")
+    return request.pending.SerializeToString()
 
 
-def waiter_to_proto(claim: Claim, direction: Direction, now: float, position: int, until: tuple[float, float]) -> pb.SlotHolder:
-    """Convert a waiter. `until`: the likely time until its turn."""
-    holder = _holder(claim, direction, now, claim.since)
-    holder.waiting, holder.position = True, position
-    holder.estimate_low.CopyFrom(duration(until[0]))
-    holder.estimate_high.CopyFrom(duration(until[1]))
-    return holder
-
-
-def _holder(claim: Claim, direction: Direction, now: float, since: float) -> pb.SlotHolder:
-    return pb.SlotHolder(
+def holder_to_proto(claim: Claim, book: Book, now: float, position: int = 0) -> pb.SlotHolder:
+    """Convert a taken slot, or a waiter at a position of the queue. `now`: by the clock of the book."""
+    slot = claim.slot if not position else None
+    since = slot.since if slot is not None else claim.since
+    holder = pb.SlotHolder(
         migration_id=claim.migration_id,
-        direction=_WIRE_DIRECTIONS[direction],
+        direction=_WIRE_DIRECTIONS[book.direction],
         kind=claim.ask.kind.value,  # type: ignore[arg-type]
         peer_host=claim.ask.peer,
         importance=claim.ask.importance,  # type: ignore[arg-type]
         since_time=timestamp(time.time() - now + since),
         age=duration(max(0.0, now - since)),
     )
+    if slot is None:
+        low, high = book.time_until(position, now)
+        holder.waiting, holder.position = True, position
+        holder.estimate_low.CopyFrom(duration(low))
+        holder.estimate_high.CopyFrom(duration(high))
+    else:
+        holder.kind, holder.epoch, holder.cost = slot.kind.value, slot.epoch, slot.cost  # type: ignore[assignment]
+        if not slot.attached:
+            holder.expire_time.CopyFrom(timestamp(time.time() + claim.seen + book.lease - now))
+    return holder
 
 
-def wait_to_proto(standing: Standing, host: str) -> migration_pb2.Wait:
-    return migration_pb2.Wait(
-        reason=_REASONS[standing.direction],
-        host=host,
-        limit=f"{standing.direction}_limit",
-        limit_value=standing.limit,
-        in_use=standing.in_use,
-        holders=standing.holders,
-        position=standing.position,
-        queue_length=standing.queue_length,
-        estimate_low=duration(standing.low),
-        estimate_high=duration(standing.high),
+def slot_changed(claim: Claim, slot: Slot, book: Book, change: Literal["taken", "changed", "freed"]) -> SlotChanged:
+    return SlotChanged(
+        migration_id=claim.migration_id,
+        direction=book.direction.value,
+        slot_kind="prepared" if slot.kind is Kind.PREPARED else "transferring",
+        change=change,
+        in_use=book.transferring,
+        limit=book.limits.limit,
     )
 
 
-def busy(standing: Standing, host: str) -> DroverError:
+def busy(wait: Wait) -> DroverError:
     """Return the error for a migration that does not wait."""
-    before = standing.position - 1
+    before, low, high = wait.position - 1, wait.estimate_low.ToNanoseconds() / 1e9, wait.estimate_high.ToNanoseconds() / 1e9
     queue = f", and {before} {'migration waits' if before == 1 else 'migrations wait'} before this one" if before else ""
     return DroverError(
         Reason.BUSY,
-        f"{standing.in_use} of {standing.limit} {standing.direction} slots of {host} are taken{queue}. Nothing was done to the "
-        f"guest; its turn would come in about {standing.low:.0f} to {standing.high:.0f} s: let it wait (--wait), or choose another "
+        f"{wait.in_use} of {wait.limit_value} {wait.limit.removesuffix('_limit')} slots of {wait.host} are taken{queue}. Nothing "
+        f"was done to the guest; its turn would come in about {low:.0f} to {high:.0f} s: let it wait (--wait), or choose another "
         "host",
         metadata={
-            "host": host,
-            "limit": f"{standing.direction}_limit",
-            "limit_value": str(standing.limit),
-            "in_use": str(standing.in_use),
-            "position": str(standing.position),
-            "queue_length": str(standing.queue_length),
-            "estimate_low": f"{standing.low:.1f}",
-            "estimate_high": f"{standing.high:.1f}",
-            "holders": ",".join(standing.holders),
+            "host": wait.host,
+            "limit": wait.limit,
+            "limit_value": str(wait.limit_value),
+            "in_use": str(wait.in_use),
+            "position": str(wait.position),
+            "queue_length": str(wait.queue_length),
+            "estimate_low": f"{low:.1f}",
+            "estimate_high": f"{high:.1f}",
+            "holders": ",".join(wait.holders),
         },
-        retry_after=max(1.0, standing.low),
+        retry_after=max(1.0, low),
     )
 
 

@@ -101,7 +101,7 @@ class Host(RuleBasedStateMachine):
         """The record is made, and holds the slot."""
         claim = self.book.find(name)
         if claim is not None and claim.slot is not None and not claim.attached:
-            self.book.attach(claim)
+            claim.slot.attached = True
             self._write_record(claim)
 
     @rule(name=names, completed=st.booleans())
@@ -140,7 +140,7 @@ class Host(RuleBasedStateMachine):
         self.limits = self.book.limits = limits
         self.drained_from = max(self.drained_from, self.book.transferring)
         for claim in [] if limits.limit else self.book.in_order():
-            self.book.stop_waiting(claim)
+            self.book.leave_queue(claim)
             if claim.slot is None:
                 self._free(claim)
         self._serve()

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import agent.admission.desk
+import agent.admission.queue
 from agent.admission.desk import Desk
-from agent.admission.places import NOBODY
 from agent.admission.settings import Configured
-from agent.admission.values import Ask, Direction
+from agent.admission.values import UNKNOWN_ROW, Ask, Direction
 from agent.handshake.host.journal import Journal
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -39,48 +38,49 @@ async def desk_in(folder: Path, stopping: Stopping | None = None) -> AsyncIterat
     await journal.open()
     check = (stopping or Stopping()).check
     desk = Desk("h1", Configured(1, 1), journal.admission, Bus(), lease=60, takeover_after=60, check_open=check)
+    await desk.open()
     try:
         yield desk, journal
     finally:
-        await desk.ledger.close()
+        await desk.close()
         await journal.close()
 
 
 async def test_8_2_a_full_queue_takes_nobody_more_but_serves_those_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent.admission.desk, "MOST_WAITING", 3)
+    monkeypatch.setattr(agent.admission.queue, "MOST_WAITING", 3)
     async with desk_in(tmp_path) as (desk, _):
-        await desk.acquire(IN, Ask("holder"))
+        await desk.queues[IN].acquire(Ask("holder"))
         for name in ("a", "b", "c"):
-            await desk.acquire(IN, Ask(name), wait=0.001)
+            await desk.queues[IN].acquire(Ask(name), wait=0.001)
         for call in (
-            desk.acquire(IN, Ask("late"), wait=1),
-            desk.keep_place(IN, Ask("late"), NOBODY),
+            desk.queues[IN].acquire(Ask("late"), wait=1),
+            desk.queues[IN].keep_place(Ask("late")),
         ):
             error = await fails(call, Reason.OVERLOADED)
             assert error.retry_after
             assert "incoming slots of h1" in error.message
-        assert desk.books[IN].find("late") is None
-        await desk.acquire(IN, Ask("a"), wait=0.001)  # it has its place
-        await desk.acquire(OUT, Ask("late"))  # the other direction has room
-        desk.release(IN, "b", keep_place=False)
-        await desk.acquire(IN, Ask("late"), wait=0.001)
-        assert [claim.migration_id for claim in desk.books[IN].in_order()] == ["a", "c", "late"]
+        assert desk.queues[IN].book.find("late") is None
+        await desk.queues[IN].acquire(Ask("a"), wait=0.001)  # it has its place
+        await desk.queues[OUT].acquire(Ask("late"))  # the other direction has room
+        desk.queues[IN].release("b", keep_place=False)
+        await desk.queues[IN].acquire(Ask("late"), wait=0.001)
+        assert [claim.migration_id for claim in desk.queues[IN].book.in_order()] == ["a", "c", "late"]
 
 
 async def test_8_2_an_agent_that_stops_ends_waits_and_keeps_their_places_for_its_next_life(tmp_path: Path) -> None:
     stopping = Stopping()
     async with desk_in(tmp_path, stopping) as (desk, _):
-        await desk.acquire(IN, Ask("holder"))
-        waits = asyncio.create_task(desk.acquire(IN, Ask("waits"), wait=30))
-        await until(lambda: desk.books[IN].queue_length and desk.ledger.bells)
+        await desk.queues[IN].acquire(Ask("holder"))
+        waits = asyncio.create_task(desk.queues[IN].acquire(Ask("waits"), wait=30))
+        await until(lambda: (claim := desk.queues[IN].book.find("waits")) is not None and claim.row not in (None, UNKNOWN_ROW))
         stopping.now = True
         desk.drain()
         await fails(waits, Reason.DRAINING)
-        await fails(desk.acquire(IN, Ask("new")), Reason.DRAINING)
-        await fails(desk.acquire(IN, Ask("new"), wait=1), Reason.DRAINING)
+        await fails(desk.queues[IN].acquire(Ask("new")), Reason.DRAINING)
+        await fails(desk.queues[IN].acquire(Ask("new"), wait=1), Reason.DRAINING)
     async with desk_in(tmp_path) as (desk, _):
-        await fails(desk.acquire(IN, Ask("new")), Reason.BUSY)  # the place holds it up
-        assert [claim.migration_id for claim in desk.books[IN].in_order()] == ["waits"]
+        await fails(desk.queues[IN].acquire(Ask("new")), Reason.BUSY)  # the place holds it up
+        assert [claim.migration_id for claim in desk.queues[IN].book.in_order()] == ["waits"]
 
 
 async def damage(folder: Path, table: str) -> None:
@@ -91,12 +91,12 @@ async def damage(folder: Path, table: str) -> None:
 
 async def test_8_2_a_damaged_place_is_lost_and_the_others_are_served(tmp_path: Path) -> None:
     async with desk_in(tmp_path) as (desk, _):
-        await desk.acquire(IN, Ask("holder"))
-        await desk.acquire(IN, Ask("waits"), wait=0.001)
+        await desk.queues[IN].acquire(Ask("holder"))
+        await desk.queues[IN].acquire(Ask("waits"), wait=0.001)
     await damage(tmp_path, "places")
     async with desk_in(tmp_path) as (desk, _):
-        await desk.acquire(IN, Ask("new"))
-        assert desk.books[IN].find("waits") is None
+        await desk.queues[IN].acquire(Ask("new"))
+        assert desk.queues[IN].book.find("waits") is None
 
 
 async def test_8_1_damaged_settings_refuse_the_start(tmp_path: Path) -> None:

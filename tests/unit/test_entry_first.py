@@ -403,4 +403,4 @@ async def test_8_1_a_migration_whose_begin_was_refused_leaves_no_slot(driving: D
     await driving.migrations.start(ID, SPEC, slot_wait)
     ended = await driving.ended(ID)
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.DOMAIN_NOT_RUNNING)
-    assert [claim for book in pair.source.engine.desk.books.values() for claim in book.claims()] == []
+    assert [queue.book.claims() for queue in pair.source.engine.desk.queues.values() if queue.book.claims()] == []

@@ -70,7 +70,7 @@ async def test_8_5_a_link_that_goes_down_and_up_is_seen_at_once_by_one_that_wait
     monkeypatch.setattr("agent.handshake.drive.slots.poll_seconds", lambda _: 30.0)
     await driving.migrations.recover()
     await waiting(driving)
-    book = driving.pair.destination.engine.desk.books[Direction.INCOMING]
+    book = driving.pair.destination.engine.desk.queues[Direction.INCOMING].book
     set_link(driving, up=False)
     await until(lambda: shown(driving).wait_reason == pb.WAIT_REASON_NETWORK, within=3)
     claim = book.find(ID)

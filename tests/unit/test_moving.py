@@ -68,7 +68,7 @@ def arrived_at_third(three: Three) -> None:
 
 def holds(agent: Agent) -> bool:
     """Whether the migration has a slot of the agent's host."""
-    claims = [book.find(ID) for book in agent.engine.desk.books.values()]
+    claims = [queue.book.find(ID) for queue in agent.engine.desk.queues.values()]
     return any(claim is not None and claim.slot is not None for claim in claims)
 
 

@@ -1,6 +1,7 @@
 """agent.handshake.host.slots and agent.admission.desk: what records hold is what is counted, whatever dies."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -51,7 +52,7 @@ async def set_limits(agent: Agent, **limits: int) -> None:
 
 
 def waiting(agent: Agent, migration_id: str, direction: Direction = Direction.INCOMING) -> bool:
-    claim = agent.engine.desk.books[direction].find(migration_id)
+    claim = agent.engine.desk.queues[direction].book.find(migration_id)
     return claim is not None and claim.calls > 0
 
 
@@ -121,12 +122,13 @@ async def test_8_2_whoever_waits_gets_what_is_given_back_and_its_row_stays_until
     assert await listed(agent) == [("holds", TRANSFERRING, False, 0), (ID, TRANSFERRING, True, 1)]
     await agent.engine.release_slot(pb.ReleaseSlotRequest(migration_id="holds", direction=INCOMING))
     assert (await waits).slot.kind == TRANSFERRING
-    assert len(await agent.journal.admission.places(bytes)) == 1
+    assert len(await agent.journal.admission.places()) == 1
     await agent.engine.reserve_slot(reserve())
-    assert len(await agent.journal.admission.places(bytes)) == 1, "its attempt may be given up"
-    agent.engine.desk.flows(Direction.INCOMING, ID)
-    await agent.engine.desk.ledger.places.close()
-    assert await agent.journal.admission.places(bytes) == []
+    assert len(await agent.journal.admission.places()) == 1, "its attempt may be given up"
+    queue = agent.engine.desk.queues[Direction.INCOMING]
+    queue.flows(ID)
+    await queue.places.close()
+    assert await agent.journal.admission.places() == []
 
 
 async def test_8_2_a_wait_that_is_over_says_what_it_waits_for(pair: Pair) -> None:
@@ -181,6 +183,21 @@ async def test_8_1_a_restart_counts_the_records_again_and_keeps_the_queue_in_its
     waits[0].cancel()
 
 
+async def test_8_2_the_rows_of_an_older_agent_are_places_and_cancelled_migrations(pair: Pair) -> None:
+    rows, host = pair.source.journal.admission, pair.source
+    row = {"direction": "outgoing", "migration_id": "waits", "place": 7, "kind": 1, "peer": "h2", "importance": 3, "memory": 9}
+    row |= {"since": time.time(), "driver": "co", "pending": b"pending", "peer_agent": "10.91.0.2:7400", "cancelled": 0.0}
+    mark = row | {"migration_id": "cancelled", "place": 0, "driver": "", "pending": b"", "peer_agent": "", "cancelled": time.time()}
+    await rows.put_place("outgoing", "waits", msgspec.msgpack.encode(row))
+    await rows.put_place("cancelled", "cancelled", msgspec.msgpack.encode(mark))
+    await host.restart()
+    assert await listed(host) == [("waits", PREPARED, True, 1)]
+    await fails(host.engine.acquire_slot(acquire("cancelled", OUTGOING)), Reason.CANCELLED)
+    place = await rows.place("outgoing", "waits")
+    assert place is not None
+    assert msgspec.to_builtins(place, builtin_types=(bytes,)) == row
+
+
 async def test_8_1_a_record_of_an_older_agent_holds_a_slot_that_allows_everything(pair: Pair) -> None:
     agent = pair.destination
     old = msgspec.msgpack.decode(encode(record(Role.DESTINATION, "reserved", epoch=7)))
@@ -189,6 +206,41 @@ async def test_8_1_a_record_of_an_older_agent_holds_a_slot_that_allows_everythin
     await agent.restart()
     assert await listed(agent) == [(ID, TRANSFERRING, False, 0)]
     await fails(agent.engine.acquire_slot(acquire("other")), Reason.BUSY)
+
+
+# --- calls without a driver -------------------------------------------------------------------------------------------
+
+
+async def test_8_2_a_begin_that_finds_no_slot_leaves_the_place_as_its_driver_has_asked_for_it(pair: Pair) -> None:
+    agent = pair.alone()
+    pending = migration_pb2.Migration(migration_id=ID, domain_name="web1", state=migration_pb2.MIGRATION_STATE_PENDING)
+    await agent.engine.acquire_slot(acquire("holds", OUTGOING))
+    await agent.engine.acquire_slot(acquire(ID, OUTGOING, wait=0.01, pending=pending, importance=3, driver="co"))
+    before = await agent.journal.admission.place(Direction.OUTGOING, ID)
+    await fails(agent.engine.begin(begin()), Reason.BUSY)
+    claim = agent.engine.desk.queues[Direction.OUTGOING].book.find(ID)
+    assert claim is not None
+    assert (claim.ask.importance, claim.ask.driver) == (3, "co")
+    assert await agent.journal.admission.place(Direction.OUTGOING, ID) == before
+    assert before is not None
+    assert migration_pb2.Migration.FromString(before.pending) == pending
+
+
+async def test_8_2_a_begin_takes_the_slot_that_is_free_for_the_one_that_waits(pair: Pair) -> None:
+    agent = pair.alone()
+    await agent.engine.acquire_slot(acquire("holds", OUTGOING))
+    await agent.engine.acquire_slot(acquire(ID, OUTGOING, wait=0.01))
+    await agent.engine.release_slot(pb.ReleaseSlotRequest(migration_id="holds", direction=OUTGOING))
+    assert (await agent.engine.begin(begin())).record.slot.transferring
+    assert await listed(agent) == [(ID, TRANSFERRING, False, 0)]
+
+
+async def test_8_1_whoever_watches_the_host_hears_that_a_slot_has_become_prepared(pair: Pair) -> None:
+    agent = pair.destination
+    await agent.engine.reserve_slot(reserve())
+    changed = agent.engine.desk.changed.next
+    await agent.engine.release_slot(pb.ReleaseSlotRequest(migration_id=ID, direction=INCOMING, keep_place=True))
+    assert (agent.in_use, changed.is_set()) == (0, True)
 
 
 # --- the kinds --------------------------------------------------------------------------------------------------------
@@ -221,7 +273,7 @@ async def test_8_1_no_memory_flows_and_nothing_is_armed_with_a_prepared_slot(pai
 async def test_8_1_a_prepared_slot_becomes_a_transferring_one_in_its_turn_durably(pair: Pair) -> None:
     prepared = await parked(pair)
     asks = asyncio.ensure_future(pair.destination.engine.acquire_slot(acquire(kind=TRANSFERRING, wait=5)))
-    await until(lambda: pair.destination.engine.desk.books[Direction.INCOMING].queue_length == 1)
+    await until(lambda: pair.destination.engine.desk.queues[Direction.INCOMING].book.queue_length == 1)
     await pair.destination.engine.release_slot(pb.ReleaseSlotRequest(migration_id="holds", direction=INCOMING))
     slot = (await asks).slot
     assert (slot.kind, slot.epoch) == (TRANSFERRING, prepared.record.slot.epoch)
@@ -289,7 +341,7 @@ async def test_8_1_a_bad_setting_changes_nothing(pair: Pair, paths: list[str], f
     refused = await fails(agent.engine.desk.update(request), Reason.INVALID_FIELD)
     assert refused.metadata["field"] == field
     await agent.restart()
-    assert agent.engine.desk.books[Direction.INCOMING].limits.limit == 1
+    assert agent.engine.desk.queues[Direction.INCOMING].book.limits.limit == 1
 
 
 # --- silent drivers ---------------------------------------------------------------------------------------------------
@@ -315,4 +367,4 @@ async def test_8_2_nothing_is_kept_of_a_migration_that_is_not_the_one_that_waits
     pending = migration_pb2.Migration(migration_id=migration_id, state=state)
     refused = await fails(pair.source.engine.acquire_slot(acquire(ID, OUTGOING, wait=1, pending=pending)), Reason.INVALID_FIELD)
     assert refused.metadata["field"] == field
-    assert (await listed(pair.source), await pair.source.journal.admission.places(bytes)) == ([], [])
+    assert (await listed(pair.source), await pair.source.journal.admission.places()) == ([], [])

@@ -24,7 +24,7 @@ async def pair() -> AsyncIterator[Pair]:
 
 def agree(agent: Agent, *, transferring: bool) -> None:
     """Assert that the record and the book say the same."""
-    claim = agent.engine.desk.books[Direction.INCOMING].find(ID)
+    claim = agent.engine.desk.queues[Direction.INCOMING].book.find(ID)
     assert claim is not None
     assert claim.attached
     assert (agent.durable.transferring, claim.has(Kind.TRANSFERRING), agent.in_use) == (transferring,) * 2 + (int(transferring),)

@@ -29,7 +29,7 @@ async def two(driving: Driving) -> AsyncIterator[tuple[Driving, Driving]]:
     """A coordinator whose migration waits, and the source's agent, which has taken it over."""
     await waiting(driving)
     other = Driving(driving.pair)
-    place = await driving.pair.source.engine.desk.ledger.places.get(Direction.OUTGOING, ID)
+    place = await driving.pair.source.journal.admission.place(Direction.OUTGOING, ID)
     assert place is not None
     other.migrations.take_over(waiting_taken_over(place, "h1"))
     await until(lambda: other.migrations.collection.get(ID).driver is not None)
@@ -43,7 +43,7 @@ async def test_8_2_a_cancel_at_one_driver_ends_the_other_one_too_wherever_it_wai
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
     ended = await other.ended(ID)
     assert (ended.state, ended.failure.reason, ended.runs_on) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED, "h1")
-    assert [len(book.claims()) for book in driving.pair.source.engine.desk.books.values()] == [0, 0]
+    assert [len(queue.book.claims()) for queue in driving.pair.source.engine.desk.queues.values()] == [0, 0]
 
 
 async def test_8_2_a_driver_that_comes_back_after_a_cancel_ends_its_migration(driving: Driving) -> None:
@@ -52,7 +52,7 @@ async def test_8_2_a_driver_that_comes_back_after_a_cancel_ends_its_migration(dr
     other.log.rows = dict(driving.log.rows)
     await driving.migrations.cancel(ID)
     await driving.ended(ID)
-    await until(lambda: driving.pair.source.engine.desk.ledger.places.cancelled_ago(ID) is not None)
+    await until(lambda: driving.pair.source.engine.desk.queues[Direction.OUTGOING].places.cancelled_ago(ID) is not None)
     await driving.pair.source.restart()
     driving.pair.destination.room(1)
     await other.migrations.recover()
@@ -82,10 +82,10 @@ async def test_8_2_the_oldest_cancelled_migrations_are_forgotten_with_their_rows
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent.admission.places, "MOST_CANCELLED", 2)
-    desk = pair.source.engine.desk
+    queue = pair.source.engine.desk.queues[Direction.OUTGOING]
     for name in ("first", "second", "third"):
-        await desk.cancel(name)
-    assert (desk.ledger.places.cancelled_ago("first"), len(await pair.source.journal.admission.places(bytes))) == (None, 2)
+        await queue.places.cancel(name)
+    assert (queue.places.cancelled_ago("first"), len(await pair.source.journal.admission.places())) == (None, 2)
 
 
 LATER = handshake_pb2.AttemptRef(migration_id=ID, attempt=3)

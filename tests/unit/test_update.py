@@ -269,7 +269,7 @@ async def test_8_2_a_new_importance_is_in_the_queue_while_the_call_that_waits_go
     await driving.pair.destination.engine.acquire_slot(acquire("other", wait=0.01, importance=pb.IMPORTANCE_HIGH))
     assert await order(driving) == [("other", 3), (ID, 2)]
     await update(driving, importance=pb.IMPORTANCE_HIGH)
-    claim = driving.pair.destination.engine.desk.books[Direction.INCOMING].find(ID)
+    claim = driving.pair.destination.engine.desk.queues[Direction.INCOMING].book.find(ID)
     assert claim is not None
     await until(lambda: claim.ask.importance == pb.IMPORTANCE_HIGH and claim.calls == 1, within=1)
     assert sorted(await order(driving)) == [(ID, 3), ("other", 3)]
@@ -279,6 +279,6 @@ async def waiting_in_queue(driving: Driving) -> None:
     """A migration that waits at the destination: for a first slot, or prepared for the right to transfer."""
     driving.pair.destination.room(0)
     await driving.migrations.start(ID, SPEC, 60.0)
-    book = driving.pair.destination.engine.desk.books[Direction.INCOMING]
+    book = driving.pair.destination.engine.desk.queues[Direction.INCOMING].book
     await until(lambda: (claim := book.find(ID)) is not None and claim.calls and book.is_waiting(claim))
     await until(lambda: driving.migrations.collection.get(ID).migration.HasField("wait"))

@@ -187,19 +187,19 @@ class Agent:
 
     def room(self, left: int) -> None:
         """Let migrations from another host hold all incoming slots but so many."""
-        ledger = self.engine.desk.ledger
-        book = ledger.books[Direction.INCOMING]
+        queue = self.engine.desk.queues[Direction.INCOMING]
+        book = queue.book
         for claim in book.claims():
             if claim.ask.peer == "h9":
-                book.free(claim, ledger.now)
+                book.free(claim, queue.now)
         for number in range(book.limits.limit - left):
-            ledger.recount(Direction.INCOMING, Ask(f"foreign{number}", peer="h9"), epoch=number, cost=1, since=time.time())
-        ledger.serve(book)
+            queue.recount(Ask(f"foreign{number}", peer="h9"), epoch=number, cost=1, since=time.time())
+        queue.limit(book.limits)
 
     @property
     def in_use(self) -> int:
         """Incoming slots that are taken."""
-        return self.engine.desk.books[Direction.INCOMING].transferring
+        return self.engine.desk.queues[Direction.INCOMING].book.transferring
 
     @property
     def effects(self) -> list[str]:
@@ -381,6 +381,7 @@ async def pair_of_agents(**timing: float) -> AsyncIterator[Pair]:
     pair = Pair(**timing)
     with capture_logs() as pair.logs:
         try:
+            await asyncio.gather(*(agent.engine.desk.open() for agent in (pair.source, pair.destination)))
             yield pair
         finally:
             await pair.source.close()

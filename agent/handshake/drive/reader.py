@@ -21,8 +21,10 @@ class Reader:
         self.view = view
         self.calls = calls
         self.clock = clock
-        self._source = source
-        self._destination = destination
+        self._sides: Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]] = {
+            "source": (source, view.saw_source),
+            "destination": (destination, view.saw_destination),
+        }
 
     async def resume(self, *, pending: bool = False) -> None:
         """Read both records first, however long it takes: another driver, or this one before a restart, has begun the attempt. Both
@@ -89,13 +91,6 @@ class Reader:
             self.view.call_failed("source", error)
             if error.metadata.get("answers") == "yes":
                 self.view.reported_alive("destination")
-
-    @property
-    def _sides(self) -> Mapping[str, tuple[HandshakePeer, Callable[[pb.Record], None]]]:
-        return {
-            "source": (self._source, self.view.saw_source),
-            "destination": (self._destination, self.view.saw_destination),
-        }
 
     async def _look(self, side: str) -> None:
         """Read a side's record; it may have none. Raises `DroverError`."""

@@ -8,7 +8,7 @@ that each hold what the other one needs do not wait for each other for ever."""
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from agent.handshake.drive.plan import Plan
@@ -179,26 +179,16 @@ class BothSlots:
 
     async def _wait_at(self, side: str, kind: pb.SlotKind.ValueType, wait: float) -> None:
         """Wait in the queue of a side, and show the other one meanwhile that this driver is there."""
-        with self._waiting_at(side):
-            await self._all({side: self._ask(side, kind, wait), OTHER[side]: self._keep_place(OTHER[side], kind)})
+        await self._all({side: self._ask(side, kind, wait), OTHER[side]: self._keep_place(OTHER[side], kind)})
 
     async def _wait_holding(self, side: str, kind: pb.SlotKind.ValueType) -> bool:
         """Wait in the queue of a side for a short time, with the other slot in hand. Return whether it was given."""
         until = self._clock.monotonic() + HOLD_SECONDS * (0.25 + 0.75 * self._rand())
         while (left := until - self._clock.monotonic()) > FIRST_LOOK:
-            with self._waiting_at(side):
-                await self._ask(side, kind, min(self._poll, left))
+            await self._ask(side, kind, min(self._poll, left))
             if self.has(side, kind):
                 return True
         return False
-
-    @contextlib.contextmanager
-    def _waiting_at(self, side: str) -> Iterator[None]:
-        self._waits_at = side
-        try:
-            yield
-        finally:
-            self._waits_at = ""
 
     # ---- calls
 
@@ -216,6 +206,8 @@ class BothSlots:
         if wait is not None:
             request.wait.CopyFrom(duration(wait))
         self._asked.add(side)
+        waits = wait is not None and wait > FIRST_LOOK
+        self._waits_at = side if waits else self._waits_at
         try:
             response = await self._peers[side].acquire_slot(request)
         except DroverError as error:
@@ -224,6 +216,8 @@ class BothSlots:
                 raise
             self._held[side] = TRANSFERRING  # an older agent, whose slots are its records
             return
+        finally:
+            self._waits_at = "" if waits else self._waits_at
         self._on_answer(side)
         self.other_driver = response.other_driver or self.other_driver
         if response.HasField("slot"):

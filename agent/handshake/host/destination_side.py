@@ -78,7 +78,7 @@ class DestinationSide:
     async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> None:
         wanted = request.requirements
         name = request.destination_name or wanted.name
-        async with self._slots.taking(attempt, request.source_host, wanted.memory_bytes) as slot:
+        with self._slots.taking(attempt, request.source_host, wanted.memory_bytes) as slot:
             await self._open_with(attempt, request, name, slot)
         self.recover(attempt)
 
@@ -160,7 +160,7 @@ class DestinationSide:
         except DroverError as error:
             if error.reason not in (Reason.BUSY, Reason.HOST_CLOSED) or not await self._peers.source_sends(attempt):
                 raise
-            await self._slots.force_transfer(attempt)
+            await self._slots.allow_transfer(attempt, force=True)
 
     @staticmethod
     def _finished(attempt: Attempt, request: pb.FinishRequest) -> dict[str, object]:

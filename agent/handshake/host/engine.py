@@ -94,7 +94,7 @@ class Engine:
         active = await self._journal.active()
         recent = await self._journal.page_of_attempts(active_only=False, before=None, limit=_RECENT)
         self._slots.recount(active, [record for _, record in recent])
-        await self.desk.ledger.open()
+        await self.desk.open()
         for record in active:
             attempt = self._attempts.adopt(record)
             log.info("recovering", migration=record.migration_id, role=record.role.value, state=record.state)
@@ -125,7 +125,7 @@ class Engine:
 
     async def close(self) -> None:
         """Cancel the tasks of every attempt. Leaves the hypervisor and the journal as they are."""
-        await asyncio.gather(self.desk.ledger.close(), *(attempt.close() for attempt in self._attempts.all()))
+        await asyncio.gather(self.desk.close(), *(attempt.close() for attempt in self._attempts.all()))
 
     def _put(self, attempt: Attempt, before: AttemptRecord) -> None:
         self._slots.changed(attempt, before)

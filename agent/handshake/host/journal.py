@@ -22,8 +22,8 @@ from typing import Final
 import msgspec
 import structlog
 
-from agent.handshake.host import journal_admission
-from agent.handshake.host.journal_admission import AdmissionRows
+from agent.admission import store
+from agent.admission.store import AdmissionRows
 from agent.handshake.host.journal_damage import ENDED, damages_in
 from agent.handshake.host.records import AttemptRecord, Role, decode, encode
 from agent.handshake.machines.destination import DestinationState
@@ -61,7 +61,7 @@ _SCHEMA: Final[tuple[Migration, ...]] = (
     CREATE TABLE lives (id INTEGER PRIMARY KEY, number INTEGER NOT NULL, sum INTEGER NOT NULL);
     INSERT INTO lives VALUES (0, 0, seal(0));
     """,
-    journal_admission.SCHEMA,
+    store.SCHEMA,
 )
 
 _TRIM = """

@@ -114,27 +114,29 @@ class SourceSide:
             await settling
             if not request.domain_uuid:
                 await self._departures.settle(domain.uuid, domain.name)
-            with self._attempts.claim(domain.uuid, domain.name):
-                async with self._slots.taking(attempt, request.destination_host, domain.memory_bytes) as slot:
-                    attempt.saw(fact_of(domain))
-                    with watch.asking():
-                        stored = await read_stored(self._host, domain)
-                    proof = await proving
-                    attempt.measured = proof.measured
-                    await attempt.apply(
-                        _E.BEGIN,
-                        lambda: phase_changes(attempt, "begin", request),
-                        host=self._host.name,
-                        domain_name=domain.name,
-                        domain_uuid=domain.uuid,
-                        destination_name=request.destination_name or domain.name,
-                        peer_host=request.destination_host,
-                        peer_agent=request.destination_agent,
-                        options=options_from_proto(settled(request.options, self._host.features)),
-                        **slot,
-                        **changes_of(stored, arrives=False),
-                        proved=proof.address,
-                    )
+            with (
+                self._attempts.claim(domain.uuid, domain.name),
+                self._slots.taking(attempt, request.destination_host, domain.memory_bytes) as slot,
+            ):
+                attempt.saw(fact_of(domain))
+                with watch.asking():
+                    stored = await read_stored(self._host, domain)
+                proof = await proving
+                attempt.measured = proof.measured
+                await attempt.apply(
+                    _E.BEGIN,
+                    lambda: phase_changes(attempt, "begin", request),
+                    host=self._host.name,
+                    domain_name=domain.name,
+                    domain_uuid=domain.uuid,
+                    destination_name=request.destination_name or domain.name,
+                    peer_host=request.destination_host,
+                    peer_agent=request.destination_agent,
+                    options=options_from_proto(settled(request.options, self._host.features)),
+                    **slot,
+                    **changes_of(stored, arrives=False),
+                    proved=proof.address,
+                )
         self.recover(attempt)
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
