@@ -1,16 +1,14 @@
-"""The choice of the destination of a migration to any host: candidates are planned and asked for a slot in their order."""
+"""The choice of the destination of a migration to any host: candidates are asked for a slot in their order."""
 
 import asyncio
 import contextlib
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import Final
 
-from agent.handshake.drive.ends import Directory, Ends
-from agent.handshake.drive.plan import Plan
+from agent.handshake.drive.ends import Chosen, Directory, Ends
 from agent.handshake.drive.slots import DIRECTION, PREPARED, TRANSFERRING, slot_request
 from agent.migration.collection import Collection
-from agent.migration.planning import make_plan, to_host
+from agent.migration.planning import make_plan
 from agent.migration.waiting import AWAY
 from agent.runtime.alongside import outlasting
 from agent.runtime.errors import DroverError, Reason
@@ -38,15 +36,6 @@ NOT_THIS_HOST: Final = AWAY | {
 _FULL: Final = frozenset({Reason.BUSY, Reason.OVERLOADED})
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A destination, with the plan for it."""
-
-    ends: Ends
-    plan: Plan
-    warnings: list[str]
-
-
 class Chooser:
     """Chooses among the candidates of a directory, for the driver of that name; plans beside the migrations of a collection."""
 
@@ -61,8 +50,7 @@ class Chooser:
         """Plan a migration to the destination that the spec names. `found`: its ends, if they were queried. Raises as
         `Directory.find` and `make_plan`."""
         ends = found or await self._directory.find(spec)
-        uses = self._collection.network_uses(but=migration_id)
-        return Chosen(ends, *make_plan(spec, ends, uses, network_later=network_later))
+        return Chosen(ends, *make_plan(spec, ends, self._collection.others(migration_id), network_later=network_later))
 
     async def first(self, migration_id: str, spec: pb.MigrationSpec, *, may_wait: bool) -> Chosen:
         """Return the named destination, or choose one. With `may_wait`, the plan for a named one has no network while none can be
@@ -87,21 +75,19 @@ class Chooser:
         best: Chosen | None = None
         kind = PREPARED if may_wait else TRANSFERRING
         refused: dict[str, DroverError] = {}
-        for candidate in await self._directory.candidates(spec):
+        for candidate in await self._directory.candidates(spec, self._collection.others(migration_id)):
             if candidate.name in without or (only_free and not candidate.free):
                 continue
-            chosen = None
             try:
-                chosen = await self.plan(migration_id, to_host(spec, candidate.name))
-                await self._take(migration_id, spec, chosen, kind)
+                await self._take(migration_id, spec, candidate, kind)
             except DroverError as error:
                 if error.reason not in NOT_THIS_HOST:
                     raise
                 refused[candidate.name] = error
                 if error.reason in _FULL:
-                    best = best or chosen
+                    best = best or candidate
             else:
-                return chosen
+                return candidate
         if best is not None and may_wait and not only_free:
             return best
         raise _none_of(refused)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.migration.migration import FINAL, Entry, event_of
-from agent.network.choice import NetworkUse
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -95,14 +94,10 @@ class Collection:
     def all(self) -> list[Entry]:
         return list(self._entries.values())
 
-    def network_uses(self, but: str = "") -> list[NetworkUse]:
-        """Return what the migrations that have not ended take of the networks, without that of the migration `but`."""
-        taking = [*self.planned.values(), *(entry.migration for entry in self._entries.values() if not entry.final)]
-        return [
-            NetworkUse(m.network_choice.network, m.source_host, m.destination_host, m.settings.bandwidth_bytes_per_second)
-            for m in taking
-            if m.network_choice.network and m.migration_id != but
-        ]
+    def others(self, migration_id: str) -> "list[pb.Migration]":
+        """Return the migrations that have not ended, without the one with that id."""
+        going = (*self.planned.values(), *(entry.migration for entry in self._entries.values() if not entry.final))
+        return [migration for migration in going if migration.migration_id != migration_id]
 
     def using(self, network: str) -> "list[pb.Migration]":
         """Return the migrations that use a network and have not ended. One that waits for its slot does not: it chooses again."""

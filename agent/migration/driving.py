@@ -9,14 +9,14 @@ from typing import Final
 import structlog
 
 from agent.handshake.drive.driver import PATIENCE, Driver
-from agent.handshake.drive.ends import Directory, Side
+from agent.handshake.drive.ends import Chosen, Directory, Side
 from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
 from agent.migration.again import is_kept
 from agent.migration.attempts import later_attempt
-from agent.migration.choice import Chooser, Chosen
+from agent.migration.choice import Chooser
 from agent.migration.collection import Collection
 from agent.migration.links import Links, links_of
 from agent.migration.migration import Entry

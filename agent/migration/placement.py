@@ -1,4 +1,4 @@
-"""Ranks the hosts that may take a guest, for a migration that names no destination. Pure."""
+"""Ranks the hosts that may take a guest, for a migration that names no destination, and plans it to each. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -13,7 +13,7 @@ from drover.agent.v1 import migration_pb2 as pb
 
 SILENT: Final = "it does not answer"
 MOST_RANKED: Final = 16
-"""Where so many are busy, a longer search would find no other; to judge whether a host is fit takes some 0.4 ms."""
+"""Where so many are busy, a longer search would find no other; to plan takes some 0.4 ms."""
 MOST_NAMED: Final = 32
 """Most hosts whose exclusion an error explains."""
 
@@ -22,23 +22,24 @@ def rank(
     spec: pb.MigrationSpec,
     source: Side,
     guest: host_pb2.GetDomainResponse,
-    others: Mapping[str, Side | None],
+    hosts: Mapping[str, Side | None],
+    others: Sequence[pb.Migration] = (),
     networks: Sequence[host_pb2.Network] = (),
     planned: Mapping[str, int] | None = None,
 ) -> list[Candidate]:
     """Return hosts that may take the guest, at most `MOST_RANKED`, the best first: by free incoming units, then the shorter queue,
     then the name.
 
-    `others`: the hosts that may be chosen, by the name by which a spec names them; None for one that does not answer. `networks`: as
-    in `Ends`. `planned`: how many migrations have lately chosen each of them, which their reports may not count yet: so many that
-    start at once spread.
+    `hosts`: those that may be chosen, by the name by which a spec names them; None for one that does not answer. `others`: as in
+    `make_plan`. `networks`: as in `Ends`. `planned`: how many migrations have lately chosen each host, which their reports may not
+    count yet: so many that start at once spread.
 
     Raises what keeps the guest from leaving its source; NO_HOST, with the reason for each host, if none may take it.
     """
     check_source(spec, source.host, guest)
     excluded: dict[str, str] = {}
     opened: list[tuple[tuple[int, int, str], Side]] = []
-    for name, side in others.items():
+    for name, side in hosts.items():
         if side is not None and side.host.host_uuid == source.host.host_uuid:
             continue
         if side is None or (why := _closed(side.host)):
@@ -50,10 +51,13 @@ def rank(
     for (_, _, name), side in sorted(opened, key=lambda pair: pair[0]):
         if len(ranked) == MOST_RANKED:
             break
-        if why := _unfit(spec, Ends(source, side, guest, networks)):
-            excluded[name] = why
+        ends = Ends(source, side, guest, networks)
+        try:
+            plan, warnings = make_plan(spec, ends, others)
+        except DroverError as error:
+            excluded[name] = f"{error.reason}: {error.message.partition('. Nothing was done')[0]}"
         else:
-            ranked.append(Candidate(name, free=_is_free(side.host, guest.domain.memory_bytes)))
+            ranked.append(Candidate(ends, plan, warnings, name, free=_is_free(side.host, guest.domain.memory_bytes)))
     if not ranked:
         raise _no_host(spec, source.host, excluded)
     return ranked
@@ -72,15 +76,6 @@ def _closed(host: host_pb2.Host) -> str:
         change = host.cordon_change
         return "it is cordoned" + (f" by {change.changed_by}" if change.changed_by else "")
     return "" if host.incoming_limit else "its incoming limit is 0"
-
-
-def _unfit(spec: pb.MigrationSpec, ends: Ends) -> str:
-    """Return why the migration cannot go there, by what both hosts report; empty: it can."""
-    try:
-        make_plan(spec, ends)
-    except DroverError as error:
-        return f"{error.reason}: {error.message.partition('. Nothing was done')[0]}"
-    return ""
 
 
 def _no_host(spec: pb.MigrationSpec, source: host_pb2.Host, excluded: Mapping[str, str]) -> DroverError:

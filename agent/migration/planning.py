@@ -13,19 +13,19 @@ from agent.hypervisor.features import check_bandwidth, check_options, check_prot
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.settings import check, settings_of
 from agent.migration.whereabouts import whereabouts
-from agent.network.choice import Choice, NetworkUse, Wish, choose
+from agent.network.choice import Choice, Wish, choose
 from agent.network.networks import checked_uri, network_of, refused
 from agent.network.uri import MigrationUri, address_problem, same_address
 from agent.runtime.errors import DroverError, Reason, said_by_peer
-from agent.runtime.wire import enum_name
+from agent.runtime.wire import cut, enum_name
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 
 def make_plan(
-    spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUse] = (), *, network_later: bool = False
+    spec: pb.MigrationSpec, ends: Ends, others: Sequence[pb.Migration] = (), *, network_later: bool = False
 ) -> tuple[Plan, list[str]]:
-    """Return the plan, and warnings for the user. `uses`: what the other migrations want of the networks. `network_later`: while no
+    """Return the plan, and warnings for the user. `others`: the migrations beside it. `network_later`: while no
     network can be used for reasons that may pass, the plan has none, and `network_choice.why` says why.
 
     Raises SAME_HOST, DOMAIN_NOT_RUNNING, OPTION_UNSUPPORTED, BANDWIDTH_UNSUPPORTED, PROTOCOL_MISMATCH, SPLIT_PHASES_MISSING,
@@ -36,12 +36,12 @@ def make_plan(
     _check_end(spec, guest, source, f"the source {source.name}")
     _check_end(spec, guest, destination, f"the destination {destination.name}")
     try:
-        choice, uri = _choose_network(spec, ends, uses)
+        choice, uri = _choose_network(spec, ends, others)
     except DroverError as error:
         if not network_later or error.metadata.get("wait") != "network":
             raise
-        choice, uri = Choice(host_pb2.Network(), host_pb2.Network(), error.message), ""
-    settings = settings_of(spec, guest.domain.settings, _default_of(choice, ends))
+        choice, uri = Choice(pb.NetworkChoice(why=cut(error.message, 1024))), ""
+    settings = settings_of(spec, guest.domain.settings, choice.default_limit)
     check(settings, source.migration_features, f"the source {source.name}")
     warnings = [*choice.warnings]
     warnings += _rounded(settings.bandwidth_bytes_per_second, source)
@@ -56,12 +56,12 @@ def make_plan(
             source_agent=ends.source.agent_address,
             destination_host=destination.name,
             destination_agent=ends.destination.agent_address,
-            network=choice.destination.name,
+            network=choice.message.network,
             uri=uri,
             settings=settings,
             options=settled(spec.options, source.migration_features, destination.migration_features),
             requirements=guest.requirements,
-            network_choice=choice.to_proto(),
+            network_choice=choice.message,
             destination_features=destination.migration_features,
         ),
         warnings,
@@ -222,12 +222,6 @@ def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, 
     ]
 
 
-def _default_of(choice: Choice, ends: Ends) -> int:
-    """Return the limit that the chosen network gives to a migration that names none: the cluster's rule, else a host's; 0: none."""
-    sides = [*(network for network in ends.networks if network.name == choice.destination.name), choice.source, choice.destination]
-    return next((side.rules.default_bytes_per_second for side in sides if side.rules.default_bytes_per_second), 0)
-
-
 def wish_of(spec: pb.MigrationSpec, guest: host_pb2.GetDomainResponse) -> Wish:
     """Return what a migration asks of its network: its own word, else the guest's settings."""
     settings = guest.domain.settings
@@ -235,14 +229,14 @@ def wish_of(spec: pb.MigrationSpec, guest: host_pb2.GetDomainResponse) -> Wish:
     return Wish(spec.network, spec.tenant or settings.tenant, minimum)
 
 
-def _choose_network(spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUse]) -> tuple[Choice, str]:
+def _choose_network(spec: pb.MigrationSpec, ends: Ends, others: Sequence[pb.Migration]) -> tuple[Choice, str]:
     """Return the network, and the URI at which the destination is to listen."""
     source, destination = ends.source.host, ends.destination.host
     wish = wish_of(spec, ends.guest)
     if not spec.uri:
-        choice = choose(wish, source, destination, ends.networks, uses)
-        _check_address(choice.destination, source, destination)
-        return choice, _listening(choice.destination.address, destination)
+        choice = choose(wish, source, destination, ends.networks, others)
+        _check_address(choice.message, source, destination)
+        return choice, _listening(choice.message.destination_address, destination)
     asked = checked_uri(spec.uri, destination.migration_features)
     network = network_of(asked, destination)
     if wish.named not in ("", network.name):
@@ -252,8 +246,8 @@ def _choose_network(spec: pb.MigrationSpec, ends: Ends, uses: Sequence[NetworkUs
     del at.networks[:]
     at.networks.add().CopyFrom(network)
     at.networks[0].address = str(asked.host)
-    choice = choose(replace(wish, named=network.name), source, at, ends.networks, uses)
-    _check_address(choice.destination, source, destination)
+    choice = choose(replace(wish, named=network.name), source, at, ends.networks, others)
+    _check_address(choice.message, source, destination)
     return choice, str(asked)
 
 
@@ -265,12 +259,12 @@ def _listening(address: str, destination: host_pb2.Host) -> str:
         return ""
 
 
-def _check_address(network: host_pb2.Network, source: host_pb2.Host, destination: host_pb2.Host) -> None:
+def _check_address(choice: pb.NetworkChoice, source: host_pb2.Host, destination: host_pb2.Host) -> None:
     """Raise NETWORK_NOT_FOUND unless the destination's address is its alone. Simulated hosts share those of one machine."""
     if destination.driver == "sim":
         return
     try:
-        address = ip_address(network.address)
+        address = ip_address(choice.destination_address)
         problem = address_problem(address)
         if any(same_address(other.address, address) for other in source.networks):
             problem = f"is an address of the source {source.name}, too"
@@ -279,7 +273,7 @@ def _check_address(network: host_pb2.Network, source: host_pb2.Host, destination
     if problem:
         raise DroverError(
             Reason.NETWORK_NOT_FOUND,
-            f"on network {network.name}, {destination.name} has the address {network.address}, which {problem}. Nothing was done to "
-            f"the guest; name another network, or correct the configuration of the agent of {destination.name}",
-            metadata={"network": network.name, "host": destination.name},
+            f"on network {choice.network}, {destination.name} has the address {choice.destination_address}, which {problem}. "
+            f"Nothing was done to the guest; name another network, or correct the configuration of the agent of {destination.name}",
+            metadata={"network": choice.network, "host": destination.name},
         )

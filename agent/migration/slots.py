@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Final
 
 from agent.handshake.drive.driver import Driver
-from agent.handshake.drive.ends import Directory
+from agent.handshake.drive.ends import Chosen, Directory
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.attempts import joins, next_attempt, put_plan
-from agent.migration.choice import NOT_THIS_HOST, Chooser, Chosen
+from agent.migration.choice import NOT_THIS_HOST, Chooser
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
 from agent.migration.planning import check_same_hosts, same_guest

@@ -6,7 +6,7 @@ guaranteed minimum; then the most free capacity for this migration, then the nam
 it the fallback, chosen in the same way, with a warning."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
@@ -16,21 +16,12 @@ from agent.runtime.wire import cut
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
-
-@dataclass(frozen=True)
-class NetworkUse:
-    """What another migration takes of a network, or will take: it is planned, waits, or runs."""
-
-    network: str
-    source: str
-    destination: str
-    bandwidth: int = 0
-    """Its limit in bytes per second; 0: none, so that it wants the whole line."""
-
-
 UNKNOWN_LINE: Final = 125_000_000
 """Bytes per second by which a line of unknown speed is compared with others: 1 Gbit/s."""
 MOST_RULED_OUT: Final = 8
+
+_Hosts = tuple[host_pb2.Host, host_pb2.Host]
+"""Source and destination."""
 
 
 @dataclass(frozen=True)
@@ -46,34 +37,22 @@ class Wish:
 
 @dataclass(frozen=True)
 class Choice:
-    """The network of one migration, as both hosts have it."""
+    """The network of one migration."""
 
-    source: host_pb2.Network
-    destination: host_pb2.Network
-    why: str
-    ruled_out: Mapping[str, str] = field(default_factory=dict)
+    message: pb.NetworkChoice
+    default_limit: int = 0
+    """Bytes per second of a migration that names no limit, by the network's rules. 0: none."""
     warnings: tuple[str, ...] = ()
-
-    def to_proto(self) -> pb.NetworkChoice:
-        ruled_out = [pb.RuledOutNetwork(name=name, why=cut(why, 256)) for name, why in list(self.ruled_out.items())[:MOST_RULED_OUT]]
-        return pb.NetworkChoice(
-            network=self.destination.name,
-            why=cut(self.why, 1024),
-            ruled_out=ruled_out,
-            source_address=self.source.address,
-            destination_address=self.destination.address,
-        )
 
 
 @dataclass(frozen=True)
 class _Network:
-    """One network as both hosts and the cluster know it."""
+    """One network as both hosts and the cluster know it. The cluster's own definition has no address."""
 
     name: str
+    defined: tuple[host_pb2.Network, ...]
     source: tuple[host_pb2.Network, ...]
     destination: tuple[host_pb2.Network, ...]
-    defined: tuple[host_pb2.Network, ...]
-    """Without addresses."""
 
     @property
     def sides(self) -> tuple[host_pb2.Network, ...]:
@@ -93,15 +72,35 @@ class _Network:
 
 @dataclass(frozen=True)
 class _Pair:
+    """A network that can be used, with the address of each host."""
+
+    network: _Network
     source: host_pb2.Network
     destination: host_pb2.Network
     free: int
+    """What the other migrations leave of `capacity`: less than nothing where they want more."""
     capacity: int
 
     @property
     def rank(self) -> tuple[int, int, str]:
         most = self.destination.rules.max_bytes_per_second
-        return -min(self.free, most or self.free), -self.free, self.destination.name
+        return -min(self.free, most or self.free), -self.free, self.network.name
+
+    @property
+    def figures(self) -> str:
+        return f"free capacity: {rate_text(max(self.free, 0))} of {rate_text(self.capacity)}"
+
+    def chosen(self, why: str, ruled_out: Mapping[str, str], *warnings: str) -> Choice:
+        out = [pb.RuledOutNetwork(name=name, why=cut(reason, 256)) for name, reason in ruled_out.items()]
+        message = pb.NetworkChoice(
+            network=self.network.name,
+            why=why,
+            ruled_out=out[:MOST_RULED_OUT],
+            source_address=self.source.address,
+            destination_address=self.destination.address,
+        )
+        defaults = [side.rules.default_bytes_per_second for side in self.network.sides]
+        return Choice(message, next(filter(None, defaults), 0), warnings)
 
 
 @dataclass(frozen=True)
@@ -120,61 +119,44 @@ def choose(
     source: host_pb2.Host,
     destination: host_pb2.Host,
     defined: Sequence[host_pb2.Network] = (),
-    uses: Sequence[NetworkUse] = (),
+    others: Sequence[pb.Migration] = (),
 ) -> Choice:
-    """Return the network of a migration. `defined`: networks that the cluster knows, without addresses.
+    """Return the network of a migration. `defined`: networks that the cluster knows, without addresses. `others`: migrations that
+    are planned, wait or run. One without a limit wants the whole line.
 
     Raises NETWORK_NOT_FOUND (with metadata ``wait=network`` where one is only down, or without an address, now), NETWORK_FORBIDDEN
     (the named network does not admit the guest's tenant), BANDWIDTH_INSUFFICIENT (none can give the guaranteed minimum)."""
-    known = _known(source, destination, defined)
+    hosts, all_sides = (source, destination), (defined, source.networks, destination.networks)
+    names = sorted({side.name for sides in all_sides for side in sides})
+    known = [_Network(name, *(tuple(side for side in sides if side.name == name) for sides in all_sides)) for name in names]
     if wish.named:
-        return _named(wish, known, source, destination, uses)
+        return _named(wish, known, hosts, others)
+    listed = any(wish.tenant in network.tenants for network in known)
     out: dict[str, _Out] = {}
     for role in (True, False):
         pairs: list[_Pair] = []
         for network in known:
-            found = _judge(network, wish, known, (source, destination), uses, role=role)
+            found = _excluded(network, wish.tenant, listed=listed, role=role) or _pair(network, wish, hosts, others)
             if isinstance(found, _Pair):
                 pairs.append(found)
                 out.pop(network.name, None)
             elif role or network.all(role=False):
                 out[network.name] = found
         if pairs:
-            best = min(pairs, key=lambda pair: pair.rank)
-            return _chosen(best, [pair for pair in pairs if pair is not best], out, role=role)
-    raise _none(wish, source, destination, out)
+            return _best(sorted(pairs, key=lambda pair: pair.rank), out, role=role)
+    raise _none(wish, hosts, out)
 
 
-def _known(source: host_pb2.Host, destination: host_pb2.Host, defined: Sequence[host_pb2.Network]) -> list[_Network]:
-    names = sorted({network.name for networks in (source.networks, destination.networks, defined) for network in networks})
-    return [
-        _Network(
-            name, *(tuple(n for n in networks if n.name == name) for networks in (source.networks, destination.networks, defined))
-        )
-        for name in names
-    ]
-
-
-def _judge(
-    network: _Network,
-    wish: Wish,
-    known: Sequence[_Network],
-    hosts: tuple[host_pb2.Host, host_pb2.Host],
-    uses: Sequence[NetworkUse],
-    *,
-    role: bool,
-) -> _Pair | _Out:
+def _excluded(network: _Network, tenant: str, *, listed: bool, role: bool) -> _Out | None:
+    """Return why the rules keep the migration from the network. `listed`: whether any network lists its tenant."""
     if not network.all(role=role):
         return _Out("it does not have the migration role" if role else "it is not the fallback")
-    listed = any(wish.tenant in other.tenants for other in known)
-    if not network.admits(wish.tenant):
+    if not network.admits(tenant):
         return _Out(f"it is for the tenants {', '.join(sorted(network.tenants)[:3])}" + (" …" if len(network.tenants) > 3 else ""))
-    if listed and wish.tenant not in network.tenants:
-        return _Out(f"tenant {wish.tenant} has networks of its own")
-    return _pair(network, wish, hosts, uses)
+    return _Out(f"tenant {tenant} has networks of its own") if listed and tenant not in network.tenants else None
 
 
-def _pair(network: _Network, wish: Wish, hosts: tuple[host_pb2.Host, host_pb2.Host], uses: Sequence[NetworkUse]) -> _Pair | _Out:
+def _pair(network: _Network, wish: Wish, hosts: _Hosts, others: Sequence[pb.Migration]) -> _Pair | _Out:
     """Return the addresses of both hosts on the network, of one family, by the destination's order; or why there are none."""
     for host, sides in zip(hosts, (network.source, network.destination), strict=True):
         if not sides:
@@ -186,12 +168,20 @@ def _pair(network: _Network, wish: Wish, hosts: tuple[host_pb2.Host, host_pb2.Ho
     if not up:
         down = [host.name for host, side in zip(hosts, both[0], strict=True) if side.down]
         return _Out(f"it is down on {' and '.join(down)}", passes=True)
-    pair = _measured(*up[0], hosts, uses)
-    most = min(filter(None, (pair.capacity, up[0][1].rules.max_bytes_per_second)), default=0)
+    source, destination = up[0]
+    on_it = [other for other in others if other.network_choice.network == network.name]
+    bounds = [
+        (_capacity(source), [other for other in on_it if other.source_host == hosts[0].name]),
+        (_capacity(destination), [other for other in on_it if other.destination_host == hosts[1].name]),
+        *((side.rules.cap_bytes_per_second, on_it) for side in up[0] if side.rules.cap_bytes_per_second),
+    ]
+    free = min(most - sum(other.settings.bandwidth_bytes_per_second or most for other in taking) for most, taking in bounds)
+    capacity = min(most for most, _ in bounds)
+    most = min(capacity, destination.rules.max_bytes_per_second or capacity)
     if wish.minimum > most:
         text = f"the guaranteed minimum of {rate_text(wish.minimum)} is more than the {rate_text(most)} that it can give"
         return _Out(text, too_slow=True)
-    return pair
+    return _Pair(network, source, destination, free, capacity)
 
 
 def _family(side: host_pb2.Network) -> int:
@@ -201,48 +191,32 @@ def _family(side: host_pb2.Network) -> int:
         return 0
 
 
-def _measured(
-    source: host_pb2.Network, destination: host_pb2.Network, hosts: tuple[host_pb2.Host, host_pb2.Host], uses: Sequence[NetworkUse]
-) -> _Pair:
-    """Return the pair with its capacity, and what of it the other migrations leave: less than nothing where they want more."""
-    others = [use for use in uses if use.network == destination.name]
-    bounds = [
-        (capacity_of(source), [use for use in others if use.source == hosts[0].name]),
-        (capacity_of(destination), [use for use in others if use.destination == hosts[1].name]),
-        *((side.rules.cap_bytes_per_second, others) for side in (source, destination) if side.rules.cap_bytes_per_second),
-    ]
-    free = min(most - sum(use.bandwidth or most for use in taking) for most, taking in bounds)
-    return _Pair(source, destination, free, min(most for most, _ in bounds))
-
-
-def capacity_of(side: host_pb2.Network) -> int:
+def _capacity(side: host_pb2.Network) -> int:
     """Return the bytes per second of a host's line on a network."""
     return side.rules.capacity_bytes_per_second or side.line_bytes_per_second or UNKNOWN_LINE
 
 
-def _chosen(best: _Pair, others: Sequence[_Pair], out: Mapping[str, _Out], *, role: bool) -> Choice:
-    name = best.destination.name
-    why = f"most free capacity: {rate_text(max(best.free, 0))} of {rate_text(best.capacity)}" if others else "no other can carry it"
-    ruled_out = {
-        o.destination.name: f"it has less free capacity: {rate_text(max(o.free, 0))} of {rate_text(o.capacity)}" for o in others
-    }
-    ruled_out |= {other: found.why for other, found in out.items()}
+def _best(pairs: Sequence[_Pair], out: Mapping[str, _Out], *, role: bool) -> Choice:
+    """Return the choice of the first pair, before the others."""
+    best, *others = pairs
+    why = f"most {best.figures}" if others else "no other can carry it"
+    ruled_out = {other.network.name: f"it has less {other.figures}" for other in others}
+    ruled_out |= {name: found.why for name, found in out.items()}
     if role:
-        return Choice(best.source, best.destination, why, ruled_out)
+        return best.chosen(why, ruled_out)
+    name = best.network.name
     reasons = "; ".join(f"{other}: {why}" for other, why in ruled_out.items() if other != name)
     warning = (
         f"no network with the migration role can carry the guest's memory ({reasons or 'there is none'}); network {name} carries "
         "it, because its rules make it the fallback"
     )
-    return Choice(best.source, best.destination, f"it is the fallback, and {why}", ruled_out, (cut(warning, 1024),))
+    return best.chosen(f"it is the fallback, and {why}", ruled_out, cut(warning, 1024))
 
 
-def _named(
-    wish: Wish, known: Sequence[_Network], source: host_pb2.Host, destination: host_pb2.Host, uses: Sequence[NetworkUse]
-) -> Choice:
+def _named(wish: Wish, known: Sequence[_Network], hosts: _Hosts, others: Sequence[pb.Migration]) -> Choice:
     network = next((network for network in known if network.name == wish.named), None)
     if network is None:
-        raise _none(wish, source, destination, {})
+        raise _none(wish, hosts, {})
     if not network.admits(wish.tenant):
         who = f"of tenant {wish.tenant}" if wish.tenant else "of no tenant"
         raise DroverError(
@@ -251,14 +225,15 @@ def _named(
             "Nothing was done to the guest; name another network, or none",
             metadata={"network": wish.named, "tenant": wish.tenant},
         )
-    found = _pair(network, wish, (source, destination), uses)
+    found = _pair(network, wish, hosts, others)
     if isinstance(found, _Out):
-        raise _none(wish, source, destination, {wish.named: found})
+        raise _none(wish, hosts, {wish.named: found})
     warning = f"network {wish.named} has no migration role; it carries the guest's memory because it was named"
-    return Choice(found.source, found.destination, "it was named", warnings=() if network.all(role=True) else (warning,))
+    return found.chosen("it was named", {}, *([] if network.all(role=True) else [warning]))
 
 
-def _none(wish: Wish, source: host_pb2.Host, destination: host_pb2.Host, out: Mapping[str, _Out]) -> DroverError:
+def _none(wish: Wish, hosts: _Hosts, out: Mapping[str, _Out]) -> DroverError:
+    source, destination = hosts
     if wish.named:
         wanted, what_next = f'network "{wish.named}"', "name one that both hosts have, or none"
     else:

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import grpc.aio
@@ -135,11 +135,11 @@ class PeerDirectory:
     async def source(self, migration: pb.Migration) -> Side:
         return self._source()
 
-    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+    async def candidates(self, spec: pb.MigrationSpec, others: Sequence[pb.Migration] = ()) -> list[Candidate]:
         """Ask each peer of the configuration for its slots; see `Directory.candidates`."""
         async with alongside(self._ask_peers()) as asking:
             guest = await get_domain(self._host, leaving_request(spec))
-            return rank(spec, self._source(), guest, await asking)
+            return rank(spec, self._source(), guest, await asking, others, self._host.defined_networks)
 
     async def _ask_peers(self) -> dict[str, Side | None]:
         """Return every peer of the configuration, None for one that does not answer soon."""

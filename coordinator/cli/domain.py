@@ -3,7 +3,7 @@
 import click
 
 from coordinator.cli.parse import once_option, rate_option
-from coordinator.cli.session import Session, run
+from coordinator.cli.session import Session, run, show_one
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json, with_server
 from coordinator.cli.text import printable
 from coordinator.cli.units import rate, seconds, size
@@ -89,20 +89,9 @@ def set_(guest: str, host: str, tenant: str | None, min_bandwidth: int | None, m
     if tenant == "":
         raise click.UsageError('--tenant: the name is empty; "none" removes the tenant')
 
-    async def body(session: Session) -> None:
-        changed = await session.client.update_domain(
-            guest,
-            host=host,
-            tenant="" if tenant == "none" else tenant,
-            min_bandwidth=min_bandwidth,
-            max_bandwidth=max_bandwidth,
-        )
-        if output == "json":
-            print_json(to_json(changed.proto))
-        else:
-            _print_domain(changed)
-
-    run(body, output)
+    bounds = {"min_bandwidth": min_bandwidth, "max_bandwidth": max_bandwidth}
+    tenant = "" if tenant == "none" else tenant
+    show_one(output, lambda session: session.client.update_domain(guest, host=host, tenant=tenant, **bounds), _print_domain)
 
 
 def _print_domain(domain: Domain) -> None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import click
 
 from coordinator.cli.parse import LimitValue, once_option
-from coordinator.cli.session import Session, run, whoami
+from coordinator.cli.session import Session, remove_named, run, show_list, show_one, whoami
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
 from coordinator.cli.text import printable
 from coordinator.cli.units import ago, eta, rate, seconds, size
@@ -76,14 +76,7 @@ def _state(host: Host) -> str:
 def show(name: str, output: str) -> None:
     """Show one host: its hypervisor, networks and capabilities."""
 
-    async def body(session: Session) -> None:
-        host = await session.client.get_host(name)
-        if output == "json":
-            print_json(to_json(host.proto))
-        else:
-            _print_host(host)
-
-    run(body, output)
+    show_one(output, lambda session: session.client.get_host(name), _print_host)
 
 
 @host.command()
@@ -92,14 +85,7 @@ def show(name: str, output: str) -> None:
 def remove(name: str, output: str) -> None:
     """Forget a host that does not answer. It comes back when its agent registers again."""
 
-    async def body(session: Session) -> None:
-        await session.client.remove_host(name)
-        if output == "json":
-            print_json({"removed": name})
-        else:
-            click.echo(f"{name} was removed")
-
-    run(body, output)
+    remove_named(output, name, lambda session: session.client.remove_host(name))
 
 
 def _print_host(host: Host) -> None:
@@ -205,16 +191,13 @@ def uncordon(name: str, comment: str, output: str) -> None:
 
 
 def _update(name: str, output: str, **changes: Any) -> None:
-    async def body(session: Session) -> None:
-        host = await session.client.update_host(name, changed_by=whoami(), **changes)
-        if output == "json":
-            print_json(to_json(host.proto))
-        else:
-            cordoned = "cordoned" if host.cordoned else "uncordoned"
-            limits = [*_limits(host), ("limits set", _change(host.settings_change))]
-            print_pairs([("name", host.name), *limits, (cordoned, _change(host.cordon_change))])
+    show_one(output, lambda session: session.client.update_host(name, changed_by=whoami(), **changes), _print_settings)
 
-    run(body, output)
+
+def _print_settings(host: Host) -> None:
+    cordoned = "cordoned" if host.cordoned else "uncordoned"
+    limits = [*_limits(host), ("limits set", _change(host.settings_change))]
+    print_pairs([("name", host.name), *limits, (cordoned, _change(host.cordon_change))])
 
 
 @host.command()
@@ -223,17 +206,9 @@ def _update(name: str, output: str, **changes: Any) -> None:
 def slots(name: str, output: str) -> None:
     """Show which migrations hold the slots of a host, and which wait for one, in their order."""
 
-    async def body(session: Session) -> None:
-        found = await session.client.list_slots(name)
-        if output == "json":
-            print_json({"slots": [to_json(slot.proto) for slot in found]})
-            return
-        header = ("DIRECTION", "PLACE", "MIGRATION", "KIND", "PEER", "IMPORTANCE", "COST", "FOR", "TURN IN")
-        print_table(header, [_slot_row(slot) for slot in found])
-        if not found:
-            click.echo(printable(f"no migration holds or waits for a slot of {name}"), err=True)
-
-    run(body, output)
+    header = ("DIRECTION", "PLACE", "MIGRATION", "KIND", "PEER", "IMPORTANCE", "COST", "FOR", "TURN IN")
+    nothing = f"no migration holds or waits for a slot of {name}"
+    show_list(output, "slots", lambda session: session.client.list_slots(name), header, _slot_row, nothing)
 
 
 def _slot_row(slot: Slot) -> tuple[str, ...]:

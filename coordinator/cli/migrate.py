@@ -2,7 +2,7 @@
 
 import re
 import uuid
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -13,7 +13,7 @@ from coordinator.cli.show import Stage, output_option, print_json, to_json, with
 
 if TYPE_CHECKING:
     from agent.hypervisor.options import Options, Value
-    from coordinator.client.request import Importance, WaitMode
+    from coordinator.client.request import WaitMode
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -94,21 +94,13 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
 def migrate(
     domain: str,
     destination: str,
-    source: str,
-    name: str,
-    network: str,
-    uri: str,
-    bandwidth: int,
-    min_bandwidth: int,
-    max_downtime: float,
-    tenant: str,
     chosen: "tuple[tuple[str, Value | None], ...]",
     slot_wait: float,
     wait_mode: "WaitMode | None",
-    importance: "Importance | None",
     migration_id: str,
     detach: bool,
     output: str,
+    **asked: Any,
 ) -> None:
     """Move the running guest DOMAIN (name or UUID) to another host, or to any, and watch it.
 
@@ -121,19 +113,11 @@ def migrate(
         migration = await session.client.start_migration(
             domain,
             destination,
-            source=source,
-            name=name,
-            network=network,
-            uri=uri,
-            bandwidth=bandwidth,
-            min_bandwidth=min_bandwidth,
-            max_downtime=max_downtime,
-            tenant=tenant,
             options=options,
             slot_wait=slot_wait or (MOST_WAIT if wait_mode in ("wait", "hybrid") else 0.0),
             wait_mode=wait_mode,
-            importance=importance,
             migration_id=migration_id,
+            **asked,
         )
         from coordinator.cli.follow import follow, print_warnings  # noqa: PLC0415 - now that the migration is under way
 

@@ -7,18 +7,9 @@ import click
 
 from coordinator.cli.exit_codes import EPILOG, ExitCode
 from coordinator.cli.follow import describe, duration_text, follow, print_timings, settings_pairs, show_to_the_end, transfer_pairs
-from coordinator.cli.parse import SecondsOr, once_option, rate_option
-from coordinator.cli.session import Session, ask, run, whoami
-from coordinator.cli.show import (
-    lost_or_stuck,
-    output_option,
-    print_json,
-    print_pairs,
-    print_table,
-    report_json,
-    to_json,
-    with_server,
-)
+from coordinator.cli.parse import Seconds, ZeroOr, once_option, rate_option
+from coordinator.cli.session import Session, ask, run, show_list, show_one, whoami
+from coordinator.cli.show import lost_or_stuck, output_option, print_json, print_pairs, report_json, to_json, with_server
 from coordinator.cli.text import printable
 from coordinator.cli.units import ago, eta
 from coordinator.client import (
@@ -55,16 +46,8 @@ def migration() -> None:
 def list_(active: bool, limit: int, output: str) -> None:
     """List migrations, the newest first."""
 
-    async def body(session: Session) -> None:
-        migrations = await session.client.list_migrations(active_only=active, limit=limit)
-        if output == "json":
-            print_json({"migrations": [to_json(migration.proto) for migration in migrations]})
-            return
-        print_table(("ID", "STATE", "GUEST", "FROM", "TO", "STARTED", "TOOK"), [_row(migration) for migration in migrations])
-        if not migrations:
-            click.echo("no migrations", err=True)
-
-    run(body, output)
+    header = ("ID", "STATE", "GUEST", "FROM", "TO", "STARTED", "TOOK")
+    show_list(output, "migrations", lambda session: session.client.list_migrations(active_only=active, limit=limit), header, _row)
 
 
 def _row(migration: Migration) -> tuple[str, ...]:
@@ -96,14 +79,10 @@ def _started(migration: Migration) -> str:
 def show(migration_id: str, output: str) -> None:
     """Show everything that is known about one migration."""
 
-    async def body(session: Session) -> None:
-        migration = await session.client.get_migration(await session.full_id(migration_id))
-        if output == "json":
-            print_json(to_json(migration.proto))
-        else:
-            _print_migration(migration)
+    async def get(session: Session) -> Migration:
+        return await session.client.get_migration(await session.full_id(migration_id))
 
-    run(body, output)
+    show_one(output, get, _print_migration)
 
 
 def _print_migration(migration: Migration) -> None:
@@ -171,13 +150,13 @@ def watch(migration_id: str, output: str) -> None:
     "slot_wait",
     metavar="DURATION",
     text='How long it may wait for its slots, from its start on, such as 10min; "none", or a time that is over, ends the wait.',
-    kind=SecondsOr("none", most=7 * 86400),
+    kind=ZeroOr("none", Seconds(most=7 * 86400)),
 )
 @once_option(
     "--max-downtime",
     metavar="DURATION",
     text="Longest pause of the guest at the switch-over, such as 300ms.",
-    kind=SecondsOr("default", most=3600),
+    kind=ZeroOr("default", Seconds(most=3600)),
 )
 @output_option
 def set_(migration_id: str, output: str, **given: Any) -> None:
@@ -186,14 +165,12 @@ def set_(migration_id: str, output: str, **given: Any) -> None:
     if not changes:
         raise click.UsageError("nothing to change: give --bandwidth, --min-bandwidth, --importance, --wait or --max-downtime")
 
-    async def body(session: Session) -> None:
-        changed = await session.client.update_migration(await session.full_id(migration_id), **changes)
-        if output == "json":
-            print_json(to_json(changed.proto))
-        else:
-            print_pairs([("id", changed.id), ("state", changed.state.value), *settings_pairs(changed)])
+    async def update(session: Session) -> Migration:
+        return await session.client.update_migration(await session.full_id(migration_id), **changes)
 
-    run(body, output)
+    show_one(
+        output, update, lambda changed: print_pairs([("id", changed.id), ("state", changed.state.value), *settings_pairs(changed)])
+    )
 
 
 @migration.command()

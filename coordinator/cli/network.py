@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from coordinator.cli.parse import rate_option
-from coordinator.cli.session import Session, run
-from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
-from coordinator.cli.text import printable
+from coordinator.cli.session import remove_named, show_list, show_one
+from coordinator.cli.show import output_option, print_pairs, print_table
 from coordinator.cli.units import rate
 from coordinator.client import ClusterNetwork, NetworkDetails
 
@@ -71,17 +70,14 @@ def network() -> None:
 def list_networks(output: str) -> None:
     """List networks by name."""
 
-    async def body(session: Session) -> None:
-        networks = await session.client.networks.list()
-        if output == "json":
-            print_json({"networks": [to_json(network.proto) for network in networks]})
-            return
-        rows = [(n.name, _role(n), ",".join(n.cidrs), ",".join(n.tenants), _limit(n.cap), _limit(n.max_bandwidth)) for n in networks]
-        print_table(("NAME", "ROLE", "RANGES", "TENANTS", "CAP", "MAX"), rows)
-        if not networks:
-            click.echo("no networks: each host uses those of its agent's configuration", err=True)
+    nothing = "no networks: each host uses those of its agent's configuration"
+    header = ("NAME", "ROLE", "RANGES", "TENANTS", "CAP", "MAX")
+    show_list(output, "networks", lambda session: session.client.networks.list(), header, _row, nothing)
 
-    run(body, output)
+
+def _row(network: ClusterNetwork) -> tuple[str, ...]:
+    ranges, tenants = ",".join(network.cidrs), ",".join(network.tenants)
+    return (network.name, _role(network), ranges, tenants, _limit(network.cap), _limit(network.max_bandwidth))
 
 
 def _role(network: ClusterNetwork) -> str:
@@ -99,15 +95,7 @@ def _limit(limit: int) -> str:
 def show(name: str, output: str) -> None:
     """Show a network: its rules, its hosts, and the migrations that use it."""
 
-    async def body(session: Session) -> None:
-        details = await session.client.networks.get(name)
-        if output == "json":
-            print_json(to_json(details.proto))
-            return
-        _print_network(details.network)
-        _print_hosts(details)
-
-    run(body, output)
+    show_one(output, lambda session: session.client.networks.get(name), _print_details)
 
 
 def _print_network(network: ClusterNetwork) -> None:
@@ -125,7 +113,8 @@ def _print_network(network: ClusterNetwork) -> None:
     )
 
 
-def _print_hosts(details: NetworkDetails) -> None:
+def _print_details(details: NetworkDetails) -> None:
+    _print_network(details.network)
     rows = [
         (
             h.host,
@@ -149,14 +138,7 @@ def _print_hosts(details: NetworkDetails) -> None:
 def _change(output: str, call: "Callable[[Networks], Awaitable[ClusterNetwork]]") -> None:
     """Run a call that changes a network, and print the network as it is then."""
 
-    async def body(session: Session) -> None:
-        network = await call(session.client.networks)
-        if output == "json":
-            print_json(to_json(network.proto))
-        else:
-            _print_network(network)
-
-    run(body, output)
+    show_one(output, lambda session: call(session.client.networks), _print_network)
 
 
 @network.command()
@@ -205,11 +187,4 @@ def revoke(name: str, drain: bool, output: str) -> None:
 def remove(name: str, output: str) -> None:
     """Remove a network that no migration uses."""
 
-    async def body(session: Session) -> None:
-        await session.client.networks.remove(name)
-        if output == "json":
-            print_json({"removed": name})
-        else:
-            click.echo(printable(f"{name} was removed"))
-
-    run(body, output)
+    remove_named(output, name, lambda session: session.client.networks.remove(name))

@@ -44,11 +44,14 @@ class Rate(click.ParamType):  # type: ignore[type-arg]
         return rate
 
 
-class RateOrNone(Rate):
-    """A rate, or 0 for "none"."""
+class ZeroOr(click.ParamType):  # type: ignore[type-arg]
+    """A value of `kind`, or 0 for a word."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        return 0 if value == "none" else super().convert(value, param, ctx)
+    def __init__(self, word: str, kind: Any) -> None:
+        self._word, self._kind, self.name = word, kind, kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return 0 if value == self._word else self._kind.convert(value, param, ctx)
 
 
 class LimitValue(click.ParamType):  # type: ignore[type-arg]
@@ -73,7 +76,7 @@ def once_option(*names: str, metavar: str, text: str, kind: Any = None) -> Calla
 
 def rate_option(name: str, text: str) -> Callable[[Any], Any]:
     """Return the decorator of an option that sets a rate, or removes it by "none"."""
-    return once_option(name, metavar="RATE", text=text, kind=RateOrNone())
+    return once_option(name, metavar="RATE", text=text, kind=ZeroOr("none", Rate()))
 
 
 def _once(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> Any:
@@ -100,17 +103,6 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
         if not 0 < duration <= self._most:
             self.fail(f'"{value}" is out of range: more than 0 and at most {self._most / 86400:g}d', param, ctx)
         return duration
-
-
-class SecondsOr(Seconds):
-    """A duration, or 0 for a word."""
-
-    def __init__(self, word: str, most: float) -> None:
-        super().__init__(most)
-        self._word = word
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        return 0.0 if value == self._word else super().convert(value, param, ctx)
 
 
 class OptionValue(click.ParamType):  # type: ignore[type-arg]

@@ -1,13 +1,14 @@
 """Runs the part of a command that talks to the server, in one event loop; errors and Ctrl-C become messages and exit codes."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 import click
 
 from coordinator.cli.exit_codes import ExitCode
-from coordinator.cli.show import Stage, exit_code, report, report_json, with_server
+from coordinator.cli.show import Stage, exit_code, print_json, print_table, report, report_json, to_json, with_server
+from coordinator.cli.text import printable
 from coordinator.client import Client, DroverClientError, NotFound
 
 T = TypeVar("T")
@@ -61,6 +62,54 @@ def whoami() -> str:
 def run(body: Callable[[Session], Awaitable[int | None]], output: str) -> None:
     """Run `body` against the server of the command line; exit with the code that it returns (None: 0)."""
     raise SystemExit(int(ask(body, output) or ExitCode.DONE))
+
+
+def show_one(output: str, call: Callable[[Session], Awaitable[Any]], print_it: Callable[[Any], None]) -> None:
+    """Run a call, and print the value of the client's that it returns: as JSON, or by `print_it`."""
+
+    async def body(session: Session) -> None:
+        value = await call(session)
+        if output == "json":
+            print_json(to_json(value.proto))
+        else:
+            print_it(value)
+
+    run(body, output)
+
+
+def show_list(
+    output: str,
+    kind: str,
+    call: Callable[[Session], Awaitable[Sequence[Any]]],
+    header: Sequence[str],
+    row: Callable[[Any], Sequence[str]],
+    nothing: str = "",
+) -> None:
+    """Run a call, and print the values of the client's that it returns: as JSON, or as a table; `nothing` if there are none."""
+
+    async def body(session: Session) -> None:
+        values = await call(session)
+        if output == "json":
+            print_json({kind: [to_json(value.proto) for value in values]})
+            return
+        print_table(header, [row(value) for value in values])
+        if not values:
+            click.echo(printable(nothing or f"no {kind}"), err=True)
+
+    run(body, output)
+
+
+def remove_named(output: str, name: str, call: Callable[[Session], Awaitable[None]]) -> None:
+    """Run a call that removes something of that name, and print that."""
+
+    async def body(session: Session) -> None:
+        await call(session)
+        if output == "json":
+            print_json({"removed": name})
+        else:
+            click.echo(printable(f"{name} was removed"))
+
+    run(body, output)
 
 
 def ask(body: Callable[[Session], Awaitable[T]], output: str) -> T:

@@ -101,12 +101,12 @@ class ClusterDirectory:
 
         return RemotePeer(channel, host.name, breaker=self._breaker)
 
-    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+    async def candidates(self, spec: pb.MigrationSpec, others: Sequence[pb.Migration] = ()) -> list[Candidate]:
         """Rank the hosts by their last reports; see `Directory.candidates`."""
         source, guest = await self._source(spec)
         known = await self._registry.list_hosts()
-        others = {each.host.name: self._side_of(each) if self._answers(each) else None for each in known}
-        ranked = rank(spec, source, guest, others, self._networks(), self._planned())
+        hosts = {each.host.name: self._side_of(each) if self._answers(each) else None for each in known}
+        ranked = rank(spec, source, guest, hosts, others, self._networks(), self._planned())
         if ranked[0].free and not spec.destination_host:  # else it only asks for advice, or waits
             self._chosen.append((ranked[0].name, self._clock.monotonic()))
         return ranked

@@ -1,11 +1,13 @@
 """A `Directory` of two fake agents, and a place that keeps migrations."""
 
 import asyncio
+from collections.abc import Sequence
 
 from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.hypervisor.base import HypervisorInfo
 from agent.migration.fencing import FencingConfig
 from agent.migration.migrations import Migrations
+from agent.migration.placement import rank
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.service.host import AgentHost
@@ -58,8 +60,10 @@ class FakeDirectory:
     async def source(self, migration: pb.Migration) -> Side:
         return self._sides()[0]
 
-    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
-        return [Candidate("h2", free=True)]
+    async def candidates(self, spec: pb.MigrationSpec, others: Sequence[pb.Migration] = ()) -> list[Candidate]:
+        source, destination = self._sides()
+        guest = await get_domain(_host(self.pair.source), leaving_request(spec))
+        return rank(spec, source, guest, {"h2": destination}, others)
 
     def _sides(self) -> tuple[Side, Side]:
         return (

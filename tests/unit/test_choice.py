@@ -1,6 +1,6 @@
 """agent.migration.choice: the destination of a migration to any host (issue 8, point 2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -8,9 +8,10 @@ import pytest
 from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.migration.choice import Chooser
 from agent.migration.collection import Collection
+from agent.migration.planning import make_plan
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
-from drover.agent.v1 import admission_pb2, host_pb2
+from drover.agent.v1 import admission_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID
 from tests.unit.test_placement import GUEST, host
@@ -41,20 +42,14 @@ class Hosts:
         self.free = free
         self.fails: DroverError | None = None
 
-    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+    async def candidates(self, spec: pb.MigrationSpec, others: Sequence[pb.Migration] = ()) -> list[Candidate]:
         if self.fails is not None:
             raise self.fails
-        return [Candidate(name, free=self.free) for name in self.handshakes]
+        return [self._candidate(name, handshake) for name, handshake in self.handshakes.items()]
 
-    async def find(self, spec: pb.MigrationSpec) -> Ends:
-        name = spec.destination_host
-        if name == "away":
-            raise DroverError(Reason.HOST_UNREACHABLE, "away does not answer")
-        handshake: Any = self.handshakes[name]
-        found = Side(host(name).host, handshake, f"{name}:7400")
-        source = host_pb2.GetDomainResponse()
-        source.CopyFrom(GUEST)
-        return Ends(host("h1"), found, source)
+    def _candidate(self, name: str, handshake: Any) -> Candidate:
+        ends = Ends(host("h1"), Side(host(name).host, handshake, f"{name}:7400"), GUEST)
+        return Candidate(ends, *make_plan(SPEC, ends), name, free=self.free)
 
     def asked(self) -> list[str]:
         return [name for name, handshake in self.handshakes.items() if handshake.asked]
@@ -103,7 +98,12 @@ async def test_8_2_where_all_are_busy_one_that_may_wait_gets_the_best_and_anothe
 
 
 async def test_8_2_where_none_can_take_the_guest_waiting_is_no_use() -> None:
-    hosts = Hosts({"away": None, "h3": DroverError(Reason.DOMAIN_EXISTS, "h3 has such a guest")})
+    hosts = Hosts(
+        {
+            "away": DroverError(Reason.HOST_UNREACHABLE, "away does not answer"),
+            "h3": DroverError(Reason.DOMAIN_EXISTS, "h3 has such a guest"),
+        }
+    )
     error = await refused(hosts, may_wait=True)
     assert error.reason is Reason.NO_HOST
     assert "away: away does not answer; h3: h3 has such a guest" in error.message

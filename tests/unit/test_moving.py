@@ -1,11 +1,12 @@
 """agent.migration.slots: a migration to any host that takes another one, and what is left at those that it asked (issue 8)."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
 from agent.handshake.drive.ends import Candidate, Ends, Side
+from agent.migration.placement import rank
 from agent.runtime.errors import DroverError, Reason
 from agent.service.host_service import get_domain
 from agent.service.peers import leaving_request
@@ -42,8 +43,9 @@ class Three(FakeDirectory):
     def _to(self, name: str) -> Side:
         return _side(self.third, self.to_third, "10.91.0.3:7400") if name == "h3" else self._sides()[1]
 
-    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
-        return [Candidate(name, free=True) for name in ("h2", "h3")]
+    async def candidates(self, spec: pb.MigrationSpec, others: Sequence[pb.Migration] = ()) -> list[Candidate]:
+        guest = await get_domain(_host(self.pair.source), leaving_request(spec))
+        return rank(spec, self._sides()[0], guest, {name: self._to(name) for name in ("h2", "h3")}, others)
 
 
 @pytest.fixture
@@ -152,6 +154,7 @@ async def test_8_2_a_choice_that_is_cancelled_before_its_slot_is_answered_gives_
     await driving.migrations.start(ID, SPEC, 60.0)
     asked = three.to_third.count["acquire_slot"]
     three.to_third.hang = {"acquire_slot"}
+    three.third.room(1)
     await until(lambda: three.to_third.count["acquire_slot"] > asked)
     assert three.to_third.count["release_slot"] == 0
     await driving.migrations.cancel(ID)

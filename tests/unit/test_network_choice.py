@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from agent.network.choice import Choice, NetworkUse, Wish, choose
+from agent.network.choice import Choice, Wish, choose
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2
+from drover.agent.v1 import migration_pb2 as pb
 
 LINE = 50_000_000
 
@@ -31,6 +32,13 @@ def both(*rows: tuple[str, int, dict[str, Any]]) -> tuple[host_pb2.Host, host_pb
     return made[0], made[1]
 
 
+def use(network: str, source: str, destination: str, limit: int = 0) -> pb.Migration:
+    """Another migration; without a limit it wants the whole line."""
+    settings = pb.MigrationSettings(bandwidth_bytes_per_second=limit)
+    choice = pb.NetworkChoice(network=network)
+    return pb.Migration(source_host=source, destination_host=destination, network_choice=choice, settings=settings)
+
+
 TWO = both(("a", 92, {}), ("b", 93, {}), ("mgmt", 91, {"role": False}))
 
 
@@ -42,13 +50,13 @@ def refused(reason: Reason, wish: Wish, *hosts: host_pb2.Host, defined: tuple[ho
 
 
 def out(choice: Choice) -> dict[str, str]:
-    return {ruled.name: ruled.why for ruled in choice.to_proto().ruled_out}
+    return {ruled.name: ruled.why for ruled in choice.message.ruled_out}
 
 
 def test_8_5_the_most_free_capacity_wins_and_the_rest_is_told() -> None:
-    uses = [NetworkUse("a", "h1", "h9", 30_000_000), NetworkUse("b", "h9", "h2", 10_000_000), NetworkUse("b", "h9", "h3")]
-    choice = choose(Wish(), *TWO, uses=uses)
-    message = choice.to_proto()
+    uses = [use("a", "h1", "h9", 30_000_000), use("b", "h9", "h2", 10_000_000), use("b", "h9", "h3")]
+    choice = choose(Wish(), *TWO, others=uses)
+    message = choice.message
     assert (message.network, message.source_address, message.destination_address) == ("b", "10.93.0.1", "10.93.0.2")
     assert message.why == "most free capacity: 40 MB/s of 50 MB/s"
     assert out(choice) == {
@@ -59,36 +67,36 @@ def test_8_5_the_most_free_capacity_wins_and_the_rest_is_told() -> None:
 
 
 def test_8_5_with_equal_capacity_the_name_decides_and_then_what_was_chosen_counts() -> None:
-    uses: list[NetworkUse] = []
+    uses: list[pb.Migration] = []
     chosen = []
     for _ in range(6):
-        choice = choose(Wish(), *TWO, uses=uses)
-        chosen.append(choice.destination.name)
-        uses.append(NetworkUse(choice.destination.name, "h1", "h2"))
+        choice = choose(Wish(), *TWO, others=uses)
+        chosen.append(choice.message.network)
+        uses.append(use(choice.message.network, "h1", "h2"))
     assert chosen == ["a", "b", "a", "b", "a", "b"]
 
 
 def test_8_5_the_cap_counts_all_hosts_and_the_maximum_bounds_what_one_can_get() -> None:
     hosts = both(("a", 92, {"cap_bytes_per_second": 40_000_000}), ("b", 93, {"line": 30_000_000}))
-    assert choose(Wish(), *hosts).destination.name == "a"
-    assert choose(Wish(), *hosts, uses=[NetworkUse("a", "h7", "h8", 20_000_000)]).destination.name == "b"
+    assert choose(Wish(), *hosts).message.network == "a"
+    assert choose(Wish(), *hosts, others=[use("a", "h7", "h8", 20_000_000)]).message.network == "b"
     hosts = both(("a", 92, {"max_bytes_per_second": 20_000_000}), ("b", 93, {"line": 30_000_000}))
-    assert choose(Wish(), *hosts).destination.name == "b"
+    assert choose(Wish(), *hosts).message.network == "b"
 
 
 def test_8_5_the_rules_capacity_goes_before_the_line_and_an_unknown_line_is_no_obstacle() -> None:
     hosts = both(("a", 92, {"line": 10**9, "capacity_bytes_per_second": 10_000_000}), ("b", 93, {}), ("c", 94, {"line": 0}))
-    assert choose(Wish(), *hosts).destination.name == "c"
+    assert choose(Wish(), *hosts).message.network == "c"
     assert out(choose(Wish(), *hosts))["a"] == "it has less free capacity: 10 MB/s of 10 MB/s"
 
 
 def test_8_5_a_tenants_guest_uses_only_its_own_and_nobody_else_does() -> None:
     hosts = both(("a", 92, {}), ("acme", 93, {"tenants": ["acme"]}), ("blue", 94, {"tenants": ["blue"]}))
-    own = choose(Wish(tenant="acme"), *hosts, uses=[NetworkUse("acme", "h1", "h9")] * 5)
-    assert own.destination.name == "acme"
+    own = choose(Wish(tenant="acme"), *hosts, others=[use("acme", "h1", "h9")] * 5)
+    assert own.message.network == "acme"
     assert out(own) == {"a": "tenant acme has networks of its own", "blue": "it is for the tenants blue"}
     for tenant in ("", "white"):
-        assert choose(Wish(tenant=tenant), *hosts).destination.name == "a"
+        assert choose(Wish(tenant=tenant), *hosts).message.network == "a"
     gone = host(2, *(network for network in hosts[1].networks if network.name != "acme"))
     error = refused(Reason.NETWORK_NOT_FOUND, Wish(tenant="acme"), hosts[0], gone)
     assert "acme: h2 has no address on it" in error.message
@@ -105,8 +113,8 @@ def test_8_5_a_tenants_network_that_neither_host_has_still_keeps_its_guests_off_
 def test_8_5_a_network_down_at_one_end_is_not_chosen() -> None:
     source = host(1, side("a", 92, 1), side("b", 93, 1))
     destination = host(2, side("a", 92, 2, down=True), side("b", 93, 2))
-    choice = choose(Wish(), source, destination, uses=[NetworkUse("b", "h1", "h9")] * 5)
-    assert (choice.destination.name, out(choice)) == ("b", {"a": "it is down on h2"})
+    choice = choose(Wish(), source, destination, others=[use("b", "h1", "h9")] * 5)
+    assert (choice.message.network, out(choice)) == ("b", {"a": "it is down on h2"})
     error = refused(Reason.NETWORK_NOT_FOUND, Wish(named="a"), source, destination)
     assert "it is down on h2" in error.message
     assert error.metadata["wait"] == "network"
@@ -117,22 +125,22 @@ def test_8_5_both_hosts_must_have_addresses_of_one_family() -> None:
     source = host(1, side("a", 92, 1), side("a", 92, 1, six=True), side("b", 93, 1))
     destination = host(2, side("a", 92, 2, six=True), side("b", 93, 2, six=True))
     choice = choose(Wish(), source, destination)
-    assert (choice.source.address, choice.destination.address) == ("fd00:92::1", "fd00:92::2")
+    assert (choice.message.source_address, choice.message.destination_address) == ("fd00:92::1", "fd00:92::2")
     assert out(choice) == {"b": "h1 and h2 have no addresses of one family on it"}
     refused(Reason.NETWORK_NOT_FOUND, Wish(named="b"), source, destination)
 
 
 def test_8_5_the_user_may_name_any_network_with_a_warning_where_it_has_no_role() -> None:
     choice = choose(Wish(named="mgmt"), *TWO)
-    assert (choice.destination.name, choice.why) == ("mgmt", "it was named")
+    assert (choice.message.network, choice.message.why) == ("mgmt", "it was named")
     assert "network mgmt has no migration role" in choice.warnings[0]
     assert choose(Wish(named="b"), *TWO).warnings == ()
 
 
 def test_8_5_a_named_network_that_does_not_admit_the_tenant_is_forbidden() -> None:
     hosts = both(("a", 92, {}), ("acme", 93, {"tenants": ["acme"]}))
-    assert choose(Wish(named="acme", tenant="acme"), *hosts).destination.name == "acme"
-    assert choose(Wish(named="a", tenant="acme"), *hosts).destination.name == "a"
+    assert choose(Wish(named="acme", tenant="acme"), *hosts).message.network == "acme"
+    assert choose(Wish(named="a", tenant="acme"), *hosts).message.network == "a"
     for tenant in ("", "blue"):
         assert "acme" in refused(Reason.NETWORK_FORBIDDEN, Wish(named="acme", tenant=tenant), *hosts).message
 
@@ -144,10 +152,10 @@ def test_8_5_without_a_migration_network_the_fallback_carries_it_with_a_warning_
     assert "wait" not in error.metadata
     fallback = ("mgmt", 91, {"role": False, "fallback": True})
     choice = choose(Wish(), *both(("a", 92, {"down": True}), fallback))
-    assert choice.destination.name == "mgmt"
-    assert choice.why == "it is the fallback, and no other can carry it"
+    assert choice.message.network == "mgmt"
+    assert choice.message.why == "it is the fallback, and no other can carry it"
     assert "a: it is down on h1 and h2" in choice.warnings[0]
-    assert choose(Wish(), *both(("a", 92, {}), fallback)).destination.name == "a"
+    assert choose(Wish(), *both(("a", 92, {}), fallback)).message.network == "a"
     refused(Reason.NETWORK_NOT_FOUND, Wish(tenant="acme"), *both(("acme", 92, {"down": True, "tenants": ["acme"]}), fallback))
 
 
@@ -158,8 +166,8 @@ def test_8_5_a_fallback_that_is_down_is_waited_for() -> None:
 
 def test_8_5_a_minimum_that_a_network_cannot_give_rules_it_out() -> None:
     hosts = both(("a", 92, {}), ("b", 93, {"max_bytes_per_second": 9_000_000}))
-    choice = choose(Wish(minimum=20_000_000), *hosts, uses=[NetworkUse("a", "h1", "h9")] * 5)
-    assert choice.destination.name == "a"
+    choice = choose(Wish(minimum=20_000_000), *hosts, others=[use("a", "h1", "h9")] * 5)
+    assert choice.message.network == "a"
     assert out(choice) == {"b": "the guaranteed minimum of 20 MB/s is more than the 9 MB/s that it can give"}
     error = refused(Reason.BANDWIDTH_INSUFFICIENT, Wish(minimum=60_000_000), *hosts)
     assert "60 MB/s is more than the 50 MB/s" in error.message
@@ -168,7 +176,7 @@ def test_8_5_a_minimum_that_a_network_cannot_give_rules_it_out() -> None:
 
 def test_8_5_a_role_on_one_side_only_is_not_enough() -> None:
     source = host(1, side("a", 92, 1, role=False), side("b", 93, 1))
-    assert choose(Wish(), source, TWO[1]).destination.name == "b"
+    assert choose(Wish(), source, TWO[1]).message.network == "b"
 
 
 def test_8_5_no_network_at_all_says_what_each_host_has() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from agent.handshake.drive.plan import Plan
 from agent.handshake.host.peer import HandshakePeer
 from agent.runtime.bell import Bell
 from drover.agent.v1 import host_pb2
@@ -33,7 +34,16 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Chosen:
+    """A destination, with the plan for it."""
+
+    ends: Ends
+    plan: Plan
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Candidate(Chosen):
     """A host that may take a guest."""
 
     name: str
@@ -72,9 +82,9 @@ class Directory(Protocol):
         """Return the source of a migration that was started before, by its last report; it need not answer now."""
         ...
 
-    async def candidates(self, spec: pb.MigrationSpec) -> list[Candidate]:
+    async def candidates(self, spec: pb.MigrationSpec, others: Sequence[pb.Migration] = ()) -> list[Candidate]:
         """Return the hosts that may take the guest of a spec, the best first, whatever its destination: without its source, and
-        without hosts that are cordoned, closed, silent, or whose breaker is open.
+        without hosts that are cordoned, closed, silent, or whose breaker is open. `others`: migrations that count for their plans.
 
         A coordinator asks the source only; of the others, the last reports count. Raises as `find`, for the source; what keeps the
         guest from leaving it; NO_HOST, with the reason for each host, if no host may take it."""
