@@ -23,7 +23,6 @@ from coordinator.hosts import host_service
 from coordinator.hosts.directory import ClusterDirectory
 from coordinator.hosts.hosts import HostRegistry
 from coordinator.networks import network_service
-from coordinator.networks.revoking import finish_revoking
 from coordinator.networks.table import NetworkTable
 from coordinator.store import SqliteStore
 from coordinator.store.migration_log import ENDED, StoredMigrations
@@ -68,7 +67,7 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         migrations = Migrations(config.name, directory, StoredMigrations(store), bus, config.fencing)
         stack.push_async_callback(migrations.close)
         await migrations.recover()
-        revoking = functools.partial(finish_revoking, networks, migrations.collection)
+        revoking = functools.partial(network_service.finish_revoking, networks, migrations.collection)
         stack.callback(supervise("finish revoking", revoking).cancel)
         server = await _serve(config, registry, migrations, networks, bus)
         log.info("serving", name=config.name, addresses=server.addresses)

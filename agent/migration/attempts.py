@@ -1,19 +1,43 @@
-"""The attempts of a migration whose guest is untouched: the next one, or the one that another driver has made."""
+"""The attempts of a migration: the next one of one that may wait, or the one that another driver has made."""
 
 import functools
-
-import structlog
+from typing import Final
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
-from agent.migration.again import begins_again, follow, is_kept, wait_again
+from agent.handshake.drive.view import View
+from agent.handshake.machines.destination import DestinationState
+from agent.handshake.machines.source import SourceState
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
-from agent.runtime.backoff import STORE, Clock, Pauses
+from agent.migration.waiting import AWAY
+from agent.runtime.backoff import Clock
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.wire import cut
+from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
-log = structlog.get_logger()
+GIVEN_UP: Final = frozenset({Reason.RESTARTED, Reason.DRIVER_SILENT, Reason.LEASE_EXPIRED, Reason.STALE_LEASE})
+"""Failures of an attempt whose agents or driver have come back since."""
+
+MOST_WARNINGS: Final = 15
+"""Warnings that a next attempt keeps."""
+
+
+def is_kept(view: View) -> bool:
+    """Return whether an attempt of this very migration has ended with the guest at its source, by both hosts and no statement."""
+    ended = view.states == (SourceState.KEPT, DestinationState.GONE)
+    return ended and view.foreign is None and not view.statements and not view.by_statement
+
+
+def _begins_again(entry: Entry, driver: Driver, ended: pb.Migration) -> bool:
+    """Return whether a migration that may wait goes on after this end of its attempt, which `is_kept`: an agent or the driver was
+    away. `ended` describes that end; its failure may be a mere consequence, so what both records say counts, too."""
+    records = (driver.view.source_record, driver.view.destination_record)
+    reasons = {ended.failure.reason, *(record.failure.reason for record in records if record is not None)}
+    was_away = bool(reasons & GIVEN_UP) or (ended.failure.reason in AWAY and not driver.calls.transfer_asked)
+    may_wait = entry.slot_wait > 0 and entry.slot_wait_left > 0 and not entry.cancel_asked.is_set()
+    return may_wait and was_away and ended.state == pb.MIGRATION_STATE_FAILED
 
 
 async def next_attempt(collection: Collection, entry: Entry, plan: Plan | None = None, attempt: int = 0) -> None:
@@ -37,18 +61,12 @@ async def later_attempt(entry: Entry, driver: Driver, ended: pb.Migration, clock
         return None
     later = await driver.later("source", elsewhere=foreign) or await driver.later("destination")
     if later is not None:
-        change = functools.partial(follow, later=later)
-    elif not foreign and begins_again(entry, driver, ended):
-        change = functools.partial(wait_again, why=ended.failure.message)
+        change = functools.partial(_follow, later=later)
+    elif not foreign and _begins_again(entry, driver, ended):
+        change = functools.partial(_wait_again, why=ended.failure.message)
     else:
         return None
-    pauses = Pauses(STORE, clock)
-    while True:
-        try:
-            return await entry.save_changed(change)
-        except DroverError as error:
-            log.error("a migration was not saved", migration=entry.migration.migration_id, error=error.message)
-            await pauses.pause()
+    return await entry.until_saved(functools.partial(entry.save_changed, change), clock)
 
 
 async def joins(collection: Collection, entry: Entry, error: DroverError) -> bool:
@@ -70,3 +88,26 @@ def put_plan(migration: pb.Migration, plan: Plan) -> None:
     migration.destination_host, migration.network = plan.destination_host, plan.network
     migration.network_choice.CopyFrom(plan.network_choice)
     migration.options.CopyFrom(plan.options)
+
+
+def _follow(migration: pb.Migration, later: handshake_pb2.Record) -> None:
+    """Change the migration to the later attempt of another driver."""
+    _renew(migration, later.ref.attempt)
+    if later.host == migration.source_host:
+        migration.destination_host = later.peer_host
+
+
+def _renew(migration: pb.Migration, attempt: int) -> None:
+    migration.attempt, migration.uri = attempt, ""
+    plans = [timing for timing in migration.timings if timing.phase == "plan"]
+    del migration.timings[:]
+    migration.timings.extend(plans)
+
+
+def _wait_again(migration: pb.Migration, why: str) -> None:
+    """Change the migration to its next attempt, which waits for its slots: no host knows it, and the guest is untouched."""
+    _renew(migration, migration.attempt + 1)
+    migration.ClearField("slot_duration")
+    migration.warnings[:] = [*migration.warnings[-MOST_WARNINGS:], cut(f"it waited for its slots again, as {why}", 1000)]
+    if not migration.HasField("cancel_time"):
+        migration.state = pb.MIGRATION_STATE_PENDING

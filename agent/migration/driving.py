@@ -14,11 +14,10 @@ from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
-from agent.migration.again import is_kept
-from agent.migration.attempts import later_attempt
+from agent.migration.attempts import is_kept, later_attempt
 from agent.migration.choice import Chooser
 from agent.migration.collection import Collection
-from agent.migration.links import Links, links_of
+from agent.migration.links import links_of, watch_links
 from agent.migration.migration import Entry
 from agent.migration.planning import resume_plan
 from agent.migration.progress import describe, impossible
@@ -27,7 +26,7 @@ from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
 from agent.migration.waiting import end_prepared_wait, is_waited_for, tell_changes
 from agent.runtime.alongside import alongside
-from agent.runtime.backoff import OTHER_HOST, SLOT, STORE, Clock, Pauses
+from agent.runtime.backoff import OTHER_HOST, SLOT, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
@@ -62,7 +61,9 @@ class Runner:
         self._directory = directory
         self._collection = collection
         self.sharing = Sharing(collection, directory, clock)
-        self.links = Links(collection, directory, clock)
+        links = functools.partial(watch_links, collection, directory, clock)
+        self.background: dict[str, Callable[[], Awaitable[None]]] = {"share bandwidth": self.sharing.run, "watch links": links}
+        """What runs for ever beside the drivers."""
         self._slots = SlotTaker(
             directory, collection, self.sharing, choice, self.new_driver, self._update, lambda: self.draining, clock
         )
@@ -175,17 +176,11 @@ class Runner:
     async def _note_slot(self, entry: Entry) -> None:
         """Note how long the slot took. For one that may wait, save it, however long that takes: from now on the guest may be
         touched, so a later life reads both records before it does anything."""
-        noted, pauses = entry.changed_to(), Pauses(STORE, self._clock)  # earlier readers keep theirs
+        noted = entry.changed_to()  # earlier readers keep theirs
         noted.slot_duration.CopyFrom(duration(entry.elapsed))
         entry.migration = noted
-        while entry.slot_wait:
-            try:
-                await entry.save()
-            except DroverError as error:
-                log.error("a migration was not saved", migration=entry.migration.migration_id, error=error.message)
-                await pauses.pause()
-            else:
-                return
+        if entry.slot_wait:
+            await entry.until_saved(entry.save, self._clock)
 
     async def _end_without_slot(self, entry: Entry, error: DroverError, *, forget: bool) -> None:
         """End a migration that has no slot; `forget`: remove it unless it was cancelled. The end is saved before it is published, as
@@ -225,20 +220,15 @@ class Runner:
 
     async def _settle(self, entry: Entry, write: Callable[[], Awaitable[None]]) -> None:
         """Save the end, however long that takes. If the log cannot be written, the waiting start fails with that error."""
-        pauses = Pauses(STORE, self._clock)
+
+        def failed(error: DroverError) -> None:
+            entry.refusal = error
+            entry.settled.set()
+
         entry.ending = True
         if entry.saving is not None:
             await asyncio.wait({entry.saving})
-        while True:
-            try:
-                await write()
-            except DroverError as error:
-                log.error("the end of a migration was not saved", migration=entry.migration.migration_id, error=error.message)
-                entry.refusal = error
-                entry.settled.set()
-                await pauses.pause()
-            else:
-                return
+        await entry.until_saved(write, self._clock, failed)
 
     # ---- the handshake
 

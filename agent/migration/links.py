@@ -19,29 +19,23 @@ def links_of(host: host_pb2.Host | None) -> State:
     return tuple(network.SerializeToString(deterministic=True) for network in host.networks) if host is not None else ()
 
 
-class Links:
-    """Lets the entries of a collection that wait be planned again at once, when the networks of one of their hosts have changed."""
+async def watch_links(collection: Collection, directory: Directory, clock: Clock) -> None:
+    """Look at every change, for ever."""
+    while True:
+        changed = directory.changed.next
+        look(collection, directory)
+        await changed.wait()
+        await clock.sleep(LEAST_PAUSE)
 
-    def __init__(self, collection: Collection, directory: Directory, clock: Clock) -> None:
-        self._collection = collection
-        self._directory = directory
-        self._clock = clock
 
-    async def run(self) -> None:
-        """Look at every change, for ever."""
-        while True:
-            changed = self._directory.changed.next
-            self.look()
-            await changed.wait()
-            await self._clock.sleep(LEAST_PAUSE)
-
-    def look(self) -> None:
-        waiting = [entry for entry in self._collection.all() if entry.waits]
-        names = {name for entry in waiting for name in (entry.migration.source_host, entry.migration.destination_host)}
-        states: Mapping[str, State] = {name: links_of(self._directory.known(name)) for name in names}
-        for entry in waiting:
-            now = states[entry.migration.source_host], states[entry.migration.destination_host]
-            if entry.planned_links != now:
-                entry.planned_links = now
-                entry.planned_at = float("-inf")
-                entry.links_changed.ring()
+def look(collection: Collection, directory: Directory) -> None:
+    """Let the entries that wait be planned again at once, if the networks of one of their hosts have changed."""
+    waiting = [entry for entry in collection.all() if entry.waits]
+    names = {name for entry in waiting for name in (entry.migration.source_host, entry.migration.destination_host)}
+    states: Mapping[str, State] = {name: links_of(directory.known(name)) for name in names}
+    for entry in waiting:
+        now = states[entry.migration.source_host], states[entry.migration.destination_host]
+        if entry.planned_links != now:
+            entry.planned_links = now
+            entry.planned_at = float("-inf")
+            entry.links_changed.ring()

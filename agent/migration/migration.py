@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from collections.abc import Awaitable, Callable
+from copy import deepcopy
+from typing import Any, Final, Protocol, TypeVar
 
 import structlog
 
@@ -12,6 +13,7 @@ from agent.handshake.machines.destination import DestinationState
 from agent.migration.settings import settings_of
 from agent.migration.tuning import Tuner
 from agent.migration.uptime import age_of, seconds_since
+from agent.runtime.backoff import STORE, Clock, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import MigrationChanged
@@ -21,6 +23,8 @@ from drover.agent.v1 import handshake_pb2, host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 FINAL: Final = frozenset({pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED})
 
@@ -205,8 +209,7 @@ class Entry:
 
     def changed_to(self, **fields: Any) -> pb.Migration:
         """Return a copy of the migration with these fields changed."""
-        copy = pb.Migration()
-        copy.CopyFrom(self.migration)
+        copy = deepcopy(self.migration)
         for name, value in fields.items():
             setattr(copy, name, value)
         return copy
@@ -256,6 +259,19 @@ class Entry:
             change(changed)
             await self.save(changed)
         return changed
+
+    async def until_saved(
+        self, write: Callable[[], Awaitable[T]], clock: Clock, failed: Callable[[DroverError], None] = lambda _: None
+    ) -> T:
+        """Return what `write` returns, which is tried again as long as the log cannot be written. `failed` gets each error."""
+        pauses = Pauses(STORE, clock)
+        while True:
+            try:
+                return await write()
+            except DroverError as error:
+                log.error("a migration was not saved", migration=self.migration.migration_id, error=error.message)
+                failed(error)
+            await pauses.pause()
 
     async def remove(self) -> None:
         """Remove its row. Raises JOURNAL_UNAVAILABLE."""

@@ -81,7 +81,7 @@ class Migrations:
             if not entry.final:
                 self.collection.publish(entry, entry.changed_to())  # an earlier life may have published more than it saved
                 self.runner.start(entry)
-        self._work += [supervise("share bandwidth", self.runner.sharing.run), supervise("watch links", self.runner.links.run)]
+        self._work += [supervise(name, work) for name, work in self.runner.background.items()]
 
     async def close(self) -> None:
         """Cancel every driver; the records remain, and the source's agent ends what runs."""

@@ -2,6 +2,7 @@
 refused here, before a host has done anything."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -12,6 +13,7 @@ from agent.handshake.drive.plan import Plan
 from agent.hypervisor.features import check_bandwidth, check_options, check_protocol, settled
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.settings import check, settings_of
+from agent.migration.waits import slot_of
 from agent.migration.whereabouts import whereabouts
 from agent.network.choice import Choice, Wish, choose
 from agent.network.networks import checked_uri, network_of, refused
@@ -109,7 +111,7 @@ def planned(
         settings=plan.settings,
         tenant=spec.tenant or guest.domain.settings.tenant,
         warnings=warnings,
-        waiting_for=f"an incoming slot of {plan.destination_host}" if plan.network else plan.network_choice.why,
+        waiting_for=slot_of(plan.destination_host) if plan.network else plan.network_choice.why,
         wait_reason=pb.WAIT_REASON_SLOT if plan.network else pb.WAIT_REASON_NETWORK,
     )
     migration.runs_on = whereabouts(migration).runs_on
@@ -118,8 +120,7 @@ def planned(
 
 def to_host(spec: pb.MigrationSpec, host: str) -> pb.MigrationSpec:
     """Return the spec with a destination, for one that names none."""
-    named = pb.MigrationSpec()
-    named.CopyFrom(spec)
+    named = deepcopy(spec)
     named.destination_host = host
     return named
 
@@ -241,8 +242,7 @@ def _choose_network(spec: pb.MigrationSpec, ends: Ends, others: Sequence[pb.Migr
     network = network_of(asked, destination)
     if wish.named not in ("", network.name):
         raise refused(spec.uri, f"its host is on network {network.name}, and network {wish.named} was asked for")
-    at = host_pb2.Host()
-    at.CopyFrom(destination)
+    at = deepcopy(destination)
     del at.networks[:]
     at.networks.add().CopyFrom(network)
     at.networks[0].address = str(asked.host)

@@ -1,6 +1,7 @@
 """A migration as its user sees it, from what its driver knows. Pure; the time is a parameter."""
 
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -10,7 +11,7 @@ from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.facts import loss_of
 from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState
-from agent.migration.waits import wait_of, wait_reason, waiting_for
+from agent.migration.waits import note_wait
 from agent.migration.whereabouts import Place, said, whereabouts
 from agent.runtime.errors import Reason, said_by_peer
 from agent.runtime.failure import Failure, causes_first, failure_to_proto
@@ -48,13 +49,12 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
     # Setting the wall clock meanwhile changes no duration and no order.
     now = max(before.create_time.ToNanoseconds() / 1e9 + elapsed, wall or 0.0)
     src, dst = view.source_state, view.destination_state
-    migration = pb.Migration()
-    migration.CopyFrom(before)
-    migration.waiting_for = "" if ended else waiting_for(before, view)
-    migration.wait_reason = pb.WAIT_REASON_UNSPECIFIED if ended else wait_reason(before, view)
-    migration.ClearField("wait")
-    if not ended and (wait := wait_of(migration, view)) is not None:
-        migration.wait.CopyFrom(wait)
+    migration = deepcopy(before)
+    if ended:
+        for field in ("waiting_for", "wait_reason", "wait"):
+            migration.ClearField(field)
+    else:
+        note_wait(migration, view)
     migration.uri = view.uri or before.uri
     _copy_path(migration, view)
     del migration.silent_hosts[:]
@@ -186,8 +186,7 @@ def _hosts(migration: pb.Migration) -> dict[str, str]:
 
 def impossible(before: pb.Migration) -> pb.Migration:
     """Return the state of a migration whose records contradict each other, or whose driver has a bug: it is given up."""
-    migration = pb.Migration()
-    migration.CopyFrom(before)
+    migration = deepcopy(before)
     migration.state = pb.MIGRATION_STATE_OUTCOME_UNKNOWN
     migration.runs_on = whereabouts(migration).runs_on
     failure = Failure(
@@ -222,8 +221,7 @@ def _copy_records(migration: pb.Migration, view: View) -> None:
 
 def with_eta(progress: handshake_pb2.Progress) -> handshake_pb2.Progress:
     """Return the reading with a range of its end: at best the rest is sent once; at worst also what is dirtied meanwhile."""
-    reading = handshake_pb2.Progress()
-    reading.CopyFrom(progress)
+    reading = deepcopy(progress)
     rate, dirty = progress.bytes_per_second, progress.dirty_bytes_per_second
     if rate <= 0:
         reading.reason = progress.reason or "no rate measured yet"

@@ -5,10 +5,12 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.ends import Chosen, Directory
+from agent.handshake.drive.slots import PREPARED
 from agent.handshake.machines.destination import DestinationState
 from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.attempts import joins, next_attempt, put_plan
@@ -22,14 +24,14 @@ from agent.migration.waiting import (
     LATEST_START,
     PASSING,
     PLAN_SECONDS,
-    has_waited,
     is_waited_for,
+    tell_changes,
     unless_cancelled,
     while_it_may_wait,
 )
 from agent.migration.waits import error_waited_for, out_of_time
 from agent.migration.whereabouts import whereabouts
-from agent.runtime.alongside import outlasting
+from agent.runtime.alongside import alongside, outlasting, unless
 from agent.runtime.backoff import SLOT, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
@@ -38,36 +40,25 @@ from drover.agent.v1 import migration_pb2 as pb
 ADVICE_SECONDS: Final = 10.0
 """How long the hosts are shown that could take the guest in place of the one at which it waits: to find them costs calls."""
 
-MakeDriver = Callable[[Entry, Chosen], Driver]
-
 
 class _PlanAgain(Exception):  # noqa: N818 - no error
     """The wait goes on with another driver: its plan was old, or its destination has changed."""
 
 
+@dataclass(frozen=True)
 class SlotTaker:
-    """Takes the slots of a collection's entries. `update` publishes what an entry's driver knows. `draining`: whether the process
-    stops, so that nothing new begins."""
+    """Takes the slots of a collection's entries."""
 
-    def __init__(
-        self,
-        directory: Directory,
-        collection: Collection,
-        sharing: Sharing,
-        choice: Chooser,
-        make_driver: MakeDriver,
-        update: Callable[[Entry], None],
-        draining: Callable[[], bool],
-        clock: Clock,
-    ) -> None:
-        self._directory = directory
-        self._collection = collection
-        self._sharing = sharing
-        self._choice = choice
-        self._make_driver = make_driver
-        self._update = update
-        self._draining = draining
-        self._clock = clock
+    directory: Directory
+    collection: Collection
+    sharing: Sharing
+    choice: Chooser
+    make_driver: Callable[[Entry, Chosen], Driver]
+    update: Callable[[Entry], None]
+    """Publishes what an entry's driver knows."""
+    draining: Callable[[], bool]
+    """Whether the process stops, so that nothing new begins."""
+    clock: Clock
 
     async def take(self, entry: Entry, patience: float) -> None:
         """Take both slots, and reserve the destination's: with retries as long as the migration may wait, and for `patience` seconds
@@ -75,12 +66,12 @@ class SlotTaker:
         DEADLINE_EXCEEDED the slots may have been taken."""
         if entry.refusal is not None:  # its first save failed
             raise entry.refusal
-        clock, pauses, last = self._clock.monotonic, Pauses(SLOT, self._clock), None
+        clock, pauses, last = self.clock.monotonic, Pauses(SLOT, self.clock), None
         patient_until = clock() + patience
         while True:
             links_changed = entry.links_changed.next
             try:
-                await unless_cancelled(entry.cancel_asked, lambda: while_it_may_wait(entry, lambda: self._once(entry)))
+                await unless_cancelled(entry, lambda: while_it_may_wait(entry, lambda: self._once(entry)))
             except _PlanAgain:
                 continue
             except TimeoutError:
@@ -88,13 +79,13 @@ class SlotTaker:
             except DroverError as error:
                 last = error
                 self._note_silence(entry, error)
-                self._sharing.dismiss(entry)
+                self.sharing.dismiss(entry)
                 entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
                 if patience and not entry.unbegun and not is_waited_for(error) and await self._has_begun(entry):
                     return
                 try:
-                    if await unless_cancelled(entry.cancel_asked, functools.partial(self._goes_on, entry, error)):
+                    if await unless_cancelled(entry, functools.partial(self._goes_on, entry, error)):
                         continue
                 except DroverError as not_saved:
                     last = not_saved
@@ -114,7 +105,7 @@ class SlotTaker:
             text = f"the driver went away before it had a slot, and came back {age:.0f} s after the request, too late for a start "
             raise DroverError(Reason.DRIVER_SILENT, f"{text}that may not wait. The guest was not touched; start a new migration")
         if entry.lost_its_slot:
-            await next_attempt(self._collection, entry)
+            await next_attempt(self.collection, entry)
         try:
             await self._reserve(entry)
         except DroverError as error:
@@ -122,26 +113,27 @@ class SlotTaker:
             if not (over and (entry.recovered or entry.slot_asked)):
                 raise
             # An earlier call took the slot, its answer was lost, and the lease has ended.
-            await next_attempt(self._collection, entry)
+            await next_attempt(self.collection, entry)
             await self._reserve(entry)
 
     async def _reserve(self, entry: Entry) -> None:
         links_changed = entry.links_changed.next
         driver = await self._ready(entry)
         if not entry.slot_wait:
-            self._sharing.admit(entry)
+            self.sharing.admit(entry)
             await driver.reserve_at_once()
             return
-        self._sharing.check(entry.migration)
+        self.sharing.check(entry.migration)
         if entry.recovered:
             await self._check_not_driven_elsewhere(driver)
-        if not await has_waited(entry, driver, functools.partial(self._meanwhile, entry, driver), unless=links_changed):
-            raise _PlanAgain
+        wait = functools.partial(driver.slots.acquire, PREPARED, functools.partial(self._meanwhile, entry, driver))
+        async with alongside(tell_changes(entry, driver, PREPARED)):
+            await unless(links_changed, _PlanAgain(), wait)
         await self._park_if_draining(entry)
         if math.isinf(entry.planned_at):  # the networks were changed while a call waited
             raise _PlanAgain
         try:
-            self._sharing.admit(entry)
+            self.sharing.admit(entry)
             await driver.reserve()
         except DroverError as error:
             if error.reason in (Reason.BANDWIDTH_INSUFFICIENT, Reason.BUSY):  # such as a guest that costs more than was known
@@ -157,12 +149,12 @@ class SlotTaker:
             raise _PlanAgain
         if entry.any_host and not driver.slots.other_driver:
             without = {entry.migration.destination_host, *entry.unsuitable}
-            chosen = await self._choice.free(entry.migration.migration_id, same_guest(entry.migration), without)
+            chosen = await self.choice.free(entry.migration.migration_id, same_guest(entry.migration), without)
             if chosen is not None:
                 await self._move(entry, chosen)
                 raise _PlanAgain
-        elif self._clock.monotonic() >= entry.advised_until:
-            entry.advised_until = self._clock.monotonic() + ADVICE_SECONDS
+        elif self.clock.monotonic() >= entry.advised_until:
+            entry.advised_until = self.clock.monotonic() + ADVICE_SECONDS
             driver.view.alternatives = await self._alternatives(entry)
 
     @staticmethod
@@ -173,15 +165,15 @@ class SlotTaker:
 
     async def _park_if_draining(self, entry: Entry) -> None:
         """Wait until this task is cancelled if the process stops: the next life goes on."""
-        if self._draining():
+        if self.draining():
             entry.parked = True
-            self._collection.changed.ring()
+            self.collection.changed.ring()
             await asyncio.Event().wait()
 
     # ---- plans
 
     def _is_old(self, entry: Entry) -> bool:
-        return self._clock.monotonic() - entry.planned_at > PLAN_SECONDS
+        return self.clock.monotonic() - entry.planned_at > PLAN_SECONDS
 
     async def _ready(self, entry: Entry) -> Driver:
         """Return a driver that can reserve the slot of the present attempt: the entry's, or one with a new plan."""
@@ -204,31 +196,31 @@ class SlotTaker:
         """Query both hosts and plan again: the guest's requirements are not stored over a restart."""
         spec = same_guest(entry.migration)
         try:
-            ends = await self._directory.find(spec)
+            ends = await self.directory.find(spec)
         except DroverError as error:
             if error.reason is Reason.DOMAIN_NOT_FOUND:
                 self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
             raise
         self._publish_fact(entry, fact_of_description(ends.guest.domain))
-        chosen = await self._choice.plan(entry.migration.migration_id, spec, ends)
+        chosen = await self.choice.plan(entry.migration.migration_id, spec, ends)
         check_same_hosts(entry.migration, chosen.plan)
         again = entry.changed_to()
         put_plan(again, chosen.plan)
-        self._collection.publish(entry, again)
-        return self._make_driver(entry, chosen)
+        self.collection.publish(entry, again)
+        return self.make_driver(entry, chosen)
 
     def _publish_fact(self, entry: Entry, fact: handshake_pb2.GuestFact) -> None:
         """Publish what the source's hypervisor reports of the untouched guest; an empty fact: it does not know the guest."""
         seen = entry.changed_to()
         seen.source_guest.CopyFrom(fact)
         seen.runs_on = whereabouts(seen).runs_on
-        self._collection.publish(entry, seen)
+        self.collection.publish(entry, seen)
 
     # ---- another attempt
 
     async def _goes_on(self, entry: Entry, error: DroverError) -> bool:
         """Return whether it goes on at once after an error: with another host, or with the attempt of another driver."""
-        return await self._goes_elsewhere(entry, error) or await joins(self._collection, entry, error)
+        return await self._goes_elsewhere(entry, error) or await joins(self.collection, entry, error)
 
     async def _goes_elsewhere(self, entry: Entry, error: DroverError) -> bool:
         """After an error of the destination of a migration to any host: choose another one. Return whether there is one."""
@@ -240,7 +232,7 @@ class SlotTaker:
         entry.unsuitable.add(entry.migration.destination_host)
         spec, may_wait = same_guest(entry.migration), bool(entry.slot_wait)
         try:
-            chosen = await self._choice.choose(entry.migration.migration_id, spec, may_wait=may_wait, without=entry.unsuitable)
+            chosen = await self.choice.choose(entry.migration.migration_id, spec, may_wait=may_wait, without=entry.unsuitable)
         except DroverError:
             return False
         await self._move(entry, chosen)
@@ -251,11 +243,11 @@ class SlotTaker:
         came. Nothing but slots was asked so far."""
         before = entry.driver
         try:
-            await next_attempt(self._collection, entry, chosen.plan)
+            await next_attempt(self.collection, entry, chosen.plan)
         except BaseException:  # also where it is cancelled, or its time is over
-            await outlasting(self._choice.give_back(entry.migration.migration_id, chosen.ends))
+            await outlasting(self.choice.give_back(entry.migration.migration_id, chosen.ends))
             raise
-        entry.driver = self._make_driver(entry, chosen)
+        entry.driver = self.make_driver(entry, chosen)
         if before is not None:
             entry.slot_asked = False
             await outlasting(self._leave(before))
@@ -274,7 +266,7 @@ class SlotTaker:
         The guest may have left the source by this migration, and the source may have forgotten its record."""
         if entry.driver is None or entry.cancel_asked.is_set():
             return False
-        await unless_cancelled(entry.cancel_asked, entry.driver.resume)
+        await unless_cancelled(entry, entry.driver.resume)
         return not entry.driver.view.untouched
 
     @staticmethod
@@ -284,17 +276,18 @@ class SlotTaker:
             entry.driver.view.call_failed(entry.driver.slots.at, error)
 
     def _show_wait(self, entry: Entry, error: DroverError) -> None:
+        reason = PASSING.get(error.metadata.get("wait", ""), pb.WAIT_REASON_UNSPECIFIED)
+        text = error_waited_for(entry.migration.destination_host, error)
         if entry.driver is not None:
+            view = entry.driver.view
             if error.metadata.get("peer") == entry.migration.destination_host:
-                entry.driver.view.call_failed("destination", error)  # so far only a look for it has failed
-            entry.driver.view.waiting_for = error_waited_for(entry.migration.destination_host, error)
-            entry.driver.view.held_up = PASSING.get(error.metadata.get("wait", ""), pb.WAIT_REASON_UNSPECIFIED)
-            if entry.driver.view.held_up:
-                entry.driver.view.wait = None  # it is in no queue now
-            self._update(entry)
-        elif reason := PASSING.get(error.metadata.get("wait", "")):
-            text = error_waited_for(entry.migration.destination_host, error)
-            self._collection.publish(entry, entry.changed_to(wait_reason=reason, waiting_for=text[:1000]))
+                view.call_failed("destination", error)  # so far only a look for it has failed
+            view.waiting_for, view.held_up = text, reason
+            if reason:
+                view.wait = None  # it is in no queue now
+            self.update(entry)
+        elif reason:
+            self.collection.publish(entry, entry.changed_to(wait_reason=reason, waiting_for=text[:1000]))
 
     @staticmethod
     def _out_of_time(entry: Entry, last: DroverError | None) -> DroverError:
@@ -313,4 +306,4 @@ class SlotTaker:
         return error
 
     async def _alternatives(self, entry: Entry) -> tuple[str, ...]:
-        return await self._choice.alternatives(same_guest(entry.migration), entry.migration.destination_host)
+        return await self.choice.alternatives(same_guest(entry.migration), entry.migration.destination_host)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Final
 
 import structlog
@@ -10,7 +11,6 @@ from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Limits
 from agent.handshake.machines.facts import sends
 from agent.migration.settings import limits_of
-from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, Clock, Pauses
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
@@ -55,11 +55,10 @@ class Tuner:
         migration = self._migration()
         source = migration.source_host
         try:
-            async with alongside(self._settled()) as settled:
-                await asyncio.wait({settled}, timeout=APPLY_SECONDS)
-                if settled.done():
-                    return settled.result()
-                reason, why = Reason.HOST_UNREACHABLE, f"{source} has not answered within {APPLY_SECONDS:g} s"
+            async with asyncio.timeout(APPLY_SECONDS):
+                return await self._settled()
+        except TimeoutError:
+            reason, why = Reason.HOST_UNREACHABLE, f"{source} has not answered within {APPLY_SECONDS:g} s"
         except DroverError as error:
             reason, why = error.reason, error.message
         raise DroverError(
@@ -110,8 +109,7 @@ class Tuner:
                 await pauses.pause()
             else:
                 self._applied, self.error = wanted, None
-                applied = pb.Migration()
-                applied.CopyFrom(self._migration())
+                applied = deepcopy(self._migration())
                 applied.applied_bandwidth_bytes_per_second = reported.bandwidth
                 if reported.max_downtime:
                     applied.applied_max_downtime.CopyFrom(duration(reported.max_downtime))

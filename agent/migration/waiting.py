@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 from agent.handshake.drive.driver import Driver
-from agent.handshake.drive.slots import PREPARED
 from agent.migration.migration import Entry
 from agent.migration.waits import out_of_time
-from agent.runtime.alongside import alongside
+from agent.runtime.alongside import alongside, unless
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.failure import Failure
 from drover.agent.v1 import admission_pb2
@@ -60,14 +59,9 @@ def check_wait_mode(mode: pb.WaitMode.ValueType, slot_wait: float) -> None:
         raise invalid_field("slot_wait", "WAIT_MODE_FAIL_FAST does not wait: leave it unset; nothing was done")
 
 
-async def unless_cancelled(event: asyncio.Event, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Return what `work` returns. Raises CANCELLED, and ends `work`, as soon as `event` is set."""
-    if not event.is_set():
-        async with alongside(event.wait()) as waiting, alongside(work()) as task:
-            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-    raise DroverError(Reason.CANCELLED, "cancelled on request")
+async def unless_cancelled(entry: Entry, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Return what `work` returns. Raises CANCELLED, and ends `work`, as soon as the migration is cancelled."""
+    return await unless(entry.cancel_asked, DroverError(Reason.CANCELLED, "cancelled on request"), work)
 
 
 async def while_it_may_wait(entry: Entry, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -81,16 +75,6 @@ async def while_it_may_wait(entry: Entry, work: Callable[[], Coroutine[Any, Any,
             async with alongside(entry.settings_changed.next.wait()) as changed:
                 await asyncio.wait({task, changed}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         return task.result()
-
-
-async def has_waited(entry: Entry, driver: Driver, meanwhile: Callable[[], Awaitable[None]], *, unless: asyncio.Event) -> bool:
-    """Wait for both slots, and return True; False as soon as `unless` is set. Raises as `BothSlots.acquire`."""
-    wait = driver.slots.acquire(PREPARED, meanwhile)
-    async with alongside(tell_changes(entry, driver, PREPARED)), alongside(unless.wait()) as end, alongside(wait) as slots:
-        await asyncio.wait({slots, end}, return_when=asyncio.FIRST_COMPLETED)
-        if slots.done():
-            slots.result()
-        return slots.done()
 
 
 async def tell_changes(entry: Entry, driver: Driver, kind: admission_pb2.SlotKind.ValueType) -> None:

@@ -1,5 +1,7 @@
 """What a migration waits for: the reason, its figures, and the text. Pure."""
 
+from copy import deepcopy
+
 from agent.handshake.drive.view import View
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
@@ -7,8 +9,21 @@ from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import migration_pb2 as pb
 
 
-def waiting_for(migration: pb.Migration, view: View) -> str:
-    slot = slot_wait(migration, view)
+def note_wait(migration: pb.Migration, view: View) -> None:
+    """Write into the migration for what it waits: the reason, its figures if it is a slot, and the text; or nothing."""
+    slot = _slot_wait(migration, view)
+    migration.wait_reason = reason = _reason(migration, view, slot)
+    migration.waiting_for = _text(migration, view, slot)[:1000]
+    migration.ClearField("wait")
+    if slot is not None and slot.reason == reason:
+        migration.wait.CopyFrom(slot)
+    elif reason:
+        source = reason in (pb.WAIT_REASON_SOURCE, pb.WAIT_REASON_OUTGOING_SLOT) or "source" in view.silent_since
+        host = migration.source_host if source else migration.destination_host
+        migration.wait.CopyFrom(pb.Wait(reason=reason, host=host))
+
+
+def _text(migration: pb.Migration, view: View, slot: pb.Wait | None) -> str:
     if view.disputed:
         here, there = migration.source_host, migration.destination_host
         return (
@@ -16,22 +31,21 @@ def waiting_for(migration: pb.Migration, view: View) -> str:
             f"there, too. The agent of {there} asks again within half a minute and stops that copy; "
             f"`drover migration watch {migration.migration_id}` shows it"
         )
-    if _waits_for_slot(migration, view):
-        unknown = view.waiting_for or slot_of(migration.destination_host)
-        return (wait_text(slot) if slot is not None else unknown)[:1000]
     if slot is not None:
-        return wait_text(slot)[:1000]
+        return wait_text(slot)
+    if _waits_for_slot(migration, view):
+        return view.waiting_for or slot_of(migration.destination_host)
     records = (view.source_record, view.destination_record)
     waits = dict.fromkeys((view.waiting_for, *(record.waiting_for for record in records if record is not None)))
-    return "; ".join(wait for wait in waits if wait)[:1000]
+    return "; ".join(wait for wait in waits if wait)
 
 
 def _waits_for_slot(migration: pb.Migration, view: View) -> bool:
     return view.untouched and migration.state in (pb.MIGRATION_STATE_PENDING, pb.MIGRATION_STATE_CANCELLING)
 
 
-def wait_reason(migration: pb.Migration, view: View) -> pb.WaitReason.ValueType:
-    source, destination, slot = view.source_record, view.destination_record, slot_wait(migration, view)
+def _reason(migration: pb.Migration, view: View, slot: pb.Wait | None) -> pb.WaitReason.ValueType:
+    source, destination = view.source_record, view.destination_record
     kinds = {
         pb.WAIT_REASON_DISPUTED_COPY: view.disputed,
         pb.WAIT_REASON_HOST_UNREACHABLE: view.silent_since,
@@ -45,29 +59,16 @@ def wait_reason(migration: pb.Migration, view: View) -> pb.WaitReason.ValueType:
     return next((reason for reason, waits in kinds.items() if waits), pb.WAIT_REASON_UNSPECIFIED)
 
 
-def slot_wait(migration: pb.Migration, view: View) -> pb.Wait | None:
+def _slot_wait(migration: pb.Migration, view: View) -> pb.Wait | None:
     """Return the wait for a slot, with the hosts that could take the guest now; None: it waits for none, or a host is silent."""
     if view.wait is None or view.silent_since:
         return None
-    wait = pb.Wait()
-    wait.CopyFrom(view.wait)
+    wait = deepcopy(view.wait)
     if wait.reason == pb.WAIT_REASON_SLOT and not migration.spec.destination_host:
         wait.reason = pb.WAIT_REASON_ANY_HOST
     if view.untouched:
         wait.alternative_hosts.extend(view.alternatives)
     return wait
-
-
-def wait_of(migration: pb.Migration, view: View) -> pb.Wait | None:
-    """Return what it waits for, with figures if it is a slot; None: nothing."""
-    reason = migration.wait_reason
-    slot = slot_wait(migration, view)
-    if slot is not None and slot.reason == reason:
-        return slot
-    if not reason:
-        return None
-    source = reason in (pb.WAIT_REASON_SOURCE, pb.WAIT_REASON_OUTGOING_SLOT) or "source" in view.silent_since
-    return pb.Wait(reason=reason, host=migration.source_host if source else migration.destination_host)
 
 
 def error_waited_for(host: str, error: DroverError) -> str:

@@ -5,7 +5,6 @@ be one that the destination declared, its host one of the destination's addresse
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from agent.network.choice import listing
 from agent.network.rules import MIGRATION_ROLE, addresses_of, is_in
@@ -14,31 +13,21 @@ from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import host_pb2, options_pb2
 
 
-@dataclass(frozen=True)
-class Listen:
-    """The one address on which the destination's hypervisor listens."""
-
-    address: str
-    uri: str
-    """In its normal form; with a port only if one was requested."""
-
-
 def listen_on(
     networks: Sequence[host_pb2.Network],
     features: options_pb2.MigrationFeatures,
     named: str,
     uri: str,
     interfaces: Sequence[host_pb2.Interface] = (),
-) -> Listen:
+) -> MigrationUri:
     """Return where this host listens for one migration: at the address of the URI, which one of its networks or interfaces must have
     (a coordinator may know the network by a name that this host does not know); without a URI, at its address on the network `named`
-    (empty: its first with the migration role). Raises URI_NOT_ALLOWED, NETWORK_NOT_FOUND."""
+    (empty: its first with the migration role). With a port only if one was asked for. Raises URI_NOT_ALLOWED, NETWORK_NOT_FOUND."""
     if not uri:
-        own = ipaddress.ip_address(_own_network(networks, named).address)
-        return Listen(str(own), str(MigrationUri(features.uri_transports[0], own)))
+        return MigrationUri(features.uri_transports[0], ipaddress.ip_address(_own_network(networks, named).address))
     asked = checked_uri(uri, features)
     _check_own(asked, networks, interfaces)
-    return Listen(str(asked.host), str(asked))
+    return asked
 
 
 def _own_network(networks: Sequence[host_pb2.Network], named: str) -> host_pb2.Network:

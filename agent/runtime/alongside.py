@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import structlog
@@ -25,6 +25,16 @@ async def alongside(work: Coroutine[Any, Any, T]) -> AsyncIterator["asyncio.Task
         await asyncio.wait({task})
         if not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not log an error that the block ignored
+
+
+async def unless(event: asyncio.Event, error: Exception, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Return what `work` returns. Raises `error`, and ends `work`, as soon as `event` is set."""
+    if not event.is_set():
+        async with alongside(event.wait()) as waiting, alongside(work()) as task:
+            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+    raise error
 
 
 async def outlasting(work: Coroutine[Any, Any, T]) -> T:

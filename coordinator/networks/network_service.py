@@ -5,8 +5,10 @@ from typing import Any
 
 import grpc.aio
 
+from agent.migration.collection import Collection
 from agent.migration.migrations import Migrations
 from agent.network.rules import on_network
+from agent.runtime.bell import first_of
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.masks import masked
 from agent.runtime.paging import Paging
@@ -130,3 +132,25 @@ def _in_use(name: str, using: list[migration_pb2.Migration], what: str) -> Drove
     ids = sorted({m.migration_id for m in using})
     text = f"network {name} is used by {len(ids)} migrations, such as {ids[0]}, so {what}. Nothing was changed"
     return DroverError(Reason.NETWORK_IN_USE, text, metadata={"network": name, "migration_id": ids[0], "count": str(len(ids))})
+
+
+async def finish_revoking(table: NetworkTable, migrations: Collection) -> None:
+    """Take the migration role of networks that are drained, once no migration uses them; for ever, also after a restart."""
+    while True:
+        changed = (table.changed.next, migrations.changed.next)
+        for network in table.all():
+            if network.revoking and not migrations.using(network.name):
+                await _finish(table, network.name)
+        await first_of(*changed)
+
+
+async def _finish(table: NetworkTable, name: str) -> None:
+    def take(network: pb.Network) -> None:
+        if network.revoking:  # else it was granted again meanwhile
+            network.migration_role = network.revoking = False
+
+    try:
+        await table.change(name, take, "role revoked")
+    except DroverError as error:
+        if error.reason is not Reason.NETWORK_NOT_FOUND:
+            raise  # the store does not answer: supervision tries again

@@ -9,8 +9,8 @@ import pytest
 import agent.migration.migrations
 from agent.hypervisor.base import DomainState
 from agent.migration import uptime
-from agent.migration.waiting import unless_cancelled
 from agent.migration.whereabouts import whereabouts
+from agent.runtime.alongside import unless
 from agent.runtime.errors import DroverError, Reason
 from coordinator.store import MemoryStore
 from coordinator.store.migration_log import StoredMigrations
@@ -229,7 +229,7 @@ async def test_7_the_error_of_work_that_was_ended_is_read() -> None:
         finally:
             raise JOURNAL_DOWN
 
-    await fails(unless_cancelled(ended, work), Reason.CANCELLED)
+    await fails(unless(ended, DroverError(Reason.CANCELLED, "ended"), work), Reason.CANCELLED)
     gc.collect()
     assert unread == []
 

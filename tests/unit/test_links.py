@@ -3,11 +3,10 @@
 import pytest
 
 from agent.admission.values import Direction
-from agent.migration.links import Links
+from agent.migration.links import look
 from agent.runtime.errors import Reason
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, fails, until
-from tests.unit.clocks import QUICK
 from tests.unit.fake_directory import Driving
 from tests.unit.test_entry_first import waiting
 from tests.unit.test_migrations import SPEC
@@ -85,11 +84,10 @@ async def test_8_5_what_else_a_host_reports_plans_nothing_again(driving: Driving
     await waiting(driving)
     entry = driving.migrations.collection.get(ID)
     rung = entry.links_changed.next
-    links = Links(driving.migrations.collection, driving.directory, QUICK)
-    links.look()
+    look(driving.migrations.collection, driving.directory)
     assert not rung.is_set()
     set_link(driving, up=False)
     for expected in (True, False):
         rung = entry.links_changed.next
-        links.look()
+        look(driving.migrations.collection, driving.directory)
         assert rung.is_set() is expected

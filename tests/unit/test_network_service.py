@@ -13,8 +13,7 @@ from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.supervision import supervise
-from coordinator.networks.network_service import NetworkServicer
-from coordinator.networks.revoking import finish_revoking
+from coordinator.networks.network_service import NetworkServicer, finish_revoking
 from coordinator.networks.table import NetworkTable
 from coordinator.store import MemoryStore
 from drover.agent.v1 import host_pb2 as agent_pb

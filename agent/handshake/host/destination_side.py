@@ -88,7 +88,7 @@ class DestinationSide:
             with timed("reserve") as watch:
                 had_definition = await check_arrival(self._host, request)
             listen = self._host.listen(request)
-            await self._probes.open(attempt, listen.address)
+            await self._probes.open(attempt, str(listen.host))
             await attempt.apply(
                 _E.RESERVE,
                 lambda: phase_changes(attempt, "reserve", request),
@@ -102,8 +102,8 @@ class DestinationSide:
                 peer_host=request.source_host,
                 peer_agent=request.source_agent,
                 options=options_from_proto(settled(request.options, self._host.features)),
-                uri=listen.uri,
-                listen=listen.address,
+                uri=str(listen),
+                listen=str(listen.host),
                 timings=(watch.timing,),
             )
 
@@ -130,7 +130,7 @@ class DestinationSide:
         cookies = {**attempt.record.cookies, "begin": request.cookie_in}
         if request.network or request.uri_in:
             listen = self._host.listen(request)
-            changes |= {"uri": listen.uri, "listen": listen.address}
+            changes |= {"uri": str(listen), "listen": str(listen.host)}
         changes |= {"domain_xml": request.domain_xml, "cookies": cookies, "expires": self._expiry()}
         return changes | changes_of(stored, arrives=True)
 

@@ -22,7 +22,7 @@ from agent.hypervisor.guest_fact import NO_PROCESS, GuestFact, GuestState, fact_
 from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.reasons import from_hypervisor
 from agent.network.interfaces import is_own
-from agent.network.networks import Listen, listen_on
+from agent.network.networks import listen_on
 from agent.network.ports import any_is_free
 from agent.network.uri import MigrationUri, address_problem
 from agent.runtime.address import Address, parse_address
@@ -71,10 +71,10 @@ class LocalHost:
                 retry_after=5.0,
             )
 
-    def listen(self, request: pb.ReserveSlotRequest | pb.PrepareRequest) -> Listen:
+    def listen(self, request: pb.ReserveSlotRequest | pb.PrepareRequest) -> MigrationUri:
         """Return where a guest is to arrive. Raises URI_NOT_ALLOWED, NETWORK_NOT_FOUND."""
         listen = listen_on(self.networks, self.features, request.network, request.uri_in, self.interfaces)
-        self.check_listens_on(listen.address)
+        self.check_listens_on(str(listen.host))
         return listen
 
     def check_listens_on(self, address: str) -> None:
