@@ -83,7 +83,7 @@ async def _serve(
 ) -> Server:
     def add(server: grpc.aio.Server) -> None:
         host_pb2_grpc.add_HostServiceServicer_to_server(host_service.HostServicer(registry, migrations), server)
-        network_servicer = network_service.NetworkServicer(networks, registry, migrations)
+        network_servicer = network_service.NetworkServicer(networks, registry, migrations.collection)
         network_pb2_grpc.add_NetworkServiceServicer_to_server(network_servicer, server)
         migration_pb2_grpc.add_MigrationServiceServicer_to_server(migration_service.MigrationServicer(migrations), server)
 

@@ -223,17 +223,11 @@ def _losses(options: options_pb2.Options, domain: host_pb2.Domain, source: str, 
     ]
 
 
-def wish_of(spec: pb.MigrationSpec, guest: host_pb2.GetDomainResponse) -> Wish:
-    """Return what a migration asks of its network: its own word, else the guest's settings."""
-    settings = guest.domain.settings
-    minimum = spec.min_bandwidth_bytes_per_second or settings.min_bandwidth_bytes_per_second
-    return Wish(spec.network, spec.tenant or settings.tenant, minimum)
-
-
 def _choose_network(spec: pb.MigrationSpec, ends: Ends, others: Sequence[pb.Migration]) -> tuple[Choice, str]:
     """Return the network, and the URI at which the destination is to listen."""
-    source, destination = ends.source.host, ends.destination.host
-    wish = wish_of(spec, ends.guest)
+    source, destination, settings = ends.source.host, ends.destination.host, ends.guest.domain.settings
+    minimum = spec.min_bandwidth_bytes_per_second or settings.min_bandwidth_bytes_per_second
+    wish = Wish(spec.network, spec.tenant or settings.tenant, minimum)
     if not spec.uri:
         choice = choose(wish, source, destination, ends.networks, others)
         _check_address(choice.message, source, destination)

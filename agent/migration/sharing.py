@@ -6,8 +6,6 @@ the sum does not exceed a cap meanwhile: a share is raised, and a transfer start
 applied their lower shares. A source that does not within `PATIENCE` holds up nobody any longer: the others share what its transfer
 leaves."""
 
-import asyncio
-import contextlib
 import functools
 import time
 from collections.abc import Mapping
@@ -106,9 +104,7 @@ class Sharing:
         until = self._clock.monotonic() + PATIENCE
         self.divide()
         while migration_id not in self._held and (left := until - self._clock.monotonic()) > 0:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._divided.next.wait()
+            await first_of(self._divided.next, timeout=left)
         self.divide(migration_id)
         return limits_of(entry.migration)
 

@@ -1,7 +1,6 @@
 """Rules of the wait for slots."""
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
@@ -9,6 +8,7 @@ from agent.handshake.drive.driver import Driver
 from agent.migration.migration import Entry
 from agent.migration.waits import out_of_time
 from agent.runtime.alongside import alongside, unless
+from agent.runtime.bell import first_of
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.failure import Failure
 from drover.agent.v1 import admission_pb2
@@ -94,6 +94,4 @@ async def end_prepared_wait(entry: Entry, driver: Driver) -> None:
         if left <= 0 and driver.view.wait is not None:
             driver.view.cancel(Failure.of(out_of_time(driver.view.wait)))
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left if left > 0 else None):
-                await changed.wait()
+        await first_of(changed, timeout=left if left > 0 else None)

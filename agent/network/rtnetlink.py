@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any, Final
 
 from pyroute2 import IPRoute
@@ -29,6 +29,7 @@ MOST_INTERFACES: Final = 64
 MOST_ADDRESSES: Final = 8
 
 _GROUPS: Final = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR
+_READY: Final = IFF_UP | IFF_LOWER_UP
 _UNUSABLE: Final = IFA_F_TENTATIVE | IFA_F_DADFAILED | IFA_F_DEPRECATED
 _UNKNOWN_SPEEDS: Final = (0, 0xFFFF, 0xFFFFFFFF)
 """Speeds of a link whose driver does not know it."""
@@ -90,21 +91,17 @@ def read_interfaces(link_local: Collection[str] = ()) -> tuple[host_pb2.Interfac
             messages.sort(key=lambda message: (_may_float(message), _ip(message).version, _ip(message)))
             addresses = [text for text in (_address(message, name, link_local) for message in messages) if text]
             if addresses:
-                found.append(_interface(name, link, attributes, addresses[:MOST_ADDRESSES], ethtool))
+                line, up = _speed(name, ethtool), link["flags"] & _READY == _READY
+                found.append(
+                    host_pb2.Interface(
+                        name=name,
+                        addresses=addresses[:MOST_ADDRESSES],
+                        mtu=int(attributes["IFLA_MTU"]),
+                        line_bytes_per_second=line,
+                        up=up,
+                    )
+                )
     return tuple(sorted(found, key=lambda interface: interface.name)[:MOST_INTERFACES])
-
-
-def _interface(
-    name: str, link: Any, attributes: Mapping[str, Any], addresses: list[str], ethtool: IoctlEthtool
-) -> host_pb2.Interface:
-    ready = IFF_UP | IFF_LOWER_UP
-    return host_pb2.Interface(
-        name=name,
-        addresses=addresses,
-        mtu=int(attributes["IFLA_MTU"]),
-        line_bytes_per_second=_speed(name, ethtool),
-        up=link["flags"] & ready == ready,
-    )
 
 
 def _address(message: Any, name: str, link_local: Collection[str]) -> str:

@@ -119,7 +119,7 @@ class PeerDirectory:
         if spec.destination_host == own.name:
             raise DroverError(Reason.SAME_HOST, f"the guest would stay on {own.name}; choose another destination")
         address = self.address_of(spec.destination_host)
-        async with alongside(self._ask(spec.destination_host, address)) as asking:
+        async with alongside(self._ask(spec.destination_host, address, self._breaker)) as asking:
             guest = await get_domain(self._host, leaving_request(spec))  # errors of the source come first
             host = await asking
         return Ends(self._source(), self._side(host, address), guest, self._host.defined_networks)
@@ -143,17 +143,13 @@ class PeerDirectory:
 
     async def _ask_peers(self) -> dict[str, Side | None]:
         """Return every peer of the configuration, None for one that does not answer soon."""
-        asked = [self._ask_candidate(name, address) for name, address in self._peers.items()]
+        asked = [self._ask(name, address, self._candidates, CANDIDATE_SECONDS) for name, address in self._peers.items()]
         answers = zip(self._peers.items(), await asyncio.gather(*asked, return_exceptions=True), strict=True)
         return {name: self._side(host, at) if isinstance(host, host_pb2.Host) else None for (name, at), host in answers}
 
-    async def _ask(self, name: str, address: str) -> host_pb2.Host:
-        with self._breaker.guard(name):
-            return await ask_host(self._channels.get(address), name)
-
-    async def _ask_candidate(self, name: str, address: str) -> host_pb2.Host:
-        with self._candidates.guard(name):
-            return await ask_host(self._channels.get(address), name, CANDIDATE_SECONDS)
+    async def _ask(self, name: str, address: str, breaker: Breaker, within: float = QUESTION_SECONDS) -> host_pb2.Host:
+        with breaker.guard(name):
+            return await ask_host(self._channels.get(address), name, within)
 
     def _side(self, host: host_pb2.Host, address: str) -> Side:
         self._answered.pop(host.name, None)

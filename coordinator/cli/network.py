@@ -26,8 +26,6 @@ _RATES = {
 
 def rules_options(command: Command) -> Command:
     """Add the options of a network's rules."""
-    for name, text in reversed(_RATES.items()):
-        command = rate_option(f"--{name}", text)(command)
     decorators = (
         click.option(
             "--cidr", "cidrs", multiple=True, metavar="RANGE", help="Range of its addresses, such as 10.92.0.0/24; repeatable."
@@ -44,6 +42,7 @@ def rules_options(command: Command) -> Command:
             default=None,
             help="It carries guests' memory, with a warning, where no network with the migration role can.",
         ),
+        *(rate_option(f"--{name}", text) for name, text in _RATES.items()),
     )
     for decorator in reversed(decorators):
         command = decorator(command)

@@ -1,7 +1,7 @@
 """The client's calls about the cluster's networks, and what they return. Migrations need not import this module."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, Unpack
 
 import grpc.aio
@@ -79,10 +79,9 @@ class Rules(TypedDict, total=False):
 
 
 _FIELDS = {
-    "capacity": "capacity_bytes_per_second",
-    "cap": "cap_bytes_per_second",
-    "max_bandwidth": "max_bytes_per_second",
-    "default_bandwidth": "default_bytes_per_second",
+    rule.name: rule.metadata["wire"][0].removeprefix("rules.")
+    for rule in fields(ClusterNetwork)
+    if rule.name in Rules.__annotations__
 }
 
 
@@ -112,9 +111,8 @@ class Networks:
 
     async def set(self, name: str, **rules: Unpack[Rules]) -> ClusterNetwork:
         """Change the given rules of a network. Raises `InvalidRequest`, `Refused`."""
-        fields = _wired(rules)
-        mask = FieldMask(paths=fields)
-        request = pb.UpdateNetworkRequest(name=name, rules=host_pb2.NetworkRules(**fields), update_mask=mask)
+        given = _wired(rules)
+        request = pb.UpdateNetworkRequest(name=name, rules=host_pb2.NetworkRules(**given), update_mask=FieldMask(paths=given))
         return await self._changed(self._stub.UpdateNetwork, request)
 
     async def grant(self, name: str) -> ClusterNetwork:
@@ -137,4 +135,4 @@ class Networks:
 
 
 def _wired(rules: Rules) -> dict[str, Any]:
-    return {_FIELDS.get(name, name): value for name, value in rules.items()}
+    return {_FIELDS[name]: value for name, value in rules.items()}

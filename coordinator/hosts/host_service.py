@@ -2,7 +2,6 @@
 translates.
 """
 
-from collections.abc import Awaitable
 from typing import Any, Final
 
 import grpc.aio
@@ -77,19 +76,14 @@ class HostServicer(rpc.HostServiceServicer):
         looked_for = agent_pb.GetDomainRequest(domain=request.update.domain)
         host = request.host or (await find_guest(self._registry, looked_for, "--host"))[0]
 
-        def call(channel: grpc.aio.Channel) -> Awaitable[agent_pb.UpdateDomainResponse]:
-            return host_pb2_grpc.HostServiceStub(channel).UpdateDomain(request.update, timeout=FORWARD_SECONDS)
-
-        answer = await self._registry.forward(host, call)
+        stub = host_pb2_grpc.HostServiceStub
+        answer = await self._registry.forward(host, lambda to: stub(to).UpdateDomain(request.update, timeout=FORWARD_SECONDS))
         return pb.UpdateDomainResponse(domain=pb.PlacedDomain(host=host, domain=answer.domain))
 
     async def ListSlots(self, request: pb.ListSlotsRequest, context: _Context) -> pb.ListSlotsResponse:  # noqa: N802
         question = admission_pb2.ListSlotsRequest(page_size=request.page_size, page_token=request.page_token)
-
-        def call(channel: grpc.aio.Channel) -> Awaitable[admission_pb2.ListSlotsResponse]:
-            return admission_pb2_grpc.AdmissionServiceStub(channel).ListSlots(question, timeout=FORWARD_SECONDS)
-
-        page = await self._registry.forward(request.name, call)
+        stub = admission_pb2_grpc.AdmissionServiceStub
+        page = await self._registry.forward(request.name, lambda to: stub(to).ListSlots(question, timeout=FORWARD_SECONDS))
         return pb.ListSlotsResponse(slots=page.slots, next_page_token=page.next_page_token)
 
 

@@ -168,12 +168,8 @@ class HostRegistry:
 
     async def update_host(self, name: str, request: agent_pb.UpdateHostRequest) -> pb.ClusterHost:
         """Pass a change of its settings on to a host; return its new entry. Raises as `forward`."""
-
-        def call(channel: grpc.aio.Channel) -> Awaitable[agent_pb.UpdateHostResponse]:
-            return agent_rpc.HostServiceStub(channel).UpdateHost(request, timeout=FORWARD_SECONDS)
-
-        entry = self._find(name)
-        host = (await self.forward(name, call)).host
+        entry, stub = self._find(name), agent_rpc.HostServiceStub
+        host = (await self.forward(name, lambda to: stub(to).UpdateHost(request, timeout=FORWARD_SECONDS))).host
         entry.check_identity(host)
         entry.known.host.CopyFrom(host)  # its watch reports the same, perhaps later: whoever asks next sees the change
         self._table.save_soon(entry)

@@ -6,8 +6,7 @@ from typing import Any
 import grpc.aio
 
 from agent.migration.collection import Collection
-from agent.migration.migrations import Migrations
-from agent.network.rules import on_network
+from agent.network.rules import checked, on_network
 from agent.runtime.bell import first_of
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.masks import masked
@@ -25,19 +24,21 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class NetworkServicer(rpc.NetworkServiceServicer):
-    def __init__(self, table: NetworkTable, registry: HostRegistry, migrations: Migrations) -> None:
+    """After each change, what waits for its slot chooses its network again; the table's bell gives the others new shares."""
+
+    def __init__(self, table: NetworkTable, registry: HostRegistry, collection: Collection) -> None:
         self._table = table
         self._registry = registry
-        self._migrations = migrations
+        self._collection = collection
 
     async def CreateNetwork(self, request: pb.CreateNetworkRequest, context: _Context) -> pb.CreateNetworkResponse:  # noqa: N802
         network = await self._table.create(request.network)
-        self._plan_again()
+        self._collection.plan_again()
         return pb.CreateNetworkResponse(network=network)
 
     async def GetNetwork(self, request: pb.GetNetworkRequest, context: _Context) -> pb.GetNetworkResponse:  # noqa: N802
         network = self._table.get(request.name)
-        using = self._migrations.collection.using(network.name)
+        using = self._collection.using(network.name)
         hosts = [
             pb.NetworkHost(
                 host=known.host.name,
@@ -62,16 +63,16 @@ class NetworkServicer(rpc.NetworkServiceServicer):
                 self._check_ranges(network.name, rules)
 
         network = await self._table.change(request.name, change, "changed")
-        self._plan_again()
+        self._collection.plan_again()
         return pb.UpdateNetworkResponse(network=network)
 
     async def DeleteNetwork(self, request: pb.DeleteNetworkRequest, context: _Context) -> pb.DeleteNetworkResponse:  # noqa: N802
         def check() -> None:
-            if using := self._migrations.collection.using(request.name):
+            if using := self._collection.using(request.name):
                 raise _in_use(request.name, using, "it cannot be removed")
 
         await self._table.remove(request.name, check)
-        self._plan_again()
+        self._collection.plan_again()
         return pb.DeleteNetworkResponse()
 
     async def GrantRole(self, request: pb.GrantRoleRequest, context: _Context) -> pb.GrantRoleResponse:  # noqa: N802
@@ -82,7 +83,7 @@ class NetworkServicer(rpc.NetworkServiceServicer):
             network.migration_role, network.revoking = True, False
 
         network = await self._table.change(request.name, change, "role granted")
-        self._plan_again()
+        self._collection.plan_again()
         return pb.GrantRoleResponse(network=network)
 
     async def RevokeRole(self, request: pb.RevokeRoleRequest, context: _Context) -> pb.RevokeRoleResponse:  # noqa: N802
@@ -91,36 +92,26 @@ class NetworkServicer(rpc.NetworkServiceServicer):
                 state = "is losing the migration role already" if network.revoking else "does not have the migration role"
                 text = f"network {network.name} {state}; nothing was changed"
                 raise DroverError(Reason.ROLE_NOT_GRANTED, text, metadata={"network": network.name})
-            using = self._migrations.collection.using(network.name)
+            using = self._collection.using(network.name)
             if using and not request.drain:
                 raise _in_use(network.name, using, "its role cannot be taken now; with --drain, it is once they have ended")
             network.migration_role = network.revoking = bool(using)
 
         network = await self._table.change(request.name, change, "role revoked")
-        self._plan_again()
+        self._collection.plan_again()
         return pb.RevokeRoleResponse(network=network)
 
     def _check_ranges(self, name: str, rules: agent_pb.NetworkRules) -> None:
-        """Raise NETWORK_IN_USE if a migration uses an address of the network that is no longer in its ranges."""
-        ranges = []
-        for cidr in rules.cidrs:
-            try:
-                ranges.append(ip_network(cidr, strict=False))
-            except ValueError:
-                return  # the table refuses it
+        """Raise NETWORK_IN_USE if a migration uses an address of the network that is no longer in its ranges; as `checked`."""
+        ranges = [ip_network(cidr) for cidr in checked(rules).cidrs]
         left = [
             m
-            for m in self._migrations.collection.using(name)
+            for m in self._collection.using(name)
             for address in (m.network_choice.source_address, m.network_choice.destination_address)
             if address and not any(ip_address(address) in cidr for cidr in ranges)
         ]
         if left:
             raise _in_use(name, left, "the range of their addresses cannot be taken away")
-
-    def _plan_again(self) -> None:
-        """Let what waits for its slot choose its network again, and running migrations get their new shares."""
-        self._migrations.collection.plan_again()
-        self._registry.changed.ring()
 
 
 def _without_rules(side: agent_pb.Network) -> agent_pb.Network:

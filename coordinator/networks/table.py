@@ -10,7 +10,7 @@ from agent.runtime.bell import Bell
 from agent.runtime.configuration import MAX_NAME, NAME_PATTERN
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.events import Bus, NetworkChanged
-from coordinator.store import Compare, Delete, KeyValue, Operation, Put, Store
+from coordinator.store import Compare, Delete, KeyValue, Put, Store
 from drover.agent.v1 import host_pb2 as agent_pb
 from drover.coordinator.v1 import network_pb2 as pb
 
@@ -102,9 +102,7 @@ class NetworkTable:
         async with self._writing:
             network = self.get(name)
             check()
-            await self._transact(network, network.revision, Delete(PREFIX + name), "removed")
-            del self._networks[name]
-            self.changed.ring()
+            await self._write(network, network.revision, "removed")
 
     def _checked(self, name: str, rules: agent_pb.NetworkRules) -> agent_pb.NetworkRules:
         if not rules.cidrs:
@@ -114,24 +112,22 @@ class NetworkTable:
         return normal
 
     async def _write(self, network: pb.Network, revision: int, what: Change) -> pb.Network:
-        network.revision = await self._transact(network, revision, Put(PREFIX + network.name, network.SerializeToString()), what)
-        self._networks[network.name] = network
+        """Store the network, or remove it. Raises BUSY if another coordinator has changed it since that revision of the store."""
+        name, key = network.name, PREFIX + network.name
+        operation = Delete(key) if what == "removed" else Put(key, network.SerializeToString())
+        result = await self._store.txn([Compare(key, revision)], [operation])
+        self._networks.pop(name, None)
         self.changed.ring()
-        return network
-
-    async def _transact(self, network: pb.Network, revision: int, operation: Operation, what: Change) -> int:
-        """Carry out the operation if nobody else has changed the network. Return the store's revision."""
-        result = await self._store.txn([Compare(PREFIX + network.name, revision)], [operation])
         if not isinstance(result, int):
-            if now := result.current.get(PREFIX + network.name):
+            if now := result.current.get(key):
                 self._adopt(now)
-            else:
-                self._networks.pop(network.name, None)
-            self.changed.ring()
-            text = f"another coordinator has changed network {network.name} at this moment; nothing was changed here. Try again"
-            raise DroverError(Reason.BUSY, text, retry_after=1.0, metadata={"network": network.name})
-        self._bus.publish(NetworkChanged(network.name, change=what, message=", ".join(network.rules.cidrs)))
-        return result
+            text = f"another coordinator has changed network {name} at this moment; nothing was changed here. Try again"
+            raise DroverError(Reason.BUSY, text, retry_after=1.0, metadata={"network": name})
+        if what != "removed":
+            network.revision = result
+            self._networks[name] = network
+        self._bus.publish(NetworkChanged(name, change=what, message=", ".join(network.rules.cidrs)))
+        return network
 
 
 def definition(network: pb.Network) -> agent_pb.Network:

@@ -53,10 +53,8 @@ class Cluster:
         self.table = NetworkTable(store, Bus())
         self.collection = Collection("co", Bus())
         self.registry = FakeRegistry()
-        made: Any = self
-        self.migrations = made  # the service needs its collection only
         registry: Any = self.registry
-        self.service = NetworkServicer(self.table, registry, self.migrations)
+        self.service = NetworkServicer(self.table, registry, self.collection)
 
     def migrate(self, migration_id: str, network: str, **fields: Any) -> Entry:
         choice = migration_pb2.NetworkChoice(network=network, source_address="10.92.0.1", destination_address="10.92.0.2")
