@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Container
+from dataclasses import dataclass
 from typing import Final
 
 from agent.handshake.drive.ends import Chosen, Directory, Ends
@@ -36,27 +37,24 @@ NOT_THIS_HOST: Final = AWAY | {
 _FULL: Final = frozenset({Reason.BUSY, Reason.OVERLOADED})
 
 
+@dataclass(frozen=True)
 class Chooser:
-    """Chooses among the candidates of a directory, for the driver of that name; plans beside the migrations of a collection."""
+    """Chooses among the candidates of a directory; plans beside the migrations of a collection."""
 
-    def __init__(self, directory: Directory, collection: Collection, driver: str) -> None:
-        self._directory = directory
-        self._collection = collection
-        self._driver = driver
+    directory: Directory
+    collection: Collection
+    driver: str
+    """The name of whoever drives."""
 
-    async def plan(
-        self, migration_id: str, spec: pb.MigrationSpec, found: Ends | None = None, *, network_later: bool = False
-    ) -> Chosen:
-        """Plan a migration to the destination that the spec names. `found`: its ends, if they were queried. Raises as
-        `Directory.find` and `make_plan`."""
-        ends = found or await self._directory.find(spec)
-        return Chosen(ends, *make_plan(spec, ends, self._collection.others(migration_id), network_later=network_later))
+    def plan(self, migration_id: str, spec: pb.MigrationSpec, ends: Ends, *, network_later: bool = False) -> Chosen:
+        """Plan a migration to the destination that the spec names. Raises as `make_plan`."""
+        return Chosen(ends, *make_plan(spec, ends, self.collection.others(migration_id), network_later=network_later))
 
     async def first(self, migration_id: str, spec: pb.MigrationSpec, *, may_wait: bool) -> Chosen:
         """Return the named destination, or choose one. With `may_wait`, the plan for a named one has no network while none can be
-        used for reasons that may pass. Raises as `plan` and `choose`."""
+        used for reasons that may pass. Raises as `Directory.find`, `plan` and `choose`."""
         if spec.destination_host:
-            return await self.plan(migration_id, spec, network_later=may_wait)
+            return self.plan(migration_id, spec, await self.directory.find(spec), network_later=may_wait)
         return await self.choose(migration_id, spec, may_wait=may_wait)
 
     async def choose(
@@ -75,7 +73,7 @@ class Chooser:
         best: Chosen | None = None
         kind = PREPARED if may_wait else TRANSFERRING
         refused: dict[str, DroverError] = {}
-        for candidate in await self._directory.candidates(spec, self._collection.others(migration_id)):
+        for candidate in await self.directory.candidates(spec, self.collection.others(migration_id)):
             if candidate.name in without or (only_free and not candidate.free):
                 continue
             try:
@@ -106,14 +104,14 @@ class Chooser:
         """Return hosts that could take the guest now in place of `host`, at most 8, by their last reports. Raises nothing: they are
         advice."""
         try:
-            candidates = await self._directory.candidates(spec)
+            candidates = await self.directory.candidates(spec)
         except DroverError:
             return ()
         return tuple(each.name for each in candidates if each.free and each.name != host)[:8]
 
     async def _take(self, migration_id: str, spec: pb.MigrationSpec, chosen: Chosen, kind: admission_pb2.SlotKind.ValueType) -> None:
         request = slot_request(migration_id, "destination", chosen.plan)
-        request.kind, request.importance, request.driver = kind, spec.importance, self._driver
+        request.kind, request.importance, request.driver = kind, spec.importance, self.driver
         try:
             await chosen.ends.destination.handshake.acquire_slot(request)
         except DroverError as error:

@@ -1,6 +1,7 @@
 """The transfers of migrations as `agent.transfer.shares` divides bandwidth among them. Pure."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Final
 
 from agent.network.rules import interface_to, rate_text
@@ -76,11 +77,8 @@ def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
         f"left: {rate_text(found.guaranteed)} of {rate_text(found.capacity)} are guaranteed to others. Nothing was done to the "
         "guest; ask for a lower minimum, or wait until other migrations have ended",
         metadata={
-            "link": found.link,
-            "capacity": str(found.capacity),
-            "guaranteed": str(found.guaranteed),
+            **{name: str(value) for name, value in asdict(found).items()},
             "left": str(found.left),
-            "wanted": str(found.wanted),
             **({"wait": "bandwidth"} if found.wanted <= found.capacity else {}),
         },
     )

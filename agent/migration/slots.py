@@ -202,7 +202,7 @@ class SlotTaker:
                 self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
             raise
         self._publish_fact(entry, fact_of_description(ends.guest.domain))
-        chosen = await self.choice.plan(entry.migration.migration_id, spec, ends)
+        chosen = self.choice.plan(entry.migration.migration_id, spec, ends)
         check_same_hosts(entry.migration, chosen.plan)
         again = entry.changed_to()
         put_plan(again, chosen.plan)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Final
 
 import structlog
@@ -26,33 +27,26 @@ _ENDED: Final = frozenset({Reason.WRONG_PHASE, Reason.RECORD_NOT_FOUND, Reason.S
 """Errors of a source whose transfer has ended meanwhile, or has not begun."""
 
 
+@dataclass
 class Tuner:
     """Applies the limits of one migration to its transfer, as long as its driver runs."""
 
-    def __init__(
-        self,
-        migration: Callable[[], pb.Migration],
-        changed: Bell,
-        driver: Driver,
-        publish: Callable[[pb.Migration], None],
-        clock: Clock,
-    ) -> None:
-        """`migration` returns it as it is now; `changed` rings when it is another."""
-        self._migration = migration
-        self._changed = changed
-        self._driver = driver
-        self._publish = publish
-        driver.calls.limits = limits_of(migration())
-        self._clock = clock
-        self._applied: Limits | None = None
-        """The limits that the source has applied and reported. None: unknown."""
-        self.error: DroverError | None = None
-        """Why the limits that are wanted now are not applied; None: they are, or it was not tried yet."""
+    migration: Callable[[], pb.Migration]
+    """Returns it as it is now."""
+    changed: Bell
+    """Rings when it is another."""
+    driver: Driver
+    publish: Callable[[pb.Migration], None]
+    clock: Clock
+    error: DroverError | None = None
+    """Why the limits that are wanted now are not applied; None: they are, or it was not tried yet."""
+    reported: Limits | None = None
+    """The limits that the source has applied and reported. None: unknown."""
 
     async def applied(self) -> None:
         """Wait until the limits are applied to the transfer, if one runs. Where that fails or lasts too long, raises an error that
         says that they are saved."""
-        migration = self._migration()
+        migration = self.migration()
         source = migration.source_host
         try:
             async with asyncio.timeout(APPLY_SECONDS):
@@ -71,7 +65,7 @@ class Tuner:
     async def _settled(self) -> None:
         """Wait until nothing is due. Raises `error`."""
         while self.due is not None:
-            changed = self._changed.next
+            changed = self.changed.next
             if self.error is not None:
                 raise self.error
             await changed.wait()
@@ -79,38 +73,38 @@ class Tuner:
     @property
     def flows(self) -> bool:
         """Whether the source sends memory, as far as the driver knows."""
-        view = self._driver.view
+        view = self.driver.view
         return sends(view.source_state, view.source_record.progress if view.source_record is not None else None)
 
     @property
     def due(self) -> Limits | None:
         """The limits that have yet to be applied; None: no transfer runs, or they are."""
-        wanted = limits_of(self._migration())
-        begun = self._driver.calls.begun_with
-        known = self._applied or (begun if begun is not None and begun.none else None)
+        wanted = limits_of(self.migration())
+        begun = self.driver.calls.begun_with
+        known = self.reported or (begun if begun is not None and begun.none else None)
         return wanted if self.flows and wanted != known else None
 
     async def run(self) -> None:
         """Apply what is due, for ever; after an error again and again, as the source may not answer now."""
-        pauses = Pauses(OTHER_HOST, self._clock)
+        pauses = Pauses(OTHER_HOST, self.clock)
         while True:
-            changed = self._changed.next
-            self._driver.calls.limits = limits_of(self._migration())  # for a Perform that has yet to begin
+            changed = self.changed.next
+            self.driver.calls.limits = limits_of(self.migration())  # for a Perform that has yet to begin
             if (wanted := self.due) is None:
                 pauses.succeeded()
                 await changed.wait()
                 continue
             try:
-                reported = await self._driver.calls.limit(wanted)
+                answer = await self.driver.calls.limit(wanted)
             except DroverError as error:
                 self.error = None if error.reason in _ENDED else error
-                log.info("limits were not applied", migration=self._migration().migration_id, error=error.message)
-                self._changed.ring()
+                log.info("limits were not applied", migration=self.migration().migration_id, error=error.message)
+                self.changed.ring()
                 await pauses.pause()
             else:
-                self._applied, self.error = wanted, None
-                applied = deepcopy(self._migration())
-                applied.applied_bandwidth_bytes_per_second = reported.bandwidth
-                if reported.max_downtime:
-                    applied.applied_max_downtime.CopyFrom(duration(reported.max_downtime))
-                self._publish(applied)
+                self.reported, self.error = wanted, None
+                applied = deepcopy(self.migration())
+                applied.applied_bandwidth_bytes_per_second = answer.bandwidth
+                if answer.max_downtime:
+                    applied.applied_max_downtime.CopyFrom(duration(answer.max_downtime))
+                self.publish(applied)

@@ -101,15 +101,7 @@ def wait_text(wait: pb.Wait) -> str:
 
 def out_of_time(wait: pb.Wait) -> DroverError:
     """Return the BUSY of a migration whose time to wait is over, with the figures of its last wait."""
-    figures = {
-        "limit": wait.limit,
-        "limit_value": wait.limit_value,
-        "in_use": wait.in_use,
-        "position": wait.position,
-        "queue_length": wait.queue_length,
-        "holders": ",".join(wait.holders),
-        "alternatives": ",".join(wait.alternative_hosts),
-        "host": wait.host,
-    }
+    figures = {name: getattr(wait, name) for name in ("limit", "limit_value", "in_use", "position", "queue_length", "host")}
+    figures |= {"holders": ",".join(wait.holders), "alternatives": ",".join(wait.alternative_hosts)}
     text = f"it waited for {wait_text(wait)}. Nothing was done to the guest"
     return DroverError(Reason.BUSY, text, metadata={key: str(value) for key, value in figures.items() if value})

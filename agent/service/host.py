@@ -18,6 +18,7 @@ from agent.hypervisor.features import PROTOCOL_VERSION
 from agent.hypervisor.interface import Hypervisor
 from agent.hypervisor.wire import features_to_proto
 from agent.network.rules import own_sides
+from agent.runtime.bell import first_of
 from agent.runtime.events import Bus, HostChanged
 from agent.runtime.seldom import Seldom
 from agent.runtime.wire import cut
@@ -109,9 +110,7 @@ class AgentHost:
 
     async def followed(self) -> None:
         """Return once the interfaces were read, at the latest after `FIRST_READING_SECONDS`: then no network has an address yet."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_READING_SECONDS):
-                await self._followed.wait()
+        await first_of(self._followed, timeout=FIRST_READING_SECONDS)
 
     async def follow(self, watch: Callable[[], AsyncIterator[tuple[pb.Interface, ...]]]) -> None:
         """Take every reading of the host's interfaces, for ever."""
@@ -142,9 +141,7 @@ class AgentHost:
             while True:
                 changed, sent_at = self.engine.changed.next, time.monotonic()
                 yield self.describe()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(patience):
-                        await changed.wait()
+                await first_of(changed, timeout=patience)
                 await asyncio.sleep(sent_at + CONFLATED_SECONDS - time.monotonic())
 
     @contextlib.contextmanager

@@ -1,18 +1,15 @@
 """``drover host list|show|slots|set|cordon|uncordon|remove``"""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from coordinator.cli.parse import LimitValue, once_option
-from coordinator.cli.session import Session, remove_named, run, show_list, show_one, whoami
-from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json
-from coordinator.cli.text import printable
+from coordinator.cli.session import remove_named, show_list, show_one, whoami
+from coordinator.cli.show import output_option, print_pairs, print_table
 from coordinator.cli.units import ago, eta, rate, seconds, size
 from coordinator.client import Host, HostState, SettingsChange, Slot
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 SKEW_SECONDS = 2.0
 """Smallest difference between two clocks that is shown."""
@@ -28,24 +25,13 @@ def host() -> None:
 def list_hosts(output: str) -> None:
     """List hosts by name."""
 
-    async def body(session: Session) -> None:
-        hosts = await session.client.list_hosts()
-        if output == "json":
-            print_json({"hosts": [to_json(host.proto) for host in hosts]})
-            return
-        print_table(_COLUMNS, [_host_row(host) for host in hosts])
-        if not hosts:
-            click.echo("no hosts", err=True)
-        for host in hosts:
-            if host.unreachable_reason:
-                click.echo(printable(f"{host.name} is unreachable: {host.unreachable_reason}"), err=True)
-            if clock := _clock(host):
-                click.echo(printable(f"warning: the clock of {host.name} is {clock}"), err=True)
-
-    run(body, output)
+    header = ("NAME", "STATE", "INCOMING", "OUTGOING", "WAITING", "HYPERVISOR", "NETWORKS", "ADDRESS")
+    show_list(output, "hosts", lambda session: session.client.list_hosts(), header, _host_row, notes=_notes)
 
 
-_COLUMNS = ("NAME", "STATE", "INCOMING", "OUTGOING", "WAITING", "HYPERVISOR", "NETWORKS", "ADDRESS")
+def _notes(host: Host) -> list[str]:
+    silent = [f"{host.name} is unreachable: {host.unreachable_reason}"] if host.unreachable_reason else []
+    return [*silent, *([f"warning: the clock of {host.name} is {clock}"] if (clock := _clock(host)) else [])]
 
 
 def _host_row(host: Host) -> tuple[str, ...]:
@@ -149,7 +135,7 @@ def _change(change: SettingsChange | None) -> str:
 comment_option = click.option("--comment", metavar="TEXT", default="", help="Why, for whoever looks at the host.")
 
 
-def limit_option(name: str, meaning: str) -> Callable[[Command], Command]:
+def limit_option(name: str, meaning: str) -> Callable[[Any], Any]:
     text = f'{meaning} "default": as in its configuration file.'
     return once_option(name, metavar="N", text=text, kind=LimitValue())
 

@@ -1,7 +1,6 @@
 """``drover network list|show|add|set|grant|revoke|remove``"""
 
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -12,9 +11,7 @@ from coordinator.cli.units import rate
 from coordinator.client import ClusterNetwork, NetworkDetails
 
 if TYPE_CHECKING:
-    from coordinator.client.networks import Networks, Rules
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+    from coordinator.client.networks import Rules
 
 _RATES = {
     "capacity": 'Line speed of each host on it, such as 10Gbit/s; "none": as its interface reports.',
@@ -24,7 +21,7 @@ _RATES = {
 }
 
 
-def rules_options(command: Command) -> Command:
+def rules_options(command: Any) -> Any:
     """Add the options of a network's rules."""
     decorators = (
         click.option(
@@ -134,12 +131,6 @@ def _print_details(details: NetworkDetails) -> None:
         click.echo(f"used by {len(details.migration_ids)}: {', '.join(each[:8] for each in details.migration_ids[:16])}")
 
 
-def _change(output: str, call: "Callable[[Networks], Awaitable[ClusterNetwork]]") -> None:
-    """Run a call that changes a network, and print the network as it is then."""
-
-    show_one(output, lambda session: call(session.client.networks), _print_network)
-
-
 @network.command()
 @click.argument("name", metavar="NETWORK")
 @click.option("--migration", is_flag=True, help="Give it the migration role at once.")
@@ -149,7 +140,7 @@ def add(name: str, migration: bool, output: str, **rules: Any) -> None:
     """Add a network to the cluster. Hosts with an address in its ranges are on it; guests' memory needs the migration role."""
     if not rules["cidrs"]:
         raise click.UsageError("give its address range: --cidr 10.92.0.0/24")
-    _change(output, lambda networks: networks.add(name, migration_role=migration, **_rules(**rules)))
+    show_one(output, lambda session: session.client.networks.add(name, migration_role=migration, **_rules(**rules)), _print_network)
 
 
 @network.command("set")
@@ -160,7 +151,7 @@ def set_(name: str, output: str, **rules: Any) -> None:
     """Change rules of a network. What is given replaces what was there; running migrations get their new shares at once."""
     if not _rules(**rules):
         raise click.UsageError("nothing to change: give at least one option")
-    _change(output, lambda networks: networks.set(name, **_rules(**rules)))
+    show_one(output, lambda session: session.client.networks.set(name, **_rules(**rules)), _print_network)
 
 
 @network.command()
@@ -168,7 +159,7 @@ def set_(name: str, output: str, **rules: Any) -> None:
 @output_option
 def grant(name: str, output: str) -> None:
     """Give a network the migration role: it may carry guests' memory."""
-    _change(output, lambda networks: networks.grant(name))
+    show_one(output, lambda session: session.client.networks.grant(name), _print_network)
 
 
 @network.command()
@@ -177,7 +168,7 @@ def grant(name: str, output: str) -> None:
 @output_option
 def revoke(name: str, drain: bool, output: str) -> None:
     """Take the migration role from a network. Refused while a migration uses it, unless --drain is given."""
-    _change(output, lambda networks: networks.revoke(name, drain=drain))
+    show_one(output, lambda session: session.client.networks.revoke(name, drain=drain), _print_network)
 
 
 @network.command()

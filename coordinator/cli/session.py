@@ -84,8 +84,10 @@ def show_list(
     header: Sequence[str],
     row: Callable[[Any], Sequence[str]],
     nothing: str = "",
+    notes: Callable[[Any], Sequence[str]] = lambda _: (),
 ) -> None:
-    """Run a call, and print the values of the client's that it returns: as JSON, or as a table; `nothing` if there are none."""
+    """Run a call, and print the values of the client's that it returns: as JSON, or as a table with `notes` to each; `nothing` if
+    there are none."""
 
     async def body(session: Session) -> None:
         values = await call(session)
@@ -95,6 +97,8 @@ def show_list(
         print_table(header, [row(value) for value in values])
         if not values:
             click.echo(printable(nothing or f"no {kind}"), err=True)
+        for note in (note for value in values for note in notes(value)):
+            click.echo(printable(note), err=True)
 
     run(body, output)
 

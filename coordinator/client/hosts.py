@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class HostQuestions:
-    """Queries about hosts, to a coordinator or to one agent; the first query finds out which of the two it is.
+    """The calls of `HostCalls`, to a coordinator or to one agent; the first one finds out which of the two it is.
 
     `call` awaits a gRPC call and raises its errors as those of the client.
     """
@@ -35,28 +35,24 @@ class HostQuestions:
         self._is_agent = False
 
     async def list_hosts(self) -> list[Host]:
-        """Return every host of the cluster, by name; an agent knows only its own."""
         pages = await self._cluster_pages(self._cluster.ListHosts, cluster_pb2.ListHostsRequest())
         if pages is None:
             return [await self._agent_host()]
         return [Host.from_proto(host) for page in pages for host in page.hosts]
 
     async def get_host(self, name: str) -> Host:
-        """Return the host. Raises `NotFound`."""
         response = await self._ask_cluster(self._cluster.GetHost, cluster_pb2.GetHostRequest(name=name))
         return Host.from_proto(response.host) if response is not None else await self._agent_host(name)
 
     async def remove_host(self, name: str) -> None:
-        """Forget a host that does not answer. Raises `NotFound`, `Refused`."""
         await self._call(self._cluster.RemoveHost(cluster_pb2.RemoveHostRequest(name=name), timeout=self.timeout))
 
     async def list_domains(self, host: str = "") -> DomainList:
-        """Return the guests of one host, or of all (`host` empty); an agent knows only those of its own host."""
         pages = await self._cluster_pages(self._cluster.ListDomains, cluster_pb2.ListDomainsRequest(host=host))
         return DomainList.from_proto(pages) if pages is not None else await self._agent_domains(host)
 
     async def update_host(self, name: str, changes: Mapping[str, Any], changed_by: str, comment: str) -> Host:
-        """See `Client.update_host`. `changes`: by field of `HostSettings`; "default" resets it."""
+        """`changes`: by field of `HostSettings`; "default" resets it."""
         settings = host_pb2.HostSettings(**{field: value for field, value in changes.items() if value != "default"})
         change = host_pb2.SettingsChange(changed_by=changed_by, comment=comment)
         update = host_pb2.UpdateHostRequest(settings=settings, update_mask=FieldMask(paths=changes), change=change)
@@ -68,7 +64,6 @@ class HostQuestions:
         return Host.of_agent(changed.host, self.address)
 
     async def list_slots(self, host: str) -> list[Slot]:
-        """See `Client.list_slots`."""
         pages = await self._cluster_pages(self._cluster.ListSlots, cluster_pb2.ListSlotsRequest(name=host))
         if pages is None:
             await self._agent_host(host)
@@ -76,7 +71,7 @@ class HostQuestions:
         return [Slot.from_proto(slot) for page in pages for slot in page.slots]
 
     async def update_domain(self, domain: str, changes: Mapping[str, Any], host: str) -> Domain:
-        """See `Client.update_domain`. `changes`: by field of `DomainSettings`; an empty value removes it."""
+        """`changes`: by field of `DomainSettings`; an empty value removes it."""
         settings = host_pb2.DomainSettings(**changes)
         update = host_pb2.UpdateDomainRequest(domain=domain, settings=settings, update_mask=FieldMask(paths=changes))
         response = await self._ask_cluster(self._cluster.UpdateDomain, cluster_pb2.UpdateDomainRequest(host=host, update=update))
