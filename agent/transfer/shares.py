@@ -10,9 +10,9 @@ transfer has a minimum of at least one unit, minima are rounded up, maxima and s
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from heapq import heapify, heappop, heappush, heapreplace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from itertools import chain
 from math import inf
 from typing import Final, TypeVar
@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 NO_LIMIT: Final = 0
 _EXACT: Final = 1 + 1e-9
-"""A number counts as equal to a smaller one within this factor: more than the error of sums of floats."""
+"""A share is this much higher before it is rounded down: more than the error of sums of floats."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class Flow:
     @property
     def top(self) -> float:
         """The highest rate that it may be given."""
-        return max(self.most - self.most % self.unit, self.unit) if self.most else inf
+        return (self.most - self.most % self.unit or self.unit) if self.most else inf
 
     @property
     def floor(self) -> int:
         """The lowest rate that it may be given."""
-        return int(min(max(1, -(-self.least // self.unit)) * self.unit, self.top))
+        floor = self.least + -self.least % self.unit or self.unit
+        return min(floor, int(self.top)) if self.most else floor
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,12 @@ def divide(flows: Mapping[Key, Flow], capacities: Mapping[str, int]) -> dict[Key
     """Return each transfer's limit: a multiple of its unit, never less than its minimum where all minima fit, or `NO_LIMIT` for one
     that has no maximum and no cap and shares no line. A capacity of 0, or none, is unknown and does not bind."""
     known = {link: capacity for link, capacity in capacities.items() if capacity > 0}
-    passed = Counter(chain.from_iterable(flow.lines for flow in flows.values()))
-    binding = {line for line, transfers in passed.items() if transfers > 1}.union(*(flow.caps for flow in flows.values()))
-    binding &= known.keys()
+    passed = Counter(chain.from_iterable([flow.lines for flow in flows.values()]))
+    caps, shared = set(known), {line for line in known if passed[line] > 1}
     limits = {}
     for (key, flow), rate in zip(flows.items(), fair(list(flows.values()), known), strict=True):
-        free = not flow.most and binding.isdisjoint(flow.lines) and binding.isdisjoint(flow.caps)
-        limits[key] = NO_LIMIT if free else int(rate * _EXACT // flow.unit or 1) * flow.unit
+        free = not flow.most and shared.isdisjoint(flow.lines) and caps.isdisjoint(flow.caps)
+        limits[key] = NO_LIMIT if free else (int(rate * _EXACT / flow.unit) or 1) * flow.unit
     return limits
 
 
@@ -95,87 +95,87 @@ def shortage(flow: Flow, others: Sequence[Flow], capacities: Mapping[str, int]) 
 def fair(flows: Sequence[Flow], capacities: Mapping[str, float]) -> list[float]:
     """Return the fair rates before they are rounded; infinite where nothing binds. Minima that do not fit on a link are lowered in
     proportion first."""
-    number = {link: index for index, link in enumerate(capacities)}
-    links = [[number[link] for link in flow.lines + flow.caps if link in number] for flow in flows]
-    full = list(capacities.values())
-    floors: list[float] = [flow.floor for flow in flows]
-    tops = [flow.top for flow in flows]
-    filling = _Filling(links, floors, full)
-    if min(filling.free, default=0) < 0:
-        floors = _Filling(links, [0] * len(flows), full).rates(floors, floors)
-        filling = _Filling(links, floors, full)
-    return filling.rates([flow.weight for flow in flows], tops)
+    weights, floors, tops = [flow.weight for flow in flows], [flow.floor for flow in flows], [flow.top for flow in flows]
+    rates, fit = _fill(flows, capacities, weights, floors, tops)
+    if not fit:
+        lowered, _ = _fill(flows, capacities, floors, [0] * len(flows), floors)
+        rates, _ = _fill(flows, capacities, weights, lowered, tops)
+    return rates
 
 
-class _Filling:
-    """The links while the common level rises: each transfer's rate is ``max(floor, weight * level)``, until it has reached its top
-    or one of its links is full.
+@dataclass(slots=True, eq=False)
+class _Link:
+    """A link while the common level rises. It is full at the level ``free / slope``."""
 
-    A link is full at the level free / slope, where `free` is what the transfers that do not grow leave of it. That level rises when
-    a transfer stops to grow, so a link whose turn comes is looked at again; it falls when one starts to grow.
+    free: float
+    """What its transfers that do not grow leave of it."""
+    slope: int = 0
+    """Sum of the weights of those that grow."""
+    transfers: list[int] = field(default_factory=list)
+    growing: int = 0
+    """How many of them have started to grow when it is full; the others are in the order of their starts."""
+
+
+def _fill(
+    flows: Sequence[Flow], capacities: Mapping[str, float], weights: Sequence[int], floors: Sequence[float], tops: Sequence[float]
+) -> tuple[list[float], bool]:
+    """Raise the common level until nothing grows any more: each transfer's rate is ``max(floor, weight * level)``, until it reaches
+    its top or one of its links is full. Return the rates, and whether the floors fit on all links.
+
+    Each link looks ahead to the level at which it is full if none of its transfers stops before: those that start to grow up to
+    there count as growing, the others with their floors. That level only rises, when one of them stops. So the lowest of these
+    levels, computed anew when its turn comes, is final if it is still the lowest.
     """
-
-    def __init__(self, links: Sequence[Sequence[int]], floors: Sequence[float], capacities: Iterable[float]) -> None:
-        self._links, self._floors = links, floors
-        self.free = free = list(capacities)
-        self._slope = [0.0] * len(free)
-        self._members: list[list[int]] = [[] for _ in free]
-        for index, (passed, floor) in enumerate(zip(links, floors, strict=True)):
-            for link in passed:
-                free[link] -= floor
-                self._members[link].append(index)
-
-    def rates(self, weights: Sequence[float], tops: Sequence[float]) -> list[float]:
-        """Raise the level until nothing grows any more; return the rates."""
-        links, floors, free, slope, members = self._links, self._floors, self.free, self._slope, self._members
-        rates, growing = [-1.0] * len(links), [False] * len(links)
-        ends = [(top / weights[index], ~index) for index, top in enumerate(tops) if top < inf]
-        heapify(ends)
-
-        def stop(index: int, rate: float) -> None:
-            rates[index] = rate
-            if growing[index]:
+    starts = [floor / weight for floor, weight in zip(floors, weights, strict=True)]
+    links = {name: _Link(capacity) for name, capacity in capacities.items()}
+    counted: list[list[_Link]] = []  # the links on which each transfer counts as growing
+    ends: list[tuple[float, int, _Link | None]] = []  # levels of tops (with the transfer) and full links (with ~number)
+    for index, (flow, weight, top) in enumerate(zip(flows, weights, tops, strict=True)):
+        counted.append(passed := [])
+        for name in flow.lines + flow.caps:
+            if link := links.get(name):
+                passed.append(link)
+                link.transfers.append(index)
+                link.slope += weight
+        if top < inf:
+            ends.append((top / weight, index, None))
+    fit, last_start = True, max(starts, default=0)
+    for number, link in enumerate(link for link in links.values() if link.transfers):
+        link.growing, level = len(link.transfers), link.free / link.slope
+        if level < last_start:
+            link.transfers.sort(key=starts.__getitem__)
+            while starts[index := link.transfers[link.growing - 1]] > level and link.growing > 1:
+                link.growing -= 1
+                counted[index].remove(link)
+                link.free -= floors[index]
+                link.slope -= weights[index]
+                level = link.free / link.slope
+            fit = fit and starts[index] <= level
+        ends.append((level, ~number, link))
+    heapify(ends)
+    rates, left = [inf] * len(flows), len(flows)
+    while ends and left:
+        level, number, full = heappop(ends)
+        stopping = full.transfers if full else [number]
+        if full:
+            level = full.free / full.slope if full.slope else inf
+            while full.growing < len(stopping) and starts[index := stopping[full.growing]] < level:
+                full.growing += 1
+                if rates[index] == inf:
+                    counted[index].append(full)
+                    full.free += floors[index]
+                    full.slope += weights[index]
+                    level = full.free / full.slope
+            if ends and level > ends[0][0]:
+                if level < inf:
+                    heappush(ends, (level, number, full))
+                continue
+        for index in stopping:
+            if rates[index] == inf:
                 weight = weights[index]
-                for link in links[index]:
-                    free[link] -= rate
-                    slope[link] -= weight
-
-        def rise(until: float) -> None:
-            """Let links fill (entry: the link) and transfers reach their tops (entry: ~index), up to that level."""
-            while ends:
-                level, link = ends[0]
-                if level >= until:
-                    return
-                if link < 0:
-                    heappop(ends)
-                    if rates[~link] < 0:
-                        stop(~link, tops[~link])
-                    continue
-                now = free[link] / slope[link] if slope[link] else inf
-                if now > level * _EXACT:
-                    heapreplace(ends, (now, link))
-                    continue
-                heappop(ends)
-                for index in members[link]:
-                    if rates[index] < 0:
-                        stop(index, max(floors[index], weights[index] * level))
-
-        starts: dict[float, list[int]] = {}
-        for index, floor in enumerate(floors):
-            starts.setdefault(floor / weights[index], []).append(index)
-        for level in sorted(starts):
-            if ends and ends[0][0] < level:
-                rise(level)
-            touched = set[int]()
-            for index in starts[level]:
-                if rates[index] < 0:
-                    growing[index] = True
-                    floor, weight = floors[index], weights[index]
-                    for link in links[index]:
-                        free[link] += floor
-                        slope[link] += weight
-                    touched.update(links[index])
-            for link in touched:
-                heappush(ends, (max(level, free[link] / slope[link]), link))
-        rise(inf)
-        return [rate if rate >= 0 else inf for rate in rates]
+                rates[index] = rate = weight * level if level > starts[index] else floors[index]
+                left -= 1
+                for link in counted[index]:
+                    link.free -= rate
+                    link.slope -= weight
+    return rates, fit
