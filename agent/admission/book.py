@@ -26,7 +26,6 @@ _REMEMBERED: Final = 50
 """How many holding times are remembered."""
 _PEERS: Final = 1000
 """How many peers are remembered with the grant that they had last."""
-_REASONS: Final = {Direction.INCOMING: WAIT_REASON_SLOT, Direction.OUTGOING: WAIT_REASON_OUTGOING_SLOT}
 _NEVER: Final = float("inf")
 
 _Key = tuple[int, int, int]
@@ -138,15 +137,18 @@ class Book:
         asking = list(self._waiting.values())
         if other is not None and not self.is_waiting(other) and not other.has(other.ask.kind):
             asking.append(other)
-        in_turn = [claim for claim in asking if claim.calls or now < claim.turn_until]
-        first = min(in_turn, key=self._key, default=None) if room > 0 else None
-        if first is not None and first.calls and self._cost(first) <= room:
+        first = self._first(asking, now) if room > 0 else None
+        if first is not None and self._cost(first) <= room:
             return first, Kind.TRANSFERRING
-        unprepared = [claim for claim in in_turn if claim.slot is None and claim.ask.kind is Kind.PREPARED]
-        first = min(unprepared, key=self._key, default=None) if may_prepare else None
-        if first is not None and first.calls:
-            return first, Kind.PREPARED
-        return None
+        unprepared = [claim for claim in asking if claim.slot is None and claim.ask.kind is Kind.PREPARED]
+        first = self._first(unprepared, now) if may_prepare else None
+        return (first, Kind.PREPARED) if first is not None else None
+
+    def _first(self, claims: list[Claim], now: float) -> Claim | None:
+        """Return the first of those in their turn, if its driver is there."""
+        in_turn = (claim for claim in claims if claim.calls or now < claim.turn_until)
+        first = min(in_turn, key=self._key, default=None)
+        return first if first is not None and first.calls else None
 
     def give(self, claim: Claim, kind: Kind, now: float) -> None:
         """Give a claim a slot, or another kind of slot, whether there is room or not."""
@@ -215,12 +217,11 @@ class Book:
     # ---- time
 
     def sweep(self, now: float) -> list[Claim]:
-        """Return the claims without an attached slot whose drivers have been silent for the lease, for the caller to free. Takes
-        others whose drivers are silent out of the queue."""
+        """Take the claims whose drivers have been silent for the lease out of the queue. Return those without an attached slot, for
+        the caller to free."""
         silent = [c for c in self._claims.values() if not c.calls and now >= c.seen + self.lease]
         for claim in silent:
-            if claim.attached:
-                self.leave_queue(claim)
+            self.leave_queue(claim)
         return [claim for claim in silent if not claim.attached]
 
     def silent(self, now: float) -> list[Claim]:
@@ -256,7 +257,7 @@ class Book:
         # Those that transfer first, then the oldest.
         slots = sorted((-slot.kind, slot.epoch, c.migration_id) for slot, c in self.slots() if c is not claim)
         return Wait(
-            reason=_REASONS[self.direction],
+            reason=WAIT_REASON_SLOT if self.direction is Direction.INCOMING else WAIT_REASON_OUTGOING_SLOT,
             limit=f"{self.direction}_limit",
             limit_value=self.limits.limit,
             in_use=self.transferring,

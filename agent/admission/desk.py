@@ -39,7 +39,6 @@ class Desk:
         on_silent: Callable[[Place], None] = lambda _: None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self.host = host
         self.settings = Settings()
         self.changed = Bell()
         """Rings at every change of slots, queues and settings."""

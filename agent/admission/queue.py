@@ -61,12 +61,6 @@ class Queue:
 
     # ---- lives
 
-    def recount(self, ask: Ask, *, epoch: int, cost: int, since: float, flows: bool = False) -> None:
-        """Add the slot of a record of an earlier life, before `adopt`; the oldest first. `since`: Unix time."""
-        now = self.now
-        slot = Slot(ask.kind, cost, epoch, now - max(0.0, time.time() - since), attached=True, flows=flows)
-        self.book.adopt(Claim(ask, epoch, slot.since, slot), now)
-
     def open(self, rows: Iterable[tuple[Place, int]]) -> None:
         """Add the places of earlier lives, each with the hash of its row; the oldest first."""
         for place, row in rows:

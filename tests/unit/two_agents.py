@@ -5,7 +5,6 @@ import contextlib
 import functools
 import itertools
 import sqlite3
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableSequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import agent.handshake.host.journal
 from agent.admission.desk import Desk
 from agent.admission.settings import Configured
 from agent.admission.store import Place
-from agent.admission.values import Ask, Direction
+from agent.admission.values import Ask, Claim, Direction, Kind, Slot
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
 from agent.handshake.host.attempt import Attempt
@@ -193,7 +192,8 @@ class Agent:
             if claim.ask.peer == "h9":
                 book.free(claim, queue.now)
         for number in range(book.limits.limit - left):
-            queue.recount(Ask(f"foreign{number}", peer="h9"), epoch=number, cost=1, since=time.time())
+            slot = Slot(Kind.TRANSFERRING, 1, number, queue.now, attached=True)
+            book.adopt(Claim(Ask(f"foreign{number}", peer="h9"), number, queue.now, slot), queue.now)
         queue.limit(book.limits)
 
     @property

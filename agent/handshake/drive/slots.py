@@ -113,14 +113,14 @@ class BothSlots:
 
     def begin(self, side: str) -> None:
         """Begin to `take` the transferring slot of a side: `take` then joins this call."""
-        self._begun = asyncio.create_task(self._ask(side, TRANSFERRING, None))
+        self._begun = asyncio.create_task(self._ask(side, TRANSFERRING))
         self._begun.add_done_callback(lambda task: task.cancelled() or task.exception())  # the caller may be gone
 
     async def take(self, side: str, kind: pb.SlotKind.ValueType) -> None:
         """Take the slot of a side without waiting. Raises BUSY, HOST_CLOSED, and what the call raises."""
         call: Awaitable[None] | None = self._begun
         if call is None:
-            self.at, call = "", self._ask(side, kind, None)
+            self.at, call = "", self._ask(side, kind)
         self._begun = None
         await call
 
@@ -132,7 +132,8 @@ class BothSlots:
         while missing := [side for side in (first, OTHER[first]) if not self.has(side, kind)]:
             side = missing[0]
             if len(missing) == 2:
-                await self._wait_at(side, kind, self._poll)
+                # The other side is shown meanwhile that this driver is there.
+                await self._all({side: self._ask(side, kind, self._poll), OTHER[side]: self._keep_place(OTHER[side], kind)})
             elif not await self._wait_holding(side, kind):
                 await self.release(OTHER[side], keep_place=True)
                 first = side
@@ -171,15 +172,10 @@ class BothSlots:
     async def _look(self, kind: pb.SlotKind.ValueType) -> None:
         """Ask both sides at once. What one of them gives is held only if the other gives too, or soon."""
         asked = [side for side in DIRECTION if not self.has(side, kind)]
-        had = [side for side in DIRECTION if side not in asked]
         await self._all({side: self._ask(side, kind, FIRST_LOOK) for side in asked})
         got = [side for side in asked if self.has(side, kind)]
-        if got == ["source"] and not had:  # the destination's queue is the longer one
+        if (len(asked), got) == (2, ["source"]):  # the destination's queue is the longer one
             await self.release("source", keep_place=True)
-
-    async def _wait_at(self, side: str, kind: pb.SlotKind.ValueType, wait: float) -> None:
-        """Wait in the queue of a side, and show the other one meanwhile that this driver is there."""
-        await self._all({side: self._ask(side, kind, wait), OTHER[side]: self._keep_place(OTHER[side], kind)})
 
     async def _wait_holding(self, side: str, kind: pb.SlotKind.ValueType) -> bool:
         """Wait in the queue of a side for a short time, with the other slot in hand. Return whether it was given."""
@@ -200,13 +196,12 @@ class BothSlots:
                 self.at = side
                 raise result
 
-    async def _ask(self, side: str, kind: pb.SlotKind.ValueType, wait: float | None, *, place_only: bool = False) -> None:
+    async def _ask(self, side: str, kind: pb.SlotKind.ValueType, wait: float = 0.0, *, place_only: bool = False) -> None:
         request = self._request(side)
         request.kind, request.place_only = kind, place_only
-        if wait is not None:
-            request.wait.CopyFrom(duration(wait))
+        request.wait.CopyFrom(duration(wait))
         self._asked.add(side)
-        waits = wait is not None and wait > FIRST_LOOK
+        waits = wait > FIRST_LOOK
         self._waits_at = side if waits else self._waits_at
         try:
             response = await self._peers[side].acquire_slot(request)
@@ -227,7 +222,7 @@ class BothSlots:
             self._on_wait(response.wait)
 
     async def _keep_place(self, side: str, kind: pb.SlotKind.ValueType) -> None:
-        await self._ask(side, kind, None, place_only=True)
+        await self._ask(side, kind, place_only=True)
 
     async def _release(self, side: str, *, keep_place: bool, cancelled: bool) -> None:
         self._held.pop(side, None)

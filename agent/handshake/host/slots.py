@@ -6,13 +6,14 @@ The record is the truth of its slot (epoch, kind, cost): the desk counts the rec
 import asyncio
 import contextlib
 import functools
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from agent.admission.desk import Desk
 from agent.admission.queue import Queue
-from agent.admission.values import Ask, Claim, Direction, Kind
+from agent.admission.values import Ask, Claim, Direction, Kind, Slot
 from agent.admission.wire import ask_of, direction_of, holder_to_proto
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
@@ -66,9 +67,9 @@ class RecordSlots:
             queue = self._queue(record)
             if record.holds_slot:
                 kind = Kind.TRANSFERRING if record.transferring else Kind.PREPARED
-                ask = Ask(record.migration_id, kind, record.peer_host)
-                flows = record.state in _FLOWS
-                queue.recount(ask, epoch=record.epoch, cost=record.cost, since=record.created, flows=flows)
+                since = queue.now - max(0.0, time.time() - record.created)
+                slot = Slot(kind, record.cost, record.epoch, since, attached=True, flows=record.state in _FLOWS)
+                queue.book.adopt(Claim(Ask(record.migration_id, kind, record.peer_host), record.epoch, since, slot), queue.now)
             elif not _returned(record):
                 queue.book.served(record.peer_host, record.epoch)
 
