@@ -56,12 +56,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def limits(self, direction: Direction, configured: Configured) -> Limits:
         """Return the limits that hold now."""
-
-        def value(name: str) -> int:
-            changed: int | None = getattr(self, name)
-            return getattr(configured, name) if changed is None else changed
-
-        return Limits(value(f"{direction}_limit"), value("prepared_limit"), configured.slot_unit_memory)
+        now: dict[str, int] = {name: getattr(configured, name) for name in _LIMITS}
+        now |= {name: limit for name in _LIMITS if (limit := getattr(self, name)) is not None}
+        return Limits(now[f"{direction}_limit"], now["prepared_limit"], configured.slot_unit_memory)
 
     def changed(self, request: pb.UpdateHostRequest) -> "Settings":
         """Return the settings after an UpdateHost. Raises INVALID_FIELD; then nothing is changed."""
@@ -80,11 +77,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def _to_proto(self) -> pb.HostSettings:
-        settings = pb.HostSettings(cordoned=self.cordoned)
-        for name in _LIMITS:
-            if getattr(self, name) is not None:
-                setattr(settings, name, getattr(self, name))
-        return settings
+        limits = {name: getattr(self, name) for name in _LIMITS}
+        return pb.HostSettings(cordoned=self.cordoned, **limits)
 
     def show(self, host: pb.Host) -> None:
         """Write them into a host's description."""

@@ -26,11 +26,6 @@ def direction_of(request: pb.AcquireSlotRequest | pb.ReleaseSlotRequest) -> Dire
     return _DIRECTIONS[request.direction]
 
 
-def importance_of(value: int) -> int:
-    """Return the importance as a number that orders queues: 1 to 3."""
-    return min(value, 3) if value > 0 else MEDIUM
-
-
 def ask_of(request: pb.AcquireSlotRequest) -> Ask:
     if request.kind not in (pb.SLOT_KIND_UNSPECIFIED, *Kind):
         raise invalid_field("kind", "must be SLOT_KIND_PREPARED or SLOT_KIND_TRANSFERRING")
@@ -40,7 +35,7 @@ def ask_of(request: pb.AcquireSlotRequest) -> Ask:
         request.migration_id,
         Kind(request.kind or Kind.TRANSFERRING),
         request.peer_host,
-        importance_of(request.importance),
+        min(request.importance, 3) if request.importance > 0 else MEDIUM,
         request.memory_bytes,
         request.driver,
         _pending_of(request),

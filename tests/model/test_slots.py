@@ -167,10 +167,15 @@ class Host(RuleBasedStateMachine):
     # ---- parts
 
     def _serve(self) -> None:
-        first = next((claim for claim in self.book.in_order() if claim.calls or self.now < claim.turn_until), None)
+        in_turn = [claim for claim in self.book.in_order() if claim.calls or self.now < claim.turn_until]
+        lanes = {claim: (claim.ask.peer, claim.slot is None) for claim in in_turn}
         granted = self.book.grant(self.now)
         if granted and granted[0].has(Kind.TRANSFERRING):
-            assert granted[0] is first, "served before its turn"
+            first = granted[0]
+            equals = [claim for claim in in_turn if claim.ask.importance == first.ask.importance]
+            assert first.ask.importance == max(claim.ask.importance for claim in in_turn), "served before one of more importance"
+            same = [claim for claim in equals if lanes[claim] == lanes[first] == (first.ask.peer, True)]
+            assert all(claim.place >= first.place for claim in same), "served before an older one of its peer"
         self._note(granted)
 
     def _note(self, granted: list[Claim]) -> None:

@@ -109,6 +109,18 @@ def test_8_2_only_who_is_there_is_served() -> None:
     assert book.grant(0) == [there]
 
 
+def test_8_2_of_peers_with_the_same_turn_the_one_that_came_first_goes_first_whoever_is_away() -> None:
+    book = book_of()
+    (held,) = asks(book, "s9/held")
+    book.grant(0)
+    away = asks(book, "s1/away", "s1/first", "s2/second")[0]
+    book.ended_call(away, 0, normally=False)
+    book.free(held, 0)
+    assert served(book) == ["s1/first", "s2/second"]
+    away.calls = 1
+    assert served(book) == ["s1/away"]
+
+
 def test_8_2_who_only_calls_again_keeps_its_turn_for_a_moment() -> None:
     book = book_of()
     again, _ = asks(book, "again", "other")

@@ -1,4 +1,4 @@
-"""agent.handshake.host.slots and agent.admission.desk: what records hold is what is counted, whatever dies."""
+"""agent.handshake.host.slots and agent.admission.queue: what records hold is what is counted, whatever dies."""
 
 import asyncio
 import time
