@@ -10,6 +10,7 @@ from agent.migration.migration import FINAL, Entry, event_of
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
+from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 KEEP: Final = 1000
@@ -110,6 +111,14 @@ class Collection:
         for entry in self._entries.values():
             if entry.unbegun:
                 entry.planned_at = -math.inf
+
+    def set_rules(self, network: str, rules: host_pb2.NetworkRules) -> None:
+        """Note the new rules of a network of the cluster in the migrations that use it."""
+        for entry in self.all():
+            if not entry.final and entry.migration.network == network and entry.migration.network_choice.HasField("rules"):
+                changed = entry.changed_to()
+                changed.network_choice.rules.CopyFrom(rules)
+                self.publish(entry, changed)
 
     def find(self, migration_id: str) -> Entry | None:
         return self._entries.get(migration_id)

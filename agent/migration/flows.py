@@ -22,18 +22,21 @@ HostOf = Callable[[str], host_pb2.Host | None]
 def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]]:
     """Return the migration's transfer, and the capacities of the links that it passes, in bytes per second (0: unknown). The line of
     a host that is not known, or is not on the migration's network, is left out; so is every one where the source cannot limit rates.
+    Of a network of the cluster, the rules in the migration's choice count: agents know no others.
     """
     lines: dict[str, int] = {}
     caps: dict[str, int] = {}
-    most = [migration.settings.bandwidth_bytes_per_second]
     source, choice = host(migration.source_host), migration.network_choice
+    most = [migration.settings.bandwidth_bytes_per_second, choice.rules.max_bytes_per_second]
+    if choice.rules.cap_bytes_per_second:
+        caps[f"network {migration.network}"] = choice.rules.cap_bytes_per_second
     for end, address, way in (
         (source, choice.source_address, "out of"),
         (host(migration.destination_host), choice.destination_address, "into"),
     ):
         if end is None or (side := _side(end, migration.network, address, choice.destination_address)) is None:
             continue
-        rules = side.rules
+        rules = choice.rules if choice.HasField("rules") else side.rules
         lines[f"the line {way} {end.name} ({side.interface or side.name})"] = int(
             PAYLOAD * (rules.capacity_bytes_per_second or side.line_bytes_per_second)
         )
@@ -54,12 +57,12 @@ def flow_of(migration: pb.Migration, host: HostOf) -> tuple[Flow, dict[str, int]
 
 
 def _side(host: host_pb2.Host, network: str, address: str, reached: str) -> host_pb2.Network | None:
-    """Return the host's side of a network: of those of several address families, that with the address. Without a name (the
-    migration was taken over) that from which the address `reached` is reached."""
-    if not network:
-        interface = interface_to(reached, host.interfaces)
-        return next((side for side in host.networks if interface and side.interface == interface), None)
+    """Return the host's side of a network: of those of several address families, that with the address. Of one that it does not know
+    by that name (an agent has taken the migration over), that from which the address `reached` is reached."""
     sides = [side for side in host.networks if side.name == network]
+    if not sides:
+        interface = interface_to(reached, host.interfaces)
+        sides = [side for side in host.networks if interface and side.interface == interface]
     return next((side for side in sides if side.address == address), sides[0] if sides else None)
 
 

@@ -217,6 +217,8 @@ class Entry:
     def as_stored(self) -> pb.Migration:
         """Return the migration without what changes while it waits."""
         stored = self.changed_to(revision=0, waiting_for="", wait_reason=pb.WAIT_REASON_UNSPECIFIED)
+        if stored.state == pb.MIGRATION_STATE_OUTCOME_UNKNOWN:
+            stored.state = pb.MIGRATION_STATE_ACTIVE  # unknown to this driver, while a host is silent
         stored.ClearField("wait")
         del stored.silent_hosts[:]
         return stored

@@ -17,6 +17,7 @@ from agent.migration.waits import slot_of
 from agent.migration.whereabouts import whereabouts
 from agent.network.choice import Choice, Wish, choose
 from agent.network.networks import checked_uri, network_of, refused
+from agent.network.rules import MIGRATION_ROLE, seen
 from agent.network.uri import MigrationUri, address_problem, same_address
 from agent.runtime.errors import DroverError, Reason, said_by_peer
 from agent.runtime.wire import cut, enum_name
@@ -123,6 +124,18 @@ def to_host(spec: pb.MigrationSpec, host: str) -> pb.MigrationSpec:
     named = deepcopy(spec)
     named.destination_host = host
     return named
+
+
+def as_chosen(ends: Ends, migration: pb.Migration) -> Ends:
+    """Return the ends for planning a migration again. An agent that has taken it over does not know the networks of the cluster; it
+    knows the one that was chosen by the migration itself."""
+    choice = migration.network_choice
+    if not choice.HasField("rules") or migration.driver != migration.source_host:
+        return ends
+    network = host_pb2.Network(name=choice.network, roles=[MIGRATION_ROLE], rules=choice.rules, cluster=True)
+    source, destination = (replace(side, host=seen(side.host, [network])) for side in (ends.source, ends.destination))
+    others = [other for other in ends.networks if other.name != network.name]
+    return Ends(source, destination, ends.guest, [*others, network])
 
 
 def same_guest(migration: pb.Migration) -> pb.MigrationSpec:

@@ -59,4 +59,4 @@ def check_downtime_kept(before: pb.MigrationSettings, after: pb.MigrationSetting
 
 def limits_of(migration: pb.Migration) -> Limits:
     """Return the limits of the migration's transfer: the smaller of its own limit and its share among others."""
-    return Limits.of(migration.settings, migration.allotted_bytes_per_second)
+    return Limits.of(migration.settings, migration.network_choice, migration.allotted_bytes_per_second)

@@ -17,7 +17,7 @@ from agent.migration.attempts import joins, next_attempt, put_plan
 from agent.migration.choice import NOT_THIS_HOST, Chooser
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
-from agent.migration.planning import check_same_hosts, same_guest
+from agent.migration.planning import as_chosen, check_same_hosts, same_guest
 from agent.migration.sharing import Sharing
 from agent.migration.uptime import age_of
 from agent.migration.waiting import (
@@ -202,7 +202,7 @@ class SlotTaker:
                 self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
             raise
         self._publish_fact(entry, fact_of_description(ends.guest.domain))
-        chosen = self.choice.plan(entry.migration.migration_id, spec, ends)
+        chosen = self.choice.plan(entry.migration.migration_id, spec, as_chosen(ends, entry.migration))
         check_same_hosts(entry.migration, chosen.plan)
         again = entry.changed_to()
         put_plan(again, chosen.plan)

@@ -43,6 +43,7 @@ def waiting_taken_over(place: Place, host: str) -> pb.Migration:
     migration = pb.Migration.FromString(place.pending)
     migration.spec.domain, migration.spec.source_host = migration.domain_uuid, host
     migration.spec.destination_host = place.peer_agent
+    migration.spec.network = migration.network  # the other driver, once it is back, goes on with the same one
     migration.driver = host
     migration.revision = migration.create_revision = 0
     migration.ClearField("create_uptime")
@@ -70,6 +71,12 @@ def take_over(attempt: Attempt, migrations: Migrations, host: str, other_side: O
 def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
     """Return the migration of a source's record, as its driver would have stored it."""
     claim = record.claim or BandwidthClaim(record.bandwidth)
+    choice = pb.NetworkChoice(network=claim.network, destination_address=record.proved)
+    most = claim.most
+    if claim.network_rules:
+        choice.rules.MergeFromString(claim.network_rules)
+    if choice.rules.cap_bytes_per_second:
+        most = record.bandwidth  # what other hosts send under the cap is not known here
     return pb.Migration(
         migration_id=record.migration_id,
         spec=pb.MigrationSpec(
@@ -77,7 +84,7 @@ def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
             source_host=host,
             destination_host=record.peer_agent,
             destination_name=record.destination_name,
-            bandwidth_bytes_per_second=claim.most,
+            bandwidth_bytes_per_second=most,
             min_bandwidth_bytes_per_second=claim.least,
             importance=pb.Importance.ValueType(claim.importance),
             max_downtime=duration(record.max_downtime) if record.max_downtime else None,
@@ -91,7 +98,8 @@ def taken_over(record: AttemptRecord, host: str) -> pb.Migration:
         domain_name=record.domain_name,
         domain_uuid=record.domain_uuid,
         uri=record.uri,
-        network_choice=pb.NetworkChoice(destination_address=record.proved),
+        network=claim.network,
+        network_choice=choice,
         allotted_bytes_per_second=record.bandwidth,
         applied_bandwidth_bytes_per_second=record.bandwidth,
         warnings=[WARNING],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
-from agent.network.rules import MIGRATION_ROLE, rate_text
+from agent.network.rules import MIGRATION_ROLE, rate_text, without_tenants
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.wire import cut
 from drover.agent.v1 import host_pb2
@@ -98,6 +98,7 @@ class _Pair:
             ruled_out=out[:MOST_RULED_OUT],
             source_address=self.source.address,
             destination_address=self.destination.address,
+            rules=without_tenants(self.destination.rules) if self.destination.cluster else None,
         )
         defaults = [side.rules.default_bytes_per_second for side in self.network.sides]
         return Choice(message, next(filter(None, defaults), 0), warnings)

@@ -132,6 +132,7 @@ def at_interface(network: host_pb2.Network, address: IPv4Address | IPv6Address, 
         mtu=interface.mtu,
         down=not interface.up,
         rules=network.rules if network.HasField("rules") else None,
+        cluster=network.cluster,
     )
 
 
@@ -158,6 +159,23 @@ def effective(
             return False
 
     return [*(side for network in defined for side in on_network(network, interfaces)), *(n for n in own if not replaced(n))]
+
+
+def seen(host: host_pb2.Host, defined: Sequence[host_pb2.Network]) -> host_pb2.Host:
+    """Return the host with its sides of these networks in place of its own ones of the same names or ranges."""
+    copy = host_pb2.Host()
+    copy.CopyFrom(host)
+    del copy.networks[:]
+    copy.networks.extend(effective(host.networks, defined, host.interfaces))
+    return copy
+
+
+def without_tenants(rules: host_pb2.NetworkRules) -> host_pb2.NetworkRules:
+    """Return the rules that count once a network was chosen."""
+    copy = host_pb2.NetworkRules()
+    copy.CopyFrom(rules)
+    del copy.tenants[:]
+    return copy
 
 
 def rate_text(bytes_per_second: int) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Final, Literal
 
-from agent.network.rules import MIGRATION_ROLE, check_apart, checked, effective
+from agent.network.rules import MIGRATION_ROLE, check_apart, checked, seen
 from agent.runtime.bell import Bell
 from agent.runtime.configuration import MAX_NAME, NAME_PATTERN
 from agent.runtime.errors import DroverError, Reason, invalid_field
@@ -62,13 +62,7 @@ class NetworkTable:
 
     def seen_by(self, host: agent_pb.Host) -> agent_pb.Host:
         """Return the host with its sides of the cluster's networks in place of its own ones of the same names or ranges."""
-        if not self._networks:
-            return host
-        seen = agent_pb.Host()
-        seen.CopyFrom(host)
-        del seen.networks[:]
-        seen.networks.extend(effective(host.networks, self.defined(), host.interfaces))
-        return seen
+        return seen(host, self.defined()) if self._networks else host
 
     # ---- changes
 
@@ -133,4 +127,4 @@ class NetworkTable:
 def definition(network: pb.Network) -> agent_pb.Network:
     """Return a network without a host's side of it."""
     roles = [MIGRATION_ROLE] if network.migration_role and not network.revoking else []
-    return agent_pb.Network(name=network.name, roles=roles, rules=network.rules)
+    return agent_pb.Network(name=network.name, roles=roles, rules=network.rules, cluster=True)

@@ -106,8 +106,9 @@ def test_8_7_a_mask_changes_and_resets_only_what_it_names() -> None:
 
 def test_8_7_the_smaller_of_its_own_limit_and_its_share_holds() -> None:
     settings = pb.MigrationSettings(bandwidth_bytes_per_second=5, max_downtime=Duration(seconds=2))
-    assert limits_of(pb.Migration(settings=settings)) == Limits(5, 2.0, claim=(5, 0, 0))
-    assert limits_of(pb.Migration(settings=settings, allotted_bytes_per_second=3)) == Limits(3, 2.0, claim=(5, 0, 0))
+    claim = handshake_pb2.BandwidthClaim(max_bytes_per_second=5)
+    assert limits_of(pb.Migration(settings=settings)) == Limits(5, 2.0, claim)
+    assert limits_of(pb.Migration(settings=settings, allotted_bytes_per_second=3)) == Limits(3, 2.0, claim)
     assert limits_of(pb.Migration(allotted_bytes_per_second=3)) == Limits(3)
 
 

@@ -39,7 +39,7 @@ class Calls:
         self._source = source
         self._destination = destination
         self._plan = plan
-        self.limits = Limits.of(plan.settings) if plan is not None else Limits()
+        self.limits = Limits.of(plan.settings, plan.network_choice) if plan is not None else Limits()
         """With which Perform begins."""
         self.start: Callable[[], Awaitable[Limits]] | None = None
         """Makes room for the transfer, and returns `limits`. Called before Perform."""
@@ -189,7 +189,7 @@ class Calls:
                 uri=self._prepared.uri_out,
                 cookie_in=self._prepared.cookie_out,
                 bandwidth_bytes_per_second=self.limits.bandwidth,
-                claim=self.limits.claim_message,
+                claim=self.limits.claim,
                 destination_record=self._prepared.record,
             )
             if self.limits.max_downtime:
@@ -211,7 +211,7 @@ class Calls:
             ref=ref,
             request_id=self._request_id(),
             bandwidth_bytes_per_second=limits.bandwidth,
-            claim=limits.claim_message,
+            claim=limits.claim,
         )
         applied = Limits((await self._source.set_bandwidth(rate)).applied_bytes_per_second)
         if limits.max_downtime:

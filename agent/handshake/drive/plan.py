@@ -1,6 +1,6 @@
 """The parameters of one migration's phases, fixed before the first of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2, options_pb2
 
@@ -13,24 +13,27 @@ class Limits:
     """Most bytes per second. 0: no limit."""
     max_downtime: float = 0.0
     """Longest pause of the guest at the switch-over, in seconds. 0: the hypervisor's default."""
-    claim: tuple[int, int, int] = (0, 0, 0)
-    """Most and least bytes per second by its settings, and its importance: what the source needs to know if it takes over."""
+    claim: handshake_pb2.BandwidthClaim = field(default_factory=handshake_pb2.BandwidthClaim)
+    """What the source needs to know of its settings and its network if it takes over."""
 
     @property
     def none(self) -> bool:
         """Whether nothing is limited."""
         return not (self.bandwidth or self.max_downtime)
 
-    @property
-    def claim_message(self) -> handshake_pb2.BandwidthClaim:
-        most, least, importance = self.claim
-        return handshake_pb2.BandwidthClaim(max_bytes_per_second=most, min_bytes_per_second=least, importance=importance)
-
     @classmethod
-    def of(cls, settings: migration_pb2.MigrationSettings, share: int = 0) -> "Limits":
-        """Return the limits of a migration with these settings and that share of the bandwidth; 0: it was given none."""
+    def of(cls, settings: migration_pb2.MigrationSettings, network: migration_pb2.NetworkChoice, share: int = 0) -> "Limits":
+        """Return the limits of a migration with these settings, on that network, and that share of the bandwidth; 0: it was given
+        none."""
         most = [limit for limit in (settings.bandwidth_bytes_per_second, share) if limit]
-        claim = settings.bandwidth_bytes_per_second, settings.min_bandwidth_bytes_per_second, settings.importance
+        claim = handshake_pb2.BandwidthClaim(
+            max_bytes_per_second=settings.bandwidth_bytes_per_second,
+            min_bytes_per_second=settings.min_bandwidth_bytes_per_second,
+            importance=settings.importance,
+        )
+        if network.HasField("rules"):
+            claim.network = network.network
+            claim.network_rules.CopyFrom(network.rules)
         return cls(min(most, default=0), settings.max_downtime.ToNanoseconds() / 1e9, claim)
 
 

@@ -69,10 +69,14 @@ class BandwidthClaim(msgspec.Struct, frozen=True):
     most: int = 0
     least: int = 0
     importance: int = 0
+    network: str = ""
+    network_rules: bytes = b""
+    """Serialized; empty: none."""
 
     @classmethod
     def of(cls, message: pb.BandwidthClaim) -> "BandwidthClaim":
-        return cls(message.max_bytes_per_second, message.min_bytes_per_second, message.importance)
+        rules = message.network_rules.SerializeToString(deterministic=True)
+        return cls(message.max_bytes_per_second, message.min_bytes_per_second, message.importance, message.network, rules)
 
 
 class Timing(msgspec.Struct, frozen=True):

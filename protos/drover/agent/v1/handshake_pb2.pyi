@@ -893,22 +893,30 @@ class BandwidthClaim(message.Message):
     MAX_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
     MIN_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
     IMPORTANCE_FIELD_NUMBER: builtins.int
+    NETWORK_FIELD_NUMBER: builtins.int
+    NETWORK_RULES_FIELD_NUMBER: builtins.int
     max_bytes_per_second: builtins.int
     """Most bytes per second. Zero: no limit."""
     min_bytes_per_second: builtins.int
     """Least bytes per second that it is guaranteed. Zero: none."""
     importance: builtins.int
     """A value of Importance."""
+    network: builtins.str
+    """As in NetworkChoice."""
+    @builtins.property
+    def network_rules(self) -> host_pb2.NetworkRules: ...
     def __init__(
         self,
         *,
         max_bytes_per_second: builtins.int = ...,
         min_bytes_per_second: builtins.int = ...,
         importance: builtins.int = ...,
+        network: builtins.str = ...,
+        network_rules: host_pb2.NetworkRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["network_rules", b"network_rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["importance", b"importance", "max_bytes_per_second", b"max_bytes_per_second", "min_bytes_per_second", b"min_bytes_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["importance", b"importance", "max_bytes_per_second", b"max_bytes_per_second", "min_bytes_per_second", b"min_bytes_per_second", "network", b"network", "network_rules", b"network_rules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -68,6 +68,7 @@ class Network(message.Message):
     MTU_FIELD_NUMBER: builtins.int
     DOWN_FIELD_NUMBER: builtins.int
     RULES_FIELD_NUMBER: builtins.int
+    CLUSTER_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name, the same on every host of the cluster."""
     address: builtins.str
@@ -80,6 +81,8 @@ class Network(message.Message):
     """MTU of that interface in bytes. Zero: not known."""
     down: builtins.bool
     """The interface is down or has no carrier: the network cannot be used now."""
+    cluster: builtins.bool
+    """The coordinator has defined it, for all hosts."""
     @builtins.property
     def roles(self) -> containers.RepeatedScalarFieldContainer[builtins.str]:
         """"migration" (the network may carry guests' memory), "management"."""
@@ -99,10 +102,11 @@ class Network(message.Message):
         mtu: builtins.int = ...,
         down: builtins.bool = ...,
         rules: NetworkRules | None = ...,
+        cluster: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "down", b"down", "interface", b"interface", "line_bytes_per_second", b"line_bytes_per_second", "mtu", b"mtu", "name", b"name", "roles", b"roles", "rules", b"rules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "cluster", b"cluster", "down", b"down", "interface", b"interface", "line_bytes_per_second", b"line_bytes_per_second", "mtu", b"mtu", "name", b"name", "roles", b"roles", "rules", b"rules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

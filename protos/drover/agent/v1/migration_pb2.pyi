@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as abc
 from drover.agent.v1 import handshake_pb2 as handshake_pb2
+from drover.agent.v1 import host_pb2 as host_pb2
 from drover.agent.v1 import options_pb2 as options_pb2
 from google.protobuf import descriptor as descriptor
 from google.protobuf import duration_pb2 as duration_pb2
@@ -402,6 +403,7 @@ class NetworkChoice(message.Message):
     DESTINATION_ADDRESS_FIELD_NUMBER: builtins.int
     ROUND_TRIP_FIELD_NUMBER: builtins.int
     MTU_FIELD_NUMBER: builtins.int
+    RULES_FIELD_NUMBER: builtins.int
     network: builtins.str
     why: builtins.str
     """For a person, such as "most free capacity: 312 of 400 MB/s"."""
@@ -416,6 +418,10 @@ class NetworkChoice(message.Message):
     def round_trip(self) -> duration_pb2.Duration:
         """Measured when the path was proved. Unset and zero before."""
 
+    @builtins.property
+    def rules(self) -> host_pb2.NetworkRules:
+        """Rules of a network of the cluster, without tenants, as its coordinator last knew them: for an agent that takes the migration over."""
+
     def __init__(
         self,
         *,
@@ -426,10 +432,11 @@ class NetworkChoice(message.Message):
         destination_address: builtins.str = ...,
         round_trip: duration_pb2.Duration | None = ...,
         mtu: builtins.int = ...,
+        rules: host_pb2.NetworkRules | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = typing.Literal["round_trip", b"round_trip"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = typing.Literal["round_trip", b"round_trip", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_address", b"destination_address", "mtu", b"mtu", "network", b"network", "round_trip", b"round_trip", "ruled_out", b"ruled_out", "source_address", b"source_address", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["destination_address", b"destination_address", "mtu", b"mtu", "network", b"network", "round_trip", b"round_trip", "ruled_out", b"ruled_out", "rules", b"rules", "source_address", b"source_address", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
