@@ -6,7 +6,7 @@ Required at the end, whatever died (the one rule of the design, requirements R1 
   copy, half defined or half arrived;
 - the guest's serial log is perfect: no number repeated, falling or missing, no page lost;
 - the records of both agents are final and agree, and so does the migration if its driver knows it;
-- no slot is taken, no QEMU process is left over, no port of a migration listens;
+- no slot or place in a queue is taken, no QEMU process is left over, no port of a migration listens;
 - the same guest can be migrated again.
 
 One exception: a guest whose QEMU was killed may be lost. Then nothing may be left of it, and the migration must fail with
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from agent.runtime.errors import Reason
-from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import admission_pb2, handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.bench import chaos_talk as talk
 from tests.kit.cluster import ClusterGuest, Daemon
@@ -149,8 +149,8 @@ def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[
         judgement.outcome = LOST if lost else "done" if moves else "rolled back"
         yield from _reported(case, judgement, own.get(case.source), moves, way)
         for name, agent in made.agents.items():
-            if taken := talk.slots_in_use(agent):
-                yield f"{name} has {taken} slots taken"
+            for slot in talk.slots(agent):
+                yield f"{name} has {'a place in a queue' if slot.waiting else 'a slot taken'} by {slot.migration_id}, {_way(slot)}"
         yield from _hosts(made, case, None if lost else way[-1])
     except (talk.SilentError, LabError) as error:
         yield str(error)
@@ -228,6 +228,10 @@ def _reported(
         reasons = {found.failure.reason if found else "", source.failure.reason if source else ""} - {""}
         if reasons != {Reason.GUEST_CRASHED.value}:
             yield f"the guest's QEMU was killed, but the migration's reason is {', '.join(sorted(reasons)) or 'empty'}"
+
+
+def _way(slot: admission_pb2.SlotHolder) -> str:
+    return admission_pb2.SlotDirection.Name(slot.direction).removeprefix("SLOT_DIRECTION_").lower()
 
 
 def _words(found: pb.Migration) -> str:

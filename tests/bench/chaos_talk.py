@@ -6,17 +6,18 @@ daemons' unix sockets, so a cut management network separates the hosts from each
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
 
-from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc
+from drover.agent.v1 import admission_pb2, admission_pb2_grpc, handshake_pb2, handshake_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
 from tests.kit.cluster import Daemon
 
 T = TypeVar("T")
+Slots = Sequence[admission_pb2.SlotHolder]
 
 QUESTION_SECONDS = 3.0
 """Deadline of a query. A daemon that takes longer counts as silent."""
@@ -107,11 +108,10 @@ def record(agent: Daemon, migration_id: str) -> handshake_pb2.Record | None:
     return ask(agent, lambda channel: _known(lambda: get(channel)))
 
 
-def slots_in_use(agent: Daemon) -> int:
-    """Return the number of incoming slots in use. Raises `SilentError`."""
-    stub = host_pb2_grpc.HostServiceStub
-    host = ask(agent, lambda channel: stub(channel).GetHost(host_pb2.GetHostRequest(), timeout=QUESTION_SECONDS)).host
-    return host.incoming_in_use
+def slots(agent: Daemon) -> Slots:
+    """Return the slots and the queues of both directions. Raises `SilentError`."""
+    stub, request = admission_pb2_grpc.AdmissionServiceStub, admission_pb2.ListSlotsRequest()
+    return list(ask(agent, lambda channel: stub(channel).ListSlots(request, timeout=QUESTION_SECONDS)).slots)
 
 
 def reference(migration_id: str) -> handshake_pb2.AttemptRef:

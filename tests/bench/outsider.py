@@ -1,4 +1,4 @@
-"""A caller who is not the driver: makes plausible random phase calls about migrations that others drive."""
+"""A caller who is not the driver: makes plausible random calls about migrations that others drive, and about their slots."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from agent.runtime.wire import duration
+from drover.agent.v1 import admission_pb2, host_pb2
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import host_pb2
 
 AT_DESTINATION: Final = frozenset({"ReserveSlot", "Prepare", "Finish", "Abandon"})
+INCOMING, OUTGOING = admission_pb2.SLOT_DIRECTION_INCOMING, admission_pb2.SLOT_DIRECTION_OUTGOING
 EPOCHS: Final = (0, 1, 2, 3)
 """Guessed epochs, beside the learned one."""
 
@@ -49,6 +50,8 @@ class Outsider:
             (1, self._post_copy),
             (1, self._bandwidth),
             (3, self._get),
+            (3, self._acquire),
+            (3, self._release),
         )
 
     def next(self) -> tuple[str, str, Any]:
@@ -62,12 +65,12 @@ class Outsider:
         make = rng.choices([maker for _, maker in self._makers], [weight for weight, _ in self._makers])[0]
         request = make(ref, known)
         method = type(request).__name__.removesuffix("Request")
-        right = known.destination if method in AT_DESTINATION else known.source
+        right = known.destination if is_for_destination(method, request) else known.source
         return self._mostly(right), method, request
 
     def learn(self, request: Any, answer: Any) -> None:
         """Remember what an answer reveals."""
-        known = self.known.get(request.ref.migration_id)
+        known = self.known.get(request.ref.migration_id) if "ref" in request.DESCRIPTOR.fields_by_name else None
         if known is None:
             return
         if answer.record.slot.epoch:
@@ -140,6 +143,27 @@ class Outsider:
     def _get(self, ref: pb.AttemptRef, known: Known) -> Any:
         return pb.GetRecordRequest(ref=ref)
 
+    def _acquire(self, ref: pb.AttemptRef, known: Known) -> Any:
+        direction = self._rng.choice((INCOMING, OUTGOING))
+        return admission_pb2.AcquireSlotRequest(
+            migration_id=ref.migration_id,
+            direction=direction,
+            kind=self._rng.choice(admission_pb2.SlotKind.values()[1:]),
+            peer_host=self._mostly(known.source if direction == INCOMING else known.destination),
+            memory_bytes=self._rng.choice((0, 16 << 20)),
+            wait=self._wait(),
+            driver="outsider",
+            place_only=self._rng.random() < 0.3,
+        )
+
+    def _release(self, ref: pb.AttemptRef, known: Known) -> Any:
+        return admission_pb2.ReleaseSlotRequest(
+            migration_id=ref.migration_id,
+            direction=self._rng.choice((INCOMING, OUTGOING)),
+            keep_place=self._rng.random() < 0.5,
+            cancelled=self._rng.random() < 0.1,
+        )
+
     # ---- parts of requests
 
     def _host(self) -> str:
@@ -182,3 +206,8 @@ class Outsider:
         statement = pb.Statement(dead_host=self._host(), reason="so it seems", said_by="somebody")
         statement.say_time.GetCurrentTime()
         return statement
+
+
+def is_for_destination(method: str, request: Any) -> bool:
+    """Return whether the request is one for the migration's destination; else it is for its source."""
+    return method in AT_DESTINATION or getattr(request, "direction", OUTGOING) == INCOMING

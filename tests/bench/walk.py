@@ -1,4 +1,5 @@
-"""`scripts/bench walk`: honest migrations, while a caller who is not their driver makes random phase calls.
+"""`scripts/bench walk`: honest migrations, while a caller who is not their driver makes random calls of
+phases and slots.
 
 That caller can make a migration fail, as callers are not authenticated yet. But a guest never has two running copies and never none,
 and every migration ends soon after the last call.
@@ -19,7 +20,7 @@ import grpc.aio
 from agent.service.channel import open_channel
 from agent.service.status import error_from_rpc
 from coordinator.client import Client, DroverClientError
-from drover.agent.v1 import handshake_pb2, handshake_pb2_grpc
+from drover.agent.v1 import admission_pb2, admission_pb2_grpc, handshake_pb2, handshake_pb2_grpc
 from tests.bench.output import say, show_table
 from tests.bench.outsider import Known, Outsider
 from tests.kit.cluster import Cluster, GuestSpec, cluster
@@ -36,6 +37,8 @@ LOOK_AROUND: Final = 40
 """Number of calls after which the outsider lists the migrations again."""
 PEER_SHARE: Final = 4
 """Every n-th migration goes peer to peer, the others through the coordinator."""
+SLOT_WAIT: Final = 10.0
+"""Seconds for which every second migration waits for its slots; the others are refused by a busy host."""
 BANDWIDTH: Final = 24 << 20
 """Bytes per second, so that a transfer is long enough to be hit by a call."""
 QUIET_SECONDS: Final = 30.0
@@ -108,7 +111,9 @@ async def _migrate(clients: Mapping[str, Client], guest: str, number: int, walk:
         return
     hosts = sorted(set(clients) - {"co", found[0].host})
     server = clients[found[0].host if number % PEER_SHARE == 0 else "co"]
-    started = await server.start_migration(guest, hosts[number % len(hosts)], bandwidth=BANDWIDTH)
+    started = await server.start_migration(
+        guest, hosts[number % len(hosts)], bandwidth=BANDWIDTH, slot_wait=SLOT_WAIT * (number % 2)
+    )
     async for migration in server.watch_migration(started.id):
         if migration.state.ended:
             walk.migrations[migration.state.value] += 1
@@ -149,8 +154,10 @@ async def _look_around(outsider: Outsider, coordinator: Client) -> None:
 
 async def _call(outsider: Outsider, channel: grpc.aio.Channel, method: str, request: Any) -> str:
     """Make the call; return "OK", or the reason of its error."""
+    is_of_slots = method in ("AcquireSlot", "ReleaseSlot")
+    stub = admission_pb2_grpc.AdmissionServiceStub if is_of_slots else handshake_pb2_grpc.HandshakeServiceStub
     try:
-        answer = await getattr(handshake_pb2_grpc.HandshakeServiceStub(channel), method)(request, timeout=CALL_SECONDS)
+        answer = await getattr(stub(channel), method)(request, timeout=CALL_SECONDS)
     except grpc.aio.AioRpcError as error:
         return error_from_rpc(error, "agent").reason
     outsider.learn(request, answer)
@@ -166,7 +173,7 @@ async def _wait_until_quiet(
     began = time.monotonic()
     left = ["?"]
     while left and time.monotonic() < began + QUIET_SECONDS:
-        await asyncio.sleep(0.25)  # three kinds of things end, and no event tells of all of them
+        await asyncio.sleep(0.25)  # four kinds of things end, and no event tells of all of them
         left = await _left(made, clients, channels)
     if left:
         walk.problems += [f"{QUIET_SECONDS:g} s after the last call: {what}" for what in left]
@@ -185,6 +192,9 @@ async def _left(made: Cluster, clients: Mapping[str, Client], channels: Mapping[
         for record in (await stub.ListRecords(request, timeout=CALL_SECONDS)).records:
             state = handshake_pb2.RecordState.Name(record.state).removeprefix("RECORD_STATE_").lower()
             left.append(f"{host} has a record of {record.ref.migration_id} of {record.domain_name}: {state}")
+        slots = admission_pb2_grpc.AdmissionServiceStub(channel)
+        for slot in (await slots.ListSlots(admission_pb2.ListSlotsRequest(), timeout=CALL_SECONDS)).slots:
+            left.append(f"{host} has a {'place' if slot.waiting else 'slot'} of {slot.migration_id}")
     domains = await clients["co"].list_domains()
     for guest in made.guests:
         copies = {each.host: f"{each.state.value} {each.job}".replace(" none", "") for each in domains if each.name == guest}

@@ -5,7 +5,7 @@ from collections import Counter
 
 from agent.service.bounds import check_request
 from drover.agent.v1 import handshake_pb2 as pb
-from tests.bench.outsider import AT_DESTINATION, Known, Outsider
+from tests.bench.outsider import Known, Outsider, is_for_destination
 from tests.unit.asking import ID, REF
 
 AGENTS = {"h1": "unix:/run/h1.sock", "h2": "unix:/run/h2.sock", "h3": "unix:/run/h3.sock"}
@@ -22,8 +22,8 @@ def test_requests_are_valid_and_go_to_the_right_host_mostly() -> None:
         host, method, request = outsider.next()
         check_request(request)
         methods[method] += 1
-        right += host == ("h2" if method in AT_DESTINATION else "h1")
-    assert len(methods) == 11
+        right += host == ("h2" if is_for_destination(method, request) else "h1")
+    assert len(methods) == 13
     assert right > 750
     assert outsider.known[ID].cookies == [b"", b"c"]
 
