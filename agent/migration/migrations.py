@@ -181,10 +181,11 @@ class Migrations:
         return entry
 
     def take_over(self, migration: pb.Migration) -> None:
-        """Drive a migration of a lost driver to its end, unless it is driven here already."""
-        entry = self.collection.find(migration.migration_id)
-        if entry is not None and not entry.final:
+        """Drive a lost driver's migration to its end, unless it is driven here. Raises DRAINING, OVERLOADED for one that waits."""
+        if (entry := self.collection.find(migration.migration_id)) is not None and not entry.final:
             return
+        if migration.HasField("slot_wait"):
+            self._check_accepts(waits=True)
         entry = Entry(migration, self._kept)
         self.collection.publish(entry, migration)
         entry.slot_asked = entry.unbegun  # the other driver may have asked for the slot

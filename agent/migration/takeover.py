@@ -14,7 +14,9 @@ from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.peer import OtherHost
 from agent.handshake.host.records import AttemptRecord, BandwidthClaim
 from agent.hypervisor.wire import options_to_proto
+from agent.migration.attempts import MOST_WARNINGS
 from agent.migration.migrations import Migrations
+from agent.runtime.errors import DroverError
 from agent.runtime.wire import duration, timestamp
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -29,26 +31,38 @@ OtherSide = Callable[[Attempt], OtherHost | None]
 
 WAITED: Final = "its driver went silent while it waited for its slots, so the source's agent goes on with it"
 
+_OF_A_WAIT: Final = frozenset(
+    "migration_id spec attempt destination_host domain_name domain_uuid tenant network network_choice options settings slot_wait "  # noqa: SIM905
+    "cancel_time warnings timings runs_on source_guest".split()
+)
+"""Fields of a migration that waits for its slots."""
+
 
 async def take_over_waiting(silent: "asyncio.Queue[Place]", migrations: Migrations, host: str) -> None:
     """Take over each migration of the queue, which waits for its slots, for ever."""
     while True:
         place = await silent.get()
         log.warning("taking over a migration that waits from a silent driver", migration=place.migration_id, driver=place.driver)
-        migrations.take_over(waiting_taken_over(place, host))
+        try:
+            migrations.take_over(waiting_taken_over(place, host))
+        except DroverError as error:
+            log.error("a migration that waits is not taken over", migration=place.migration_id, error=error.message)
 
 
 def waiting_taken_over(place: Place, host: str) -> pb.Migration:
-    """Return a migration that waits as its driver has stored it, for this host's agent as its driver."""
+    """Return a migration that waits as its driver has stored it, for this host's agent as its driver. It begins with its slots, and
+    waits for `slot_wait` since it has waited here at most: nothing else of what the driver says is believed."""
     migration = pb.Migration.FromString(place.pending)
+    for field, _ in migration.ListFields():
+        if field.name not in _OF_A_WAIT:
+            migration.ClearField(field.name)  # type: ignore[arg-type]
+    migration.state = pb.MIGRATION_STATE_CANCELLING if migration.HasField("cancel_time") else pb.MIGRATION_STATE_PENDING
+    migration.create_time.CopyFrom(timestamp(place.since))
     migration.spec.domain, migration.spec.source_host = migration.domain_uuid, host
     migration.spec.destination_host = place.peer_agent
     migration.spec.network = migration.network  # the other driver, once it is back, goes on with the same one
-    migration.driver = host
-    migration.revision = migration.create_revision = 0
-    migration.ClearField("create_uptime")
-    if WAITED not in migration.warnings:
-        migration.warnings.append(WAITED)
+    migration.source_host, migration.driver, migration.phase = host, host, "reserve"
+    migration.warnings[:] = [*[each for each in migration.warnings if each != WAITED][:MOST_WARNINGS], WAITED]
     return migration
 
 

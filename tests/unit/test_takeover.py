@@ -1,17 +1,23 @@
 """agent.migration.takeover: which agents it can call, and what a user can do to a migration that was taken over."""
 
+import asyncio
 import functools
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+import agent.migration.migrations
 from agent.admission.store import Place
 from agent.admission.values import Direction, Kind
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.records import Role
-from agent.migration.takeover import WAITED, WARNING, take_over, waiting_taken_over
+from agent.migration.attempts import MOST_WARNINGS
+from agent.migration.takeover import WAITED, WARNING, take_over, take_over_waiting, waiting_taken_over
+from agent.runtime.alongside import alongside
+from agent.runtime.errors import Reason
 from agent.runtime.wire import duration
 from agent.service.peers import MAX_CHANNELS, Channels, other_side
 from agent.service.remote_peer import RemotePeer
@@ -154,3 +160,51 @@ def test_8_2_one_that_waits_is_taken_over_by_the_guest_and_the_address_that_its_
     assert not migration.HasField("slot_duration"), "it has no slot yet"
     again = waiting_taken_over(place_of(pending=migration.SerializeToString()), "h1")
     assert list(again.warnings) == [WAITED]
+
+
+def test_8_2_of_one_that_waits_only_what_its_driver_may_say_is_believed() -> None:
+    """A statement would declare a host dead, a slot would let it resume a record that nobody has, another clock lets it wait."""
+    stored = pb.Migration.FromString(place_of().pending)
+    stored.state, stored.source_host = pb.MIGRATION_STATE_ACTIVE, "h9"
+    stored.statements.add().CopyFrom(statement("h2"))
+    stored.slot_duration.CopyFrom(duration(1))
+    stored.create_time.FromSeconds(1 << 33)
+    stored.warnings.extend(["a warning"] * 64)
+    migration = waiting_taken_over(place_of(pending=stored.SerializeToString(), since=7.0), "h1")
+    assert (migration.state, migration.source_host) == (pb.MIGRATION_STATE_PENDING, "h1")
+    assert (list(migration.statements), migration.HasField("slot_duration")) == ([], False)
+    assert migration.create_time.ToSeconds() == 7
+    assert len(migration.warnings) == MOST_WARNINGS + 1
+
+
+async def taken_over_wait(driving: Driving, **fields: Any) -> None:
+    """Let h1 take over a migration whose destination does not answer."""
+    stored = pb.Migration.FromString(place_of().pending)
+    for name, value in fields.items():
+        stored.ClearField(name)  # type: ignore[arg-type]
+        stored.MergeFrom(pb.Migration(**{name: value}))
+    silent: asyncio.Queue[Place] = asyncio.Queue()
+    silent.put_nowait(place_of(pending=stored.SerializeToString(), since=time.time()))
+    driving.pair.to_destination.cut = True
+    async with alongside(take_over_waiting(silent, driving.migrations, "h1")):
+        await until(silent.empty)
+
+
+async def test_8_2_one_that_waits_for_a_host_that_never_answers_ends_by_its_time(driving: Driving) -> None:
+    await taken_over_wait(driving, slot_wait=duration(0.2), state=pb.MIGRATION_STATE_ACTIVE, slot_duration=duration(1))
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_FAILED, Reason.HOST_UNREACHABLE)
+
+
+async def test_8_2_one_that_waits_for_a_host_that_never_answers_can_be_cancelled(driving: Driving) -> None:
+    await taken_over_wait(driving, state=pb.MIGRATION_STATE_ACTIVE, slot_duration=duration(1))
+    await until(lambda: driving.migrations.collection.find(ID))
+    await driving.migrations.cancel(ID)
+    assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
+
+
+async def test_8_2_no_more_are_taken_over_than_may_wait(driving: Driving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.migration.migrations, "MOST_WAITING", 1)
+    await taken_over_wait(driving)
+    await taken_over_wait(driving, migration_id="another")
+    assert [entry.migration.migration_id for entry in driving.migrations.collection.all()] == [ID]
