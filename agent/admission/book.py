@@ -7,12 +7,12 @@ last second holds up those behind it, too. A migration that was prepared keeps t
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from msgspec.structs import replace
 
-from agent.admission.estimate import time_until
+from agent.admission.estimate import forecast
 from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot
 from agent.runtime.wire import duration
 from drover.agent.v1.migration_pb2 import WAIT_REASON_OUTGOING_SLOT, WAIT_REASON_SLOT, Wait
@@ -90,6 +90,8 @@ class Book:
         does not join the queue; pass it to `grant`."""
         claim = self._claims.get(ask.migration_id) or self.newcomer(ask, now)
         waits = waits or self.is_waiting(claim)
+        if claim.calls and self.is_waiting(claim) and claim.has(ask.kind):
+            ask = replace(ask, kind=claim.ask.kind)  # another call waits for more
         self.leave_queue(claim)
         memory = max(ask.memory, claim.ask.memory)  # a driver that has taken over may not know it
         claim.ask = replace(ask, memory=memory, pending=b"")
@@ -217,8 +219,7 @@ class Book:
     # ---- time
 
     def sweep(self, now: float) -> list[Claim]:
-        """Take the claims whose drivers have been silent for the lease out of the queue. Return those without an attached slot, for
-        the caller to free."""
+        """Take claims whose drivers were silent for the lease out of the queue. Return those to free: without an attached slot."""
         silent = [c for c in self._claims.values() if not c.calls and now >= c.seen + self.lease]
         for claim in silent:
             self.leave_queue(claim)
@@ -236,8 +237,7 @@ class Book:
         return _NEVER if told else claim.seen + self._takeover_after
 
     def due(self, claim: Claim, now: float) -> float:
-        """Return the next time at which `sweep`, `silent` or `grant` may find something to do for a claim without a call. Infinite:
-        none."""
+        """Return when `sweep`, `silent` or `grant` may next find something to do for a claim without a call. Infinite: never."""
         if claim.calls or self._claims.get(claim.migration_id) is not claim:
             return _NEVER
         waits = self.is_waiting(claim)
@@ -253,7 +253,7 @@ class Book:
         waits = self.is_waiting(claim)
         importance, *rest = self._key(claim)
         ahead = order.index(claim) if waits else bisect_left(keys, (importance, rounds[self._lane(claim)], *rest))
-        low, high = self.time_until(ahead + 1, now)
+        low, high = self.forecast(now)(ahead + 1)
         # Those that transfer first, then the oldest.
         slots = sorted((-slot.kind, slot.epoch, c.migration_id) for slot, c in self.slots() if c is not claim)
         return Wait(
@@ -268,10 +268,10 @@ class Book:
             estimate_high=duration(high),
         )
 
-    def time_until(self, position: int, now: float) -> tuple[float, float]:
-        """Return the likely least and most seconds until the turn of a position in the queue."""
+    def forecast(self, now: float) -> Callable[[int], tuple[float, float]]:
+        """Return a function from a position of the queue to the likely least and most seconds until its turn."""
         ages = [now - slot.since for slot, _ in self.slots() if slot.kind is Kind.TRANSFERRING]
-        return time_until(position, ages, self.limits.limit, self._held)
+        return forecast(ages, self.limits.limit, self._held)
 
     def _ordered(self) -> _Order:
         """Return the keys and the claims of the queue in order, and how many of each lane wait. Cached until the queue changes."""

@@ -10,7 +10,7 @@ from agent.admission.queue import Queue
 from agent.admission.settings import Configured, Settings
 from agent.admission.store import AdmissionRows, Place
 from agent.admission.values import Direction
-from agent.admission.wire import holder_to_proto
+from agent.admission.wire import holder_to_proto, waiter_to_proto
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.bell import Bell
 from agent.runtime.events import Bus
@@ -97,12 +97,14 @@ class Desk:
             queue.limit(settings.limits(direction, self._configured))
 
     def slots(self) -> Iterator[tuple[Key, pb.SlotHolder]]:
-        """Yield all slots and waiters with their keys: incoming first; of each, the slots, then the queue in its order."""
+        """Yield all slots and waiters with their keys, which stay: incoming first; of each, the slots, then the waiters by age."""
         for number, queue in enumerate(self.queues.values()):
-            for slot, claim in sorted(queue.book.slots(), key=lambda each: each[0].epoch):
-                yield (number, 0, slot.epoch), holder_to_proto(claim, queue.book, queue.now)
-            for position, claim in enumerate(queue.book.in_order(), 1):
-                yield (number, 1, position), holder_to_proto(claim, queue.book, queue.now, position)
+            book, now = queue.book, queue.now
+            for slot, claim in sorted(book.slots(), key=lambda each: each[0].epoch):
+                yield (number, 0, slot.epoch), holder_to_proto(claim, slot, book, now)
+            turn = book.forecast(now)
+            for position, claim in sorted(enumerate(book.in_order(), 1), key=lambda each: each[1].place):
+                yield (number, 1, claim.place), waiter_to_proto(claim, book, now, position, turn(position))
 
     def show(self, host: host_pb2.Host) -> None:
         """Write limits, slots in use, queues and settings into the description of the host."""

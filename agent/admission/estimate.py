@@ -1,6 +1,6 @@
 """Estimates of the time until a place in a queue has its turn, from how long slots were held lately. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import quantiles
 from typing import Final
 
@@ -19,8 +19,8 @@ def quartiles(held: Sequence[float]) -> tuple[float, float]:
     return max(low, 0.0), max(high, low)
 
 
-def time_until(position: int, ages: Sequence[float], places: int, held: Sequence[float]) -> tuple[float, float]:
-    """Return the likely least and most seconds until the migration at `position` (from 1) gets a slot.
+def forecast(ages: Sequence[float], places: int, held: Sequence[float]) -> Callable[[int], tuple[float, float]]:
+    """Return a function from a position of the queue (from 1) to the likely least and most seconds until it gets a slot.
 
     Args:
         ages: for how long each taken slot has been held.
@@ -28,11 +28,13 @@ def time_until(position: int, ages: Sequence[float], places: int, held: Sequence
         held: how long slots were held lately.
     """
     low, high = quartiles(held)
-    return _until(position, ages, places, low, 0.0), _until(position, ages, places, high, LEAST_SECONDS)
-
-
-def _until(position: int, ages: Sequence[float], places: int, typical: float, least: float) -> float:
     free = [0.0] * max(0, places - len(ages))
-    left = sorted([*free, *(max(typical - age, least) for age in ages)])
+    least = sorted([*free, *(max(low - age, 0.0) for age in ages)])
+    most = sorted([*free, *(max(high - age, LEAST_SECONDS) for age in ages)])
+    return lambda position: (_until(position, least, low), _until(position, most, high))
+
+
+def _until(position: int, left: Sequence[float], typical: float) -> float:
+    """`left`: seconds until each place is free, the first one first."""
     rounds, rest = divmod(position - 1, len(left) or 1)
     return rounds * typical + (left[rest] if left else typical)

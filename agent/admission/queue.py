@@ -108,8 +108,10 @@ class Queue:
         claim = self.book.ask(ask, self.now)
         if not claim.calls:
             claim.turn_until = float("-inf")
-        await self._keep(claim, ask.pending, new=known is None)
-        self._arm(claim)
+        try:
+            await self._keep(claim, ask.pending, new=known is None)
+        finally:  # also where its caller leaves meanwhile
+            self._arm(claim)
         return claim
 
     def standing(self, claim: Claim) -> Wait:

@@ -17,6 +17,8 @@ _WIRE_DIRECTIONS: Final = {value: key for key, value in _DIRECTIONS.items()}
 _UNENDED: Final = frozenset(
     {migration_pb2.MIGRATION_STATE_PENDING, migration_pb2.MIGRATION_STATE_ACTIVE, migration_pb2.MIGRATION_STATE_CANCELLING}
 )
+_MOST_ATTEMPTS: Final = 1_000_000
+"""Of a migration that waits: more than it makes in 7 days."""
 _VERBS: Final = {Direction.INCOMING: "come to", Direction.OUTGOING: "leave"}
 
 
@@ -44,21 +46,45 @@ def ask_of(request: pb.AcquireSlotRequest) -> Ask:
 
 
 def _pending_of(request: pb.AcquireSlotRequest) -> bytes:
-    """Return the migration that the source is to take over. Raises INVALID_FIELD for another one, or one that has ended."""
+    """Return the migration that the source is to take over. Raises INVALID_FIELD for one that could not go on, or would for ever."""
     if request.direction != pb.SLOT_DIRECTION_OUTGOING or not request.HasField("pending"):
         return b""
-    if request.pending.migration_id != request.migration_id:
-        raise invalid_field("pending.migration_id", f"must be {request.migration_id}")
-    if request.pending.state not in _UNENDED:
-        raise invalid_field("pending.state", "must be that of a migration that waits")
-    return request.pending.SerializeToString()
+    pending = request.pending
+    valid = {
+        "pending.migration_id": pending.migration_id == request.migration_id,
+        "pending.spec": pending.HasField("spec"),
+        "pending.state": pending.state in _UNENDED,
+        "pending.attempt": 1 <= pending.attempt <= _MOST_ATTEMPTS,
+        "pending.domain_uuid": bool(pending.domain_uuid),
+        "pending.slot_wait": pending.slot_wait.ToNanoseconds() > 0,
+        "peer_agent": bool(request.peer_agent),
+    }
+    for field, holds in valid.items():
+        if not holds:
+            raise invalid_field(field, f"must be that of migration {request.migration_id}, which waits for this slot")
+    return pending.SerializeToString()
 
 
-def holder_to_proto(claim: Claim, book: Book, now: float, position: int = 0) -> pb.SlotHolder:
-    """Convert a taken slot, or a waiter at a position of the queue. `now`: by the clock of the book."""
-    slot = claim.slot if not position else None
-    since = slot.since if slot is not None else claim.since
-    holder = pb.SlotHolder(
+def holder_to_proto(claim: Claim, slot: Slot, book: Book, now: float) -> pb.SlotHolder:
+    """Convert the slot of a claim. `now`: by the clock of the book."""
+    holder = _shown(claim, book, now, slot.since)
+    holder.kind, holder.epoch, holder.cost = slot.kind.value, slot.epoch, slot.cost  # type: ignore[assignment]
+    if not slot.attached:
+        holder.expire_time.CopyFrom(timestamp(time.time() + claim.seen + book.lease - now))
+    return holder
+
+
+def waiter_to_proto(claim: Claim, book: Book, now: float, position: int, turn: tuple[float, float]) -> pb.SlotHolder:
+    """Convert a claim at a position of the queue. `turn`: the likely least and most seconds until its turn."""
+    waiter = _shown(claim, book, now, claim.since)
+    waiter.waiting, waiter.position = True, position
+    waiter.estimate_low.CopyFrom(duration(turn[0]))
+    waiter.estimate_high.CopyFrom(duration(turn[1]))
+    return waiter
+
+
+def _shown(claim: Claim, book: Book, now: float, since: float) -> pb.SlotHolder:
+    return pb.SlotHolder(
         migration_id=claim.migration_id,
         direction=_WIRE_DIRECTIONS[book.direction],
         kind=claim.ask.kind.value,  # type: ignore[arg-type]
@@ -67,16 +93,6 @@ def holder_to_proto(claim: Claim, book: Book, now: float, position: int = 0) -> 
         since_time=timestamp(time.time() - now + since),
         age=duration(max(0.0, now - since)),
     )
-    if slot is None:
-        low, high = book.time_until(position, now)
-        holder.waiting, holder.position = True, position
-        holder.estimate_low.CopyFrom(duration(low))
-        holder.estimate_high.CopyFrom(duration(high))
-    else:
-        holder.kind, holder.epoch, holder.cost = slot.kind.value, slot.epoch, slot.cost  # type: ignore[assignment]
-        if not slot.attached:
-            holder.expire_time.CopyFrom(timestamp(time.time() + claim.seen + book.lease - now))
-    return holder
 
 
 def slot_changed(claim: Claim, slot: Slot, book: Book, change: Literal["taken", "changed", "freed"]) -> SlotChanged:

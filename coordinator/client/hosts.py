@@ -68,7 +68,8 @@ class HostQuestions:
         if pages is None:
             await self._agent_host(host)
             pages = await self._pages(self._slots.ListSlots, admission_pb2.ListSlotsRequest())
-        return [Slot.from_proto(slot) for page in pages for slot in page.slots]
+        slots = [Slot.from_proto(slot) for page in pages for slot in page.slots]
+        return sorted(slots, key=lambda slot: (slot.direction, slot.waiting, slot.position))
 
     async def update_domain(self, domain: str, changes: Mapping[str, Any], host: str) -> Domain:
         """`changes`: by field of `DomainSettings`; an empty value removes it."""

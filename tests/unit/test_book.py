@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from agent.admission.book import RETURN_SECONDS, TURN_SECONDS, Book
-from agent.admission.estimate import UNKNOWN, quartiles, time_until
+from agent.admission.estimate import UNKNOWN, forecast, quartiles
 from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot
 from drover.agent.v1.migration_pb2 import Wait
 
@@ -366,9 +366,9 @@ def test_8_2_how_long_slots_were_held_lately_is_the_estimate() -> None:
 def test_8_2_estimates_of_few_readings_are_wide_and_places_share_the_work() -> None:
     assert quartiles([]) == UNKNOWN
     assert quartiles([10.0, 20.0]) == (5.0, 40.0)
-    assert time_until(1, [], 2, [10.0] * 8)[0] == 0.0
-    assert time_until(3, [9.0, 1.0], 2, [10.0] * 8) == (11.0, 11.0)
-    assert time_until(1, [100.0], 1, [10.0] * 8) == (0.0, 0.5)
+    assert forecast([], 2, [10.0] * 8)(1)[0] == 0.0
+    assert forecast([9.0, 1.0], 2, [10.0] * 8)(3) == (11.0, 11.0)
+    assert forecast([100.0], 1, [10.0] * 8)(1) == (0.0, 0.5)
 
 
 @pytest.fixture

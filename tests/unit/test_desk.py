@@ -11,12 +11,14 @@ import pytest
 import agent.admission.queue
 from agent.admission.desk import Desk
 from agent.admission.settings import Configured
-from agent.admission.values import UNKNOWN_ROW, Ask, Direction
+from agent.admission.store import AdmissionRows
+from agent.admission.values import UNKNOWN_ROW, Ask, Direction, Kind
 from agent.handshake.host.journal import Journal
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
-from drover.agent.v1 import host_pb2
-from tests.unit.asking import fails, until
+from agent.runtime.paging import Paging
+from drover.agent.v1 import admission_pb2, host_pb2
+from tests.unit.asking import PATIENCE, fails, until
 
 IN, OUT = Direction.INCOMING, Direction.OUTGOING
 
@@ -81,6 +83,51 @@ async def test_8_2_an_agent_that_stops_ends_waits_and_keeps_their_places_for_its
     async with desk_in(tmp_path) as (desk, _):
         await fails(desk.queues[IN].acquire(Ask("new")), Reason.BUSY)  # the place holds it up
         assert [claim.migration_id for claim in desk.queues[IN].book.in_order()] == ["waits"]
+
+
+async def test_8_2_a_list_of_slots_misses_no_migration_that_waits_all_the_time(tmp_path: Path) -> None:
+    """The first of the queue leaves between two pages: those behind it move up by one place."""
+    async with desk_in(tmp_path) as (desk, _):
+        queue, seen, token = desk.queues[IN], [], ""
+        for name, importance in (("holder", 2), ("a", 3), ("b", 1), ("c", 2), ("d", 3)):
+            await queue.acquire(Ask(name, importance=importance), wait=0.001)
+        for _ in range(3):
+            request = admission_pb2.ListSlotsRequest(page_size=2, page_token=token)
+            page = Paging(request, int, int, int).take(desk.slots())
+            seen += [(slot.migration_id, slot.position) for slot in page.items]
+            token = page.token
+            queue.release("a", keep_place=False)
+        assert (seen, token) == ([("holder", 0), ("a", 1), ("b", 3), ("c", 2), ("d", 1)], "")
+
+
+async def test_8_2_a_place_whose_caller_left_while_it_was_written_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with desk_in(tmp_path) as (desk, _):
+        queue, writing = desk.queues[OUT], asyncio.Event()
+
+        async def hang(*_: object) -> None:
+            writing.set()
+            await asyncio.Event().wait()
+
+        queue.book.lease = 0.05
+        monkeypatch.setattr(AdmissionRows, "put_place", hang)
+        call = asyncio.create_task(queue.keep_place(Ask("left")))
+        await writing.wait()
+        call.cancel()
+        await asyncio.wait({call})
+        await until(lambda: queue.book.find("left") is None)
+
+
+async def test_8_2_a_call_for_less_does_not_take_a_waiting_call_out_of_the_queue(tmp_path: Path) -> None:
+    """Two drivers of one migration: one waits for the right to transfer, the other one asks for any slot, which it has."""
+    async with desk_in(tmp_path) as (desk, _):
+        queue = desk.queues[IN]
+        await queue.acquire(Ask("holder"))
+        await queue.acquire(Ask("m", Kind.PREPARED))
+        waits = asyncio.create_task(queue.acquire(Ask("m", Kind.TRANSFERRING), wait=30))
+        await until(lambda: queue.book.queue_length)
+        assert (await queue.acquire(Ask("m", Kind.PREPARED), wait=1)).has(Kind.PREPARED)
+        queue.release("holder", keep_place=False)
+        assert (await asyncio.wait_for(waits, PATIENCE)).has(Kind.TRANSFERRING)
 
 
 async def damage(folder: Path, table: str) -> None:

@@ -15,6 +15,7 @@ from agent.runtime.wire import duration
 from drover.agent.v1 import admission_pb2 as pb
 from drover.agent.v1 import handshake_pb2, host_pb2, migration_pb2
 from tests.unit.asking import ID, REF, begin, fails, finish, finished, make_plan, perform, prepare, record, reserve, until
+from tests.unit.fake_hypervisor import UUID
 from tests.unit.two_agents import Agent, Pair, pair_of_agents
 
 INCOMING, OUTGOING = pb.SLOT_DIRECTION_INCOMING, pb.SLOT_DIRECTION_OUTGOING
@@ -42,7 +43,15 @@ def acquire(migration_id: str = ID, direction: pb.SlotDirection.ValueType = INCO
 
 async def listed(agent: Agent) -> list[tuple[str, int, bool, int]]:
     answer = await agent.engine.list_slots(pb.ListSlotsRequest())
-    return [(slot.migration_id, slot.kind, slot.waiting, slot.position) for slot in answer.slots]
+    slots = sorted(answer.slots, key=lambda slot: (slot.direction, slot.waiting, slot.position))
+    return [(slot.migration_id, slot.kind, slot.waiting, slot.position) for slot in slots]
+
+
+def waits(**fields: Any) -> migration_pb2.Migration:
+    """Return the migration as a driver has stored it that waits for its slots."""
+    values = {"migration_id": ID, "domain_uuid": UUID, "attempt": 1, "state": migration_pb2.MIGRATION_STATE_PENDING}
+    values |= {"spec": migration_pb2.MigrationSpec(domain="web1"), "slot_wait": duration(60)}
+    return migration_pb2.Migration(**{**values, **fields})
 
 
 async def set_limits(agent: Agent, **limits: int) -> None:
@@ -213,9 +222,9 @@ async def test_8_1_a_record_of_an_older_agent_holds_a_slot_that_allows_everythin
 
 async def test_8_2_a_begin_that_finds_no_slot_leaves_the_place_as_its_driver_has_asked_for_it(pair: Pair) -> None:
     agent = pair.alone()
-    pending = migration_pb2.Migration(migration_id=ID, domain_name="web1", state=migration_pb2.MIGRATION_STATE_PENDING)
+    fields = {"pending": waits(), "peer_agent": "10.91.0.2:7400", "importance": 3, "driver": "co"}
     await agent.engine.acquire_slot(acquire("holds", OUTGOING))
-    await agent.engine.acquire_slot(acquire(ID, OUTGOING, wait=0.01, pending=pending, importance=3, driver="co"))
+    await agent.engine.acquire_slot(acquire(ID, OUTGOING, wait=0.01, **fields))
     before = await agent.journal.admission.place(Direction.OUTGOING, ID)
     await fails(agent.engine.begin(begin()), Reason.BUSY)
     claim = agent.engine.desk.queues[Direction.OUTGOING].book.find(ID)
@@ -223,7 +232,7 @@ async def test_8_2_a_begin_that_finds_no_slot_leaves_the_place_as_its_driver_has
     assert (claim.ask.importance, claim.ask.driver) == (3, "co")
     assert await agent.journal.admission.place(Direction.OUTGOING, ID) == before
     assert before is not None
-    assert migration_pb2.Migration.FromString(before.pending) == pending
+    assert migration_pb2.Migration.FromString(before.pending) == waits()
 
 
 async def test_8_2_a_begin_takes_the_slot_that_is_free_for_the_one_that_waits(pair: Pair) -> None:
@@ -349,22 +358,45 @@ async def test_8_1_a_bad_setting_changes_nothing(pair: Pair, paths: list[str], f
 
 async def test_8_2_a_migration_that_waits_at_its_source_is_told_when_its_driver_is_silent_also_after_a_restart(brief: Pair) -> None:
     agent = brief.source
-    migration = migration_pb2.Migration(migration_id=ID, domain_name="web1", state=migration_pb2.MIGRATION_STATE_PENDING)
     await agent.engine.acquire_slot(acquire("holds", OUTGOING))
-    await agent.engine.acquire_slot(acquire(ID, OUTGOING, wait=0.01, pending=migration, peer_agent="10.91.0.2:7400", driver="co"))
+    await agent.engine.acquire_slot(acquire(ID, OUTGOING, wait=0.01, pending=waits(), peer_agent="10.91.0.2:7400", driver="co"))
     for restarts in (False, True):
         if restarts:
             await agent.restart()
         told = await asyncio.wait_for(agent.silent.get(), 5)
-        assert migration_pb2.Migration.FromString(told.pending) == migration
+        assert migration_pb2.Migration.FromString(told.pending) == waits()
         assert (told.peer_agent, told.driver) == ("10.91.0.2:7400", "co")
 
 
-@pytest.mark.parametrize(("migration_id", "state", "field"), [("another", 1, "pending.migration_id"), (ID, 4, "pending.state")])
-async def test_8_2_nothing_is_kept_of_a_migration_that_is_not_the_one_that_waits(
-    pair: Pair, migration_id: str, state: migration_pb2.MigrationState.ValueType, field: str
-) -> None:
-    pending = migration_pb2.Migration(migration_id=migration_id, state=state)
-    refused = await fails(pair.source.engine.acquire_slot(acquire(ID, OUTGOING, wait=1, pending=pending)), Reason.INVALID_FIELD)
-    assert refused.metadata["field"] == field
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("migration_id", "another"),
+        ("spec", None),
+        ("state", migration_pb2.MIGRATION_STATE_SUCCEEDED),
+        ("attempt", 0),
+        ("attempt", 2**31 - 1),
+        ("domain_uuid", ""),
+        ("slot_wait", duration(0)),
+    ],
+)
+async def test_8_2_nothing_is_kept_of_a_migration_that_is_not_the_one_that_waits(pair: Pair, field: str, value: Any) -> None:
+    request = acquire(ID, OUTGOING, wait=1, pending=waits(**{field: value}), peer_agent="10.91.0.2:7400")
+    refused = await fails(pair.source.engine.acquire_slot(request), Reason.INVALID_FIELD)
+    assert refused.metadata["field"] == f"pending.{field}"
+    assert (await listed(pair.source), await pair.source.journal.admission.places()) == ([], [])
+
+
+@pytest.mark.parametrize("address", ["", "nonsense"])
+async def test_8_2_nothing_is_kept_of_a_migration_whose_destination_cannot_be_asked(pair: Pair, address: str) -> None:
+    request = acquire(ID, OUTGOING, wait=1, pending=waits(), peer_agent=address)
+    refused = await fails(pair.source.engine.acquire_slot(request), Reason.INVALID_FIELD)
+    assert refused.metadata["field"] == "peer_agent"
+    assert (await listed(pair.source), await pair.source.journal.admission.places()) == ([], [])
+
+
+@pytest.mark.parametrize("place_only", [True, False])
+async def test_8_2_nothing_is_kept_of_a_migration_whose_guest_is_not_here(pair: Pair, place_only: bool) -> None:
+    fields = {"pending": waits(domain_uuid="another"), "peer_agent": "10.91.0.2:7400", "place_only": place_only}
+    await fails(pair.source.engine.acquire_slot(acquire(ID, OUTGOING, wait=1, **fields)), Reason.DOMAIN_NOT_FOUND)
     assert (await listed(pair.source), await pair.source.journal.admission.places()) == ([], [])

@@ -71,7 +71,7 @@ class Engine:
         leaving, self._arriving = SourceEffects(host, peers), DestinationEffects(host, journal)
         effects = {Role.SOURCE: leaving.run, Role.DESTINATION: self._arriving.run}
         self._attempts = Attempts(journal, effects, look, why, self._put, host.clock, host.bus, desk.changed)
-        self._slots = RecordSlots(self._attempts, desk)
+        self._slots = RecordSlots(host, self._attempts, desk)
         self._aftercare = Aftercare(host, other_side)
         self._owner = Owner(host, self._attempts, other_side)
         self._source = SourceSide(host, self._attempts, take_over, peers, Departures(host, self._attempts, self._owner), self._slots)

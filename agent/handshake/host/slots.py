@@ -17,11 +17,12 @@ from agent.admission.values import Ask, Claim, Direction, Kind, Slot
 from agent.admission.wire import ask_of, direction_of, holder_to_proto
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.attempts import Attempts
-from agent.handshake.host.phases import check_address, overtaken, wait_of
+from agent.handshake.host.phases import LocalHost, check_address, overtaken, wait_of
 from agent.handshake.host.records import AttemptRecord, Role
 from agent.handshake.machines.destination import DestinationEffect, DestinationState
 from agent.handshake.machines.facts import sends
 from agent.handshake.machines.source import SourceState
+from agent.hypervisor.reasons import translated
 from agent.runtime.alongside import outlasting
 from agent.runtime.errors import Reason
 from agent.runtime.paging import Paging
@@ -46,13 +47,17 @@ _FLOWS: Final = frozenset({SourceState.PERFORMING, DestinationState.ARMED})
 _COMPLETED: Final = frozenset({SourceState.PERFORMED, DestinationState.RUNNING})
 """States after which the time for which the slot was held counts for estimates."""
 
+PAGE: Final = 100
+"""Slots and waiters of a page whose size the request does not say."""
+
 _GIVEN_UP: Final = frozenset({SourceState.KEPT, DestinationState.GONE})
 
 
 class RecordSlots:
     """The slots of the attempts of one host."""
 
-    def __init__(self, attempts: Attempts, desk: Desk) -> None:
+    def __init__(self, host: LocalHost, attempts: Attempts, desk: Desk) -> None:
+        self._host = host
         self._attempts = attempts
         self._desk = desk
         self._changing: weakref.WeakKeyDictionary[Attempt, asyncio.Lock] = weakref.WeakKeyDictionary()
@@ -122,6 +127,9 @@ class RecordSlots:
     async def acquire_slot(self, request: pb.AcquireSlotRequest) -> pb.AcquireSlotResponse:
         queue, ask = self._desk.queues[direction_of(request)], ask_of(request)
         check_address(request.peer_agent, "peer_agent")
+        if ask.pending and ((known := queue.book.find(ask.migration_id)) is None or known.row is None):
+            with translated(self._host.name, request.pending.domain_uuid):
+                await self._host.hypervisor.get_domain(request.pending.domain_uuid)
         known = queue.book.find(ask.migration_id)
         other = known.ask.driver if known is not None and known.ask.driver != ask.driver else ""
         if request.place_only:
@@ -130,8 +138,8 @@ class RecordSlots:
             claim = await queue.acquire(ask, wait=wait_of(request.wait, unset=0.0))
             await self._record(queue, claim)
         response = pb.AcquireSlotResponse(other_driver=other)
-        if claim.has(ask.kind):
-            response.slot.CopyFrom(holder_to_proto(claim, queue.book, queue.now))
+        if claim.slot is not None and claim.has(ask.kind):
+            response.slot.CopyFrom(holder_to_proto(claim, claim.slot, queue.book, queue.now))
         else:
             response.wait.CopyFrom(queue.standing(claim))
         return response
@@ -154,7 +162,7 @@ class RecordSlots:
                 queue.release(attempt.record.migration_id, keep_place=keep_place)
 
     async def list_slots(self, request: pb.ListSlotsRequest) -> pb.ListSlotsResponse:
-        page = Paging(request, int, int, int).take(self._desk.slots())
+        page = Paging(request, int, int, int, default=PAGE).take(self._desk.slots())
         return pb.ListSlotsResponse(slots=page.items, next_page_token=page.token)
 
     # ---- parts

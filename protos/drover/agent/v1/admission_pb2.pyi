@@ -170,7 +170,7 @@ class AcquireSlotRequest(message.Message):
     memory_bytes: builtins.int
     """Memory of the guest, by which the host counts its cost."""
     peer_agent: builtins.str
-    """Outgoing, with `pending`: address of the destination's agent."""
+    """Outgoing: address of the destination's agent. Required with `pending`."""
     driver: builtins.str
     """Name of the driver that waits, such as "coordinator"."""
     place_only: builtins.bool
@@ -184,7 +184,8 @@ class AcquireSlotRequest(message.Message):
     @builtins.property
     def pending(self) -> migration_pb2.Migration:
         """Outgoing only: the migration as its driver has stored it, so that the source's agent can go on if the driver goes silent. Unset:
-        nobody takes it over. `spec.destination_host` and `spec.source_host` are ignored.
+        nobody takes it over. It has a `slot_wait`, and its guest is on this host. `spec.destination_host` and `spec.source_host` are
+        ignored.
         """
 
     def __init__(
@@ -293,7 +294,7 @@ class ListSlotsRequest(message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """Most items of a page, up to 1,000; a page may have fewer. Zero: 1,000."""
+    """Most items of a page, up to 1,000; a page may have fewer. Zero: 100."""
     page_token: builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
@@ -318,7 +319,7 @@ class ListSlotsResponse(message.Message):
     """`page_token` of the next page. Empty: this is the last one."""
     @builtins.property
     def slots(self) -> containers.RepeatedCompositeFieldContainer[SlotHolder]:
-        """Incoming before outgoing; of each, the slots, then the queue in its order."""
+        """Incoming before outgoing; of each, the slots, then those that wait, by age: `position` says whose turn it is."""
 
     def __init__(
         self,
