@@ -26,7 +26,7 @@ _HOLDS: Final = (SourceEffect.ABORT, SourceEffect.BEGIN, SourceEffect.RELEASE)
 """Effects whose hypervisor call may still run after an attempt has ended: it would end or block the guest's next transfer."""
 
 _KEEP_ENDED: Final = 256
-"""How many ended attempts stay in memory; older ones are read from the journal again."""
+"""How many ended attempts stay in memory, and up to twice as many between two trims; older ones are read from the journal again."""
 
 
 _MOVED: Final = (DestinationState.RUNNING, SourceState.REMOVED)
@@ -56,6 +56,7 @@ class Attempts:
         self.changed = changed
         """Rings whenever an attempt starts or ends here."""
         self._by_id: dict[str, Attempt] = {}
+        self._trim_at = _KEEP_ENDED
         self._claimed: set[str] = set()
         """Guests (UUIDs) whose first record is being written."""
         self._claimed_names: set[str] = set()
@@ -77,7 +78,8 @@ class Attempts:
         )
         self._by_id.pop(record.migration_id, None)
         self._by_id[record.migration_id] = attempt
-        self._trim()
+        if len(self._by_id) > self._trim_at:
+            self._trim()
         return attempt
 
     def _trim(self) -> None:
@@ -86,6 +88,7 @@ class Attempts:
         ended = [key for key, attempt in over.items() if not attempt.busy]
         for key in ended[: max(0, len(ended) - _KEEP_ENDED)]:
             del self._by_id[key]
+        self._trim_at = len(self._by_id) + _KEEP_ENDED
 
     async def open(self, attempt: Attempt, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `first` (the checks and the first event of an attempt) once for all concurrent callers, also if they go away."""
@@ -132,7 +135,8 @@ class Attempts:
         Raises:
             DroverError: DOMAIN_EXISTS.
         """
-        arrivals = [a.record for a in self.active(Role.DESTINATION) if a.record.destination_name == name]
+        named = [a for a in self._by_id.values() if a.record.destination_name == name]
+        arrivals = [a.record for a in named if a.record.role is Role.DESTINATION and not a.record.final]
         if arrivals or name in self._claimed_names:
             by = f"migration {arrivals[0].migration_id} of guest {arrivals[0].domain_uuid}" if arrivals else "another migration"
             text = f"another guest is already arriving on {host} under the name {name}, by {by}; choose another name with --name"
@@ -146,8 +150,7 @@ class Attempts:
 
     def check_free(self, uuid: str, name: str) -> None:
         """Raise DOMAIN_BUSY, with the migration's id, if an attempt to move this guest is under way here."""
-        unfinished = [a for a in self._by_id.values() if a.busy or not a.record.final]
-        here = [a for a in unfinished if a.record.domain_uuid == uuid]
+        here = [a for a in self._by_id.values() if a.record.domain_uuid == uuid]
         others = sorted((a for a in here if not a.record.final or a.running(*_HOLDS)), key=lambda a: a.record.final)
         if others:
             raise _busy(name, others[0])
