@@ -1,6 +1,6 @@
 """The proof of a path, over TCP connections of its own: who answers at an address, how far away it is, and which packets pass.
 
-1. The source sends a digest of the key; only who knows the key gets an answer, so a stranger costs a few bytes.
+1. The source sends a digest of its key; only who knows a key gets an answer, so a stranger costs a few bytes.
 2. The destination answers with its own digest and the MTU of its interface. These packets are small.
 3. The source sends the payload in packets of full size; once the destination has all of it, it says so with one small packet.
 4. The destination sends the payload, likewise.
@@ -15,7 +15,7 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 from agent.network.connecting import Found, Kernel, PathError, connect, words
@@ -36,8 +36,8 @@ _PATIENCE: Final = EXCHANGE_SECONDS + _SLOW_SECONDS
 _SERVE_SECONDS: Final = 4.0
 _OLDER_SECONDS: Final = 0.2
 """Who says nothing for so long is an older source."""
-_MAX_STRANGERS: Final = 8
-"""Most connections that have not proved yet that they know the key. The oldest makes way."""
+MAX_STRANGERS: Final = 64
+"""Most connections to one port that have not proved yet that they know a key. The oldest makes way."""
 _CHUNK: Final = 64 << 10
 _DIGEST: Final = 32
 _MTU: Final = struct.Struct("!I")
@@ -54,23 +54,32 @@ class Measured:
 
 
 class Responder:
-    """Answers at one address of this host until it is closed."""
+    """Answers at one port of this host until it is closed, to all who know one of its keys."""
 
     def __init__(self) -> None:
-        self.key = secrets.token_bytes(SECRET_BYTES)
         self.nonce = secrets.token_bytes(SECRET_BYTES)
+        self.keys: dict[bytes, bytes] = {}
+        """By the digest with which a source shows that it knows one."""
         self.strangers: dict[asyncio.Transport, None] = {}
-        """Connections that have not proved that they know the key, the oldest first."""
+        """Connections that have not proved that they know a key, the oldest first."""
         self._server: asyncio.Server | None = None
+        self._where = ""
 
-    async def listen(self, address: str, port: int) -> int:
-        """Listen on that address and port (0: any). Return the port. Raises `OSError`."""
+    async def listen(self, address: str, port: int) -> None:
+        """Listen on that IP address and port (0: any). Raises `OSError`."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Answer(self), address, port, backlog=_MAX_STRANGERS)
-        return int(self._server.sockets[0].getsockname()[1])
+        self._server = await loop.create_server(lambda: _Answer(self), address, port, backlog=MAX_STRANGERS)
+        self._where = str(TcpAddress(ip_address(address), int(self._server.sockets[0].getsockname()[1])))
 
-    def to_proto(self, address: TcpAddress) -> pb.PathProbe:
-        return pb.PathProbe(address=str(address), nonce=self.nonce, payload_bytes=PAYLOAD_BYTES, key=self.key)
+    def add(self) -> pb.PathProbe:
+        """Return a probe with a new key."""
+        key = secrets.token_bytes(SECRET_BYTES)
+        self.keys[_digest(key, b"source")] = key
+        return pb.PathProbe(address=self._where, nonce=self.nonce, payload_bytes=PAYLOAD_BYTES, key=key)
+
+    def remove(self, probe: pb.PathProbe) -> None:
+        """Forget the key of a probe."""
+        self.keys.pop(_digest(probe.key, b"source"), None)
 
     def close(self) -> None:
         if self._server is not None:
@@ -90,7 +99,7 @@ class _Answer(asyncio.Protocol):
         self._transport = transport
         strangers = self._responder.strangers
         strangers[transport] = None
-        if len(strangers) > _MAX_STRANGERS:
+        if len(strangers) > MAX_STRANGERS:
             next(iter(strangers)).abort()
         loop = asyncio.get_running_loop()
         self._timers = (loop.call_later(_SERVE_SECONDS, transport.abort), loop.call_later(_OLDER_SECONDS, self._tell_older))
@@ -109,8 +118,8 @@ class _Answer(asyncio.Protocol):
             self._digest, data = self._digest + data[:rest], data[rest:]
             if len(self._digest) < _DIGEST:
                 return
-            key = self._responder.key
-            if not hmac.compare_digest(self._digest, _digest(key, b"source")):
+            key = self._responder.keys.get(self._digest)
+            if key is None:
                 self._end()
                 return
             self._responder.strangers.pop(self._transport, None)

@@ -7,7 +7,7 @@ import pytest
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.host import peer_record
-from agent.handshake.host.path import PathProbe, prove
+from agent.handshake.host.path import open_responder, prove
 from agent.handshake.host.records import Role, state_from_proto
 from agent.hypervisor.base import Domain, DomainState, HypervisorUnavailable, Incompatible, Job
 from agent.runtime.errors import Reason
@@ -300,14 +300,15 @@ async def test_6_01_a_known_id_with_other_content_is_refused(pair: Pair, what: s
 
 
 async def test_6_05_a_path_that_leads_elsewhere_is_refused_before_the_guest_is_touched(pair: Pair) -> None:
-    other = await PathProbe.open(ADDRESSES["h1"], (49200, 49215))
+    other = await open_responder(ADDRESSES["h1"], (49200, 49215))
     try:
-        swapped = pb.PathProbe(address=other.to_proto().address, nonce=PROBE.nonce)
+        told = other.add()
+        swapped = pb.PathProbe(address=told.address, nonce=PROBE.nonce)
         error = await fails(pair.source.engine.begin(begin(probe=swapped)), Reason.PATH_NOT_PROVED)
         assert "something else answers there" in error.message
     finally:
         other.close()
-    closed = await fails(pair.source.engine.begin(begin(probe=other.to_proto())), Reason.PATH_NOT_PROVED)
+    closed = await fails(pair.source.engine.begin(begin(probe=told)), Reason.PATH_NOT_PROVED)
     assert "connection refused" in closed.message
     assert pair.source.calls == []
 

@@ -6,27 +6,29 @@ import hmac
 import socket
 import struct
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from agent.handshake.host.path import PathProbe, prove
+from agent.handshake.host.path import open_responder, prove
 from agent.migration.progress import describe
 from agent.network.connecting import Found
-from agent.network.probe import MAX_PAYLOAD
+from agent.network.probe import MAX_PAYLOAD, MAX_STRANGERS, Responder
 from agent.runtime.address import TcpAddress, parse_address
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
-from drover.agent.v1 import migration_pb2
-from tests.unit.asking import ADDRESSES, PROBE, begin, fails, finished, reserve, until
+from drover.agent.v1 import host_pb2, migration_pb2
+from tests.unit.asking import ADDRESSES, PROBE, REF, begin, fails, finished, reserve, until
+from tests.unit.fake_hypervisor import UUID
 from tests.unit.two_agents import Pair
 
 PORTS = (49230, 49245)
 
 
 @pytest.fixture(params=["127.92.0.2", "::1"])
-async def probe(request: pytest.FixtureRequest) -> AsyncIterator[PathProbe]:
-    opened = await PathProbe.open(request.param, PORTS)
+async def responder(request: pytest.FixtureRequest) -> AsyncIterator[Responder]:
+    opened = await open_responder(request.param, PORTS)
     yield opened
     opened.close()
 
@@ -45,8 +47,8 @@ async def refused(probe: pb.PathProbe, found: Found, source: str = "") -> Drover
     return error
 
 
-async def test_8_5_a_path_is_proved_and_measured(probe: PathProbe) -> None:
-    told = probe.to_proto()
+async def test_8_5_a_path_is_proved_and_measured(responder: Responder) -> None:
+    told = responder.add()
     assert PORTS[0] <= where(told)[1] <= PORTS[1]
     proof = await prove(told, "h1", "h2")
     assert proof.address == where(told)[0]
@@ -77,12 +79,13 @@ async def test_8_5_it_is_proved_from_the_address_of_that_network() -> None:
 
 
 async def test_8_5_an_older_source_gets_the_nonce() -> None:
-    probe = await PathProbe.open(ADDRESSES["h2"], PORTS)
-    reader, writer = await asyncio.open_connection(*where(probe.to_proto()))
+    responder = await open_responder(ADDRESSES["h2"], PORTS)
+    told = responder.add()
+    reader, writer = await asyncio.open_connection(*where(told))
     async with asyncio.timeout(2):
-        assert await reader.read() == probe.to_proto().nonce
+        assert await reader.read() == told.nonce
     writer.close()
-    probe.close()
+    responder.close()
 
 
 async def test_8_5_an_older_destination_is_proved_by_its_nonce() -> None:
@@ -92,11 +95,39 @@ async def test_8_5_an_older_destination_is_proved_by_its_nonce() -> None:
     assert (proof.measured.round_trip > 0, proof.measured.mtu) == (True, 0)
 
 
+# --- one port for all ---
+
+
+async def test_the_probes_at_one_address_share_a_port_and_no_key(responder: Responder) -> None:
+    first, second = responder.add(), responder.add()
+    assert first.address == second.address
+    assert first.key != second.key
+    responder.remove(first)
+    assert (await prove(second, "h1", "h2")).measured is not None
+    await refused(first, Found.OTHER)
+
+
+async def test_the_port_is_open_while_a_slot_is_reserved_that_nobody_has_used(pair: Pair) -> None:
+    engine, refs = pair.destination.engine, [REF, pb.AttemptRef(migration_id=str(uuid.uuid4()), attempt=1)]
+    names = {"web1": UUID, "web2": str(uuid.uuid4())}
+    asked = [
+        reserve(ref=ref, requirements=host_pb2.GuestRequirements(name=name, uuid=names[name]))
+        for ref, name in zip(refs, names, strict=True)
+    ]
+    first, second = [(await engine.reserve_slot(request)).probe for request in asked]
+    assert first.address == second.address
+    await engine.abandon(pb.AbandonRequest(ref=refs[0]))
+    await refused(first, Found.OTHER)
+    assert (await prove(second, "h1", "h2")).measured is not None
+    await engine.abandon(pb.AbandonRequest(ref=refs[1]))
+    await refused(second, Found.REFUSED)
+
+
 # --- strangers ---
 
 
-async def test_8_5_who_does_not_know_the_key_gets_no_byte_and_learns_nothing_that_proves(probe: PathProbe) -> None:
-    told = probe.to_proto()
+async def test_8_5_who_does_not_know_the_key_gets_no_byte_and_learns_nothing_that_proves(responder: Responder) -> None:
+    told = responder.add()
     assert told.key != told.nonce
     for said in (told.nonce, b"GET / HTTP/1.1\r\nHost: hypervisor-2.example\r\n\r\n", hmac.digest(b"", b"source", "sha256")):
         reader, writer = await asyncio.open_connection(*where(told))
@@ -110,16 +141,16 @@ async def test_8_5_who_does_not_know_the_key_gets_no_byte_and_learns_nothing_tha
     await refused(impostor, Found.OTHER)
 
 
-async def test_8_5_strangers_that_stay_do_not_keep_the_source_out(probe: PathProbe) -> None:
-    told = probe.to_proto()
-    strangers = [await asyncio.open_connection(*where(told)) for _ in range(40)]
+async def test_8_5_strangers_that_stay_do_not_keep_the_source_out(responder: Responder) -> None:
+    told = responder.add()
+    strangers = [await asyncio.open_connection(*where(told)) for _ in range(MAX_STRANGERS + 32)]
     try:
         assert (await prove(told, "h1", "h2")).measured is not None
-        await until(lambda: len(probe._responder.strangers) <= 8)
+        await until(lambda: len(responder.strangers) <= MAX_STRANGERS)
     finally:
         for _, writer in strangers:
             writer.close()
-    await until(lambda: not probe._responder.strangers)
+    await until(lambda: not responder.strangers)
 
 
 # --- what is found ---
@@ -231,7 +262,7 @@ async def test_8_5_begin_binds_the_source_address(pair: Pair) -> None:
 async def test_8_5_packets_that_are_dropped_are_not_tried_twice(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     with listening(backlog=0) as (server, nowhere):
         filler = socket.create_connection(server.getsockname())
-        monkeypatch.setattr(PathProbe, "to_proto", lambda _: nowhere)
+        monkeypatch.setattr(Responder, "add", lambda _: nowhere)
         began = time.monotonic()
         await finished(driver := pair.driver())
         assert time.monotonic() - began < 1.5

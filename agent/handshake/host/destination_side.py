@@ -18,7 +18,7 @@ from agent.handshake.host.phases import (
     stated_changes,
     wait_of,
 )
-from agent.handshake.host.records import Role
+from agent.handshake.host.records import AttemptRecord, Role
 from agent.handshake.host.signs import MAX_WAIT
 from agent.handshake.host.slots import RecordSlots, check_transferring
 from agent.handshake.host.stopwatch import timed
@@ -58,7 +58,8 @@ class DestinationSide:
             else:
                 await self._attempts.open(attempt, lambda: self._open(attempt, request))
                 self._joined(attempt, request)  # a concurrent call of another migration may have opened it
-            probe = await self._probes.of(attempt) if attempt.record.state == _S.RESERVED else None
+            probe = await self._probes.open(attempt, attempt.record.listen) if attempt.record.state == _S.RESERVED else None
+            self._close_probe(attempt)
             return pb.ReserveSlotResponse(record=self._host.show(attempt.record), probe=probe)
 
     def _joined(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> dict[str, object]:
@@ -78,8 +79,11 @@ class DestinationSide:
     async def _open(self, attempt: Attempt, request: pb.ReserveSlotRequest) -> None:
         wanted = request.requirements
         name = request.destination_name or wanted.name
-        with self._slots.taking(attempt, request.source_host, wanted.memory_bytes) as slot:
-            await self._open_with(attempt, request, name, slot)
+        try:
+            with self._slots.taking(attempt, request.source_host, wanted.memory_bytes) as slot:
+                await self._open_with(attempt, request, name, slot)
+        finally:
+            self._close_probe(attempt)
         self.recover(attempt)
 
     async def _open_with(self, attempt: Attempt, request: pb.ReserveSlotRequest, name: str, slot: dict[str, Any]) -> None:
@@ -216,7 +220,19 @@ class DestinationSide:
         text = f"no driver called the next phase on {self._host.name} within {self._host.lease_seconds:g} s, so the slot was freed"
         await attempt.report(_E.LEASE_EXPIRED, failure=Failure(Reason.LEASE_EXPIRED, text))
 
-    def on_final(self, attempt: Attempt) -> None:
-        """Take note that an attempt has ended."""
-        if attempt.record.state == _S.RUNNING:
+    # ---- records
+
+    def changed(self, attempt: Attempt, before: AttemptRecord) -> None:
+        """Take note of a change of a record."""
+        self._close_probe(attempt)
+        if attempt.record.state == _S.RUNNING and before.state != _S.RUNNING:
             self._owner.arrived()
+
+    def _close_probe(self, attempt: Attempt) -> None:
+        """Close the probe of an attempt unless its slot is reserved and not used yet."""
+        if attempt.record.state != _S.RESERVED:
+            self._probes.close(attempt)
+
+    def close(self) -> None:
+        """Close all probes: the agent stops."""
+        self._probes.close_all()

@@ -126,16 +126,18 @@ class Engine:
     async def close(self) -> None:
         """Cancel the tasks of every attempt. Leaves the hypervisor and the journal as they are."""
         await asyncio.gather(self.desk.close(), *(attempt.close() for attempt in self._attempts.all()))
+        self._destination.close()
 
     def _put(self, attempt: Attempt, before: AttemptRecord) -> None:
         self._slots.changed(attempt, before)
+        if attempt.record.role is Role.DESTINATION:
+            self._destination.changed(attempt, before)
         if attempt.record.final and not before.final:
             self._ended(attempt)
 
     def _ended(self, attempt: Attempt) -> None:
         attempt.signs.end()
         if attempt.record.role is Role.DESTINATION:
-            self._destination.on_final(attempt)
             attempt.start("close", self._arriving.close(attempt))
         self._aftercare.start(attempt)
         self.changed.ring()

@@ -6,6 +6,7 @@ The destination answers on that address, the driver gets its secret from Reserve
 address would send a guest to themselves, or swap it with one that moves the other way.
 """
 
+import asyncio
 import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Final
 from agent.handshake.host.attempt import Attempt
 from agent.handshake.host.phases import LocalHost
 from agent.handshake.host.records import AttemptRecord
-from agent.handshake.machines.destination import DestinationState
 from agent.network.connecting import Found, PathError
 from agent.network.interfaces import source_towards
 from agent.network.probe import MAX_PAYLOAD, SECRET_BYTES, Measured, Responder, measure
@@ -31,8 +31,6 @@ _PORTS_TRIED: Final = 16
 """How many ports are tried, from the top of the migration range downwards: firewalls admit that range, and libvirt takes its ports
 from the bottom."""
 
-_USED: Final = frozenset(DestinationState) - {DestinationState.RESERVED}
-
 _ADVICE: Final[Mapping[Found, str]] = {
     Found.UNUSABLE: "look at `ip address` and `ip route get {ip}` on {host}, and at the networks of its agent",
     Found.DROPPED: "let the firewalls on {peer} and on the way pass TCP to {ip} on the ports of migrations, and look at the routes "
@@ -48,72 +46,64 @@ RENEWED: Final = frozenset({Found.REFUSED, Found.OTHER, Found.SLOW, ""})
 """What may be found where the destination's agent was restarted, and then another probe has the proof; empty: an older source."""
 
 
-class PathProbe:
-    """Answers at one address of this host until it is closed."""
-
-    def __init__(self, responder: Responder, address: TcpAddress) -> None:
-        self._responder = responder
-        self._message = responder.to_proto(address)
-
-    @classmethod
-    async def open(cls, address: str, ports: tuple[int, int]) -> "PathProbe":
-        """Listen on an IP address, at a port of the range (bounds included), or at any port if those that are tried are taken.
-
-        Raises:
-            DroverError: NETWORK_NOT_FOUND when this host cannot listen on the address.
-        """
-        responder = Responder()
-        first, last = ports
-        problem: OSError | None = None
-        for port in (*range(last, max(first, last - _PORTS_TRIED + 1) - 1, -1), 0):
-            try:
-                bound = await responder.listen(address, port)
-            except OSError as error:
-                problem = error
-                continue
-            return cls(responder, TcpAddress(ipaddress.ip_address(address), bound))
-        raise DroverError(
-            Reason.NETWORK_NOT_FOUND,
-            f"the destination cannot listen on its migration address {address}: {problem}. Nothing was done to the guest; correct "
-            "the address in the configuration of its agent",
-            metadata={"address": address},
-        )
-
-    def to_proto(self) -> pb.PathProbe:
-        """Return the probe for ReserveSlot's answer."""
-        return self._message
-
-    def close(self) -> None:
-        self._responder.close()
-
-
 class PathProbes:
-    """The probes of the slots that are reserved here. Each is closed once its slot is used or given up."""
+    """The probes of the slots that are reserved here, all at one port of each address, which is open while one of them is."""
 
     def __init__(self, host: LocalHost) -> None:
         self._host = host
-        self._open: dict[Attempt, PathProbe] = {}
+        self._responders: dict[str, Responder] = {}
+        """By address."""
+        self._open: dict[Attempt, tuple[str, pb.PathProbe]] = {}
+        self._opening = asyncio.Lock()
 
-    async def open(self, attempt: Attempt, address: str) -> PathProbe:
-        """Open the probe of an attempt. Raises NETWORK_NOT_FOUND; see `PathProbe.open`."""
-        features = self._host.features
-        probe = self._open[attempt] = await PathProbe.open(address, (features.first_port, features.last_port))
-        # A callback, not a `finally`: a task that is cancelled before it starts runs none of its own code.
-        attempt.start("probe", self._used(attempt)).add_done_callback(lambda _: self._close(attempt, probe))
-        return probe
+    async def open(self, attempt: Attempt, address: str) -> pb.PathProbe:
+        """Return the probe of an attempt, for its driver, at an IP address of this host. After a restart of this agent it is another
+        one, at another port. Raises NETWORK_NOT_FOUND if this host cannot listen there."""
+        async with self._opening:
+            if attempt not in self._open:
+                responder = self._responders.get(address)
+                if responder is None:
+                    ports = self._host.features.first_port, self._host.features.last_port
+                    responder = self._responders[address] = await open_responder(address, ports)
+                self._open[attempt] = address, responder.add()
+            return self._open[attempt][1]
 
-    async def of(self, attempt: Attempt) -> pb.PathProbe:
-        """Return the probe of a RESERVED attempt for its driver. After a restart of this agent it has a new port and nonce."""
-        probe = self._open.get(attempt) or await self.open(attempt, attempt.record.listen)
-        return probe.to_proto()
+    def close(self, attempt: Attempt) -> None:
+        """Close the probe of an attempt, if it has one, and the port with the last one."""
+        if attempt in self._open:
+            address, probe = self._open.pop(attempt)
+            responder = self._responders[address]
+            responder.remove(probe)
+            if not responder.keys:
+                self._responders.pop(address).close()
 
-    async def _used(self, attempt: Attempt) -> None:
-        await attempt.until(_USED, 2 * self._host.lease_seconds)
+    def close_all(self) -> None:
+        for attempt in list(self._open):
+            self.close(attempt)
 
-    def _close(self, attempt: Attempt, probe: PathProbe) -> None:
-        probe.close()
-        if self._open.get(attempt) is probe:
-            del self._open[attempt]
+
+async def open_responder(address: str, ports: tuple[int, int]) -> Responder:
+    """Listen on an IP address, at a port of the range (bounds included), or at any port if those that are tried are taken.
+
+    Raises:
+        DroverError: NETWORK_NOT_FOUND when this host cannot listen on the address.
+    """
+    responder = Responder()
+    first, last = ports
+    problem: OSError | None = None
+    for port in (*range(last, max(first, last - _PORTS_TRIED + 1) - 1, -1), 0):
+        try:
+            await responder.listen(address, port)
+        except OSError as error:
+            problem = error
+        else:
+            return responder
+    raise DroverError(
+        Reason.NETWORK_NOT_FOUND,
+        f"the destination cannot listen on its migration address {address}: {problem}. Nothing was done to the guest; correct "
+        "the address in the configuration of its agent",
+        metadata={"address": address},
+    )
 
 
 @dataclass(frozen=True)
