@@ -7,8 +7,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -31,6 +32,18 @@ TIDY_PAGES: Final = 1000
 """Most pages that are returned at once (a few milliseconds)."""
 MARK_SECONDS: Final = 1.0
 """Shortest time between two syncs of the mark, each of which follows a commit."""
+
+
+@dataclass
+class Job:
+    """A transaction that waits for its turn."""
+
+    fn: Callable[[sqlite3.Connection], Any]
+    decided: threading.Lock = field(default_factory=threading.Lock)
+    """Taken by the commit or by the deadline, whichever comes first."""
+    committing: bool = False
+    result: Any = None
+    error: BaseException | None = None
 
 
 class DatabaseFile:
@@ -150,21 +163,37 @@ class DatabaseFile:
                 self._roll_back(connection)
                 raise
 
-    def transaction(self, fn: Callable[[sqlite3.Connection], T], commit_or_deadline: threading.Lock) -> T:
-        if commit_or_deadline.locked():
-            raise self.error("DEADLINE", "the deadline passed in the queue", "no")
+    def commit(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs in one transaction, whose sync they share; if one of them fails, each in one of its own. Sets the result or
+        the error of each; raises nothing."""
+        for job in jobs:
+            if job.decided.locked():
+                job.error = self.error("DEADLINE", "the deadline passed in the queue", "no")
+        waiting = [job for job in jobs if job.error is None]
+        try:
+            if waiting:
+                self._commit(waiting)
+        except BaseException as error:
+            if len(waiting) == 1 or any(job.committing for job in waiting):
+                for job in waiting:
+                    job.error = error
+                return
+            for job in waiting:
+                self.commit([job])
+
+    def _commit(self, jobs: Sequence[Job]) -> None:
         with self._translated("no"):
             connection = self._connection
             self._roll_back(connection)  # no effect, unless the rollback after an error failed
             connection.execute("BEGIN IMMEDIATE")
             count, changes = None, connection.total_changes
             try:
-                result = fn(connection)
+                for job in jobs:
+                    job.result = job.fn(connection)
                 if connection.total_changes != changes:
                     count = self._count + 1 if self._count is not None else (commits(connection) or 0) + 1
                     set_commits(connection, count)
-                if not commit_or_deadline.acquire(blocking=False):
-                    raise self.error("DEADLINE", "the deadline passed before the commit", "no")
+                self._begin_commit(jobs)
                 # A failed commit may have put its frames on the disk, where a restart would find them.
                 with self._translated("unknown"):
                     connection.execute("COMMIT")
@@ -175,7 +204,16 @@ class DatabaseFile:
         if count is not None:
             self._count = count
             self._count_commit(count)
-        return result
+
+    def _begin_commit(self, jobs: Sequence[Job]) -> None:
+        """Take the deadlines of all jobs, or none: raise DEADLINE if one has passed."""
+        for number, job in enumerate(jobs):
+            if not job.decided.acquire(blocking=False):
+                for taken in jobs[:number]:
+                    taken.decided.release()
+                raise self.error("DEADLINE", "the deadline passed before the commit", "no")
+        for job in jobs:
+            job.committing = True
 
     def read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
         with self._translated("no"):
