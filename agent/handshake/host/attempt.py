@@ -49,7 +49,7 @@ _LateChanges = Callable[[], Mapping[str, Any]]
 
 class Attempt:
     """One attempt on this host. `record` is what the journal holds, besides `seen` and what `tell` sets, which may be newer.
-    `on_put` is called after each durable change, with the record before."""
+    `on_put` is called after each durable change, with the record before; `on_done` at the end of each call, event and effect."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Attempt:
         look: Look,
         why_unresponsive: WhyUnresponsive,
         on_put: Callable[["Attempt", AttemptRecord], None],
-        on_idle: Callable[["Attempt"], None],
+        on_done: Callable[["Attempt"], None],
         clock: Clock,
         bus: Bus,
     ) -> None:
@@ -77,7 +77,7 @@ class Attempt:
         self._seen_at = float("-inf")
         self._own_wait = ""  # what `tell` set last
         self._on_put = on_put
-        self._on_idle = on_idle
+        self._on_done = on_done
         self._applying = 0
         self._machine = MACHINES[record.role]
         self._lock = asyncio.Lock()
@@ -102,7 +102,7 @@ class Attempt:
                 await self._step(event, late, changes)
         finally:
             self._applying -= 1
-            self._report_idle()
+            self._on_done(self)
 
     async def _step(self, event: str, late: _LateChanges, changes: Mapping[str, Any]) -> None:
         state = self.record.state or None
@@ -226,20 +226,17 @@ class Attempt:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("effect failed", migration=self.record.migration_id, effect=name, exc_info=error)
         self.wake()
+        self._on_done(self)
 
     @property
     def busy(self) -> bool:
-        """A call or an effect is under way."""
-        return bool(self.signs.calls or self._tasks or self.opening is not None)
+        """A call, an event or an effect is under way."""
+        return bool(self.in_use or self._tasks or self.opening is not None)
 
     @property
     def in_use(self) -> bool:
         """A call is under way, or an event is being taken whose caller may have gone away."""
         return bool(self.signs.calls or self._applying)
-
-    def _report_idle(self) -> None:
-        if not self.in_use:
-            self._on_idle(self)
 
     def running(self, *names: str) -> list[asyncio.Task[None]]:
         return [task for task, name in self._tasks.items() if name in names]
@@ -295,7 +292,7 @@ class Attempt:
                 yield
                 failpoint(self.record.role, call or "watch", "reply")
         finally:
-            self._report_idle()
+            self._on_done(self)
 
 
 async def retry(attempt: Attempt, what: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -56,6 +56,8 @@ class Attempts:
         self.changed = changed
         """Rings whenever an attempt starts or ends here."""
         self._by_id: dict[str, Attempt] = {}
+        self._unended: dict[Attempt, None] = {}
+        """Those that have not ended, or for which something is still done: all that have to be looked through."""
         self._trim_at = _KEEP_ENDED
         self._claimed: set[str] = set()
         """Guests (UUIDs) whose first record is being written."""
@@ -71,23 +73,24 @@ class Attempts:
             self._effects[record.role],
             self._look,
             self._why_unresponsive,
-            self._on_put,
-            self._forget_unless_known,
+            self._put,
+            self._sort,
             self._clock,
             self._bus,
         )
-        self._by_id.pop(record.migration_id, None)
+        self._remove(self._by_id.get(record.migration_id))
         self._by_id[record.migration_id] = attempt
+        if not record.final or record.aftercare:
+            self._unended[attempt] = None
         if len(self._by_id) > self._trim_at:
             self._trim()
         return attempt
 
     def _trim(self) -> None:
         """Drop the oldest ended attempts. Busy ones stay, or a second `Attempt` would be created for the same record."""
-        over = {key: attempt for key, attempt in self._by_id.items() if attempt.record.final and not attempt.record.aftercare}
-        ended = [key for key, attempt in over.items() if not attempt.busy]
-        for key in ended[: max(0, len(ended) - _KEEP_ENDED)]:
-            del self._by_id[key]
+        ended = [attempt for attempt in self._by_id.values() if attempt not in self._unended and not attempt.busy]
+        for attempt in ended[: max(0, len(ended) - _KEEP_ENDED)]:
+            self._remove(attempt)
         self._trim_at = len(self._by_id) + _KEEP_ENDED
 
     async def open(self, attempt: Attempt, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -103,14 +106,31 @@ class Attempts:
             self.changed.ring()
         finally:
             attempt.opening = None
-            self._forget_unless_known(attempt)
+            self._sort(attempt)
 
-    def _forget_unless_known(self, attempt: Attempt) -> None:
-        """Drop an attempt that `of` created for a call if it has no record and nobody uses it any more."""
-        is_used = bool(attempt.record.state) or attempt.opening is not None or attempt.in_use
-        if not is_used and self._by_id.get(attempt.record.migration_id) is attempt:
+    def _remove(self, attempt: Attempt | None) -> None:
+        if attempt is not None:
             del self._by_id[attempt.record.migration_id]
-            attempt.drop()
+            self._unended.pop(attempt, None)
+
+    def _sort(self, attempt: Attempt) -> None:
+        """Take note whether anything is still done for an attempt. One that `of` created for a call is dropped if it has no record
+        and nobody uses it any more."""
+        record = attempt.record
+        if self._by_id.get(record.migration_id) is not attempt:
+            return
+        if not record.state:
+            if attempt.opening is None and not attempt.in_use:
+                self._remove(attempt)
+                attempt.drop()
+        elif attempt.busy or record.aftercare or not record.final:
+            self._unended[attempt] = None
+        else:
+            self._unended.pop(attempt, None)
+
+    def _put(self, attempt: Attempt, before: AttemptRecord) -> None:
+        self._sort(attempt)
+        self._on_put(attempt, before)
 
     @contextlib.contextmanager
     def claim(self, uuid: str, name: str) -> Iterator[None]:
@@ -135,7 +155,7 @@ class Attempts:
         Raises:
             DroverError: DOMAIN_EXISTS.
         """
-        named = [a for a in self._by_id.values() if a.record.destination_name == name]
+        named = [a for a in self._unended if a.record.destination_name == name]
         arrivals = [a.record for a in named if a.record.role is Role.DESTINATION and not a.record.final]
         if arrivals or name in self._claimed_names:
             by = f"migration {arrivals[0].migration_id} of guest {arrivals[0].domain_uuid}" if arrivals else "another migration"
@@ -150,7 +170,7 @@ class Attempts:
 
     def check_free(self, uuid: str, name: str) -> None:
         """Raise DOMAIN_BUSY, with the migration's id, if an attempt to move this guest is under way here."""
-        here = [a for a in self._by_id.values() if a.record.domain_uuid == uuid]
+        here = [a for a in self._unended if a.record.domain_uuid == uuid]
         others = sorted((a for a in here if not a.record.final or a.running(*_HOLDS)), key=lambda a: a.record.final)
         if others:
             raise _busy(name, others[0])
@@ -164,7 +184,7 @@ class Attempts:
         Raises:
             DroverError: DOMAIN_BUSY after `AFTERCARE_WITHIN` seconds.
         """
-        here = [attempt for attempt in self._by_id.values() if attempt.record.domain_uuid == uuid and attempt.record.aftercare]
+        here = [attempt for attempt in self._unended if attempt.record.domain_uuid == uuid and attempt.record.aftercare]
         try:
             async with asyncio.timeout(AFTERCARE_WITHIN):
                 for attempt in here:
@@ -175,7 +195,7 @@ class Attempts:
 
     def active(self, role: Role) -> list[Attempt]:
         """Return the attempts that have not ended, without those that were only created for a call and have no record yet."""
-        known = (a for a in self._by_id.values() if a.record.state or a.opening is not None)
+        known = (a for a in self._unended if a.record.state or a.opening is not None)
         return [a for a in known if a.record.role is role and not a.record.final]
 
     def newest(self, migration_id: str) -> Attempt | None:
