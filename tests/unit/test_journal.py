@@ -20,6 +20,7 @@ from tests.unit.asking import ID, record, statement
 async def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Journal]:
     """A journal that keeps only three rows on which no decision depends."""
     monkeypatch.setattr(agent.handshake.host.journal, "KEEP", 3)
+    monkeypatch.setattr(agent.handshake.host.journal, "TRIM_AFTER", 1)
     journal = Journal(tmp_path / "journal.sqlite")
     await journal.open()
     yield journal

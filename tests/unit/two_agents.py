@@ -71,6 +71,7 @@ class FakeJournal(Journal):
         self._db = self._memory  # type: ignore[assignment]
         self.path = Path("/journal.sqlite")
         self._numbers = itertools.count(1)
+        self._ends = itertools.count(1)
         self._ids = set()
         self.calls = calls if calls is not None else []
         self.fails: list[Exception | None] = []

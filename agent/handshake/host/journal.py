@@ -37,7 +37,10 @@ from agent.runtime.sqlite_file import Migration
 log = structlog.get_logger(__name__)
 
 KEEP: Final = 1000
-"""How many rows of each table are kept although no decision depends on them."""
+"""How many rows of each table are kept, at least, although no decision depends on them."""
+
+TRIM_AFTER: Final = 64
+"""Attempts that end before older ones are looked for: that reads `KEEP` rows."""
 
 _ACTIVE, _ENDED, _MUST_STAY = 0, ENDED, 2
 
@@ -70,8 +73,7 @@ _TRIM = """
     )
 """
 _PUT_ATTEMPT = """
-    INSERT OR REPLACE INTO attempts (migration_id, attempt, kind, number, body, head, sum)
-    VALUES (?1, ?2, ?3, ?4, ?5, seal(?1, ?2, ?3, ?4), seal(?1, ?2, ?5))
+    INSERT OR REPLACE INTO attempts (migration_id, attempt, kind, number, body, head, sum) VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 _PUT_MIGRATION = """
     INSERT OR REPLACE INTO migrations (migration_id, kind, number, body, head, sum)
@@ -96,6 +98,7 @@ class Journal:
         self._db = Database(path, _SCHEMA, check=damages_in)
         self._numbers = itertools.count(1)
         """Numbers of rows, rising over restarts."""
+        self._ends = itertools.count(1)
         self._ids: set[str] = set()
         """Ids of all migrations with a record here, and perhaps some more. Saves the query for the others: the usual case."""
 
@@ -121,12 +124,13 @@ class Journal:
 
     async def put_attempt(self, record: AttemptRecord) -> None:
         kind, number, body = _kind_of(record), next(self._numbers), encode(record)
+        trims = kind == _ENDED and next(self._ends) % TRIM_AFTER == 0
 
         def write(connection: sqlite3.Connection) -> None:
             self._ids.add(record.migration_id)
             _put_arrival(connection, record)
-            connection.execute(_PUT_ATTEMPT, (*record.key, kind, number, body))
-            if kind == _ENDED:
+            _put_attempt(connection, record, kind, number, body)
+            if trims:
                 trimmed = connection.execute(f"{_TRIM} RETURNING migration_id".format(table="attempts"), (_ENDED, KEEP)).fetchall()
                 for (migration_id,) in trimmed:
                     if connection.execute("SELECT 1 FROM attempts WHERE migration_id = ?", (migration_id,)).fetchone() is None:
@@ -259,6 +263,12 @@ def _may_run(record: AttemptRecord) -> bool:
     return record.state == DestinationState.ABANDONING and record.statement is not None
 
 
+def _put_attempt(connection: sqlite3.Connection, record: AttemptRecord, kind: int, number: int, body: bytes) -> None:
+    # The seals are not left to SQL: each call back from SQLite waits for the interpreter's lock.
+    seals = seal(*record.key, kind, number), seal(*record.key, body)
+    connection.execute(_PUT_ATTEMPT, (*record.key, kind, number, body, *seals))
+
+
 def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:
     """Record by which unsettled commit each guest is here, in the transaction that writes the attempt's record."""
     if record.role is Role.SOURCE:
@@ -291,9 +301,9 @@ def _add_arrivals_and_checksums(connection: sqlite3.Connection) -> None:
             record = decode(body)
         except msgspec.MsgspecError as error:
             raise sqlite3.DatabaseError(f"a record of an earlier Drover cannot be read: {error}") from error
-        connection.execute(_PUT_ATTEMPT, (*record.key, _ACTIVE, number, body))  # as if it had been active just before
+        _put_attempt(connection, record, _ACTIVE, number, body)  # as if it had been active just before
         _put_arrival(connection, record)
         # Earlier versions wrote cookies and XML, which contain passwords: rewrite without them (`secure_delete` clears the pages).
-        connection.execute(_PUT_ATTEMPT, (*record.key, _kind_of(record), number, encode(record)))
+        _put_attempt(connection, record, _kind_of(record), number, encode(record))
     for row in connection.execute("SELECT migration_id, kind, number, body FROM migrations").fetchall():
         connection.execute(_PUT_MIGRATION, row)
