@@ -60,6 +60,8 @@ class Responder:
         self.nonce = secrets.token_bytes(SECRET_BYTES)
         self.keys: dict[bytes, bytes] = {}
         """By the digest with which a source shows that it knows one."""
+        self._digests: dict[bytes, bytes] = {}
+        """By key."""
         self.strangers: dict[asyncio.Transport, None] = {}
         """Connections that have not proved that they know a key, the oldest first."""
         self._server: asyncio.Server | None = None
@@ -74,12 +76,13 @@ class Responder:
     def add(self) -> pb.PathProbe:
         """Return a probe with a new key."""
         key = secrets.token_bytes(SECRET_BYTES)
-        self.keys[_digest(key, b"source")] = key
+        digest = self._digests[key] = _digest(key, b"source")
+        self.keys[digest] = key
         return pb.PathProbe(address=self._where, nonce=self.nonce, payload_bytes=PAYLOAD_BYTES, key=key)
 
     def remove(self, probe: pb.PathProbe) -> None:
         """Forget the key of a probe."""
-        self.keys.pop(_digest(probe.key, b"source"), None)
+        self.keys.pop(self._digests.pop(probe.key, b""), None)
 
     def close(self) -> None:
         if self._server is not None:

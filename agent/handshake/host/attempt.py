@@ -267,6 +267,8 @@ class Attempt:
 
     async def until(self, states: Collection[str], wait: float) -> AttemptRecord:
         """Return the record once it is in one of the states, or as it is after `wait` seconds."""
+        if self.record.state in states:
+            return self.record
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait):
                 while self.record.state not in states:
