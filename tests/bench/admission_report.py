@@ -4,7 +4,7 @@ from typing import Any, Final
 
 import click
 
-from tests.bench.admission import ACQUIRE, ECHO, Result
+from tests.bench.admission import ACQUIRE, ECHO, RESERVE, Result
 from tests.bench.output import show_table
 from tests.bench.stats import Series, percentile
 
@@ -20,8 +20,9 @@ def tell(result: Result) -> None:
         f"{setting.rounds} rounds of {setting.seconds:g} s each, {setting.at_once} at once. "
         f"Load of the machine {result.load[0]:.1f} before, {result.load[1]:.1f} after."
     )
-    head = ("pairs of calls", "per second", "ratio", "p50 ms", "p99 ms", "server CPU ms", "ratio")
+    head = ("pairs of calls", "pairs/s", "calls/s", "ratio", "p50 ms", "p99 ms", "server CPU ms", "ratio")
     show_table("Reservations, next to an echo of the same messages", head, [_row(result, name) for name in result.figures])
+    click.echo(f"{RESERVE}: each of both calls also returns only once its record is on the disk")
     if result.queue is not None:
         queue = result.queue
         rows = [
@@ -39,7 +40,8 @@ def tell(result: Result) -> None:
 def _row(result: Result, name: str) -> list[str]:
     figures, echo = result.figures[name], result.figures[ECHO]
     took = [f"{percentile(figures.took_ms, share):.1f}" for share in (0.5, 0.99)]
-    return [name, f"{figures.rate:.0f}", f"{result.ratio(name):.2f}", *took, f"{figures.cpu:.2f}", f"{figures.cpu / echo.cpu:.2f}"]
+    rates = [f"{figures.rate:.0f}", f"{2 * figures.rate:.0f}", f"{result.ratio(name):.2f}"]
+    return [name, *rates, *took, f"{figures.cpu:.2f}", f"{figures.cpu / echo.cpu:.2f}"]
 
 
 def _times(what: str, series: Series) -> list[str]:
@@ -48,8 +50,8 @@ def _times(what: str, series: Series) -> list[str]:
 
 def verdicts(result: Result) -> list[str]:
     """Return a line for each bar."""
-    ratio = result.ratio(ACQUIRE)
-    bars = [(ratio >= RATE_BAR, f"{ACQUIRE}: {ratio:.2f} of the echo's rate, to be ≥ {RATE_BAR:g}")]
+    ratios = {name: result.ratio(name) for name in (ACQUIRE, RESERVE)}
+    bars = [(ratio >= RATE_BAR, f"{name}: {ratio:.2f} of the echo's rate, to be ≥ {RATE_BAR:g}") for name, ratio in ratios.items()]
     if result.queue is not None:
         refused = result.queue.refused.p50
         bars.append((refused < REFUSED_BAR_MS, f"BUSY in {refused:.1f} ms (p50), to be < {REFUSED_BAR_MS:g} ms"))
