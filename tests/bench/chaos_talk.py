@@ -110,7 +110,7 @@ def record(agent: Daemon, migration_id: str) -> handshake_pb2.Record | None:
 
 def slots(agent: Daemon) -> Slots:
     """Return the slots and the queues of both directions. Raises `SilentError`."""
-    stub, request = admission_pb2_grpc.AdmissionServiceStub, admission_pb2.ListSlotsRequest()
+    stub, request = admission_pb2_grpc.AdmissionServiceStub, admission_pb2.ListSlotsRequest(page_size=1000)
     return list(ask(agent, lambda channel: stub(channel).ListSlots(request, timeout=QUESTION_SECONDS)).slots)
 
 

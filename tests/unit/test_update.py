@@ -255,7 +255,8 @@ async def test_8_7_a_host_refuses_a_pause_below_a_millisecond(driving: Driving) 
 async def order(driving: Driving) -> list[tuple[str, int]]:
     """The queue of the destination, with importance."""
     slots = (await driving.pair.destination.engine.list_slots(admission_pb2.ListSlotsRequest())).slots
-    return [(slot.migration_id, slot.importance) for slot in slots if slot.waiting]
+    waiters = sorted((slot for slot in slots if slot.waiting), key=lambda slot: slot.position)
+    return [(slot.migration_id, slot.importance) for slot in waiters]
 
 
 @pytest.mark.parametrize("prepared", [0, 1])
