@@ -14,9 +14,10 @@ from agent.runtime.config_errors import KeyProblem
 from agent.runtime.configuration import Name, Port, check_address, check_listen, check_path, check_unique
 from agent.runtime.errors import DroverError
 from agent.runtime.log import LogLevel
+from agent.runtime.wire import MOST_RATE
 from drover.agent.v1 import host_pb2
 
-Rate = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+Rate = Annotated[int, msgspec.Meta(ge=0, le=MOST_RATE)]
 """Bytes per second."""
 
 

@@ -10,7 +10,7 @@ import structlog
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.machines.destination import DestinationState
-from agent.migration.settings import settings_of
+from agent.migration.settings import bound_rates, settings_of
 from agent.migration.tuning import Tuner
 from agent.migration.uptime import age_of, seconds_since
 from agent.runtime.backoff import STORE, Clock, Pauses
@@ -62,6 +62,7 @@ class Entry:
     """One migration, with its driver and tasks."""
 
     def __init__(self, migration: pb.Migration, kept: MigrationLog, *, recovered: bool = False) -> None:
+        bound_rates(migration)
         if not (migration.HasField("settings") or migration.state in FINAL):  # an older version has made it, or it was taken over
             migration.settings.CopyFrom(settings_of(migration.spec, host_pb2.DomainSettings()))
             if migration.HasField("slot_wait"):
@@ -133,9 +134,14 @@ class Entry:
         return self.migration.slot_wait.ToNanoseconds() / 1e9
 
     @property
+    def slot_wait_set(self) -> float:
+        """The same by its settings, which may have been changed."""
+        return self.migration.settings.slot_wait.ToNanoseconds() / 1e9
+
+    @property
     def slot_wait_left(self) -> float:
-        """How many of these seconds are left; 0 or less: none."""
-        return self.migration.settings.slot_wait.ToNanoseconds() / 1e9 - age_of(self.migration)[0]
+        """How many of the seconds by its settings are left; 0 or less: none."""
+        return self.slot_wait_set - age_of(self.migration)[0]
 
     @property
     def may_wait(self) -> bool:

@@ -6,6 +6,7 @@ from agent.handshake.drive.plan import Limits
 from agent.hypervisor.features import check_bandwidth, max_downtime_of
 from agent.runtime.errors import invalid_field
 from agent.runtime.masks import masked
+from agent.runtime.wire import MOST_RATE
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -26,6 +27,14 @@ def settings_of(spec: pb.MigrationSpec, guest: host_pb2.DomainSettings, default:
     if spec.HasField("max_downtime"):
         settings.max_downtime.CopyFrom(spec.max_downtime)
     return settings
+
+
+def bound_rates(migration: pb.Migration) -> None:
+    """Lower rates that no request may have: an older version has stored them, or a host's record has them."""
+    for message in (migration.spec, migration.settings):
+        for name in ("bandwidth_bytes_per_second", "min_bandwidth_bytes_per_second"):
+            if getattr(message, name) > MOST_RATE:
+                setattr(message, name, MOST_RATE)
 
 
 def updated(before: pb.MigrationSettings, given: pb.MigrationSettings, mask: FieldMask) -> pb.MigrationSettings:

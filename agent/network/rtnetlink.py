@@ -19,6 +19,7 @@ from pyroute2.netlink.rtnl import RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR, RTMGRP
 from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_SECONDARY, IFA_F_TENTATIVE
 from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOWER_UP, IFF_UP
 
+from agent.runtime.wire import MOST_RATE
 from drover.agent.v1 import host_pb2
 
 SETTLE_SECONDS: Final = 0.05
@@ -138,4 +139,4 @@ def _speed(name: str, ethtool: IoctlEthtool) -> int:
         speed = int(ethtool.get_link_settings().speed)
     except (NoSuchDevice, NotSupportedError, OSError):
         return 0
-    return 0 if speed in _UNKNOWN_SPEEDS else speed * _MBIT
+    return 0 if speed in _UNKNOWN_SPEEDS else min(speed * _MBIT, MOST_RATE)

@@ -5,10 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.wire import MOST_RATE
 from drover.agent.v1 import host_pb2
 
 MIGRATION_ROLE = "migration"
+DRAINED_ROLE = "draining"
+"""In place of a migration role that is being taken: the network takes no new migration."""
 
+MOST_TENANT_BYTES = 253
 _LEAST_RATE = 1 << 20
 """Least rate in bytes per second: libvirt enforces limits in MiB/s."""
 _RATES = ("capacity", "cap", "max", "default")
@@ -27,14 +31,15 @@ def checked(rules: host_pb2.NetworkRules) -> host_pb2.NetworkRules:
             if cidr.overlaps(other):
                 raise invalid_field(f"rules.cidrs[{index}]", f"{cidr} overlaps {other} of the same network", Reason.NETWORK_OVERLAPS)
     for index, tenant in enumerate(rules.tenants):
-        if not tenant.strip() or not tenant.isprintable():
+        check_tenant(tenant, f"rules.tenants[{index}]")
+        if not tenant:
             raise invalid_field(f"rules.tenants[{index}]", "expected the name of a tenant")
     normal.cidrs[:] = [str(cidr) for cidr in cidrs]
     normal.tenants[:] = sorted(set(rules.tenants))
     rates = {name: int(getattr(rules, f"{name}_bytes_per_second")) for name in _RATES}
     for name, rate in rates.items():
-        if rate < 0:
-            raise invalid_field(f"rules.{name}_bytes_per_second", f"{rate} is negative")
+        if not 0 <= rate <= MOST_RATE:
+            raise invalid_field(f"rules.{name}_bytes_per_second", f"{rate} is not between 0 and {MOST_RATE}")
         if 0 < rate < _LEAST_RATE:
             text = f"{rate} cannot be enforced: the least rate is {_LEAST_RATE} bytes per second (1 MiB/s); 0 means none"
             raise invalid_field(f"rules.{name}_bytes_per_second", text)
@@ -46,8 +51,30 @@ def checked(rules: host_pb2.NetworkRules) -> host_pb2.NetworkRules:
     return normal
 
 
+def bound_rates(rules: host_pb2.NetworkRules) -> None:
+    """Lower rates that an older version has accepted."""
+    for name in _RATES:
+        field = f"{name}_bytes_per_second"
+        setattr(rules, field, min(getattr(rules, field), MOST_RATE))
+
+
+def tenant_problem(tenant: str) -> str:
+    """Return why no guest, network or migration can have a tenant of that name; empty: nothing is wrong, or it is none."""
+    if tenant != tenant.strip() or not tenant.isprintable():
+        return "the tenant has characters that cannot be printed, or spaces around it"
+    return f"the tenant has more than {MOST_TENANT_BYTES} bytes" if len(tenant.encode()) > MOST_TENANT_BYTES else ""
+
+
+def check_tenant(tenant: str, field: str) -> None:
+    """Raise INVALID_FIELD for what `tenant_problem` names."""
+    if problem := tenant_problem(tenant):
+        raise invalid_field(field, problem)
+
+
 def _network(cidr: str, field: str) -> IPv4Network | IPv6Network:
     try:
+        if "%" in cidr:  # a zone, which is another one on each host
+            raise ValueError
         network = ip_network(cidr, strict=False)
     except ValueError:
         raise invalid_field(field, f'expected a range such as "10.92.0.0/24" or "fd00:92::/64", got "{cidr}"') from None

@@ -3,11 +3,14 @@
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+
+MOST_RATE: Final = 10**12
+"""Most bytes per second in any field whose name ends in ``bytes_per_second``: more than any line carries, and sums of many fit."""
 
 
 @functools.lru_cache(maxsize=256)

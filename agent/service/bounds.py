@@ -2,7 +2,7 @@
 
 It enforces `bounds.proto` (max_bytes, max_items, required, reserved_for_later, guest_name) and the rules of all messages:
 
-- no integer and no duration is negative;
+- no integer and no duration is negative, and no rate above `MOST_RATE`;
 - ``migration_id`` and the UUID of a guest are in their canonical form (lower case), so that one thing has one name;
 - a string of at most `MAX_LINE` bytes is one line without control characters (names go into logs, terminals and XML); only longer
   ones, such as XML, may have several lines;
@@ -41,13 +41,14 @@ from agent.service.checks import (
     ip_address,
     not_negative,
     option_check,
+    rate,
     size,
     string_check,
     timestamp,
     unsupported,
     uuid,
 )
-from agent.service.implausible import drop_implausible
+from agent.service.implausible import drop_implausible, is_rate
 from agent.service.status import errors_of
 from drover.agent.v1 import bounds_pb2, handshake_pb2, host_pb2, migration_pb2, options_pb2
 
@@ -198,7 +199,7 @@ def _value_check(field: FieldDescriptor, kind: _Kind, max_bytes: int | None) -> 
     if field.type == FieldDescriptor.TYPE_BYTES:
         return bytes_check(max_bytes or MAX_BYTES)
     if field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64):
-        return not_negative
+        return rate if is_rate(field) else not_negative
     return None
 
 

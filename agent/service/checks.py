@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from agent.hypervisor.names import name_problem
 from agent.hypervisor.options import Option
 from agent.runtime.errors import DroverError, Reason, invalid_field
+from agent.runtime.wire import MOST_RATE
 from agent.service.implausible import is_duration, is_time
 
 MAX_STRING = 253
@@ -95,6 +96,12 @@ def guest_name(value: str, path: str) -> None:
 def not_negative(value: int, path: str) -> None:
     if value < 0:
         raise invalid_field(path, f"is {value}; it cannot be negative")
+
+
+def rate(value: int, path: str) -> None:
+    not_negative(value, path)
+    if value > MOST_RATE:
+        raise invalid_field(path, f"is {value}; at most {MOST_RATE} bytes per second are allowed, and 0 is no limit")
 
 
 def ip_address(value: str, path: str) -> None:

@@ -1,6 +1,8 @@
 """Clears implausible values in an answer: they count as not set, and no reader of the answer can fail on them.
 
 Implausible are a time outside of the years 1970 to 9999, a duration over 10,000 years, and a negative number where none is allowed.
+A rate above `MOST_RATE` counts as that.
+
 The answer itself is accepted: a host with a broken clock must still be able to report a decision. Protobuf itself rejects invalid
 UTF-8."""
 
@@ -13,6 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from agent.runtime.wire import MOST_RATE
 from drover.agent.v1 import bounds_pb2
 
 MAX_DURATION_SECONDS: Final = 315_576_000_000
@@ -63,6 +66,8 @@ def _drop_of(field: FieldDescriptor) -> _Drop | None:
     """Return None if every value of the field is plausible."""
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return _drop_in_values if field.message_type.fields_by_name["value"].message_type is not None else None
+    if is_rate(field):
+        return _bound_rate(field.name)
     plausible = _plausible(field)
     if plausible is not None:
         return _unless(plausible, field.name)
@@ -79,6 +84,19 @@ def _plausible(field: FieldDescriptor) -> Callable[[Any], bool] | None:
     if field.message_type.full_name == Duration.DESCRIPTOR.full_name:
         return is_duration if signed else _is_length
     return is_time if field.message_type.full_name == Timestamp.DESCRIPTOR.full_name else None
+
+
+def is_rate(field: FieldDescriptor) -> bool:
+    """Return whether the field is a number of bytes per second."""
+    return field.name.endswith("bytes_per_second")
+
+
+def _bound_rate(name: str) -> _Drop:
+    def bound(message: Message, value: Any) -> None:
+        if not 0 <= value <= MOST_RATE:
+            setattr(message, name, min(max(value, 0), MOST_RATE))
+
+    return bound
 
 
 def _unless(plausible: Callable[[Any], bool], name: str) -> _Drop:

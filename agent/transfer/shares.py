@@ -7,6 +7,7 @@ a transfer whose fair share is higher gets no more than the others.
 
 Units: bytes per second. A hypervisor counts in multiples of a `unit`, and the least that it can enforce is one of them: so every
 transfer has a minimum of at least one unit, minima are rounded up, maxima and shares down. What the rounding leaves is not divided.
+No rate is above `MOST_RATE`, whatever a minimum, a maximum or a capacity says.
 """
 
 from collections import Counter
@@ -17,11 +18,14 @@ from itertools import chain
 from math import inf
 from typing import Final, TypeVar
 
+from agent.runtime.wire import MOST_RATE
+
 Key = TypeVar("Key", bound=Hashable)
 
 NO_LIMIT: Final = 0
-_EXACT: Final = 1 + 1e-9
-"""A share is this much higher before it is rounded down: more than the error of sums of floats."""
+_EXACT: Final = 1e-9
+"""A share is by this part of it higher before it is rounded down, at most a thousandth of its unit: more than the error of sums of
+floats."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,18 @@ class Flow:
     @property
     def top(self) -> float:
         """The highest rate that it may be given."""
-        return (self.most - self.most % self.unit or self.unit) if self.most else inf
+        return self.ceiling if self.most else inf
+
+    @property
+    def ceiling(self) -> int:
+        """The highest limit that it may be given: its maximum, or the highest of all."""
+        most = min(self.most or MOST_RATE, MOST_RATE)
+        return most - most % self.unit or self.unit
 
     @property
     def floor(self) -> int:
         """The lowest rate that it may be given."""
-        floor = self.least + -self.least % self.unit or self.unit
-        return min(floor, int(self.top)) if self.most else floor
+        return min(self.least + -self.least % self.unit or self.unit, self.ceiling)
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,12 @@ def divide(flows: Mapping[Key, Flow], capacities: Mapping[str, int]) -> dict[Key
     limits = {}
     for (key, flow), rate in zip(flows.items(), fair(list(flows.values()), known), strict=True):
         free = not flow.most and shared.isdisjoint(flow.lines) and caps.isdisjoint(flow.caps)
-        limits[key] = NO_LIMIT if free else (int(rate * _EXACT / flow.unit) or 1) * flow.unit
+        limits[key] = NO_LIMIT if free else _rounded(min(rate, flow.ceiling), flow.unit)
     return limits
+
+
+def _rounded(rate: float, unit: int) -> int:
+    return (int((rate + min(rate * _EXACT, unit / 1000)) / unit) or 1) * unit
 
 
 def shortage(flow: Flow, others: Sequence[Flow], capacities: Mapping[str, int]) -> Shortage | None:

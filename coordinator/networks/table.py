@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Final, Literal
 
-from agent.network.rules import MIGRATION_ROLE, check_apart, checked, seen
+from agent.network.rules import DRAINED_ROLE, MIGRATION_ROLE, bound_rates, check_apart, checked, seen
 from agent.runtime.bell import Bell
 from agent.runtime.configuration import MAX_NAME, NAME_PATTERN
 from agent.runtime.errors import DroverError, Reason, invalid_field
@@ -41,6 +41,7 @@ class NetworkTable:
     def _adopt(self, item: KeyValue) -> None:
         network = pb.Network.FromString(item.value)
         network.revision = item.mod_revision
+        bound_rates(network.rules)
         self._networks[network.name] = network
 
     # ---- queries
@@ -126,5 +127,5 @@ class NetworkTable:
 
 def definition(network: pb.Network) -> agent_pb.Network:
     """Return a network without a host's side of it."""
-    roles = [MIGRATION_ROLE] if network.migration_role and not network.revoking else []
+    roles = [DRAINED_ROLE if network.revoking else MIGRATION_ROLE] if network.migration_role else []
     return agent_pb.Network(name=network.name, roles=roles, rules=network.rules, cluster=True)

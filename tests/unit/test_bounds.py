@@ -51,6 +51,18 @@ def test_a_good_request_passes() -> None:
         (start(destination_name="a\0"), Reason.INVALID_FIELD, "spec.destination_name"),
         (start(uri="tcp://\u2028"), Reason.INVALID_FIELD, "spec.uri"),
         (start(bandwidth_bytes_per_second=-1), Reason.INVALID_FIELD, "spec.bandwidth_bytes_per_second"),
+        (start(bandwidth_bytes_per_second=10**12 + 1), Reason.INVALID_FIELD, "spec.bandwidth_bytes_per_second"),
+        (start(min_bandwidth_bytes_per_second=2**62), Reason.INVALID_FIELD, "spec.min_bandwidth_bytes_per_second"),
+        (
+            make(migration_pb2.UpdateMigrationRequest, migration_id=UUID, settings={"bandwidth_bytes_per_second": 2**63 - 1}),
+            Reason.INVALID_FIELD,
+            "settings.bandwidth_bytes_per_second",
+        ),
+        (
+            make(host_pb2.UpdateDomainRequest, domain="vm1", settings={"max_bandwidth_bytes_per_second": 2**62}),
+            Reason.INVALID_FIELD,
+            "settings.max_bandwidth_bytes_per_second",
+        ),
         (start(timeout={"seconds": 1}), Reason.UNSUPPORTED_FIELD, "spec.timeout"),
         (start(options={"compression_method": "lzo"}), Reason.INVALID_FIELD, "spec.options.compression_method"),
         (start(options={"parallel_connections": 256}), Reason.INVALID_FIELD, "spec.options.parallel_connections"),

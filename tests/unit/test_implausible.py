@@ -84,6 +84,14 @@ def test_6_11_a_duration_that_is_none_counts_as_not_told(seconds: int, nanos: in
     assert not response.HasField("hypervisor_duration")
 
 
+def test_8_6_a_rate_that_no_line_has_counts_as_the_highest_one() -> None:
+    network = host_pb2.Network(name="mig", line_bytes_per_second=2**62, rules=host_pb2.NetworkRules(cap_bytes_per_second=2**63 - 1))
+    host = host_pb2.Host(name="h1", networks=[network, host_pb2.Network(line_bytes_per_second=-1)])
+    check_answer(host)
+    assert host.networks[0].line_bytes_per_second == host.networks[0].rules.cap_bytes_per_second == 10**12
+    assert host.networks[1].line_bytes_per_second == 0
+
+
 def test_6_11_a_negative_number_counts_as_not_told() -> None:
     progress = handshake_pb2.Progress(total_bytes=-1, remaining_bytes=5, iteration=-(2**31))
     drop_implausible(progress)

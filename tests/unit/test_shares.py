@@ -184,3 +184,19 @@ def test_8_6_a_minimum_that_does_not_fit_is_named_with_what_is_left() -> None:
     assert found is not None
     assert (found.link, found.capacity, found.guaranteed, found.wanted, found.left) == ("c", 1000, 700, 400, 300)
     assert shortage(Flow(("l",), least=301, unit=100), others, {"l": 600}) is not None  # the line is full by one unit
+
+
+@pytest.mark.parametrize("most", [2**63 - 1, 2**62, 2**53 * 1024 + 1, 10**12 + 1, 10**12, 10**12 - 1])
+@pytest.mark.parametrize("unit", [1, MIB])
+def test_8_6_a_share_is_never_above_the_maximum_nor_above_every_rate(most: int, unit: int) -> None:
+    """A share above int64 would stop the sharing of a coordinator for every migration."""
+    flows = {"most": Flow(most=most, unit=unit), "least": Flow(caps=("c",), least=most, unit=unit)}
+    shares = divide(flows, {"c": most})
+    top = min(most, 10**12)
+    assert shares == {"most": top - top % unit, "least": top - top % unit}
+
+
+def test_8_6_the_division_is_exact_for_big_numbers() -> None:
+    flows = {name: Flow(lines=("line",)) for name in "abc"}
+    assert divide(flows, {"line": 3 * 10**11 + 2}) == dict.fromkeys("abc", 10**11)
+    assert divide(flows, {"line": 3 * 10**11 - 1}) == dict.fromkeys("abc", 10**11 - 1)
