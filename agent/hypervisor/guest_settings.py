@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Final, Self
+from typing import Self
 
-MOST_TENANT_BYTES: Final = 253
-MOST_BANDWIDTH: Final = 2**63 - 1
+from agent.network.rules import tenant_problem
+from agent.runtime.wire import MOST_RATE
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class GuestSettings:
     tenant: str = ""
     min_bandwidth: int = 0
     max_bandwidth: int = 0
+    unread: str = ""
+    """Why the tenant cannot be read; empty: it can be, or there is none. Such a guest does not leave its host."""
 
     def __bool__(self) -> bool:
         return self != GuestSettings()
@@ -22,11 +24,9 @@ class GuestSettings:
     @property
     def problem(self) -> str:
         """What is wrong, as text; empty: nothing."""
-        if self.tenant != self.tenant.strip() or not self.tenant.isprintable():
-            return "the tenant has characters that cannot be printed, or spaces around it"
-        if len(self.tenant.encode()) > MOST_TENANT_BYTES:
-            return f"the tenant has more than {MOST_TENANT_BYTES} bytes"
-        if not (0 <= self.min_bandwidth <= MOST_BANDWIDTH and 0 <= self.max_bandwidth <= MOST_BANDWIDTH):
+        if problem := tenant_problem(self.tenant):
+            return problem
+        if not (0 <= self.min_bandwidth <= MOST_RATE and 0 <= self.max_bandwidth <= MOST_RATE):
             return "a bandwidth is negative or too large"
         if self.max_bandwidth and self.min_bandwidth > self.max_bandwidth:
             return f"the least bandwidth, {self.min_bandwidth}, is above the most, {self.max_bandwidth}"
@@ -34,19 +34,26 @@ class GuestSettings:
 
     def attributes(self) -> dict[str, str]:
         """Return the settings as text, without those that are not set."""
-        return {name: str(value) for name, value in asdict(self).items() if value}
+        return {name: str(value) for name, value in asdict(self).items() if value and name != "unread"}
 
     @classmethod
-    def of(cls, attributes: Mapping[str, str]) -> Self:
-        """Return the settings of such attributes; others are ignored. Raises `ValueError` for what `problem` names, or no number."""
-        rates = {name: _number(attributes[name]) for name in ("min_bandwidth", "max_bandwidth") if name in attributes}
-        settings = cls(attributes.get("tenant", ""), **rates)
-        if problem := settings.problem:
-            raise ValueError(problem)
-        return settings
+    def of(cls, attributes: Mapping[str, str]) -> tuple[Self, str]:
+        """Return the settings of such attributes, and what is wrong with those that cannot be used; each of the others counts.
+        Unknown attributes are ignored."""
+        tenant = attributes.get("tenant", "")
+        unread = tenant_problem(tenant)
+        least, most = (_number(attributes.get(name, "0")) for name in ("min_bandwidth", "max_bandwidth"))
+        crossed = bool(least and most and least > most)
+        settings = cls("" if unread else tenant, 0 if crossed else least or 0, most or 0, unread)
+        wrong = {
+            unread: unread,
+            "a bandwidth is no number in range": None in (least, most),
+            "the least bandwidth is above the most": crossed,
+        }
+        return settings, "; ".join(what for what, holds in wrong.items() if holds)
 
 
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ValueError(f'"{text[:40]}" is not a number of bytes per second')
-    return int(text)
+def _number(text: str) -> int | None:
+    """Return the rate; None if it is none."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else MOST_RATE + 1
+    return number if number <= MOST_RATE else None

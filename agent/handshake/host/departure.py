@@ -11,7 +11,7 @@ from agent.hypervisor.features import check_options, settled
 from agent.hypervisor.options import Options
 from agent.hypervisor.reasons import from_hypervisor, translated
 from agent.hypervisor.wire import options_from_proto
-from agent.runtime.errors import DroverError
+from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -53,6 +53,14 @@ class Departures:
     async def check_leaving(self, domain: Domain, leaving: host_pb2.Leaving) -> None:
         """Raise the `DroverError` that Begin would raise now, as far as that can be known. Changes nothing."""
         self._check_movable(domain)
+        if domain.settings is not None and domain.settings.unread:
+            raise DroverError(
+                Reason.INCOMPATIBLE_GUEST,
+                f"guest {domain.name} does not leave {self._host.name}, as it is not known to whose networks its memory may go: "
+                f"{domain.settings.unread}. Nothing was done to the guest; set its tenant anew: "
+                f"`drover domain set {domain.name} --tenant TENANT`, or none",
+                metadata={"domain": domain.name},
+            )
         options = cast(Options, options_from_proto(settled(leaving.options, self._host.features)))
         try:
             await self._host.hypervisor.check_leaving(domain.uuid, options, leaving.destination_name)

@@ -38,20 +38,19 @@ def read(domain: Any, flags: int = libvirt.VIR_DOMAIN_AFFECT_CURRENT) -> GuestSe
         return _settings(ElementTree.fromstring(text))
     except ElementTree.ParseError as error:
         _warn(str(error))
-        return None
+        return GuestSettings(unread="the metadata is not XML")
 
 
 def _settings(element: ElementTree.Element) -> GuestSettings | None:
-    """Return the settings of an element. Another program may have written anything: that is ignored, with a warning."""
-    try:
-        return GuestSettings.of(element.attrib) or None
-    except ValueError as error:
-        _warn(str(error))
-        return None
+    """Return the settings of an element. Others may have written anything: what cannot be used is ignored, with a warning."""
+    settings, wrong = GuestSettings.of(element.attrib)
+    if wrong:
+        _warn(wrong)
+    return settings or None
 
 
 def _warn(why: str) -> None:
-    log.warning("the Drover metadata of a guest is ignored, as it cannot be used; set it anew", why=why[:200], namespace=URI)
+    log.warning("Drover metadata of a guest is ignored, as it cannot be used; set it anew", why=why[:200], namespace=URI)
 
 
 def write(domain: Any, settings: GuestSettings) -> GuestSettings | None:

@@ -6,7 +6,6 @@ those of `virsh domstate --reason`.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Literal
 
 from agent.hypervisor.base import Domain, DomainState, Job, Requirements
@@ -131,12 +130,12 @@ class Guest:
     @property
     def settings(self) -> GuestSettings | None:
         it = self.definition.guest
-        found = GuestSettings(it.tenant, it.min_bandwidth, it.max_bandwidth)
-        return found if found and not found.problem else None
+        written = {"tenant": it.tenant, "min_bandwidth": str(it.min_bandwidth), "max_bandwidth": str(it.max_bandwidth)}
+        return GuestSettings.of(written)[0] or None
 
     def set(self, settings: GuestSettings) -> None:
         """Write its settings into its definitions."""
-        fields = asdict(settings)
+        fields = {"tenant": settings.tenant, "min_bandwidth": settings.min_bandwidth, "max_bandwidth": settings.max_bandwidth}
         self.definition = self.definition.with_(**fields)
         self.stored = self.stored.with_(**fields) if self.stored is not None else None
 
