@@ -74,14 +74,15 @@ def _least(limits: Iterable[int]) -> int:
 def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
     """Return the error for a guaranteed minimum that does not fit."""
     what = "its guaranteed minimum" if migration.settings.min_bandwidth_bytes_per_second else "the least that can be enforced"
+    fits = found.wanted <= found.capacity
     return DroverError(
         Reason.BANDWIDTH_INSUFFICIENT,
         f"guest {migration.domain_name} needs {rate_text(found.wanted)} ({what}) on {found.link}, where {rate_text(found.left)} are "
         f"left: {rate_text(found.guaranteed)} of {rate_text(found.capacity)} are guaranteed to others. Nothing was done to the "
-        "guest; ask for a lower minimum, or wait until other migrations have ended",
+        f"guest; ask for a lower minimum{', or wait until other migrations have ended' if fits else ''}",
         metadata={
             **{name: str(value) for name, value in asdict(found).items()},
             "left": str(found.left),
-            **({"wait": "bandwidth"} if found.wanted <= found.capacity else {}),
+            **({"wait": "bandwidth"} if fits else {}),
         },
     )

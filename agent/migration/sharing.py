@@ -6,24 +6,29 @@ the sum does not exceed a cap meanwhile: a share is raised, and a transfer start
 applied their lower shares. A source that does not within `PATIENCE` holds up nobody any longer: the others share what its transfer
 leaves."""
 
+import asyncio
 import functools
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from math import inf
-from typing import Final
+from typing import Final, NamedTuple
+
+import structlog
 
 from agent.handshake.drive.ends import Directory
 from agent.handshake.drive.plan import Limits
 from agent.handshake.machines.source import SourceState
 from agent.hypervisor.features import check_bandwidth
 from agent.migration.collection import Collection
-from agent.migration.flows import flow_of, insufficient
+from agent.migration.flows import HostOf, flow_of, insufficient
 from agent.migration.migration import Entry
 from agent.migration.settings import limits_of
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.bell import Bell, first_of
+from agent.runtime.seldom import Seldom
 from agent.transfer.shares import NO_LIMIT, Flow, divide, shortage
+from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 PATIENCE: Final = 1.0
@@ -33,7 +38,17 @@ LEAST_PAUSE: Final = 0.02
 MOST_TIME: Final = 0.1
 """Part of the process's time that this work may take."""
 
+log = structlog.get_logger()
+
 _BEFORE: Final = frozenset({None, SourceState.BEGINNING, SourceState.BEGUN})
+
+
+class _Known(NamedTuple):
+    """A transfer as it was found from a migration and its hosts, of which each change makes a new message."""
+
+    inputs: tuple[pb.Migration, host_pb2.Host | None, host_pb2.Host | None]
+    flow: Flow
+    links: dict[str, int]
 
 
 class Sharing:
@@ -51,8 +66,18 @@ class Sharing:
         """The highest rate at which each transfer may run now, by id: until a lower share is applied, the one before."""
         self._lowered: dict[str, float] = {}
         """Since when each lower share waits to be applied, by the monotonic clock."""
+        self._at_once: set[str] = set()
+        """Those about to transfer that wait for no other any longer."""
         self._divided = Bell()
         """Rings after each division."""
+        self._due: asyncio.Handle | None = None
+        """The division that those share which start in a burst."""
+        self._rest_until = float("-inf")
+        """When that may be."""
+        self._known_flows: dict[str, _Known] = {}
+        """Of the last division, as `_hosts`."""
+        self._hosts: dict[str, host_pb2.Host] = {}
+        self._warned = Seldom()
 
     # ---- minima
 
@@ -65,16 +90,18 @@ class Sharing:
         """Give back the minimum of a migration that does not take its slots now."""
         self._admitted.discard(entry.migration.migration_id)
 
-    def check(self, migration: pb.Migration) -> None:
-        """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held,
-        BANDWIDTH_UNSUPPORTED if its source cannot keep to the limits of its network."""
-        known = functools.cache(self._directory.known)
+    def check(self, migration: pb.Migration, *, alone: bool = False) -> None:
+        """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held, or
+        `alone`; BANDWIDTH_UNSUPPORTED if its source cannot keep to the limits of its network."""
+        known = self._known_hosts()
         flow, capacities = flow_of(migration, known)
         if (source := known(migration.source_host)) is not None:
             for limit in (flow.most, *(capacities[cap] for cap in flow.caps)):
                 check_bandwidth(limit, source.migration_features, f"the source {source.name}")
-        others = [*(entry.migration for entry in self._collection.all() if self._holds(entry)), *self._directory.foreign()]
-        flows = [flow_of(other, known)[0] for other in others if other.migration_id != migration.migration_id]
+        held = [] if alone else [entry.migration for entry in self._collection.all() if self._holds(entry)]
+        others = [*held, *([] if alone else self._directory.foreign())]
+        known_flows = [self._flow(other, known) for other in others if other.migration_id != migration.migration_id]
+        flows = [each.flow for each in known_flows if each is not None]
         if found := shortage(flow, flows, capacities):
             raise insufficient(migration, found)
 
@@ -102,17 +129,37 @@ class Sharing:
         migration_id = entry.migration.migration_id
         self._starting.add(migration_id)
         until = self._clock.monotonic() + PATIENCE
-        self.divide()
+        await self._next_division()
         while migration_id not in self._held and (left := until - self._clock.monotonic()) > 0:
             await first_of(self._divided.next, timeout=left)
-        self.divide(migration_id)
+        if migration_id not in self._held:
+            self._at_once.add(migration_id)
+            await self._next_division()
         return limits_of(entry.migration)
 
-    def divide(self, at_once: str = "") -> None:
-        """Publish the shares that the transfers may have now. `at_once`: one that waits for no other any longer."""
-        entries = {entry.migration.migration_id: entry for entry in self._collection.all() if self._takes_part(entry)}
+    async def _next_division(self) -> None:
+        """Divide: now, or in a burst of starts after a pause, once for all who ask meanwhile."""
+        pause = self._rest_until - self._clock.monotonic()
+        if self._due is None and pause <= 0:
+            self._divide_and_rest()
+            return
+        self._due = self._due or asyncio.get_running_loop().call_later(pause, self._divide_and_rest)
+        await first_of(self._divided.next, timeout=PATIENCE)
+
+    def _divide_and_rest(self) -> None:
+        self._due, began = None, self._clock.monotonic()
+        try:
+            self.divide()
+        finally:
+            now = self._clock.monotonic()
+            self._rest_until = now + (now - began) / MOST_TIME
+
+    def divide(self) -> None:
+        """Publish the shares that the transfers may have now."""
+        taking_part = {entry.migration.migration_id: entry for entry in self._collection.all() if self._takes_part(entry)}
+        flows, capacities = self._flows(taking_part)
+        entries = {i: entry for i, entry in taking_part.items() if i in flows}
         self._note(entries)
-        flows, capacities = self._flows(entries)
         now = self._clock.monotonic()
         late = {i for i, since in self._lowered.items() if now - since >= PATIENCE}
         pinned = {i: replace(flows[i], least=int(self._held[i]), most=int(self._held[i])) for i in late if self._held[i] < inf}
@@ -128,26 +175,61 @@ class Sharing:
                 self._lowered.pop(migration_id, None)
         waited_for = {link for i in self._lowered.keys() - late for link in flows[i].links}
         for migration_id, share in wanted.items():
-            may_rise = migration_id == at_once or waited_for.isdisjoint(flows[migration_id].links)
+            may_rise = migration_id in self._at_once or waited_for.isdisjoint(flows[migration_id].links)
             if migration_id not in self._lowered and may_rise:
                 self._held[migration_id] = _rate(share)
                 self._publish(entries[migration_id], share)
+        self._at_once.clear()
         self._divided.ring()
 
     def _flows(self, entries: Mapping[str, Entry]) -> tuple[dict[str, Flow], dict[str, int]]:
         """Return every transfer, and the capacities of their links. Those of other drivers keep their limits."""
         flows: dict[str, Flow] = {}
         capacities: dict[str, int] = {}
-        known = functools.cache(self._directory.known)
+        known = self._known_hosts()
         foreign = [migration for migration in self._directory.foreign() if migration.migration_id not in entries]
         for migration in [*(entry.migration for entry in entries.values()), *foreign]:
-            flow, links = flow_of(migration, known)
-            flows[migration.migration_id] = flow
-            capacities |= {link: min(filter(None, (links[link], capacities.get(link, 0))), default=0) for link in links}
+            if found := self._flow(migration, known):
+                flows[migration.migration_id] = found.flow
+                for link, capacity in found.links.items():
+                    capacities[link] = min(filter(None, (capacity, capacities.get(link, 0))), default=0)
+        self._known_flows = {i: self._known_flows[i] for i in flows}
+        passed = {host.name for each in self._known_flows.values() for host in each.inputs[1:] if host is not None}
+        self._hosts = {name: host for name, host in self._hosts.items() if name in passed}
         for migration in foreign:
-            if limit := migration.applied_bandwidth_bytes_per_second:
+            limit = migration.applied_bandwidth_bytes_per_second
+            if limit and migration.migration_id in flows:
                 flows[migration.migration_id] = replace(flows[migration.migration_id], least=limit, most=limit)
         return flows, capacities
+
+    def _known_hosts(self) -> HostOf:
+        """Return the hosts as they are now. One that has not changed stays the same object, for `_flow`."""
+
+        @functools.cache
+        def known(name: str) -> host_pb2.Host | None:
+            host, before = self._directory.known(name), self._hosts.get(name)
+            if host is None or before is None or host != before:
+                before = host
+            if before is not None:
+                self._hosts[name] = before
+            return before
+
+        return known
+
+    def _flow(self, migration: pb.Migration, known: HostOf) -> "_Known | None":
+        """Return a migration's transfer, as it was found before if nothing has changed; None where there is none to be found: that
+        must not keep the others from their shares."""
+        inputs = migration, known(migration.source_host), known(migration.destination_host)
+        found = self._known_flows.get(migration.migration_id)
+        if found is None or any(was is not now for was, now in zip(found.inputs, inputs, strict=True)):
+            try:
+                found = self._known_flows[migration.migration_id] = _Known(inputs, *flow_of(migration, known))
+            except Exception:
+                if self._warned.due(now := self._clock.monotonic()):
+                    self._warned.told(now)
+                    log.exception("unexpected error (bug): a migration gets no share", migration=migration.migration_id)
+                return None
+        return found
 
     def _takes_part(self, entry: Entry) -> bool:
         """Whether it transfers, or is about to."""

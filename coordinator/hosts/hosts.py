@@ -171,7 +171,10 @@ class HostRegistry:
         entry, stub = self._find(name), agent_rpc.HostServiceStub
         host = (await self.forward(name, lambda to: stub(to).UpdateHost(request, timeout=FORWARD_SECONDS))).host
         entry.check_identity(host)
-        entry.known.host.CopyFrom(host)  # its watch reports the same, perhaps later: whoever asks next sees the change
+        known = pb.ClusterHost()  # readers of the old one keep it
+        known.CopyFrom(entry.known)
+        known.host.CopyFrom(host)
+        entry.known = known  # its watch reports the same, perhaps later: whoever asks next sees the change
         self._table.save_soon(entry)
         return self._shown(entry)
 
