@@ -189,7 +189,7 @@ class Runner:
         view = driver.view if driver is not None else View(entry.ref, None, lambda: None, self._bus)
         waited = ""
         if entry.slot_wait and is_waited_for(error):
-            waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait:g} s: "
+            waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait_set:g} s: "
         view.cancel(Failure(error.reason, f"{waited}{error.message}", dict(error.metadata)))
         ended = describe(entry.migration, view, entry.elapsed, ended=True, wall=entry.wall)
         forget = forget and entry.cancelled is None

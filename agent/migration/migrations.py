@@ -24,7 +24,7 @@ from agent.migration.migration import Entry, MigrationLog
 from agent.migration.planning import planned
 from agent.migration.settings import check, check_downtime_kept, updated
 from agent.migration.uptime import uptime
-from agent.migration.waiting import check_wait_mode
+from agent.migration.waiting import check_asked
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -114,7 +114,7 @@ class Migrations:
 
     async def start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float = 0.0) -> pb.Migration:
         """See `MigrationService.StartMigration`. Goes on when the caller is cancelled; the migration is durable when it returns."""
-        check_wait_mode(spec.wait_mode, slot_wait)
+        check_asked(spec, slot_wait)
         entry = self.collection.find(migration_id)
         if entry is None:
             if migration_id not in self._starting:
@@ -226,8 +226,8 @@ class Migrations:
     async def update(self, migration_id: str, given: pb.MigrationSettings, mask: FieldMask) -> pb.Migration:
         """See `MigrationService.UpdateMigration`. Returns once the change is durable, and applied to a transfer that runs.
 
-        Raises MIGRATION_NOT_FOUND, MIGRATION_ENDED, INVALID_FIELD, BANDWIDTH_UNSUPPORTED, JOURNAL_UNAVAILABLE; nothing has changed
-        then. HOST_UNREACHABLE, HYPERVISOR_UNAVAILABLE: it is saved, and will be applied."""
+        Raises MIGRATION_NOT_FOUND, MIGRATION_ENDED, INVALID_FIELD, BANDWIDTH_UNSUPPORTED, BANDWIDTH_INSUFFICIENT,
+        JOURNAL_UNAVAILABLE; nothing has changed then. HOST_UNREACHABLE, HYPERVISOR_UNAVAILABLE: it is saved, and will be applied."""
         entry = await self._started_entry(migration_id)
         features = (await self._directory.source(entry.migration)).host.migration_features
 
@@ -237,8 +237,7 @@ class Migrations:
             if entry.tuner is not None and entry.tuner.flows:
                 check_downtime_kept(migration.settings, settings)
             migration.settings.CopyFrom(settings)
-            if not entry.waits:
-                self.runner.sharing.check(migration)
+            self.runner.sharing.check(migration, alone=entry.waits)
 
         async with entry.updating:
             self.collection.publish(entry, await entry.save_changed(change))

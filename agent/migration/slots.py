@@ -272,8 +272,12 @@ class SlotTaker:
     @staticmethod
     def _note_silence(entry: Entry, error: DroverError) -> None:
         """Tell the view of a call for a slot that has failed."""
-        if entry.driver is not None and entry.driver.slots.at:
+        if entry.driver is None or not entry.driver.slots.at:
+            return
+        if is_waited_for(error):
             entry.driver.view.call_failed(entry.driver.slots.at, error)
+        else:  # it is not tried again
+            entry.driver.view.answered(entry.driver.slots.at)
 
     def _show_wait(self, entry: Entry, error: DroverError) -> None:
         reason = PASSING.get(error.metadata.get("wait", ""), pb.WAIT_REASON_UNSPECIFIED)

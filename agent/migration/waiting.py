@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 from agent.handshake.drive.driver import Driver
 from agent.migration.migration import Entry
 from agent.migration.waits import out_of_time
+from agent.network.rules import check_tenant
 from agent.runtime.alongside import alongside, unless
 from agent.runtime.bell import first_of
 from agent.runtime.errors import DroverError, Reason, invalid_field
@@ -49,8 +50,10 @@ def is_waited_for(error: DroverError) -> bool:
 _WAITS: Final = frozenset({pb.WAIT_MODE_WAIT, pb.WAIT_MODE_HYBRID})
 
 
-def check_wait_mode(mode: pb.WaitMode.ValueType, slot_wait: float) -> None:
-    """Raise INVALID_FIELD for a mode that does not go with `slot_wait`, or is not known."""
+def check_asked(spec: pb.MigrationSpec, slot_wait: float) -> None:
+    """Raise INVALID_FIELD for a wait mode that does not go with `slot_wait`, or is not known, or a tenant that no guest has."""
+    mode = spec.wait_mode
+    check_tenant(spec.tenant, "spec.tenant")
     if mode not in pb.WaitMode.values():
         raise invalid_field("spec.wait_mode", f"{mode} is no wait mode; nothing was done")
     if mode in _WAITS and slot_wait <= 0:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
-from agent.network.rules import MIGRATION_ROLE, rate_text, without_tenants
+from agent.network.rules import DRAINED_ROLE, MIGRATION_ROLE, rate_text, without_tenants
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.wire import cut
 from drover.agent.v1 import host_pb2
@@ -65,6 +65,10 @@ class _Network:
     def all(self, *, role: bool) -> bool:
         """Return whether it has the migration role (else: is the fallback), as far as anybody knows it."""
         return all(MIGRATION_ROLE in side.roles if role else side.rules.fallback for side in self.sides)
+
+    @property
+    def drained(self) -> bool:
+        return any(DRAINED_ROLE in side.roles for side in self.sides)
 
     def admits(self, tenant: str) -> bool:
         return all(not side.rules.tenants or tenant in side.rules.tenants for side in self.sides)
@@ -126,7 +130,8 @@ def choose(
     are planned, wait or run. One without a limit wants the whole line.
 
     Raises NETWORK_NOT_FOUND (with metadata ``wait=network`` where one is only down, or without an address, now), NETWORK_FORBIDDEN
-    (the named network does not admit the guest's tenant), BANDWIDTH_INSUFFICIENT (none can give the guaranteed minimum)."""
+    (the named network does not admit the guest's tenant, or is being drained), BANDWIDTH_INSUFFICIENT (none can give the guaranteed
+    minimum)."""
     hosts, all_sides = (source, destination), (defined, source.networks, destination.networks)
     names = sorted({side.name for sides in all_sides for side in sides})
     known = [_Network(name, *(tuple(side for side in sides if side.name == name) for sides in all_sides)) for name in names]
@@ -150,6 +155,8 @@ def choose(
 
 def _excluded(network: _Network, tenant: str, *, listed: bool, role: bool) -> _Out | None:
     """Return why the rules keep the migration from the network. `listed`: whether any network lists its tenant."""
+    if network.drained:
+        return _Out("it is being drained")
     if not network.all(role=role):
         return _Out("it does not have the migration role" if role else "it is not the fallback")
     if not network.admits(tenant):
@@ -225,6 +232,13 @@ def _named(wish: Wish, known: Sequence[_Network], hosts: _Hosts, others: Sequenc
             f"network {wish.named} is for guests of the tenants {', '.join(sorted(network.tenants))}, and the guest is {who}. "
             "Nothing was done to the guest; name another network, or none",
             metadata={"network": wish.named, "tenant": wish.tenant},
+        )
+    if network.drained:
+        raise DroverError(
+            Reason.NETWORK_FORBIDDEN,
+            f"network {wish.named} is being drained: its migration role is taken once the migrations on it have ended, and it takes "
+            "no new one. Nothing was done to the guest; name another network, or none",
+            metadata={"network": wish.named},
         )
     found = _pair(network, wish, hosts, others)
     if isinstance(found, _Out):

@@ -21,6 +21,12 @@ MOST_WAIT = 7 * 86400
 """Longest wait for slots, in seconds."""
 
 
+def _host(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+    if value == "":
+        raise click.BadParameter("the name is empty; leave it out for any host", ctx, param)
+    return value or ""
+
+
 def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
     if value is None:
         return str(uuid.uuid4())
@@ -35,7 +41,7 @@ def _migration_id(ctx: click.Context, param: click.Parameter, value: str | None)
     "--to",
     "destination",
     metavar="HOST",
-    default="",
+    callback=_host,
     help="Destination host (on an agent: a peer, or its address). Default: any host that can take the guest.",
 )
 @click.option("--from", "source", metavar="HOST", default="", help="Source host. Default: the host that has the guest.")

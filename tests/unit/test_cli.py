@@ -150,6 +150,7 @@ def test_a_server_that_dies_while_it_starts_a_migration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        ("migrate vm1 --to=", "the name is empty; leave it out for any host"),
         ("migrate vm1 --to b --wait-mode maybe", "'maybe' is not one of 'wait', 'fail-fast', 'hybrid'"),
         ("migrate vm1 --to b --importance huge", "'huge' is not one of 'low', 'medium', 'high'"),
         ("migrate vm1 --to b --bandwidth 10_bananas", '"10_bananas" is not a rate'),

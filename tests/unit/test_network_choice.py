@@ -183,3 +183,13 @@ def test_8_5_no_network_at_all_says_what_each_host_has() -> None:
     error = refused(Reason.NETWORK_NOT_FOUND, Wish(), host(1), host(2, side("a", 92, 2)))
     for part in ("the source has none", "the destination has a (migration)", "a: h1 has no address on it"):
         assert part in error.message
+
+
+def test_8_4_a_network_that_is_drained_takes_no_migration_not_even_one_that_names_it() -> None:
+    hosts = both(("a", 92, {}), ("b", 93, {"fallback": True}))
+    drained = host_pb2.Network(name="b", roles=["draining"], rules=host_pb2.NetworkRules(fallback=True))
+    error = refused(Reason.NETWORK_FORBIDDEN, Wish("b"), *hosts, defined=(drained,))
+    assert "network b is being drained" in error.message
+    assert choose(Wish(), *hosts, (drained,)).message.network == "a"
+    only = both(("b", 93, {"fallback": True}))
+    assert "it is being drained" in refused(Reason.NETWORK_NOT_FOUND, Wish(), *only, defined=(drained,)).message

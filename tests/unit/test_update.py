@@ -9,6 +9,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 import agent.handshake.drive.slots
 from agent.admission.values import Direction
 from agent.handshake.drive.plan import Limits
+from agent.migration.migration import Entry
 from agent.migration.settings import check, limits_of, settings_of
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.masks import masked
@@ -284,3 +285,23 @@ async def waiting_in_queue(driving: Driving) -> None:
     book = driving.pair.destination.engine.desk.queues[Direction.INCOMING].book
     await until(lambda: (claim := book.find(ID)) is not None and claim.calls and book.is_waiting(claim))
     await until(lambda: driving.migrations.collection.get(ID).migration.HasField("wait"))
+
+
+async def test_8_2_a_host_that_closes_ends_the_wait_and_nothing_says_that_it_is_tried_again(
+    driving: Driving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    real = driving.migrations.collection.publish
+
+    def publish(entry: Entry, migration: pb.Migration) -> None:
+        told.append(migration.waiting_for)
+        real(entry, migration)
+
+    monkeypatch.setattr(driving.migrations.collection, "publish", publish)
+    closing = host_pb2.UpdateHostRequest(settings=host_pb2.HostSettings(incoming_limit=0))
+    closing.update_mask.paths[:] = ["incoming_limit"]
+    await driving.pair.destination.engine.desk.update(closing)
+    await driving.migrations.start(ID, SPEC, slot_wait=60)
+    assert (await driving.ended(ID)).failure.reason == "HOST_CLOSED"
+    assert told
+    assert not [text for text in told if "(retrying)" in text]
