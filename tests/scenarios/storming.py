@@ -184,11 +184,11 @@ def most_at_once(spans: Sequence[tuple[float, float]]) -> int:
 
 
 async def slots_of(hosts: Cluster, host: str) -> Slots:
-    """Return the slots and the queue of a host's incoming direction, as its agent reports them; of outgoing ones for a source."""
+    """Return the slots of a host, then its queue in order, as its agent reports them; incoming before outgoing."""
     async with Talk(hosts.agents[host].address) as talk:
         stub = admission_pb2_grpc.AdmissionServiceStub(talk.channel)
         response = await talk.call(stub.ListSlots, admission_pb2.ListSlotsRequest())
-    return list(response.slots)
+    return sorted(response.slots, key=lambda slot: (slot.direction, slot.waiting, slot.position))
 
 
 async def set_limits(hosts: Cluster, incoming: int, outgoing: int, prepared: int) -> None:
