@@ -19,8 +19,8 @@ from drover.agent.v1.migration_pb2 import WAIT_REASON_OUTGOING_SLOT, WAIT_REASON
 
 TURN_SECONDS: Final = 1.0
 """How long a waiter keeps its turn between two calls."""
-RETURN_SECONDS: Final = 5.0
-"""How long waiters of an earlier life keep their turn: their drivers call again within it (`backoff.SLOT`)."""
+RETURN_SECONDS: Final = 10.0
+"""How long waiters of an earlier life keep their turn: twice the longest pause of their drivers (`backoff.SLOT`)."""
 MOST_HOLDERS: Final = 8
 _REMEMBERED: Final = 50
 """How many holding times are remembered."""

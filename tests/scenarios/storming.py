@@ -208,6 +208,8 @@ class Watcher:
         """Most transferring units at once."""
         self.epochs: dict[str, int] = {}
         """Of the slots by migration; a later grant has a higher one."""
+        self.first_epochs: dict[str, int] = {}
+        """Of the first slot of each migration."""
         self.most_by_hypervisor = 0
         """Most guests at once that libvirt sends to any host. Zero on simulated hosts."""
         self._hosts = hosts
@@ -235,6 +237,7 @@ class Watcher:
                     moving = [slot.cost for slot in found if _transfers(slot)]
                     self.most_by_slots = max(self.most_by_slots, sum(moving))
                     self.epochs |= {slot.migration_id: slot.epoch for slot in found if _is_incoming(slot) and slot.epoch}
+                    self.first_epochs = self.epochs | self.first_epochs
                 await asyncio.sleep(0.05)  # the sampling
 
     def _watch_jobs(self, uris: Sequence[str]) -> None:
