@@ -136,7 +136,12 @@ class Queue:
             self._check_open()
         if not self.book.limits.limit:
             raise closed(self.book.direction, self._host)
-        if not begun and (ago := self.places.cancelled_ago(migration_id)) is not None:
+        if not begun:
+            self.check_not_cancelled(migration_id)
+
+    def check_not_cancelled(self, migration_id: str) -> None:
+        """Raise CANCELLED for a migration that was given up here."""
+        if (ago := self.places.cancelled_ago(migration_id)) is not None:
             raise was_cancelled(migration_id, self._host, ago)
 
     @contextlib.contextmanager

@@ -1,7 +1,11 @@
 """The attempts of a migration: the next one of one that may wait, or the one that another driver has made."""
 
+import contextlib
 import functools
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+import structlog
 
 from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.plan import Plan
@@ -10,12 +14,16 @@ from agent.handshake.machines.destination import DestinationState
 from agent.handshake.machines.source import SourceState
 from agent.migration.collection import Collection
 from agent.migration.migration import Entry
-from agent.migration.waiting import AWAY
-from agent.runtime.backoff import Clock
+from agent.migration.waiting import WAITED_FOR
+from agent.runtime.backoff import OTHER_HOST, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.wire import cut
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
 
 GIVEN_UP: Final = frozenset({Reason.RESTARTED, Reason.DRIVER_SILENT, Reason.LEASE_EXPIRED, Reason.STALE_LEASE})
 """Failures of an attempt whose agents or driver have come back since."""
@@ -32,10 +40,11 @@ def is_kept(view: View) -> bool:
 
 def _begins_again(entry: Entry, driver: Driver, ended: pb.Migration) -> bool:
     """Return whether a migration that may wait goes on after this end of its attempt, which `is_kept`: an agent or the driver was
-    away. `ended` describes that end; its failure may be a mere consequence, so what both records say counts, too."""
+    away, or a host was busy. `ended` describes that end; its failure may be a mere consequence, so what both records say counts,
+    too."""
     records = (driver.view.source_record, driver.view.destination_record)
     reasons = {ended.failure.reason, *(record.failure.reason for record in records if record is not None)}
-    was_away = bool(reasons & GIVEN_UP) or (ended.failure.reason in AWAY and not driver.calls.transfer_asked)
+    was_away = bool(reasons & GIVEN_UP) or (ended.failure.reason in WAITED_FOR and not driver.calls.transfer_asked)
     may_wait = entry.slot_wait > 0 and entry.slot_wait_left > 0 and not entry.cancel_asked.is_set()
     return may_wait and was_away and ended.state == pb.MIGRATION_STATE_FAILED
 
@@ -47,6 +56,7 @@ async def next_attempt(collection: Collection, entry: Entry, plan: Plan | None =
 
     def change(again: pb.Migration) -> None:
         again.attempt = attempt
+        again.ClearField("slot_duration")  # that was of an older attempt, which cannot touch the guest any more
         if plan is not None:
             put_plan(again, plan)
 
@@ -59,14 +69,55 @@ async def later_attempt(entry: Entry, driver: Driver, ended: pb.Migration, clock
     foreign = driver.view.foreign is not None
     if not is_kept(driver.view) and not (foreign and entry.any_host):
         return None
-    later = await driver.later("source", elsewhere=foreign) or await driver.later("destination")
-    if later is not None:
-        change = functools.partial(_follow, later=later)
-    elif not foreign and _begins_again(entry, driver, ended):
+    later = await until_answered(functools.partial(driver.later, "source", elsewhere=foreign), clock)
+    with contextlib.suppress(DroverError):
+        later = later or await driver.later("destination")
+    if later is None and not foreign and _begins_again(entry, driver, ended):
         change = functools.partial(_wait_again, why=ended.failure.message)
     else:
-        return None
+        if later is None and not foreign:
+            later = await until_answered(functools.partial(_given_up, driver), clock)
+        if later is None:
+            return None
+        change = functools.partial(_follow, later=later)
     return await entry.until_saved(functools.partial(entry.save_changed, change), clock)
+
+
+async def until_answered(ask: Callable[[], Awaitable[T]], clock: Clock) -> T:
+    """Return what `ask` returns, which is tried again as long as a host that may know better does not answer."""
+    pauses = Pauses(OTHER_HOST, clock)
+    while True:
+        try:
+            return await ask()
+        except DroverError as error:
+            log.info("the end of a migration waits for a host", error=error.message)
+        await pauses.pause()
+
+
+async def begun_or_given_up(driver: Driver, *, both: bool) -> handshake_pb2.Record | None:
+    """Return the record of another driver that has begun this attempt or a later one. None: no driver can begin any from now on, as
+    the source has given the migration up (or was declared dead). `both`: see `Reader.begun_elsewhere`. Raises the error of a host
+    that may know better."""
+    record = await driver.begun_elsewhere(both=both)
+    if record is None:
+        await _give_up(driver)
+        record = await driver.newest("source")
+    return record
+
+
+async def _given_up(driver: Driver) -> handshake_pb2.Record | None:
+    """Give the migration up after an attempt that has ended. Return the record of a later one that has begun before."""
+    await _give_up(driver)
+    return await driver.later("source")
+
+
+async def _give_up(driver: Driver) -> None:
+    try:
+        await driver.slots.give_up()
+    except DroverError as error:
+        driver.view.call_failed("source", error)
+        if not driver.view.is_dead("source"):
+            raise
 
 
 async def joins(collection: Collection, entry: Entry, error: DroverError) -> bool:

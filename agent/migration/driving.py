@@ -1,7 +1,6 @@
 """The driving of a migration from its first durable moment to its end: first the wait for its slot, then the handshake."""
 
 import asyncio
-import contextlib
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -14,7 +13,7 @@ from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
-from agent.migration.attempts import is_kept, later_attempt
+from agent.migration.attempts import begun_or_given_up, is_kept, later_attempt, until_answered
 from agent.migration.choice import Chooser
 from agent.migration.collection import Collection
 from agent.migration.links import links_of, watch_links
@@ -32,7 +31,7 @@ from agent.runtime.events import Bus
 from agent.runtime.failure import Failure
 from agent.runtime.supervision import supervise
 from agent.runtime.wire import duration
-from drover.agent.v1 import admission_pb2
+from drover.agent.v1 import admission_pb2, handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 log = structlog.get_logger()
@@ -125,7 +124,7 @@ class Runner:
             try:
                 await self._slots.take(entry, patience=0.0 if begins else PATIENCE)
             except DroverError as error:
-                if not await self._is_driven_elsewhere(entry, error):
+                if not await self._has_begun(entry, error):
                     forget = begins and (not entry.slot_wait or error is entry.refusal)
                     await self._end_without_slot(entry, error, forget=forget)
                     return False
@@ -155,23 +154,42 @@ class Runner:
 
     # ---- the slot: the guest is still untouched
 
-    async def _is_driven_elsewhere(self, entry: Entry, error: DroverError) -> bool:
-        """Return whether another driver of this migration, which may wait, is past the slot that is refused: the guest may have left
-        the source by it. If that is a later attempt, by the source's record, the entry becomes that one."""
-        driver, at_its_end = entry.driver, entry.cancel_asked.is_set() or is_waited_for(error)
-        alone = driver is not None and not (entry.recovered or driver.slots.other_driver or driver.view.silent_since)
-        if not entry.unbegun or (at_its_end and alone):  # the source's agent has heard of this driver all the time
+    async def _has_begun(self, entry: Entry, error: DroverError) -> bool:
+        """Return whether the migration has begun all the same, by another driver or in an earlier life; the entry then becomes that
+        attempt. Else the guest is untouched, and no driver can begin any more. Hosts that may know are asked until they answer."""
+        driver = entry.driver
+        if entry.slot_wait:  # the source's agent has heard all the time of a driver that is alone
+            alone = driver is not None and not (entry.recovered or driver.slots.other_driver or driver.view.silent_since)
+            certain = alone and is_waited_for(error)
+        else:
+            certain = not entry.recovered or entry.cancel_asked.is_set() or is_waited_for(error)
+        if certain:
             return False
-        if entry.driver is None:
-            with contextlib.suppress(DroverError):
-                entry.driver = await self._resumed(entry)
-        if entry.driver is None:
-            return False
-        if (later := await entry.driver.later("source")) is not None:
-            followed = entry.changed_to(attempt=later.ref.attempt, destination_host=later.peer_host)
+        entry.asks_others = True
+        record = await until_answered(functools.partial(self._ask_others, entry, error), self._clock)
+        entry.asks_others = False
+        if record is not None:
+            followed = entry.changed_to(attempt=record.ref.attempt)
+            if record.host == followed.source_host:
+                followed.destination_host = record.peer_host
             self._collection.publish(entry, followed)  # `_note_slot` saves it
-            return True
-        return await entry.driver.is_past_its_slot()
+        return record is not None
+
+    async def _ask_others(self, entry: Entry, refusal: DroverError) -> handshake_pb2.Record | None:
+        """See `begun_or_given_up`. None also for hosts that this process knows no more."""
+        driver = entry.driver
+        if driver is None or driver.view.ref.attempt != entry.migration.attempt:
+            try:
+                driver = entry.driver = await self._resumed(entry)
+            except DroverError as error:
+                if error.reason is Reason.HOST_NOT_FOUND:
+                    return None
+                raise
+            driver.slots.may_have("destination")
+        if refusal.reason is Reason.MIGRATION_EXISTS:  # the id may be of another migration, which is left as it is
+            return await driver.begun_elsewhere()
+        ended_by_itself = refusal.reason is Reason.CANCELLED or is_waited_for(refusal)
+        return await begun_or_given_up(driver, both=not ended_by_itself)  # such as for a guest that has left the source
 
     async def _note_slot(self, entry: Entry) -> None:
         """Note how long the slot took. For one that may wait, save it, however long that takes: from now on the guest may be
@@ -203,20 +221,11 @@ class Runner:
         if driver is not None and answered:
             await driver.slots.release()
         entry.settled.set()
-        if entry.cancelled is not None and entry.slot_wait:
-            await self._tell_cancelled(entry, driver)
-        elif driver is not None and not answered:
+        if driver is not None and not answered:
             await driver.slots.release()
         # A repeated start with the id of a removed one resumes its slot.
         if driver is not None and (driver.may_hold_slot or entry.slot_asked) and not forget:
             await driver.give_back()
-
-    async def _tell_cancelled(self, entry: Entry, driver: Driver | None) -> None:
-        """Give slots and places back, and tell the source that the migration was cancelled: another driver may wait for it, too."""
-        with contextlib.suppress(DroverError):
-            driver = driver or await self._resumed(entry)
-            driver.slots.may_have("source")
-            await driver.slots.release(cancelled=True)
 
     async def _settle(self, entry: Entry, write: Callable[[], Awaitable[None]]) -> None:
         """Save the end, however long that takes. If the log cannot be written, the waiting start fails with that error."""

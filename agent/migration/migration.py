@@ -80,8 +80,10 @@ class Entry:
         """Its driver has stopped although it has not ended: its records contradict each other."""
         self.slot_asked = False
         """A call for the slot has had no answer: the destination may hold it."""
-        self.unsuitable: set[str] = set()
-        """Hosts that a migration to any host tries no more."""
+        self.asks_others = False
+        """Its wait for slots is over, and it asks whether another driver has begun it."""
+        self.unsuitable: dict[str, float] = {}
+        """Until when a migration to any host does not try a host, by the clock's monotonic time."""
         self.advised_until = float("-inf")
         """Until when the hosts that could take it need not be looked for again, by the clock's monotonic time."""
         self.planned_at = 0.0

@@ -261,7 +261,7 @@ class Migrations:
                 f"{migration.destination_host}",
                 metadata={"host": statement.dead_host},
             )
-        if driver is None or entry.final or entry.unbegun:
+        if driver is None or entry.final or (entry.unbegun and not entry.asks_others):
             raise entry.not_in_doubt(statement.dead_host)
         if await driver.answers(side) or entry.driver is not driver:
             raise entry.not_in_doubt(statement.dead_host)

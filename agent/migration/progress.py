@@ -250,7 +250,7 @@ def union(intervals: Iterable[tuple[float, float]]) -> float:
 
 def _loss(migration: pb.Migration) -> Failure | None:
     """Return the failure of a migration whose guest has ended at the source meanwhile, else None."""
-    fact = migration.source_guest
-    if whereabouts(migration).place is not Place.NOWHERE or fact.state not in _GUEST_STATES:
+    fact, dead = migration.source_guest, migration.statement.dead_host
+    if whereabouts(migration).place is not Place.NOWHERE or fact.state not in _GUEST_STATES or dead == migration.source_host:
         return None
     return loss_of(migration.domain_name, migration.source_host, GuestFact(_GUEST_STATES[fact.state], fact.reason))

@@ -21,6 +21,7 @@ from agent.migration.planning import as_chosen, check_same_hosts, same_guest
 from agent.migration.sharing import Sharing
 from agent.migration.uptime import age_of
 from agent.migration.waiting import (
+    AWAY,
     LATEST_START,
     PASSING,
     PLAN_SECONDS,
@@ -36,6 +37,9 @@ from agent.runtime.backoff import SLOT, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
 from drover.agent.v1 import handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
+
+AWAY_SECONDS: Final = 10.0
+"""How long a migration to any host does not try a host again that was away: it may give a slot, and then not take the guest."""
 
 ADVICE_SECONDS: Final = 10.0
 """How long the hosts are shown that could take the guest in place of the one at which it waits: to find them costs calls."""
@@ -82,8 +86,6 @@ class SlotTaker:
                 self.sharing.dismiss(entry)
                 entry.slot_asked = entry.slot_asked or (entry.driver is not None and entry.driver.may_hold_slot)
                 left = max(entry.slot_wait_left, 0.0 if error.reason is Reason.BUSY else patient_until - clock())
-                if patience and not entry.unbegun and not is_waited_for(error) and await self._has_begun(entry):
-                    return
                 try:
                     if await unless_cancelled(entry, functools.partial(self._goes_on, entry, error)):
                         continue
@@ -148,7 +150,7 @@ class SlotTaker:
         if self._is_old(entry):
             raise _PlanAgain
         if entry.any_host and not driver.slots.other_driver:
-            without = {entry.migration.destination_host, *entry.unsuitable}
+            without = {entry.migration.destination_host, *self._unsuitable(entry)}
             chosen = await self.choice.free(entry.migration.migration_id, same_guest(entry.migration), without)
             if chosen is not None:
                 await self._move(entry, chosen)
@@ -160,7 +162,10 @@ class SlotTaker:
     @staticmethod
     async def _check_not_driven_elsewhere(driver: Driver) -> None:
         """Raise WRONG_PHASE if another driver is past the slots: there is nothing to wait for."""
-        if await driver.is_past_its_slot() or await driver.later("source") is not None:
+        begun = None
+        with contextlib.suppress(DroverError):  # it is asked until it answers before the wait ends
+            begun = await driver.begun_elsewhere()
+        if begun is not None:
             raise DroverError(Reason.WRONG_PHASE, "another driver has the slots of this migration, and goes on with it")
 
     async def _park_if_draining(self, entry: Entry) -> None:
@@ -229,14 +234,19 @@ class SlotTaker:
             return False
         if error.reason not in NOT_THIS_HOST or (error.reason is Reason.BUSY and entry.slot_wait):
             return False
-        entry.unsuitable.add(entry.migration.destination_host)
-        spec, may_wait = same_guest(entry.migration), bool(entry.slot_wait)
+        here = entry.migration.destination_host
+        if error.reason is not Reason.HOST_CLOSED:  # the choice asks each host whether it is open
+            entry.unsuitable[here] = self.clock.monotonic() + (AWAY_SECONDS if error.reason in AWAY else math.inf)
+        spec, may_wait, without = same_guest(entry.migration), bool(entry.slot_wait), {here, *self._unsuitable(entry)}
         try:
-            chosen = await self.choice.choose(entry.migration.migration_id, spec, may_wait=may_wait, without=entry.unsuitable)
+            chosen = await self.choice.choose(entry.migration.migration_id, spec, may_wait=may_wait, without=without)
         except DroverError:
             return False
         await self._move(entry, chosen)
         return True
+
+    def _unsuitable(self, entry: Entry) -> set[str]:
+        return {host for host, until in entry.unsuitable.items() if until > self.clock.monotonic()}
 
     async def _move(self, entry: Entry, chosen: Chosen) -> None:
         """Make `chosen` the destination, as the next attempt: the old one may have a slot of the present attempt, of which no answer
@@ -260,14 +270,6 @@ class SlotTaker:
             await driver.give_back()
 
     # ---- what it waits for
-
-    async def _has_begun(self, entry: Entry) -> bool:
-        """Return whether a migration of an earlier life is past its slot, from the destination's record, however long reading takes.
-        The guest may have left the source by this migration, and the source may have forgotten its record."""
-        if entry.driver is None or entry.cancel_asked.is_set():
-            return False
-        await unless_cancelled(entry, entry.driver.resume)
-        return not entry.driver.view.untouched
 
     @staticmethod
     def _note_silence(entry: Entry, error: DroverError) -> None:

@@ -1,10 +1,13 @@
 """agent.migration.slots: a migration to any host that takes another one, and what is left at those that it asked (issue 8)."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+import agent.migration.slots
+from agent.admission.values import Direction
 from agent.handshake.drive.ends import Candidate, Ends, Side
 from agent.migration.placement import rank
 from agent.runtime.errors import DroverError, Reason
@@ -160,3 +163,27 @@ async def test_8_2_a_choice_that_is_cancelled_before_its_slot_is_answered_gives_
     await driving.migrations.cancel(ID)
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_CANCELLED
     await until(lambda: three.to_third.count["release_slot"])
+
+
+@pytest.mark.parametrize("why", ["closed", "away"])
+async def test_8_2_a_host_that_was_closed_or_away_for_a_moment_is_taken_later(
+    driving: Driving, three: Three, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    monkeypatch.setattr(agent.migration.slots, "AWAY_SECONDS", 0.1)
+    pair, third, entry = driving.pair, three.third, driving.migrations.collection.get
+    queue = pair.destination.engine.desk.queues[Direction.INCOMING]
+    limits = queue.book.limits
+    pair.destination.room(0)
+    third.room(0)
+    await driving.migrations.start(ID, SPEC, 60.0)
+    await until(lambda: "are taken" in entry(ID).migration.waiting_for)
+    assert entry(ID).migration.destination_host == "h2"
+    if why == "closed":
+        queue.limit(dataclasses.replace(limits, limit=0))
+    else:
+        pair.to_destination.refuse["acquire_slot"] = [pair.to_destination.unreachable()]
+    await until(lambda: entry(ID).migration.destination_host == "h3")
+    queue.limit(limits)
+    pair.destination.room(1)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")

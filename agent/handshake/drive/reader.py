@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from agent.handshake.drive.calls import Calls
 from agent.handshake.drive.view import View
 from agent.handshake.host.peer import HandshakePeer
+from agent.handshake.host.records import state_from_proto
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
 from agent.runtime.backoff import OTHER_HOST, Clock, Pauses
@@ -40,26 +41,48 @@ class Reader:
                 return
             await pauses.pause()
 
-    async def is_past_its_slot(self) -> bool:
-        """Ask the destination once. Return whether a driver of this attempt has prepared the guest's copy there, or more."""
-        with contextlib.suppress(DroverError):
-            await self._look("destination")
-        return self.view.destination_state not in (None, Dst.RESERVED, Dst.GONE)
+    async def newest(self, side: str) -> pb.Record | None:
+        """Ask a side once for its newest record of the migration. Return it if it is of this attempt or a later one, for the same
+        guest and source. None: it has none, or was declared dead. Raises the error of a side that does not say."""
+        ours, parties = self.view.ref, self.view.parties
+        request = pb.GetRecordRequest(ref=pb.AttemptRef(migration_id=ours.migration_id))
+        try:
+            record = (await self._sides[side][0].get_record(request)).record
+        except DroverError as error:
+            if error.reason is not Reason.RECORD_NOT_FOUND:
+                self.view.call_failed(side, error)
+                if not self.view.is_dead(side):
+                    raise
+            else:
+                self.view.answered(side)
+            return None
+        self.view.answered(side)
+        source = record.host if side == "source" else record.peer_host
+        same = parties is not None and (record.domain_uuid, source) == (parties.domain_uuid, parties.source)
+        return record if same and record.ref.migration_id == ours.migration_id and record.ref.attempt >= ours.attempt else None
 
     async def later(self, side: str, *, elsewhere: bool = False) -> pb.Record | None:
-        """Ask a side once for its newest record of the migration. Return it if it is of a later attempt for the same guest and
-        source: another driver went on with that. `elsewhere`: also one with the same number to another destination. None: there is
-        none, or no answer."""
-        ours, parties = self.view.ref, self.view.parties
-        with contextlib.suppress(DroverError):
-            peer, _ = self._sides[side]
-            record = (await peer.get_record(pb.GetRecordRequest(ref=pb.AttemptRef(migration_id=ours.migration_id)))).record
-            source = record.host if side == "source" else record.peer_host
-            if parties is not None and (record.domain_uuid, source) == (parties.domain_uuid, parties.source):
-                aside = elsewhere and side == "source" and record.peer_host not in ("", parties.destination)
-                is_later = record.ref.attempt >= ours.attempt + (not aside)
-                return record if record.ref.migration_id == ours.migration_id and is_later else None
-        return None
+        """Return a side's newest record if it is of a later attempt: another driver went on with that. `elsewhere`: also one of the
+        source with the same number to another destination. Raises as `newest`."""
+        record, parties = await self.newest(side), self.view.parties
+        if record is None or parties is None:
+            return None
+        aside = elsewhere and side == "source" and record.peer_host not in ("", parties.destination)
+        return record if aside or record.ref.attempt > self.view.ref.attempt else None
+
+    async def begun_elsewhere(self, *, both: bool = False) -> pb.Record | None:
+        """Return the record of another driver that has begun this attempt or a later one: the source's, or the destination's if that
+        is past its slot and the source has forgotten its own. `both`: the destination has to answer, too. Raises as `newest`."""
+        if (record := await self.newest("source")) is not None:
+            return record
+        try:
+            record = await self.newest("destination")
+        except DroverError:
+            if both or "source" in self.view.silent_since:
+                raise
+            return None
+        is_past = record is not None and state_from_proto(record) not in (Dst.RESERVED, Dst.GONE)
+        return record if is_past else None
 
     async def _try_to_look(self, side: str) -> bool:
         """Read a side's record. Return whether enough is known of it to go on: the record, or a statement that it is dead."""
@@ -67,7 +90,7 @@ class Reader:
             await self._look(side)
         except DroverError as error:
             self.view.call_failed(side, error)
-            return side in self.view.silent_since and side in self.view.statements
+            return self.view.is_dead(side)
         return True
 
     async def answers(self, side: str) -> bool:

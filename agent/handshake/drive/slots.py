@@ -149,6 +149,18 @@ class BothSlots:
         asked = [side for side in sides or DIRECTION if side in self._asked]
         await asyncio.gather(*(self._release(side, keep_place=keep_place, cancelled=cancelled) for side in asked))
 
+    async def give_up(self) -> None:
+        """Give the slot or place at the source back for every driver of the migration: none of them can begin it from now on. Raises
+        what the call raises."""
+        self._held.pop("source", None)
+        request = pb.ReleaseSlotRequest(migration_id=self._request("source").migration_id, cancelled=True)
+        request.direction = DIRECTION["source"]
+        try:
+            await self._peers["source"].release_slot(request)
+        except DroverError as error:
+            if error.reason is not Reason.UNIMPLEMENTED:  # an older agent, which goes on with no migration that waits
+                raise
+
     async def leave(self, *, cancelled: bool) -> None:
         """Give back the places that both hosts keep for a next attempt, as there is none. An error is ignored."""
         self._asked |= set(DIRECTION)

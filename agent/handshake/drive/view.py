@@ -103,12 +103,11 @@ class View:
     @property
     def states(self) -> tuple[Src | None, Dst | None]:
         """The states to act on: those of the records, corrected by `assume` for sides that are silent and declared dead."""
-        dead = self.statements.keys() & self.silent_since.keys()
         return assume(
             self.source_state,
             self.destination_state,
-            source_dead="source" in dead,
-            destination_dead="destination" in dead,
+            source_dead=self.is_dead("source"),
+            destination_dead=self.is_dead("destination"),
             overtaken=self.overtaken,
         )
 
@@ -135,6 +134,10 @@ class View:
         """Go on without a side that does not answer. If it answers before the end, the statement is dropped for good."""
         self.statements[side] = statement
         self._changed()
+
+    def is_dead(self, side: str) -> bool:
+        """Whether a side does not answer and was declared dead."""
+        return side in self.silent_since and side in self.statements
 
     @property
     def outcome_unknown(self) -> bool:

@@ -91,6 +91,10 @@ class RecordSlots:
             if attempt.record.holds_slot:
                 slot.attached = True
 
+    def check_not_cancelled(self, attempt: Attempt) -> None:
+        """Raise CANCELLED if the migration was given up here, such as just before its record is made."""
+        self._queue(attempt.record).check_not_cancelled(attempt.record.migration_id)
+
     def changed(self, attempt: Attempt, before: AttemptRecord) -> None:
         """Free the slot of a record that does not hold it any more."""
         record = attempt.record

@@ -125,7 +125,7 @@ class SourceSide:
                 attempt.measured = proof.measured
                 await attempt.apply(
                     _E.BEGIN,
-                    lambda: phase_changes(attempt, "begin", request),
+                    lambda: self._begins(attempt, request),
                     host=self._host.name,
                     domain_name=domain.name,
                     domain_uuid=domain.uuid,
@@ -138,6 +138,10 @@ class SourceSide:
                     proved=proof.address,
                 )
         self.recover(attempt)
+
+    def _begins(self, attempt: Attempt, request: pb.BeginRequest) -> dict[str, object]:
+        self._slots.check_not_cancelled(attempt)  # whoever gave the migration up then reads that there is no record
+        return phase_changes(attempt, "begin", request)
 
     async def perform(self, request: pb.PerformRequest) -> pb.PerformResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
