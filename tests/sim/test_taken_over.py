@@ -53,6 +53,7 @@ async def test_8_2_a_coordinator_that_returns_agrees_with_the_agent_on_the_netwo
         hog = await start(talk, "hog", "h2", bandwidth_bytes_per_second=CRAWL)
         await until(hosts.server, hog, lambda m: m.progress.processed_bytes > 0)
         waiting = await start(talk, "guest", "h2", 120)
+        await until(hosts.server, waiting, lambda m: m.wait.position == 1)
     hosts.coordinator.kill()
     source = hosts.agents["h1"].address
     await until(source, waiting, lambda m: m.driver == "h1" and m.wait.position == 1)
@@ -77,7 +78,8 @@ async def test_8_4_an_agent_that_takes_over_a_wait_keeps_to_the_tenants_of_the_c
         hog = await start(talk, "hog", "h2", bandwidth_bytes_per_second=CRAWL, tenant=tenant)
         await until(hosts.server, hog, lambda m: m.progress.processed_bytes > 0)
         waiting = await start(talk, "guest", "h2", 120, tenant=tenant)
-        assert (await talk.get(waiting)).network == "mig2"
+        planned = await until(hosts.server, waiting, lambda m: m.wait.position == 1)
+        assert planned.network == "mig2"
     hosts.coordinator.kill()
     source, other = hosts.agents["h1"].address, hosts.agents["h3"].address
     await until(source, waiting, lambda m: m.driver == "h1" and m.wait.position == 1)
