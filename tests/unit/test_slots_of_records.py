@@ -186,7 +186,8 @@ async def test_8_1_a_restart_counts_the_records_again_and_keeps_the_queue_in_its
         assert await listed(agent) == order
     await fails(agent.engine.acquire_slot(acquire("late")), Reason.BUSY)
     await agent.engine.abandon(handshake_pb2.AbandonRequest(ref=REF))
-    waits = [asyncio.ensure_future(agent.engine.acquire_slot(acquire(name, wait=9))) for name in ("second", "first")]
+    asks = [acquire(name, wait=9, importance=importance) for name, importance in (("second", 2), ("first", 3))]
+    waits = [asyncio.ensure_future(agent.engine.acquire_slot(ask)) for ask in asks]
     done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     assert [task.result().slot.migration_id for task in done] == ["first"]
     waits[0].cancel()
