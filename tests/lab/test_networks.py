@@ -185,7 +185,7 @@ async def test_8_4_a_role_in_use_is_drained_also_over_a_restart(both: LabCluster
     both.coordinator.restart()
     both.wait_known()
     async with Talk(both.server) as talk:
-        assert (await talk.get(moving.migration_id)).state == pb.MIGRATION_STATE_ACTIVE
+        await talk.watch(moving.migration_id, lambda m: m.state == pb.MIGRATION_STATE_ACTIVE)  # it reads the records first
         assert network(both, "show", "mig1")["network"]["revoking"]
         await talk.cancel(moving.migration_id)
         assert state(await talk.end(moving.migration_id)) == "cancelled"
