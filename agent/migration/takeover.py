@@ -32,8 +32,25 @@ OtherSide = Callable[[Attempt], OtherHost | None]
 WAITED: Final = "its driver went silent while it waited for its slots, so the source's agent goes on with it"
 
 _OF_A_WAIT: Final = frozenset(
-    "migration_id spec attempt destination_host domain_name domain_uuid tenant network network_choice options settings slot_wait "  # noqa: SIM905
-    "cancel_time warnings timings runs_on source_guest".split()
+    {
+        "migration_id",
+        "spec",
+        "attempt",
+        "destination_host",
+        "domain_name",
+        "domain_uuid",
+        "tenant",
+        "network",
+        "network_choice",
+        "options",
+        "settings",
+        "slot_wait",
+        "cancel_time",
+        "warnings",
+        "timings",
+        "runs_on",
+        "source_guest",
+    }
 )
 """Fields of a migration that waits for its slots."""
 

@@ -145,7 +145,7 @@ async def test_8_7_a_deadline_that_is_over_ends_the_wait(cluster: Cluster) -> No
     first, second = cluster.start_guest("waited-for-deadline"), cluster.start_guest("waits-deadline")
     async with Talk(cluster.server) as talk:
         running = await flowing(talk, first.name, 8 * MIB)
-        waits = (await talk.start_waiting(second.name, "h2", 120)).migration_id
+        waits = (await talk.start(second.name, "h2", slot_wait=120)).migration_id
         await talk.watch(waits, lambda m: m.wait_reason == pb.WAIT_REASON_SLOT and "are taken" in m.waiting_for)
         asked = time.monotonic()
         changed = await update(talk, waits, slot_wait=duration(0.001))

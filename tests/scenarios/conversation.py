@@ -43,14 +43,9 @@ class Talk:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error, "the server") from None
 
-    async def start(self, domain: str, to: str, migration_id: str = "", **spec: Any) -> pb.Migration:
-        return await self._start(migration_id or new_id(), pb.MigrationSpec(domain=domain, destination_host=to, **spec))
-
-    async def start_waiting(self, domain: str, to: str, slot_wait: float) -> pb.Migration:
-        return await self._start(new_id(), pb.MigrationSpec(domain=domain, destination_host=to), slot_wait)
-
-    async def _start(self, migration_id: str, spec: pb.MigrationSpec, slot_wait: float = 0.0) -> pb.Migration:
-        request = pb.StartMigrationRequest(migration_id=migration_id, spec=spec, slot_wait=duration(slot_wait))
+    async def start(self, domain: str, to: str, migration_id: str = "", slot_wait: float = 0.0, **spec: Any) -> pb.Migration:
+        request = pb.StartMigrationRequest(migration_id=migration_id or new_id(), slot_wait=duration(slot_wait))
+        request.spec.CopyFrom(pb.MigrationSpec(domain=domain, destination_host=to, **spec))
         response: pb.StartMigrationResponse = await self.call(self.migrations.StartMigration, request)
         return response.migration
 

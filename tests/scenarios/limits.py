@@ -128,7 +128,7 @@ async def test_8_2_who_holds_a_slot_and_who_waits_is_listed_in_order(cluster: Cl
     async with Talk(cluster.server) as talk:
         running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=CRAWL)
         await talk.watch(running.migration_id, lambda m: m.phase == "perform")
-        waits = await talk.start_waiting(second.name, "h2", 120)
+        waits = await talk.start(second.name, "h2", slot_wait=120)
         await talk.watch(waits.migration_id, lambda m: m.wait.position == 1 and m.wait.host == "h2" and m.phase == "perform")
         for server in (None, cluster.agents["h2"].address):
             slots = json.loads(drover(cluster, "host", "slots", "h2", "-o", "json", server=server).stdout)["slots"]

@@ -1,6 +1,7 @@
 """Requirements C1, R3: a name or a UUID means one guest, whatever it looks like."""
 
 import uuid
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import Talk, assert_idle, new_id, state
 
 
-async def refusal(talk: Talk, domain: str, to: str, **spec: str) -> DroverError:
+async def refusal(talk: Talk, domain: str, to: str, **spec: Any) -> DroverError:
     with pytest.raises(DroverError) as refused:
         await talk.start(domain, to, **spec)
     return refused.value

@@ -32,7 +32,7 @@ async def behind_another(cluster: Cluster, test: str, server: str) -> AsyncItera
     first, second = cluster.start_guest(f"waited-for-{test}"), cluster.start_guest(f"waits-{test}")
     async with none_is_prepared(cluster), Talk(server) as talk:
         running = await talk.start(first.name, "h2", bandwidth_bytes_per_second=CRAWL)
-        waits = await talk.start_waiting(second.name, "h2", 120)
+        waits = await talk.start(second.name, "h2", slot_wait=120)
         assert state(waits) == "pending"
         now = await talk.watch(waits.migration_id, lambda m: "are taken" in m.waiting_for)
         assert (state(now), now.wait_reason, now.runs_on) == ("pending", pb.WAIT_REASON_SLOT, "h1")

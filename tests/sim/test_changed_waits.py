@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from agent.runtime.errors import DroverError, Reason
-from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster, GuestSpec, cluster
-from tests.scenarios.conversation import CRAWL, MIB, Talk, duration, new_id, speed_up, state, update
+from tests.scenarios.conversation import CRAWL, MIB, Talk, duration, speed_up, state, update
 from tests.scenarios.limits import drover
 
 pytestmark = pytest.mark.timeout(90)
@@ -27,12 +26,8 @@ def _hosts() -> Iterator[Cluster]:
         yield made
 
 
-async def start(talk: Talk, guest: str, wait: float = 0.0, **spec: Any) -> str:
-    migration_id = new_id()
-    request = pb.StartMigrationRequest(migration_id=migration_id, slot_wait=duration(wait))
-    request.spec.CopyFrom(pb.MigrationSpec(domain=guest, destination_host="h2", **spec))
-    await talk.call(talk.migrations.StartMigration, request)
-    return migration_id
+async def start(talk: Talk, guest: str, slot_wait: float = 0.0, **spec: Any) -> str:
+    return (await talk.start(guest, "h2", slot_wait=slot_wait, **spec)).migration_id
 
 
 async def test_8_6_a_minimum_beyond_the_capacity_is_refused_while_the_migration_waits(hosts: Cluster) -> None:

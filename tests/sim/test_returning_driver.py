@@ -10,7 +10,7 @@ from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import CRAWL, FINAL, Talk, speed_up, state
 from tests.scenarios.limits import drover
 from tests.sim.test_taken_over import _hosts as _hosts  # noqa: PLC0414 - the fixture
-from tests.sim.test_taken_over import start, until
+from tests.sim.test_taken_over import until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.timeout(120)
 async def one_waits(hosts: Cluster) -> tuple[str, str]:
     """The ids of a migration that sends to h2, and of one from h1 that waits behind it."""
     async with Talk(hosts.server) as talk:
-        hog = await start(talk, "hog", "h2", 60, bandwidth_bytes_per_second=CRAWL)
+        hog = (await talk.start("hog", "h2", slot_wait=60, bandwidth_bytes_per_second=CRAWL)).migration_id
         await talk.watch(hog, lambda m: m.progress.processed_bytes > 0)
-        return hog, await start(talk, "guest", "h2", 120)
+        return hog, (await talk.start("guest", "h2", slot_wait=120)).migration_id
 
 
 async def test_8_2_a_guest_that_the_agent_has_moved_is_found_while_its_destination_is_away(hosts: Cluster) -> None:

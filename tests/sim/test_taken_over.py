@@ -2,14 +2,13 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from agent.runtime.errors import DroverError
 from drover.agent.v1 import migration_pb2 as pb
 from tests.kit.cluster import Cluster, GuestSpec, cluster
-from tests.scenarios.conversation import CRAWL, FINAL, MIB, Talk, duration, new_id, speed_up, state
+from tests.scenarios.conversation import CRAWL, FINAL, MIB, Talk, speed_up, state
 from tests.scenarios.limits import drover
 
 pytestmark = pytest.mark.timeout(120)
@@ -25,13 +24,6 @@ def _hosts() -> Iterator[Cluster]:
         made.start_guest("guest", "h1")
         made.start_guest("other", "h1")
         yield made
-
-
-async def start(talk: Talk, guest: str, to: str, wait: float = 0.0, **spec: Any) -> str:
-    request = pb.StartMigrationRequest(migration_id=new_id(), slot_wait=duration(wait))
-    request.spec.CopyFrom(pb.MigrationSpec(domain=guest, destination_host=to, **spec))
-    await talk.call(talk.migrations.StartMigration, request)
-    return request.migration_id
 
 
 async def until(address: str, migration_id: str, holds: Callable[[pb.Migration], bool]) -> pb.Migration:
@@ -50,9 +42,9 @@ async def test_8_2_a_coordinator_that_returns_agrees_with_the_agent_on_the_netwo
     """Both plan the migration that waits, and only the coordinator counts what others take of a network."""
     drover(hosts, "host", "set", "h2", "--incoming-limit", "1", "--prepared-limit", "0")
     async with Talk(hosts.server) as talk:
-        hog = await start(talk, "hog", "h2", bandwidth_bytes_per_second=CRAWL)
+        hog = (await talk.start("hog", "h2", bandwidth_bytes_per_second=CRAWL)).migration_id
         await until(hosts.server, hog, lambda m: m.progress.processed_bytes > 0)
-        waiting = await start(talk, "guest", "h2", 120)
+        waiting = (await talk.start("guest", "h2", slot_wait=120)).migration_id
         await until(hosts.server, waiting, lambda m: m.wait.position == 1)
     hosts.coordinator.kill()
     source = hosts.agents["h1"].address
@@ -75,9 +67,9 @@ async def test_8_4_an_agent_that_takes_over_a_wait_keeps_to_the_tenants_of_the_c
         drover(hosts, "network", "add", name, "--cidr", f"127.{number}.0.0/24", "--migration", *(f"--tenant={t}" for t in tenants))
     drover(hosts, "host", "set", "h2", "--incoming-limit", "1", "--prepared-limit", "0")
     async with Talk(hosts.server) as talk:
-        hog = await start(talk, "hog", "h2", bandwidth_bytes_per_second=CRAWL, tenant=tenant)
+        hog = (await talk.start("hog", "h2", bandwidth_bytes_per_second=CRAWL, tenant=tenant)).migration_id
         await until(hosts.server, hog, lambda m: m.progress.processed_bytes > 0)
-        waiting = await start(talk, "guest", "h2", 120, tenant=tenant)
+        waiting = (await talk.start("guest", "h2", slot_wait=120, tenant=tenant)).migration_id
         planned = await until(hosts.server, waiting, lambda m: m.wait.position == 1)
         assert planned.network == "mig2"
     hosts.coordinator.kill()
@@ -95,7 +87,7 @@ async def test_8_6_the_rules_of_a_network_hold_while_the_coordinator_is_away(hos
     drover(hosts, "network", "add", "mig1", "--cidr", "127.91.0.0/24", "--migration", rule, "9MiB/s")
     drover(hosts, "network", "set", "mig1", rule, "2MiB/s" if rule == "--max-bandwidth" else "4MiB/s")
     async with Talk(hosts.server) as talk:
-        ids = [await start(talk, guest, to, network="mig1") for guest, to in (("guest", "h2"), ("other", "h3"))]
+        ids = [(await talk.start(guest, to, network="mig1")).migration_id for guest, to in (("guest", "h2"), ("other", "h3"))]
     for migration_id in ids:
         await until(hosts.server, migration_id, lambda m: m.applied_bandwidth_bytes_per_second == 2 * MIB)
     hosts.coordinator.kill()

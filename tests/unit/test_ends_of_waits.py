@@ -70,9 +70,9 @@ async def test_8_2_a_guest_that_has_left_is_asked_for_until_its_destination_answ
     pair.to_destination.cut = True
     await away.restart()
     await until(lambda: line.count["get_record"] >= 3)
+    await until(lambda: list(shown(away).silent_hosts) == ["h2"])
     found = shown(away)
     assert (found.state, found.wait_reason) == (pb.MIGRATION_STATE_PENDING, pb.WAIT_REASON_HOST_UNREACHABLE)
-    assert list(found.silent_hosts) == ["h2"]
     line.refuse["get_record"].clear()
     pair.to_destination.cut = False
     ended = await away.ended(ID)

@@ -225,4 +225,4 @@ def _post_copy(attempt: Attempt) -> list[asyncio.Task[None]]:
     """Return what lasts as long as memory flows by post-copy, whose record needs no slot any more since the switch."""
     if attempt.record.role is Role.DESTINATION:
         return attempt.running(DestinationEffect.FINISH) if attempt.record.state == DestinationState.RUNNING else []
-    return attempt.running("guest") if sends(attempt.record.state, attempt.progress) else []
+    return attempt.running("progress") if sends(attempt.record.state, attempt.progress) else []

@@ -173,7 +173,8 @@ class SourceEffects:
             await self.session(attempt).remove(record.cookies.get("finish", b""), record.user_options)
             attempt.saw(GuestFact(GuestState.ABSENT, "migrated", time.time()))  # concluded from the success of `remove`
 
-        await self._see_post_copy(attempt)
+        if attempt.progress is None:  # after a restart of the agent
+            await self._see_post_copy(attempt)
         with timed("confirm") as watch:
             await retry(attempt, "removing the copy at the source", remove)
         await attempt.report(_E.REMOVE_DONE, timings=(*attempt.record.timings, watch.timing))
