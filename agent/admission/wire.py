@@ -4,6 +4,7 @@ import time
 from typing import Final, Literal
 
 from agent.admission.book import Book
+from agent.admission.estimate import likely
 from agent.admission.values import MEDIUM, Ask, Claim, Direction, Kind, Slot
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.events import SlotChanged
@@ -113,8 +114,7 @@ def busy(wait: Wait) -> DroverError:
     return DroverError(
         Reason.BUSY,
         f"{wait.in_use} of {wait.limit_value} {wait.limit.removesuffix('_limit')} slots of {wait.host} are taken{queue}. Nothing "
-        f"was done to the guest; its turn would come in about {low:.0f} to {high:.0f} s: let it wait (--wait), or choose another "
-        "host",
+        f"was done to the guest; its turn would likely come {likely(low, high)}: let it wait (--wait), or choose another host",
         metadata={
             "host": wait.host,
             "limit": wait.limit,

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+from agent.admission.estimate import likely
 from agent.handshake.drive.view import View
 from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
@@ -93,7 +94,7 @@ def wait_text(wait: pb.Wait) -> str:
         parts.append(f"place {wait.position} of {max(wait.position, wait.queue_length)}")
     if wait.HasField("estimate_low") or wait.HasField("estimate_high"):
         low, high = wait.estimate_low.ToNanoseconds() / 1e9, wait.estimate_high.ToNanoseconds() / 1e9
-        parts.append(f"likely in {low:.0f} to {high:.0f} s" if high > low else f"likely in {low:.0f} s")
+        parts.append(f"likely {likely(low, high)}")
     if wait.alternative_hosts:
         parts.append(f"free now: {', '.join(wait.alternative_hosts)}")
     return f"{parts[0]}: {', '.join(parts[1:])}" if parts[1:] else parts[0]

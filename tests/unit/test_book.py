@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from agent.admission.book import RETURN_SECONDS, TURN_SECONDS, Book
-from agent.admission.estimate import UNKNOWN, forecast, quartiles
+from agent.admission.estimate import UNKNOWN, forecast, likely, quartiles
 from agent.admission.values import Ask, Claim, Direction, Kind, Limits, Slot
 from drover.agent.v1.migration_pb2 import Wait
 
@@ -368,7 +368,12 @@ def test_8_2_estimates_of_few_readings_are_wide_and_places_share_the_work() -> N
     assert quartiles([10.0, 20.0]) == (5.0, 40.0)
     assert forecast([], 2, [10.0] * 8)(1)[0] == 0.0
     assert forecast([9.0, 1.0], 2, [10.0] * 8)(3) == (11.0, 11.0)
-    assert forecast([100.0], 1, [10.0] * 8)(1) == (0.0, 0.5)
+
+
+def test_8_2_a_slot_that_is_held_unusually_long_is_not_told_as_free_at_once() -> None:
+    assert forecast([9.9], 1, [10.0] * 8)(1) == pytest.approx((0.1, 0.5))
+    assert forecast([100.0], 1, [10.0] * 8)(1) == (0.0, 100.0)
+    assert (likely(0.0, 0.5), likely(0.0, 100.0), likely(4.6, 11.2)) == ("within 1 s", "within 100 s", "in 5 to 12 s")
 
 
 @pytest.fixture

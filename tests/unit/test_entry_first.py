@@ -255,7 +255,7 @@ async def test_7_a_start_that_may_wait_answers_at_once_and_moves_when_a_slot_is_
     assert (started.state, started.slot_wait.seconds) == (pb.MIGRATION_STATE_PENDING, 60)
     now = driving.migrations.collection.get(ID).migration
     assert (now.state, now.wait_reason) == (pb.MIGRATION_STATE_PENDING, pb.WAIT_REASON_SLOT)
-    assert now.waiting_for.startswith("an incoming slot of h2: 2 of 2 are taken, place 1 of 1, likely in ")
+    assert now.waiting_for.startswith("an incoming slot of h2: 2 of 2 are taken, place 1 of 1, likely ")
     assert (now.wait.reason, now.wait.host, now.wait.limit, now.wait.position) == (pb.WAIT_REASON_SLOT, "h2", "incoming_limit", 1)
     assert Migration.from_proto(now).slot_duration is None
     assert driving.pair.source.calls == []
