@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Final
 
-from agent.network.rules import interface_to, rate_text
+from agent.network.rules import interface_to
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.units import rate
 from agent.transfer.shares import Flow, Shortage
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -77,8 +78,8 @@ def insufficient(migration: pb.Migration, found: Shortage) -> DroverError:
     fits = found.wanted <= found.capacity
     return DroverError(
         Reason.BANDWIDTH_INSUFFICIENT,
-        f"guest {migration.domain_name} needs {rate_text(found.wanted)} ({what}) on {found.link}, where {rate_text(found.left)} are "
-        f"left: {rate_text(found.guaranteed)} of {rate_text(found.capacity)} are guaranteed to others. Nothing was done to the "
+        f"guest {migration.domain_name} needs {rate(found.wanted)} ({what}) on {found.link}, where {rate(found.left)} are "
+        f"left: {rate(found.guaranteed)} of {rate(found.capacity)} are guaranteed to others. Nothing was done to the "
         f"guest; ask for a lower minimum{', or wait until other migrations have ended' if fits else ''}",
         metadata={
             **{name: str(value) for name, value in asdict(found).items()},

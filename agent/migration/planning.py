@@ -20,6 +20,7 @@ from agent.network.networks import checked_uri, network_of, refused
 from agent.network.rules import MIGRATION_ROLE, seen
 from agent.network.uri import MigrationUri, address_problem, same_address
 from agent.runtime.errors import DroverError, Reason, said_by_peer
+from agent.runtime.units import rate
 from agent.runtime.wire import cut, enum_name
 from drover.agent.v1 import host_pb2, options_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -186,7 +187,7 @@ def _rounded(limit: int, source: host_pb2.Host) -> list[str]:
     if enforced == limit:
         return []
     unit = source.migration_features.bandwidth_unit
-    return [f"the bandwidth is limited to {enforced} bytes per second: {source.name} takes multiples of {unit}"]
+    return [f"the bandwidth is limited to {rate(enforced)}: {source.name} takes multiples of {rate(unit)}"]
 
 
 def _check_hosts(source: host_pb2.Host, destination: host_pb2.Host) -> None:

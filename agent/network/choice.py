@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
-from agent.network.rules import DRAINED_ROLE, MIGRATION_ROLE, rate_text, without_tenants
+from agent.network.rules import DRAINED_ROLE, MIGRATION_ROLE, without_tenants
 from agent.runtime.errors import DroverError, Reason
+from agent.runtime.units import rate
 from agent.runtime.wire import cut
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -92,7 +93,7 @@ class _Pair:
 
     @property
     def figures(self) -> str:
-        return f"free capacity: {rate_text(max(self.free, 0))} of {rate_text(self.capacity)}"
+        return f"free capacity: {rate(max(self.free, 0))} of {rate(self.capacity)}"
 
     def chosen(self, why: str, ruled_out: Mapping[str, str], *warnings: str) -> Choice:
         out = [pb.RuledOutNetwork(name=name, why=cut(reason, 256)) for name, reason in ruled_out.items()]
@@ -187,7 +188,7 @@ def _pair(network: _Network, wish: Wish, hosts: _Hosts, others: Sequence[pb.Migr
     capacity = min(most for most, _ in bounds)
     most = min(capacity, destination.rules.max_bytes_per_second or capacity)
     if wish.minimum > most:
-        text = f"the guaranteed minimum of {rate_text(wish.minimum)} is more than the {rate_text(most)} that it can give"
+        text = f"the guaranteed minimum of {rate(wish.minimum)} is more than the {rate(most)} that it can give"
         return _Out(text, too_slow=True)
     return _Pair(network, source, destination, free, capacity)
 

@@ -203,8 +203,3 @@ def without_tenants(rules: host_pb2.NetworkRules) -> host_pb2.NetworkRules:
     copy.CopyFrom(rules)
     del copy.tenants[:]
     return copy
-
-
-def rate_text(bytes_per_second: int) -> str:
-    """Return a rate for a person."""
-    return f"{bytes_per_second / 1e6:.4g} MB/s"

@@ -2,11 +2,12 @@
 
 import click
 
+from agent.runtime.units import rate, size
 from coordinator.cli.parse import once_option, rate_option
 from coordinator.cli.session import Session, run, show_one
 from coordinator.cli.show import output_option, print_json, print_pairs, print_table, to_json, with_server
 from coordinator.cli.text import printable
-from coordinator.cli.units import rate, seconds, size
+from coordinator.cli.units import seconds
 from coordinator.client import Domain, DomainList, NotFound
 
 

@@ -7,11 +7,12 @@ from contextlib import aclosing, contextmanager
 
 import click
 
+from agent.runtime.units import rate, size
 from coordinator.cli.exit_codes import ExitCode
 from coordinator.cli.session import Session
 from coordinator.cli.show import Stage, lost_or_stuck, print_json, print_pairs, print_table, to_json, with_server
 from coordinator.cli.text import printable
-from coordinator.cli.units import eta, rate, seconds, size
+from coordinator.cli.units import eta, seconds
 from coordinator.client import (
     UNKNOWN_PATIENCE,
     Migration,

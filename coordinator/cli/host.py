@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
+from agent.runtime.units import rate, size
 from coordinator.cli.parse import LimitValue, once_option
 from coordinator.cli.session import remove_named, show_list, show_one, whoami
 from coordinator.cli.show import output_option, print_pairs, print_table
-from coordinator.cli.units import ago, eta, rate, seconds, size
+from coordinator.cli.units import ago, eta, seconds
 from coordinator.client import Host, HostState, SettingsChange, Slot
 
 SKEW_SECONDS = 2.0

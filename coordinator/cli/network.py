@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from agent.runtime.units import rate
 from coordinator.cli.parse import rate_option
 from coordinator.cli.session import remove_named, show_list, show_one
 from coordinator.cli.show import output_option, print_pairs, print_table
-from coordinator.cli.units import rate
 from coordinator.client import ClusterNetwork, NetworkDetails
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from agent.runtime.errors import Reason
+from agent.runtime.units import rate, size
 from coordinator.cli import follow, main
-from coordinator.cli.units import eta, rate, seconds, size
+from coordinator.cli.units import eta, seconds
 from tests.unit.running_drover import DROVER, UUID, Drover, serving, start
 
 

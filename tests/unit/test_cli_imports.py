@@ -15,6 +15,7 @@ OURS = {
     "agent.runtime.backoff",
     "agent.runtime.errors",
     "agent.runtime.open_enum",
+    "agent.runtime.units",
     "agent.runtime.wire",
     "agent.service",
     "agent.service.channel",

@@ -58,9 +58,9 @@ def test_8_5_the_most_free_capacity_wins_and_the_rest_is_told() -> None:
     choice = choose(Wish(), *TWO, others=uses)
     message = choice.message
     assert (message.network, message.source_address, message.destination_address) == ("b", "10.93.0.1", "10.93.0.2")
-    assert message.why == "most free capacity: 40 MB/s of 50 MB/s"
+    assert message.why == "most free capacity: 38.1 MiB/s of 47.7 MiB/s"
     assert out(choice) == {
-        "a": "it has less free capacity: 20 MB/s of 50 MB/s",
+        "a": "it has less free capacity: 19.1 MiB/s of 47.7 MiB/s",
         "mgmt": "it does not have the migration role",
     }
     assert choice.warnings == ()
@@ -87,7 +87,7 @@ def test_8_5_the_cap_counts_all_hosts_and_the_maximum_bounds_what_one_can_get() 
 def test_8_5_the_rules_capacity_goes_before_the_line_and_an_unknown_line_is_no_obstacle() -> None:
     hosts = both(("a", 92, {"line": 10**9, "capacity_bytes_per_second": 10_000_000}), ("b", 93, {}), ("c", 94, {"line": 0}))
     assert choose(Wish(), *hosts).message.network == "c"
-    assert out(choose(Wish(), *hosts))["a"] == "it has less free capacity: 10 MB/s of 10 MB/s"
+    assert out(choose(Wish(), *hosts))["a"] == "it has less free capacity: 9.54 MiB/s of 9.54 MiB/s"
 
 
 def test_8_5_a_tenants_guest_uses_only_its_own_and_nobody_else_does() -> None:
@@ -168,9 +168,9 @@ def test_8_5_a_minimum_that_a_network_cannot_give_rules_it_out() -> None:
     hosts = both(("a", 92, {}), ("b", 93, {"max_bytes_per_second": 9_000_000}))
     choice = choose(Wish(minimum=20_000_000), *hosts, others=[use("a", "h1", "h9")] * 5)
     assert choice.message.network == "a"
-    assert out(choice) == {"b": "the guaranteed minimum of 20 MB/s is more than the 9 MB/s that it can give"}
+    assert out(choice) == {"b": "the guaranteed minimum of 19.1 MiB/s is more than the 8.58 MiB/s that it can give"}
     error = refused(Reason.BANDWIDTH_INSUFFICIENT, Wish(minimum=60_000_000), *hosts)
-    assert "60 MB/s is more than the 50 MB/s" in error.message
+    assert "57.2 MiB/s is more than the 47.7 MiB/s" in error.message
     refused(Reason.BANDWIDTH_INSUFFICIENT, Wish(named="b", minimum=20_000_000), *hosts)
 
 

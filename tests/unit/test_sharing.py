@@ -375,7 +375,7 @@ async def test_8_6_a_minimum_that_does_not_fit_now_is_waited_for(driving: Drivin
     async with asyncio.timeout(5):
         while (waiting := driving.migrations.collection.get(ID).migration).wait_reason != pb.WAIT_REASON_BANDWIDTH:
             await driving.migrations.collection.changed.next.wait()
-    assert "31.46 MB/s of 47 MB/s are guaranteed to others" in waiting.waiting_for
+    assert "30 MiB/s of 44.8 MiB/s are guaranteed to others" in waiting.waiting_for
     assert driving.pair.source.engine.active() == driving.pair.destination.engine.active() == []
     driving.directory.others = []
     assert (await driving.ended(ID)).state == pb.MIGRATION_STATE_SUCCEEDED
