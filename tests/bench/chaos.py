@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from agent.handshake.host.records import Role
 from agent.handshake.machines.failpoints import VARIABLE
@@ -79,28 +79,36 @@ class Result:
         return "\n".join([*lines, f"refused: {self.refused}"] if self.refused else lines)
 
 
+P = TypeVar("P")
+R = TypeVar("R")
+
 Keep = Callable[[Plan], Path]
 """Returns the folder for the evidence of a bad round."""
 Tell = Callable[[Result], None]
 
 
 def run(arenas: Sequence[Arena], plans: Iterable[Plan], keep: Keep, tell: Tell) -> list[Result]:
-    """Run all rounds, in each arena one after the other. Return the results in the order of the rounds' numbers."""
-    waiting = iter(plans)
+    """Run all rounds, as `in_arenas`."""
+    return in_arenas(arenas, plans, lambda arena, plan: _round(arena, plan, keep, tell))
+
+
+def in_arenas(arenas: Sequence[Arena], plans: Iterable[P], play: Callable[[Arena, P], R]) -> list[R]:
+    """Run a round for each plan, in each arena one after the other. Return the results in the order of the plans."""
+    waiting = enumerate(plans)
     lock = threading.Lock()
 
-    def work(arena: Arena) -> list[Result]:
-        done: list[Result] = []
+    def work(arena: Arena) -> list[tuple[int, R]]:
+        done: list[tuple[int, R]] = []
         while True:
             with lock:
-                plan = next(waiting, None)
+                number, plan = next(waiting, (0, None))
             if plan is None:
                 return done
-            done.append(_round(arena, plan, keep, tell))
+            done.append((number, play(arena, plan)))
 
     with ThreadPoolExecutor(len(arenas)) as pool:
         results = itertools.chain.from_iterable(pool.map(work, arenas))
-        return sorted(results, key=lambda result: result.plan.number)
+        return [result for _, result in sorted(results, key=lambda done: done[0])]
 
 
 def new_arena(lab_id: str) -> Arena:
@@ -116,7 +124,7 @@ def _round(arena: Arena, plan: Plan, keep: Keep, tell: Tell) -> Result:
         result = _Round(arena.made, plan, guest).run()
         result.judgement.problems += arena.complaints()
         if not result.good:
-            arena.keep_evidence(keep(plan), guest, result.report())
+            arena.keep_evidence(keep(plan), [guest], result.report())
     result.seconds = time.monotonic() - began
     tell(result)
     if not result.good:
@@ -125,8 +133,27 @@ def _round(arena: Arena, plan: Plan, keep: Keep, tell: Tell) -> Result:
     return result
 
 
+class Timeline:
+    """Actions at moments, which may add others."""
+
+    def __init__(self) -> None:
+        self._actions: list[tuple[float, int, Callable[[], object]]] = []
+        self._order = itertools.count()
+
+    def at(self, when: float, act: Callable[[], object]) -> None:
+        """Add an action. `when`: by `time.monotonic`."""
+        heapq.heappush(self._actions, (when, next(self._order), act))
+
+    def run(self) -> None:
+        """Do all actions, the earliest first."""
+        while self._actions:
+            due, _, act = heapq.heappop(self._actions)
+            time.sleep(max(0.0, due - time.monotonic()))
+            act()
+
+
 class _Round:
-    """One round under way: a timeline of actions, the earliest first."""
+    """One round under way."""
 
     def __init__(self, made: LabCluster, plan: Plan, guest: ClusterGuest) -> None:
         self._made = made
@@ -138,8 +165,7 @@ class _Round:
         self._migration_id = talk.new_id()
         self._rivals = (self._rival(plan.rival),) if plan.rival else ()
         self._targets: list[Target] = []
-        self._timeline: list[tuple[float, int, Callable[[], object]]] = []
-        self._order = itertools.count()
+        self._timeline = Timeline()
         self._result = Result(plan, Judgement())
 
     def run(self) -> Result:
@@ -155,15 +181,12 @@ class _Round:
             self._began = time.monotonic()
             asked = pool.submit(self._ask)
             if self._plan.rival is not None:
-                self._at(self._began + self._plan.rival.at, lambda: pool.submit(self._ask_rivals))
+                self._timeline.at(self._began + self._plan.rival.at, lambda: pool.submit(self._ask_rivals))
             if self._plan.cancel is not None:
-                self._at(self._began + self._plan.cancel, lambda: pool.submit(self._cancel))
+                self._timeline.at(self._began + self._plan.cancel, lambda: pool.submit(self._cancel))
             first, *others = self._plan.faults
-            self._at(self._began + (0 if held else first.at), lambda: self._strike(first, held, others))
-            while self._timeline:
-                due, _, act = heapq.heappop(self._timeline)
-                time.sleep(max(0.0, due - time.monotonic()))
-                act()
+            self._timeline.at(self._began + (0 if held else first.at), lambda: self._strike(first, held, others))
+            self._timeline.run()
             restarted = mend(self._made, self._targets)
             self._result.refused = asked.result()
         for daemon in self._made.daemons():
@@ -185,9 +208,6 @@ class _Round:
 
     def _struck(self) -> list[tuple[Strike, Target]]:
         return list(zip(self._result.strikes, self._targets, strict=True))
-
-    def _at(self, when: float, act: Callable[[], object]) -> None:
-        heapq.heappush(self._timeline, (when, next(self._order), act))
 
     def _arm(self) -> Daemon | None:
         """Prepare the daemons for the faults; return the one that will be held at the first fault's failpoint, if there is one."""
@@ -243,6 +263,6 @@ class _Round:
         self._targets.append(target)
         if held is not None and not (isinstance(target, DaemonTarget) and target.daemon is held):
             DaemonTarget(held).restore()
-        self._at(now + fault.down, target.restore)
+        self._timeline.at(now + fault.down, target.restore)
         for other in others:
-            self._at(now + other.at, partial(self._strike, other, None, []))
+            self._timeline.at(now + other.at, partial(self._strike, other, None, []))

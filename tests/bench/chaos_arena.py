@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -64,12 +64,17 @@ class Arena:
     @contextlib.contextmanager
     def guest(self, spec: GuestSpec, host: str) -> Iterator[ClusterGuest]:
         """Yield a new guest; destroy it afterwards on every host."""
+        with self.guests([(spec, host)]) as (guest,):
+            yield guest
+
+    @contextlib.contextmanager
+    def guests(self, wanted: Sequence[tuple[GuestSpec, str]]) -> Iterator[list[ClusterGuest]]:
+        """Yield new guests, each on its host; destroy them afterwards on every host."""
         made = self.made
         self._marks = {daemon.name: _size(daemon.log) for daemon in made.daemons()}
-        made.specs[spec.name] = spec
-        guest = made.start_guest(spec.name, host)
+        made.specs.update({spec.name: spec for spec, _ in wanted})
         try:
-            yield guest
+            yield [made.start_guest(spec.name, host) for spec, host in wanted]
         finally:
             with contextlib.suppress(LabError):
                 for each in made.lab.hosts:
@@ -84,8 +89,8 @@ class Arena:
             if line.get("level") == "critical" or line.get("event") in BROKEN
         ]
 
-    def keep_evidence(self, folder: Path, guest: ClusterGuest, report: str) -> None:
-        """Copy the evidence of a failure to `folder`: logs since the guest's start, journals, the guest's own log, `report`."""
+    def keep_evidence(self, folder: Path, guests: Sequence[ClusterGuest], report: str) -> None:
+        """Copy the evidence of a failure to `folder`: logs since the guests' start, journals, the guests' own logs, `report`."""
         made = self.made
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -97,11 +102,13 @@ class Arena:
         for name in (*made.hosts, "co"):
             for path in whole_journal(journal_of(made, name)):
                 _copy(path, folder / f"{name}-{path.name}")
-        for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
-            _copy(path, folder / path.name)
         for host in made.lab.hosts:
             _copy(host.path / "var/log/libvirt/libvirtd.log", folder / f"{host.name}-libvirtd.log")
-            _copy(host.path / f"var/log/libvirt/qemu/{guest.name}.log", folder / f"{host.name}-qemu.log")
+        for guest in guests:
+            for path in (guest.serial_log, guest.serial_log.with_suffix(".stamps")):
+                _copy(path, folder / path.name)
+            for host in made.lab.hosts:
+                _copy(host.path / f"var/log/libvirt/qemu/{guest.name}.log", folder / f"{host.name}-qemu-{guest.name}.log")
 
 
 def whole_journal(path: Path) -> list[Path]:

@@ -139,7 +139,7 @@ def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[
         records = {asked.migration_id: records_of(made, asked.migration_id) for asked in case.all_asked}
         own = records[case.asked.migration_id]
         judgement.records = talk.record_state(own.get(case.source)), talk.record_state(own.get(case.asked.destination))
-        open_records = [sentence for each in records.values() for sentence in _open(each)]
+        open_records = [sentence for each in records.values() for sentence in open_records(each)]
         yield from open_records
         if open_records:
             return
@@ -148,10 +148,8 @@ def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[
         lost = way[-1] in case.killed_qemu and not made.running_on(case.guest.name)
         judgement.outcome = LOST if lost else "done" if moves else "rolled back"
         yield from _reported(case, judgement, own.get(case.source), moves, way)
-        for name, agent in made.agents.items():
-            for slot in talk.slots(agent):
-                yield f"{name} has {'a place in a queue' if slot.waiting else 'a slot taken'} by {slot.migration_id}, {_way(slot)}"
-        yield from _hosts(made, case, None if lost else way[-1])
+        yield from slots_left(made)
+        yield from wrong_on_hosts(made, case.guest.name, None if lost else way[-1])
     except (talk.SilentError, LabError) as error:
         yield str(error)
 
@@ -166,7 +164,7 @@ def records_of(made: LabCluster, migration_id: str) -> Records:
     return {name: record for name, record in found.items() if record is not None}
 
 
-def _open(records: Records) -> Iterator[str]:
+def open_records(records: Records) -> Iterator[str]:
     """Yield a sentence if the records have not ended or do not agree."""
     states = {name: talk.record_state(record) for name, record in records.items()}
     removed, running = ([name for name, state in states.items() if state == wanted] for wanted in ("removed", "running"))
@@ -207,7 +205,7 @@ def _reported(
     """
     for asked in reversed(case.all_asked):
         found = talk.migration(asked.driver, asked.migration_id)
-        judgement.reported = "unknown to the driver" if found is None else _words(found)
+        judgement.reported = "unknown to the driver" if found is None else words_of(found)
         if found is None:
             continue
         if found.state not in talk.FINAL:
@@ -230,17 +228,23 @@ def _reported(
             yield f"the guest's QEMU was killed, but the migration's reason is {', '.join(sorted(reasons)) or 'empty'}"
 
 
+def slots_left(made: LabCluster) -> Iterator[str]:
+    """Yield each slot that is taken, and each place in a queue, as a sentence."""
+    for name, agent in made.agents.items():
+        for slot in talk.slots(agent):
+            yield f"{name} has {'a place in a queue' if slot.waiting else 'a slot taken'} by {slot.migration_id}, {_way(slot)}"
+
+
 def _way(slot: admission_pb2.SlotHolder) -> str:
     return admission_pb2.SlotDirection.Name(slot.direction).removeprefix("SLOT_DIRECTION_").lower()
 
 
-def _words(found: pb.Migration) -> str:
+def words_of(found: pb.Migration) -> str:
     return talk.state_of(found) + (f" ({found.failure.reason})" if found.HasField("failure") else "")
 
 
-def _hosts(made: LabCluster, case: Case, where: str | None) -> Iterator[str]:
+def wrong_on_hosts(made: LabCluster, name: str, where: str | None) -> Iterator[str]:
     """Yield what is wrong on the hosts, by libvirt and the kernel; the guest should run on `where`, or (None) was lost."""
-    name = case.guest.name
     copies = made.copies(name)
     if where is not None and copies != {where: "running"}:
         yield f"the copies of the guest are {copies}, it should run on {where} only"
@@ -285,7 +289,7 @@ def _move(made: LabCluster, case: Case) -> Iterator[str]:
             break
         time.sleep(POLL_SECONDS)
     if found is None or found.state != pb.MIGRATION_STATE_SUCCEEDED:
-        why = "unknown" if found is None else f"{_words(found)}: {found.failure.message}"
+        why = "unknown" if found is None else f"{words_of(found)}: {found.failure.message}"
         yield f"a further migration to {there} did not succeed within {AGAIN_SECONDS:g} s: {why}"
     elif made.copies(case.guest.name) != {there: "running"}:
         yield f"after a further migration the copies are {made.copies(case.guest.name)}"

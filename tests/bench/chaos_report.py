@@ -1,6 +1,7 @@
 """The results of the rounds as tables: by fault, by phase and by outcome, with the time to the end."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import click
 
 from tests.bench.chaos import Result, Strike
 from tests.bench.chaos_judge import LOST
+from tests.bench.chaos_waiting import WaitingResult
 from tests.bench.output import say, show_table
 
 OUTCOMES = ("done", "rolled back", LOST, "BAD")
@@ -49,6 +51,46 @@ def _row(name: str, results: Sequence[Result]) -> list[str]:
     counts = [sum(result.outcome == outcome for result in results) for outcome in OUTCOMES]
     figures = (f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}")
     return [name, str(len(results)), *(str(count) if count else "-" for count in counts), *figures]
+
+
+def tell_waiting_round(result: WaitingResult) -> None:
+    """Print one line about a round of migrations that wait, as progress."""
+    ends = ", ".join(f"{guest} {end}" for guest, end in result.verdict.ends.items())
+    faults = ", ".join(fault.name for fault in result.plan.faults)
+    say(
+        f"round {result.plan.number}: {faults}: {ends}: {'good' if result.good else 'BAD'} {result.verdict.seconds:.1f} s after the "
+        f"repair (round {result.seconds:.1f} s)"
+    )
+
+
+def tell_waiting(results: Sequence[WaitingResult]) -> None:
+    """Print the ends of the migrations, and the verdict, to standard output."""
+    ends = Counter(end.partition(" (")[0] for result in results for end in result.verdict.ends.values())
+    seconds = [result.verdict.seconds for result in results]
+    show_table("Ends of the migrations", ("end", "migrations"), [(end, str(count)) for end, count in sorted(ends.items())])
+    faults = Counter(fault.name for result in results for fault in result.plan.faults)
+    click.echo(f"\n{sum(faults.values())} faults of {len(faults)} kinds")
+    click.echo(f"from the repair to all ends: median {statistics.median(seconds):.1f} s, worst {max(seconds):.1f} s")
+    for number, remark in ((result.plan.number, remark) for result in results for remark in result.verdict.remarks):
+        click.echo(f"remark   round {number}: {remark}")
+    good = sum(result.good for result in results)
+    click.echo(f"{'met     ' if good == len(results) else 'NOT MET '} {good} of {len(results)} rounds judged good")
+
+
+def waiting_to_json(results: Sequence[WaitingResult]) -> list[dict[str, Any]]:
+    return [
+        {
+            "round": result.plan.number,
+            "plan": str(result.plan),
+            "struck": result.struck,
+            "ends": result.verdict.ends,
+            "seconds_to_end": round(result.verdict.seconds, 3),
+            "problems": result.verdict.problems,
+            "remarks": result.verdict.remarks,
+            "good": result.good,
+        }
+        for result in results
+    ]
 
 
 def to_json(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from drover.agent.v1 import admission_pb2, admission_pb2_grpc, handshake_pb2, handshake_pb2_grpc
+from agent.runtime.wire import duration
+from drover.agent.v1 import admission_pb2, admission_pb2_grpc, handshake_pb2, handshake_pb2_grpc, host_pb2, host_pb2_grpc
 from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
 from tests.kit.cluster import Daemon
@@ -45,9 +46,11 @@ def ask(daemon: Daemon, call: Callable[[grpc.Channel], T]) -> T:
             raise SilentError(f"{daemon.name}: {_details(error)}") from None
 
 
-def start(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec) -> pb.Migration:
-    """Ask a coordinator or an agent to migrate. Raises `SilentError`, also for a refusal."""
+def start(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec, wait: float = 0.0) -> pb.Migration:
+    """Ask a coordinator or an agent to migrate. `wait`: its slot_wait. Raises `SilentError`, also for a refusal."""
     request = pb.StartMigrationRequest(migration_id=migration_id, spec=spec)
+    if wait:
+        request.slot_wait.CopyFrom(duration(wait))
     return ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).StartMigration(request, timeout=START_SECONDS)).migration
 
 
@@ -99,8 +102,8 @@ def migration(daemon: Daemon, migration_id: str) -> pb.Migration | None:
 
 
 def record(agent: Daemon, migration_id: str) -> handshake_pb2.Record | None:
-    """Return an agent's record of the first attempt, or None if it has none. Raises `SilentError`."""
-    request = handshake_pb2.GetRecordRequest(ref=reference(migration_id))
+    """Return an agent's record of the newest attempt, or None if it has none. Raises `SilentError`."""
+    request = handshake_pb2.GetRecordRequest(ref=handshake_pb2.AttemptRef(migration_id=migration_id))
 
     def get(channel: grpc.Channel) -> handshake_pb2.Record:
         return handshake_pb2_grpc.HandshakeServiceStub(channel).GetRecord(request, timeout=QUESTION_SECONDS).record
@@ -116,6 +119,13 @@ def slots(agent: Daemon) -> Slots:
 
 def reference(migration_id: str) -> handshake_pb2.AttemptRef:
     return handshake_pb2.AttemptRef(migration_id=migration_id, attempt=1)
+
+
+def update_host(agent: Daemon, settings: host_pb2.HostSettings) -> None:
+    """Set the limits of a host, and whether it is cordoned, to these settings. Raises `SilentError`."""
+    request = host_pb2.UpdateHostRequest(settings=settings)
+    request.update_mask.paths[:] = host_pb2.HostSettings.DESCRIPTOR.fields_by_name
+    ask(agent, lambda channel: host_pb2_grpc.HostServiceStub(channel).UpdateHost(request, timeout=QUESTION_SECONDS))
 
 
 def new_id() -> str:

@@ -51,6 +51,7 @@ class DaemonTarget:
 
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
+        self._ends = False
 
     def kill(self) -> None:
         self.daemon.kill()
@@ -58,8 +59,16 @@ class DaemonTarget:
     def stop(self) -> None:
         self.daemon.signal(signal.SIGSTOP)
 
+    def end(self) -> None:
+        """Tell it to end, as an upgrade would; `restore` waits for that."""
+        self._ends = True
+        self.daemon.signal(signal.SIGTERM)
+
     def restore(self) -> None:
         """Continue or start it, without waiting until it serves: it may need a libvirtd that is still dead."""
+        if self._ends:
+            self._ends = False
+            self.daemon.stop()
         if self.daemon.running().poll() is None:
             self.daemon.signal(signal.SIGCONT)
         else:

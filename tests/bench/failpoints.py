@@ -83,7 +83,7 @@ def _try(arena: Arena, case: FailpointCase, source: str, evidence: Path) -> Row:
         row = _Trial(arena, case, guest, source).run()
         if not row.good:
             folder = evidence / f"{case.mode}-{case.point}"
-            arena.keep_evidence(folder, guest, f"{case}\n{row.judgement}")
+            arena.keep_evidence(folder, [guest], f"{case}\n{row.judgement}")
             say(f"evidence: {folder}; repeat with: scripts/bench failpoints --only '{case.name}'")
     return row
 
