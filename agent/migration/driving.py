@@ -157,14 +157,10 @@ class Runner:
     async def _has_begun(self, entry: Entry, error: DroverError) -> bool:
         """Return whether the migration has begun all the same, by another driver or in an earlier life; the entry then becomes that
         attempt. Else the guest is untouched, and no driver can begin any more. Hosts that may know are asked until they answer."""
-        driver = entry.driver
-        if entry.slot_wait:  # the source's agent has heard all the time of a driver that is alone
-            alone = driver is not None and not (entry.recovered or driver.slots.other_driver or driver.view.silent_since)
-            certain = alone and is_waited_for(error)
-        else:
-            certain = not entry.recovered or entry.cancel_asked.is_set() or is_waited_for(error)
-        if certain:
+        untouched = not entry.recovered or entry.cancel_asked.is_set() or is_waited_for(error)
+        if error is entry.refusal or (untouched and not entry.slot_wait):
             return False
+        # Else the source's agent may have taken it over: also from a driver that has heard of no other one, as it stood still.
         entry.asks_others = True
         record = await until_answered(functools.partial(self._ask_others, entry, error), self._clock)
         entry.asks_others = False

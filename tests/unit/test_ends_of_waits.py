@@ -121,6 +121,16 @@ async def test_8_2_a_later_attempt_that_begins_as_the_wait_goes_on_is_followed_t
     assert (ended.state, ended.attempt, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, 2, "h2")
 
 
+async def test_8_2_a_driver_that_stood_still_until_its_wait_was_over_says_where_the_guest_is(driving: Driving) -> None:
+    """Nothing has told it of the other driver, and both hosts have answered all its calls."""
+    await waiting(driving, slot_wait=1.0)
+    for line in (driving.pair.to_source, driving.pair.to_destination):
+        line.hang = {"acquire_slot", "reserve_slot"}
+    await moved_by_another(driving.pair)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2"), ended.failure.message
+
+
 async def test_8_2_a_cancel_waits_for_the_source_whose_agent_may_go_on_with_the_migration(driving: Driving) -> None:
     await waits_again(driving)
     await driving.migrations.cancel(ID)
