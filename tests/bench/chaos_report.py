@@ -61,6 +61,8 @@ def tell_waiting_round(result: WaitingResult) -> None:
         f"round {result.plan.number}: {faults}: {ends}: {'good' if result.good else 'BAD'} {result.verdict.seconds:.1f} s after the "
         f"repair (round {result.seconds:.1f} s)"
     )
+    for remark in result.verdict.remarks:
+        say(f"remark: {remark}")
 
 
 def tell_waiting(results: Sequence[WaitingResult]) -> None:

@@ -4,7 +4,7 @@ Required at the end:
 
 - every migration that was accepted has ended, and whoever knows it, the coordinator or an agent, says the truth: SUCCEEDED if the
   guest has moved to the host that it names and runs there, and else that it runs at its source, where it was not touched; CANCELLED
-  only if somebody cancelled it, and no failure whose reason no fault explains;
+  only if somebody cancelled it, or another driver when the one that was asked has given it up; no failure that no fault explains;
 - one copy of each guest, which runs, with a perfect log, and which can be migrated again;
 - the records of the agents are final and agree; no slot, place in a queue, QEMU or port is left;
 - never were more transfers of a host under way than its highest limit.
@@ -166,7 +166,8 @@ def false_ends(asked: Asked, reports: Reports, stay: Stay) -> Iterator[str]:
         true = succeeded == bool(stay) and found.runs_on == where and (found.destination_host == where or not succeeded)
         if not true:
             yield f"FALSE END: for {name} it is {words_of(found)} and runs on {found.runs_on or 'no host'}, but it is on {where}"
-        if found.state == pb.MIGRATION_STATE_CANCELLED and not asked.cancelled:
+        given_up = name != driver_of(move) and reports.get(driver_of(move), found).state == pb.MIGRATION_STATE_FAILED
+        if found.state == pb.MIGRATION_STATE_CANCELLED and not asked.cancelled and not given_up:
             yield f"for {name} it is cancelled, and nobody has cancelled it"
         if found.failure.reason in INEXPLICABLE:
             yield f"for {name} it is {words_of(found)}, which no fault explains: {found.failure.message}"

@@ -89,6 +89,9 @@ FAILED = report("FAILED", "h1", "RESTARTED")
 def test_8_2_true_ends() -> None:
     assert not list(false_ends(asked(), {"co": SUCCEEDED, "h1": SUCCEEDED}, MOVED))
     assert not list(false_ends(asked(), {"co": FAILED}, STAYED))
+    assert not list(
+        false_ends(asked(wait=5.0), {"co": report("FAILED", "h1", "BUSY", waited=5.0), "h1": report("CANCELLED", "h1")}, STAYED)
+    )
     cancelled = asked()
     cancelled.cancelled = True
     assert not list(false_ends(cancelled, {"co": report("CANCELLED", "h1")}, STAYED))
