@@ -114,14 +114,14 @@ def waiting_plan(seed: int, number: int) -> WaitingPlan:
 
 def _move(random: Random, guest: str) -> Move:
     source, destination = random.sample(HOSTS, 2)
-    at = random.uniform(0, 1.5)
+    at = random.uniform(0, 1.0)
     return Move(
         guest=guest,
         source=source,
         destination=destination if random.random() < 0.65 else "",
         managed=random.random() < 0.65,
         importance=random.randint(1, 3),
-        wait=random.choices((LONG_WAIT, random.uniform(2, 15), 0.0), (7, 2, 1))[0],
+        wait=random.choices((LONG_WAIT, random.uniform(2, 15), 0.0), (12, 4, 1))[0],
         bandwidth=random.choice((8, 12, 24)) * MIB,
         at=at,
         cancel=at + random.uniform(0, STORM_SECONDS) if random.random() < 0.25 else None,
@@ -139,4 +139,4 @@ def _fault(random: Random) -> Fault:
     target = random.choices(tuple(_TARGETS), tuple(_TARGETS.values()))[0].format(host=random.choice(HOSTS))
     action = random.choice(("cut", "cut in", "cut out", "reset") if target.endswith("link") else ("kill", "kill", "stop", "end"))
     down = random.uniform(*TAKE_OVER) if random.random() < 0.7 else random.uniform(0, TAKE_OVER[0])
-    return Fault(action, target, at=random.uniform(0.2, STORM_SECONDS), down=down)
+    return Fault(action, target, at=random.uniform(0.8, STORM_SECONDS), down=down)

@@ -1,4 +1,4 @@
-"""Three fixed rounds of `scripts/bench chaos --waiting`: whoever dies while migrations wait, each end is true."""
+"""Two fixed rounds of `scripts/bench chaos --waiting`: whoever dies while migrations wait, each end is true."""
 
 import os
 from pathlib import Path
@@ -16,8 +16,8 @@ from tests.bench.chaos_waiting_plan import waiting_plan
 pytestmark = pytest.mark.timeout(900)
 
 SEED = 101
-ROUNDS = (3, 9, 13)
-"""In the first one the coordinator stands still until a wait is over; in the others agents and coordinator die, end and hang."""
+ROUNDS = (3, 8)
+"""In each the coordinator dies or stands still, and is back once its waits are taken over; in the first one a wait ends then."""
 
 
 @pytest.mark.usefixtures("_real_hosts")

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from agent.admission.values import Ask, Direction
 from agent.handshake.drive.driver import Driver
@@ -123,10 +124,12 @@ async def test_8_2_a_later_attempt_that_begins_as_the_wait_goes_on_is_followed_t
 
 async def test_8_2_a_driver_that_stood_still_until_its_wait_was_over_says_where_the_guest_is(driving: Driving) -> None:
     """Nothing has told it of the other driver, and both hosts have answered all its calls."""
-    await waiting(driving, slot_wait=1.0)
+    await waiting(driving)
     for line in (driving.pair.to_source, driving.pair.to_destination):
         line.hang = {"acquire_slot", "reserve_slot"}
     await moved_by_another(driving.pair)
+    now = pb.MigrationSettings(slot_wait=duration(0.001))
+    await driving.migrations.update(ID, now, FieldMask(paths=["slot_wait"]))
     ended = await driving.ended(ID)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2"), ended.failure.message
 
