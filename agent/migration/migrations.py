@@ -236,8 +236,9 @@ class Migrations:
             check(settings, features, f"the source {migration.source_host}")
             if entry.tuner is not None and entry.tuner.flows:
                 check_downtime_kept(migration.settings, settings)
+            before = migration.settings.min_bandwidth_bytes_per_second
             migration.settings.CopyFrom(settings)
-            self.runner.sharing.check(migration, alone=entry.waits)
+            self.runner.sharing.check(migration, alone=entry.waits, before=before)
 
         async with entry.updating:
             self.collection.publish(entry, await entry.save_changed(change))

@@ -27,7 +27,7 @@ from agent.migration.settings import limits_of
 from agent.runtime.backoff import SYSTEM_CLOCK, Clock
 from agent.runtime.bell import Bell, first_of
 from agent.runtime.seldom import Seldom
-from agent.transfer.shares import NO_LIMIT, Flow, divide, shortage
+from agent.transfer.shares import NO_LIMIT, Flow, Shortage, divide, shortage
 from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
@@ -90,14 +90,19 @@ class Sharing:
         """Give back the minimum of a migration that does not take its slots now."""
         self._admitted.discard(entry.migration.migration_id)
 
-    def check(self, migration: pb.Migration, *, alone: bool = False) -> None:
+    def check(self, migration: pb.Migration, *, alone: bool = False, before: int | None = None) -> None:
         """Raise BANDWIDTH_INSUFFICIENT if the minimum of a migration, or of its new settings, does not fit beside those held, or
-        `alone`; BANDWIDTH_UNSUPPORTED if its source cannot keep to the limits of its network."""
+        `alone`, or is above its network's maximum; BANDWIDTH_UNSUPPORTED if its source cannot keep to the limits of its network.
+        `before`: its minimum so far, which is no reason to refuse a change that does not raise it."""
+        if before is not None and migration.settings.min_bandwidth_bytes_per_second <= before:
+            return
         known = self._known_hosts()
         flow, capacities = flow_of(migration, known)
         if (source := known(migration.source_host)) is not None:
             for limit in (flow.most, *(capacities[cap] for cap in flow.caps)):
                 check_bandwidth(limit, source.migration_features, f"the source {source.name}")
+        if 0 < flow.most < flow.least:
+            raise insufficient(migration, Shortage(f"network {migration.network} for each migration", flow.most, 0, flow.least))
         held = [] if alone else [entry.migration for entry in self._collection.all() if self._holds(entry)]
         others = [*held, *([] if alone else self._directory.foreign())]
         known_flows = [self._flow(other, known) for other in others if other.migration_id != migration.migration_id]

@@ -154,11 +154,13 @@ def settings_pairs(migration: Migration) -> list[tuple[str, str]]:
     pause = seconds(migration.max_downtime) if migration.max_downtime else "the hypervisor's default"
     applied = f"{rate(migration.applied_bandwidth)} applied" if migration.applied_bandwidth else ""
     paused = f"{seconds(migration.applied_max_downtime)} applied" if migration.applied_max_downtime else ""
+    least = rate(migration.min_bandwidth) if migration.min_bandwidth else ""
+    short = 0 < migration.applied_bandwidth < migration.min_bandwidth  # such as of a cap that was lowered since
     return [
         ("importance", migration.importance),
         ("tenant", migration.tenant),
         ("limit", ", ".join(filter(None, (limit, applied)))),
-        ("guaranteed", rate(migration.min_bandwidth) if migration.min_bandwidth else ""),
+        ("guaranteed", f"{least}, but its lines and its network do not give that now" if short else least),
         ("longest pause", ", ".join(filter(None, (pause, paused)))),
         ("may wait", seconds(migration.slot_wait) if migration.slot_wait else ""),
     ]

@@ -122,7 +122,8 @@ def _without_rules(side: agent_pb.Network) -> agent_pb.Network:
 
 def _in_use(name: str, using: list[migration_pb2.Migration], what: str) -> DroverError:
     ids = sorted({m.migration_id for m in using})
-    text = f"network {name} is used by {len(ids)} migrations, such as {ids[0]}, so {what}. Nothing was changed"
+    users = f"migration {ids[0]}" if len(ids) == 1 else f"{len(ids)} migrations, such as {ids[0]}"
+    text = f"network {name} is used by {users}, so {what}. Nothing was changed"
     return DroverError(Reason.NETWORK_IN_USE, text, metadata={"network": name, "migration_id": ids[0], "count": str(len(ids))})
 
 

@@ -312,6 +312,31 @@ async def test_8_6_settings_that_do_not_fit_are_refused(shop: Shop) -> None:
         shop.sharing.check(changed)
 
 
+async def test_8_6_a_minimum_above_the_maximum_of_the_network_is_refused(shop: Shop) -> None:
+    """Nor is it guaranteed to a migration that runs there already."""
+    entry = shop.add("a")
+    changed = entry.changed_to()
+    changed.network_choice.rules.max_bytes_per_second = 40 * MIB
+    changed.settings.min_bandwidth_bytes_per_second = 50 * MIB
+    with pytest.raises(DroverError, match="on network mig1 for each migration") as refusal:
+        shop.sharing.check(changed)
+    assert refusal.value.reason is Reason.BANDWIDTH_INSUFFICIENT
+    changed.settings.min_bandwidth_bytes_per_second = 40 * MIB
+    shop.sharing.check(changed)
+
+
+async def test_8_6_a_change_that_raises_no_minimum_is_not_refused_as_a_cap_was_lowered(shop: Shop) -> None:
+    entry = shop.add("a", min_bandwidth_bytes_per_second=50 * MIB)
+    changed = entry.changed_to()
+    changed.network_choice.rules.cap_bytes_per_second = 20 * MIB
+    for least in (50 * MIB, 30 * MIB):
+        changed.settings.min_bandwidth_bytes_per_second = least
+        shop.sharing.check(changed, before=50 * MIB)
+    changed.settings.min_bandwidth_bytes_per_second = 51 * MIB
+    with pytest.raises(DroverError, match="its guaranteed minimum"):
+        shop.sharing.check(changed, before=50 * MIB)
+
+
 async def test_8_6_a_source_that_cannot_limit_rates_gets_no_share_and_no_capped_network(shop: Shop) -> None:
     shop.known.features = options_pb2.MigrationFeatures()
     first, second = shop.add("a"), shop.add("b")
