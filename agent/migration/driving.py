@@ -23,7 +23,7 @@ from agent.migration.progress import describe, impossible
 from agent.migration.sharing import Sharing
 from agent.migration.slots import SlotTaker
 from agent.migration.tuning import Tuner
-from agent.migration.waiting import end_prepared_wait, is_waited_for, tell_changes
+from agent.migration.waiting import end_prepared_wait, is_waited_for, look_at_guest, tell_changes
 from agent.runtime.alongside import alongside
 from agent.runtime.backoff import OTHER_HOST, SLOT, Clock, Pauses
 from agent.runtime.errors import DroverError, Reason
@@ -169,6 +169,7 @@ class Runner:
             if record.host == followed.source_host:
                 followed.destination_host = record.peer_host
             self._collection.publish(entry, followed)  # `_note_slot` saves it
+            entry.follows = True
         return record is not None
 
     async def _ask_others(self, entry: Entry, refusal: DroverError) -> handshake_pb2.Record | None:
@@ -204,6 +205,7 @@ class Runner:
         waited = ""
         if entry.slot_wait and is_waited_for(error):
             waited = f"{entry.migration.destination_host} gave no slot within {entry.slot_wait_set:g} s: "
+        await look_at_guest(entry, view, self._directory)
         view.cancel(Failure(error.reason, f"{waited}{error.message}", dict(error.metadata)))
         ended = describe(entry.migration, view, entry.elapsed, ended=True, wall=entry.wall)
         forget = forget and entry.cancelled is None
@@ -260,6 +262,7 @@ class Runner:
         finally:
             entry.tuner = None
             tuning.cancel()
+        await look_at_guest(entry, driver.view, self._directory)
         ended = describe(entry.migration, driver.view, entry.elapsed, ended=True, wall=entry.wall)
         kept = is_kept(driver.view)
         if entry.slot_wait and (changed := await later_attempt(entry, driver, ended, self._clock)) is not None:
@@ -275,7 +278,7 @@ class Runner:
         entry.driver = None
         self._on_told(entry)
         await entry.save_if_possible()
-        if kept and entry.may_wait:
+        if (kept or entry.follows) and entry.may_wait:
             await driver.slots.leave(cancelled=entry.cancelled is not None)
         return False
 

@@ -1,4 +1,4 @@
-"""Notices when the networks of a host change at which migrations wait, so that they are planned again at once."""
+"""Notices when the networks of a host change at which migrations wait, or it is cordoned, so that they are planned again at once."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -15,8 +15,10 @@ State = tuple[bytes, ...]
 
 
 def links_of(host: host_pb2.Host | None) -> State:
-    """Return what counts of the networks of a host, for comparison."""
-    return tuple(network.SerializeToString(deterministic=True) for network in host.networks) if host is not None else ()
+    """Return what counts of a host for those that wait there, for comparison."""
+    if host is None:
+        return ()
+    return (str(host.settings.cordoned).encode(), *(network.SerializeToString(deterministic=True) for network in host.networks))
 
 
 async def watch_links(collection: Collection, directory: Directory, clock: Clock) -> None:

@@ -82,6 +82,8 @@ class Entry:
         """A call for the slot has had no answer: the destination may hold it."""
         self.asks_others = False
         """Its wait for slots is over, and it asks whether another driver has begun it."""
+        self.follows = False
+        """Another driver has begun it: what this one took or asked for at the hosts meanwhile is given back at the end."""
         self.unsuitable: dict[str, float] = {}
         """Until when a migration to any host does not try a host, by the clock's monotonic time."""
         self.advised_until = float("-inf")

@@ -12,7 +12,7 @@ from agent.handshake.machines.facts import loss_of
 from agent.handshake.machines.source import SourceState as Src
 from agent.hypervisor.guest_fact import GuestFact, GuestState
 from agent.migration.waits import note_wait
-from agent.migration.whereabouts import Place, said, whereabouts
+from agent.migration.whereabouts import MOVED, Place, said, whereabouts
 from agent.runtime.errors import Reason, said_by_peer
 from agent.runtime.failure import Failure, causes_first, failure_to_proto
 from agent.runtime.wire import duration
@@ -72,13 +72,14 @@ def describe(before: pb.Migration, view: View, elapsed: float, *, ended: bool, w
         migration.commit_time.FromNanoseconds(int(now * 1e9))
     failures = causes_first((view.failure, _failure_of(view.source_record), _failure_of(view.destination_record)))
     failure = failures[0] if failures else None
-    planned_fact = migration.source_guest.state in (handshake_pb2.GUEST_STATE_RUNNING, handshake_pb2.GUEST_STATE_PAUSED) and not (
-        view.source_record is not None and view.source_record.HasField("guest")
-    )
-    if planned_fact and failure is not None and failure.reason in _NOT_AS_PLANNED:
+    untouched = not (view.source_record is not None and view.source_record.HasField("guest"))
+    seen = migration.source_guest
+    stands = seen.state in (handshake_pb2.GUEST_STATE_RUNNING, handshake_pb2.GUEST_STATE_PAUSED) and seen.reason != MOVED
+    if untouched and stands and failure is not None and failure.reason in _NOT_AS_PLANNED:
         migration.source_guest.CopyFrom(handshake_pb2.GuestFact())  # what the plan saw is not true any more
     migration.state = _state(migration.state, view, failure, ended=ended)
-    if migration.state != pb.MIGRATION_STATE_SUCCEEDED and ended and (lost := _loss(migration)) is not None:
+    as_asked = migration.state == pb.MIGRATION_STATE_SUCCEEDED or (untouched and migration.state == pb.MIGRATION_STATE_CANCELLED)
+    if ended and not as_asked and (lost := _loss(migration)) is not None:
         migration.state, failure = pb.MIGRATION_STATE_FAILED, lost
     migration.runs_on = whereabouts(migration).runs_on
     migration.ClearField("failure")

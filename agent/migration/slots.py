@@ -12,7 +12,6 @@ from agent.handshake.drive.driver import Driver
 from agent.handshake.drive.ends import Chosen, Directory
 from agent.handshake.drive.slots import PREPARED
 from agent.handshake.machines.destination import DestinationState
-from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.attempts import joins, next_attempt, put_plan
 from agent.migration.choice import NOT_THIS_HOST, Chooser
 from agent.migration.collection import Collection
@@ -25,6 +24,8 @@ from agent.migration.waiting import (
     LATEST_START,
     PASSING,
     PLAN_SECONDS,
+    check_not_cordoned,
+    fact_of_untouched,
     is_waited_for,
     tell_changes,
     unless_cancelled,
@@ -126,6 +127,7 @@ class SlotTaker:
             await driver.reserve_at_once()
             return
         self.sharing.check(entry.migration)
+        await check_not_cordoned(entry, driver, self.directory)
         if entry.recovered:
             await self._check_not_driven_elsewhere(driver)
         wait = functools.partial(driver.slots.acquire, PREPARED, functools.partial(self._meanwhile, entry, driver))
@@ -134,6 +136,7 @@ class SlotTaker:
         await self._park_if_draining(entry)
         if math.isinf(entry.planned_at):  # the networks were changed while a call waited
             raise _PlanAgain
+        await check_not_cordoned(entry, driver, self.directory)
         try:
             self.sharing.admit(entry)
             await driver.reserve()
@@ -189,12 +192,10 @@ class SlotTaker:
             or not driver.calls.can_reserve
             or driver.view.ref.attempt != entry.migration.attempt
         ):
-            try:
-                driver = entry.driver = await self._planned_again(entry)
-            except DroverError as error:
-                if driver is not None and error.metadata.get("wait") in PASSING:
-                    await driver.slots.stand_aside()  # nobody shall wait for one that cannot use its slot
-                raise
+            before, driver = driver, await self._planned_again(entry)
+            if before is not None:
+                driver.slots.replaces(before.slots)
+            entry.driver = driver
         return driver
 
     async def _planned_again(self, entry: Entry) -> Driver:
@@ -204,9 +205,9 @@ class SlotTaker:
             ends = await self.directory.find(spec)
         except DroverError as error:
             if error.reason is Reason.DOMAIN_NOT_FOUND:
-                self._publish_fact(entry, handshake_pb2.GuestFact())  # another migration may have moved it
+                self._publish_fact(entry, fact_of_untouched(None))  # another migration may have moved it
             raise
-        self._publish_fact(entry, fact_of_description(ends.guest.domain))
+        self._publish_fact(entry, fact_of_untouched(ends.guest.domain))
         chosen = self.choice.plan(entry.migration.migration_id, spec, as_chosen(ends, entry.migration))
         check_same_hosts(entry.migration, chosen.plan)
         again = entry.changed_to()
@@ -215,7 +216,7 @@ class SlotTaker:
         return self.make_driver(entry, chosen)
 
     def _publish_fact(self, entry: Entry, fact: handshake_pb2.GuestFact) -> None:
-        """Publish what the source's hypervisor reports of the untouched guest; an empty fact: it does not know the guest."""
+        """Publish what the source's hypervisor reports of the untouched guest."""
         seen = entry.changed_to()
         seen.source_guest.CopyFrom(fact)
         seen.runs_on = whereabouts(seen).runs_on
@@ -225,7 +226,11 @@ class SlotTaker:
 
     async def _goes_on(self, entry: Entry, error: DroverError) -> bool:
         """Return whether it goes on at once after an error: with another host, or with the attempt of another driver."""
-        return await self._goes_elsewhere(entry, error) or await joins(self.collection, entry, error)
+        if await self._goes_elsewhere(entry, error) or await joins(self.collection, entry, error):
+            return True
+        if entry.driver is not None and error.metadata.get("wait") in PASSING:
+            await entry.driver.slots.stand_aside()  # nobody shall wait for one that cannot use its slot, nor take it over
+        return False
 
     async def _goes_elsewhere(self, entry: Entry, error: DroverError) -> bool:
         """After an error of the destination of a migration to any host: choose another one. Return whether there is one."""

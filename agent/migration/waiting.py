@@ -2,17 +2,25 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from copy import deepcopy
 from typing import Any, Final, TypeVar
 
 from agent.handshake.drive.driver import Driver
+from agent.handshake.drive.ends import Directory
+from agent.handshake.drive.view import View
+from agent.handshake.machines.destination import DestinationState
+from agent.hypervisor.guest_fact import fact_of_description
 from agent.migration.migration import Entry
+from agent.migration.planning import same_guest
 from agent.migration.waits import out_of_time
+from agent.migration.whereabouts import BY_MIGRATION, MOVED
 from agent.network.rules import check_tenant
 from agent.runtime.alongside import alongside, unless
 from agent.runtime.bell import first_of
 from agent.runtime.errors import DroverError, Reason, invalid_field
 from agent.runtime.failure import Failure
-from drover.agent.v1 import admission_pb2
+from agent.runtime.wire import cut
+from drover.agent.v1 import admission_pb2, handshake_pb2, host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 
 T = TypeVar("T")
@@ -38,13 +46,28 @@ AWAY: Final = frozenset(
 WAITED_FOR: Final = AWAY | {Reason.BUSY, Reason.DOMAIN_BUSY}
 """Errors after which a migration that may wait for its slot tries again."""
 
-PASSING: Final = {"network": pb.WAIT_REASON_NETWORK, "bandwidth": pb.WAIT_REASON_BANDWIDTH}
+PASSING: Final = {
+    "network": pb.WAIT_REASON_NETWORK,
+    "bandwidth": pb.WAIT_REASON_BANDWIDTH,
+    "any_host": pb.WAIT_REASON_ANY_HOST,
+}
 """What is waited for after an error that may pass by itself, by its metadata ``wait``."""
 
 
 def is_waited_for(error: DroverError) -> bool:
     """Return whether a migration that may wait for its slot tries again after this error."""
     return error.reason in WAITED_FOR or error.metadata.get("wait") in PASSING
+
+
+async def check_not_cordoned(entry: Entry, driver: Driver, directory: Directory) -> None:
+    """Raise HOST_CLOSED if a migration to any host waits at one that was cordoned meanwhile."""
+    host = directory.known(entry.migration.destination_host) if entry.any_host else None
+    if host is None or not host.settings.cordoned:
+        return
+    driver.slots.at = "destination"
+    by = f" by {host.cordon_change.changed_by}" if host.cordon_change.changed_by else ""
+    text = f"{host.name} was cordoned{by}, and no other host can take the guest: `drover host uncordon {host.name}` opens it again"
+    raise DroverError(Reason.HOST_CLOSED, text, metadata={"host": host.name, "wait": "any_host"})
 
 
 _WAITS: Final = frozenset({pb.WAIT_MODE_WAIT, pb.WAIT_MODE_HYBRID})
@@ -98,3 +121,32 @@ async def end_prepared_wait(entry: Entry, driver: Driver) -> None:
             driver.view.cancel(Failure.of(out_of_time(driver.view.wait)))
             return
         await first_of(changed, timeout=left if left > 0 else None)
+
+
+def fact_of_untouched(domain: host_pb2.Domain | None) -> handshake_pb2.GuestFact:
+    """Return the fact in an agent's description of a guest that its migration has not touched. None: the host does not have it."""
+    fact = fact_of_description(domain if domain is not None else host_pb2.Domain())
+    if domain is None:
+        fact.state, fact.reason = handshake_pb2.GUEST_STATE_ABSENT, MOVED
+    elif fact.state == handshake_pb2.GUEST_STATE_PAUSED and fact.reason in BY_MIGRATION:
+        fact.reason = MOVED
+    return fact
+
+
+async def look_at_guest(entry: Entry, view: View, directory: Directory) -> None:
+    """Before the end of a migration that has waited and not touched its guest: note how the guest is now. Its plan may have seen
+    it long ago, and another migration may have moved it since."""
+    touched = view.source_record is not None and view.source_record.HasField("guest")
+    if touched or not entry.slot_wait or view.destination_state is DestinationState.RUNNING:
+        return
+    fact = deepcopy(entry.migration.source_guest)
+    try:
+        fact = fact_of_untouched((await directory.guest(same_guest(entry.migration))).domain)
+    except DroverError as error:
+        if error.reason is Reason.DOMAIN_NOT_FOUND:
+            fact = fact_of_untouched(None)
+        else:
+            fact.silence = cut(error.message, 120)
+    seen = entry.changed_to()
+    seen.source_guest.CopyFrom(fact)
+    entry.migration = seen

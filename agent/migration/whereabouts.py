@@ -13,8 +13,10 @@ _RUNS = handshake_pb2.GUEST_STATE_RUNNING
 _STANDS = (handshake_pb2.GUEST_STATE_PAUSED, handshake_pb2.GUEST_STATE_OTHER)
 _NO_PROCESS = (handshake_pb2.GUEST_STATE_SHUTOFF, handshake_pb2.GUEST_STATE_CRASHED, handshake_pb2.GUEST_STATE_ABSENT)
 _ENDED = (pb.MIGRATION_STATE_SUCCEEDED, pb.MIGRATION_STATE_FAILED, pb.MIGRATION_STATE_CANCELLED)
-_BY_MIGRATION = ("migration", "post-copy", "unknown")
+BY_MIGRATION = ("migration", "post-copy", "unknown")
 """Reasons of a pause at the source by a migration; with ``unknown`` the guest is held until the decision."""
+MOVED = "moved or removed"
+"""Reason in the fact of a guest that is leaving or has left its host without the migration that waits there for it."""
 _BROKEN = "post-copy failed"
 _STATE_NAMES = {number: name.removeprefix("GUEST_STATE_").lower() for name, number in handshake_pb2.GuestState.items() if number}
 
@@ -49,6 +51,9 @@ def whereabouts(migration: pb.Migration) -> Whereabouts:
     src, dst = migration.source_guest, migration.destination_guest
     if not (migration.HasField("source_guest") or migration.HasField("destination_guest")):
         return _by_driver(migration, name, here, there)
+    if src.reason == MOVED and dst.state not in (_RUNS, *_STANDS):
+        sentence = f"{name} is leaving or has left {here} without this migration: another one moves it, or somebody has removed it"
+        return Whereabouts(Place.UNKNOWN, "", f"{sentence}; `drover domain list` shows where it is", usual=False)
     if src.reason == _BROKEN and dst.state in _NO_PROCESS:
         sentence = f"{name} runs nowhere: {there} had a part of its memory, and its copy is gone; start it again"
         return Whereabouts(Place.NOWHERE, "", sentence, usual=False)
@@ -64,7 +69,7 @@ def whereabouts(migration: pb.Migration) -> Whereabouts:
         sentence = f"{name} runs nowhere: {here}, where it was, was declared dead by an operator; start it again on another host"
         return Whereabouts(Place.NOWHERE, "", sentence, usual=False)
     ended = migration.state in _ENDED
-    if src.state == _RUNS or (src.state in _STANDS and (ended or src.reason not in _BY_MIGRATION)):
+    if src.state == _RUNS or (src.state in _STANDS and (ended or src.reason not in BY_MIGRATION)):
         return _is_on(Place.SOURCE, name, here, src, migration)
     waits = dst.state == handshake_pb2.GUEST_STATE_WAITING and not ended and dead != there
     if src.state in _NO_PROCESS and not waits:

@@ -132,6 +132,9 @@ class PeerDirectory:
             host = host_pb2.Host(name=migration.destination_host)
         return self._source(), Side(host, self.peer(migration.destination_host, address), address)
 
+    async def guest(self, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
+        return await get_domain(self._host, leaving_request(spec))
+
     async def source(self, migration: pb.Migration) -> Side:
         return self._source()
 

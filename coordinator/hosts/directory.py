@@ -66,14 +66,14 @@ class ClusterDirectory:
 
     async def _source(self, spec: pb.MigrationSpec) -> tuple[Side, host_pb2.GetDomainResponse]:
         if spec.source_host:
-            return await asyncio.gather(self._side(spec.source_host), self._guest(spec.source_host, spec))
+            return await asyncio.gather(self._side(spec.source_host), self.guest(spec))
         name, guest = await find_guest(self._registry, leaving_request(spec), "--from")
         return await self._known(name), guest  # the host has just answered, so its last report is new enough
 
-    async def _guest(self, host: str, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
+    async def guest(self, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
         """Return the guest, with what prevents this migration of it."""
-        stub = host_pb2_grpc.HostServiceStub(self._registry.channel(host))
-        return await answer_of(stub.GetDomain(leaving_request(spec), timeout=QUESTION_SECONDS), host)
+        stub = host_pb2_grpc.HostServiceStub(self._registry.channel(spec.source_host))
+        return await answer_of(stub.GetDomain(leaving_request(spec), timeout=QUESTION_SECONDS), spec.source_host)
 
     async def _side(self, name: str) -> Side:
         """Return the host as its watch reported it if it is up; else ask it, so that its error says what is wrong."""

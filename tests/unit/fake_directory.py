@@ -28,6 +28,7 @@ class FakeDirectory:
         self.pair = pair
         self.held: asyncio.Event | None = None
         self.fails: list[Exception] = []
+        self.guest_fails: DroverError | None = None
         self.asked = 0
         self.changed = Bell()
         self.hosts: dict[str, host_pb2.Host] = {}
@@ -56,6 +57,11 @@ class FakeDirectory:
     async def ends(self, migration: pb.Migration) -> tuple[Side, Side]:
         await self._wait()
         return self._sides()
+
+    async def guest(self, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
+        if self.guest_fails is not None:
+            raise self.guest_fails
+        return await get_domain(_host(self.pair.source), leaving_request(spec))
 
     async def source(self, migration: pb.Migration) -> Side:
         return self._sides()[0]

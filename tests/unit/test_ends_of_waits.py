@@ -1,16 +1,20 @@
 """The end of a migration that may wait says what the hosts' records show, also where another driver goes on with it (issue 8)."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from agent.admission.book import Book
 from agent.admission.values import Ask, Direction
 from agent.handshake.drive.driver import Driver
+from agent.hypervisor.base import DomainState
+from agent.migration.whereabouts import Place, whereabouts
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from agent.runtime.wire import duration
-from drover.agent.v1 import handshake_pb2
+from drover.agent.v1 import handshake_pb2, host_pb2
 from drover.agent.v1 import migration_pb2 as pb
 from tests.unit.asking import ID, REF, begin, fails, finished, make_plan, reserve, statement, until
 from tests.unit.clocks import QUICK
@@ -226,3 +230,114 @@ async def test_8_2_a_begin_that_is_under_way_as_the_migration_is_given_up_makes_
     vars(pair.source.hypervisor)["stored"] = given_up_meanwhile
     await fails(pair.to_source.begin(begin(probe=slot.probe)), Reason.CANCELLED)
     assert (pair.source.journalled, pair.runs_on) == ("", ["h1"])
+
+
+# --- a guest that changed while its migration waited ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "place", "says"),
+    [
+        ("removed", Place.UNKNOWN, "has left h1 without this migration"),
+        ("stopped", Place.NOWHERE, "it is shutoff (destroyed) on h1"),
+    ],
+)
+async def test_8_2_a_cancelled_wait_says_how_the_guest_is_now(driving: Driving, end: str, place: Place, says: str) -> None:
+    """What its plan saw is old by then: the guest ran on h1."""
+    await waiting(driving)
+    domains = driving.pair.source.hypervisor.domains
+    if end == "removed":
+        domains.clear()
+    else:
+        (uuid,) = domains
+        domains[uuid] = replace(domains[uuid], state=DomainState.SHUTOFF, reason="destroyed")
+    await driving.migrations.cancel(ID)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.failure.reason, ended.runs_on) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED, "")
+    assert whereabouts(ended).place is place
+    assert says in whereabouts(ended).sentence
+
+
+async def test_8_2_a_wait_for_a_guest_that_another_migration_moves_offers_no_resume_of_its_old_copy(driving: Driving) -> None:
+    await waiting(driving)
+    domains = driving.pair.source.hypervisor.domains
+    (uuid,) = domains
+    domains[uuid] = replace(domains[uuid], state=DomainState.PAUSED, reason="migration")
+    await driving.migrations.cancel(ID)
+    sentence = whereabouts(await driving.ended(ID)).sentence
+    assert "another one moves it" in sentence
+    assert "resume" not in sentence
+
+
+async def test_8_2_a_wait_whose_source_does_not_answer_at_its_end_says_when_it_last_did(driving: Driving) -> None:
+    await waiting(driving)
+    driving.directory.guest_fails = DroverError(Reason.HOST_UNREACHABLE, "h1 does not answer")
+    await driving.migrations.cancel(ID)
+    ended = await driving.ended(ID)
+    assert "ran on h1 when its hypervisor last answered" in whereabouts(ended).sentence
+
+
+async def test_8_1_a_wait_for_any_host_does_not_take_one_that_was_cordoned_meanwhile(driving: Driving) -> None:
+    pair = driving.pair
+    pair.destination.room(0)
+    await driving.migrations.start(ID, pb.MigrationSpec(domain=SPEC.domain), 60.0)
+    await until(lambda: "are taken" in shown(driving).waiting_for)
+    await cordon(driving, cordoned=True)
+    pair.destination.room(2)
+    await until(lambda: shown(driving).wait_reason == pb.WAIT_REASON_ANY_HOST and "h2 was cordoned" in shown(driving).waiting_for)
+    assert "h2 was cordoned by root@admin1" in shown(driving).waiting_for
+    assert shown(driving).state == pb.MIGRATION_STATE_PENDING
+    assert not pair.to_destination.count["reserve_slot"]
+    assert not pair.destination.engine.desk.queues[Direction.INCOMING].book.slots()
+    await cordon(driving, cordoned=False)
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")
+
+
+async def cordon(driving: Driving, *, cordoned: bool) -> None:
+    request = host_pb2.UpdateHostRequest(settings=host_pb2.HostSettings(cordoned=cordoned))
+    request.update_mask.paths[:] = ["cordoned"]
+    request.change.changed_by = "root@admin1"
+    await driving.pair.destination.engine.desk.update(request)
+    driving.directory.changed.ring()
+
+
+async def test_8_1_a_wait_that_cannot_go_on_now_shows_both_hosts_that_its_driver_is_there(driving: Driving) -> None:
+    """Else the source's agent takes it over, and does not know what keeps it from going on."""
+    pair = driving.pair
+    pair.destination.room(0)
+    await driving.migrations.start(ID, pb.MigrationSpec(domain=SPEC.domain), 60.0)
+    await until(lambda: "are taken" in shown(driving).waiting_for)
+    await cordon(driving, cordoned=True)
+    pair.destination.room(2)
+    driving.migrations.collection.plan_again()  # with another driver, which has asked no host yet
+    await until(lambda: "h2 was cordoned" in shown(driving).waiting_for)
+    books = [
+        agent.engine.desk.queues[side].book
+        for agent, side in ((pair.source, Direction.OUTGOING), (pair.destination, Direction.INCOMING))
+    ]
+    for _ in range(3):
+        before = min(seen(books))
+        await until(lambda before=before: min(seen(books)) > before)  # type: ignore[misc]
+    assert not any(book.slots() for book in books)
+
+
+def seen(books: list[Book]) -> list[float]:
+    return [claim.seen for book in books for claim in book.claims()]
+
+
+async def test_8_1_a_driver_that_follows_another_one_leaves_no_slot(driving: Driving) -> None:
+    """It was silent, not dead, and got slots just as the other one had moved the guest."""
+    await waiting(driving)
+    to_both = (driving.pair.to_source, driving.pair.to_destination)
+    for line in to_both:
+        line.cut = True
+    await until(lambda: shown(driving).silent_hosts)
+    await moved_by_another(driving.pair)
+    for line in to_both:
+        line.cut = False
+    ended = await driving.ended(ID)
+    assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")
+    for agent in (driving.pair.source, driving.pair.destination):
+        books = [queue.book for queue in agent.engine.desk.queues.values()]
+        await until(lambda books=books: not seen(books))  # type: ignore[misc]

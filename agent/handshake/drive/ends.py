@@ -78,6 +78,11 @@ class Directory(Protocol):
         """Return source and destination of a migration that was started before; they need not answer now."""
         ...
 
+    async def guest(self, spec: pb.MigrationSpec) -> host_pb2.GetDomainResponse:
+        """Ask the source, which the spec names, for the guest as it is now. Raises DOMAIN_NOT_FOUND, HOST_NOT_FOUND,
+        HOST_UNREACHABLE, DEADLINE_EXCEEDED."""
+        ...
+
     async def source(self, migration: pb.Migration) -> Side:
         """Return the source of a migration that was started before, by its last report; it need not answer now."""
         ...

@@ -111,6 +111,10 @@ class BothSlots:
         """Note that a slot of a side may have been taken by another call, so that it is given back in the end."""
         self._asked.add(side)
 
+    def replaces(self, other: "BothSlots") -> None:
+        """Note that it goes on with what another one of the same migration, and of the same driver, has asked for."""
+        self._asked |= other._asked
+
     def begin(self, side: str) -> None:
         """Begin to `take` the transferring slot of a side: `take` then joins this call."""
         self._begun = asyncio.create_task(self._ask(side, TRANSFERRING))
@@ -174,7 +178,8 @@ class BothSlots:
             await asyncio.gather(*calls, return_exceptions=True)
 
     async def stand_aside(self) -> None:
-        """Give back what is held, and keep the places: the slots could not be used now. An error is ignored."""
+        """Give back what is held, as it could not be used now, and keep the places, which shows the hosts that this driver is there.
+        An error is ignored."""
         asked = tuple(self._asked)
         await self.release(keep_place=True)
         await asyncio.gather(*(self._keep_place(side, PREPARED) for side in asked), return_exceptions=True)
