@@ -3,8 +3,8 @@
 Required at the end:
 
 - every migration that was accepted has ended, and whoever knows it, the coordinator or an agent, says the truth: SUCCEEDED if the
-  guest has moved to the host that it names and runs there, and else that it runs at its source, where it was not touched; CANCELLED
-  only if somebody cancelled it, or another driver when the one that was asked has given it up; no failure that no fault explains;
+  guest has moved to the host that it names and runs there, and else that it runs at its source, where it was not touched; no failure
+  that no fault explains, and none for want of a slot before its time;
 - one copy of each guest, which runs, with a perfect log, and which can be migrated again;
 - the records of the agents are final and agree; no slot, place in a queue, QEMU or port is left;
 - never were more transfers of a host under way than its highest limit.
@@ -73,7 +73,7 @@ class Verdict:
     seconds: float = 0.0
     """From the repair to the end."""
     remarks: list[str] = field(default_factory=list)
-    """Failures of migrations that could have waited longer; a fault may explain them."""
+    """See `remarks`."""
 
 
 Reports = Mapping[str, pb.Migration]
@@ -129,8 +129,7 @@ def _wrong(made: LabCluster, plan: WaitingPlan, all_asked: Sequence[Asked], verd
         reports, stay = _reports(made, asked), moved(records_of(made, asked.migration_id))
         told = reports.get(driver_of(asked.move))
         verdict.ends[asked.move.guest] = end_of(asked, told)
-        if told is not None and told.state == pb.MIGRATION_STATE_FAILED and asked.move.wait == LONG_WAIT:
-            verdict.remarks.append(f"{asked.move.guest} could wait, and is {words_of(told)}: {told.failure.message}")
+        verdict.remarks += [f"{asked.move.guest}: {each}" for each in remarks(asked, reports)]
         yield from (f"{asked.move.guest}: {each}" for each in false_ends(asked, reports, stay))
         yield from wrong_on_hosts(made, asked.guest.name, stay[1] if stay else asked.move.source)
         moves += [told] if told is not None and stay else []
@@ -166,14 +165,20 @@ def false_ends(asked: Asked, reports: Reports, stay: Stay) -> Iterator[str]:
         true = succeeded == bool(stay) and found.runs_on == where and (found.destination_host == where or not succeeded)
         if not true:
             yield f"FALSE END: for {name} it is {words_of(found)} and runs on {found.runs_on or 'no host'}, but it is on {where}"
-        given_up = name != driver_of(move) and reports.get(driver_of(move), found).state == pb.MIGRATION_STATE_FAILED
-        if found.state == pb.MIGRATION_STATE_CANCELLED and not asked.cancelled and not given_up:
-            yield f"for {name} it is cancelled, and nobody has cancelled it"
         if found.failure.reason in INEXPLICABLE:
             yield f"for {name} it is {words_of(found)}, which no fault explains: {found.failure.message}"
         waited = found.duration.ToTimedelta().total_seconds()
         if found.failure.reason == Reason.BUSY and not found.duration_is_least and waited < move.wait - 1:
             yield f"for {name} it waited {waited:.1f} of {move.wait:.1f} s"
+
+
+def remarks(asked: Asked, reports: Reports) -> Iterator[str]:
+    """Yield what is true of the guest, and yet not as it should be, or worth a look."""
+    for name, found in reports.items():
+        if found.state == pb.MIGRATION_STATE_CANCELLED and not asked.cancelled:
+            yield f"reported by {name} as cancelled, though nobody cancelled it"
+        if found.state == pb.MIGRATION_STATE_FAILED and asked.move.wait == LONG_WAIT:
+            yield f"it could wait, and is {words_of(found)} for {name}: {found.failure.message}"
 
 
 def over_limits(plan: WaitingPlan, moves: Sequence[pb.Migration]) -> Iterator[str]:
