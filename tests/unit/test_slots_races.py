@@ -22,12 +22,14 @@ async def pair() -> AsyncIterator[Pair]:
         yield pair
 
 
-def agree(agent: Agent, *, transferring: bool) -> None:
+def agree(agent: Agent, *, transferring: bool, direction: Direction = Direction.INCOMING) -> None:
     """Assert that the record and the book say the same."""
-    claim = agent.engine.desk.queues[Direction.INCOMING].book.find(ID)
+    book = agent.engine.desk.queues[direction].book
+    claim = book.find(ID)
     assert claim is not None
     assert claim.attached
-    assert (agent.durable.transferring, claim.has(Kind.TRANSFERRING), agent.in_use) == (transferring,) * 2 + (int(transferring),)
+    assert (agent.durable.transferring, claim.has(Kind.TRANSFERRING)) == (transferring, transferring)
+    assert book.transferring == int(transferring)
 
 
 async def test_8_1_a_slot_that_is_given_back_while_it_is_raised_ends_as_a_prepared_one_in_both(pair: Pair) -> None:
@@ -58,6 +60,33 @@ async def test_8_1_a_slot_cannot_be_given_back_while_its_record_is_made(pair: Pa
     agent.journal.held.set()
     assert (await reserves).record.slot.transferring
     agree(agent, transferring=True)
+
+
+async def test_8_1_a_migration_that_is_given_up_as_its_record_is_made_keeps_both_together(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, noted = pair.source, asyncio.Event()
+    places = agent.engine.desk.queues[Direction.OUTGOING].places
+    cancel = places.cancel
+
+    async def slow(migration_id: str) -> None:
+        await cancel(migration_id)
+        await noted.wait()
+
+    monkeypatch.setattr(places, "cancel", slow)
+    reserved = await pair.destination.engine.reserve_slot(reserve())
+    agent.journal.held = asyncio.Event()
+    begins = asyncio.ensure_future(agent.engine.begin(begin(probe=reserved.probe)))
+    await agent.journal.waiting.wait()
+    gives_up = asyncio.ensure_future(
+        agent.engine.release_slot(pb.ReleaseSlotRequest(migration_id=ID, direction=OUTGOING, cancelled=True))
+    )
+    await until(lambda: ID in places.cancelled)
+    agent.journal.held.set()
+    await begins
+    noted.set()
+    await gives_up
+    agree(agent, transferring=False, direction=Direction.OUTGOING)
 
 
 async def test_8_1_a_slot_that_was_given_back_while_its_record_was_not_made_is_free(pair: Pair) -> None:

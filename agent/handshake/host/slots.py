@@ -150,13 +150,13 @@ class RecordSlots:
 
     async def release_slot(self, request: pb.ReleaseSlotRequest) -> pb.ReleaseSlotResponse:
         queue = self._desk.queues[direction_of(request)]
-        attempt = self._holder(queue, request.migration_id)
-        if attempt is None:
-            if request.cancelled and queue.book.direction is Direction.OUTGOING:
-                await queue.places.cancel(request.migration_id)
-            queue.release(request.migration_id, keep_place=request.keep_place)
-        else:
+        holder = functools.partial(self._holder, queue, request.migration_id)
+        if request.cancelled and queue.book.direction is Direction.OUTGOING and holder() is None:
+            await queue.places.cancel(request.migration_id)
+        if (attempt := holder()) is not None:  # perhaps of a Begin that was under way before
             await outlasting(self._prepare_only(attempt, queue, keep_place=request.keep_place))
+        else:
+            queue.release(request.migration_id, keep_place=request.keep_place)
         return pb.ReleaseSlotResponse()
 
     async def _prepare_only(self, attempt: Attempt, queue: Queue, *, keep_place: bool) -> None:
