@@ -5,7 +5,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from agent.handshake.drive.driver import Driver
@@ -213,7 +213,7 @@ class SlotTaker:
         again = entry.changed_to()
         put_plan(again, chosen.plan)
         self.collection.publish(entry, again)
-        return self.make_driver(entry, chosen)
+        return self.make_driver(entry, replace(chosen, ends=ends))  # by which `links` sees changes
 
     def _publish_fact(self, entry: Entry, fact: handshake_pb2.GuestFact) -> None:
         """Publish what the source's hypervisor reports of the untouched guest."""

@@ -1,15 +1,20 @@
 """agent.migration.links: who waits is planned again when links change, and may start while there is none (issue 8, point 5)."""
 
+import time
+
 import pytest
 
 from agent.admission.values import Direction
 from agent.migration.links import look
+from agent.migration.takeover import waiting_taken_over
 from agent.runtime.errors import Reason
+from drover.agent.v1 import host_pb2
 from drover.agent.v1 import migration_pb2 as pb
-from tests.unit.asking import ID, fails, until
+from tests.unit.asking import ADDRESSES, ID, fails, until
 from tests.unit.fake_directory import Driving
 from tests.unit.test_entry_first import waiting
 from tests.unit.test_migrations import SPEC
+from tests.unit.test_takeover import place_of
 
 
 def set_link(driving: Driving, *, up: bool) -> None:
@@ -91,3 +96,21 @@ async def test_8_5_what_else_a_host_reports_plans_nothing_again(driving: Driving
         rung = entry.links_changed.next
         look(driving.migrations.collection, driving.directory)
         assert rung.is_set() is expected
+
+
+async def test_8_2_one_that_was_taken_over_on_a_network_of_the_cluster_is_not_planned_again_for_ever(driving: Driving) -> None:
+    """Its agent knows that network by the migration only."""
+    driving.pair.destination.room(0)
+    for agent in (driving.pair.source, driving.pair.destination):
+        interface = host_pb2.Interface(name="eth1", addresses=[f"{ADDRESSES[agent.name]}/24"], up=True)
+        agent.engine.host.interfaces = (interface,)
+    stored = pb.Migration.FromString(place_of().pending)
+    stored.network = stored.network_choice.network = "cluster"
+    stored.network_choice.rules.cidrs.append("127.92.0.0/24")
+    place = place_of(pending=stored.SerializeToString(), since=time.time())
+    driving.migrations.take_over(waiting_taken_over(place, "h1"))
+    await until(lambda: "are taken" in shown(driving).waiting_for)
+    assert shown(driving).network == "cluster"
+    rung = driving.migrations.collection.get(ID).links_changed.next
+    look(driving.migrations.collection, driving.directory)
+    assert not rung.is_set()
