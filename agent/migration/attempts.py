@@ -79,7 +79,7 @@ async def later_attempt(entry: Entry, driver: Driver, ended: pb.Migration, clock
             later = await until_answered(functools.partial(_given_up, driver), clock)
         if later is None:
             return None
-        change = functools.partial(_follow, later=later)
+        change = functools.partial(follow, later=later)
     return await entry.until_saved(functools.partial(entry.save_changed, change), clock)
 
 
@@ -141,8 +141,8 @@ def put_plan(migration: pb.Migration, plan: Plan) -> None:
     migration.options.CopyFrom(plan.options)
 
 
-def _follow(migration: pb.Migration, later: handshake_pb2.Record) -> None:
-    """Change the migration to the later attempt of another driver."""
+def follow(migration: pb.Migration, later: handshake_pb2.Record) -> None:
+    """Change the migration to the attempt that another driver has begun."""
     _renew(migration, later.ref.attempt)
     if later.host == migration.source_host:
         migration.destination_host = later.peer_host

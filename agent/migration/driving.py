@@ -13,7 +13,7 @@ from agent.handshake.drive.pause import see_pause
 from agent.handshake.drive.plan import Plan
 from agent.handshake.drive.slots import TRANSFERRING, slot_request
 from agent.handshake.drive.view import View
-from agent.migration.attempts import begun_or_given_up, is_kept, later_attempt, until_answered
+from agent.migration.attempts import begun_or_given_up, follow, is_kept, later_attempt, until_answered
 from agent.migration.choice import Chooser
 from agent.migration.collection import Collection
 from agent.migration.links import links_of, watch_links
@@ -165,9 +165,8 @@ class Runner:
         record = await until_answered(functools.partial(self._ask_others, entry, error), self._clock)
         entry.asks_others = False
         if record is not None:
-            followed = entry.changed_to(attempt=record.ref.attempt)
-            if record.host == followed.source_host:
-                followed.destination_host = record.peer_host
+            followed = entry.changed_to()
+            follow(followed, record)
             self._collection.publish(entry, followed)  # `_note_slot` saves it
             entry.follows = True
         return record is not None
