@@ -67,6 +67,8 @@ async def coordinator(config: CoordinatorConfig) -> AsyncIterator[Server]:
         migrations = Migrations(config.name, directory, StoredMigrations(store), bus, config.fencing)
         stack.push_async_callback(migrations.close)
         await migrations.recover()
+        for network in networks.all():  # they may have changed since the migrations were saved
+            migrations.collection.set_rules(network.name, network.rules)
         revoking = functools.partial(network_service.finish_revoking, networks, migrations.collection)
         stack.callback(supervise("finish revoking", revoking).cancel)
         server = await _serve(config, registry, migrations, networks, bus)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.migration.migration import FINAL, Entry, event_of
+from agent.network.rules import without_tenants
 from agent.runtime.bell import Bell
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
@@ -113,11 +114,11 @@ class Collection:
                 entry.planned_at = -math.inf
 
     def set_rules(self, network: str, rules: host_pb2.NetworkRules) -> None:
-        """Note the new rules of a network of the cluster in the migrations that use it."""
+        """Note the present rules of a network of the cluster in the migrations that use it."""
         for entry in self.all():
             if not entry.final and entry.migration.network == network and entry.migration.network_choice.HasField("rules"):
                 changed = entry.changed_to()
-                changed.network_choice.rules.CopyFrom(rules)
+                changed.network_choice.rules.CopyFrom(without_tenants(rules))
                 self.publish(entry, changed)
 
     def find(self, migration_id: str) -> Entry | None:

@@ -247,6 +247,8 @@ class Runner:
         entry.tuner = Tuner(
             lambda: entry.migration, entry.changed, driver, functools.partial(self._collection.publish, entry), self._clock
         )
+        if entry.tuner.flows:  # an earlier life has begun the transfer: it gets a share before limits are applied
+            self.sharing.divide()
         tuning = supervise(f"tune {entry.migration.migration_id[:8]}", entry.tuner.run, self._clock)
         try:
             async with alongside(end_prepared_wait(entry, driver)), alongside(tell_changes(entry, driver, TRANSFERRING)):

@@ -6,7 +6,7 @@ from typing import Any
 import grpc.aio
 
 from agent.migration.collection import Collection
-from agent.network.rules import checked, on_network, without_tenants
+from agent.network.rules import checked, on_network
 from agent.runtime.bell import first_of
 from agent.runtime.errors import DroverError, Reason
 from agent.runtime.masks import masked
@@ -63,7 +63,7 @@ class NetworkServicer(rpc.NetworkServiceServicer):
                 self._check_ranges(network.name, rules)
 
         network = await self._table.change(request.name, change, "changed")
-        self._collection.set_rules(network.name, without_tenants(network.rules))
+        self._collection.set_rules(network.name, network.rules)
         self._collection.plan_again()
         return pb.UpdateNetworkResponse(network=network)
 

@@ -44,6 +44,23 @@ async def test_8_6_a_minimum_beyond_the_capacity_is_refused_while_the_migration_
         assert state(await talk.end(waits)) == "succeeded"
 
 
+async def test_8_6_a_cap_that_was_changed_holds_over_a_restart_of_the_coordinator(hosts: Cluster) -> None:
+    """Neither the earlier one counts, nor none until the shares are divided: the guest would be there at once."""
+    drover(hosts, "network", "set", "mig1", "--cap", "1MiB/s")
+    async with Talk(hosts.server) as talk:
+        runs = await start(talk, "first", network="mig1")
+        await talk.watch(runs, lambda migration: migration.progress.processed_bytes > 0)
+        drover(hosts, "network", "set", "mig1", "--cap", "2MiB/s")
+        await talk.watch(runs, lambda migration: migration.applied_bandwidth_bytes_per_second == 2 * MIB)
+    hosts.coordinator.kill()
+    hosts.coordinator.start()
+    async with Talk(hosts.server) as talk:
+        now = await talk.watch(runs, lambda m: m.applied_bandwidth_bytes_per_second > 0 and state(m) == "active")
+        assert now.applied_bandwidth_bytes_per_second == 2 * MIB
+        drover(hosts, "network", "set", "mig1", "--cap", "100MiB/s")
+        assert state(await talk.end(runs)) == "succeeded"
+
+
 async def test_8_4_a_network_that_is_drained_takes_no_migration_that_names_it(hosts: Cluster) -> None:
     """Each of them would put the end of the drain off. One that waits, and names none, goes over another network."""
     async with Talk(hosts.server) as talk:
