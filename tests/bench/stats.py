@@ -53,3 +53,13 @@ def percentile(samples: Sequence[float], share: float) -> float:
     below = int(place)
     above = min(below + 1, len(ordered) - 1)
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def most_at_once(spans: Sequence[tuple[float, float]]) -> int:
+    """Return how many of these spans of time overlap at most."""
+    changes = sorted((at, step) for start, end in spans for at, step in ((start, 1), (end, -1)))
+    most = now = 0
+    for _, step in changes:
+        now += step
+        most = max(most, now)
+    return most

@@ -25,6 +25,7 @@ from drover.agent.v1 import migration_pb2 as pb
 from drover.agent.v1 import migration_pb2_grpc as rpc
 from tests.bench.output import say
 from tests.bench.processes import read_process
+from tests.bench.stats import most_at_once
 from tests.bench.storm_rules import Order, Rule, rules, start_by_rule
 from tests.kit.cluster import Cluster, GuestSpec, cluster
 
@@ -201,16 +202,6 @@ async def _run(made: Cluster, setting: Setting, rule: Rule | None, outcome: Outc
         outcome.waits.setdefault(importance, []).append(start - began)
         outcome.sent += end.progress.processed_bytes
     outcome.most_at_once = most_at_once(transfers)
-
-
-def most_at_once(spans: Sequence[tuple[float, float]]) -> int:
-    """Return how many of these spans of time overlap at most."""
-    changes = sorted((time, step) for start, end in spans for time, step in ((start, 1), (end, -1)))
-    most = now = 0
-    for _, step in changes:
-        now += step
-        most = max(most, now)
-    return most
 
 
 def _seconds(stamp: Any) -> float:

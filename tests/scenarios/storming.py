@@ -173,16 +173,6 @@ async def _ends(talk: Talk, ids: Iterable[str]) -> dict[str, pb.Migration]:
         await asyncio.sleep(0.2)  # a watch ends with its server, which some scenarios kill
 
 
-def most_at_once(spans: Sequence[tuple[float, float]]) -> int:
-    """Return how many of these spans of time overlap at most."""
-    changes = sorted((at, step) for start, end in spans for at, step in ((start, 1), (end, -1)))
-    most = now = 0
-    for _, step in changes:
-        now += step
-        most = max(most, now)
-    return most
-
-
 async def slots_of(hosts: Cluster, host: str) -> Slots:
     """Return the slots of a host, then its queue in order, as its agent reports them; incoming before outgoing."""
     async with Talk(hosts.agents[host].address) as talk:

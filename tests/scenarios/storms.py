@@ -11,9 +11,10 @@ import pytest
 
 from drover.agent.v1 import admission_pb2
 from drover.agent.v1 import migration_pb2 as pb
+from tests.bench.stats import most_at_once
 from tests.kit.cluster import Cluster
 from tests.scenarios.conversation import CRAWL, Talk, state
-from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Slots, Storm, Watcher, most_at_once, set_limits, slots_of
+from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Slots, Storm, Watcher, set_limits, slots_of
 
 pytestmark = pytest.mark.timeout(150)
 

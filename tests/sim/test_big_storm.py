@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from tests.bench.stats import most_at_once
 from tests.kit.cluster import Cluster, GuestSpec, cluster
 from tests.scenarios.conversation import CRAWL, MIB, Talk, state
-from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Storm, Watcher, most_at_once, set_limits, slots_of
+from tests.scenarios.storming import HIGH, LOW, MEDIUM, Leg, Storm, Watcher, set_limits, slots_of
 
 pytestmark = pytest.mark.timeout(180)
 

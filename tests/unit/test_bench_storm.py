@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from drover.agent.v1 import migration_pb2 as pb
-from tests.bench.storm import Outcome, Result, Setting, most_at_once
+from tests.bench.stats import most_at_once
+from tests.bench.storm import Outcome, Result, Setting
 from tests.bench.storm_report import verdicts
 from tests.bench.storm_rules import Order, Rule, rules, start_by_rule
 
