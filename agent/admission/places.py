@@ -87,7 +87,7 @@ class Places:
         self.cancelled.pop(migration_id, None)
         now = self.cancelled[migration_id] = time.time()
         for old in list(self.cancelled)[:-MOST_CANCELLED]:
-            del self.cancelled[old]
+            self.cancelled.pop(old, None)  # another call may have removed it
             await self._rows.remove_place(_CANCELLED, old)
         mark = Place(migration_id, direction=self._direction, cancelled=now)
         await self._rows.put_place(_CANCELLED, migration_id, msgspec.msgpack.encode(mark))

@@ -155,7 +155,7 @@ def given_back(direction: Direction, host: str) -> DroverError:
 def was_cancelled(migration_id: str, host: str, seconds_ago: float) -> DroverError:
     return DroverError(
         Reason.CANCELLED,
-        f"migration {migration_id} was cancelled on request, as {host} was told {seconds_ago:.0f} s ago. Nothing was done to the "
+        f"migration {migration_id} was cancelled, or given up, as {host} was told {seconds_ago:.0f} s ago. Nothing was done to the "
         "guest; to move it, start a new migration, with a new id",
         metadata={"host": host, "cancelled": f"{seconds_ago:.0f}"},
     )

@@ -58,7 +58,7 @@ class NetworkTable:
         return self._networks[name]
 
     def defined(self) -> list[agent_pb.Network]:
-        """Return the networks as a choice among them sees them, without addresses. A role that is being taken is gone."""
+        """Return the networks as a choice among them sees them, without addresses."""
         return [definition(network) for network in self.all()]
 
     def seen_by(self, host: agent_pb.Host) -> agent_pb.Host:

@@ -58,7 +58,7 @@ async def test_8_2_a_driver_that_comes_back_after_a_cancel_ends_its_migration(dr
     await other.migrations.recover()
     ended = await other.ended(ID)
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED)
-    assert "was cancelled on request" in ended.failure.message
+    assert "was cancelled, or given up" in ended.failure.message
     assert (driving.pair.states, driving.pair.runs_on) == (("", ""), ["h1"])
     await other.close()
 

@@ -255,9 +255,9 @@ class ReleaseSlotRequest(message.Message):
     keep_place: builtins.bool
     """Keep the place in the queue (of one that has a slot: the place that it had), and a prepared slot whose record exists."""
     cancelled: builtins.bool
-    """The migration was cancelled on request. Whoever asks this host for an outgoing slot of it gets CANCELLED from now on, for a week (as
-    long as a migration may wait), also after a restart of the agent: another driver that waits for it ends it too. Of the cancelled
-    ones of a host the newest 1,000 count.
+    """The migration was cancelled, or given up by its driver. Whoever asks this host for an outgoing slot of it gets CANCELLED from now
+    on, for a week (as long as a migration may wait), also after a restart of the agent: another driver that waits for it ends it too.
+    Of the cancelled ones of a host the newest 1,000 count.
     """
     def __init__(
         self,
