@@ -97,6 +97,24 @@ async def test_8_2_an_error_names_its_side_and_the_end_leaves_both() -> None:
     assert both.log[-2:] == ["left source", "left destination"]
 
 
+async def test_8_2_an_error_of_a_call_beside_the_wait_belongs_to_no_side() -> None:
+    """The importance was changed; the next error of the migration would else be taken for one of that host."""
+    both = Both(destination_at=1.0)
+    acquires = both.destination.acquire_slot
+
+    async def changed(request: pb.AcquireSlotRequest) -> pb.AcquireSlotResponse:
+        if both.waits:
+            del vars(both.destination)["acquire_slot"]
+            both.destination.error = DroverError(Reason.HOST_UNREACHABLE, "it does not answer")
+            await both.slots.ask_again(PREPARED)
+            both.destination.error = None
+        return await acquires(request)
+
+    vars(both.destination)["acquire_slot"] = changed
+    await both.slots.acquire(PREPARED)
+    assert both.slots.at == ""
+
+
 async def test_8_2_an_older_agent_has_no_queue() -> None:
     both = Both()
     both.destination.error = DroverError(Reason.UNIMPLEMENTED, "an older agent")

@@ -72,7 +72,7 @@ class BothSlots:
         rand: Callable[[], float] = random.random,
     ) -> None:
         self.at = ""
-        """The side that was called last, to which an error belongs."""
+        """The side to which the error belongs that was raised last."""
         self.other_driver = ""
         """Another driver that waits for the same migration, as a host said; empty: none."""
         self.may_wait = True
@@ -126,7 +126,7 @@ class BothSlots:
         if call is None:
             self.at, call = "", self._ask(side, kind)
         self._begun = None
-        await call
+        await self._all({side: call})
 
     async def acquire(self, kind: pb.SlotKind.ValueType, meanwhile: Callable[[], Awaitable[None]] | None = None) -> None:
         """Wait until both slots of at least this kind are taken. `meanwhile` is called after each call that ends without a slot of
@@ -198,7 +198,7 @@ class BothSlots:
         """Wait in the queue of a side for a short time, with the other slot in hand. Return whether it was given."""
         until = self._clock.monotonic() + HOLD_SECONDS * (0.25 + 0.75 * self._rand())
         while (left := until - self._clock.monotonic()) > FIRST_LOOK:
-            await self._ask(side, kind, min(self._poll, left))
+            await self._all({side: self._ask(side, kind, min(self._poll, left))})
             if self.has(side, kind):
                 return True
         return False
@@ -224,7 +224,6 @@ class BothSlots:
             response = await self._peers[side].acquire_slot(request)
         except DroverError as error:
             if error.reason is not Reason.UNIMPLEMENTED:
-                self.at = side
                 raise
             self._held[side] = TRANSFERRING  # an older agent, whose slots are its records
             return
