@@ -43,6 +43,16 @@ def numbered(number: int, state: str, **fields: Any) -> AttemptRecord:
     return record(fields.pop("role", Role.DESTINATION), state, migration_id=str(uuid.UUID(int=number)), **fields)
 
 
+async def test_ended_attempts_do_not_pile_up_over_lives_that_are_short(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.handshake.host.journal, "TRIM_AFTER", 8)
+    for life in range(4):
+        for number in range(3):
+            await journal.put_attempt(numbered(10 * life + number, "gone"))
+        journal = await reopened(journal)
+    assert len(await listed(journal)) < 3 + 8
+    await journal.close()
+
+
 async def test_no_number_of_tombstones_pushes_a_commit_out(journal: Journal) -> None:
     await journal.put_attempt(record(Role.DESTINATION, "running"))
     for number in range(10):

@@ -98,7 +98,7 @@ class Journal:
         self._db = Database(path, _SCHEMA, check=damages_in)
         self._numbers = itertools.count(1)
         """Numbers of rows, rising over restarts."""
-        self._ends = itertools.count(1)
+        self._ends = itertools.count()  # the first end looks for older ones: no life need last for many
         self._ids: set[str] = set()
         """Ids of all migrations with a record here, and perhaps some more. Saves the query for the others: the usual case."""
 
