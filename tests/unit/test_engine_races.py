@@ -161,7 +161,7 @@ async def test_6_01_a_guest_does_not_move_on_before_its_source_was_asked_whether
 
 async def test_6_01_a_guest_is_busy_while_it_is_written_that_its_source_kept_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the write takes: it is carried out although its caller has gone away."""
-    monkeypatch.setattr(owner, "LEAVING_SECONDS", 0.05)
+    monkeypatch.setattr(owner, "LEAVING_SECONDS", 0.5)
     await declared_dead(pair)
     agent = pair.destination
     await agent.restart()
