@@ -22,7 +22,7 @@ from drover.agent.v1 import migration_pb2 as pb
 from tests.bench import chaos_talk as talk
 from tests.bench.chaos_judge import CLEAN_UP_SECONDS, LINES, moved, open_records, records_of, slots_left, words_of, wrong_on_hosts
 from tests.bench.chaos_waiting_plan import LONG_WAIT, Move, WaitingPlan
-from tests.bench.storm import most_at_once
+from tests.bench.stats import most_at_once
 from tests.kit.cluster import ClusterGuest, Daemon
 from tests.kit.cluster.platforms import LabCluster
 from tests.kit.lab.errors import LabError
