@@ -277,9 +277,7 @@ def _put_arrival(connection: sqlite3.Connection, record: AttemptRecord) -> None:
     elif _may_run(record):
         known = connection.execute("SELECT kind FROM attempts WHERE migration_id = ? AND attempt = ?", record.key).fetchone()
         if known is None or known[0] == _ACTIVE:  # else the record is only rewritten, and the guest may have left since
-            connection.execute(
-                "INSERT OR REPLACE INTO arrivals VALUES (?1, ?2, ?3, seal(?1, ?2, ?3))", (record.domain_uuid, *record.key)
-            )
+            connection.execute(_PUT_ARRIVAL, (record.domain_uuid, *record.key))
     elif record.final:
         connection.execute("DELETE FROM arrivals WHERE migration_id = ? AND attempt = ?", record.key)
 
