@@ -111,9 +111,9 @@ class Database:
 
         return await self._hop(enqueue, job.decided, timeout)
 
-    async def read(self, fn: Callable[[sqlite3.Connection], T], *, timeout: float | None = None) -> T:
+    async def read(self, fn: Callable[[sqlite3.Connection], T]) -> T:
         """Run `fn` on one consistent state; its writes are rolled back. Works on a full disk."""
-        return await self._run(lambda: self._file.read(fn), timeout)
+        return await self._run(lambda: self._file.read(fn))
 
     async def close(self) -> None:
         """Wait for the transactions under way, fold the WAL into the file, and close. Idempotent."""
@@ -132,19 +132,19 @@ class Database:
         self._executor.shutdown(wait=False)
         return asyncio.wrap_future(future)
 
-    async def _run(self, job: Callable[[], T], timeout: float | None = None) -> T:
+    async def _run(self, job: Callable[[], T]) -> T:
         """Run `job` in the thread and return its result."""
 
         def submit(loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[T]") -> None:
             self._executor.submit(self._do_job, job, loop, answer)
 
-        return await self._hop(submit, threading.Lock(), timeout)
+        return await self._hop(submit, threading.Lock())
 
     async def _hop(
         self,
         submit: "Callable[[asyncio.AbstractEventLoop, asyncio.Future[T]], None]",
         decided: threading.Lock,
-        timeout: float | None,
+        timeout: float | None = None,
     ) -> T:
         """Hand a job to the thread and return its result. `decided` is taken by the commit or by the deadline.
 
