@@ -12,6 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any, Final
 
+import structlog
 from pyroute2 import IPRoute
 from pyroute2.ethtool.ioctl import IoctlEthtool, NoSuchDevice, NotSupportedError
 from pyroute2.netlink.exceptions import NetlinkError
@@ -21,6 +22,8 @@ from pyroute2.netlink.rtnl.ifinfmsg import IFF_LOWER_UP, IFF_UP
 
 from agent.runtime.wire import MOST_RATE
 from drover.agent.v1 import host_pb2
+
+log = structlog.get_logger()
 
 SETTLE_SECONDS: Final = 0.05
 """Pause between a notice and the reading: notices come in bursts, and a reading takes some milliseconds."""
@@ -102,7 +105,17 @@ def read_interfaces(link_local: Collection[str] = ()) -> tuple[host_pb2.Interfac
                         up=up,
                     )
                 )
-    return tuple(sorted(found, key=lambda interface: interface.name)[:MOST_INTERFACES])
+    return most_useful(found)
+
+
+def most_useful(found: Collection[host_pb2.Interface]) -> tuple[host_pb2.Interface, ...]:
+    """Return at most `MOST_INTERFACES`, by name: first those that are up, then those whose network devices have a speed, as bridges
+    of guests and containers without any have none. A log line names what is left out."""
+    ranked = sorted(found, key=lambda each: (not each.up, not each.line_bytes_per_second, each.name))
+    if left_out := [each.name for each in ranked[MOST_INTERFACES:]]:
+        text = "only some of this host's interfaces are reported: a network on another one cannot be used"
+        log.warning(text, most=MOST_INTERFACES, left_out=len(left_out), such_as=left_out[:8])
+    return tuple(sorted(ranked[:MOST_INTERFACES], key=lambda each: each.name))
 
 
 def _address(message: Any, name: str, link_local: Collection[str]) -> str:

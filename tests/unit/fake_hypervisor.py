@@ -136,6 +136,11 @@ class FakeHypervisor:
         for queue in self._news:
             queue.put_nowait(DomainEvent(domain.uuid, "changed"))
 
+    @property
+    def heard(self) -> bool:
+        """Whether anybody gets its events."""
+        return bool(self._news)
+
     def tell(self, kind: str, detail: str, uuid: str = UUID) -> None:
         """Send an event of a guest."""
         for queue in self._news:

@@ -336,3 +336,35 @@ async def test_6_19_an_event_of_the_start_that_beats_finish_drops_no_cookie(pair
     await until(lambda: not any(attempt.running("finish") for attempt in agent.engine._attempts.all()))
     assert (await agent.engine.finish(finish())).cookie_out == b"finished"
     assert agent.durable.state == "running"
+
+
+@pytest.mark.parametrize(("state", "reason"), [(DomainState.SHUTOFF, Reason.DOMAIN_NOT_RUNNING), (None, Reason.DOMAIN_NOT_FOUND)])
+async def test_8_1_a_guest_that_ends_while_its_migration_waits_to_transfer_ends_the_attempt(
+    pair: Pair, state: DomainState | None, reason: Reason
+) -> None:
+    """A migration may stand prepared for hours: it must not be said to run meanwhile, nor hold its slots."""
+    source = pair.source
+    source.hypervisor.put(RUNS)
+    await source.engine.begin(begin())
+    await until(lambda: source.hypervisor.heard)
+    if state is None:
+        source.hypervisor.domains.clear()
+    else:
+        source.hypervisor.change(RUNS.uuid, state=state, reason="destroyed")
+    source.hypervisor.tell("stopped", "destroyed")
+    ended = await source.reaches("kept")
+    assert ended.failure.reason == reason
+    assert not source.engine.active()
+    await fails(source.engine.perform(perform()), Reason.WRONG_PHASE)
+
+
+async def test_8_1_a_guest_that_is_started_again_at_once_goes_on_with_its_migration(pair: Pair) -> None:
+    source = pair.source
+    source.hypervisor.put(RUNS)
+    await source.engine.begin(begin())
+    await until(lambda: source.hypervisor.heard)
+    source.hypervisor.arguments.clear()
+    source.hypervisor.tell("stopped", "shutdown")
+    await until(lambda: "get_domain" in source.hypervisor.arguments)
+    await asyncio.sleep(0)  # it has its answer
+    assert source.journalled == "begun"

@@ -76,12 +76,18 @@ class SourceEffects:
             await attempt.report(_E.BEGIN_FAILED, failure=await self._death(attempt) or failure_of(error, self._host.name))
             return
         attempt.start("peer", self._peers.follow(attempt))
+        attempt.start("guest", follow_guest(self._host, attempt, lambda: self._guest_ended(attempt)))
         await attempt.report(
             _E.BEGIN_DONE,
             domain_xml=begun.domain_xml,
             cookies={"begin": begun.cookie},
             timings=(*attempt.record.timings, watch.timing),
         )
+
+    async def _guest_ended(self, attempt: Attempt) -> None:
+        """Give up an attempt whose guest has ended before its transfer: it may wait for long for the right to that."""
+        if attempt.record.state == _S.BEGUN and (death := await self._death(attempt)) is not None:
+            await attempt.report(_E.ABORT, failure=death)
 
     async def _death(self, attempt: Attempt) -> Failure | None:
         """Return the failure of a guest that has died meanwhile; None if it lives or the hypervisor does not answer."""
