@@ -13,6 +13,7 @@ DRAINED_ROLE = "draining"
 """In place of a migration role that is being taken: the network takes no new migration."""
 
 MOST_TENANT_BYTES = 253
+_NO_TENANT = "none"
 _LEAST_RATE = 1 << 20
 """Least rate in bytes per second: libvirt enforces limits in MiB/s."""
 _RATES = ("capacity", "cap", "max", "default")
@@ -62,6 +63,8 @@ def tenant_problem(tenant: str) -> str:
     """Return why no guest, network or migration can have a tenant of that name; empty: nothing is wrong, or it is none."""
     if tenant != tenant.strip() or not tenant.isprintable():
         return "the tenant has characters that cannot be printed, or spaces around it"
+    if tenant == _NO_TENANT:
+        return f'"{_NO_TENANT}" stands for no tenant on the command line, so no tenant can have that name'
     return f"the tenant has more than {MOST_TENANT_BYTES} bytes" if len(tenant.encode()) > MOST_TENANT_BYTES else ""
 
 

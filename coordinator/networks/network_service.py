@@ -61,6 +61,8 @@ class NetworkServicer(rpc.NetworkServiceServicer):
             network.rules.CopyFrom(rules)
             if "cidrs" in request.update_mask.paths:
                 self._check_ranges(network.name, rules)
+            if "tenants" in request.update_mask.paths:
+                self._check_tenants(network.name, rules)
 
         network = await self._table.change(request.name, change, "changed")
         self._collection.set_rules(network.name, network.rules)
@@ -113,6 +115,12 @@ class NetworkServicer(rpc.NetworkServiceServicer):
         ]
         if left:
             raise _in_use(name, left, "the range of their addresses cannot be taken away")
+
+    def _check_tenants(self, name: str, rules: agent_pb.NetworkRules) -> None:
+        """Raise NETWORK_IN_USE if a migration of a guest uses the network for which it would be no longer."""
+        left = [m for m in self._collection.using(name) if rules.tenants and m.tenant not in rules.tenants]
+        if left:
+            raise _in_use(name, left, "it cannot be closed to their guests")
 
 
 def _without_rules(side: agent_pb.Network) -> agent_pb.Network:

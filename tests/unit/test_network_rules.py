@@ -47,6 +47,7 @@ def test_8_4_rules_get_their_normal_form() -> None:
         (rules("2001:db8::%1/64"), "rules.cidrs[0]"),
         (rules("::ffff:10.92.0.0/120"), "rules.cidrs[0]"),
         (rules(tenants=["a", " "]), "rules.tenants[1]"),
+        (rules(tenants=["a", "none"]), "rules.tenants[1]"),
         (rules(tenants=["a\nb"]), "rules.tenants[0]"),
         (rules(tenants=["a", " acme"]), "rules.tenants[1]"),
         (rules(tenants=["x" * 254]), "rules.tenants[0]"),

@@ -185,7 +185,12 @@ async def test_8_4_what_a_migration_uses_is_not_taken_from_it(cluster: Cluster) 
     await cluster.refused(lambda: cluster.remove("mig"), Reason.NETWORK_IN_USE)
     await cluster.refused(lambda: cluster.set("mig", cidrs=["10.97.0.0/24"]), Reason.NETWORK_IN_USE)
     assert (await cluster.set("mig", cidrs=["10.92.0.0/16"])).rules.cidrs == ["10.92.0.0/16"]
+    assert "m1" in await cluster.refused(lambda: cluster.set("mig", tenants=["blue"]), Reason.NETWORK_IN_USE)
     cluster.end(moving)
+    blue = cluster.migrate("m2", "mig", tenant="blue")
+    assert (await cluster.set("mig", tenants=["blue", "red"])).rules.tenants == ["blue", "red"]
+    await cluster.refused(lambda: cluster.set("mig", tenants=["red"]), Reason.NETWORK_IN_USE)
+    cluster.end(blue)
     assert not (await cluster.revoke("mig")).migration_role
     await cluster.remove("mig")
 
