@@ -101,7 +101,8 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]
             self.fail(f'"{value}" is not a duration; expected for example 90s, 10min or 2h', param, ctx)
         duration = float(match["number"]) * _SECONDS[match["unit"]]
         if not 0 < duration <= self._most:
-            self.fail(f'"{value}" is out of range: more than 0 and at most {self._most / 86400:g}d', param, ctx)
+            most = f"{self._most / 86400:g}d" if self._most >= 86400 else f"{self._most:g}s"
+            self.fail(f'"{value}" is out of range: more than 0 and at most {most}', param, ctx)
         return duration
 
 
