@@ -139,9 +139,9 @@ def _unfinished(made: LabCluster, case: Case, judgement: Judgement) -> Iterator[
         records = {asked.migration_id: records_of(made, asked.migration_id) for asked in case.all_asked}
         own = records[case.asked.migration_id]
         judgement.records = talk.record_state(own.get(case.source)), talk.record_state(own.get(case.asked.destination))
-        open_records = [sentence for each in records.values() for sentence in open_records(each)]
-        yield from open_records
-        if open_records:
+        not_ended = [sentence for each in records.values() for sentence in open_records(each)]
+        yield from not_ended
+        if not_ended:
             return
         moves = {migration_id: move for migration_id, each in records.items() if (move := moved(each)) is not None}
         way = way_of(case.source, list(moves.values()))
