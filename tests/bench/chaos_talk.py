@@ -54,7 +54,9 @@ def start(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec, wait: float
     return ask(daemon, lambda channel: rpc.MigrationServiceStub(channel).StartMigration(request, timeout=START_SECONDS)).migration
 
 
-def start_until_accepted(daemon: Daemon, migration_id: str, spec: pb.MigrationSpec, give_up: Callable[[], bool]) -> str:
+def start_until_accepted(
+    daemon: Daemon, migration_id: str, spec: pb.MigrationSpec, give_up: Callable[[], bool], wait: float = 0.0
+) -> str:
     """Ask for a migration, and again until `give_up` or `PATIENCE_SECONDS`: hosts that were cut off or restarted may not be known
     yet.
 
@@ -63,7 +65,7 @@ def start_until_accepted(daemon: Daemon, migration_id: str, spec: pb.MigrationSp
     end = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            start(daemon, migration_id, spec)
+            start(daemon, migration_id, spec, wait)
         except SilentError as error:
             if give_up() or time.monotonic() > end:
                 return str(error)

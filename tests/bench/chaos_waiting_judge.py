@@ -228,7 +228,8 @@ def _start_again(made: LabCluster, asked: Asked, *, managed: bool) -> _Further:
     driver = made.coordinator if managed else made.agents[here]
     further = _Further(asked, driver, next(name for name in made.hosts if name != here))
     spec = pb.MigrationSpec(domain=asked.guest.name, destination_host=further.destination)
-    talk.start(driver, further.migration_id, spec, AGAIN_SECONDS)
+    if refused := talk.start_until_accepted(driver, further.migration_id, spec, lambda: False, AGAIN_SECONDS):
+        raise talk.SilentError(f"a further migration of {asked.move.guest} was not accepted: {refused}")
     return further
 
 
