@@ -32,8 +32,8 @@ class Places:
         self._rows = rows
         self._on_silent = on_silent
         self._tasks: set[asyncio.Task[None]] = set()
-        self.cancelled: dict[str, float] = {}
-        """By migration: when it was cancelled, as Unix time; the oldest first."""
+        self.cancelled: dict[str, Place] = {}
+        """By migration: the row of one that was cancelled, or given up; the oldest first."""
 
     async def keep(self, claim: Claim, pending: bytes, now: float) -> None:
         """Make the place durable, unless memory flows already. Raises JOURNAL_UNAVAILABLE."""
@@ -82,18 +82,20 @@ class Places:
 
     # ---- the cancelled
 
-    async def cancel(self, migration_id: str) -> None:
-        """Remember that the migration was cancelled: at once, and durably when it returns. Raises JOURNAL_UNAVAILABLE."""
-        self.cancelled.pop(migration_id, None)
-        now = self.cancelled[migration_id] = time.time()
+    async def cancel(self, migration_id: str, given_up_for: str = "") -> None:
+        """Remember that the migration was cancelled, or why it was given up: at once, and durably when it returns. The first reason
+        counts, and a cancellation goes before any. Raises JOURNAL_UNAVAILABLE."""
+        earlier = self.cancelled.pop(migration_id, None)
+        why = earlier.given_up_for if earlier is not None and given_up_for else given_up_for
+        mark = Place(migration_id, direction=self._direction, cancelled=time.time(), given_up_for=why)
+        self.cancelled[migration_id] = mark
         for old in list(self.cancelled)[:-MOST_CANCELLED]:
             self.cancelled.pop(old, None)  # another call may have removed it
             await self._rows.remove_place(_CANCELLED, old)
-        mark = Place(migration_id, direction=self._direction, cancelled=now)
         await self._rows.put_place(_CANCELLED, migration_id, msgspec.msgpack.encode(mark))
 
     def cancelled_ago(self, migration_id: str) -> float | None:
-        """Return how many seconds ago the migration was cancelled; None: not that this host would know."""
-        cancelled = self.cancelled.get(migration_id)
-        ago = max(0.0, time.time() - cancelled) if cancelled is not None else None
+        """Return how many seconds ago the migration was cancelled or given up; None: not that this host would know."""
+        mark = self.cancelled.get(migration_id)
+        ago = max(0.0, time.time() - mark.cancelled) if mark is not None else None
         return ago if ago is not None and ago < CANCELLED_SECONDS else None

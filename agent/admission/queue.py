@@ -67,7 +67,7 @@ class Queue:
             known = self.book.find(place.migration_id)
             claim = place.claim(self.now, time.time(), row)
             if place.cancelled:
-                self.places.cancelled[place.migration_id] = place.cancelled
+                self.places.cancelled[place.migration_id] = place
             elif known is None:
                 self.book.adopt(claim, self.now)
                 self._arm(claim)
@@ -87,8 +87,8 @@ class Queue:
         """Take a slot, or wait up to `wait` seconds for it. Return the claim, which may still wait.
 
         Raises:
-            DroverError: BUSY without `wait`; HOST_CLOSED, DRAINING, OVERLOADED, JOURNAL_UNAVAILABLE; CANCELLED if its place is given
-                back meanwhile.
+            DroverError: BUSY without `wait`; HOST_CLOSED, DRAINING, OVERLOADED, JOURNAL_UNAVAILABLE; GIVEN_UP if its driver gave
+                it up; CANCELLED, also if its place is given back meanwhile.
         """
         known = self._admit(ask, waits=bool(wait or ask.pending))
         claim = self.book.ask(ask, self.now, waits=wait > 0)
@@ -130,7 +130,7 @@ class Queue:
         return claim
 
     def _check(self, migration_id: str, claim: Claim | None) -> None:
-        """Raise if nothing is handed out now: DRAINING, HOST_CLOSED; CANCELLED, unless the migration has begun."""
+        """Raise if nothing is handed out now: DRAINING, HOST_CLOSED; CANCELLED or GIVEN_UP, unless the migration has begun."""
         begun = claim is not None and claim.attached
         if not begun:
             self._check_open()
@@ -140,9 +140,9 @@ class Queue:
             self.check_not_cancelled(migration_id)
 
     def check_not_cancelled(self, migration_id: str) -> None:
-        """Raise CANCELLED for a migration that was given up here."""
+        """Raise CANCELLED for a migration that was cancelled here, GIVEN_UP for one that its driver gave up."""
         if (ago := self.places.cancelled_ago(migration_id)) is not None:
-            raise was_cancelled(migration_id, self._host, ago)
+            raise was_cancelled(migration_id, self._host, ago, self.places.cancelled[migration_id].given_up_for)
 
     @contextlib.contextmanager
     def _calling(self, claim: Claim) -> Iterator[None]:

@@ -26,7 +26,9 @@ class Place(Ask, frozen=True, kw_only=True):
     since: float = 0.0
     """Since when it waits, as Unix time."""
     cancelled: float = 0.0
-    """When the migration was cancelled, as Unix time: the row remembers that, and is no place. 0: it waits."""
+    """When the migration was cancelled, or given up, as Unix time: the row remembers that, and is no place. 0: it waits."""
+    given_up_for: str = ""
+    """Why it was given up; empty: it was cancelled on request."""
 
     def claim(self, now: float, wall: float, row: int) -> Claim:
         """Return the claim, at the times `now` and `wall` of the book's clock and of the wall clock. `row`: the hash of its row."""

@@ -152,10 +152,11 @@ def given_back(direction: Direction, host: str) -> DroverError:
     return DroverError(Reason.CANCELLED, f"the place in the queue for {direction} slots of {host} was given back")
 
 
-def was_cancelled(migration_id: str, host: str, seconds_ago: float) -> DroverError:
+def was_cancelled(migration_id: str, host: str, seconds_ago: float, given_up_for: str) -> DroverError:
+    how, why = ("given up by its driver", f": {given_up_for}") if given_up_for else ("cancelled on request", "")
     return DroverError(
-        Reason.CANCELLED,
-        f"migration {migration_id} was cancelled, or given up, as {host} was told {seconds_ago:.0f} s ago. Nothing was done to the "
-        "guest; to move it, start a new migration, with a new id",
+        Reason.GIVEN_UP if given_up_for else Reason.CANCELLED,
+        f"migration {migration_id} was {how}, as {host} was told {seconds_ago:.0f} s ago{why}. Nothing was done to the guest; to "
+        "move it, start a new migration, with a new id",
         metadata={"host": host, "cancelled": f"{seconds_ago:.0f}"},
     )

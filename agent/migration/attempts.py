@@ -76,7 +76,8 @@ async def later_attempt(entry: Entry, driver: Driver, ended: pb.Migration, clock
         change = functools.partial(_wait_again, why=ended.failure.message)
     else:
         if later is None and not foreign:
-            later = await until_answered(functools.partial(_given_up, driver), clock)
+            why = ended.failure.message if ended.state == pb.MIGRATION_STATE_FAILED else ""
+            later = await until_answered(functools.partial(_given_up, driver, why), clock)
         if later is None:
             return None
         change = functools.partial(follow, later=later)
@@ -94,26 +95,26 @@ async def until_answered(ask: Callable[[], Awaitable[T]], clock: Clock) -> T:
         await pauses.pause()
 
 
-async def begun_or_given_up(driver: Driver, *, both: bool) -> handshake_pb2.Record | None:
+async def begun_or_given_up(driver: Driver, why: str, *, both: bool) -> handshake_pb2.Record | None:
     """Return the record of another driver that has begun this attempt or a later one. None: no driver can begin any from now on, as
-    the source has given the migration up (or was declared dead). `both`: see `Reader.begun_elsewhere`. Raises the error of a host
-    that may know better."""
+    the source has given the migration up (or was declared dead). `both`: see `Reader.begun_elsewhere`; `why`: see
+    `BothSlots.give_up`. Raises the error of a host that may know better."""
     record = await driver.begun_elsewhere(both=both)
     if record is None:
-        await _give_up(driver)
+        await _give_up(driver, why)
         record = await driver.newest("source")
     return record
 
 
-async def _given_up(driver: Driver) -> handshake_pb2.Record | None:
+async def _given_up(driver: Driver, why: str) -> handshake_pb2.Record | None:
     """Give the migration up after an attempt that has ended. Return the record of a later one that has begun before."""
-    await _give_up(driver)
+    await _give_up(driver, why)
     return await driver.later("source")
 
 
-async def _give_up(driver: Driver) -> None:
+async def _give_up(driver: Driver, why: str) -> None:
     try:
-        await driver.slots.give_up()
+        await driver.slots.give_up(why)
     except DroverError as error:
         driver.view.call_failed("source", error)
         if not driver.view.is_dead("source"):

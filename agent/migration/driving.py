@@ -184,8 +184,9 @@ class Runner:
             driver.slots.may_have("destination")
         if refusal.reason is Reason.MIGRATION_EXISTS:  # the id may be of another migration, which is left as it is
             return await driver.begun_elsewhere()
-        ended_by_itself = refusal.reason is Reason.CANCELLED or is_waited_for(refusal)
-        return await begun_or_given_up(driver, both=not ended_by_itself)  # such as for a guest that has left the source
+        ended_by_itself = refusal.reason in (Reason.CANCELLED, Reason.GIVEN_UP) or is_waited_for(refusal)
+        why = "" if entry.cancelled or refusal.reason is Reason.CANCELLED else refusal.message
+        return await begun_or_given_up(driver, why, both=not ended_by_itself)  # such as for a guest that has left the source
 
     async def _note_slot(self, entry: Entry) -> None:
         """Note how long the slot took. For one that may wait, save it, however long that takes: from now on the guest may be

@@ -182,6 +182,8 @@ async def test_8_2_no_driver_goes_on_after_a_migration_has_failed(driving: Drivi
     ended = await driving.ended(ID)
     assert (ended.state, ended.failure.reason, ended.runs_on) == (pb.MIGRATION_STATE_FAILED, Reason.OPTION_UNSUPPORTED, "h1")
     await finished(other)
+    assert other.view.failure is not None
+    assert (other.view.failure.reason, "h2 cannot do that" in other.view.failure.message) == (Reason.GIVEN_UP, True)
     pair.stayed()
 
 

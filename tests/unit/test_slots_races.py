@@ -69,8 +69,8 @@ async def test_8_1_a_migration_that_is_given_up_as_its_record_is_made_keeps_both
     places = agent.engine.desk.queues[Direction.OUTGOING].places
     cancel = places.cancel
 
-    async def slow(migration_id: str) -> None:
-        await cancel(migration_id)
+    async def slow(migration_id: str, given_up_for: str) -> None:
+        await cancel(migration_id, given_up_for)
         await noted.wait()
 
     monkeypatch.setattr(places, "cancel", slow)

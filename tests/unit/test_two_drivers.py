@@ -9,7 +9,7 @@ import agent.admission.places
 from agent.admission.values import Direction
 from agent.handshake.drive.driver import Driver
 from agent.migration.takeover import waiting_taken_over
-from agent.runtime.errors import Reason
+from agent.runtime.errors import DroverError, Reason
 from agent.runtime.events import Bus
 from drover.agent.v1 import admission_pb2, handshake_pb2
 from drover.agent.v1 import migration_pb2 as pb
@@ -58,7 +58,7 @@ async def test_8_2_a_driver_that_comes_back_after_a_cancel_ends_its_migration(dr
     await other.migrations.recover()
     ended = await other.ended(ID)
     assert (ended.state, ended.failure.reason) == (pb.MIGRATION_STATE_CANCELLED, Reason.CANCELLED)
-    assert "was cancelled, or given up" in ended.failure.message
+    assert "was cancelled on request" in ended.failure.message
     assert (driving.pair.states, driving.pair.runs_on) == (("", ""), ["h1"])
     await other.close()
 
@@ -76,6 +76,30 @@ async def test_8_2_a_cancelled_migration_gets_no_slot_again_also_after_restarts_
     assert (await host.engine.acquire_slot(acquire("other", OUTGOING))).slot.epoch
     monkeypatch.setattr(agent.admission.places, "CANCELLED_SECONDS", 0.0)
     assert (await host.engine.acquire_slot(acquire(ID, OUTGOING))).slot.epoch
+
+
+async def test_8_2_why_a_driver_gave_a_migration_up_is_told_to_the_others_unless_a_user_has_cancelled_it(pair: Pair) -> None:
+    host, given_up = pair.source, admission_pb2.ReleaseSlotRequest()
+    given_up.CopyFrom(CANCELLED)
+    for given_up.given_up_for in ("h2 is full", "another reason"):
+        await host.engine.release_slot(given_up)
+        error = await fails(host.engine.acquire_slot(acquire(ID, OUTGOING)), Reason.GIVEN_UP)
+        assert "given up by its driver" in error.message
+        assert "h2 is full" in error.message
+        await host.restart()
+    await host.engine.release_slot(CANCELLED)
+    await host.engine.release_slot(given_up)
+    await fails(host.engine.acquire_slot(acquire(ID, OUTGOING)), Reason.CANCELLED)
+
+
+async def test_8_2_the_record_of_an_attempt_says_why_its_driver_gave_it_up(pair: Pair) -> None:
+    driver = pair.driver()
+    await driver.reserve()
+    pair.to_destination.refuse["prepare"] = [DroverError(Reason.INCOMPATIBLE_GUEST, "h2 lacks a bridge")]
+    await finished(driver)
+    failure = (await pair.source.engine.get_record(handshake_pb2.GetRecordRequest(ref=REF))).record.failure
+    assert failure.reason == Reason.GIVEN_UP
+    assert "h2 lacks a bridge" in failure.message
 
 
 async def test_8_2_the_oldest_cancelled_migrations_are_forgotten_with_their_rows(

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from agent.handshake.drive.plan import Limits, Plan
+from agent.handshake.drive.slots import MOST_WHY
 from agent.handshake.drive.view import View
 from agent.handshake.host.path import RENEWED
 from agent.handshake.host.peer import HandshakePeer
@@ -15,7 +16,7 @@ from agent.handshake.machines.destination import DestinationState as Dst
 from agent.handshake.machines.source import SourceState as Src
 from agent.network.networks import check_destination_uri
 from agent.runtime.errors import DroverError, Reason
-from agent.runtime.wire import duration
+from agent.runtime.wire import cut, duration
 from drover.agent.v1 import handshake_pb2 as pb
 from drover.agent.v1 import host_pb2
 
@@ -244,7 +245,10 @@ class Calls:
         self.view.saw_source(response.record)
 
     async def _abort(self) -> None:
-        self.view.saw_source((await self._source.abort(pb.AbortRequest(ref=self.view.ref, request_id=self._request_id()))).record)
+        request = pb.AbortRequest(ref=self.view.ref, request_id=self._request_id())
+        if self.view.failure is not None and self.view.failure.reason is not Reason.CANCELLED:
+            request.given_up_for = cut(self.view.failure.message, MOST_WHY)
+        self.view.saw_source((await self._source.abort(request)).record)
 
     async def abandon(self, *, source_kept: bool) -> None:
         response = await self._destination.abandon(

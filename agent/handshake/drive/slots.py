@@ -15,7 +15,7 @@ from agent.handshake.drive.plan import Plan
 from agent.handshake.host.peer import HandshakePeer
 from agent.runtime.backoff import Clock
 from agent.runtime.errors import DroverError, Reason
-from agent.runtime.wire import duration
+from agent.runtime.wire import cut, duration
 from drover.agent.v1 import admission_pb2 as pb
 from drover.agent.v1 import handshake_pb2, migration_pb2
 
@@ -35,6 +35,9 @@ HOLD_SECONDS: Final = 4.0
 """Longest time for which one slot is held while the other one is waited for; each time a random part of it, at least a quarter."""
 
 MOST_POLL: Final = 8.0
+
+MOST_WHY: Final = 2048
+"""Most bytes of the reason for which a driver gives a migration up."""
 
 
 def poll_seconds(queue_length: int) -> float:
@@ -153,12 +156,12 @@ class BothSlots:
         asked = [side for side in sides or DIRECTION if side in self._asked]
         await asyncio.gather(*(self._release(side, keep_place=keep_place, cancelled=cancelled) for side in asked))
 
-    async def give_up(self) -> None:
-        """Give the slot or place at the source back for every driver of the migration: none of them can begin it from now on. Raises
-        what the call raises."""
+    async def give_up(self, why: str) -> None:
+        """Give the slot or place at the source back for every driver of the migration: none of them can begin it from now on. `why`
+        is for a person; empty: it was cancelled on request. Raises what the call raises."""
         self._held.pop("source", None)
         request = pb.ReleaseSlotRequest(migration_id=self._request("source").migration_id, cancelled=True)
-        request.direction = DIRECTION["source"]
+        request.direction, request.given_up_for = DIRECTION["source"], cut(why, MOST_WHY)
         try:
             await self._peers["source"].release_slot(request)
         except DroverError as error:

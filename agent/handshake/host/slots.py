@@ -152,7 +152,7 @@ class RecordSlots:
         queue = self._desk.queues[direction_of(request)]
         holder = functools.partial(self._holder, queue, request.migration_id)
         if request.cancelled and queue.book.direction is Direction.OUTGOING and holder() is None:
-            await queue.places.cancel(request.migration_id)
+            await queue.places.cancel(request.migration_id, request.given_up_for)
         if (attempt := holder()) is not None:  # perhaps of a Begin that was under way before
             await outlasting(self._prepare_only(attempt, queue, keep_place=request.keep_place))
         else:

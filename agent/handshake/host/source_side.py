@@ -180,7 +180,10 @@ class SourceSide:
     async def abort(self, request: pb.AbortRequest) -> pb.AbortResponse:
         attempt = await self._attempts.of(request.ref, Role.SOURCE)
         async with attempt.called(_E.ABORT, request.request_id):
-            await attempt.apply(_E.ABORT, lambda: self._why(attempt, Reason.CANCELLED, "the migration was cancelled"))
+            why = (Reason.CANCELLED, "the migration was cancelled")
+            if request.given_up_for:
+                why = (Reason.GIVEN_UP, f"its driver gave the migration up: {request.given_up_for}")
+            await attempt.apply(_E.ABORT, lambda: self._why(attempt, *why))
             record = await attempt.until(_AFTER_PERFORM, MAX_WAIT)
             return pb.AbortResponse(record=self._host.show(record, attempt.progress))
 

@@ -28,7 +28,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64rover/agent/v1/admission.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1f\x64rover/agent/v1/migration.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xee\x03\n\nSlotHolder\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x31\n\tdirection\x18\x02 \x01(\x0e\x32\x1e.drover.agent.v1.SlotDirection\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.drover.agent.v1.SlotKind\x12\x0f\n\x07waiting\x18\x04 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\x12\x11\n\tpeer_host\x18\x06 \x01(\t\x12/\n\nimportance\x18\x07 \x01(\x0e\x32\x1b.drover.agent.v1.Importance\x12\x0c\n\x04\x63ost\x18\x08 \x01(\x05\x12\x10\n\x08position\x18\t \x01(\x05\x12.\n\nsince_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0c\x65stimate_low\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\restimate_high\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x61ge\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9a\x03\n\x12\x41\x63quireSlotRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x31\n\tdirection\x18\x03 \x01(\x0e\x32\x1e.drover.agent.v1.SlotDirection\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.drover.agent.v1.SlotKind\x12\x11\n\tpeer_host\x18\x05 \x01(\t\x12/\n\nimportance\x18\x06 \x01(\x0e\x32\x1b.drover.agent.v1.Importance\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x03\x12-\n\x04wait\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xb8\x99\x19\x1e\x12\x33\n\x07pending\x18\t \x01(\x0b\x32\x1a.drover.agent.v1.MigrationB\x06\x88\x99\x19\x80\x80\x10\x12\x12\n\npeer_agent\x18\n \x01(\t\x12\x0e\n\x06\x64river\x18\x0b \x01(\t\x12\x12\n\nplace_only\x18\x0c \x01(\x08\"{\n\x13\x41\x63quireSlotResponse\x12)\n\x04slot\x18\x01 \x01(\x0b\x32\x1b.drover.agent.v1.SlotHolder\x12#\n\x04wait\x18\x02 \x01(\x0b\x32\x15.drover.agent.v1.Wait\x12\x14\n\x0cother_driver\x18\x03 \x01(\t\"\xa2\x01\n\x12ReleaseSlotRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x31\n\tdirection\x18\x03 \x01(\x0e\x32\x1e.drover.agent.v1.SlotDirection\x12\x12\n\nkeep_place\x18\x04 \x01(\x08\x12\x11\n\tcancelled\x18\x05 \x01(\x08\"\x15\n\x13ReleaseSlotResponse\"@\n\x10ListSlotsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"f\n\x11ListSlotsResponse\x12\x31\n\x05slots\x18\x01 \x03(\x0b\x32\x1b.drover.agent.v1.SlotHolderB\x05\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10*i\n\rSlotDirection\x12\x1e\n\x1aSLOT_DIRECTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17SLOT_DIRECTION_INCOMING\x10\x01\x12\x1b\n\x17SLOT_DIRECTION_OUTGOING\x10\x02*Y\n\x08SlotKind\x12\x19\n\x15SLOT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12SLOT_KIND_PREPARED\x10\x01\x12\x1a\n\x16SLOT_KIND_TRANSFERRING\x10\x02\x32\x9a\x02\n\x10\x41\x64missionService\x12X\n\x0b\x41\x63quireSlot\x12#.drover.agent.v1.AcquireSlotRequest\x1a$.drover.agent.v1.AcquireSlotResponse\x12X\n\x0bReleaseSlot\x12#.drover.agent.v1.ReleaseSlotRequest\x1a$.drover.agent.v1.ReleaseSlotResponse\x12R\n\tListSlots\x12!.drover.agent.v1.ListSlotsRequest\x1a\".drover.agent.v1.ListSlotsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64rover/agent/v1/admission.proto\x12\x0f\x64rover.agent.v1\x1a\x1c\x64rover/agent/v1/bounds.proto\x1a\x1f\x64rover/agent/v1/migration.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xee\x03\n\nSlotHolder\x12\x14\n\x0cmigration_id\x18\x01 \x01(\t\x12\x31\n\tdirection\x18\x02 \x01(\x0e\x32\x1e.drover.agent.v1.SlotDirection\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.drover.agent.v1.SlotKind\x12\x0f\n\x07waiting\x18\x04 \x01(\x08\x12\r\n\x05\x65poch\x18\x05 \x01(\x03\x12\x11\n\tpeer_host\x18\x06 \x01(\t\x12/\n\nimportance\x18\x07 \x01(\x0e\x32\x1b.drover.agent.v1.Importance\x12\x0c\n\x04\x63ost\x18\x08 \x01(\x05\x12\x10\n\x08position\x18\t \x01(\x05\x12.\n\nsince_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0c\x65stimate_low\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\restimate_high\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x61ge\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9a\x03\n\x12\x41\x63quireSlotRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x31\n\tdirection\x18\x03 \x01(\x0e\x32\x1e.drover.agent.v1.SlotDirection\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x19.drover.agent.v1.SlotKind\x12\x11\n\tpeer_host\x18\x05 \x01(\t\x12/\n\nimportance\x18\x06 \x01(\x0e\x32\x1b.drover.agent.v1.Importance\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x03\x12-\n\x04wait\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xb8\x99\x19\x1e\x12\x33\n\x07pending\x18\t \x01(\x0b\x32\x1a.drover.agent.v1.MigrationB\x06\x88\x99\x19\x80\x80\x10\x12\x12\n\npeer_agent\x18\n \x01(\t\x12\x0e\n\x06\x64river\x18\x0b \x01(\t\x12\x12\n\nplace_only\x18\x0c \x01(\x08\"{\n\x13\x41\x63quireSlotResponse\x12)\n\x04slot\x18\x01 \x01(\x0b\x32\x1b.drover.agent.v1.SlotHolder\x12#\n\x04wait\x18\x02 \x01(\x0b\x32\x15.drover.agent.v1.Wait\x12\x14\n\x0cother_driver\x18\x03 \x01(\t\"\xbf\x01\n\x12ReleaseSlotRequest\x12\x1e\n\x0cmigration_id\x18\x01 \x01(\tB\x08\x88\x99\x19$\xa0\x99\x19\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x31\n\tdirection\x18\x03 \x01(\x0e\x32\x1e.drover.agent.v1.SlotDirection\x12\x12\n\nkeep_place\x18\x04 \x01(\x08\x12\x11\n\tcancelled\x18\x05 \x01(\x08\x12\x1b\n\x0cgiven_up_for\x18\x06 \x01(\tB\x05\x88\x99\x19\x80\x10\"\x15\n\x13ReleaseSlotResponse\"@\n\x10ListSlotsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x19\n\npage_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10\"f\n\x11ListSlotsResponse\x12\x31\n\x05slots\x18\x01 \x03(\x0b\x32\x1b.drover.agent.v1.SlotHolderB\x05\x90\x99\x19\x80 \x12\x1e\n\x0fnext_page_token\x18\x02 \x01(\tB\x05\x88\x99\x19\x80\x10*i\n\rSlotDirection\x12\x1e\n\x1aSLOT_DIRECTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17SLOT_DIRECTION_INCOMING\x10\x01\x12\x1b\n\x17SLOT_DIRECTION_OUTGOING\x10\x02*Y\n\x08SlotKind\x12\x19\n\x15SLOT_KIND_UNSPECIFIED\x10\x00\x12\x16\n\x12SLOT_KIND_PREPARED\x10\x01\x12\x1a\n\x16SLOT_KIND_TRANSFERRING\x10\x02\x32\x9a\x02\n\x10\x41\x64missionService\x12X\n\x0b\x41\x63quireSlot\x12#.drover.agent.v1.AcquireSlotRequest\x1a$.drover.agent.v1.AcquireSlotResponse\x12X\n\x0bReleaseSlot\x12#.drover.agent.v1.ReleaseSlotRequest\x1a$.drover.agent.v1.ReleaseSlotResponse\x12R\n\tListSlots\x12!.drover.agent.v1.ListSlotsRequest\x1a\".drover.agent.v1.ListSlotsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,16 +43,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACQUIRESLOTREQUEST'].fields_by_name['pending']._serialized_options = b'\210\231\031\200\200\020'
   _globals['_RELEASESLOTREQUEST'].fields_by_name['migration_id']._loaded_options = None
   _globals['_RELEASESLOTREQUEST'].fields_by_name['migration_id']._serialized_options = b'\210\231\031$\240\231\031\001'
+  _globals['_RELEASESLOTREQUEST'].fields_by_name['given_up_for']._loaded_options = None
+  _globals['_RELEASESLOTREQUEST'].fields_by_name['given_up_for']._serialized_options = b'\210\231\031\200\020'
   _globals['_LISTSLOTSREQUEST'].fields_by_name['page_token']._loaded_options = None
   _globals['_LISTSLOTSREQUEST'].fields_by_name['page_token']._serialized_options = b'\210\231\031\200\020'
   _globals['_LISTSLOTSRESPONSE'].fields_by_name['slots']._loaded_options = None
   _globals['_LISTSLOTSRESPONSE'].fields_by_name['slots']._serialized_options = b'\220\231\031\200 '
   _globals['_LISTSLOTSRESPONSE'].fields_by_name['next_page_token']._loaded_options = None
   _globals['_LISTSLOTSRESPONSE'].fields_by_name['next_page_token']._serialized_options = b'\210\231\031\200\020'
-  _globals['_SLOTDIRECTION']._serialized_start=1573
-  _globals['_SLOTDIRECTION']._serialized_end=1678
-  _globals['_SLOTKIND']._serialized_start=1680
-  _globals['_SLOTKIND']._serialized_end=1769
+  _globals['_SLOTDIRECTION']._serialized_start=1602
+  _globals['_SLOTDIRECTION']._serialized_end=1707
+  _globals['_SLOTKIND']._serialized_start=1709
+  _globals['_SLOTKIND']._serialized_end=1798
   _globals['_SLOTHOLDER']._serialized_start=181
   _globals['_SLOTHOLDER']._serialized_end=675
   _globals['_ACQUIRESLOTREQUEST']._serialized_start=678
@@ -60,13 +62,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACQUIRESLOTRESPONSE']._serialized_start=1090
   _globals['_ACQUIRESLOTRESPONSE']._serialized_end=1213
   _globals['_RELEASESLOTREQUEST']._serialized_start=1216
-  _globals['_RELEASESLOTREQUEST']._serialized_end=1378
-  _globals['_RELEASESLOTRESPONSE']._serialized_start=1380
-  _globals['_RELEASESLOTRESPONSE']._serialized_end=1401
-  _globals['_LISTSLOTSREQUEST']._serialized_start=1403
-  _globals['_LISTSLOTSREQUEST']._serialized_end=1467
-  _globals['_LISTSLOTSRESPONSE']._serialized_start=1469
-  _globals['_LISTSLOTSRESPONSE']._serialized_end=1571
-  _globals['_ADMISSIONSERVICE']._serialized_start=1772
-  _globals['_ADMISSIONSERVICE']._serialized_end=2054
+  _globals['_RELEASESLOTREQUEST']._serialized_end=1407
+  _globals['_RELEASESLOTRESPONSE']._serialized_start=1409
+  _globals['_RELEASESLOTRESPONSE']._serialized_end=1430
+  _globals['_LISTSLOTSREQUEST']._serialized_start=1432
+  _globals['_LISTSLOTSREQUEST']._serialized_end=1496
+  _globals['_LISTSLOTSRESPONSE']._serialized_start=1498
+  _globals['_LISTSLOTSRESPONSE']._serialized_end=1600
+  _globals['_ADMISSIONSERVICE']._serialized_start=1801
+  _globals['_ADMISSIONSERVICE']._serialized_end=2083
 # @@protoc_insertion_point(module_scope)

@@ -249,15 +249,20 @@ class ReleaseSlotRequest(message.Message):
     DIRECTION_FIELD_NUMBER: builtins.int
     KEEP_PLACE_FIELD_NUMBER: builtins.int
     CANCELLED_FIELD_NUMBER: builtins.int
+    GIVEN_UP_FOR_FIELD_NUMBER: builtins.int
     migration_id: builtins.str
     request_id: builtins.str
     direction: SlotDirection.ValueType
     keep_place: builtins.bool
     """Keep the place in the queue (of one that has a slot: the place that it had), and a prepared slot whose record exists."""
     cancelled: builtins.bool
-    """The migration was cancelled, or given up by its driver. Whoever asks this host for an outgoing slot of it gets CANCELLED from now
-    on, for a week (as long as a migration may wait), also after a restart of the agent: another driver that waits for it ends it too.
-    Of the cancelled ones of a host the newest 1,000 count.
+    """The migration was cancelled, or given up by its driver. Whoever asks this host for an outgoing slot of it gets CANCELLED or GIVEN_UP
+    from now on, for a week (as long as a migration may wait), also after a restart of the agent: another driver that waits for it ends
+    it too. Of the cancelled ones of a host the newest 1,000 count.
+    """
+    given_up_for: builtins.str
+    """With `cancelled`: why the driver has given it up, for a person. Empty: it was cancelled on request. The first reason counts, and a
+    request goes before any.
     """
     def __init__(
         self,
@@ -267,10 +272,11 @@ class ReleaseSlotRequest(message.Message):
         direction: SlotDirection.ValueType = ...,
         keep_place: builtins.bool = ...,
         cancelled: builtins.bool = ...,
+        given_up_for: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cancelled", b"cancelled", "direction", b"direction", "keep_place", b"keep_place", "migration_id", b"migration_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cancelled", b"cancelled", "direction", b"direction", "given_up_for", b"given_up_for", "keep_place", b"keep_place", "migration_id", b"migration_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

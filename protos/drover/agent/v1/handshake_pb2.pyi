@@ -1133,7 +1133,12 @@ class AbortRequest(message.Message):
 
     REF_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    GIVEN_UP_FOR_FIELD_NUMBER: builtins.int
     request_id: builtins.str
+    given_up_for: builtins.str
+    """Why the driver gives the attempt up, for a person: the record's failure is GIVEN_UP then, with this text. Empty: the migration was
+    cancelled on request, and its failure is CANCELLED.
+    """
     @builtins.property
     def ref(self) -> AttemptRef: ...
     def __init__(
@@ -1141,10 +1146,11 @@ class AbortRequest(message.Message):
         *,
         ref: AttemptRef | None = ...,
         request_id: builtins.str = ...,
+        given_up_for: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["given_up_for", b"given_up_for", "ref", b"ref", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
