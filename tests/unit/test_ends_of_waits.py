@@ -95,6 +95,17 @@ async def test_8_2_a_later_attempt_that_moved_the_guest_is_followed_by_a_driver_
     assert (ended.state, ended.attempt, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, 2, "h2")
 
 
+async def test_8_2_an_earlier_attempt_with_which_the_sources_agent_went_on_is_followed(away: Driving) -> None:
+    """The driver died before the source had heard of its newest attempt, such as one to another host."""
+    stored = pb.Migration.FromString(away.log.rows[ID][0])
+    stored.attempt = 2
+    away.log.rows[ID] = stored.SerializeToString(), False
+    await moved_by_another(away.pair)
+    await away.restart()
+    ended = await away.ended(ID)
+    assert (ended.state, ended.attempt, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, 1, "h2")
+
+
 async def test_8_2_a_later_attempt_that_begins_as_the_wait_goes_on_is_followed_too(driving: Driving) -> None:
     """The lease of its own attempt has ended while it was away; then the other driver is the first to use the slot."""
     pair = driving.pair

@@ -43,7 +43,8 @@ class Reader:
 
     async def newest(self, side: str) -> pb.Record | None:
         """Ask a side once for its newest record of the migration. Return it if it is of this attempt or a later one, for the same
-        guest and source. None: it has none, or was declared dead. Raises the error of a side that does not say."""
+        guest and source; or the source's of an earlier one that it has not given up: a driver that had not heard of this one went on
+        with that. None: it has none, or was declared dead. Raises the error of a side that does not say."""
         ours, parties = self.view.ref, self.view.parties
         request = pb.GetRecordRequest(ref=pb.AttemptRef(migration_id=ours.migration_id))
         try:
@@ -59,7 +60,9 @@ class Reader:
         self.view.answered(side)
         source = record.host if side == "source" else record.peer_host
         same = parties is not None and (record.domain_uuid, source) == (parties.domain_uuid, parties.source)
-        return record if same and record.ref.migration_id == ours.migration_id and record.ref.attempt >= ours.attempt else None
+        begun = side == "source" and state_from_proto(record) is not Src.KEPT
+        counts = record.ref.migration_id == ours.migration_id and (record.ref.attempt >= ours.attempt or begun)
+        return record if same and counts else None
 
     async def later(self, side: str, *, elsewhere: bool = False) -> pb.Record | None:
         """Return a side's newest record if it is of a later attempt: another driver went on with that. `elsewhere`: also one of the
