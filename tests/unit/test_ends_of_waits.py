@@ -106,6 +106,16 @@ async def test_8_2_an_earlier_attempt_with_which_the_sources_agent_went_on_is_fo
     assert (ended.state, ended.attempt, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, 1, "h2")
 
 
+async def test_8_2_an_earlier_attempt_that_was_given_up_is_not_followed(pair: Pair) -> None:
+    reserved = await pair.destination.engine.reserve_slot(reserve())
+    await pair.source.engine.begin(begin(probe=reserved.probe))
+    later = other_driver(pair, LATER)
+    assert (await later.newest("source")) is not None
+    await pair.source.engine.abort(handshake_pb2.AbortRequest(ref=REF))
+    await pair.source.reaches("kept")
+    assert (await later.newest("source")) is None
+
+
 async def test_8_2_a_later_attempt_that_begins_as_the_wait_goes_on_is_followed_too(driving: Driving) -> None:
     """The lease of its own attempt has ended while it was away; then the other driver is the first to use the slot."""
     pair = driving.pair

@@ -60,7 +60,7 @@ class Reader:
         self.view.answered(side)
         source = record.host if side == "source" else record.peer_host
         same = parties is not None and (record.domain_uuid, source) == (parties.domain_uuid, parties.source)
-        begun = side == "source" and state_from_proto(record) is not Src.KEPT
+        begun = side == "source" and state_from_proto(record) != Src.KEPT
         counts = record.ref.migration_id == ours.migration_id and (record.ref.attempt >= ours.attempt or begun)
         return record if same and counts else None
 
