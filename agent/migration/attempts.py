@@ -80,7 +80,7 @@ async def later_attempt(entry: Entry, driver: Driver, ended: pb.Migration, clock
             later = await until_answered(functools.partial(_given_up, driver, why), clock)
         if later is None:
             return None
-        change = functools.partial(follow, later=later)
+        change = functools.partial(follow, record=later)
     return await entry.until_saved(functools.partial(entry.save_changed, change), clock)
 
 
@@ -96,8 +96,8 @@ async def until_answered(ask: Callable[[], Awaitable[T]], clock: Clock) -> T:
 
 
 async def begun_or_given_up(driver: Driver, why: str, *, both: bool) -> handshake_pb2.Record | None:
-    """Return the record of another driver that has begun this attempt or a later one. None: no driver can begin any from now on, as
-    the source has given the migration up (or was declared dead). `both`: see `Reader.begun_elsewhere`; `why`: see
+    """Return the record of an attempt that another driver has begun. None: no driver can begin any from now on, as the source has
+    given the migration up (or was declared dead). `both`: see `Reader.begun_elsewhere`; `why`: see
     `BothSlots.give_up`. Raises the error of a host that may know better."""
     record = await driver.begun_elsewhere(both=both)
     if record is None:
@@ -142,11 +142,11 @@ def put_plan(migration: pb.Migration, plan: Plan) -> None:
     migration.options.CopyFrom(plan.options)
 
 
-def follow(migration: pb.Migration, later: handshake_pb2.Record) -> None:
+def follow(migration: pb.Migration, record: handshake_pb2.Record) -> None:
     """Change the migration to the attempt that another driver has begun."""
-    _renew(migration, later.ref.attempt)
-    if later.host == migration.source_host:
-        migration.destination_host = later.peer_host
+    _renew(migration, record.ref.attempt)
+    if record.host == migration.source_host:
+        migration.destination_host = record.peer_host
 
 
 def _renew(migration: pb.Migration, attempt: int) -> None:

@@ -127,7 +127,7 @@ class SlotTaker:
             await driver.reserve_at_once()
             return
         self.sharing.check(entry.migration)
-        await check_not_cordoned(entry, driver, self.directory)
+        check_not_cordoned(entry, driver, self.directory)
         if entry.recovered:
             await self._check_not_driven_elsewhere(driver)
         wait = functools.partial(driver.slots.acquire, PREPARED, functools.partial(self._meanwhile, entry, driver))
@@ -136,7 +136,7 @@ class SlotTaker:
         await self._park_if_draining(entry)
         if math.isinf(entry.planned_at):  # the networks were changed while a call waited
             raise _PlanAgain
-        await check_not_cordoned(entry, driver, self.directory)
+        check_not_cordoned(entry, driver, self.directory)
         try:
             self.sharing.admit(entry)
             await driver.reserve()

@@ -59,7 +59,7 @@ def is_waited_for(error: DroverError) -> bool:
     return error.reason in WAITED_FOR or error.metadata.get("wait") in PASSING
 
 
-async def check_not_cordoned(entry: Entry, driver: Driver, directory: Directory) -> None:
+def check_not_cordoned(entry: Entry, driver: Driver, directory: Directory) -> None:
     """Raise HOST_CLOSED if a migration to any host waits at one that was cordoned meanwhile."""
     host = directory.known(entry.migration.destination_host) if entry.any_host else None
     if host is None or not host.settings.cordoned:

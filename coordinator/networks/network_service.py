@@ -117,7 +117,7 @@ class NetworkServicer(rpc.NetworkServiceServicer):
             raise _in_use(name, left, "the range of their addresses cannot be taken away")
 
     def _check_tenants(self, name: str, rules: agent_pb.NetworkRules) -> None:
-        """Raise NETWORK_IN_USE if a migration of a guest uses the network for which it would be no longer."""
+        """Raise NETWORK_IN_USE if a migration uses the network whose guest is not of these tenants."""
         left = [m for m in self._collection.using(name) if rules.tenants and m.tenant not in rules.tenants]
         if left:
             raise _in_use(name, left, "it cannot be closed to their guests")

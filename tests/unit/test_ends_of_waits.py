@@ -302,11 +302,7 @@ async def test_8_2_a_wait_whose_source_does_not_answer_at_its_end_says_when_it_l
 
 async def test_8_1_a_wait_for_any_host_does_not_take_one_that_was_cordoned_meanwhile(driving: Driving) -> None:
     pair = driving.pair
-    pair.destination.room(0)
-    await driving.migrations.start(ID, pb.MigrationSpec(domain=SPEC.domain), 60.0)
-    await until(lambda: "are taken" in shown(driving).waiting_for)
-    await cordon(driving, cordoned=True)
-    pair.destination.room(2)
+    await waits_at_a_cordoned_host(driving)
     await until(lambda: shown(driving).wait_reason == pb.WAIT_REASON_ANY_HOST and "h2 was cordoned" in shown(driving).waiting_for)
     assert "h2 was cordoned by root@admin1" in shown(driving).waiting_for
     assert shown(driving).state == pb.MIGRATION_STATE_PENDING
@@ -315,6 +311,15 @@ async def test_8_1_a_wait_for_any_host_does_not_take_one_that_was_cordoned_meanw
     await cordon(driving, cordoned=False)
     ended = await driving.ended(ID)
     assert (ended.state, ended.runs_on) == (pb.MIGRATION_STATE_SUCCEEDED, "h2")
+
+
+async def waits_at_a_cordoned_host(driving: Driving) -> None:
+    """A migration to any host waits for h2, which is cordoned then, and has room."""
+    driving.pair.destination.room(0)
+    await driving.migrations.start(ID, pb.MigrationSpec(domain=SPEC.domain), 60.0)
+    await until(lambda: "are taken" in shown(driving).waiting_for)
+    await cordon(driving, cordoned=True)
+    driving.pair.destination.room(2)
 
 
 async def cordon(driving: Driving, *, cordoned: bool) -> None:
@@ -328,11 +333,7 @@ async def cordon(driving: Driving, *, cordoned: bool) -> None:
 async def test_8_1_a_wait_that_cannot_go_on_now_shows_both_hosts_that_its_driver_is_there(driving: Driving) -> None:
     """Else the source's agent takes it over, and does not know what keeps it from going on."""
     pair = driving.pair
-    pair.destination.room(0)
-    await driving.migrations.start(ID, pb.MigrationSpec(domain=SPEC.domain), 60.0)
-    await until(lambda: "are taken" in shown(driving).waiting_for)
-    await cordon(driving, cordoned=True)
-    pair.destination.room(2)
+    await waits_at_a_cordoned_host(driving)
     driving.migrations.collection.plan_again()  # with another driver, which has asked no host yet
     await until(lambda: "h2 was cordoned" in shown(driving).waiting_for)
     books = [

@@ -66,7 +66,7 @@ class Reader:
 
     async def later(self, side: str, *, elsewhere: bool = False) -> pb.Record | None:
         """Return a side's newest record if it is of a later attempt: another driver went on with that. `elsewhere`: also one of the
-        source with the same number to another destination. Raises as `newest`."""
+        source with the same or an earlier number to another destination. Raises as `newest`."""
         record, parties = await self.newest(side), self.view.parties
         if record is None or parties is None:
             return None
@@ -74,7 +74,7 @@ class Reader:
         return record if aside or record.ref.attempt > self.view.ref.attempt else None
 
     async def begun_elsewhere(self, *, both: bool = False) -> pb.Record | None:
-        """Return the record of another driver that has begun this attempt or a later one: the source's, or the destination's if that
+        """Return the record of an attempt that another driver has begun (see `newest`): the source's, or the destination's if that
         is past its slot and the source has forgotten its own. `both`: the destination has to answer, too. Raises as `newest`."""
         if (record := await self.newest("source")) is not None:
             return record
